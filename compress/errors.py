@@ -1,0 +1,83 @@
+"""Every error that a user can meet, drawn as a tree.
+
+    PacklightError                exit code 2: could not run
+    ├── UsageError                options that do not fit together, a path that is not there
+    │   └── OutputExistsError     the output is there and --overwrite was not given
+    ├── RecipeError               a recipe that does not validate; names the path of the key
+    ├── CheckpointError           a file on disk that is damaged, incomplete or unsafe
+    ├── UnsupportedModelError     an architecture, a setting or remote code that is not ours to run
+    ├── GridError                 a tensor that a number format cannot hold
+    ├── RuntimeMissingError       a package that would execute the artifact is not installed
+    ├── ArtifactError             an artifact that its own runtime refuses or that cannot be read
+    └── DiskFullError             no room left, before or while writing
+
+A failed gate is not an error: the work was done and the verdict is "failed" (exit code 1).
+Ctrl-C is Python's own KeyboardInterrupt (exit code 130).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "DiskFullError",
+    "GridError",
+    "OutputExistsError",
+    "PacklightError",
+    "RecipeError",
+    "RuntimeMissingError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+
+
+class PacklightError(Exception):
+    """One clear line for the user: what is wrong and why, and a hint of what to type.
+
+    Args:
+        message: what and why, one line, no trailing period needed.
+        hint: the next step, printed after ``hint:``; empty for none.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PacklightError):
+    """Options that do not fit together, or a path that does not exist."""
+
+
+class OutputExistsError(UsageError):
+    """The output is already there, and overwriting was not asked for."""
+
+
+class RecipeError(PacklightError):
+    """A recipe that does not validate; the message starts with the key's path."""
+
+
+class CheckpointError(PacklightError):
+    """A checkpoint that is damaged, incomplete, unsafe or inconsistent with its config."""
+
+
+class UnsupportedModelError(PacklightError):
+    """An architecture or a setting that packlight does not build."""
+
+
+class GridError(PacklightError):
+    """A tensor whose shape or values a grid cannot hold."""
+
+
+class RuntimeMissingError(PacklightError):
+    """The package that would execute an artifact is not installed."""
+
+
+class ArtifactError(PacklightError):
+    """An artifact that cannot be read, or that its runtime refuses."""
+
+
+class DiskFullError(PacklightError):
+    """No room left on the device."""

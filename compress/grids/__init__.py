@@ -1,0 +1,122 @@
+"""Grids: the arithmetic of each number format, and nothing else.
+
+A grid knows how to choose its parameters (``fit``), how to turn weights into codes and back
+(``encode``, ``decode``), and how the bytes of its format look (``pack``). It knows neither files
+nor calibration. Solvers drive grids; exporters write what ``pack`` returns.
+
+Shapes: a weight is float32 ``[rows, columns]`` = ``[out_features, in_features]``; groups and
+blocks run along the columns (the input dimension), palettes span groups of rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import GridError
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Params = Mapping[str, Array]
+
+__all__ = ["Array", "Float32", "Grid", "Params", "Quantized", "get_grid"]
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """One number format.
+
+    Attributes:
+        name: as its users spell it: ``Q4_K``, ``int4-g32``, ``lut4-g8``, ``F16``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise GridError (with the reason and a hint) when ``shape`` does not fit the grid."""
+        ...
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Exact bytes of a packed tensor: codes, scales, minima, look-up tables."""
+        ...
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """``nbytes * 8 / weights``."""
+        ...
+
+    def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        """Choose scales (zero points, minima, tables) for ``weight``.
+
+        Args:
+            weight: float32 ``[rows, columns]``.
+            importance: float32 ``[columns]``, non-negative weights of the squared error (mean of
+                squares of the input), or None for the grid's best unweighted fit.
+        """
+        ...
+
+    def encode(self, weight: Float32, params: Params) -> Array:
+        """Integer codes, uint8 ``[rows, columns]`` (dense float grids: the values themselves)."""
+        ...
+
+    def decode(self, codes: Array, params: Params) -> Float32:
+        """Weights as a runtime reconstructs them, float32 ``[rows, columns]``."""
+        ...
+
+    def pack(self, codes: Array, params: Params) -> dict[str, Array]:
+        """The arrays that are written to the file, as the format wants them."""
+        ...
+
+    def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
+        """``fit`` then ``encode``; a grid may fuse the two."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor after quantization: what a solver returns and an exporter packs."""
+
+    codes: Array
+    params: Params
+    grid: Grid
+    shape: tuple[int, int]
+
+    def decode(self) -> Float32:
+        """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""
+        return self.grid.decode(self.codes, self.params)
+
+    def pack(self) -> dict[str, Array]:
+        """The arrays that the file holds."""
+        return self.grid.pack(self.codes, self.params)
+
+
+# Which module makes the grids whose names match; the module's `make(name)` returns the Grid.
+# Modules are loaded when first asked for: numba takes a second to import.
+GRIDS: dict[str, str] = {
+    r"(?:F32|F16|BF16)": "compress.grids.dense",
+    r"(?:Q\d_[01K]|IQ4_NL)": "compress.grids.kquant",
+    r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
+    r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
+}
+
+
+def get_grid(name: str) -> Grid:
+    """The grid of that name.
+
+    Raises:
+        GridError: no grid has that name.
+    """
+    for pattern, module in GRIDS.items():
+        if re.fullmatch(pattern, name):
+            grid: Grid = importlib.import_module(module).make(name)
+            return grid
+    raise GridError(
+        f"there is no grid {name!r}",
+        hint="GGUF types (Q4_K, Q8_0 …), int4-g32, int8-g128-asym, lut4-g8, F16",
+    )

@@ -1,0 +1,156 @@
+"""What passes between the workshop and the shipyards: Plan, Weights, Artifact, Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.arch import DecoderConfig, WeightMap
+from compress.checkpoint import Checkpoint
+from compress.grids import Float32, Grid, Quantized
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``, in bytes of the artifact."""
+
+Solver = Callable[[Float32, Grid, str], Quantized]
+"""``solve(weight, grid, name)``: the solver with its statistics already bound."""
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One tensor of the artifact.
+
+    Attributes:
+        name: our name of the weight (``blocks.3.q_proj.weight``, ``blocks.3.qkv_proj.weight``,
+            ``embed_tokens.weight``): what to ask ``Weights`` for.
+        target_name: the name in the artifact (``blk.3.attn_qkv.weight``).
+        grid: the grid's name; ``F32``/``F16`` for what stays float.
+        shape: ``[rows, columns]``, or one-dimensional for norms and biases.
+        nbytes: bytes in the file, without alignment.
+        note: why this grid, when it is not the one asked for (told in the report).
+    """
+
+    name: str
+    target_name: str
+    grid: str
+    shape: tuple[int, ...]
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tensor gets which grid, for one target.
+
+    Attributes:
+        format: ``gguf``, ``onnx``, ``coreml``.
+        type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``.
+        model_name: base of the file names.
+        entries: in the order of writing.
+        settings: the recipe's target settings that the writer needs again.
+        notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
+        max_context: positions up to which the artifact agrees with the float model.
+    """
+
+    format: str
+    type_name: str
+    model_name: str
+    entries: tuple[PlanEntry, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    max_context: int = 0
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A written artifact.
+
+    Attributes:
+        format: ``gguf``, ``onnx``, ``coreml``.
+        type_name: as in the plan.
+        path: the file or folder that a runtime opens (GGUF: the file; ONNX: the folder with
+            config.json; Core ML: the .mlpackage).
+        nbytes: bytes of the model files on disk (weights, graph, in-file tokenizer), without
+            side files such as tokenizer.json.
+        weights_bytes: bytes of the packed tensors.
+        kv_cache_bytes_per_token: of this artifact's cache, at its dtype.
+        plan: what was written.
+        notes: lines for the report.
+    """
+
+    format: str
+    type_name: str
+    path: Path
+    nbytes: int
+    weights_bytes: int
+    kv_cache_bytes_per_token: int
+    plan: Plan
+    notes: tuple[str, ...] = ()
+
+
+class Runtime(Protocol):
+    """A loaded artifact: tokens in, logits out. Not thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """The runtime and its version, for the report: ``llama.cpp (xllamacpp 2026.10.11549)``."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+
+        Forgets whatever the cache held. The array is the caller's to keep.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Empty the KV cache."""
+        ...
+
+    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. Calling it twice is harmless."""
+        ...
+
+
+class Weights:
+    """The weights of a checkpoint under our names, read when asked for and never kept.
+
+    Names (see ``compress.arch.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
+    ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
+    ``gate_up_proj``) and their parts are both readable, however the checkpoint stores them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, solve: Solver) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.map = WeightMap(config)
+        self._solve = solve
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A weight as float32, whole or some of its rows; checked to be finite.
+
+        Raises:
+            CheckpointError: not there, truncated, or with NaN/Inf.
+        """
+        return self.map.read(self.checkpoint, name, rows)
+
+    def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
+        """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
+        return self._solve(self.read(name, rows), grid, name)
