@@ -1,0 +1,164 @@
+"""One sink for everything a person or a script reads.
+
+Data goes to stdout, talk goes to stderr. ``human`` shows both, ``json`` prints one document on
+stdout and nothing else there, ``quiet`` prints paths only. Progress bars live on stderr and are
+silent when it is not a terminal. ``NO_COLOR`` is honoured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from compress.errors import PacklightError
+
+Update = Callable[[int, int], None]
+
+
+class Console:
+    """Where output goes.
+
+    Args:
+        mode: ``human``, ``json`` or ``quiet``.
+        verbose: also show ``detail`` lines.
+    """
+
+    def __init__(self, mode: str = "human", verbose: bool = False) -> None:
+        self.mode = mode
+        self.verbose = verbose
+
+    # --- data, to stdout ---------------------------------------------------------------------
+
+    def data(self, text: str) -> None:
+        """A line that a script may want; not in json or quiet mode."""
+        if self.mode == "human":
+            click.echo(text)
+
+    def result(self, document: Any) -> None:
+        """The one JSON document of ``--json``."""
+        if self.mode == "json":
+            click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+    def path(self, path: object) -> None:
+        """A written path: all that ``-q`` prints."""
+        if self.mode == "quiet":
+            click.echo(str(path))
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Plain aligned columns; the first is left-aligned, columns of numbers right-aligned."""
+        if self.mode == "human":
+            click.echo(format_table(headers, rows))
+
+    # --- talk, to stderr ---------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """A line about what is going on."""
+        if self.mode == "human":
+            click.echo(text, err=True, color=color())
+
+    def detail(self, text: str) -> None:
+        """A line for ``-v``."""
+        if self.verbose:
+            click.echo(click.style(text, dim=True), err=True, color=color())
+
+    def warning(self, text: str) -> None:
+        """Something that is not as it should be, but goes on; shown in every mode."""
+        click.echo(click.style("warning: ", fg="yellow") + text, err=True, color=color())
+
+    def verdict(self, passed: bool, text: str) -> None:
+        """The last line of a run."""
+        if self.mode == "human":
+            mark = click.style("passed", fg="green") if passed else click.style("FAILED", fg="red")
+            click.echo(f"{mark}  {text}", err=True, color=color())
+
+    @contextmanager
+    def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
+        """A bar with time left for one phase: ``with … as update: update(done, total)``."""
+        if self.mode != "human" or not sys.stderr.isatty():
+            self.detail(phase)
+            yield lambda done, total: None
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        amount = DownloadColumn(binary_units=True) if unit == "bytes" else TaskProgressColumn()
+        bar = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            amount,
+            TimeRemainingColumn(),
+            console=RichConsole(stderr=True),
+        )
+        with bar:
+            task = bar.add_task(phase, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_error(error: PacklightError) -> None:
+    """The one clear line, and the hint below it; to stderr."""
+    click.echo(click.style("error: ", fg="red") + error.message, err=True, color=color())
+    if error.hint:
+        click.echo(click.style("hint: ", fg="cyan") + error.hint, err=True, color=color())
+
+
+def color() -> bool | None:
+    """False under ``NO_COLOR``, else what the stream allows (https://no-color.org)."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two spaces apart, readable without colour."""
+    cells = [list(headers), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Both units, since people mean either: ``2.40 GB (2.23 GiB)``."""
+    for limit, decimal, binary in ((1e9, "GB", "GiB"), (1e6, "MB", "MiB"), (1e3, "kB", "KiB")):
+        if count >= limit:
+            power = {"GB": 3, "MB": 2, "kB": 1}[decimal]
+            return f"{count / limit:.2f} {decimal} ({count / 1024**power:.2f} {binary})"
+    return f"{count:.0f} B"
+
+
+def parse_bytes(text: str) -> int:
+    """``1.8GiB`` → bytes; GB is 10^9 and GiB is 2^30.
+
+    Raises:
+        ValueError: not a size.
+    """
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units[f"{letter}B"] = 1000**power
+        units[f"{letter}IB"] = 1024**power
+    stripped = text.strip().replace(" ", "")
+    number = stripped.rstrip("BGIKMTbgikmt")
+    unit = stripped[len(number) :].upper()
+    if unit not in units:
+        raise ValueError(f"{text!r} is not a size: write 1.8GB or 1.8GiB")
+    try:
+        size = float(number) * units[unit]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a size: write 1.8GB or 1.8GiB") from error
+    if not 0 < size < float("inf"):
+        raise ValueError(f"{text!r} is not a size: must be more than zero")
+    return int(size)

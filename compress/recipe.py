@@ -1,0 +1,194 @@
+"""Recipes: YAML in, a validated ``Recipe`` out. The JSON schema (``recipes/schema.json``) is the
+single source of keys, types, defaults and descriptions; editors read the same file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import recipes
+from compress.errors import RecipeError
+
+DEFAULT = "phone-4bit"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe, defaults filled in.
+
+    Attributes:
+        name: for reports.
+        targets: format → settings.
+        solver: how codes are chosen.
+        windows, sequence_length: how much text is scored.
+        gates: metric → limit such as ``"<=0.06"``.
+        document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
+    """
+
+    name: str
+    targets: Mapping[str, Mapping[str, Any]]
+    solver: str
+    windows: int
+    sequence_length: int
+    gates: Mapping[str, str]
+    document: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as it can be read again."""
+        text: str = yaml.safe_dump(dict(self.document), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def load(source: str, overrides: Iterable[str] = (), formats: Iterable[str] = ()) -> Recipe:
+    """A recipe by shipped name or file path, with ``--set`` overrides and chosen formats.
+
+    Args:
+        source: ``phone-4bit`` or ``./mine.yaml``.
+        overrides: ``targets.gguf.type=Q5_K_M`` …; values are YAML.
+        formats: keep these targets only; one that the recipe lacks is added with its defaults.
+
+    Raises:
+        RecipeError: not found, not YAML, or not valid; the message names the key's path.
+    """
+    document = parse(read(source), source)
+    targets = document.setdefault("targets", {}) if isinstance(document, dict) else {}
+    chosen = list(formats)
+    if chosen and isinstance(targets, dict):
+        document["targets"] = {name: targets.get(name) or {} for name in chosen}
+    for override in overrides:
+        apply_override(document, override)
+    return validate(document, source)
+
+
+def read(source: str) -> str:
+    """The YAML text of a shipped recipe or a file."""
+    if source in recipes.names():
+        return recipes.read(source)
+    path = Path(source)
+    if not path.is_file():
+        near = difflib.get_close_matches(source, recipes.names(), 1)
+        raise RecipeError(
+            f"no recipe named {source!r}, and no such file",
+            hint=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(recipes.names())}",
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: cannot be read: {error}") from error
+
+
+def parse(text: str, source: str) -> dict[str, Any]:
+    """YAML to a mapping."""
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise RecipeError(f"{source}:{where} {problem}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping", hint="see `packlight recipes show`")
+    return document
+
+
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set targets.gguf.type=Q4_0")
+    node = document
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
+
+
+def validate(document: Mapping[str, Any], source: str) -> Recipe:
+    """Hold a document against the schema and fill in its defaults.
+
+    Raises:
+        RecipeError: the first problem, with its path and the nearest known key.
+    """
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(recipes.schema_text())
+    whole = normalize(document)
+    problems = list(Draft202012Validator(schema).iter_errors(whole))
+    if problems:
+        raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
+    fill_defaults(whole, schema)
+    verify = whole["verify"]
+    return Recipe(
+        name=whole.setdefault("name", Path(source).stem),
+        targets=whole["targets"],
+        solver=whole["quantize"]["solver"],
+        windows=verify["windows"],
+        sequence_length=verify["sequence_length"],
+        gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
+        document=whole,
+    )
+
+
+def normalize(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in canonical spelling: ``gguf:`` alone means its defaults, ``q4_k_m`` is Q4_K_M."""
+    whole = deepcopy(dict(document))
+    targets = whole.get("targets")
+    if isinstance(targets, dict):
+        for name, settings in targets.items():
+            targets[name] = {} if settings is None else settings
+        gguf = targets.get("gguf")
+        if isinstance(gguf, dict) and isinstance(gguf.get("type"), str):
+            gguf["type"] = gguf["type"].upper()
+    return whole
+
+
+def explain(error: Any, source: str) -> RecipeError:
+    """One line from a schema error: the path, what is wrong, what would be right."""
+    path = ".".join(map(str, error.absolute_path))
+    where = f"{source}: {path}" if path else source
+    known = sorted(error.schema.get("properties", {}))
+    if error.validator == "additionalProperties":
+        unknown = sorted(set(error.instance) - set(known))[0]
+        near = difflib.get_close_matches(unknown, known, 1)
+        dotted = f"{path}.{unknown}" if path else unknown
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return RecipeError(f"{source}: unknown key {dotted}", hint=hint)
+    if error.validator == "enum":
+        choices = [str(choice) for choice in error.validator_value]
+        near = difflib.get_close_matches(str(error.instance).upper(), choices, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(choices)}"
+        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
+    if error.validator == "const":
+        return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
+    if error.validator == "minProperties":
+        return RecipeError(f"{where}: name at least one of {', '.join(known)}")
+    return RecipeError(f"{where}: {error.message}")
+
+
+def fill_defaults(node: dict[str, Any], schema: Mapping[str, Any]) -> None:
+    """Defaults of the schema, into mappings that are there, and sections that have defaults."""
+    for key, rule in schema.get("properties", {}).items():
+        if "default" in rule:
+            node.setdefault(key, rule["default"])
+        elif key in ("quantize", "verify"):
+            node.setdefault(key, {})
+        if isinstance(node.get(key), dict):
+            fill_defaults(node[key], rule)
+
+
+def describe_all() -> list[tuple[str, str]]:
+    """Name and one-line description of each shipped recipe."""
+    return [(name, parse(recipes.read(name), name).get("description", "")) for name in recipes.names()]

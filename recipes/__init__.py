@@ -1,0 +1,30 @@
+"""Recipes that ship with packlight: ``*.yaml`` beside this file, and their JSON schema.
+
+Read with ``importlib.resources``, so that a wheel, an editable install and a checkout all work.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+__all__ = ["names", "read", "schema_text"]
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    found = (entry.name for entry in files(__name__).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def read(name: str) -> str:
+    """The YAML text of a shipped recipe.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+    """
+    return (files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def schema_text() -> str:
+    """The JSON schema (draft 2020-12) of a recipe."""
+    return (files(__name__) / "schema.json").read_text(encoding="utf-8")
