@@ -173,6 +173,9 @@ def explain(error: Any, source: str) -> RecipeError:
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
+    if error.validator == "pattern":
+        example = "int4-g32, int8-channel, lut4-g8" if "grid" in path else error.validator_value
+        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=f"such as {example}")
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")
     return RecipeError(f"{where}: {error.message}")
