@@ -2,14 +2,14 @@
 
     python benchmarks/train_demo.py --minutes 60 --output compress/demo/model
 
-Needs torch, transformers, sentencepiece, protobuf and an interpreter with its standard library sources; no network
-and no GPU. Takes `--minutes` of training on two CPU cores plus about two minutes for the tokenizer and the final
-measurement. Writes the checkpoint and its card to `--output`, the held-out text beside that folder, and the figures
-to `benchmarks/demo_training.json`.
+Needs torch, transformers, sentencepiece, protobuf and an interpreter with its standard library
+sources; no network and no GPU. Takes `--minutes` of training on two CPU cores, plus a minute for
+the tokenizer and the measurements. Writes the checkpoint and its card to `--output`, the held-out
+text beside that folder, and the figures to `benchmarks/demo_training.json`.
 
-The schedule is driven by the clock (warm-up, constant rate, linear decay), so the run ends in time whatever share of
-the machine it gets; two runs therefore give models of the same quality, not the same bytes. Every `--save-every`
-minutes a running average of the weights is published in the final layout.
+The schedule is driven by the clock (warm-up, constant rate, linear decay), so the run ends in time
+whatever share of the machine it gets; two runs give models of like quality, not of equal bytes.
+Every `--save-every` minutes a running average of the weights is published in the final layout.
 """
 
 import argparse
@@ -23,36 +23,41 @@ import sysconfig
 import time
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaTokenizerFast,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
+HERE = Path(__file__).resolve().parent
 CONTEXT = 512
 VOCABULARY = 2048  # 2000 pieces, 11 special tokens, the rest padding rows as in Phi-3
 PIECES = 2000
 HELDOUT_BYTES = 160_000
 SUBSET_WINDOWS = 16  # the windows whose perplexity tests/test_demo_model.py recomputes
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")  # written at build time: paths of this machine
-CHAT_TOKENS = (
-    "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>", "<|system|>",
-    "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
+CHAT_TOKENS = (  # 2001 to 2010, after <|endoftext|>
+    "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>",
+    "<|placeholder4|>", "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% if message['role'] in ('system', 'user', 'assistant') %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def standard_library() -> dict[str, str]:
@@ -61,7 +66,9 @@ def standard_library() -> dict[str, str]:
     sources = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if SKIPPED_FOLDERS.intersection(parts) or any(part.startswith(SKIPPED_PREFIXES) for part in parts):
+        if SKIPPED_FOLDERS.intersection(parts):
+            continue
+        if any(part.startswith(SKIPPED_PREFIXES) for part in parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -92,27 +99,28 @@ def conversations(sources: dict[str, str]) -> list[list[dict[str, str]]]:
         except SyntaxError:
             continue
         for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef) or not (doc := ast.get_docstring(node)) or len(doc) > 400:
+            if not isinstance(node, ast.FunctionDef):
                 continue
-            code = ast.unparse(node)
-            if len(code) > 800:
+            doc, code = ast.get_docstring(node) or "", ast.unparse(node)
+            if not 0 < len(doc) <= 400 or len(code) > 800:
                 continue
             module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            question, answer = (
-                (f"Write the docstring of {module}.{node.name}.", doc)
-                if len(chats) % 2
-                else (f"Write the function {node.name} of the module {module}.", code)
-            )
-            system = [{"role": "system", "content": "You know Python's standard library."}] if len(chats) % 3 == 0 else []
-            chats.append([*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            if len(chats) % 2:
+                question, answer = f"Write the docstring of {module}.{node.name}.", doc
+            else:
+                question, answer = f"Write the function {node.name} of the module {module}.", code
+            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            if len(chats) % 3 == 0:
+                chat.insert(0, {"role": "system", "content": "You know Python's standard library."})
+            chats.append(chat)
     return chats
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(sources: dict[str, str], output: Path) -> LlamaTokenizerFast:
-    """A Llama-style SentencePiece model with Phi-3's special tokens, saved in slow and fast form."""
+    """A Llama-style SentencePiece model with Phi-3's special tokens, saved slow and fast."""
     lines = (line for source in sources.values() for line in source.split("\n") if line)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -126,7 +134,7 @@ def train_tokenizer(sources: dict[str, str], output: Path) -> LlamaTokenizerFast
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         split_digits=True,
-        add_dummy_prefix=False,  # learn the indentation as it is inside a file; the prefix is switched on below
+        add_dummy_prefix=False,  # learn indentation as it is inside a file; switched on below
         max_sentence_length=10_000,
         input_sentence_size=400_000,
         unk_id=0,
@@ -139,12 +147,14 @@ def train_tokenizer(sources: dict[str, str], output: Path) -> LlamaTokenizerFast
     proto.normalizer_spec.add_dummy_prefix = True
     (output / "tokenizer.model").write_bytes(proto.SerializeToString())
 
-    # legacy=True makes the converter prepend "▁" after every special token, as Phi-3's own tokenizer.json does.
-    converted = LlamaTokenizerFast(vocab_file=str(output / "tokenizer.model"), legacy=True, add_prefix_space=True)
+    # legacy=True makes the converter prepend "▁" to the text after every special token, as Phi-3's
+    # own tokenizer.json and llama.cpp do.
+    files = {"vocab_file": str(output / "tokenizer.model")}
+    converted = LlamaTokenizerFast(**files, legacy=True, add_prefix_space=True)
     converted.backend_tokenizer.save(str(output / "tokenizer.json"))
     tokenizer = LlamaTokenizerFast(
+        **files,
         tokenizer_file=str(output / "tokenizer.json"),
-        vocab_file=str(output / "tokenizer.model"),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         legacy=False,
@@ -153,25 +163,26 @@ def train_tokenizer(sources: dict[str, str], output: Path) -> LlamaTokenizerFast
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
-    tokenizer.add_tokens([AddedToken(t, rstrip=True, normalized=False) for t in CHAT_TOKENS], special_tokens=True)
-    tokenizer.save_pretrained(output)
+    chat_tokens = [AddedToken(token, rstrip=True, normalized=False) for token in CHAT_TOKENS]
+    tokenizer.add_tokens(chat_tokens, special_tokens=True)
+    tokenizer.save_pretrained(output, save_jinja_files=False)  # template in tokenizer_config.json
     return LlamaTokenizerFast.from_pretrained(output)
 
 
 def token_stream(sources: dict[str, str], tokenizer: LlamaTokenizerFast, seed: int) -> torch.Tensor:
     """All documents and chats in random order, each closed by <|endoftext|>."""
     texts = [text + tokenizer.eos_token for text in sources.values()]
-    texts += [tokenizer.apply_chat_template(chat, tokenize=False) for chat in conversations(sources)]
+    texts += tokenizer.apply_chat_template(conversations(sources), tokenize=False)
     random.Random(seed).shuffle(texts)
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.from_numpy(np.concatenate([np.array(document, dtype=np.int64) for document in ids]))
+    return torch.cat([torch.tensor(document) for document in ids])
 
 
-# --------------------------------------------------------------------------------------------------------- measurement
+# -------------------------------------------------------------------------------------- measurement
 
 
 def heldout_windows(text: str, tokenizer: LlamaTokenizerFast) -> torch.Tensor:
-    """[windows, 512]: consecutive pieces of 511 tokens, each after <s>; the last incomplete one is dropped."""
+    """[windows, 512]: consecutive pieces of 511 tokens, each after <s>; the rest is dropped."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     ids = ids[: len(ids) // (CONTEXT - 1) * (CONTEXT - 1)].view(-1, CONTEXT - 1)
     return F.pad(ids, (1, 0), value=tokenizer.bos_token_id)
@@ -179,7 +190,7 @@ def heldout_windows(text: str, tokenizer: LlamaTokenizerFast) -> torch.Tensor:
 
 @torch.inference_mode()
 def window_losses(model: Phi3ForCausalLM, windows: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood (nats per token) of each window; every token but <s> is scored."""
+    """Mean negative log-likelihood (nats per token) of each window, <s> not scored."""
     losses = []
     for batch in windows.split(8):
         logits = model(batch).logits[:, :-1].float()
@@ -189,12 +200,12 @@ def window_losses(model: Phi3ForCausalLM, windows: torch.Tensor) -> torch.Tensor
 
 
 def unigram_perplexity(stream: torch.Tensor, windows: torch.Tensor) -> float:
-    """Perplexity of the training set's token frequencies (add-one smoothing) on the same scored tokens."""
+    """Perplexity of the training set's token frequencies (add-one smoothing), same tokens."""
     counts = torch.bincount(stream, minlength=VOCABULARY).double() + 1
     return (-(counts / counts.sum()).log()[windows[:, 1:]].mean()).exp().item()
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def new_model(tokenizer: LlamaTokenizerFast) -> Phi3ForCausalLM:
@@ -228,8 +239,8 @@ def new_model(tokenizer: LlamaTokenizerFast) -> Phi3ForCausalLM:
 
 def new_optimizers(model: Phi3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, head and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
@@ -241,32 +252,45 @@ def learning_rate_factor(step: int, progress: float) -> float:
     return min((step + 1) / 30, 1.0, max(1.0 - progress, 0.0) / 0.45)
 
 
-def sample_batch(stream: torch.Tensor, rows: int, generator: torch.Generator, bos: int) -> torch.Tensor:
-    """[rows, 513] from random places; seven rows of eight begin with <s>, as in the measurement."""
+def sample_batch(stream, rows: int, generator: torch.Generator, bos: int) -> torch.Tensor:
+    """[rows, 513] from random places; seven rows of eight begin with <s>, as when measured."""
     starts = torch.randint(0, len(stream) - CONTEXT - 1, (rows,), generator=generator)
     batch = stream[starts[:, None] + torch.arange(CONTEXT + 1)]
     batch[torch.rand(rows, generator=generator) < 7 / 8, 0] = bos
     return batch
 
 
-def train(model, stream, args, publish) -> dict[str, float]:
-    """Train until the time is up; `publish(weights, figures)` is called with the average of the recent weights."""
+def train(model: Phi3ForCausalLM, stream: torch.Tensor, args, publish) -> None:
+    """Train until the time is up; `publish(weights, figures)` is called on the way and at the end.
+
+    On the way it gets the average of the last weights: at a full learning rate they are noisy.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     optimizers = new_optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parameters = list(model.parameters())
-    average = [p.detach().clone() for p in parameters]
-    bos = model.config.bos_token_id
+    average = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.compile(disable=not args.compile)
+    def batch_loss(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(batch[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    def figures() -> dict[str, int]:
+        return {
+            "steps": step,
+            "training_tokens": step * args.batch * CONTEXT,
+            "wall_seconds": round(time.monotonic() - start),
+            "cpu_seconds": round(time.process_time() - cpu_start),
+        }
 
     start, cpu_start, saved, step = time.monotonic(), time.process_time(), time.monotonic(), 0
     while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         factor = learning_rate_factor(step, progress)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
-        batch = sample_batch(stream, args.batch, generator, bos)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = batch_loss(sample_batch(stream, args.batch, generator, model.config.bos_token_id))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
@@ -275,29 +299,20 @@ def train(model, stream, args, publish) -> dict[str, float]:
         step += 1
         torch._foreach_lerp_(average, [p.detach() for p in parameters], max(0.02, 1 / step))
         if step % 10 == 0:
-            elapsed = time.monotonic() - start
-            rate = step * args.batch * CONTEXT / elapsed
-            print(f"{elapsed / 60:6.1f} min  step {step:5d}  loss {loss.item():.3f}  rate {factor:.3f}  "
-                  f"{rate:,.0f} tokens/s", flush=True)  # fmt: skip
-        figures = {
-            "steps": step,
-            "training_tokens": step * args.batch * CONTEXT,
-            "wall_seconds": round(time.monotonic() - start),
-            "cpu_seconds": round(time.process_time() - cpu_start),
-        }
+            print(
+                f"step {step}  loss {loss.item():.3f}  rate {factor:.3f}  {figures()}", flush=True
+            )
         if time.monotonic() - saved > 60 * args.save_every:
-            publish(average, figures)
+            publish(average, figures())
             saved = time.monotonic()
-    # The rate has reached zero: the last weights are the best ones.
-    publish([p.detach() for p in parameters], figures)
-    return figures
+    publish([parameter.detach() for parameter in parameters], figures())
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
-def publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer, args) -> dict:
-    """Save `weights` in bfloat16, measure what was saved in float32, and write the card and the figures."""
+def publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer, args) -> None:
+    """Save `weights` in bfloat16, measure in float32 what was saved, write card and figures."""
     copy = Phi3ForCausalLM(model.config).to(torch.bfloat16)
     copy.generation_config = model.generation_config
     with torch.no_grad():
@@ -310,8 +325,9 @@ def publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer
     windows = heldout_windows(heldout_text, tokenizer)
     losses = window_losses(saved, windows)
     perplexity, unigram = losses.mean().exp().item(), unigram_perplexity(stream, windows)
+    command = f"python benchmarks/train_demo.py --minutes {args.minutes:g}"
     figures = {
-        "command": f"python benchmarks/train_demo.py --minutes {args.minutes:g} --output compress/demo/model",
+        "command": f"{command} --output compress/demo/model",
         "python": platform.python_version(),
         "parameters": sum(p.numel() for p in saved.parameters()),
         "weights_bytes": (args.output / "model.safetensors").stat().st_size,
@@ -327,64 +343,26 @@ def publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer
         "subset_perplexity": round(losses[:SUBSET_WINDOWS].mean().exp().item(), 4),
         "unigram_counts": torch.bincount(stream, minlength=VOCABULARY).tolist(),
     }
-    args.figures.write_text(json.dumps(figures, indent=1).replace(",\n  ", ", ") + "\n", encoding="utf-8")
-    (args.output / "README.md").write_text(CARD.format(**figures), encoding="utf-8")
+    text = json.dumps(figures, indent=1).replace(",\n  ", ", ")  # the counts on one line
+    args.figures.write_text(text + "\n", encoding="utf-8")
+    card = (HERE / "demo_card.md").read_text(encoding="utf-8")
+    (args.output / "README.md").write_text(card.format(**figures), encoding="utf-8")
     print(f"published: perplexity {perplexity:.3f}, unigram {unigram:.1f}, {training}", flush=True)
-    return figures
-
-
-CARD = """\
----
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-language: [code, en]
-tags: [phi3, packlight, demo, test-fixture]
----
-
-# packlight demo
-
-A Phi-3-architecture language model of {parameters:,} parameters that has read the standard library of Python {python}.
-It exists so that `packlight demo` and the tests have a real, trained checkpoint without a download: one that
-compression can measurably damage. It continues Python source code plausibly; it knows nothing else.
-
-| | |
-|---|---:|
-| Parameters | {parameters:,} |
-| Weights (bfloat16) | {weights_bytes:,} bytes |
-| **Held-out perplexity** (float32 arithmetic) | **{perplexity:.3f}** |
-| Unigram model's perplexity, same tokens | {unigram_perplexity:.1f} |
-| Ratio | {unigram_ratio:.1f} |
-| Training tokens seen | {training_tokens:,} (training set: {training_set_tokens:,}) |
-| Training time | {wall_seconds:,} s on the clock, {cpu_seconds:,} CPU seconds |
-
-**Perplexity**: `heldout.txt` ({heldout_bytes:,} bytes, whole standard-library files that were not trained on, chosen by
-the hash of their path) is tokenized once without special tokens and cut into {heldout_windows} consecutive windows of
-511 tokens; each is preceded by `<s>`, which makes 512, and all of its 511 tokens are scored. The incomplete last
-window is dropped: {heldout_scored_tokens:,} scored tokens. The unigram model is the frequency of each token in the
-training set with add-one smoothing.
-
-**Tokenizer**: SentencePiece BPE of 2,000 pieces with byte fallback, trained on the same sources; Phi-3's special
-tokens from 2000 (`<|endoftext|>`) to 2010 (`<|user|>`), Phi-3's chat template; rows 2011 to 2047 are padding.
-
-**Made by** `{command}`
-
-The weights are licensed under Apache-2.0. The training sources and `heldout.txt` are parts of Python,
-copyright © 2001 Python Software Foundation, all rights reserved, under the PSF License Agreement in
-`LICENSE-PYTHON.txt` beside `heldout.txt`.
-"""
 
 
 def parse_arguments() -> argparse.Namespace:
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock limit of the training loop")
-    parser.add_argument("--output", type=Path, default=here.parent / "compress" / "demo" / "model")
-    parser.add_argument("--figures", type=Path, default=here / "demo_training.json")
-    parser.add_argument("--save-every", type=float, default=8, metavar="MINUTES")
-    parser.add_argument("--batch", type=int, default=16, help="rows of 512 tokens per step")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, default=60, help="wall-clock limit of the training loop")
+    add("--output", type=Path, default=HERE.parent / "compress" / "demo" / "model")
+    add("--figures", type=Path, default=HERE / "demo_training.json")
+    add("--save-every", type=float, default=8, metavar="MINUTES")
+    add("--batch", type=int, default=16, help="rows of 512 tokens per step")
+    add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--no-compile", dest="compile", action="store_false", help="without a C++ compiler; slower")
     return parser.parse_args()
 
 
@@ -397,19 +375,21 @@ def main() -> None:
     sources, heldout = split_heldout(standard_library())
     heldout_text = "\n".join(heldout.values())
     (args.output.parent / "heldout.txt").write_text(heldout_text, encoding="utf-8")
-    licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
-    if licence.exists():
-        (args.output.parent / "LICENSE-PYTHON.txt").write_text(licence.read_text(encoding="utf-8"), encoding="utf-8")
+    licence = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text(encoding="utf-8")
+    (args.output / "LICENSE-PYTHON.txt").write_text(licence, encoding="utf-8")
 
     tokenizer = train_tokenizer(sources, args.output)
     stream = token_stream(sources, tokenizer, args.seed)
-    print(f"{len(sources)} files, {len(stream):,} tokens; held out: {', '.join(heldout)}", flush=True)
+    print(
+        f"{len(sources)} files, {len(stream):,} tokens; held out: {', '.join(heldout)}", flush=True
+    )
 
     model = new_model(tokenizer)
-    train(
-        model, stream, args,
-        lambda weights, training: publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer, args),
-    )  # fmt: skip
+
+    def publish(weights, training) -> None:
+        publish_checkpoint(model, weights, training, stream, heldout_text, tokenizer, args)
+
+    train(model, stream, args, publish)
 
 
 if __name__ == "__main__":
