@@ -1,0 +1,404 @@
+"""Runs a saved Core ML program on any machine, with torch's CPU kernels.
+
+Core ML itself runs on Apple's systems only. The evaluator executes the package as written, graph
+and weights, so that an export is compared with its model on the machine that made it.
+
+What is modelled: the meaning of every operation, compressed constants bit for bit, states that
+live between calls, flexible shapes, and (``fp16=True``) the rounding to float16 of every value
+that the program declares as fp16, between operations and in the states. What is not: which unit
+executes an operation, the order of sums and the rounding *inside* an operation (a matrix product
+or softmax runs in float32 here, and is rounded once at its end), the ranges of 8- and 16-bit
+integer arithmetic (``cast`` wraps, other operations compute in int32), speed, and memory.
+With ``fp16=False`` nothing is rounded, which shows whether graph and weights are right, free of
+float16's noise: states then keep float32 too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.errors import ArtifactError
+from exporters.coreml.constexpr import CONSTEXPR, Compressed, Constant, decode
+from exporters.coreml.mil import Operation, TensorSpec, TensorType, read_package
+from exporters.coreml.mil_moves import MOVES
+from exporters.coreml.mil_ops import OPS
+from exporters.coreml.weights import Weight, gather_rows, linear_by_slabs, share_cache, widen
+
+__all__ = ["Evaluator"]
+
+SMALL = 1 << 16  # constants up to so many elements are decoded once, when loading
+GIB = 1 << 30
+OTHER_OPS = ("const", "read_state", "write_state")
+VARIADIC = ("values",)
+
+
+Held = Tensor | str | Weight
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation, prepared: what it calls, where its inputs come from, what dies after it."""
+
+    operation: Operation
+    constants: Mapping[str, Held]
+    names: Mapping[str, tuple[str, ...]]
+    frees: tuple[str, ...]
+    updates: str | None = None
+
+
+class Evaluator:
+    """A function of a Core ML package, ready to run.
+
+    Args:
+        package: the ``.mlpackage`` folder.
+        function: which function, for a package with several.
+        fp16: round every fp16 value after each operation (see the module's text).
+        threads: torch threads during ``predict``; 0 leaves torch's setting.
+        cache_bytes: memory for decoded weights. What does not fit is decoded for each use, a
+            slab of rows at a time: slower, but a model of any size runs.
+
+    Attributes:
+        inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
+
+    Raises:
+        ArtifactError: not a package, damaged, or with an operation that is not known here.
+        RuntimeMissingError: coremltools (for its protobuf modules) is not installed.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        *,
+        function: str = "main",
+        fp16: bool = False,
+        threads: int = 0,
+        cache_bytes: int = GIB,
+    ) -> None:
+        program = read_package(Path(package))
+        self._function = program.function(function)
+        self.metadata = program.metadata
+        self.inputs: Mapping[str, TensorSpec] = self._function.inputs
+        self.states: Mapping[str, TensorSpec] = self._function.states
+        self.outputs: Mapping[str, TensorSpec] = self._function.outputs
+        self._fp16 = fp16
+        self._threads = threads
+        self._constants: dict[str, Held] = {}
+        for operation in self._function.operations:
+            _refuse_unknown(operation)
+        self._load_constants()
+        self._steps = self._prepare()
+        share_cache(self._scanned(), cache_bytes)
+
+    def make_state(self) -> dict[str, Tensor]:
+        """Fresh states: zeros, float16 with ``fp16=True``, else float32."""
+        dtype = torch.float16 if self._fp16 else torch.float32
+        return {
+            name: torch.zeros([int(n or 0) for n in spec.shape], dtype=dtype)
+            for name, spec in self.states.items()
+        }
+
+    def predict(
+        self, inputs: Mapping[str, NDArray[Any]], state: dict[str, Tensor] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run the function once.
+
+        Args:
+            inputs: an array for every input, of its shape.
+            state: from ``make_state``; updated by the call. Needed when the function has states.
+
+        Returns:
+            The outputs: float32 for floats (rounded to float16 where declared so, with
+            ``fp16=True``), int32 for integers, bool.
+
+        Raises:
+            ArtifactError: inputs that do not fit; an operation that fails or that gives another
+                shape than it declares.
+        """
+        values = {name: self._input(name, inputs) for name in self.inputs}
+        for name in inputs:
+            if name not in self.inputs:
+                raise ArtifactError(f"the model has no input {name!r}")
+        states = self._check_state(state)
+        with torch.no_grad(), _threads(self._threads):
+            for step in self._steps:
+                self._run(step, values, states)
+                for name in step.frees:
+                    values.pop(name, None)
+            return {name: _to_array(self._value(name, values)) for name in self.outputs}
+
+    # --- loading ----------------------------------------------------------------------------
+
+    def _load_constants(self) -> None:
+        """Every constant of the function; the compressed ones as trees, still packed."""
+        trees: dict[str, Constant | str] = {}
+        for operation in self._function.operations:
+            if operation.kind == "const":
+                if operation.value is None:
+                    raise ArtifactError(f"op 'const' {operation.name!r} has no value")
+                trees[operation.name] = operation.value
+            elif operation.kind in CONSTEXPR:
+                parts: dict[str, Constant | str] = dict(operation.literals)
+                for parameter, names in operation.inputs.items():
+                    if names[0] not in trees:
+                        raise ArtifactError(
+                            f"op {operation.kind!r} {operation.name!r}: "
+                            f"{parameter} is not a constant"
+                        )
+                    parts[parameter] = trees[names[0]]
+                for i, (name, declared) in enumerate(operation.outputs):
+                    shape = tuple(int(n or 0) for n in declared.shape)
+                    trees[name] = Compressed(operation.kind, parts, declared.dtype, shape, i)
+        needed = {
+            name
+            for operation in self._function.operations
+            if operation.kind not in CONSTEXPR
+            for names in operation.inputs.values()
+            for name in names
+        }
+        needed.update(self.outputs)
+        self._constants = {n: self._held(tree) for n, tree in trees.items() if n in needed}
+
+    @staticmethod
+    def _held(tree: Constant | str) -> Held:
+        if isinstance(tree, str):
+            return tree
+        if tree.size > SMALL and tree.dtype.startswith("fp"):
+            return Weight(tree)
+        tensor = decode(tree)
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            return tensor
+        return tensor.to(torch.int32)
+
+    def _prepare(self) -> list[Step]:
+        computed = [o for o in self._function.operations if not _is_constant(o)]
+        last_use: dict[str, int] = {}
+        for i, operation in enumerate(computed):
+            for names in operation.inputs.values():
+                last_use.update(dict.fromkeys(names, i))
+            last_use.update({name: i for name, _ in operation.outputs if name not in last_use})
+        steps = []
+        for i, operation in enumerate(computed):
+            constants: dict[str, Held] = {
+                parameter: self._held(value) for parameter, value in operation.literals.items()
+            }
+            computed_inputs: dict[str, tuple[str, ...]] = {}
+            for parameter, bound in operation.inputs.items():
+                if parameter not in VARIADIC and bound[0] in self._constants:
+                    constants[parameter] = self._constants[bound[0]]
+                else:
+                    computed_inputs[parameter] = bound
+            involved = {n for bound in computed_inputs.values() for n in bound}
+            involved.update(name for name, _ in operation.outputs)
+            frees = tuple(n for n in involved if last_use[n] == i and n not in self.outputs)
+            updates = _updated_state(computed, i)
+            steps.append(Step(operation, constants, computed_inputs, frees, updates))
+        return steps
+
+    def _scanned(self) -> Iterator[Weight]:
+        """Weights that every run needs whole: all but those of which a gather takes rows."""
+        for step in self._steps:
+            for parameter, held in step.constants.items():
+                if isinstance(held, Weight) and (step.operation.kind, parameter) != ("gather", "x"):
+                    yield held
+
+    # --- running ----------------------------------------------------------------------------
+
+    def _input(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Tensor:
+        spec = self.inputs[name]
+        if name not in inputs:
+            raise ArtifactError(f"the input {name!r} is missing")
+        array = np.asarray(inputs[name])
+        fits = len(array.shape) == len(spec.shape) and all(
+            low <= size and (high is None or size <= high)
+            for size, (low, high) in zip(array.shape, spec.ranges, strict=True)
+        )
+        if not fits or (spec.shapes and array.shape not in spec.shapes):
+            raise ArtifactError(
+                f"the input {name!r} has shape {list(array.shape)}, the model takes "
+                f"{_shape_text(spec)}"
+            )
+        if spec.dtype.startswith("fp"):
+            kind: Any = np.float32
+        else:
+            kind = np.bool_ if spec.dtype == "bool" else np.int32
+            if array.dtype.kind == "f":
+                raise ArtifactError(f"the input {name!r} takes {spec.dtype}, not {array.dtype}")
+        return self._round(torch.from_numpy(np.array(array, dtype=kind)), spec.dtype)
+
+    def _check_state(self, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        state = {} if state is None else state
+        for name, spec in self.states.items():
+            if name not in state:
+                raise ArtifactError(f"the model keeps a state {name!r}: pass make_state()")
+            if tuple(state[name].shape) != spec.shape:
+                shape = list(state[name].shape)
+                raise ArtifactError(f"the state {name!r} has shape {shape}, not {spec.shape}")
+        return state
+
+    def _run(self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+        operation = step.operation
+        try:
+            if operation.kind == "read_state":
+                results: Any = states[operation.inputs["input"][0]]
+            elif operation.kind == "write_state":
+                _write(states, operation.inputs["input"][0], self._argument(step, "data", values))
+                return
+            else:
+                results = self._compute(step, values, states)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ArtifactError(f"op {operation.kind!r} {operation.name!r}: {first}") from error
+        results = (results,) if isinstance(results, Tensor) else tuple(results)
+        for (name, declared), result in zip(operation.outputs, results, strict=True):
+            _check_type(operation, declared, result)
+            values[name] = self._round(result, declared.dtype)
+
+    def _compute(
+        self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        kind = step.operation.kind
+        function = OPS[kind]
+        arguments = {p: self._argument(step, p, values) for p in step.operation.inputs}
+        arguments |= {p: v for p, v in step.constants.items() if p not in arguments}
+        if kind == "linear" and isinstance(arguments["weight"], Weight):
+            return linear_by_slabs(function, **arguments)
+        if kind == "gather" and isinstance(arguments["x"], Weight):
+            axis = arguments.get("axis", 0)
+            if int(axis) % len(arguments["x"].shape) == 0:
+                return gather_rows(function, **arguments)
+        if kind == "slice_update" and step.updates is not None:
+            state = states[step.updates]
+            arguments["in_place"] = _only_owner(step, values, arguments["x"], state)
+        for parameter, value in arguments.items():
+            if isinstance(value, Weight):
+                arguments[parameter] = value.whole()
+        if kind not in MOVES:
+            arguments = {p: widen(v) for p, v in arguments.items()}
+        result: Tensor | tuple[Tensor, ...] = function(**arguments)
+        return result
+
+    def _argument(self, step: Step, parameter: str, values: Mapping[str, Tensor]) -> Any:
+        if parameter in step.constants:
+            return step.constants[parameter]
+        names = step.names[parameter]
+        if parameter in VARIADIC:
+            return [self._value(name, values) for name in names]
+        return self._value(names[0], values)
+
+    def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        held = self._constants.get(name)
+        if held is None:
+            return values[name]
+        if isinstance(held, str):
+            raise TypeError(f"{name!r} is a string")
+        return held.whole() if isinstance(held, Weight) else held
+
+    def _round(self, value: Tensor, dtype: str) -> Tensor:
+        if self._fp16 and dtype == "fp16" and value.is_floating_point():
+            return value.to(torch.float16)
+        return value
+
+
+def _is_constant(operation: Operation) -> bool:
+    return operation.kind == "const" or operation.kind in CONSTEXPR
+
+
+def _refuse_unknown(operation: Operation) -> None:
+    kind = operation.kind
+    if kind in OTHER_OPS or kind in CONSTEXPR:
+        return
+    if kind not in OPS:
+        raise ArtifactError(
+            f"unknown op {kind!r} ({operation.name!r})",
+            hint="the evaluator runs decoders; on macOS, Core ML itself runs any program",
+        )
+    known = inspect.signature(OPS[kind]).parameters
+    for parameter in [*operation.inputs, *operation.literals]:
+        if parameter not in known or parameter == "in_place":
+            raise ArtifactError(f"op {kind!r} ({operation.name!r}): unknown input {parameter!r}")
+
+
+def _updated_state(operations: list[Operation], i: int) -> str | None:
+    """The state that a slice_update's result goes to, if nothing touches the state before.
+
+    Such an update may be done inside the state's own memory, as Core ML does: without it, every
+    layer would copy the whole cache.
+    """
+    if operations[i].kind != "slice_update":
+        return None
+    touched = set()
+    for later in operations[i + 1 :]:
+        if later.kind not in ("read_state", "write_state"):
+            continue
+        state = later.inputs["input"][0]
+        if later.kind == "write_state" and later.inputs["data"][0] == operations[i].name:
+            return None if state in touched else state
+        touched.add(state)
+    return None
+
+
+def _only_owner(step: Step, values: Mapping[str, Tensor], x: Tensor, state: Tensor) -> bool:
+    """Whether ``x`` is the state's memory and no other value that is still needed shares it."""
+    memory = x.untyped_storage().data_ptr()
+    if memory != state.untyped_storage().data_ptr() or x.shape != state.shape:
+        return False
+    name = step.names["x"][0]
+    if name not in step.frees:
+        return False
+    others = (value for other, value in values.items() if other != name)
+    return all(other.untyped_storage().data_ptr() != memory for other in others)
+
+
+def _write(states: dict[str, Tensor], name: str, data: Tensor) -> None:
+    state = states[name]
+    if data.untyped_storage().data_ptr() != state.untyped_storage().data_ptr():
+        # A new tensor: the old one may still be somebody's value.
+        states[name] = data.to(state.dtype, copy=True).reshape(state.shape)
+    elif data.shape != state.shape or data.stride() != state.stride():
+        states[name] = data.clone().reshape(state.shape)
+
+
+def _check_type(operation: Operation, declared: TensorType, result: Tensor) -> None:
+    where = f"op {operation.kind!r} {operation.name!r}"
+    sizes = tuple(result.shape)
+    fits = len(sizes) == len(declared.shape) and all(
+        want is None or want == size for want, size in zip(declared.shape, sizes, strict=True)
+    )
+    if not fits:
+        shape = ["?" if n is None else n for n in declared.shape]
+        raise ArtifactError(f"{where} gives shape {list(sizes)}, declared is {shape}")
+    family = declared.dtype[:2] if declared.dtype in ("fp16", "fp32", "bool") else "int"
+    found = {torch.bool: "bo", torch.float16: "fp", torch.float32: "fp"}.get(result.dtype, "int")
+    if family != found:
+        raise ArtifactError(f"{where} gives {result.dtype}, declared is {declared.dtype}")
+
+
+def _to_array(value: Tensor) -> NDArray[Any]:
+    return np.array(widen(value).contiguous().numpy())
+
+
+def _shape_text(spec: TensorSpec) -> str:
+    if spec.shapes:
+        return " or ".join(str(list(shape)) for shape in spec.shapes)
+    sizes = [str(low) if low == high else f"{low}..{high or ''}" for low, high in spec.ranges]
+    return f"[{', '.join(sizes)}]"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,131 @@
+"""Large constants of a running program: decoded when used, whole or by rows, kept if there is room.
+
+Decoding is what a run of a large model spends its time on, so ``linear`` takes its weight a slab
+of rows at a time (a decoded slab stays in the processor's cache), and ``gather`` decodes only the
+rows it is asked for. ``share_cache`` says which weights stay decoded between runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exporters.coreml.constexpr import Compressed, Constant, can_take_rows, decode, take_rows
+
+__all__ = ["Weight", "gather_rows", "linear_by_slabs", "share_cache", "widen"]
+
+SLAB = 1 << 21  # weights decoded at a time
+
+
+class Weight:
+    """A large constant.
+
+    Attributes:
+        constant: as the file has it.
+        shape: decoded.
+        keep_as: torch type to stay decoded in after the first use; None: decode for every use.
+    """
+
+    def __init__(self, constant: Constant) -> None:
+        self.constant = constant
+        self.shape = constant.shape
+        self.keep_as: torch.dtype | None = None
+        self._by_rows = can_take_rows(constant)
+        self._kept: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """All of it, float16 or float32."""
+        if self.keep_as is not None:
+            return self._keep(self.keep_as)
+        return decode(self.constant)
+
+    def rows(self, rows: NDArray[np.int64]) -> Tensor:
+        """Some rows of it."""
+        if self._kept is not None or not self._by_rows:
+            return self.whole()[torch.from_numpy(rows)]
+        return decode(take_rows(self.constant, rows))
+
+    def slabs(self) -> Iterator[tuple[int, int, Tensor]]:
+        """All of it, some rows at a time: first row, row after the last, their weights."""
+        if self.keep_as == torch.float32:
+            yield 0, self.shape[0], self.whole()
+            return
+        kept = self.whole() if self.keep_as is not None or not self._by_rows else None
+        for first, last in self._ranges():
+            if kept is None:
+                yield first, last, decode(take_rows(self.constant, slice(first, last)))
+            else:
+                yield first, last, kept[first:last]
+
+    def _keep(self, dtype: torch.dtype) -> Tensor:
+        if self._kept is None and self._by_rows:
+            kept = torch.empty(self.shape, dtype=dtype)
+            for first, last in self._ranges():
+                kept[first:last] = decode(take_rows(self.constant, slice(first, last)))
+            self._kept = kept
+        elif self._kept is None:
+            self._kept = decode(self.constant).to(dtype)
+        return self._kept
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        total = self.shape[0]
+        # A multiple of 64 rows, which most groups of rows that share a palette divide.
+        step = max(64, SLAB * total // max(1, math.prod(self.shape)) // 64 * 64)
+        for first in range(0, total, step):
+            yield first, min(first + step, total)
+
+
+def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
+    """Choose what stays decoded: all as float32, else as float16 as many as there is room for."""
+    distinct = list({id(weight): weight for weight in weights}.values())
+    if 4 * sum(math.prod(weight.shape) for weight in distinct) <= cache_bytes:
+        for weight in distinct:
+            weight.keep_as = torch.float32
+        return
+    for weight in distinct:
+        nbytes = 2 * math.prod(weight.shape)
+        # A plain float16 constant is in the mapped file already; float32 would lose bits.
+        worth = isinstance(weight.constant, Compressed) and weight.constant.dtype == "fp16"
+        if worth and nbytes <= cache_bytes:
+            weight.keep_as = torch.float16
+            cache_bytes -= nbytes
+
+
+def linear_by_slabs(
+    function: Callable[..., Tensor], x: Tensor, weight: Weight, bias: Any = None
+) -> Tensor:
+    """``linear`` (``function``), the weight decoded by slabs."""
+    x = widen(x)
+    bias = bias.whole() if isinstance(bias, Weight) else bias
+    parts = []
+    for first, last, rows in weight.slabs():
+        part = None if bias is None else widen(bias[first:last])
+        parts.append(function(x, widen(rows), part))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def gather_rows(
+    function: Callable[..., Tensor], x: Weight, indices: Tensor, **others: Any
+) -> Tensor:
+    """``gather`` (``function``) along the first axis, only the rows asked for being decoded."""
+    total = x.shape[0]
+    wanted = torch.where(indices < 0, indices + total, indices).to(torch.int64)
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < total:
+        raise IndexError(f"an index is outside of 0..{total - 1}")
+    rows, places = torch.unique(wanted, return_inverse=True)
+    return function(x.rows(rows.numpy()), places, **others)
+
+
+def widen(value: Any) -> Any:
+    """float16 as float32, in lists too."""
+    if isinstance(value, list):
+        return [widen(v) for v in value]
+    if isinstance(value, Tensor) and value.dtype == torch.float16:
+        return value.to(torch.float32)
+    return value
