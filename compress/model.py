@@ -55,6 +55,7 @@ class Plan:
         settings: the recipe's target settings that the writer needs again.
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
         max_context: positions up to which the artifact agrees with the float model.
+        kv_bytes_per_value: of the KV cache as the runtime holds it: 2 for float16.
     """
 
     format: str
@@ -64,6 +65,7 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     max_context: int = 0
+    kv_bytes_per_value: int = 2
 
     @property
     def weights_bytes(self) -> int:

@@ -194,4 +194,6 @@ def fill_defaults(node: dict[str, Any], schema: Mapping[str, Any]) -> None:
 
 def describe_all() -> list[tuple[str, str]]:
     """Name and one-line description of each shipped recipe."""
-    return [(name, parse(recipes.read(name), name).get("description", "")) for name in recipes.names()]
+    return [
+        (name, parse(recipes.read(name), name).get("description", "")) for name in recipes.names()
+    ]

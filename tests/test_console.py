@@ -1,0 +1,67 @@
+"""Sizes, tables and the separation of data and talk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from compress.console import Console, format_bytes, format_table, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1.8GiB", 1932735283), ("1.8GB", 1_800_000_000), ("512", 512), ("512B", 512),
+        ("1 MiB", 1 << 20), ("2kb", 2000), ("1tb", 10**12),
+    ],
+)  # fmt: skip
+def test_sizes_are_bytes_with_their_unit(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "1.8", "-1GB", "1..2GB", "1XB", "nanGB", "infGB", "0GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    if text == "1.8":
+        assert parse_bytes(text) == 1
+    else:
+        with pytest.raises(ValueError, match="not a size"):
+            parse_bytes(text)
+
+
+def test_both_units_are_printed():
+    assert format_bytes(2_396_785_760) == "2.40 GB (2.23 GiB)"
+    assert format_bytes(12) == "12 B"
+
+
+def test_tables_align():
+    text = format_table(["name", "bytes"], [["a", "1"], ["longer", "1,000"]])
+    assert text.splitlines() == ["name    bytes", "a           1", "longer  1,000"]
+
+
+def test_json_mode_prints_one_document_and_no_talk(capsys):
+    console = Console("json")
+    console.say("talk")
+    console.data("data")
+    console.table(["a"], [["1"]])
+    console.result({"x": 1})
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"x": 1}
+    assert captured.err == ""
+
+
+def test_quiet_prints_paths_only(capsys):
+    console = Console("quiet")
+    console.data("data")
+    console.say("talk")
+    console.path("out/a.gguf")
+    assert capsys.readouterr().out == "out/a.gguf\n"
+
+
+def test_progress_is_silent_when_piped(capsys):
+    with Console("human").progress("write") as update:
+        update(1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
