@@ -1,0 +1,57 @@
+"""ONNX: one folder that onnxruntime, ORT GenAI, Optimum and Transformers.js all load.
+
+    planning.py settings → which tensor gets which grid, and its bytes
+    packing.py  codes, scales and zero points as MatMulNBits and GatherBlockQuantized store them
+    graph.py    the decoder, node by node, from a DecoderConfig
+    writer.py   the .onnx file and its external data, streamed
+    folder.py   config.json, genai_config.json, the tokenizer
+    runtime.py  onnxruntime
+
+Importing this package loads none of onnx, onnx_ir and onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.arch import DecoderConfig
+from compress.model import Artifact, Plan, Progress, Runtime, Weights
+
+__all__ = ["describe", "grids", "open_runtime", "plan", "write"]
+
+
+def grids() -> Sequence[str]:
+    """``int4-g32``, ``int8-g128-asym`` …; ``F16`` for embeddings."""
+    from exporters.onnx.planning import GRIDS
+
+    return GRIDS
+
+
+def plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model") -> Plan:
+    """See ``exporters.onnx.planning.make_plan``."""
+    from exporters.onnx.planning import make_plan
+
+    return make_plan(config, settings, model_name)
+
+
+def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
+    """See ``exporters.onnx.writer.write``."""
+    from exporters.onnx import writer
+
+    return writer.write(plan, weights, folder, progress)
+
+
+def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
+    """See ``exporters.onnx.runtime.OnnxRuntime``."""
+    from exporters.onnx.runtime import OnnxRuntime
+
+    return OnnxRuntime(path, context=context, threads=threads)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """See ``exporters.onnx.describe.describe``."""
+    from exporters.onnx import inspection
+
+    return inspection.describe(path)

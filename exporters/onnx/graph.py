@@ -1,0 +1,372 @@
+"""The decoder as an ONNX graph, built node by node from a ``DecoderConfig``.
+
+About fifteen nodes a block: packed q/k/v → GroupQueryAttention (rope, cache and window inside) →
+o_proj, and the MLP; residual additions happen inside the Skip…LayerNormalization nodes. Operators
+of ``com.microsoft``: onnxruntime ``docs/ContribOperators.md``. Where ONNX has no operator at opset
+21 (RMSNorm, SiLU) the standard nodes are written that onnxruntime fuses while loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.arch import DecoderConfig
+from compress.grids import Array
+from compress.model import Plan, PlanEntry
+from exporters.onnx.packing import Piece, affine
+
+OPSET = 21
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+DTYPES = {"<f4": ir.DataType.FLOAT, "<f2": ir.DataType.FLOAT16, "|u1": ir.DataType.UINT8}
+
+Inputs = Sequence[ir.Value | None]
+
+
+def build(
+    config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
+) -> ir.Model:
+    """The model, its weights referring to ``data_name`` beside it.
+
+    Inputs: ``input_ids``, ``attention_mask``, ``position_ids`` int64 and
+    ``past_key_values.{i}.key/.value`` float32 ``[batch_size, kv_heads, past, head_dim]``.
+    Outputs: ``logits`` float32 ``[batch_size, sequence_length, vocab]`` and
+    ``present.{i}.key/.value``.
+    """
+    return _Decoder(config, plan, pieces, data_name).build()
+
+
+class _Decoder:
+    """One graph under construction: nodes in order, initializers by name."""
+
+    def __init__(
+        self, config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
+    ) -> None:
+        self.config = config
+        self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
+        self.accuracy_level = int(plan.settings["accuracy_level"])
+        self.pieces = pieces
+        self.data_name = data_name
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.casts: dict[str, ir.Value] = {}
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+
+    def build(self) -> ir.Model:
+        c = self.config
+        ids = self.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        mask = self.input(
+            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
+        )
+        self.positions = self.input(
+            "position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]
+        )
+        self.lengths(mask)
+        residual = self.embedding(ids)
+        delta: ir.Value | None = None
+        for block in range(c.num_hidden_layers):
+            delta, residual = self.block(block, delta, residual)
+        assert delta is not None
+        hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
+        logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
+        self.output(logits, ["batch_size", "sequence_length", c.vocab_size])
+        # Runtimes look outputs up by name; logits first is what people expect to see.
+        outputs = [logits, *(value for value in self.outputs if value is not logits)]
+        graph = ir.Graph(
+            self.inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name=c.model_type,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="packlight")
+
+    # --- the decoder ---------------------------------------------------------------------------
+
+    def lengths(self, mask: ir.Value) -> None:
+        """What GroupQueryAttention wants of the mask: the last position of each row, the total."""
+        one = self.constant("one", np.array(1, np.int64))
+        axis = self.constant("axis_1", np.array([1], np.int64))
+        count = self.op("ReduceSum", [mask, axis], "mask/count", keepdims=0)
+        last = self.op("Sub", [count, one], "mask/last")
+        self.last = self.op("Cast", [last], "mask/seqlens_k", to=ir.DataType.INT32)
+        shape = self.op("Shape", [mask], "mask/shape")
+        index = self.constant("index_1", np.array(1, np.int64))
+        total = self.op("Gather", [shape, index], "mask/total", axis=0)
+        self.total = self.op("Cast", [total], "mask/total_length", to=ir.DataType.INT32)
+
+    def embedding(self, ids: ir.Value) -> ir.Value:
+        entry = self.entries["embed_tokens.weight"]
+        name = entry.target_name
+        if entry.grid == "F16":
+            rows = self.op("Gather", [self.weight(name), ids], "embed_tokens/gather", axis=0)
+            return self.op("Cast", [rows], "embed_tokens", to=ir.DataType.FLOAT)
+        grid = affine(entry.grid)
+        zeros = None if grid.symmetric else self.weight(f"{name}.zero_points")
+        return self.op(
+            "GatherBlockQuantized",
+            [self.weight(f"{name}.codes"), ids, self.scales(name), zeros],
+            "embed_tokens",
+            domain=MICROSOFT,
+            bits=grid.bits,
+            block_size=grid.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def block(
+        self, block: int, delta: ir.Value | None, residual: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """Sequential, or attention and MLP side by side on one norm (phi)."""
+        stem = f"blocks.{block - block % self.config.block_repeat}"
+        name = f"layers.{block}"
+        hidden, residual = self.add_norm(delta, residual, f"{stem}.input_layernorm", name)
+        attention = self.attention(hidden, stem, name, block)
+        if self.config.parallel_residual:
+            mlp = self.mlp(hidden, stem, name)
+            return self.op("Add", [attention, mlp], f"{name}/sum"), residual
+        hidden, residual = self.add_norm(
+            attention, residual, f"{stem}.post_attention_layernorm", f"{name}/post_attention"
+        )
+        return self.mlp(hidden, stem, name), residual
+
+    def attention(self, hidden: ir.Value, stem: str, name: str, block: int) -> ir.Value:
+        c = self.config
+        query: ir.Value = self.linear(hidden, f"{stem}.qkv_proj", f"{name}/qkv_proj")
+        key = value = None  # packed into the query
+        if c.qk_norm:
+            sizes = np.array([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
+            split = self.constant("qkv_sizes", (sizes * c.head_dim).astype(np.int64))
+            query, key, value = self.split(query, split, f"{name}/qkv")
+            query = self.head_norm(query, f"{stem}.q_norm", f"{name}/q_norm", "query_heads")
+            key = self.head_norm(key, f"{stem}.k_norm", f"{name}/k_norm", "key_heads")
+        cache = ["batch_size", c.num_key_value_heads, "past_sequence_length", c.head_dim]
+        grown = [*cache[:2], "total_sequence_length", c.head_dim]
+        past = [
+            self.input(f"past_key_values.{block}.{part}", ir.DataType.FLOAT, cache)
+            for part in ("key", "value")
+        ]
+        window = c.sliding_window
+        attended, *present = self.node(
+            "GroupQueryAttention",
+            [
+                *(query, key, value, *past, self.last, self.total),
+                *(self.table("rope.cos"), self.table("rope.sin"), self.positions),
+            ],
+            f"{name}/attention",
+            [f"{name}/attention", f"present.{block}.key", f"present.{block}.value"],
+            domain=MICROSOFT,
+            num_heads=c.num_attention_heads,
+            kv_num_heads=c.num_key_value_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            local_window_size=window if window and window < c.max_context else -1,
+        )
+        for cached in present:
+            self.output(cached, grown)
+        return self.linear(attended, f"{stem}.o_proj", f"{name}/o_proj")
+
+    def head_norm(self, x: ir.Value, weight: str, name: str, kind: str) -> ir.Value:
+        """RMSNorm of each head of ``[batch, sequence, heads * head_dim]`` (qwen3)."""
+        c = self.config
+        heads = c.num_attention_heads if kind == "query_heads" else c.num_key_value_heads
+        apart = self.constant(f"{kind}_apart", np.array([0, 0, heads, c.head_dim], np.int64))
+        joined = self.constant(f"{kind}_joined", np.array([0, 0, heads * c.head_dim], np.int64))
+        x = self.op("Reshape", [x, apart], f"{name}/apart")
+        x = self.rms_norm(x, weight, name)
+        return self.op("Reshape", [x, joined], f"{name}/joined")
+
+    def mlp(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
+        up = self.linear(hidden, f"{stem}.up_proj", f"{name}/up_proj")
+        if self.config.gated_mlp:  # SwiGLU: gate * sigmoid(gate) * up
+            gate = self.linear(hidden, f"{stem}.gate_proj", f"{name}/gate_proj")
+            sigmoid = self.op("Sigmoid", [gate], f"{name}/sigmoid")
+            silu = self.op("Mul", [gate, sigmoid], f"{name}/silu")
+            up = self.op("Mul", [silu, up], f"{name}/gated")
+        else:
+            up = self.op("Gelu", [up], f"{name}/gelu", approximate="tanh")
+        return self.linear(up, f"{stem}.down_proj", f"{name}/down_proj")
+
+    def linear(self, x: ir.Value, stem: str, name: str, output: str = "") -> ir.Value:
+        entry = self.entries.get(f"{stem}.weight")
+        tied = entry is None
+        if entry is None:
+            entry = self.entries["embed_tokens.weight"]
+        grid = affine(entry.grid)
+        target = entry.target_name
+        rows, columns = entry.shape
+        codes = self.tied_codes(entry) if tied else self.weight(f"{target}.codes")
+        zeros = None if grid.symmetric else self.weight(f"{target}.zero_points")
+        bias = self.entries.get(f"{stem}.bias")
+        return self.op(
+            "MatMulNBits",
+            [
+                *(x, codes, self.scales(target), zeros, None),
+                self.weight(bias.target_name) if bias else None,
+            ],
+            name,
+            output=output,
+            domain=MICROSOFT,
+            K=columns,
+            N=rows,
+            bits=grid.bits,
+            block_size=grid.group_size,
+            accuracy_level=self.accuracy_level,
+        )
+
+    # --- norms ---------------------------------------------------------------------------------
+
+    def add_norm(
+        self, delta: ir.Value | None, residual: ir.Value, weight: str, name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """``residual + delta`` and its norm: (normed, sum). The first block has no delta."""
+        rms = self.config.norm == "rmsnorm"
+        name = f"{name}/{weight.rpartition('.')[2]}"
+        if delta is None:
+            norm = self.rms_norm if rms else self.layer_norm
+            return norm(residual, weight, name), residual
+        gamma = self.stored(f"{weight}.weight")
+        parameters = [gamma] if rms else [gamma, self.stored(f"{weight}.bias")]
+        normed, _, _, total = self.node(
+            "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization",
+            [delta, residual, *parameters],
+            name,
+            [name, "", "", f"{name}/residual"],
+            domain=MICROSOFT,
+            epsilon=self.config.norm_eps,
+        )
+        return normed, total
+
+    def rms_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+        """The nodes that onnxruntime's SimplifiedLayerNormFusion looks for.
+
+        Its SimplifiedLayerNormalization is not an operator that ``onnx.checker`` knows.
+        """
+        epsilon = np.array(self.config.norm_eps, np.float32)
+        axis = self.constant("axis_last", np.array([-1], np.int64))
+        square = self.op("Pow", [x, self.constant("two", np.array(2, np.float32))], f"{name}/square")
+        mean = self.op("ReduceMean", [square, axis], f"{name}/mean", keepdims=1)
+        moved = self.op("Add", [mean, self.constant("epsilon", epsilon)], f"{name}/moved")
+        root = self.op("Sqrt", [moved], f"{name}/root")
+        unit = self.op("Div", [x, root], f"{name}/unit")
+        return self.op("Mul", [unit, self.stored(f"{weight}.weight")], name)
+
+    def layer_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+        parameters = [self.stored(f"{weight}.weight"), self.stored(f"{weight}.bias")]
+        epsilon = self.config.norm_eps
+        return self.op("LayerNormalization", [x, *parameters], name, axis=-1, epsilon=epsilon)
+
+    # --- weights -------------------------------------------------------------------------------
+
+    def stored(self, name: str) -> ir.Value:
+        """The float initializer of a planned weight."""
+        return self.weight(self.entries[name].target_name)
+
+    def table(self, name: str) -> ir.Value:
+        return self.weight(self.entries[name].target_name)
+
+    def weight(self, name: str) -> ir.Value:
+        """An initializer of the data file."""
+        return self.external(name, self.pieces[name], self.pieces[name].shape)
+
+    def tied_codes(self, entry: PlanEntry) -> ir.Value:
+        """The embedding's codes in the shape of a linear: another view of the same bytes."""
+        grid = affine(entry.grid)
+        rows, columns = entry.shape
+        shape = (rows, columns // grid.group_size, grid.group_size * grid.bits // 8)
+        return self.external("lm_head.weight.codes", self.pieces[f"{entry.target_name}.codes"], shape)
+
+    def external(self, name: str, piece: Piece, shape: tuple[int, ...]) -> ir.Value:
+        if name not in self.initializers:
+            tensor = ir.ExternalTensor(
+                self.data_name,
+                piece.offset,
+                piece.nbytes,
+                DTYPES[piece.dtype],
+                shape=ir.Shape(shape),
+                name=name,
+            )
+            self.initializers[name] = initializer(tensor)
+        return self.initializers[name]
+
+    def scales(self, target: str) -> ir.Value:
+        """Scales are stored as float16; the cast is folded when a runtime loads the model."""
+        if target not in self.casts:
+            halves = self.weight(f"{target}.scales")
+            wide = self.op("Cast", [halves], f"{target}.scales/cast", to=ir.DataType.FLOAT)
+            self.casts[target] = wide
+        return self.casts[target]
+
+    def constant(self, name: str, values: Array) -> ir.Value:
+        """A small initializer inside the .onnx file."""
+        if name not in self.initializers:
+            self.initializers[name] = initializer(ir.tensor(values, name=name))
+        return self.initializers[name]
+
+    # --- nodes ---------------------------------------------------------------------------------
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, shape: Sequence[int | str]) -> None:
+        value.shape = ir.Shape(shape)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        self.outputs.append(value)
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Inputs,
+        name: str,
+        *,
+        output: str = "",
+        domain: str = "",
+        **attributes: int | float | str | ir.DataType,
+    ) -> ir.Value:
+        """A node with one output, which has the node's name unless told otherwise."""
+        outputs = [output or name]
+        return self.node(op_type, inputs, name, outputs, domain=domain, **attributes)[0]
+
+    def split(self, x: ir.Value, sizes: ir.Value, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
+        q, k, v = self.node("Split", [x, sizes], name, [f"{name}/{i}" for i in "qkv"], axis=-1)
+        return q, k, v
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Inputs,
+        name: str,
+        outputs: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: int | float | str | ir.DataType,
+    ) -> Sequence[ir.Value]:
+        given = list(inputs)
+        while given[-1] is None:  # optional ones at the end
+            given.pop()
+        node = ir.node(
+            op_type,
+            given,
+            {key: int(v) if isinstance(v, ir.DataType) else v for key, v in attributes.items()},
+            domain=domain,
+            outputs=[ir.Value(name=output) for output in outputs],
+            name=name,
+        )
+        self.nodes.append(node)
+        return node.outputs
+
+
+def initializer(tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tensor.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )

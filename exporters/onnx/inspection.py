@@ -1,0 +1,119 @@
+"""What ``packlight inspect`` shows of an ONNX folder: read from the .onnx file alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+
+
+def find_graph(path: Path) -> Path:
+    """The .onnx file of a folder (the one under ``onnx/``, else the only one), or the file given.
+
+    Raises:
+        ArtifactError: none there, or several.
+    """
+    if path.is_file():
+        return path
+    found = sorted(path.glob("onnx/*.onnx")) or sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        count = "no" if not found else f"{len(found)}"
+        raise ArtifactError(
+            f"{count} .onnx file in {path.name}",
+            hint="give the folder with config.json that packlight wrote, or one .onnx file",
+        )
+    return found[0]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Metadata and tensors; see ``exporters.Exporter.describe``.
+
+    Raises:
+        ArtifactError: no graph, or one that does not parse.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    graph = find_graph(path)
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise ArtifactError(f"{graph.name} is not an ONNX file, or is truncated") from error
+    data = graph.with_name(f"{graph.name}_data")
+    nbytes = graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    tensors = tensor_rows(model.graph)
+    config = json_or_empty(graph.parent.parent / "config.json")
+    parameters = sum(math.prod(row["shape"]) for row in tensors if row["grid"] != "table")
+    operators: dict[str, int] = {}
+    for node in model.graph.node:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return {
+        "format": "onnx",
+        "name": graph.stem,
+        "architecture": (config.get("architectures") or [model.graph.name])[0],
+        "parameters": parameters,
+        "bytes": nbytes,
+        "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "metadata": {
+            "ir_version": str(model.ir_version),
+            "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
+            "producer": model.producer_name,
+            "inputs": ", ".join(value.name for value in model.graph.input[:3]),
+            "operators": ", ".join(f"{name} {n}" for name, n in sorted(operators.items())),
+        },
+        "tensors": tensors,
+    }
+
+
+def tensor_rows(graph: Any) -> list[dict[str, Any]]:
+    """One row per weight: name, shape, grid, bytes with scales and zero points.
+
+    A tied head reads the embedding's bytes and has no row of its own. Tables of cos and sin are
+    rows with the grid ``table``: computed, not parameters.
+    """
+    import onnx
+
+    stored: dict[str, tuple[list[int], int, int, int]] = {}  # shape, type, offset, bytes
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            where = (int(place.get("offset", 0)), int(place["length"]))
+            stored[tensor.name] = (list(tensor.dims), tensor.data_type, *where)
+    rows: dict[int, dict[str, Any]] = {}  # by offset
+    for node in graph.node:
+        codes = [name for name in node.input if name.endswith(".codes") and name in stored]
+        if not codes:
+            continue
+        base = codes[0].removesuffix(".codes")
+        shape, _, offset, _ = stored[codes[0]]
+        bits, group = (
+            next(a.i for a in node.attribute if a.name == key) for key in ("bits", "block_size")
+        )
+        asymmetric = f"{base}.zero_points" in stored
+        rows.setdefault(
+            offset,
+            {
+                "name": base,
+                "shape": [shape[0], math.prod(shape[1:]) * 8 // bits],
+                "grid": f"int{bits}-g{group}" + ("-asym" if asymmetric else ""),
+                "bytes": sum(stored[name][3] for name in stored if name.rpartition(".")[0] == base),
+            },
+        )
+    parts = (".codes", ".scales", ".zero_points")
+    types = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16"}
+    for name, (shape, kind, offset, nbytes) in stored.items():
+        if not name.endswith(parts):
+            grid = "table" if name.startswith("rope.") else types[kind]
+            rows[offset] = {"name": name, "shape": shape, "grid": grid, "bytes": nbytes}
+    return [rows[offset] for offset in sorted(rows)]
+
+
+def json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

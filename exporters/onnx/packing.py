@@ -1,0 +1,108 @@
+"""How a planned tensor lies in the external data file.
+
+A tensor on an integer grid becomes two or three arrays, as ``com.microsoft::MatMulNBits`` and
+``GatherBlockQuantized`` want them (onnxruntime ``docs/ContribOperators.md``), codes packed along
+the row, the low bits first:
+
+    .codes        uint8    linear [N, groups, group_size * bits / 8]
+                           embedding [V, columns * bits / 8]: the same bytes
+    .scales       float16  [rows, groups]
+    .zero_points  uint8    [rows, ceil(groups * bits / 8)], asymmetric grids only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.grids import Array, Quantized, get_grid
+from compress.grids.affine import Affine
+from compress.model import PlanEntry
+
+FLOATS = {"F32": "<f4", "F16": "<f2"}
+# Offsets are multiples of a cache line, so that mapped arrays are aligned.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One array of the data file.
+
+    Attributes:
+        name: of the initializer.
+        dtype: numpy spelling: ``<f4``, ``<f2``, ``|u1``.
+        offset, nbytes: in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def affine(grid: str) -> Affine:
+    """The integer grid of that name."""
+    found = get_grid(grid)
+    assert isinstance(found, Affine)
+    return found
+
+
+def layout(entries: Iterable[PlanEntry]) -> dict[str, Piece]:
+    """Where every array of the plan lies, by initializer name, in file order."""
+    pieces: dict[str, Piece] = {}
+    end = 0
+    for entry in entries:
+        for name, dtype, shape in _arrays(entry):
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            pieces[name] = Piece(name, dtype, shape, offset, nbytes)
+            end = offset + nbytes
+    return pieces
+
+
+def _arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    name = entry.target_name
+    if entry.grid in FLOATS:
+        yield name, FLOATS[entry.grid], entry.shape
+        return
+    grid = affine(entry.grid)
+    rows, columns = entry.shape
+    groups = grid.groups((rows, columns))
+    if entry.name == "embed_tokens.weight":
+        yield f"{name}.codes", "|u1", (rows, columns * grid.bits // 8)
+    else:
+        yield f"{name}.codes", "|u1", (rows, groups, columns // groups * grid.bits // 8)
+    yield f"{name}.scales", "<f2", (rows, groups)
+    if not grid.symmetric:
+        yield f"{name}.zero_points", "|u1", (rows, -(-groups * grid.bits // 8))
+
+
+def pack(quantized: Quantized) -> dict[str, Array]:
+    """The bytes of some rows: ``codes``, ``scales`` and, asymmetric, ``zero_points``."""
+    grid = quantized.grid
+    assert isinstance(grid, Affine)
+    arrays = quantized.pack()
+    packed = {
+        "codes": pack_rows(arrays["codes"], grid.bits),
+        "scales": arrays["scale"].astype("<f2", copy=False),
+    }
+    if not grid.symmetric:
+        packed["zero_points"] = pack_rows(arrays["zero_point"], grid.bits)
+    return packed
+
+
+def pack_rows(codes: Array, bits: int) -> Array:
+    """uint8 codes ``[rows, n]`` → ``[rows, ceil(n * bits / 8)]``, the first code lowest.
+
+    A last half byte is filled with zeros.
+    """
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    packed = codes[:, 1::2] << 4
+    packed |= codes[:, 0::2]
+    return packed

@@ -1,0 +1,134 @@
+"""A written folder in onnxruntime, on the CPU, with a KV cache that is never copied.
+
+Keys and values live in one buffer per layer, as long as the context, bound both as past and as
+present: GroupQueryAttention then appends in place. Pages of the buffers that no position has
+reached are not touched, hence take no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from exporters.onnx.inspection import find_graph
+
+Float32 = NDArray[np.float32]
+
+# Positions per run of a long prompt: bounds the logits that onnxruntime holds besides ours.
+CHUNK = 512
+
+
+class OnnxRuntime:
+    """See ``compress.model.Runtime``."""
+
+    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
+        """Load the folder.
+
+        Args:
+            path: the folder with config.json, or the .onnx file.
+            context: positions to make room for; less where the graph holds less.
+            threads: 0 for the CPUs that the process may use.
+
+        Raises:
+            ArtifactError: unreadable, or refused by onnxruntime.
+            RuntimeMissingError: onnxruntime is not installed.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise RuntimeMissingError(
+                "onnxruntime is not installed", hint="pip install onnxruntime"
+            ) from error
+        graph = find_graph(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or available_cpus()
+        options.log_severity_level = 4  # its errors arrive as exceptions
+        try:
+            session = onnxruntime.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # pybind11 classes without a common base of their own
+            raise ArtifactError(
+                f"onnxruntime refuses {graph.name}: {first_line(error)}",
+                hint="an interrupted copy? the .onnx_data file must lie beside the .onnx file",
+            ) from error
+        self._session: Any = session
+        self._version: str = onnxruntime.__version__
+        self._vocab: int = session.get_outputs()[0].shape[-1]
+        self._context = context
+        self._caches: dict[str, Float32] = {}
+        for value in session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                _, heads, _, size = value.shape
+                self._caches[value.name] = np.zeros((1, heads, context, size), np.float32)
+        self._length = 0
+
+    @property
+    def name(self) -> str:
+        return f"onnxruntime {self._version}"
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab
+
+    def logits(self, tokens: Sequence[int]) -> Float32:
+        self.reset()
+        result = np.empty((len(tokens), self._vocab), np.float32)
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            result[start : start + len(chunk)] = self._run(chunk)
+        self.reset()
+        return result
+
+    def reset(self) -> None:
+        # What the buffers hold beyond the length is never read.
+        self._length = 0
+
+    def feed(self, tokens: Sequence[int]) -> Float32:
+        last: Float32 = np.empty(0, np.float32)
+        for start in range(0, len(tokens), CHUNK):
+            last = self._run(tokens[start : start + CHUNK])[-1]
+        return last.copy()
+
+    def close(self) -> None:
+        self._session = None
+        self._caches.clear()
+
+    def _run(self, tokens: Sequence[int]) -> Float32:
+        """Append to the cache; logits ``[len(tokens), vocab]``."""
+        end = self._length + len(tokens)
+        if end > self._context:
+            raise UsageError(
+                f"{end} tokens, and the runtime was opened for {self._context}",
+                hint="open it with a larger context",
+            )
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(self._length, end, dtype=np.int64)[None])
+        binding.bind_output("logits", "cpu")
+        for name, cache in self._caches.items():
+            place = ("cpu", 0, np.float32, cache.shape, cache.ctypes.data)
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
+        self._session.run_with_iobinding(binding)
+        self._length = end
+        logits: Float32 = binding.get_outputs()[0].numpy()[0]
+        return logits
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,99 @@
+"""The .onnx file and its external data, streamed: some rows of one tensor in memory at a time.
+
+Offsets are known from the plan, so codes, scales and zero points of a slab go to their places at
+once and every weight is read and quantized exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from compress.grids import Array, get_grid
+from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
+from exporters.onnx.folder import data_file, graph_file, write_folder
+from exporters.onnx.packing import FLOATS, Piece, layout, pack
+
+# Weights quantized at once: 32 MB as float32.
+SLAB = 8 * 2**20
+
+
+def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
+    """Write the ONNX folder: graph, external data, configs, tokenizer.
+
+    Args:
+        plan: from ``make_plan``; grids of single entries may have been changed.
+        weights: the checkpoint's.
+        folder: exists and is empty.
+        progress: called with bytes of the data file.
+
+    Returns:
+        The artifact; its path is ``folder``.
+    """
+    # Both take a second to import.
+    import onnx_ir as ir
+
+    from exporters.onnx.graph import build
+
+    config = weights.config
+    pieces = layout(plan.entries)
+    graph_path = folder / graph_file(plan)
+    data_path = folder / data_file(plan)
+    graph_path.parent.mkdir()
+    write_data(plan, weights, pieces, data_path, progress)
+    ir.save(build(config, plan, pieces, data_path.name), graph_path)
+    write_folder(plan, config, weights.checkpoint, folder)
+    return Artifact(
+        format="onnx",
+        type_name=plan.type_name,
+        path=folder,
+        nbytes=graph_path.stat().st_size + data_path.stat().st_size,
+        weights_bytes=plan.weights_bytes,
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(4),
+        plan=plan,
+        notes=plan.notes,
+    )
+
+
+def write_data(
+    plan: Plan, weights: Weights, pieces: dict[str, Piece], path: Path, progress: Progress
+) -> None:
+    """Every piece at its offset; the gaps of alignment are zeros."""
+    total = plan.weights_bytes
+    done = 0
+    with path.open("wb") as file:
+        for entry in plan.entries:
+            for name, row, values in _slabs(entry, weights):
+                _put(file, pieces[name], row, values)
+                done += values.nbytes
+                progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _slabs(entry: PlanEntry, weights: Weights) -> Iterator[tuple[str, int, Array]]:
+    """(initializer, first row, rows) of all that the entry stores."""
+    name = entry.target_name
+    if entry.name in ("rope.cos", "rope.sin"):
+        cos, sin = weights.config.rope.cos_sin(entry.shape[0])
+        yield name, 0, cos if entry.name == "rope.cos" else sin
+        return
+    rows = entry.shape[0]
+    step = rows if len(entry.shape) == 1 else max(1, SLAB // entry.shape[1])
+    for start in range(0, rows, step):
+        slab = slice(start, min(start + step, rows))
+        if entry.grid in FLOATS:
+            yield name, start, weights.read(entry.name, slab).astype(FLOATS[entry.grid])
+        else:
+            quantized = weights.quantize(entry.name, get_grid(entry.grid), slab)
+            for part, values in pack(quantized).items():
+                yield f"{name}.{part}", start, values
+
+
+def _put(file: BinaryIO, piece: Piece, row: int, values: Array) -> None:
+    # .scales [rows, groups] and flat .codes have the same bytes per row as the piece.
+    assert values.dtype.str == piece.dtype, (piece, values.dtype)
+    file.seek(piece.offset + row * (piece.nbytes // piece.shape[0]))
+    file.write(values.data if values.flags.c_contiguous else values.tobytes())
