@@ -51,9 +51,13 @@ class Rope:
     original_context: int = 0
 
     def inverse_frequencies(self) -> Float32:
-        """float32 ``[rotary_dim / 2]``, computed in float32 as transformers does."""
+        """float32 ``[rotary_dim / 2]``, rounded where transformers rounds.
+
+        One unit in the last place here is 2e-4 radians at position 4096, so the order matters:
+        float32 exponent, correctly rounded power, float32 product and reciprocal.
+        """
         exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        base = np.power(np.float32(self.theta), exponent, dtype=np.float32)
+        base = np.power(self.theta, exponent.astype(np.float64)).astype(np.float32)
         factors = np.asarray(self.factors, np.float32)
         return np.asarray(np.float32(1.0) / (factors * base), np.float32)
 

@@ -50,6 +50,9 @@ _PHI3: dict[str, Any] = _COMMON | {
     "model_type": "phi3",
     "num_key_value_heads": 4,
     "original_max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 480,  # the first id after the pieces: <|endoftext|>
+    "pad_token_id": 480,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | LLAMA_IDS | {"model_type": "llama", "num_key_value_heads": 4},
@@ -128,7 +131,7 @@ def make(
     if tokenizer:
         ids = save_tokenizer(family, folder)
     stops = ids.pop("stops", None)
-    keys |= {key: value for key, value in ids.items() if key not in config}
+    keys |= ids | config
     settings = AutoConfig.for_model(keys.pop("model_type"), **keys)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     _fill(model, seed)
@@ -162,7 +165,7 @@ def reference(folder: str | Path) -> Any:
         layers = torch.nn.ModuleList()
         for layer in model.model.layers:
             for _ in range(2):
-                twin = type(layer)(config, len(layers))
+                twin = type(layer)(model.config, len(layers))
                 twin.load_state_dict(layer.state_dict())
                 layers.append(twin.eval())
         model.model.layers = layers

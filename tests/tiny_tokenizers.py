@@ -147,7 +147,7 @@ def _sentencepiece(name: str, folder: Path) -> dict[str, Any]:
     model = folder / "tokenizer.model"
     model.write_bytes(_pieces(480 if phi3 else 512))  # phi3: 480 + 11 tokens, 21 padding rows
     if name == "mobilellm":  # published with the slow tokenizer's files only
-        LlamaTokenizer(str(model), legacy=False).save_pretrained(folder)
+        LlamaTokenizer(str(model), legacy=True).save_pretrained(folder)
         return LLAMA_IDS
     # legacy=True writes the "Prepend ▁" normalizer that the published tokenizer.json files have.
     converted = LlamaTokenizerFast(vocab_file=str(model), legacy=True, add_prefix_space=True)
