@@ -1,0 +1,126 @@
+"""Verification: the written file, in its real runtime, against the float model.
+
+How a build uses it::
+
+    limits = gates.parse(recipe.gates)                         # before any work
+    store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
+    for artifact in artifacts:
+        found = verify_artifact(probe_command, artifact.path, artifact.format, store, context=2048)
+    # found.quality, found.resources, found.generation → compress.report, → gates.judge
+
+One child process per artifact does everything (``examine``): load, prefill, decode, memory,
+generation with and without the cache, then the logits of every window. Its native code may crash
+without taking the build along, the model is loaded once, and its memory is read before the scoring
+buffers exist. What is large (scores of every token) comes back as a file in the work folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+from compress.model import Runtime
+from compress.verify import quality, resources
+from compress.verify.baseline import BaselineStore
+from compress.verify.child import SILENCE, Emit, run_child
+from compress.verify.generate import Generation, check_generation
+from compress.verify.quality import Quality, TokenScores
+from compress.verify.resources import Resources, Speed
+
+__all__ = ["BaselineStore", "Verified", "examine", "verify_artifact"]
+
+GENERATED = 32  # tokens of the greedy sample
+PROMPT = 16  # tokens of text before it
+DECODED = 32  # tokens of a decode measurement
+PREFILLED = 256  # tokens of a prefill measurement, or half the context
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found out about one artifact."""
+
+    quality: Quality
+    resources: Resources
+    generation: Generation
+
+
+def verify_artifact(
+    probe: Sequence[str],
+    path: Path,
+    format: str,
+    baseline: BaselineStore,
+    *,
+    context: int,
+    threads: int = 0,
+    progress: Progress | None = None,
+    silence: float = SILENCE,
+) -> Verified:
+    """Run one artifact in a child process and compare it with the float model.
+
+    Args:
+        probe: the command that opens artifacts (``exporters.probe.command()``); it is given
+            ``FORMAT PATH --baseline FOLDER --scores FILE --context N --threads N``.
+        path: the artifact.
+        format: ``gguf``, ``onnx``, ``coreml``.
+        baseline: the float model's logits.
+        context: positions to make room for; windows and generation must fit.
+        threads: 0 for the CPUs that the process may use.
+        progress: called with windows done and in all.
+        silence: seconds without news after which the child is ended.
+
+    Raises:
+        ArtifactError: the runtime refuses the artifact, crashes or hangs.
+        RuntimeMissingError: there is no runtime for the format.
+    """
+    scores = baseline.folder / f"scores-{format}.npz"
+    command = [*probe, format, str(path), "--baseline", str(baseline.folder)]
+    command += ["--scores", str(scores), "--context", str(context), "--threads", str(threads)]
+    found: dict[str, Any] = {}
+    with closing(run_child(command, f"{path.name} ({format})", silence=silence)) as events:
+        for event in events:
+            if "windows" in event and progress:
+                progress(event["windows"], len(baseline.windows))
+            found.update(event)
+    try:
+        summary = quality.summarize(TokenScores.load(scores))
+        speed = Speed(**found["resources"].pop("speed"))
+        used = Resources(**found["resources"], speed=speed)
+        told = found["generation"]  # JSON has lists for tuples
+        generation = Generation(tuple(told.pop("prompt")), tuple(told.pop("tokens")), **told)
+    except (KeyError, OSError) as error:
+        raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
+    finally:
+        scores.unlink(missing_ok=True)
+    return Verified(summary, used, generation)
+
+
+def examine(
+    open_runtime: Callable[[], Runtime],
+    baseline: BaselineStore,
+    scores: Path,
+    context: int,
+    emit: Emit,
+) -> None:
+    """The child's work, from loading to the scores of every token.
+
+    Emits ``stage`` before each part, ``resources``, ``generation``, and ``windows`` (done so far).
+    """
+    text = [int(token) for window in baseline.windows[:4] for token in window]
+    prompt = text[: max(1, min(PREFILLED, context // 2))]
+    emit({"stage": "loading"})
+    runtime, used = resources.measure(open_runtime, prompt, min(DECODED, context - len(prompt)))
+    try:
+        emit({"resources": asdict(used), "stage": "generating"})
+        short = prompt[: max(1, min(PROMPT, context // 4))]
+        found = check_generation(runtime, short, min(GENERATED, context - len(short)))
+        emit({"generation": asdict(found), "stage": "computing logits"})
+        result = quality.score(runtime, baseline, lambda done, total: emit({"windows": done}))
+        result.save(scores)
+    finally:
+        runtime.close()

@@ -1,0 +1,143 @@
+"""A child process that tells a parent what it finds, one JSON object per line.
+
+An artifact runs in a process of its own for two reasons: llama.cpp and other native code end the
+whole process (``abort``) on a file that they dislike, and a process that holds nothing else is the
+only place where "peak memory" is the artifact's own.
+
+The child speaks through a copy of its stdout and points stdout itself at stderr, so that whatever
+native libraries print cannot be mistaken for an event.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from compress import errors
+from compress.errors import ArtifactError, PacklightError
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+SILENCE = 1800.0  # seconds without an event after which a child is taken for dead
+
+
+def run_child(
+    command: Sequence[str], what: str, *, silence: float = SILENCE
+) -> Generator[Event, None, None]:
+    """Run a command and yield its events as they come; the child dies with the iterator.
+
+    Args:
+        command: program and arguments.
+        what: names the artifact in error messages.
+        silence: seconds without an event after which the child is ended.
+
+    Raises:
+        ArtifactError: it crashed, was killed, hung, or ended without a word; with its stage and
+            the last line of its stderr. An error of ``compress.errors`` in the child is raised
+            again as what it was.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment(),
+    )
+    assert process.stdout and process.stderr
+    lines: queue.Queue[str | None] = queue.Queue()
+    complaints: deque[str] = deque(maxlen=20)
+    talk = threading.Thread(target=pump, args=(process.stdout, lines.put), daemon=True)
+    noise = threading.Thread(target=pump, args=(process.stderr, complaints.append), daemon=True)
+    stage = "starting"
+    try:
+        talk.start()
+        noise.start()
+        while True:
+            try:
+                line = lines.get(timeout=silence)
+            except queue.Empty:
+                raise ArtifactError(
+                    f"{what}: no sign of life for {silence:g} s while {stage}"
+                ) from None
+            if line is None:
+                break
+            event: Event = json.loads(line)
+            if "error" in event:
+                kind = getattr(errors, event["error"], ArtifactError)
+                raise kind(event["message"], event["hint"])
+            stage = event.get("stage", stage)
+            yield event
+        code = process.wait()
+        if code:
+            noise.join(timeout=5)
+            raise ArtifactError(f"{what}: {how_it_ended(code)} while {stage}{last_of(complaints)}")
+    finally:
+        process.kill()
+        process.wait()
+        noise.join(timeout=5)
+        talk.join(timeout=5)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def pump(stream: IO[str], take: Callable[[str | None], None]) -> None:
+    """Hand over lines until the stream ends, then None."""
+    for line in stream:
+        take(line.rstrip("\n"))
+    take(None)
+
+
+def how_it_ended(code: int) -> str:
+    """An exit status in words."""
+    if code >= 0:
+        return f"its process ended with status {code}"
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    out_of_memory = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"its runtime crashed with {name}{out_of_memory}"
+
+
+def last_of(complaints: Sequence[str | None]) -> str:
+    """The last line that says anything, to hang on a message."""
+    said = [line.strip() for line in complaints if line and line.strip()]
+    return f": {said[-1][:300]}" if said else ""
+
+
+def environment() -> Mapping[str, str]:
+    """Ours, with the folder that ``compress`` was imported from on the path (a bare checkout)."""
+    root = Path(__file__).resolve().parents[2]
+    if root.name in ("site-packages", "dist-packages"):
+        return os.environ
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def speak(main: Callable[[Emit], None]) -> int:
+    """The child's side: run ``main(emit)``, turn errors of ours into an event.
+
+    Returns:
+        The exit status; other exceptions pass, their traceback's last line is the message.
+    """
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as events:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+        def emit(event: Event) -> None:
+            events.write(json.dumps(event) + "\n")
+            events.flush()
+
+        try:
+            main(emit)
+        except PacklightError as error:
+            emit({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+            return error.exit_code
+        return 0

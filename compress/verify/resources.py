@@ -1,0 +1,193 @@
+"""What it takes to run an artifact: memory of the process, tokens per second, seconds to load.
+
+Runs inside the child process that holds nothing but the artifact (``compress.verify.child``).
+
+Memory is read from ``/proc/self/status`` on Linux, from ``getrusage`` on macOS. ``ru_maxrss`` is no
+good on Linux: a child starts with its parent's figure, which survives ``exec``. Three numbers that
+are never one: the weights (bytes of the file), the KV cache (bytes per token × context), and the
+peak of the whole process, which holds both, and Python, the runtime's libraries and its buffers.
+Pages of a memory-mapped file count in the resident size but can be dropped at any time, so the peak
+of anonymous memory (what the process must really have) is told beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from compress.model import Runtime
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, medians of repeats after a warm-up.
+
+    Attributes:
+        prefill_tokens_per_second: one ``feed`` of ``prefill_tokens`` into an empty cache.
+        decode_tokens_per_second: greedy, one token per ``feed``, after that prompt.
+        repeats: measurements that the medians are of.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prefill_tokens: int
+    decode_tokens: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a process that loads and runs an artifact takes.
+
+    Attributes:
+        runtime: name and version.
+        load_seconds: from the path to a runtime that answers.
+        startup_memory_bytes: resident size before loading (Python and imports).
+        peak_memory_bytes: largest resident size, after loading, prefill and decode.
+        peak_anonymous_bytes: largest size without file pages; None where the system does not say.
+        speed: tokens per second.
+    """
+
+    runtime: str
+    load_seconds: float
+    startup_memory_bytes: int | None
+    peak_memory_bytes: int | None
+    peak_anonymous_bytes: int | None
+    speed: Speed
+
+
+def measure(
+    open_runtime: Callable[[], Runtime],
+    prompt: Sequence[int],
+    decode_tokens: int,
+    *,
+    repeats: int = 3,
+    seconds: float = 20.0,
+) -> tuple[Runtime, Resources]:
+    """Load an artifact in this process, run it, and say what that took.
+
+    Args:
+        open_runtime: loads it.
+        prompt: tokens of the prefill.
+        decode_tokens: tokens to decode after it.
+        repeats: measurements after one warm-up.
+        seconds: no further repeat is begun after this long.
+
+    Returns:
+        The loaded runtime, which the caller closes, and the figures.
+    """
+    startup = read_status("VmRSS")
+    with AnonymousPeak() as anonymous:
+        begin = time.perf_counter()
+        runtime = open_runtime()
+        load_seconds = time.perf_counter() - begin
+        speed = measure_speed(runtime, prompt, decode_tokens, repeats=repeats, seconds=seconds)
+    return runtime, Resources(
+        runtime=runtime.name,
+        load_seconds=load_seconds,
+        startup_memory_bytes=startup,
+        peak_memory_bytes=peak_memory(),
+        peak_anonymous_bytes=anonymous.peak,
+        speed=speed,
+    )
+
+
+def measure_speed(
+    runtime: Runtime,
+    prompt: Sequence[int],
+    decode_tokens: int,
+    *,
+    repeats: int = 3,
+    seconds: float = 20.0,
+) -> Speed:
+    """Prefill and decode speed through ``feed``; a warm-up run first, which is not counted."""
+    deadline = time.perf_counter() + seconds
+    prefill: list[float] = []
+    decode: list[float] = []
+    for run in range(repeats + 1):
+        runtime.reset()
+        begin = time.perf_counter()
+        last = runtime.feed(prompt)
+        middle = time.perf_counter()
+        for _ in range(decode_tokens):
+            last = runtime.feed([int(last.argmax())])
+        end = time.perf_counter()
+        if run:
+            prefill.append(middle - begin)
+            decode.append(end - middle)
+            if end > deadline:
+                break
+    return Speed(
+        prefill_tokens_per_second=len(prompt) / statistics.median(prefill),
+        decode_tokens_per_second=decode_tokens / statistics.median(decode),
+        prefill_tokens=len(prompt),
+        decode_tokens=decode_tokens,
+        repeats=len(prefill),
+    )
+
+
+class AnonymousPeak:
+    """Largest ``RssAnon`` while a ``with`` block runs, looked at every few milliseconds.
+
+    The kernel keeps no high-water mark of it. A spike shorter than the interval is missed.
+    ``peak`` is None where there is no ``/proc``.
+    """
+
+    interval = 0.005  # seconds; one look takes 0.03 ms
+
+    def __init__(self) -> None:
+        self.peak = read_status("RssAnon")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> AnonymousPeak:
+        if self.peak is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.peak is not None:
+            self._stop.set()
+            self._thread.join()
+            self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = max(self.peak or 0, read_status("RssAnon") or 0)
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes."""
+    peak = read_status("VmHWM")
+    if peak is None and sys.platform == "darwin":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, KiB on Linux
+    return peak
+
+
+def read_status(key: str) -> int | None:
+    """A size from ``/proc/self/status`` in bytes; None where there is none."""
+    try:
+        for line in STATUS.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,143 @@
+"""compress.verify in a real child process: memory, speed, generation, crashes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from echo_model import EchoModel, text_windows
+
+from compress.errors import ArtifactError, RuntimeMissingError
+from compress.verify import BaselineStore, quality, verify_artifact
+from compress.verify.generate import check_generation, greedy
+from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
+
+PROBE = [sys.executable, str(Path(__file__).with_name("echo_model.py"))]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
+    windows, model = text_windows(64, 4, 33), EchoModel(64)
+    folder = tmp_path_factory.mktemp("baseline")
+    return BaselineStore.write(folder, windows, map(model.logits, windows))
+
+
+def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
+    done: list[tuple[int, int]] = []
+    found = verify_artifact(
+        PROBE,
+        Path("model.echo"),
+        "works",
+        baseline,
+        context=128,
+        progress=lambda *step: done.append(step),
+    )
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert found.quality == quality.compare(EchoModel(64, noise=0.5), baseline)
+    assert found.generation.consistent and len(found.generation.tokens) == 32
+    assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
+    used = found.resources
+    assert used.runtime == "numpy echo 1.0"
+    assert used.speed.prefill_tokens == 64 and used.speed.decode_tokens == 32
+    assert used.speed.prefill_tokens_per_second > 0 and used.speed.decode_tokens_per_second > 0
+    assert not list(baseline.folder.glob("scores-*"))
+
+
+@linux
+def test_the_peak_is_the_childs_own(baseline: BaselineStore) -> None:
+    """200 MiB held for a moment in the child are seen; 300 MiB held here are not."""
+    ballast = np.ones(300 << 17)
+    path = Path("model.echo")
+    calm = verify_artifact(PROBE, path, "works", baseline, context=128).resources
+    greedy = verify_artifact(PROBE, path, "greedy", baseline, context=128).resources
+    assert ballast[0] == 1
+    for field in ("peak_memory_bytes", "peak_anonymous_bytes"):
+        low, high = getattr(calm, field), getattr(greedy, field)
+        assert 150 << 20 < high - low < 215 << 20
+        assert low < 250 << 20
+    assert calm.startup_memory_bytes is not None and calm.peak_memory_bytes is not None
+    assert 5 << 20 < calm.startup_memory_bytes <= calm.peak_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("abort", ArtifactError, "crashed with SIGABRT while loading: .*something to complain"),
+        ("missing", RuntimeMissingError, "^echo is not installed$"),
+        ("raises", ArtifactError, "status 1 while loading: ZeroDivisionError: who divides"),
+        ("silent", ArtifactError, "the child gave no result"),
+        ("hangs", ArtifactError, "no sign of life for 2 s while loading"),
+    ],
+)
+def test_a_child_that_fails(
+    baseline: BaselineStore, how: str, error: type[Exception], message: str
+) -> None:
+    begin = time.monotonic()
+    with pytest.raises(error, match=message):
+        verify_artifact(PROBE, Path("m.echo"), how, baseline, context=128, silence=2)
+    assert time.monotonic() - begin < 30
+
+
+def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_artifact(PROBE, Path("m"), "works", baseline, context=128, progress=interrupt)
+    if sys.platform == "linux":
+        children = Path(f"/proc/self/task/{threading_id()}/children")
+        assert not children.exists() or children.read_text() == ""
+
+
+def threading_id() -> int:
+    import threading
+
+    return threading.get_native_id()
+
+
+def test_greedy_with_and_without_the_cache() -> None:
+    model = EchoModel(64)
+    cached = greedy(model, [3, 1, 4], 32, cached=True)
+    assert cached == greedy(model, [3, 1, 4], 32, cached=False)
+    tokens = [3, 1, 4]  # by hand
+    for _ in range(32):
+        tokens.append(int(np.argmax(model.logits(tokens)[-1])))
+    assert cached == tokens[3:]
+    assert len(set(cached)) > 3
+
+
+def test_a_cache_that_forgets_is_caught() -> None:
+    found = check_generation(EchoModel(64, forgets=True), [3, 1, 4], 32)
+    assert not found.consistent
+    assert found.first_difference is not None and found.gap is not None
+    assert found.gap > 0.01  # no tie: the cache is wrong
+
+
+def test_speed_counts_what_was_fed() -> None:
+    class Slow(EchoModel):
+        def feed(self, tokens: Sequence[int]):  # type: ignore[no-untyped-def]
+            time.sleep(0.04 if len(tokens) > 1 else 0.01)
+            return super().feed(tokens)
+
+    speed = measure_speed(Slow(16), [1] * 20, 5, repeats=2)
+    assert speed.repeats == 2
+    assert 20 / 0.04 / 3 < speed.prefill_tokens_per_second <= 20 / 0.04
+    assert 1 / 0.01 / 3 < speed.decode_tokens_per_second <= 1 / 0.01
+    assert measure_speed(Slow(16), [1] * 20, 5, repeats=9, seconds=0.0).repeats == 1
+
+
+@linux
+def test_anonymous_peak_is_of_the_block() -> None:
+    with AnonymousPeak() as watch:
+        block = np.ones(64 << 17)  # 64 MiB
+        time.sleep(0.05)
+        del block
+    after = read_status("RssAnon")
+    assert watch.peak is not None and after is not None
+    assert watch.peak - after > 48 << 20
+    assert (peak_memory() or 0) >= watch.peak
