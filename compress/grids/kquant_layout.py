@@ -1,0 +1,172 @@
+"""Where the bits of the GGUF block grids lie: codes and parameters to bytes and back.
+
+The layouts are those of ggml (ggml-common.h), little-endian. Below, ``c[i]`` is the code of
+column i of the block, ``|`` joins fields in the order of the bytes:
+
+    Q4_0, IQ4_NL  d | c[i] + 16 c[i+16]
+    Q4_1          d m | as Q4_0
+    Q5_0, Q5_1    as Q4_0, Q4_1, with the fifth bits of all 32 codes as one uint32 before them
+    Q8_0          d | c[i] - 128 as int8
+    Q4_K          d dmin | 12 bytes scales and mins | per 64 columns: c[i] + 16 c[i+32]
+    Q5_K          as Q4_K, with bit k of 32 bytes before the codes = fifth bit of c[32 k + i]
+    Q6_K          per 128 columns: low nibbles c[i] + 16 c[i+64] (i < 64)
+                  | high pairs of bits of c[i], c[i+32], c[i+64], c[i+96] | int8 scales | d
+    Q3_K          bit k of 32 bytes = third bit of c[32 k + i] | low pairs of bits as in Q2_K
+                  | 12 bytes scales | d
+    Q2_K          scale + 16 min | per 128 columns: c[i], c[i+32], c[i+64], c[i+96] | d dmin
+
+Scales and mins of Q4_K and Q5_K (6 bits each; j < 4) and scales of Q3_K (6 bits, plus 32):
+
+    byte j      scale[j] + 64 (scale[j+4] >> 4)        byte j < 8   low nibbles of j, j + 8
+    byte j + 4  min[j] + 64 (min[j+4] >> 4)            byte j + 8   high pairs of bits of
+    byte j + 8  low nibbles of scale[j+4], min[j+4]                 j, j + 4, j + 8, j + 12
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.grids import Array, Params
+
+Bytes = NDArray[np.uint8]
+
+# Parameters and runs of codes in the order of the file: name and bytes per block. `low` and
+# `high` are the two parts of the codes.
+FIELDS: dict[str, tuple[tuple[str, int], ...]] = {
+    "Q4_0": (("d", 2), ("low", 16)),
+    "Q4_1": (("d", 2), ("m", 2), ("low", 16)),
+    "Q5_0": (("d", 2), ("high", 4), ("low", 16)),
+    "Q5_1": (("d", 2), ("m", 2), ("high", 4), ("low", 16)),
+    "Q8_0": (("d", 2), ("low", 32)),
+    "IQ4_NL": (("d", 2), ("low", 16)),
+    "Q2_K": (("scales", 16), ("low", 64), ("d", 2), ("dmin", 2)),
+    "Q3_K": (("high", 32), ("low", 64), ("scales", 12), ("d", 2)),
+    "Q4_K": (("d", 2), ("dmin", 2), ("scales", 12), ("low", 128)),
+    "Q5_K": (("d", 2), ("dmin", 2), ("scales", 12), ("high", 32), ("low", 128)),
+    "Q6_K": (("low", 128), ("high", 64), ("scales", 16), ("d", 2)),
+}
+
+# How each part of the codes is cut into bit fields: (bits of a field, first bit in the code,
+# columns that lie beside each other before the next field of the same byte begins).
+PARTS: dict[str, dict[str, tuple[int, int, int]]] = {
+    "Q4_0": {"low": (4, 0, 16)},
+    "Q4_1": {"low": (4, 0, 16)},
+    "Q5_0": {"low": (4, 0, 16), "high": (1, 4, 1)},
+    "Q5_1": {"low": (4, 0, 16), "high": (1, 4, 1)},
+    "Q8_0": {"low": (8, 0, 32)},
+    "IQ4_NL": {"low": (4, 0, 16)},
+    "Q2_K": {"low": (2, 0, 32)},
+    "Q3_K": {"low": (2, 0, 32), "high": (1, 2, 32)},
+    "Q4_K": {"low": (4, 0, 32)},
+    "Q5_K": {"low": (4, 0, 32), "high": (1, 4, 32)},
+    "Q6_K": {"low": (4, 0, 64), "high": (2, 4, 32)},
+}
+
+
+def block_bytes(name: str) -> int:
+    """Bytes of one block."""
+    return sum(size for _, size in FIELDS[name])
+
+
+def pack(name: str, block: int, codes: Array, params: Params) -> Bytes:
+    """Codes uint8 ``[rows, columns]`` and parameters as uint8 ``[rows, bytes_per_row]``."""
+    rows, columns = codes.shape
+    blocks = np.empty((rows, columns // block, block_bytes(name)), dtype=np.uint8)
+    start = 0
+    for field, size in FIELDS[name]:
+        part = blocks[..., start : start + size]
+        start += size
+        if field in PARTS[name]:
+            _join(codes, *PARTS[name][field], out=part)
+        elif field == "scales":
+            part[:] = _join_scales(name, params)
+        else:
+            part[:] = params[field].astype("<f2")[..., None].view(np.uint8)
+    if name == "Q8_0":
+        blocks[..., 2:] ^= np.uint8(0x80)
+    return blocks.reshape(rows, -1)
+
+
+def unpack(name: str, block: int, packed: Bytes) -> tuple[Array, dict[str, Array]]:
+    """The inverse of ``pack``: codes and parameters."""
+    rows = packed.shape[0]
+    blocks = packed.reshape(rows, -1, block_bytes(name))
+    if name == "Q8_0":
+        blocks = blocks ^ np.array([0, 0, *[0x80] * 32], dtype=np.uint8)
+    codes = np.zeros((rows, blocks.shape[1] * block), dtype=np.uint8)
+    params: dict[str, Array] = {}
+    start = 0
+    for field, size in FIELDS[name]:
+        part = np.ascontiguousarray(blocks[..., start : start + size])
+        start += size
+        if field in PARTS[name]:
+            _cut(part, *PARTS[name][field], out=codes)
+        elif field == "scales":
+            params.update(_cut_scales(name, part))
+        else:
+            params[field] = part.view("<f2")[..., 0].astype(np.float16)
+    return codes, params
+
+
+def _join(codes: Array, bits: int, first: int, run: int, out: Bytes) -> None:
+    if bits == 8:
+        out[:] = codes.reshape(out.shape)
+        return
+    fields = codes.reshape(*out.shape[:2], -1, 8 // bits, run)
+    joined = np.zeros((*fields.shape[:3], run), dtype=np.uint8)
+    mask = np.uint8((1 << bits) - 1)
+    for k in range(8 // bits):
+        joined |= ((fields[..., k, :] >> np.uint8(first)) & mask) << np.uint8(k * bits)
+    out[:] = joined.reshape(out.shape)
+
+
+def _cut(part: Bytes, bits: int, first: int, run: int, out: Array) -> None:
+    if bits == 8:
+        out |= part.reshape(out.shape)
+        return
+    joined = part.reshape(*part.shape[:2], -1, run)
+    fields = out.reshape(*joined.shape[:3], 8 // bits, run)
+    mask = np.uint8((1 << bits) - 1)
+    for k in range(8 // bits):
+        fields[..., k, :] |= ((joined >> np.uint8(k * bits)) & mask) << np.uint8(first)
+
+
+def _join_scales(name: str, params: Params) -> Bytes:
+    count = {"Q4_K": 8, "Q5_K": 8}.get(name, 16)
+    scales = params["scales"].reshape(params["scales"].shape[0], -1, count)
+    if name == "Q6_K":
+        return scales.view(np.uint8)
+    if name == "Q3_K":
+        raised = (scales + np.int8(32)).view(np.uint8)
+        high = np.zeros((*raised.shape[:2], 4), dtype=np.uint8)
+        for k in range(4):
+            high |= (raised[..., 4 * k : 4 * k + 4] >> 4) << np.uint8(2 * k)
+        return np.concatenate([(raised[..., :8] & 15) | (raised[..., 8:] << 4), high], axis=-1)
+    mins = params["mins"].reshape(scales.shape)
+    if name == "Q2_K":
+        return np.asarray(scales | (mins << 4))
+    return np.concatenate(
+        [
+            scales[..., :4] | ((scales[..., 4:] >> 4) << 6),
+            mins[..., :4] | ((mins[..., 4:] >> 4) << 6),
+            (scales[..., 4:] & 15) | (mins[..., 4:] << 4),
+        ],
+        axis=-1,
+    )
+
+
+def _cut_scales(name: str, part: Bytes) -> dict[str, Array]:
+    rows = part.shape[0]
+    if name == "Q6_K":
+        return {"scales": part.view(np.int8).reshape(rows, -1)}
+    if name == "Q3_K":
+        low = np.concatenate([part[..., :8] & 15, part[..., :8] >> 4], axis=-1)
+        high = np.concatenate([(part[..., 8:] >> np.uint8(2 * k)) & 3 for k in range(4)], axis=-1)
+        return {"scales": ((low | (high << 4)).view(np.int8) - np.int8(32)).reshape(rows, -1)}
+    if name == "Q2_K":
+        return {"scales": (part & 15).reshape(rows, -1), "mins": (part >> 4).reshape(rows, -1)}
+    head, middle, tail = part[..., :4], part[..., 4:8], part[..., 8:]
+    scales = np.concatenate([head & 63, (tail & 15) | ((head >> 6) << 4)], axis=-1)
+    mins = np.concatenate([middle & 63, (tail >> 4) | ((middle >> 6) << 4)], axis=-1)
+    return {"scales": scales.reshape(rows, -1), "mins": mins.reshape(rows, -1)}
