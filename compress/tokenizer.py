@@ -1,0 +1,133 @@
+"""The checkpoint's tokenizer, as Hugging Face loads it, and the windows that verification scores.
+
+Loaded offline and without remote code. ``transformers`` is imported when a tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CheckpointError, UsageError
+
+Messages = Sequence[Mapping[str, str]]
+"""A chat: ``[{"role": "user", "content": "..."}, ...]``."""
+
+
+class Tokenizer:
+    """Text ↔ token ids.
+
+    Attributes:
+        hf: the transformers tokenizer underneath.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Load the tokenizer of a checkpoint folder.
+
+        Raises:
+            CheckpointError: no tokenizer files, damaged ones, or one that needs remote code.
+        """
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # advice to programmers, of no use to a command line
+        folder = Path(path)
+        if not any((folder / name).exists() for name in _VOCABULARIES):
+            raise CheckpointError(
+                f"no tokenizer in {folder}",
+                hint=f"expected one of {', '.join(_VOCABULARIES)}",
+            )
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # tokenizers raises bare Exception for damaged files
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    "the tokenizer needs the checkpoint's own code, which packlight never executes"
+                ) from error
+            raise CheckpointError(f"the tokenizer cannot be loaded: {_one_line(error)}") from error
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
+
+        Special tokens written out in the text (``<|end|>``) become their ids either way.
+        """
+        # verbose=False: no warning about texts longer than the model's context.
+        return list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens included, without clean-up of spaces."""
+        text: str = self.hf.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text
+
+    @property
+    def bos_id(self) -> int | None:
+        """The beginning-of-sequence id, whether or not the tokenizer adds it by itself."""
+        token: int | None = self.hf.bos_token_id
+        return token
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether ``encode(..., add_special=True)`` starts with ``bos_id``."""
+        return self.bos_id is not None and self.encode("a", add_special=True)[0] == self.bos_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``render_chat`` can work: base models have no template."""
+        return bool(self.hf.chat_template)
+
+    def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+        """The chat as the model was trained to see it, ready for ``encode(text)``.
+
+        The template writes its own BOS where the model wants one.
+
+        Raises:
+            CheckpointError: no chat template, or one that fails on these messages.
+        """
+        if not self.has_chat_template:
+            raise CheckpointError("the tokenizer has no chat template")
+        try:
+            text: str = self.hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # whatever a template of the checkpoint raises
+            raise CheckpointError(f"the chat template failed: {_one_line(error)}") from error
+        return text
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
+    """The first ``count`` windows of a text, each exactly ``length`` ids long.
+
+    The text is encoded once, whole, without special tokens, and cut into contiguous,
+    non-overlapping pieces; an incomplete last piece is dropped. If the tokenizer puts a BOS before
+    a text, then so does every window, and a piece is ``length - 1`` ids of the text; otherwise a
+    piece is ``length`` ids. Scoring starts at the second id of a window, so every piece with BOS
+    is scored whole. Fewer windows come back when the text is shorter than ``count`` of them.
+
+    Raises:
+        UsageError: the text does not fill one window, or ``length`` or ``count`` is too small.
+    """
+    if length < 2 or count < 1:
+        raise UsageError(f"cannot score {count} window(s) of {length} token(s)")
+    head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    body = length - len(head)
+    tokens = tokenizer.encode(text)
+    if len(tokens) < body:
+        raise UsageError(
+            f"the evaluation text has {len(tokens)} tokens, a window needs {body}",
+            hint="give a longer text, or a smaller sequence length",
+        )
+    starts = range(0, len(tokens) - body + 1, body)[:count]
+    return [[*head, *tokens[start : start + body]] for start in starts]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,112 @@
+"""The checkpoint's tokenizer and the evaluation windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from compress.errors import CheckpointError, UsageError
+from compress.tokenizer import Tokenizer, eval_windows
+
+ADDS_BOS = {"llama", "llama3", "mistral", "phi3", "phi3-window", "mobilellm"}
+CHAT = [{"role": "user", "content": "How small?"}, {"role": "assistant", "content": "Four bits."}]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {family: tiny.make(family, root / family) for family in tiny.FAMILIES}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_text_survives_and_ids_fit_the_vocabulary(family: str, folders: dict[str, Path]):
+    tokenizer = Tokenizer(folders[family])
+    # (SentencePiece tokenizers put a space before the first word, and decoding may keep it.)
+    for text in (tiny.TEXT, "Zürich 🙂 costs 129.50", "  two  spaces\n\tand a tab", "日本"):
+        tokens = tokenizer.encode(text)
+        assert 0 <= min(tokens) <= max(tokens) < 512
+        assert tokenizer.decode(tokens).lstrip() == text.lstrip()
+    assert tokenizer.adds_bos == (family in ADDS_BOS)
+    with_special = tokenizer.encode("a river", add_special=True)
+    expected = [tokenizer.bos_id] if family in ADDS_BOS else []
+    assert with_special == [*expected, *tokenizer.encode("a river")]
+
+
+def test_render_chat_is_the_template(folders: dict[str, Path]):
+    phi3 = Tokenizer(folders["phi3"])
+    text = phi3.render_chat(CHAT)
+    assert text == (
+        "<|user|>\nHow small?<|end|>\n<|assistant|>\nFour bits.<|end|>\n<|assistant|>\n"
+    )
+    tokens = phi3.encode(text)
+    generation = json.loads((folders["phi3"] / "generation_config.json").read_text())
+    assert [token for token in tokens if token >= 480] == [490, 487, 481, 487, 481]
+    assert set(generation["eos_token_id"]) == {480, 481, 487}
+    closed = Tokenizer(folders["phi4-mini"]).render_chat(CHAT, add_generation_prompt=False)
+    assert closed.endswith("Four bits.<|end|><|endoftext|>")
+
+
+def test_a_base_model_has_no_chat(folders: dict[str, Path], tmp_path: Path):
+    phi = Tokenizer(folders["phi"])
+    assert not phi.has_chat_template
+    with pytest.raises(CheckpointError, match="no chat template"):
+        phi.render_chat(CHAT)
+    broken = tiny.make("qwen2", tmp_path)
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('only\\nuser turns') }}")
+    with pytest.raises(CheckpointError, match="the chat template failed: only user turns"):
+        Tokenizer(broken).render_chat(CHAT)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_windows_are_the_text_cut_in_order(family: str, folders: dict[str, Path]):
+    tokenizer = Tokenizer(folders[family])
+    head = [tokenizer.bos_id] if family == "llama" else []
+    tokens = tokenizer.encode(tiny.TEXT)
+    windows = eval_windows(tiny.TEXT, tokenizer, 64, 1000)
+    body = 64 - len(head)
+    assert len(windows) == len(tokens) // body
+    assert all(len(window) == 64 and window[: len(head)] == head for window in windows)
+    joined = [token for window in windows for token in window[len(head) :]]
+    assert joined == tokens[: len(joined)]
+    assert eval_windows(tiny.TEXT, tokenizer, 64, 3) == windows[:3]
+
+
+def test_windows_refuse_too_little(folders: dict[str, Path]):
+    tokenizer = Tokenizer(folders["qwen2"])
+    with pytest.raises(UsageError, match="has 3 tokens, a window needs 64") as caught:
+        eval_windows("1 2", tokenizer, 64, 4)
+    assert caught.value.hint
+    for length, count in ((1, 4), (64, 0)):
+        with pytest.raises(UsageError, match="cannot score"):
+            eval_windows(tiny.TEXT, tokenizer, length, count)
+
+
+def one_line(error: CheckpointError) -> str:
+    assert "\n" not in error.message and error.message
+    return error.message
+
+
+def test_refusals_are_one_line(folders: dict[str, Path], tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no tokenizer in") as caught:
+        Tokenizer(tmp_path)
+    one_line(caught.value)
+
+    damaged = tiny.make("qwen2", tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
+    with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
+        Tokenizer(damaged)
+    one_line(caught.value)
+
+    remote = tiny.make("llama", tmp_path / "remote")
+    (remote / "own.py").write_text("raise SystemExit('executed')")
+    for file in ("tokenizer_config.json", "config.json"):
+        keys = json.loads((remote / file).read_text())
+        keys["auto_map"] = {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.Config"}
+        keys |= {"tokenizer_class": "OwnTokenizer", "model_type": "own"}
+        (remote / file).write_text(json.dumps(keys))
+    with pytest.raises(CheckpointError, match="own code, which packlight never executes") as caught:
+        Tokenizer(remote)
+    one_line(caught.value)
