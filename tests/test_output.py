@@ -1,0 +1,127 @@
+"""The output folder: refusals, the rename at the end, and nothing left behind whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress.errors import DiskFullError, OutputExistsError, UsageError
+from compress.output import check_disk, check_output, work_folder, write_checksums
+
+
+def ours(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    return folder
+
+
+def test_a_missing_or_empty_output_is_fine(tmp_path):
+    check_output(tmp_path / "new", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", overwrite=False)
+
+
+def test_an_existing_output_is_refused_and_overwrite_takes_it(tmp_path):
+    output = ours(tmp_path / "out")
+    with pytest.raises(OutputExistsError) as caught:
+        check_output(output, overwrite=False)
+    assert "--overwrite" in caught.value.hint
+    check_output(output, overwrite=True)
+
+
+def test_overwrite_never_deletes_what_packlight_did_not_make(tmp_path):
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not made by packlight"):
+        check_output(precious, overwrite=True)
+    with pytest.raises(UsageError, match="is a file"):
+        check_output(precious / "chapter.tex", overwrite=True)
+
+
+def test_the_folder_appears_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "deep" / "out"
+    with work_folder(output) as folder:
+        (folder / "a").write_text("a")
+        assert not output.exists()
+    assert (output / "a").read_text() == "a"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, SystemExit])
+def test_a_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, failure):
+    output = ours(tmp_path / "out")
+    with pytest.raises(failure), work_folder(output) as folder:
+        (folder / "half").write_text("half")
+        raise failure
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (output / "plan.json").exists()
+
+
+def test_overwriting_replaces_the_whole_folder(tmp_path):
+    output = ours(tmp_path / "out")
+    with work_folder(output) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_runs_full_is_told_in_one_line(tmp_path, code):
+    with pytest.raises(DiskFullError) as caught, work_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("half")
+        raise OSError(code, "injected")
+    assert "full" in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_work(tmp_path):
+    with pytest.raises(DiskFullError) as caught:
+        check_disk(tmp_path / "not" / "there" / "yet", 10**18)
+    assert "GB" in caught.value.message
+    check_disk(tmp_path / "out", 1)
+
+
+def test_a_killed_builds_leftovers_are_cleared(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "stale").write_text("stale")
+    with work_folder(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_a_second_build_into_the_same_folder_is_refused(tmp_path):
+    output = tmp_path / "out"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom compress.errors import UsageError\n"
+        "from compress.output import work_folder\n"
+        "try:\n    with work_folder(Path(sys.argv[1])): print('entered')\n"
+        "except UsageError as error: print(error.message)"
+    )
+    with work_folder(output):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
+        )
+    assert "another build" in done.stdout
+    assert output.is_dir()
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"), work_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_checksums_are_read_by_sha256sum(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_text("b")
+    (tmp_path / "a").write_text("a")
+    write_checksums(tmp_path)
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    subprocess.run(check, cwd=tmp_path, check=True)
+    (tmp_path / "a").write_text("c")
+    assert subprocess.run(check, cwd=tmp_path, capture_output=True).returncode == 1
