@@ -1,0 +1,128 @@
+"""From a ``DecoderConfig`` and a type name to the tensors of a GGUF file: arithmetic only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compress.arch import DecoderConfig, WeightMap, split_name
+from compress.errors import UnsupportedModelError
+from compress.model import Plan, PlanEntry
+from exporters.gguf.metadata import ROPE_TENSORS, architecture, rope_tensors, target_name
+from exporters.gguf.mixes import Mix, fitting, tensor_bytes
+
+# llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
+CONTEXT_STEP = 256
+
+
+def make_plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str) -> Plan:
+    """See ``exporters.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M).
+
+    Raises:
+        GridError: an unknown type.
+        UnsupportedModelError: a model that llama.cpp cannot express.
+    """
+    check_expressible(config)
+    mix = Mix.parse(str(settings.get("type", "Q4_K_M")))
+    entries = tuple(plan_entries(config, mix))
+    context, caveats = context_limit(config)
+    return Plan(
+        format="gguf",
+        type_name=mix.name,
+        model_name=model_name,
+        entries=entries,
+        settings={"type": mix.name},
+        notes=(*fallback_notes(entries), *caveats),
+        max_context=context,
+    )
+
+
+def plan_entries(config: DecoderConfig, mix: Mix) -> Iterator[PlanEntry]:
+    """Every tensor of the file, in order of writing."""
+    weights = WeightMap(config)
+    for name in tensor_names(config):
+        if name in ROPE_TENSORS:
+            continue
+        block, role, kind = split_name(name)
+        shape = weights.shape(name)
+        grid, note = "F32", ""  # norms and biases
+        if kind == "weight" and len(shape) == 2:
+            grid, note = fitting(mix.wish(role, block or 0, config), shape[1])
+        yield PlanEntry(name, target_name(name), grid, shape, tensor_bytes(grid, shape), note)
+    for name, values in rope_tensors(config).items():
+        shape = (len(values),)
+        yield PlanEntry(name, ROPE_TENSORS[name], "F32", shape, tensor_bytes("F32", shape))
+
+
+def tensor_names(config: DecoderConfig) -> Iterator[str]:
+    """Our names of the weights, as GGUF wants them: phi3 fused, a tied head left out."""
+    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    absorbed = ("k_proj", "v_proj", "up_proj")
+    for name in WeightMap(config).names():
+        block, role, kind = split_name(name)
+        if role == "lm_head" and kind == "weight" and config.tie_word_embeddings:
+            continue  # llama.cpp uses token_embd again
+        if architecture(config) == "phi3" and block is not None:
+            if role in absorbed:
+                continue
+            role = fused.get(role, role)
+            name = f"blocks.{block}.{role}.{kind}"
+        yield name
+
+
+def check_expressible(config: DecoderConfig) -> None:
+    """Refuse what llama.cpp's graphs cannot express.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    arch = architecture(config)
+    width = config.num_attention_heads * config.head_dim
+    if arch in ("phi2", "phi3") and width != config.hidden_size:
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} needs heads x head_dim ({width}) to equal hidden_size "
+            f"({config.hidden_size})",
+            hint="a model with pruned heads can go to onnx or coreml",
+        )
+    if arch in ("llama", "qwen2", "qwen3") and config.rope.rotary_dim != config.head_dim:
+        raise UnsupportedModelError(f"llama.cpp's {arch} rotates whole heads, this model does not")
+    if config.rope.kind not in ("default", "linear") and arch not in ("llama", "phi3"):
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} has no {config.rope.kind} rope scaling",
+        )
+    if arch in ("qwen2", "qwen3") and (config.o_bias or (arch == "qwen3" and config.qkv_bias)):
+        raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")
+    if config.rope.kind == "longrope" and config.rope.original_context < CONTEXT_STEP:
+        raise UnsupportedModelError(
+            f"longrope with an original context of {config.rope.original_context}: llama.cpp "
+            f"rounds contexts up to {CONTEXT_STEP} and would use the long factors"
+        )
+
+
+def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
+    """Positions up to which llama.cpp agrees with the float model, and why not further."""
+    context, notes = config.max_context, []
+    if config.rope.kind == "longrope":
+        context = config.rope.original_context // CONTEXT_STEP * CONTEXT_STEP
+        notes.append(
+            f"longrope: run with a context of at most {context} tokens (llama.cpp's -c); "
+            "above it llama.cpp uses the long factors from the first token on"
+        )
+    if config.sliding_window is not None and config.sliding_window < context:
+        context = config.sliding_window
+        notes.append(
+            f"llama.cpp ignores the sliding window of {config.sliding_window}: "
+            f"equal to the float model up to {config.sliding_window} tokens"
+        )
+    if config.block_repeat > 1:
+        notes.append(
+            f"shared blocks are written {config.block_repeat} times: GGUF cannot share tensors"
+        )
+    return context, notes
+
+
+def fallback_notes(entries: tuple[PlanEntry, ...]) -> list[str]:
+    """One line per kind of fallback: how many tensors, and why."""
+    counts = Counter(entry.note for entry in entries if entry.note)
+    return [f"{count} tensor{'s' if count > 1 else ''} in {note}" for note, count in counts.items()]

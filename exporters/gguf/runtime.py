@@ -1,0 +1,315 @@
+"""llama.cpp, through the C symbols of a prebuilt wheel.
+
+The ``xllamacpp`` wheel carries a whole llama.cpp whose C API its shared library exports (Linux and
+macOS); ``llama-cpp-python`` is used where that is what is installed. Only functions are called and
+only the first three numbers of the context's parameters are set, so that one file works with many
+versions of llama.cpp: parameter structs are passed as opaque bytes, larger than any of theirs.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from exporters.gguf.planning import CONTEXT_STEP
+
+# Tokens per llama_decode: its logits buffer is this many rows of the vocabulary.
+BATCH = 512
+ERROR = 4  # ggml_log_level
+
+# Distribution, import package, where its library lies.
+LIBRARIES = (
+    ("xllamacpp", "xllamacpp", ("xllamacpp*.so",)),
+    ("llama-cpp-python", "llama_cpp", ("lib/libllama.so", "lib/libllama.dylib", "lib/llama.dll")),
+)
+
+
+class _Params(c.Structure):
+    """``llama_model_params`` or ``llama_context_params``: opaque, with room to spare."""
+
+    _fields_ = (("bytes", c.c_uint8 * 768),)
+
+
+class _Batch(c.Structure):
+    """``llama_batch`` of llama.h."""
+
+    _fields_ = (
+        ("n_tokens", c.c_int32),
+        ("token", c.POINTER(c.c_int32)),
+        ("embd", c.POINTER(c.c_float)),
+        ("pos", c.POINTER(c.c_int32)),
+        ("n_seq_id", c.POINTER(c.c_int32)),
+        ("seq_id", c.POINTER(c.POINTER(c.c_int32))),
+        ("logits", c.POINTER(c.c_int8)),
+    )
+
+
+_LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+_POINTER, _FLOATS = c.c_void_p, c.POINTER(c.c_float)
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, _LOG_CALLBACK, _POINTER),
+    "llama_model_default_params": (_Params,),
+    "llama_context_default_params": (_Params,),
+    "llama_model_load_from_file": (_POINTER, c.c_char_p, _Params),
+    "llama_init_from_model": (_POINTER, _POINTER, _Params),
+    "llama_model_free": (None, _POINTER),
+    "llama_free": (None, _POINTER),
+    "llama_model_meta_val_str": (c.c_int32, _POINTER, c.c_char_p, c.c_char_p, c.c_size_t),
+    "llama_set_n_threads": (None, _POINTER, c.c_int32, c.c_int32),
+    "llama_model_get_vocab": (_POINTER, _POINTER),
+    "llama_vocab_n_tokens": (c.c_int32, _POINTER),
+    "llama_vocab_is_eog": (c.c_bool, _POINTER, c.c_int32),
+    "llama_tokenize": (
+        c.c_int32, _POINTER, c.c_char_p, c.c_int32, c.POINTER(c.c_int32), c.c_int32,
+        c.c_bool, c.c_bool,
+    ),
+    "llama_batch_init": (_Batch, c.c_int32, c.c_int32, c.c_int32),
+    "llama_batch_free": (None, _Batch),
+    "llama_decode": (c.c_int32, _POINTER, _Batch),
+    "llama_get_logits": (_FLOATS, _POINTER),
+    "llama_get_logits_ith": (_FLOATS, _POINTER, c.c_int32),
+    "llama_get_memory": (_POINTER, _POINTER),
+    "llama_memory_clear": (None, _POINTER, c.c_bool),
+}  # fmt: skip
+
+
+class Library:
+    """A loaded llama.cpp.
+
+    Attributes:
+        name: ``llama.cpp (xllamacpp 2026.10.11549)``.
+        functions: the C API, with its types declared.
+        errors: llama.cpp's last error lines; nothing of its log is printed.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.errors: deque[str] = deque(maxlen=20)
+        self.functions = c.CDLL(str(path))
+        for function, (result, *arguments) in _SIGNATURES.items():
+            symbol = getattr(self.functions, function)
+            symbol.restype, symbol.argtypes = result, arguments
+        self._log = _LOG_CALLBACK(self._keep)  # must live as long as the library
+        self.functions.llama_log_set(self._log, None)
+        self.functions.llama_backend_init()
+
+    def _keep(self, level: int, text: bytes | None, _data: Any) -> None:
+        line = (text or b"").decode("utf-8", "replace").strip()
+        if level == ERROR and line:
+            self.errors.append(line)
+
+    def reason(self) -> str:
+        """Why the last call failed, in llama.cpp's words; forgets them."""
+        lines = [line for line in self.errors if "failed to load model" not in line]
+        self.errors.clear()
+        if not lines:
+            return "no reason given"
+        first = lines[0].removeprefix("llama_model_load: error loading model: ")
+        return re.sub(r"^[a-z_0-9]+: ", "", first)  # the name of the C function
+
+
+@functools.cache
+def load_library() -> Library:
+    """llama.cpp from whichever wheel is installed.
+
+    Raises:
+        RuntimeMissingError: none is, or it does not export the C API (xllamacpp on Windows).
+    """
+    unusable = ""
+    for distribution, package, patterns in LIBRARIES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(p for pattern in patterns for p in Path(folder).glob(pattern)):
+                try:
+                    version = importlib.metadata.version(distribution)
+                except importlib.metadata.PackageNotFoundError:
+                    version = "unknown version"
+                try:
+                    return Library(path, f"llama.cpp ({distribution} {version})")
+                except (OSError, AttributeError) as error:
+                    unusable = f"; {distribution} {version} is there, but: {error}"
+    raise RuntimeMissingError(
+        f"llama.cpp is not installed{unusable}",
+        hint="pip install xllamacpp (Linux, macOS), or pip install llama-cpp-python",
+    )
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp (``compress.model.Runtime``)."""
+
+    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
+        """Load the model and make room for ``context`` positions.
+
+        A model with longrope gets no more than its original context, where llama.cpp would
+        switch to the long factors for all positions.
+
+        Raises:
+            ArtifactError: llama.cpp refuses the file; its own reason is in the message.
+            RuntimeMissingError: llama.cpp is not installed.
+        """
+        self._context: int | None = None
+        self._model: int | None = None
+        check_head(path)
+        self._library = load_library()
+        self._c = self._library.functions
+        self._library.errors.clear()
+        self._model = self._c.llama_model_load_from_file(
+            os.fsencode(path), self._c.llama_model_default_params()
+        )
+        if not self._model:
+            raise ArtifactError(f"llama.cpp refuses {path.name}: {self._library.reason()}")
+        self._vocab = self._c.llama_model_get_vocab(self._model)
+        self.positions = self._room(context)
+        self._batch_size = min(BATCH, self.positions)
+        params = self._c.llama_context_default_params()
+        numbers = c.cast(c.byref(params), c.POINTER(c.c_uint32))
+        # n_ctx, n_batch, n_ubatch: first in the struct in every version so far.
+        numbers[0], numbers[1], numbers[2] = self.positions, self._batch_size, self._batch_size
+        self._context = self._c.llama_init_from_model(self._model, params)
+        if not self._context:
+            reason = self._library.reason()
+            self.close()
+            raise ArtifactError(f"llama.cpp cannot run {path.name}: {reason}")
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = threads or cpus or 1
+        self._c.llama_set_n_threads(self._context, count, count)
+        self._batch = self._c.llama_batch_init(self._batch_size, 0, 1)
+        self._used = 0
+
+    @property
+    def name(self) -> str:
+        """``llama.cpp (xllamacpp 2026.10.11549)``."""
+        return self._library.name
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output, padding rows included."""
+        return int(self._c.llama_vocab_n_tokens(self._vocab))
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+
+        Raises:
+            UsageError: more tokens than there is room for.
+            ArtifactError: llama.cpp cannot evaluate them.
+        """
+        self.reset()
+        result = np.empty((len(tokens), self.vocab_size), np.float32)
+        for start in range(0, len(tokens), self._batch_size):
+            chunk = tokens[start : start + self._batch_size]
+            self._decode(chunk, every=True)
+            rows = result[start : start + len(chunk)]
+            rows[:] = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), rows.shape)
+        return result
+
+    def reset(self) -> None:
+        """Empty the KV cache."""
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+        self._used = 0
+
+    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``.
+
+        Raises:
+            UsageError: no tokens, or more than there is room for.
+            ArtifactError: llama.cpp cannot evaluate them.
+        """
+        if not tokens:
+            raise UsageError("feed needs at least one token")
+        for start in range(0, len(tokens), self._batch_size):
+            self._decode(tokens[start : start + self._batch_size], every=False)
+        last = self._c.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(last, (self.vocab_size,)).copy()
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """llama.cpp's own tokenization.
+
+        Args:
+            add_special: put BOS (and EOS) around it, where the file says so.
+            parse_special: read ``<|user|>`` as the token, as Hugging Face's tokenizers do.
+        """
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            tokens = (c.c_int32 * room)()
+            count = self._c.llama_tokenize(
+                self._vocab, data, len(data), tokens, room, add_special, parse_special
+            )
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether llama.cpp stops at this token."""
+        return bool(self._c.llama_vocab_is_eog(self._vocab, token))
+
+    def close(self) -> None:
+        """Free the model. Calling it twice is harmless."""
+        if self._context:
+            self._c.llama_batch_free(self._batch)
+            self._c.llama_free(self._context)
+        if self._model:
+            self._c.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _room(self, context: int) -> int:
+        """The context to ask for: never above longrope's original one."""
+        arch = self._metadata("general.architecture")
+        original = self._metadata(f"{arch}.rope.scaling.original_context_length")
+        if self._metadata(f"{arch}.rope.scaling.attn_factor") and original:
+            # llama.cpp rounds contexts up; rounding down keeps it at or below the original.
+            return min(context, int(original) // CONTEXT_STEP * CONTEXT_STEP)
+        return context
+
+    def _metadata(self, key: str) -> str:
+        """A scalar key as text, ``""`` where the file has none."""
+        buffer = c.create_string_buffer(256)
+        size = self._c.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if size >= 0 else ""
+
+    def _decode(self, tokens: Sequence[int], *, every: bool) -> None:
+        if self._used + len(tokens) > self.positions:
+            raise UsageError(
+                f"{self._used + len(tokens)} tokens do not fit the context of {self.positions}"
+            )
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = int(token)
+            batch.pos[i] = self._used + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = every or i == len(tokens) - 1
+        if self._c.llama_decode(self._context, batch) != 0:
+            raise ArtifactError(f"llama.cpp cannot evaluate: {self._library.reason()}")
+        self._used += len(tokens)
+
+
+def check_head(path: Path) -> None:
+    """Refuse what is no GGUF file before llama.cpp sees it.
+
+    Raises:
+        ArtifactError: not there, or another format.
+    """
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise ArtifactError(f"{path.name} is not a GGUF file")

@@ -1,0 +1,137 @@
+"""The GGUF file, written in one pass: keys and tensor table first, then slabs of rows.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. ``gguf-py`` writes the head;
+the data section is ours, because its writer wants whole tensors in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.arch import DecoderConfig
+from compress.grids import get_grid
+from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
+from exporters.gguf.metadata import (
+    QUANTIZATION_VERSION,
+    ROPE_TENSORS,
+    architecture,
+    display_name,
+    permuted_heads,
+    rope_tensors,
+    write_architecture,
+)
+from exporters.gguf.mixes import Mix
+from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
+
+ALIGNMENT = 32  # gguf's default, so no key says it
+SLAB = 8 << 20  # weights held at once: 32 MiB as float32
+
+
+def write_file(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
+    """See ``exporters.Exporter.write``. Memory: one slab of ``SLAB`` weights, never a tensor.
+
+    Raises:
+        CheckpointError: no tokenizer, or weights that cannot be read.
+        UnsupportedModelError: a tokenizer that llama.cpp cannot express.
+        GridError: values that a grid cannot hold.
+    """
+    config = weights.config
+    vocabulary = read_vocabulary(weights.checkpoint.path, config)
+    path = folder / file_name(plan)
+    write_head(path, plan, config, vocabulary)
+    done = 0
+    with path.open("ab") as stream:
+        pad(stream)
+        for entry in plan.entries:
+            for block in tensor_data(entry, weights):
+                stream.write(block.data)
+                done += block.nbytes
+                progress(done, plan.weights_bytes)
+            pad(stream)
+    return Artifact(
+        format="gguf",
+        type_name=plan.type_name,
+        path=path,
+        nbytes=path.stat().st_size,
+        weights_bytes=plan.weights_bytes,
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(2),  # llama.cpp's default: F16
+        plan=plan,
+        notes=(*plan.notes, *vocabulary.notes),
+    )
+
+
+def file_name(plan: Plan) -> str:
+    """``<Name>-<Type>.gguf``, with nothing in it that a file system minds."""
+    stem = re.sub(r"[^\w.+-]+", "-", plan.model_name).strip("-.") or "model"
+    return f"{stem}-{plan.type_name}.gguf"
+
+
+def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabulary) -> None:
+    """Everything before the data: magic, keys, tensor table with contiguous offsets."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture(config))
+    name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(config.num_parameters, 0, 0, 0))
+    writer.add_quantized_by("packlight")
+    writer.add_uint64("packlight.parameter_count", config.num_parameters)
+    write_architecture(writer, config)
+    writer.add_file_type(Mix.parse(plan.type_name).file_type)
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    write_vocabulary(writer, vocabulary)
+    for entry in plan.entries:
+        kind = gguf.GGMLQuantizationType[entry.grid]
+        writer.add_tensor_info(
+            entry.target_name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:
+    """The bytes of one tensor, slab by slab, rows in llama.cpp's order."""
+    config = weights.config
+    heads = permuted_heads(config, entry.name)
+    if entry.name in ROPE_TENSORS:
+        yield np.asarray(rope_tensors(config)[entry.name], "<f4")
+    elif len(entry.shape) == 1:
+        values = weights.read(entry.name).astype("<f4", copy=False)
+        yield interleave(values[:, None], config.head_dim)[:, 0].copy() if heads else values
+    else:
+        grid = get_grid(entry.grid)
+        for rows in slabs(entry.shape, config.head_dim if heads else 1):
+            blocks = weights.quantize(entry.name, grid, rows).pack()["blocks"]
+            if heads:
+                blocks = interleave(blocks, config.head_dim)
+            yield np.ascontiguousarray(blocks)
+
+
+def slabs(shape: tuple[int, ...], step: int) -> Iterator[slice]:
+    """Runs of a multiple of ``step`` rows, of at most ``SLAB`` weights where one step is fewer."""
+    count = max(SLAB // (shape[1] * step), 1) * step
+    for start in range(0, shape[0], count):
+        yield slice(start, min(start + count, shape[0]))
+
+
+def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
+    """Rows of whole heads from halves (0, d/2, 1, d/2+1, …): what llama's rotation expects.
+
+    Works on packed rows as well as on weights: each row has its own scales in every grid.
+    """
+    halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def pad(stream: Any) -> None:
+    """Zeros up to the next multiple of ``ALIGNMENT``."""
+    stream.write(bytes(-stream.tell() % ALIGNMENT))
