@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ def parse_size(where: str, name: str, text: str) -> float:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def judge(limits: list[Limit], artifact: Mapping[str, Any]) -> list[Gate]:
+def judge(limits: Sequence[Limit], artifact: Mapping[str, Any]) -> list[Gate]:
     """Hold an artifact of report.json against the limits.
 
     What is missing, NaN or infinite never passes.
