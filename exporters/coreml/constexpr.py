@@ -13,7 +13,7 @@ byte, the decoded numbers of all codes in it, so a look-up per byte decodes 8, 4
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,8 +24,18 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from exporters.coreml.blobs import BITS, Packed
+from exporters.coreml.mil import Operation
 
-__all__ = ["CONSTEXPR", "Compressed", "Constant", "can_take_rows", "decode", "take_rows", "unpack"]
+__all__ = [
+    "CONSTEXPR",
+    "Compressed",
+    "Constant",
+    "can_take_rows",
+    "constants_of",
+    "decode",
+    "take_rows",
+    "unpack",
+]
 
 Rows = slice | NDArray[np.int64]
 """Rows of a constant: a range with step 1, or their numbers."""
@@ -71,6 +81,31 @@ class Compressed:
 
 
 Constant = Packed | Compressed
+
+
+def constants_of(operations: Iterable[Operation]) -> dict[str, Constant | str]:
+    """Every constant of a function by name; compressed ones as trees, still packed.
+
+    Raises:
+        ArtifactError: a compressed constant with an input that is not constant.
+    """
+    constants: dict[str, Constant | str] = {}
+    for operation in operations:
+        if operation.kind == "const":
+            if operation.value is None:
+                raise ArtifactError(f"op 'const' {operation.name!r} has no value")
+            constants[operation.name] = operation.value
+        elif operation.kind in CONSTEXPR:
+            parts: dict[str, Constant | str] = dict(operation.literals)
+            for parameter, (name, *_) in operation.inputs.items():
+                if name not in constants:
+                    where = f"op {operation.kind!r} {operation.name!r}"
+                    raise ArtifactError(f"{where}: {parameter!r} is not a constant")
+                parts[parameter] = constants[name]
+            for i, (name, declared) in enumerate(operation.outputs):
+                shape = tuple(int(n or 0) for n in declared.shape)
+                constants[name] = Compressed(operation.kind, parts, declared.dtype, shape, i)
+    return constants
 
 
 def decode(constant: Constant) -> Tensor:
@@ -263,15 +298,9 @@ def affine_dequantize(
     return ((data.to(torch.float32) - shift) * factor.to(torch.float32)).to(scales.dtype)
 
 
-def cast(source_val: Constant, output_dtype: str) -> Tensor:
-    """A constant in another type."""
-    return decode(source_val).to(TORCH_TYPES[output_dtype])
-
-
 CONSTEXPR: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "constexpr_affine_dequantize": affine_dequantize,
     "constexpr_blockwise_shift_scale": blockwise_shift_scale,
-    "constexpr_cast": cast,
     "constexpr_lut_to_dense": lut_to_dense,
     "constexpr_lut_to_sparse": lut_to_sparse,
     "constexpr_sparse_blockwise_shift_scale": sparse_blockwise_shift_scale,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import ArtifactError
-from exporters.coreml.constexpr import CONSTEXPR, Compressed, Constant, decode
+from exporters.coreml.constexpr import CONSTEXPR, Constant, constants_of, decode
 from exporters.coreml.mil import Operation, TensorSpec, TensorType, read_package
 from exporters.coreml.mil_moves import MOVES
 from exporters.coreml.mil_ops import OPS
@@ -92,10 +92,9 @@ class Evaluator:
         self.outputs: Mapping[str, TensorSpec] = self._function.outputs
         self._fp16 = fp16
         self._threads = threads
-        self._constants: dict[str, Held] = {}
         for operation in self._function.operations:
             _refuse_unknown(operation)
-        self._load_constants()
+        self._constants = self._load_constants()
         self._steps = self._prepare()
         share_cache(self._scanned(), cache_bytes)
 
@@ -138,26 +137,8 @@ class Evaluator:
 
     # --- loading ----------------------------------------------------------------------------
 
-    def _load_constants(self) -> None:
-        """Every constant of the function; the compressed ones as trees, still packed."""
-        trees: dict[str, Constant | str] = {}
-        for operation in self._function.operations:
-            if operation.kind == "const":
-                if operation.value is None:
-                    raise ArtifactError(f"op 'const' {operation.name!r} has no value")
-                trees[operation.name] = operation.value
-            elif operation.kind in CONSTEXPR:
-                parts: dict[str, Constant | str] = dict(operation.literals)
-                for parameter, names in operation.inputs.items():
-                    if names[0] not in trees:
-                        raise ArtifactError(
-                            f"op {operation.kind!r} {operation.name!r}: "
-                            f"{parameter} is not a constant"
-                        )
-                    parts[parameter] = trees[names[0]]
-                for i, (name, declared) in enumerate(operation.outputs):
-                    shape = tuple(int(n or 0) for n in declared.shape)
-                    trees[name] = Compressed(operation.kind, parts, declared.dtype, shape, i)
+    def _load_constants(self) -> dict[str, Held]:
+        """The constants that operations and outputs take, without those inside of others."""
         needed = {
             name
             for operation in self._function.operations
@@ -166,7 +147,8 @@ class Evaluator:
             for name in names
         }
         needed.update(self.outputs)
-        self._constants = {n: self._held(tree) for n, tree in trees.items() if n in needed}
+        trees = constants_of(self._function.operations)
+        return {name: self._held(tree) for name, tree in trees.items() if name in needed}
 
     @staticmethod
     def _held(tree: Constant | str) -> Held:

@@ -40,9 +40,11 @@ def shape(x: Tensor) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """0 keeps the dimension, -1 is worked out."""
+    """-1 is worked out; 0 keeps a dimension of x, counted from the last (iOS 17), or is 1."""
     sizes = ints(shape)
-    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
+    from_last = [1] * (len(sizes) - x.dim()) + list(x.shape)
+    from_last = from_last[len(from_last) - len(sizes) :]
+    return x.reshape([kept if n == 0 else n for n, kept in zip(sizes, from_last, strict=True)])
 
 
 def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
