@@ -1,13 +1,13 @@
 """What kind of decoder a checkpoint holds: ``config.json`` becomes one ``DecoderConfig``, and a
-``WeightMap`` says where on disk each weight is. A family is a row in ``FAMILIES``, not a file.
+``WeightMap`` says where on disk each weight is. A family is a row in ``compress.families``.
 
-No torch here. Sources: the ``config.json`` keys and tensor names of transformers 4.57.6.
+No torch here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CheckpointError, UnsupportedModelError
+from compress.families import FAMILIES, find_family
+from compress.rope import Rope
 
 if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
+
+__all__ = ["FUSED", "DecoderConfig", "Part", "Rope", "WeightMap", "split_name"]
 
 Float32 = NDArray[np.float32]
 
@@ -25,47 +29,6 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding, reduced to what a runtime needs.
-
-    Attributes:
-        theta: the base.
-        kind: ``default``, ``linear``, ``llama3`` or ``longrope``.
-        rotary_dim: leading dimensions of a head that rotate (halves: NEOX layout).
-        factors: float, ``[rotary_dim / 2]``: inverse frequencies are divided by these
-            (1.0 for ``default``; the *short* list for ``longrope``).
-        long_factors: the other list of ``longrope``, for metadata only; empty otherwise.
-        attention_factor: multiplied into cos and sin, also for short prompts (``longrope``).
-        original_context: positions up to which ``factors`` hold.
-    """
-
-    theta: float
-    kind: str
-    rotary_dim: int
-    factors: tuple[float, ...]
-    long_factors: tuple[float, ...] = ()
-    attention_factor: float = 1.0
-    original_context: int = 0
-
-    def inverse_frequencies(self) -> Float32:
-        """float32 ``[rotary_dim / 2]``, rounded where transformers rounds.
-
-        One unit in the last place here is 2e-4 radians at position 4096, so the order matters:
-        float32 exponent, correctly rounded power, float32 product and reciprocal.
-        """
-        exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        base = np.power(self.theta, exponent.astype(np.float64)).astype(np.float32)
-        factors = np.asarray(self.factors, np.float32)
-        return np.asarray(np.float32(1.0) / (factors * base), np.float32)
-
-    def cos_sin(self, positions: int) -> tuple[Float32, Float32]:
-        """Tables of cos and sin, each float32 ``[positions, rotary_dim / 2]``, scaled."""
-        angle = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
-        scale = np.float32(self.attention_factor)
-        return np.cos(angle) * scale, np.sin(angle) * scale
 
 
 @dataclass(frozen=True)
@@ -82,7 +45,8 @@ class DecoderConfig:
         parallel_residual: attention and MLP share one norm and are added together (phi).
         qkv_bias, o_bias, mlp_bias, lm_head_bias: which linears have a bias.
         qk_norm: RMSNorm per head on q and k before rope (qwen3).
-        sliding_window: attention sees this many last positions, or None.
+        sliding_window: attention sees this many last positions, or None where there is no window
+            or it is never reached within ``max_context``.
         max_context: positions up to which artifacts are exported and verified (``longrope``:
             the original context; else ``max_position_embeddings``).
         block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
@@ -132,10 +96,13 @@ class DecoderConfig:
         """
         family = find_family(config)
         try:
-            return FAMILIES[family].describe(family, config, generation or {})
-        except (KeyError, TypeError, ValueError) as error:
+            fields = FAMILIES[family].describe(config, generation or {})
+            described = cls(family=family, **fields)
+            check_config(described)
+        except (KeyError, ValueError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"config.json: {what}") from error
+        return described
 
     @property
     def linear_roles(self) -> tuple[str, ...]:
@@ -298,9 +265,12 @@ class WeightMap:
         found = {name for name in checkpoint.tensors if not self._ignored(name)}
         missing = sorted(set(expected) - found)
         if missing:
+            hint = "an incomplete download? packlight never fills in weights"
+            if missing == ["lm_head.weight"]:
+                hint = "if the head is the embedding, config.json should tie_word_embeddings"
             raise CheckpointError(
                 f"{len(missing)} tensor(s) missing from the checkpoint, first {missing[0]!r}",
-                hint="an incomplete download? packlight never fills in weights",
+                hint=hint,
             )
         unexpected = sorted(found - set(expected))
         if unexpected:
@@ -350,289 +320,21 @@ def split_name(name: str) -> tuple[int | None, str, str]:
     return None, stem[0], kind
 
 
-# --- families ------------------------------------------------------------------------------
-
-_BLOCK = "model.layers.{i}."
-LLAMA_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "input_layernorm": _BLOCK + "input_layernorm",
-    "post_attention_layernorm": _BLOCK + "post_attention_layernorm",
-    "q_proj": _BLOCK + "self_attn.q_proj",
-    "k_proj": _BLOCK + "self_attn.k_proj",
-    "v_proj": _BLOCK + "self_attn.v_proj",
-    "o_proj": _BLOCK + "self_attn.o_proj",
-    "gate_proj": _BLOCK + "mlp.gate_proj",
-    "up_proj": _BLOCK + "mlp.up_proj",
-    "down_proj": _BLOCK + "mlp.down_proj",
-}
-QWEN3_NAMES: dict[str, str] = LLAMA_NAMES | {
-    "q_norm": _BLOCK + "self_attn.q_norm",
-    "k_norm": _BLOCK + "self_attn.k_norm",
-}
-_UNFUSED = {member for members in FUSED.values() for member in members}
-PHI3_NAMES: dict[str, str] = {
-    role: name for role, name in LLAMA_NAMES.items() if role not in _UNFUSED
-} | {"qkv_proj": _BLOCK + "self_attn.qkv_proj", "gate_up_proj": _BLOCK + "mlp.gate_up_proj"}
-PHI_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.final_layernorm",
-    "lm_head": "lm_head",
-    "input_layernorm": _BLOCK + "input_layernorm",
-    "q_proj": _BLOCK + "self_attn.q_proj",
-    "k_proj": _BLOCK + "self_attn.k_proj",
-    "v_proj": _BLOCK + "self_attn.v_proj",
-    "o_proj": _BLOCK + "self_attn.dense",
-    "up_proj": _BLOCK + "mlp.fc1",
-    "down_proj": _BLOCK + "mlp.fc2",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table: where the tensors are, and how the config departs from llama's."""
-
-    names: Mapping[str, str]
-    changes: Callable[[Mapping[str, Any]], dict[str, Any]]
-    model_type: str = ""
-    architecture: str = ""
-
-    def describe(
-        self, family: str, config: Mapping[str, Any], generation: Mapping[str, Any]
-    ) -> DecoderConfig:
-        """The ``DecoderConfig``: llama's reading of the keys, then this family's changes."""
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        positions = int(config["max_position_embeddings"])
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        rope = read_rope(config, head_dim)
-        fields: dict[str, Any] = {
-            "family": family,
-            "model_type": self.model_type or config["model_type"],
-            "architecture": self.architecture or config["architectures"][0],
-            "vocab_size": int(config["vocab_size"]),
-            "hidden_size": hidden,
-            "intermediate_size": int(config["intermediate_size"]),
-            "num_hidden_layers": int(config["num_hidden_layers"]),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
-            "head_dim": head_dim,
-            "norm": "rmsnorm",
-            "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-            "activation": config.get("hidden_act", "silu"),
-            "gated_mlp": True,
-            "parallel_residual": False,
-            "qkv_bias": bool(config.get("attention_bias", False)),
-            "o_bias": bool(config.get("attention_bias", False)),
-            "mlp_bias": bool(config.get("mlp_bias", False)),
-            "lm_head_bias": False,
-            "qk_norm": False,
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "rope": rope,
-            "sliding_window": None,
-            "max_position_embeddings": positions,
-            "max_context": min(positions, rope.original_context or positions),
-            "bos_token_id": config.get("bos_token_id"),
-            "eos_token_ids": read_eos(config, generation),
-            "pad_token_id": config.get("pad_token_id"),
-            "raw": dict(config),
-        }
-        described = DecoderConfig(**(fields | self.changes(config)))
-        check_config(described)
-        return described
-
-
-def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "sliding_window": config.get("sliding_window"),
-        "qkv_bias": False,
-        "o_bias": False,
-    }
-
-
-def _phi3(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": config.get("sliding_window")}
-
-
-def _phi(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("qk_layernorm"):
-        raise UnsupportedModelError("phi with qk_layernorm is not supported")
-    return {
-        "norm": "layernorm",
-        "norm_eps": float(config.get("layer_norm_eps", 1e-5)),
-        "activation": config.get("hidden_act", "gelu_new"),
-        "gated_mlp": False,
-        "parallel_residual": True,
-        "qkv_bias": True,
-        "o_bias": True,
-        "mlp_bias": True,
-        "lm_head_bias": True,
-    }
-
-
-def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("use_sliding_window"):
-        raise UnsupportedModelError(
-            "qwen models that mix windowed and full attention (use_sliding_window) are not "
-            "supported",
-            hint="set use_sliding_window to false where the model was trained without it",
-        )
-    return {"qkv_bias": True, "o_bias": False}
-
-
-def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
-    window = _qwen2(config)
-    bias = bool(config.get("attention_bias", False))
-    return window | {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
-
-
-def _mobilellm(config: Mapping[str, Any]) -> dict[str, Any]:
-    # The Hub's class ties through `share_embedding` while `tie_word_embeddings` says false;
-    # read as plain llama it would get a random head.
-    repeat = 2 if config.get("layer_sharing") else 1
-    tied = bool(config.get("share_embedding") or config.get("tie_word_embeddings"))
-    return {
-        "tie_word_embeddings": tied,
-        "block_repeat": repeat,
-        "num_hidden_layers": repeat * int(config["num_hidden_layers"]),
-    }
-
-
-def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(LLAMA_NAMES, _llama),
-    "mistral": Family(LLAMA_NAMES, _mistral),
-    "phi3": Family(PHI3_NAMES, _phi3),
-    "phi": Family(PHI_NAMES, _phi),
-    "qwen2": Family(LLAMA_NAMES, _qwen2),
-    "qwen3": Family(QWEN3_NAMES, _qwen3),
-    "mobilellm": Family(LLAMA_NAMES, _mobilellm, "llama", "LlamaForCausalLM"),
-}
-
-ARCHITECTURES: dict[str, str] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Phi3ForCausalLM": "phi3",
-    "PhiForCausalLM": "phi",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "MobileLLMForCausalLM": "mobilellm",
-}
-
-
-def find_family(config: Mapping[str, Any]) -> str:
-    """The row of ``FAMILIES`` for a ``config.json``.
-
-    Raises:
-        UnsupportedModelError: not in the table; says when only remote code could run it.
-    """
-    architectures = config.get("architectures") or []
-    name = architectures[0] if architectures else ""
-    if name not in ARCHITECTURES:
-        label = name or config.get("model_type") or "no architecture in config.json"
-        if config.get("auto_map"):
-            raise UnsupportedModelError(
-                f"{label} needs the checkpoint's own code, which packlight never executes",
-                hint=f"supported: {', '.join(ARCHITECTURES)}",
-            )
-        raise UnsupportedModelError(
-            f"unknown architecture: {label}", hint=f"supported: {', '.join(ARCHITECTURES)}"
-        )
-    family = ARCHITECTURES[name]
-    if family == "llama" and (config.get("share_embedding") or config.get("layer_sharing")):
-        return "mobilellm"
-    return family
-
-
-def read_eos(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-text ids: generation_config's first (Phi-3's config alone never stops a chat)."""
-    ids: list[int] = []
-    for source in (generation, config):
-        value = source.get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and token not in ids:
-                ids.append(int(token))
-    return tuple(ids)
-
-
-def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """Rotary settings from ``rope_theta``/``rope_scaling`` or the newer ``rope_parameters``.
-
-    ``longrope`` (Phi-3-128k, 3.5, Phi-4-mini; also spelled ``su``) keeps the short factors: they
-    hold up to ``original_max_position_embeddings``. Formulas: ``modeling_rope_utils`` of
-    transformers 4.57.6.
-
-    Raises:
-        UnsupportedModelError: another scaling (``yarn``, ``dynamic`` …).
-    """
-    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if config.get("model_type") == "phi" and "partial_rotary_factor" not in config:
-        partial = 0.5
-    rotary = int(head_dim * float(partial))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    half = rotary // 2
-    if kind == "default":
-        return Rope(theta, "default", rotary, (1.0,) * half)
-    if kind == "linear":
-        return Rope(theta, "linear", rotary, (float(scaling["factor"]),) * half)
-    if kind == "llama3":
-        return Rope(theta, "llama3", rotary, _llama3_factors(theta, rotary, scaling))
-    if kind in ("longrope", "su"):
-        short = tuple(float(value) for value in scaling["short_factor"])
-        long = tuple(float(value) for value in scaling["long_factor"])
-        if len(short) != half or len(long) != half:
-            raise ValueError(f"rope_scaling has {len(short)} factors, the heads need {half}")
-        original = int(
-            config.get("original_max_position_embeddings")
-            or scaling.get("original_max_position_embeddings")
-            or config["max_position_embeddings"]
-        )
-        stretch = int(config["max_position_embeddings"]) / original
-        attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        return Rope(theta, "longrope", rotary, short, long, attention, original)
-    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported")
-
-
-def _llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
-    factor = float(scaling["factor"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    factors = []
-    for i in range(0, rotary, 2):
-        turns = original / (2 * math.pi * theta ** (i / rotary))  # original context ÷ wavelength
-        if turns < low:
-            factors.append(factor)
-        elif turns > high:
-            factors.append(1.0)
-        else:
-            smooth = (turns - low) / (high - low)
-            factors.append(1.0 / ((1 - smooth) / factor + smooth))
-    return tuple(factors)
-
-
 def check_config(config: DecoderConfig) -> None:
-    """Refuse values that no checkpoint of the family can have.
+    """Refuse combinations that no checkpoint of the family can have.
 
     Raises:
-        ValueError: sizes that do not divide or are not positive.
+        ValueError: heads that do not divide.
         UnsupportedModelError: an activation that is not the family's.
     """
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
-        if getattr(config, key) <= 0:
-            raise ValueError(f"{key} is {getattr(config, key)}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
             f"num_key_value_heads ({config.num_key_value_heads})"
         )
-    allowed = ("silu",) if config.gated_mlp else ("gelu_new",)
-    if config.activation not in allowed:
+    expected = "silu" if config.gated_mlp else "gelu_new"
+    if config.activation != expected:
         raise UnsupportedModelError(
-            f"hidden_act {config.activation!r} is not supported for {config.family}"
+            f"hidden_act {config.activation!r} is not supported for {config.family}, "
+            f"only {expected}"
         )

@@ -1,0 +1,91 @@
+"""Keys of a ``config.json`` as checked values: it comes from strangers, and may hold anything.
+
+``KeyError`` says a key is missing, ``ValueError`` what is wrong with its value; whoever reads the
+file turns both into one line (``DecoderConfig.from_hf``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+LARGEST = 2**31 - 1
+
+
+def whole(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+    """A whole number from 1 to ``most``; ``default`` where the key is missing or null."""
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise KeyError(key)
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{key} is {_short(value)}, not a whole number from 1 to {most}")
+    return value
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A positive finite number; ``default`` where the key is missing or null."""
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise KeyError(key)
+        return default
+    return positive(key, value)
+
+
+def numbers(config: Config, key: str) -> tuple[float, ...]:
+    """A list of positive finite numbers."""
+    value = config[key]
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is {_short(value)}, not a list of numbers")
+    return tuple(positive(key, item) for item in value)
+
+
+def positive(key: str, value: Any) -> float:
+    """``value`` as a float, if it is a positive finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf or value > 1e30:
+        raise ValueError(f"{key} is {_short(value)}, not a positive number")
+    return float(value)
+
+
+def flag(config: Config, key: str) -> bool:
+    """true or false; false where the key is missing or null."""
+    value = config.get(key)
+    if value is not None and value not in (True, False):
+        raise ValueError(f"{key} is {_short(value)}, not true or false")
+    return bool(value)
+
+
+def token_id(config: Config, key: str) -> int | None:
+    """A token id, or None where there is none (null, or -1 as old Llama configs say)."""
+    ids = token_ids(config, key)
+    if len(ids) > 1:
+        raise ValueError(f"{key} is a list of {len(ids)} ids")
+    return ids[0] if ids else None
+
+
+def token_ids(config: Config, key: str) -> tuple[int, ...]:
+    """Token ids of a key that holds one, a list, or null."""
+    value = config.get(key)
+    ids = []
+    for token in value if isinstance(value, list) else [value]:
+        if token is None:
+            continue
+        if not isinstance(token, int) or isinstance(token, bool) or token > LARGEST:
+            raise ValueError(f"{key} is {_short(value)}, not a token id")
+        if token >= 0:
+            ids.append(token)
+    return tuple(ids)
+
+
+def _short(value: Any) -> str:
+    """``repr`` cut to one short line; not of huge integers, which Python refuses to print."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a huge number"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
