@@ -158,6 +158,21 @@ class Weights:
         return self._solve(self.read(name, rows), grid, name)
 
 
+@dataclass(frozen=True)
+class Shipyard:
+    """What the pipeline is given of the exporters, which it does not import.
+
+    Attributes:
+        get_exporter: format → exporter.
+        probe: the command that opens one artifact in a child process.
+        write_pages: writes ``report.html`` and ``README.md`` for a report into a folder.
+    """
+
+    get_exporter: Callable[[str], Exporter]
+    probe: Sequence[str]
+    write_pages: Callable[[Mapping[str, Any], Path], None]
+
+
 class Exporter(Protocol):
     """What the package of a format offers (its ``__init__`` has these as plain functions)."""
 

@@ -8,12 +8,15 @@ Formats never see each other, and see of the workshop only what ``compress`` giv
 from __future__ import annotations
 
 import importlib
-from typing import cast
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
 from compress.errors import UsageError
-from compress.model import Exporter
+from compress.model import Exporter, Shipyard
 
-__all__ = ["EXPORTERS", "Exporter", "get_exporter"]
+__all__ = ["EXPORTERS", "SHIPYARD", "get_exporter"]
 
 EXPORTERS: dict[str, str] = {
     "gguf": "exporters.gguf",
@@ -31,3 +34,17 @@ def get_exporter(name: str) -> Exporter:
     if name not in EXPORTERS:
         raise UsageError(f"unknown format {name!r}", hint=f"one of: {', '.join(EXPORTERS)}")
     return cast(Exporter, importlib.import_module(EXPORTERS[name]))
+
+
+def write_pages(report: Mapping[str, Any], folder: Path) -> None:
+    """``report.html`` and the model card, both from ``report.json``."""
+    from compress.report_html import render
+
+    from exporters.model_card import model_card
+
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
+
+# -P: a folder named `exporters` where the user happens to stand must not shadow ours.
+SHIPYARD = Shipyard(get_exporter, (sys.executable, "-P", "-m", "exporters.probe"), write_pages)

@@ -1,0 +1,221 @@
+"""Everything that can be known before work: the model, a plan per target, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.arch import DecoderConfig, WeightMap
+from compress.checkpoint import Checkpoint
+from compress.console import Console, format_bytes
+from compress.errors import UsageError
+from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.recipe import Recipe
+
+GetExporter = Callable[[str], Exporter]
+
+DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint and what to make of it: known before any work is done.
+
+    Attributes:
+        checkpoint, config: the model.
+        recipe: what to reach.
+        plans: per target, in the order of the recipe.
+        context: positions that KV caches and memory are told for.
+        command: the command line that does this again, without local paths.
+    """
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    recipe: Recipe
+    plans: tuple[Plan, ...]
+    context: int
+    command: str = ""
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all artifacts' weights."""
+        return sum(plan.weights_bytes for plan in self.plans)
+
+
+def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
+    """The architecture, held against the shard headers.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
+    """
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    WeightMap(config).check(checkpoint)
+    return config
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    *,
+    context: int | None = None,
+    command: str = "",
+) -> Job:
+    """Everything that can be known before work: the architecture and a plan per target.
+
+    Args:
+        checkpoint: opened.
+        recipe: validated.
+        get_exporter: format → its exporter.
+        context: positions of KV caches, over the recipe's.
+        command: for the report.
+
+    Raises:
+        PacklightError: whatever makes the build impossible, before any work is done.
+    """
+    config = describe_model(checkpoint)
+    if context is not None and context > config.max_context:
+        raise UsageError(
+            f"--context {context} is more than the {config.max_context} positions of this model"
+        )
+    name = model_name(checkpoint.source)
+    plans = []
+    for target, settings in recipe.targets.items():
+        wanted = dict(settings)
+        if target == "coreml" and context is not None:
+            wanted["context"] = context
+        plans.append(get_exporter(target).plan(config, wanted, model_name=name))
+    positions = context or min(DEFAULT_CONTEXT, config.max_context)
+    return Job(checkpoint, config, recipe, tuple(plans), positions, command)
+
+
+def model_name(source: str) -> str:
+    """Base of file names: the last part of the Hub id or folder, safe on every file system."""
+    last = source.rstrip("/").rsplit("/", 1)[-1]
+    safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
+    return safe or "model"
+
+
+def plan_document(job: Job) -> dict[str, Any]:
+    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
+    return {
+        "schema_version": 1,
+        "tool": {"name": "packlight", "version": __version__},
+        "model": {
+            "source": job.checkpoint.source,
+            "revision": job.checkpoint.revision,
+            "family": job.config.family,
+            "parameters": job.config.num_parameters,
+        },
+        "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
+    }
+
+
+def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
+    """One target of ``plan.json``."""
+    return {
+        "type": plan.type_name,
+        "settings": plan.settings,
+        "weights_bytes": plan.weights_bytes,
+        "bits_per_weight": round(plan.weights_bytes * 8 / config.num_parameters, 4),
+        "notes": list(plan.notes),
+        "tensors": [
+            {
+                "name": entry.name,
+                "target_name": entry.target_name,
+                "grid": entry.grid,
+                "shape": list(entry.shape),
+                "bytes": entry.nbytes,
+                **({"note": entry.note} if entry.note else {}),
+            }
+            for entry in plan.entries
+        ],
+    }
+
+
+def print_plan(job: Job, console: Console) -> None:
+    """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
+    console.result(plan_document(job))
+    parameters = job.config.num_parameters
+    console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
+    rows = []
+    for plan in job.plans:
+        counts: dict[str, int] = {}
+        for entry in plan.entries:
+            counts[entry.grid] = counts.get(entry.grid, 0) + 1
+        grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
+        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
+        rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
+    console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
+    for plan in job.plans:
+        for note in plan.notes:
+            console.data(f"note ({plan.format}): {note}")
+
+
+def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
+    """Tokens in a scored window: as the recipe says, within what every artifact can hold."""
+    limits = [plan.max_context for plan in plans if plan.max_context]
+    return min(wanted, config.max_context, *limits)
+
+
+def baseline_bytes(job: Job) -> int:
+    """Disk that the float logits take while artifacts are compared: two bytes per logit."""
+    length = window_length(job.config, job.plans, job.recipe.sequence_length)
+    return 2 * job.recipe.windows * length * job.config.vocab_size
+
+
+def find_artifacts(path: Path) -> list[tuple[str, Path]]:
+    """Format and path of the artifacts at a place: one, or those in the folder of a build.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if path.is_file():
+        return [("gguf", path)] if path.suffix == ".gguf" else []
+    if path.suffix == ".mlpackage":
+        return [("coreml", path)]
+    if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
+        return [("onnx", path)]
+    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))]
+    if list(path.glob("onnx/onnx/*.onnx")):
+        found.append(("onnx", path / "onnx"))
+    packages = (*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage"))
+    return found + [("coreml", package) for package in sorted(packages)]
+
+
+def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter) -> Artifact:
+    """An artifact that was written some time ago, from its own metadata."""
+    facts = get_exporter(name).describe(path)
+    entries = tuple(
+        PlanEntry(row["name"], row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
+        for row in facts["tensors"]
+    )
+    plan = Plan(
+        format=name,
+        type_name=path.stem,
+        model_name=facts["name"],
+        entries=entries,
+        max_context=min(config.max_context, facts.get("context") or config.max_context),
+        kv_bytes_per_value=facts["kv_bytes_per_value"],
+    )
+    cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
+
+
+def read_license(checkpoint: Checkpoint) -> str | None:
+    """The licence that the checkpoint's own model card names in its YAML head, if any."""
+    import yaml
+
+    try:
+        text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    name = head.get("license") if isinstance(head, dict) else None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,374 @@
+"""The story of one build: open, plan, write, verify, report; and of one verification alone.
+
+What knows formats comes in as an argument, the ``Shipyard``: the workshop knows none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.console import Console, format_bytes
+from compress.errors import UsageError
+from compress.job import (
+    DEFAULT_CONTEXT,
+    GENERATED_ROOM,
+    Job,
+    adopt,
+    baseline_bytes,
+    describe_model,
+    find_artifacts,
+    model_name,
+    plan_document,
+    prepare,
+    print_plan,
+    read_license,
+    window_length,
+)
+from compress.model import Artifact, Shipyard, Weights
+from compress.output import check_disk, check_output, work_folder, write_checksums, write_json
+from compress.recipe import Recipe, load
+from compress.report import Baseline, build_report, model_facts
+from compress.solvers import get_solver
+from compress.verify import BaselineStore, Verified, gates, verify_artifact
+from compress.verify.resources import Speed, measure_speed
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What ``packlight build`` was asked for; the options of the same names.
+
+    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
+    and ``cache_dir``.
+    """
+
+    model: str
+    output: Path | None = None
+    recipe: str = "phone-4bit"
+    overrides: Sequence[str] = ()
+    formats: Sequence[str] = ()
+    eval_text: Path | None = None
+    context: int | None = None
+    threads: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    source: str = ""
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What ``packlight verify`` was asked for; the options of the same names."""
+
+    artifact: Path
+    baseline: str
+    eval_text: Path | None = None
+    gates: Sequence[str] = ()
+    windows: int = 16
+    sequence_length: int = 512
+    threads: int = 0
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
+    """``packlight build``: 0 when every gate passed, 1 when one failed.
+
+    Raises:
+        PacklightError: it could not be done; nothing was left behind.
+    """
+    recipe = load(settings.recipe, settings.overrides, settings.formats)
+    limits = gates.parse(recipe.gates)
+    text = read_text(settings.eval_text)
+    checkpoint = Checkpoint.open(settings.model, **settings.hub)
+    if settings.source:
+        checkpoint.source = settings.source
+    for line in checkpoint.warnings:
+        console.warning(line)
+    output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
+    command = command_line(checkpoint, settings, output)
+    job = prepare(
+        checkpoint, recipe, shipyard.get_exporter, context=settings.context, command=command
+    )
+    if settings.dry_run:
+        print_plan(job, console)
+        return 0
+    check_output(output, overwrite=settings.overwrite)
+    check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
+    with work_folder(output) as folder:
+        artifacts = write_artifacts(job, shipyard, folder, console)
+        write_json(folder / "plan.json", plan_document(job))
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+        verified = scorer.verify(artifacts, shipyard) if scorer else [None] * len(artifacts)
+        report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+        write_json(folder / "report.json", report)
+        shipyard.write_pages(report, folder)
+        write_checksums(folder)
+    finish(report, output, console)
+    return 1 if report["verdict"] == "failed" else 0
+
+
+def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
+    """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
+    wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    text = read_text(settings.eval_text)
+    found = find_artifacts(settings.artifact)
+    if not found:
+        raise UsageError(
+            f"{settings.artifact} is not an artifact",
+            hint="a .gguf file, an ONNX folder, a .mlpackage, or the folder of a build",
+        )
+    checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
+    config = describe_model(checkpoint)
+    artifacts = [adopt(name, path, config, shipyard.get_exporter) for name, path in found]
+    recipe = Recipe(
+        name="verify",
+        targets={artifact.format: {} for artifact in artifacts},
+        solver="rtn",
+        windows=settings.windows,
+        sequence_length=settings.sequence_length,
+        gates=wanted,
+        document={"name": "verify", "gates": wanted},
+    )
+    plans = tuple(artifact.plan for artifact in artifacts)
+    job = Job(checkpoint, config, recipe, plans, min(DEFAULT_CONTEXT, config.max_context))
+    scorer = Scorer(job, text, settings.threads, console)
+    verified = scorer.verify(artifacts, shipyard)
+    folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
+    folder = folder.parent if folder.suffix == ".mlpackage" else folder
+    limits = gates.parse(wanted)
+    report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    finish(report, None, console)
+    return 1 if report["verdict"] == "failed" else 0
+
+
+def read_text(path: Path | None) -> str:
+    """The text to score on: the user's, or the built-in held-out text.
+
+    Raises:
+        UsageError: not there, not UTF-8, or empty.
+    """
+    from compress.demo import heldout_path
+
+    try:
+        text = (path or heldout_path()).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
+    return text
+
+
+def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
+    """The command that makes this again, for the report: names instead of local paths."""
+    import shlex
+
+    if settings.source == "packlight-demo":
+        return "packlight demo"
+    words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
+    for name in settings.formats:
+        words += ["-f", name]
+    for override in settings.overrides:
+        words += ["--set", override]
+    if settings.eval_text:
+        words += ["--eval-text", settings.eval_text.name]
+    if settings.context:
+        words += ["--context", str(settings.context)]
+    return shlex.join([*words, "-o", output.name])
+
+
+def write_artifacts(job: Job, shipyard: Shipyard, folder: Path, console: Console) -> list[Artifact]:
+    """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
+    weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver))
+    artifacts = []
+    for plan in job.plans:
+        target = folder / plan.format
+        target.mkdir()
+        with console.progress(f"write {plan.format} {plan.type_name}") as update:
+            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
+        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
+        artifacts.append(artifact)
+    return artifacts
+
+
+class Scorer:
+    """Scores artifacts on one text against the float model, which is computed once.
+
+    Attributes:
+        speed: of the float model with its weights in memory; None when they would not fit.
+        runtime: what computed the float logits.
+    """
+
+    def __init__(self, job: Job, text: str, threads: int, console: Console) -> None:
+        """Cut the text into windows.
+
+        Raises:
+            UsageError: the text gives fewer than two windows.
+            CheckpointError: no tokenizer.
+        """
+        from compress.tokenizer import Tokenizer, eval_windows
+
+        self._job, self._threads, self._console = job, threads, console
+        self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
+        self.tokenizer = Tokenizer(job.checkpoint.path)
+        self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)
+        self.speed: Speed | None = None
+        self.runtime = ""
+        if len(self.windows) < 2:
+            raise UsageError(
+                f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
+                hint="a longer --eval-text, or --set verify.sequence_length=128",
+            )
+
+    def verify(self, artifacts: Sequence[Artifact], shipyard: Shipyard) -> list[Verified | None]:
+        """The float model, then every artifact in its runtime, each in a child process."""
+        found: list[Verified | None] = []
+        with tempfile.TemporaryDirectory(prefix="packlight-") as scratch:
+            store = self._score_baseline(Path(scratch))
+            for artifact in artifacts:
+                room = max(self._job.context, self.length + GENERATED_ROOM)
+                label = f"verify {artifact.format} {artifact.type_name}"
+                with self._console.progress(label, "windows") as update:
+                    result = verify_artifact(
+                        shipyard.probe,
+                        artifact.path,
+                        artifact.format,
+                        store,
+                        context=min(room, artifact.plan.max_context or room),
+                        threads=self._threads,
+                        progress=update,
+                    )
+                found.append(result)
+        return found
+
+    def _score_baseline(self, folder: Path) -> BaselineStore:
+        from compress.decoder import Decoder
+
+        job = self._job
+        weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver))
+        decoder = Decoder(job.config, weights.read, threads=self._threads)
+        self.runtime = decoder.name
+        with self._console.progress("score the float model", "steps") as update:
+            logits = decoder.stream_logits(self.windows, progress=update)
+            store = BaselineStore.write(folder, self.windows, logits)
+        if 4 * job.config.num_parameters < available_memory() // 4:
+            # Only to tell the ratio of speeds; a model too large for this is not measured.
+            resident = Decoder(job.config, weights.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return store
+
+
+def available_memory() -> int:
+    """Bytes that may be taken without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def make_report(
+    job: Job,
+    artifacts: Sequence[Artifact],
+    verified: Sequence[Verified | None],
+    scorer: Scorer | None,
+    limits: Sequence[gates.Limit],
+    folder: Path,
+    eval_text: Path | None,
+) -> dict[str, Any]:
+    """``report.json`` as plain data."""
+    dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
+    baseline = Baseline(
+        bytes=job.checkpoint.nbytes,
+        dtype=", ".join(dtypes),
+        runtime=scorer.runtime if scorer else "",
+        text=eval_text.name if eval_text else "built-in",
+        speed=scorer.speed if scorer else None,
+    )
+    return build_report(
+        model=model_facts(
+            job.config,
+            job.checkpoint.source,
+            job.checkpoint.revision or None,
+            read_license(job.checkpoint),
+        ),
+        recipe=job.recipe.document,
+        command=job.command,
+        context=job.context,
+        baseline=baseline,
+        artifacts=list(zip(artifacts, verified, strict=True)),
+        limits=limits,
+        folder=folder,
+        decode=scorer.tokenizer.decode if scorer else None,
+        notes=baseline_notes(job.config),
+    )
+
+
+def baseline_notes(config: DecoderConfig) -> list[str]:
+    """What a reader must know about the whole comparison."""
+    if config.max_context < config.max_position_embeddings:
+        return [
+            f"Artifacts hold up to {config.max_context} positions of the model's "
+            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
+        ]
+    return []
+
+
+def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
+    """The table, the verdict and where things are."""
+    console.result(report)
+    console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
+    for artifact in report["artifacts"]:
+        for gate in artifact["gates"]:
+            if not gate["passed"]:
+                value = "nothing" if gate["value"] is None else f"{gate['value']:.4g}"
+                console.warning(
+                    f"{artifact['format']}: {gate['name']} is {value}, the gate is {gate['limit']}"
+                )
+        if artifact["generation_consistent"] is False:
+            console.warning(
+                f"{artifact['format']}: greedy tokens differ with and without the KV cache"
+            )
+        if output is not None:
+            console.path(output / artifact["path"])
+    if report["verdict"] == "not verified":
+        console.say("not verified")
+    else:
+        console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
+    if output is not None:
+        console.say(f"report: {output / 'report.html'}")
+
+
+HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
+
+
+def table_row(artifact: Mapping[str, Any]) -> list[str]:
+    """One line of the table; what was not measured is a dash."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    ratio = artifact["perplexity_ratio"]
+    change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
+    kl = (artifact["kl_divergence"] or {}).get("mean")
+    top1 = artifact["top1_agreement"]
+    peak = artifact["peak_memory_bytes"]
+    return [
+        artifact["format"],
+        artifact["type"],
+        format_bytes(artifact["bytes"]),
+        number(artifact["bits_per_weight"], ".2f"),
+        number(artifact["perplexity"], ".3f") + change,
+        number(kl, ".4f"),
+        "-" if top1 is None else f"{top1 * 100:.1f} %",
+        number(artifact["decode_tokens_per_second"], ".1f"),
+        "-" if peak is None else format_bytes(peak).split(" (")[0],
+    ]
