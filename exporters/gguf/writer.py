@@ -110,7 +110,8 @@ def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:
     else:
         grid = get_grid(entry.grid)
         for rows in slabs(entry.shape, config.head_dim if heads else 1):
-            blocks = weights.quantize(entry.name, grid, rows).pack()["blocks"]
+            # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
+            (blocks,) = weights.quantize(entry.name, grid, rows).pack().values()
             if heads:
                 blocks = interleave(blocks, config.head_dim)
             yield np.ascontiguousarray(blocks)

@@ -1,0 +1,64 @@
+"""What a GGUF file means, by other people's code: gguf-py's decoders and tensor names.
+
+``decoded_model`` puts the decoded tensors of a file into transformers' model of the checkpoint:
+what llama.cpp must compute, without llama.cpp.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tiny
+import torch
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as float32, ``[rows, columns]``."""
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(
+            tuple(reversed(tensor.shape.tolist()))
+        )
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def decoded_model(path: Path, checkpoint: Path) -> Any:
+    """transformers' float32 model, with the weights as the file decodes them."""
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    model = tiny.reference(checkpoint)
+    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    stored = tensors(path)
+    used = set()
+    state = model.state_dict()
+    for name in state:
+        stem, suffix = name.rsplit(".", 1)
+        target = f"{names.get_name(stem)}.{suffix}"
+        if name == "lm_head.weight" and target not in stored:
+            target = "token_embd.weight"
+        used.add(target)
+        values = stored[target]
+        if arch == "llama" and stem.endswith(("q_proj", "k_proj")):
+            values = halves(values, model.config.head_dim)
+        assert values.shape == tuple(state[name].shape), name
+        state[name] = torch.tensor(values)
+    assert {name for name in stored if not name.startswith("rope_")} == used
+    model.load_state_dict(state)
+    return model
+
+
+def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """llama.cpp's row order of q and k (pairs side by side) back to Hugging Face's (halves)."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def kl_divergence(reference: Any, other: Any) -> float:
+    """Mean over positions of KL(reference || other); logits ``[positions, vocab]``."""
+    p = torch.log_softmax(torch.as_tensor(reference).double(), -1)
+    q = torch.log_softmax(torch.as_tensor(other).double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

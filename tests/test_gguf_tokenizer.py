@@ -1,0 +1,193 @@
+"""llama.cpp's tokenizer, from our file, against Hugging Face's, from the checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import pytest
+import tiny_tokenizers as patterns
+from transformers import AutoTokenizer
+
+import exporters.gguf as exporter
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.tokenizer import (
+    GPT2,
+    LLAMA3,
+    O200K,
+    QWEN2,
+    classify,
+    missing_merges,
+    read_vocabulary,
+)
+
+# One of each kind: SentencePiece (fast, Phi-3's with stripping, slow files only), and the
+# byte-level ones with the patterns of Llama 3, GPT-2, Qwen2 and GPT-4o.
+FAMILIES = ("llama", "demo", "phi3-longrope", "mobilellm", "llama3", "phi", "qwen2", "phi4-mini")
+
+STRINGS = (
+    "",
+    "Hello world",
+    " leading space",
+    "trailing space ",
+    "two  spaces   three    four",
+    "line\nbreak\n\n\ntwo more",
+    "windows\r\nline\r\n",
+    "\ttab\tbed\n\t\tindented",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "if (a[0] != b->c) { return !d && e::f; }",
+    "0 12 345 6789 1234567890 3.14159 1,000,000",
+    "It's they've we'll I'D YOU'RE 'twas",
+    "naïve café, größere Wörter, Привет мир",
+    "你好世界。こんにちは",
+    "🙂🚀 emoji 👩‍👩‍👧 family",
+    "CamelCase snake_case kebab-case SHOUTING",
+    "https://example.org/a?b=c&d=%20#e",
+    "a<b>c</b> <not|special> <0x41>",
+    "\u00a0no-break\u2003em\u200bzero",
+    "<|endoftext|> in the middle <|endoftext|>of it",
+    "x" * 70 + " " * 70 + "y",
+)
+
+
+@functools.cache
+def pair(family: str) -> tuple[Any, Any]:
+    """The checkpoint's tokenizer, and llama.cpp with our file of it."""
+    runtime = exporter.open_runtime(gguf_files.artifact(family, "Q8_0").path, context=64, threads=1)
+    return AutoTokenizer.from_pretrained(gguf_files.checkpoint(family)), runtime
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_ids(family: str) -> None:
+    tokenizer, runtime = pair(family)
+    for text in STRINGS:
+        if family == "phi3-longrope" and "<|endoftext|>" in text:
+            continue  # this one strips behind <|endoftext|> too: the note below says so
+        expected = tokenizer(text)["input_ids"]
+        assert runtime.tokenize(text) == expected, text
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert runtime.tokenize(text, add_special=False) == bare, text
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("phi", "mobilellm")])
+def test_same_chat(family: str) -> None:
+    tokenizer, runtime = pair(family)
+    messages = [
+        {"role": "user", "content": "What is 2 + 2?\n\n  Explain."},
+        {"role": "assistant", "content": "4, because it isn't 5."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert runtime.tokenize(text, add_special=False) == ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_ends_where_the_model_says(family: str) -> None:
+    opened = Checkpoint.open(gguf_files.checkpoint(family))
+    config = DecoderConfig.from_hf(opened.config, opened.generation_config)
+    runtime = pair(family)[1]
+    assert config.eos_token_ids
+    assert all(runtime.ends_generation(token) for token in config.eos_token_ids)
+    assert not any(runtime.ends_generation(token) for token in range(3, 300))
+
+
+def test_every_end_needs_a_place() -> None:
+    # <|assistant|> ends Phi-3's turns, and llama.cpp does not know it: it goes in as `eom`.
+    described = exporter.describe(gguf_files.artifact("demo", "Q8_0").path)["metadata"]
+    ids = {kind: described[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")}
+    assert ids == {"eos": "2000", "eot": "2007", "eom": "2001"}
+
+
+def test_notes_tell_what_differs() -> None:
+    assert gguf_files.artifact("demo", "Q8_0").notes == ()
+    assert any("<|endoftext|>" in n for n in gguf_files.artifact("phi3-longrope", "Q8_0").notes)
+    assert any("normalizes (NFC)" in note for note in gguf_files.artifact("qwen2", "Q8_0").notes)
+
+
+def byte_level(*steps: dict[str, Any], ignore_merges: bool = False) -> dict[str, Any]:
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    splitting = {"type": "Sequence", "pretokenizers": [*steps, last]}
+    model = {"type": "BPE", "vocab": {}, "merges": [], "ignore_merges": ignore_merges}
+    return {"model": model, "pre_tokenizer": splitting}
+
+
+def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    return {
+        "type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert,
+    }  # fmt: skip
+
+
+def test_the_pattern_names_the_pre_tokenizer() -> None:
+    assert (LLAMA3, QWEN2, O200K) == (
+        patterns.LLAMA3_PATTERN,
+        patterns.QWEN2_PATTERN,
+        patterns.O200K_PATTERN,
+    )
+    assert classify(byte_level(split(QWEN2)))[1] == "qwen2"
+    assert classify(byte_level(split(LLAMA3), ignore_merges=True))[1] == "llama-bpe"
+    assert classify(byte_level(split(LLAMA3)))[1] == "smaug-bpe"  # the same without ignore_merges
+    assert classify(byte_level(split(O200K, "Removed", True)))[1] == "gpt-4o"
+    digits = {"type": "Digits", "individual_digits": True}
+    assert classify(byte_level(digits, split(GPT2)))[1] == "smollm"
+    plain = byte_level()
+    plain["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    assert classify(plain) == ("gpt2", "gpt-2")
+
+
+def test_unknown_tokenizers_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no pre-tokenizer for the pattern"):
+        classify(byte_level(split(QWEN2 + "|x")))
+    with pytest.raises(UnsupportedModelError, match="no pre-tokenizer for the pattern"):
+        classify(byte_level(split(QWEN2, "MergedWithNext")))
+    with pytest.raises(UnsupportedModelError, match="no Unigram tokenizer"):
+        classify({"model": {"type": "Unigram", "vocab": []}})
+    with pytest.raises(UnsupportedModelError, match="no BPE tokenizer"):  # no byte fallback
+        classify({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
+
+
+def test_merges_that_score_order_would_invent() -> None:
+    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5}
+    complete = {("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")}
+    assert not missing_merges(vocab, complete)
+    assert missing_merges(vocab, complete - {("a", "bc")})
+
+
+def test_rows_without_a_token_are_padding() -> None:
+    opened = Checkpoint.open(gguf_files.checkpoint("demo"))
+    config = DecoderConfig.from_hf(opened.config, opened.generation_config)
+    vocabulary = read_vocabulary(opened.path, config)
+    assert len(vocabulary.tokens) == len(vocabulary.types) == config.vocab_size == 2048
+    assert vocabulary.tokens[2011:] == [f"[PAD{i}]" for i in range(2011, 2048)]
+    assert set(vocabulary.types[2011:]) == {5}
+    assert vocabulary.types[:4] == [3, 3, 4, 6]  # <unk> <s> </s> <0x00>
+
+
+def test_sentencepiece_model_alone(tmp_path: Path) -> None:
+    source = gguf_files.checkpoint("llama")
+    config = DecoderConfig.from_hf(Checkpoint.open(source).config)
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path)
+    alone = read_vocabulary(tmp_path, config)
+    both = read_vocabulary(source, config)
+    assert (alone.tokens, alone.scores, alone.types) == (both.tokens, both.scores, both.types)
+
+
+def test_missing_and_damaged(tmp_path: Path) -> None:
+    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama")).config)
+    with pytest.raises(CheckpointError, match="no tokenizer in"):
+        read_vocabulary(tmp_path, config)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        read_vocabulary(tmp_path, config)
+    made = json.loads((gguf_files.checkpoint("llama") / "tokenizer.json").read_text())
+    made["added_tokens"].append(dict(made["added_tokens"][0], id=500))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(CheckpointError, match="two tokens with the text"):
+        read_vocabulary(tmp_path, config)
