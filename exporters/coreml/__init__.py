@@ -1,0 +1,58 @@
+"""Core ML: one ``.mlpackage`` for iOS 18 and macOS 15, with the names of swift-transformers.
+
+    planning.py   settings → which tensor gets which grid, how it is stored, and its bytes
+    graph.py      the decoder as a MIL program, operation by operation, from a DecoderConfig
+    constants.py  placeholders for its constants, filled one at a time
+    writer.py     the package, streamed; all that is private of coremltools
+    runtime.py    Core ML on macOS, the MIL evaluator elsewhere
+    inspection.py what a package says of itself
+    evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts
+
+Importing this package loads neither coremltools nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.arch import DecoderConfig
+from compress.model import Artifact, Plan, Progress, Runtime, Weights
+
+__all__ = ["describe", "grids", "open_runtime", "plan", "write"]
+
+
+def grids() -> Sequence[str]:
+    """``int4-g32``, ``int8-channel``, ``lut4-g8``, ``lut6-tensor`` …, ``F16``."""
+    from exporters.coreml.planning import GRIDS
+
+    return GRIDS
+
+
+def plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model") -> Plan:
+    """See ``exporters.coreml.planning.make_plan``."""
+    from exporters.coreml.planning import make_plan
+
+    return make_plan(config, settings, model_name)
+
+
+def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
+    """See ``exporters.coreml.writer.write``."""
+    from exporters.coreml import writer
+
+    return writer.write(plan, weights, folder, progress)
+
+
+def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
+    """Core ML on macOS, the MIL evaluator elsewhere; see ``exporters.coreml.runtime``."""
+    from exporters.coreml import runtime
+
+    return runtime.open_runtime(path, context=context, threads=threads)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """See ``exporters.coreml.inspection.describe_package``."""
+    from exporters.coreml.inspection import describe_package
+
+    return describe_package(path)

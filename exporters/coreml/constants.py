@@ -1,0 +1,153 @@
+"""Constants without values: placeholders for the graph, filled one at a time while writing.
+
+coremltools keeps the array of every constant until the end. An array with strides of zero has the
+right shape and type and no memory, so the graph is built of those; ``fill`` computes the real
+bytes when the writer comes to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.arch import split_name
+from compress.grids import Array, Quantized, get_grid
+from compress.model import Plan, PlanEntry, Weights
+from exporters.coreml.planning import Part, parts
+
+OPERATIONS = {"data": "constexpr_blockwise_shift_scale", "indices": "constexpr_lut_to_dense"}
+# A larger tensor is quantized in slabs of rows: the solver's temporaries are several times the
+# float32 weight, the codes a quarter of it.
+SLAB = 1 << 23
+
+Var = Any  # coremltools has no types
+
+
+class LazyConstants:
+    """The ``Constants`` of ``graph.Decoder``.
+
+    Args:
+        mb: coremltools' builder.
+        storage: MIL dtype name → the numpy dtype by which coremltools knows it.
+        plan: which grid each weight has.
+        weights: where to pull from.
+    """
+
+    def __init__(
+        self, mb: Any, storage: dict[str, np.dtype[Any]], plan: Plan, weights: Weights
+    ) -> None:
+        self._mb = mb
+        self._storage = storage
+        self._weights = weights
+        self._entries = {entry.name: entry for entry in plan.entries}
+        self._vars: dict[str, Var] = {}
+        self._fills: dict[str, tuple[Part, Callable[[], Array]]] = {}
+        self._held: tuple[str, dict[str, Array]] = ("", {})
+
+    # --- what the graph asks for --------------------------------------------------------------
+
+    def weight(self, name: str) -> Var:
+        """A matrix: decompressed by Core ML when it loads, or as it runs."""
+        entry = self._entries[self._stored(name)]
+        if entry.target_name not in self._vars:
+            self._vars[entry.target_name] = self._matrix(entry)
+        return self._vars[entry.target_name]
+
+    def vector(self, name: str) -> Var:
+        """A norm weight or a bias."""
+        entry = self._entries[self._stored(name)]
+        (part,) = parts(entry.grid, entry.shape)
+        return self._constant(entry.target_name, part, self._reader(entry))
+
+    def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
+        """A float16 constant that the program needs and no checkpoint has."""
+        return self._constant(name, Part("val", "fp16", shape), make)
+
+    def _stored(self, name: str) -> str:
+        """Blocks that repeat a stored block (MobileLLM-LS) use its constants."""
+        block, role, kind = split_name(name)
+        if block is None:
+            return name
+        repeat = self._weights.config.block_repeat
+        return f"blocks.{block - block % repeat}.{role}.{kind}"
+
+    def _matrix(self, entry: PlanEntry) -> Var:
+        pieces = parts(entry.grid, entry.shape)
+        if len(pieces) == 1:
+            return self._constant(entry.target_name, pieces[0], self._reader(entry))
+        inputs = {
+            part.name: self._constant(
+                f"{entry.target_name}_{part.name}",
+                part,
+                partial(self._packed_part, entry, part.name),
+            )
+            for part in pieces
+        }
+        operation = getattr(self._mb, OPERATIONS[pieces[0].name])
+        return operation(**inputs, name=entry.target_name)
+
+    def _constant(self, name: str, part: Part, make: Callable[[], Array]) -> Var:
+        if name not in self._vars:
+            dtype = self._storage[part.dtype]
+            empty = np.lib.stride_tricks.as_strided(
+                np.zeros(1, dtype), part.shape, (0,) * len(part.shape)
+            )
+            self._vars[name] = self._mb.const(val=empty, name=name)
+            self._fills[name] = (part, make)
+        return self._vars[name]
+
+    # --- what the writer asks for -------------------------------------------------------------
+
+    def is_lazy(self, name: str) -> bool:
+        """Whether the constant of that name is a placeholder."""
+        return name in self._fills
+
+    def fill(self, name: str) -> tuple[Array, str]:
+        """The values of a constant, in its shape, and their MIL dtype."""
+        part, make = self._fills[name]
+        values = np.asarray(make(), self._storage[part.dtype])
+        return values.reshape(part.shape), part.dtype
+
+    def _reader(self, entry: PlanEntry) -> Callable[[], Array]:
+        return partial(self._weights.read, entry.name)
+
+    def _packed_part(self, entry: PlanEntry, which: str) -> Array:
+        """A part of a compressed matrix. All its parts are kept until another matrix is asked
+        for: they are written one after the other."""
+        if self._held[0] != entry.name:
+            self._held = ("", {})  # before the next one needs the room
+            self._held = (entry.name, as_stored(self._quantize(entry)))
+        return self._held[1][which]
+
+    def _quantize(self, entry: PlanEntry) -> Quantized:
+        grid = get_grid(entry.grid)
+        rows, columns = entry.shape
+        whole_table = entry.grid.endswith("-tensor")
+        slab = rows if whole_table else max(SLAB // columns // 256, 1) * 256
+        if slab >= rows:
+            return self._weights.quantize(entry.name, grid)
+        pieces = [
+            self._weights.quantize(entry.name, grid, slice(start, min(start + slab, rows)))
+            for start in range(0, rows, slab)
+        ]
+        params = {key: np.concatenate([p.params[key] for p in pieces]) for key in pieces[0].params}
+        codes = np.concatenate([piece.codes for piece in pieces])
+        return Quantized(codes, params, grid, (rows, columns))
+
+
+def as_stored(quantized: Quantized) -> dict[str, Array]:
+    """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
+    packed = quantized.pack()
+    codes = packed["codes"]
+    if "lut" in packed:
+        groups, levels = packed["lut"].shape
+        return {"indices": codes, "lut": packed["lut"].reshape(groups, 1, levels, 1)}
+    if quantized.grid.name.endswith("-asym"):
+        return {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
+    # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps around.
+    middle = np.uint8(8 if quantized.grid.name.startswith("int4") else 128)
+    return {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}

@@ -1,0 +1,339 @@
+"""The decoder as a MIL program, operation by operation, from a ``DecoderConfig``.
+
+Inputs, states and outputs are those that swift-transformers looks for::
+
+    inputIds    int32 [1, q]            causalMask  float16 [1, 1, q or 1, n]
+    keyCache    float16 [layers, 1, kv_heads, context, head_dim]    valueCache  the same
+    logits      float16 [1, q, vocab]
+
+``n`` counts the positions in the cache after the call, so the ``q`` tokens go to slots
+``n - q … n - 1``. Two kinds of callers exist. Apple's article passes a mask ``[1, 1, q, n]`` with
+its own triangle of ``-inf``. swift-transformers passes zeros ``[1, 1, 1, tokens + 1]``: no
+triangle, and every token one slot further, so that slot 0 is never written. The program is right
+for both: it builds the causal triangle (and the sliding window) itself, hides slot 0 unless
+something was written there, and adds whatever the caller passes.
+
+Everything is float16, as Core ML runs it, except the norms: a residual beyond 255 has a square
+beyond float16, and massive activations of several hundred are common, so ``x * rsqrt(mean(x²))``
+is computed in float32 between two casts, as transformers does.
+
+Each cache is read once, and then follows the chain of ``coreml_update_state``: reading a state
+again after a write is what coremltools' ``remove_redundant_ops`` breaks, silently, should anybody
+run its passes over the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.arch import DecoderConfig
+
+__all__ = ["Constants", "Decoder"]
+
+# Added to the score of a hidden position; finite, because -inf - (-inf) is not a number.
+HIDDEN = np.float16(-30000.0)
+
+Var = Any  # coremltools has no types
+
+
+class Constants(Protocol):
+    """Where the graph gets its constants; each call with the same name gives the same one."""
+
+    def weight(self, name: str) -> Var:
+        """A matrix of the checkpoint, compressed or float16, ``[rows, columns]``."""
+        ...
+
+    def vector(self, name: str) -> Var:
+        """A norm weight or bias of the checkpoint, in the plan's float type."""
+        ...
+
+    def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
+        """A float16 constant that is not in the checkpoint."""
+        ...
+
+
+class Decoder:
+    """Emits the operations of one function. ``mb`` is coremltools' builder.
+
+    Args:
+        config: the model.
+        context: slots of the caches.
+        constants: where weights come from.
+    """
+
+    def __init__(self, mb: Any, config: DecoderConfig, context: int, constants: Constants) -> None:
+        self.mb = mb
+        self.config = config
+        self.context = context
+        self.constants = constants
+
+    @staticmethod
+    def cache_shape(config: DecoderConfig, context: int) -> tuple[int, ...]:
+        """``[layers, 1, kv_heads, context, head_dim]`` of either cache."""
+        layers, kv = config.num_hidden_layers, config.num_key_value_heads
+        return layers, 1, kv, context, config.head_dim
+
+    def build(self, ids: Var, mask: Var, key_cache: Var, value_cache: Var) -> Var:
+        """Emit the program for these inputs and states; returns ``logits``."""
+        mb, c = self.mb, self.config
+        self.states = (key_cache, value_cache)
+        self.caches = [
+            mb.read_state(input=key_cache, name="keys_before"),
+            mb.read_state(input=value_cache, name="values_before"),
+        ]
+        self.place(ids, mask)
+        x = mb.gather(
+            x=self.constants.weight("embed_tokens.weight"),
+            indices=ids,
+            axis=0,
+            validate_indices=False,
+            name="embed_tokens",
+        )
+        for block in range(c.num_hidden_layers):
+            x = self.block(block, x)
+        x = self.norm("norm", x, "norm")
+        head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+        return self.linear(head, x, "logits", bias="lm_head" if c.lm_head_bias else "")
+
+    # --- positions and the mask ---------------------------------------------------------------
+
+    def place(self, ids: Var, mask: Var) -> None:
+        """Where the tokens go, the rotary tables there, and what each of them may see."""
+        mb = self.mb
+        queries = self._size(ids, 1, "query_count")  # int32 [1]
+        self.end = self._size(mask, 3, "position_end")
+        self.begin = mb.sub(x=self.end, y=queries, name="position_begin")
+        begin = mb.squeeze(x=self.begin, name="position_begin_scalar")
+        end = mb.squeeze(x=self.end, name="position_end_scalar")
+        positions = mb.range_1d(start=begin, end=end, step=1, name="positions")
+        slots = mb.range_1d(start=0, end=end, step=1, name="slots")
+        self.cosines, self.sines = self._rotary_tables(positions)
+        self.mask = self._mask(positions, slots, begin, mask)
+
+    def _size(self, x: Var, axis: int, name: str) -> Var:
+        shape = self.mb.shape(x=x, name=f"{name}_shape")
+        return self.mb.slice_by_size(x=shape, begin=[axis], size=[1], name=name)
+
+    def _rotary_tables(self, positions: Var) -> tuple[Var, Var]:
+        tables = []
+        for which, name in enumerate(("rope_cos", "rope_sin")):
+            shape = (self.context, self.config.rope.rotary_dim // 2)
+            table = self.constants.array(name, shape, partial(self._rotary_table, which))
+            rows = self.mb.gather(
+                x=table, indices=positions, axis=0, validate_indices=False, name=f"{name}_rows"
+            )
+            tables.append(rows)
+        return tables[0], tables[1]
+
+    def _rotary_table(self, which: int) -> NDArray[Any]:
+        return self.config.rope.cos_sin(self.context)[which]
+
+    def _mask(self, positions: Var, slots: Var, begin: Var, given: Var) -> Var:
+        """float16, broadcastable to ``[1, heads, q, n]``: 0 where visible, else very negative."""
+        mb = self.mb
+        row = mb.expand_dims(x=positions, axes=[1], name="positions_column")  # [q, 1]
+        column = mb.expand_dims(x=slots, axes=[0], name="slots_row")  # [1, n]
+        visible = mb.less_equal(x=column, y=row, name="is_past")
+        window = self.config.sliding_window
+        if window is not None and window < self.context:
+            distance = mb.sub(x=row, y=column, name="distance")
+            near = mb.less(x=distance, y=np.int32(window), name="is_in_window")
+            visible = mb.logical_and(x=visible, y=near, name="is_past_in_window")
+        written = mb.logical_or(
+            x=mb.greater(x=column, y=np.int32(0), name="is_not_slot_0"),
+            y=self._slot_0_is_written(begin),
+            name="is_written",
+        )
+        visible = mb.logical_and(x=visible, y=written, name="is_visible")
+        hidden = mb.cast(x=mb.logical_not(x=visible, name="is_hidden"), dtype="fp16", name="hidden")
+        scores = mb.mul(x=hidden, y=HIDDEN, name="hidden_scores")
+        scores = mb.expand_dims(x=scores, axes=[0, 1], name="hidden_scores_4d")
+        return mb.add(x=scores, y=given, name="mask")
+
+    def _slot_0_is_written(self, begin: Var) -> Var:
+        """By this call (it begins there), or by an earlier one: no key is all zeros."""
+        mb, c = self.mb, self.config
+        key = mb.slice_by_size(
+            x=self.caches[0],
+            begin=[0, 0, 0, 0, 0],
+            size=[1, 1, c.num_key_value_heads, 1, c.head_dim],
+            name="slot_0_key",
+        )
+        size = mb.reduce_max(
+            x=mb.abs(x=key, name="slot_0_abs"),
+            axes=[0, 1, 2, 3, 4],
+            keep_dims=False,
+            name="slot_0_max",
+        )
+        return mb.logical_or(
+            x=mb.equal(x=begin, y=np.int32(0), name="writes_slot_0"),
+            y=mb.greater(x=size, y=np.float16(0), name="has_slot_0"),
+            name="slot_0_is_written",
+        )
+
+    # --- a block ------------------------------------------------------------------------------
+
+    def block(self, block: int, x: Var) -> Var:
+        """One decoder block; the residual stream in and out, float16 ``[1, q, hidden]``."""
+        mb, stem = self.mb, f"block_{block}"
+        normed = self.norm(f"blocks.{block}.input_layernorm", x, f"{stem}_input_layernorm")
+        attended = self.attention(block, normed)
+        if self.config.parallel_residual:
+            x = mb.add(x=x, y=attended, name=f"{stem}_attention_residual")
+            return mb.add(x=x, y=self.mlp(block, normed), name=f"{stem}_residual")
+        x = mb.add(x=x, y=attended, name=f"{stem}_attention_residual")
+        name = "post_attention_layernorm"
+        normed = self.norm(f"blocks.{block}.{name}", x, f"{stem}_{name}")
+        return mb.add(x=x, y=self.mlp(block, normed), name=f"{stem}_residual")
+
+    def norm(self, weight: str, x: Var, name: str) -> Var:
+        """RMSNorm or LayerNorm over the last axis, in float32 inside, float16 outside."""
+        mb, c = self.mb, self.config
+        wide = mb.cast(x=x, dtype="fp32", name=f"{name}_fp32")
+        scale = self.constants.vector(f"{weight}.weight")
+        if c.norm == "layernorm" and not weight.endswith(("q_norm", "k_norm")):
+            normed = mb.layer_norm(
+                x=wide,
+                axes=[-1],
+                gamma=scale,
+                beta=self.constants.vector(f"{weight}.bias"),
+                epsilon=np.float32(c.norm_eps),
+                name=f"{name}_normed",
+            )
+        else:
+            square = mb.mul(x=wide, y=wide, name=f"{name}_square")
+            mean = mb.reduce_mean(x=square, axes=[-1], keep_dims=True, name=f"{name}_mean")
+            inverse = mb.rsqrt(x=mean, epsilon=np.float32(c.norm_eps), name=f"{name}_rsqrt")
+            normed = mb.mul(x=wide, y=inverse, name=f"{name}_normed")
+            normed = mb.mul(x=normed, y=scale, name=f"{name}_scaled")
+        return mb.cast(x=normed, dtype="fp16", name=name)
+
+    def linear(self, weight: str, x: Var, name: str, bias: str = "") -> Var:
+        """``x @ weight.T + bias``; without a bias, one shared vector of zeros (MIL wants one)."""
+        matrix = self.constants.weight(f"{weight}.weight")
+        rows = int(matrix.shape[0])
+        if bias:
+            vector = self.constants.vector(f"{bias}.bias")
+        else:
+            vector = self.constants.array(f"zeros_{rows}", (rows,), partial(np.zeros, rows))
+        return self.mb.linear(x=x, weight=matrix, bias=vector, name=name)
+
+    def project(self, block: int, role: str, x: Var) -> Var:
+        """The linear of a role."""
+        weight = f"blocks.{block}.{role}"
+        bias = weight if self.config.has_bias(role) else ""
+        return self.linear(weight, x, f"block_{block}_{role}", bias)
+
+    def mlp(self, block: int, x: Var) -> Var:
+        mb, stem = self.mb, f"block_{block}"
+        up = self.project(block, "up_proj", x)
+        if self.config.gated_mlp:
+            gate = mb.silu(x=self.project(block, "gate_proj", x), name=f"{stem}_gate")
+            inner = mb.mul(x=gate, y=up, name=f"{stem}_gated")
+        else:
+            inner = mb.gelu(x=up, mode="TANH_APPROXIMATION", name=f"{stem}_gelu")
+        return self.project(block, "down_proj", inner)
+
+    # --- attention ----------------------------------------------------------------------------
+
+    def attention(self, block: int, x: Var) -> Var:
+        mb, c, stem = self.mb, self.config, f"block_{block}"
+        query = self.heads(block, "q_proj", x, c.num_attention_heads)
+        key = self.heads(block, "k_proj", x, c.num_key_value_heads)
+        value = self.heads(block, "v_proj", x, c.num_key_value_heads)
+        if c.qk_norm:
+            query = self.norm(f"blocks.{block}.q_norm", query, f"{stem}_q_norm")
+            key = self.norm(f"blocks.{block}.k_norm", key, f"{stem}_k_norm")
+        query = self.rotate(query, f"{stem}_query")
+        key = self.rotate(key, f"{stem}_key")
+        span = self.span(block)
+        keys = self.repeat(self.cached(0, key, span, f"{stem}_keys"), f"{stem}_keys")
+        values = self.repeat(self.cached(1, value, span, f"{stem}_values"), f"{stem}_values")
+        mixed = mb.scaled_dot_product_attention(
+            query=query, key=keys, value=values, attn_mask=self.mask, name=f"{stem}_attention"
+        )
+        mixed = mb.transpose(x=mixed, perm=[0, 2, 1, 3], name=f"{stem}_attention_heads_last")
+        width = c.num_attention_heads * c.head_dim
+        mixed = mb.reshape(x=mixed, shape=[1, -1, width], name=f"{stem}_attention_flat")
+        return self.project(block, "o_proj", mixed)
+
+    def heads(self, block: int, role: str, x: Var, heads: int) -> Var:
+        """Project and split: ``[1, heads, q, head_dim]``."""
+        mb, name = self.mb, f"block_{block}_{role}_heads"
+        flat = self.project(block, role, x)
+        split = mb.reshape(x=flat, shape=[1, -1, heads, self.config.head_dim], name=f"{name}_last")
+        return mb.transpose(x=split, perm=[0, 2, 1, 3], name=name)
+
+    def rotate(self, x: Var, name: str) -> Var:
+        """Rotary embedding of the leading ``rotary_dim`` dimensions, halves rotating together."""
+        mb, half = self.mb, self.config.rope.rotary_dim // 2
+        rest = self.config.head_dim - 2 * half
+        sizes = [half, half, rest] if rest else [half, half]
+        first, second, *tail = mb.split(x=x, split_sizes=sizes, axis=-1, name=f"{name}_split")
+        turned = [
+            mb.sub(
+                x=mb.mul(x=first, y=self.cosines, name=f"{name}_first_cos"),
+                y=mb.mul(x=second, y=self.sines, name=f"{name}_second_sin"),
+                name=f"{name}_first",
+            ),
+            mb.add(
+                x=mb.mul(x=second, y=self.cosines, name=f"{name}_second_cos"),
+                y=mb.mul(x=first, y=self.sines, name=f"{name}_first_sin"),
+                name=f"{name}_second",
+            ),
+        ]
+        return mb.concat(values=[*turned, *tail], axis=-1, name=f"{name}_rotated")
+
+    def span(self, block: int) -> tuple[Var, Var]:
+        """Begin and end, int32 [5], of the new positions in the block's layer of a cache."""
+        c, stem = self.config, f"block_{block}"
+        first = np.array([block, 0, 0], np.int32)
+        last = np.array([block + 1, 1, c.num_key_value_heads], np.int32)
+        zero, width = np.array([0], np.int32), np.array([c.head_dim], np.int32)
+        begin = self.mb.concat(values=[first, self.begin, zero], axis=0, name=f"{stem}_begin")
+        end = self.mb.concat(values=[last, self.end, width], axis=0, name=f"{stem}_end")
+        return begin, end
+
+    def cached(self, which: int, new: Var, span: tuple[Var, Var], name: str) -> Var:
+        """Put ``new`` into a cache; that layer of it up to ``end``, ``[1, kv_heads, n, head_dim]``.
+
+        ``coreml_update_state`` writes the state and reads it back, which is what lets Core ML
+        update it in place; ``self.caches`` is the chain.
+        """
+        mb = self.mb
+        begin, end = span
+        updated = mb.slice_update(
+            x=self.caches[which],
+            update=mb.expand_dims(x=new, axes=[0], name=f"{name}_new"),
+            begin=begin,
+            end=end,
+            name=f"{name}_updated",
+        )
+        self.caches[which] = mb.coreml_update_state(
+            state=self.states[which], value=updated, name=f"{name}_cache"
+        )
+        return mb.slice_by_index(
+            x=self.caches[which],
+            begin=begin,
+            end=end,
+            begin_mask=[False, True, True, True, True],
+            end_mask=[False, True, True, False, True],
+            squeeze_mask=[True, False, False, False, False],
+            name=name,
+        )
+
+    def repeat(self, x: Var, name: str) -> Var:
+        """Every key-value head once per query head that shares it: ``[1, heads, n, d]``."""
+        mb, c = self.mb, self.config
+        times = c.num_attention_heads // c.num_key_value_heads
+        if times == 1:
+            return x
+        apart = mb.expand_dims(x=x, axes=[2], name=f"{name}_apart")  # [1, kv, 1, n, d]
+        tiled = mb.tile(x=apart, reps=[1, 1, times, 1, 1], name=f"{name}_tiled")
+        shape = [1, c.num_attention_heads, -1, c.head_dim]
+        return mb.reshape(x=tiled, shape=shape, name=f"{name}_repeated")

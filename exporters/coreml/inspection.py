@@ -1,0 +1,95 @@
+"""What a package says of itself: metadata and constants, from ``model.mlmodel`` alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from exporters.coreml.blobs import Packed
+from exporters.coreml.mil import Function, Operation, read_package
+
+SCALED = "constexpr_blockwise_shift_scale"
+PALETTE = "constexpr_lut_to_dense"
+
+
+def describe_package(path: Path) -> dict[str, Any]:
+    """See ``compress.model.Exporter.describe``.
+
+    Raises:
+        ArtifactError: not a package, or a damaged one.
+    """
+    program = read_package(path)
+    function = program.function(program.default_function)
+    told = program.metadata.get("packlight.parameters")
+    tensors = list_tensors(function)
+    counted = sum(tensor["weights"] for tensor in tensors)
+    parameters = int(told) if told else counted
+    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    operators = Counter(op.kind for op in function.operations if op.kind != "const")
+    shapes = {**function.inputs, **function.states, **function.outputs}
+    return {
+        "format": "coreml",
+        "name": path.stem,
+        "architecture": program.metadata.get("co.huggingface.exporters.architecture", ""),
+        "parameters": parameters or None,
+        "bytes": nbytes,
+        "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "metadata": dict(sorted(program.metadata.items()))
+        | {"specification version": str(program.specification_version)}
+        | {
+            name: f"{spec.dtype} [{', '.join('?' if n is None else str(n) for n in spec.shape)}]"
+            for name, spec in shapes.items()
+        }
+        | {"operators": ", ".join(f"{kind} {count}" for kind, count in sorted(operators.items()))},
+        "tensors": [
+            {key: tensor[key] for key in ("name", "shape", "grid", "bytes")} for tensor in tensors
+        ],
+    }
+
+
+def list_tensors(function: Function) -> list[dict[str, Any]]:
+    """Name, shape, grid, bytes and number of weights of every stored array of the program."""
+    tensors = []
+    for operation in function.operations:
+        stored = [part for part in operation.literals.values() if isinstance(part, Packed)]
+        if isinstance(operation.value, Packed) and operation.value.dtype.startswith("fp"):
+            stored = [operation.value]
+        if not stored or not (operation.value or operation.kind.startswith("constexpr_")):
+            continue
+        name, declared = operation.outputs[0]
+        shape = [size or 0 for size in declared.shape]
+        if not shape:  # an epsilon, a factor
+            continue
+        tensors.append(
+            {
+                "name": name,
+                "shape": shape,
+                "grid": grid_name(operation),
+                "bytes": sum(part.raw.size for part in stored),
+                "weights": 0 if is_table(name) else int(stored[0].size),
+            }
+        )
+    return tensors
+
+
+def is_table(name: str) -> bool:
+    """Not of the checkpoint: rotary tables, biases of zeros."""
+    return name.startswith(("rope_", "zeros_"))
+
+
+def grid_name(operation: Operation) -> str:
+    """The grid of a constant, as recipes spell it; the operation's name for what is not ours."""
+    parts = {key: part for key, part in operation.literals.items() if isinstance(part, Packed)}
+    if operation.kind == "const" and isinstance(operation.value, Packed):
+        return {"fp16": "F16", "fp32": "F32"}.get(operation.value.dtype, operation.value.dtype)
+    if operation.kind == PALETTE and len(parts["lut"].shape) == len(parts["indices"].shape) + 2:
+        groups, rows = parts["lut"].shape[0], parts["indices"].shape[0]
+        bits = parts["indices"].dtype.removeprefix("uint")
+        return f"lut{bits}-" + ("tensor" if groups == 1 else f"g{rows // groups}")
+    if operation.kind == SCALED and len(parts["data"].shape) == 2:
+        groups, columns = parts["scale"].shape[1], parts["data"].shape[1]
+        bits = parts["data"].dtype.removeprefix("u")
+        group = "channel" if groups == 1 else f"g{columns // groups}"
+        return f"{bits}-{group}" + ("-asym" if "offset" in parts else "")
+    return operation.kind

@@ -1,0 +1,220 @@
+"""Which tensor gets which grid, how Core ML stores it, and its exact bytes. Nothing is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.arch import DecoderConfig, WeightMap, split_name
+from compress.errors import GridError, UnsupportedModelError, UsageError
+from compress.model import Plan, PlanEntry
+
+GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
+ROW_GROUPS = ("g1", "g2", "g4", "g8", "g16", "g32", "tensor")
+GRIDS = (
+    *(f"int{bits}-{g}{kind}" for bits in (4, 8) for g in GROUPS for kind in ("", "-asym")),
+    *(f"lut{bits}-{g}" for bits in (1, 2, 3, 4, 6, 8) for g in ROW_GROUPS),
+    "F16",
+)
+DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
+DEFAULT_CONTEXT = 2048
+BITS = {"fp16": 16, "fp32": 32}  # and int4, uint3 …: the number in the name
+# weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
+ALIGNMENT = 64
+IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
+NEURAL_ENGINE_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a stored tensor.
+
+    Attributes:
+        name: its parameter in the MIL operation: ``data``, ``scale``, ``offset``, ``indices``,
+            ``lut``; ``val`` for a plain constant.
+        dtype: MIL's: ``int4``, ``uint3``, ``fp16`` …
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file; sub-byte integers are packed without gaps."""
+        bits = BITS.get(self.dtype) or int(self.dtype.lstrip("uint"))
+        return (math.prod(self.shape) * bits + 7) // 8
+
+
+def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """How Core ML stores a tensor on a grid.
+
+    ``int4`` and ``int8`` are signed and centered where symmetric, else unsigned with an offset;
+    palettes have one table per group of rows, ``[groups, 1, levels, 1]``.
+    """
+    if grid in ("F16", "F32"):
+        return (Part("val", "fp16" if grid == "F16" else "fp32", shape),)
+    rows, columns = shape
+    kind, *group = grid.split("-")
+    bits = kind.removeprefix("int").removeprefix("lut")
+    if kind.startswith("lut"):
+        groups = 1 if group[0] == "tensor" else rows // int(group[0][1:])
+        table = (groups, 1, 1 << int(bits), 1)
+        return Part("indices", f"uint{bits}", shape), Part("lut", "fp16", table)
+    groups = 1 if group[0] == "channel" else columns // int(group[0][1:])
+    scale = Part("scale", "fp16", (rows, groups))
+    if group[-1] != "asym":
+        return Part("data", f"int{bits}", shape), scale
+    unsigned = f"uint{bits}"
+    return Part("data", unsigned, shape), scale, Part("offset", unsigned, (rows, groups))
+
+
+def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
+    """Plan the Core ML artifact.
+
+    Args:
+        config: the model.
+        settings: ``grid`` (default ``int4-g32``), ``embedding`` (default: as ``grid``; the
+            head's too where it is tied), ``deployment`` (``iOS18``), ``context`` (slots of the
+            KV cache; default 2048 or what the model has).
+        model_name: base of the package's name.
+
+    Returns:
+        Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
+        in float32, linears' biases in float16) and two rotary tables, ``rope.cos`` and
+        ``rope.sin``. A tied head has none. ``settings`` gains ``container_bytes``: what
+        ``weight.bin`` holds besides (records, alignment, the zero biases that MIL asks for).
+
+    Raises:
+        GridError: a grid that Core ML cannot store.
+        UnsupportedModelError: a deployment target other than iOS 18.
+        UsageError: more context than the model has.
+    """
+    chosen = DEFAULTS | dict(settings)
+    chosen.setdefault("embedding", chosen["grid"])
+    chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
+    _check(config, chosen)
+    entries = tuple(_entries(config, chosen))
+    chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
+    return Plan(
+        format="coreml",
+        type_name=chosen["grid"],
+        model_name=model_name,
+        entries=entries,
+        settings=chosen,
+        notes=tuple(_notes(config, chosen)),
+        max_context=chosen["context"],
+    )
+
+
+def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
+    for key in ("grid", "embedding"):
+        if settings[key] not in GRIDS:
+            raise GridError(
+                f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
+                hint="int4-g32, int8-channel, int4-g128-asym, lut4-g8, lut6-tensor, F16 …",
+            )
+    if settings["deployment"] != "iOS18":
+        raise UnsupportedModelError(
+            f"coreml: deployment {settings['deployment']!r} is not supported",
+            hint="iOS18 (also macOS 15): the first with states and 4-bit weights",
+        )
+    context = settings["context"]
+    if not 2 <= context <= config.max_context:
+        raise UsageError(
+            f"coreml: context {context} is not between 2 and the {config.max_context} positions "
+            "of this model"
+        )
+
+
+def stored_names(config: DecoderConfig) -> Iterator[str]:
+    """Weights and biases of the checkpoint that get a constant, in order of execution."""
+    shapes = WeightMap(config)
+    for name in shapes.names():
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if shapes.first_use(name) and not tied:
+            yield name
+
+
+def target_name(name: str) -> str:
+    """The constant's name: MIL allows letters, digits and underscores."""
+    return name.replace("blocks.", "block_").replace(".", "_")
+
+
+def _entries(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[PlanEntry]:
+    shapes = WeightMap(config)
+    table = (settings["context"], config.rope.rotary_dim // 2)
+    for name in ("rope.cos", "rope.sin"):
+        yield _entry(name, "F16", table)
+    for name in stored_names(config):
+        _, role, _ = split_name(name)
+        shape = shapes.shape(name)
+        if len(shape) == 1:
+            yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
+            continue
+        asked = settings["embedding" if role == "embed_tokens" else "grid"]
+        grid = fitting_grid(asked, (shape[0], shape[1]))
+        note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
+        yield _entry(name, grid, shape, note)
+
+
+def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> PlanEntry:
+    nbytes = sum(part.nbytes for part in parts(grid, shape))
+    return PlanEntry(name, target_name(name), grid, shape, nbytes, note)
+
+
+def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
+    """The grid asked for, or the one of the next smaller groups that divide the tensor.
+
+    Where no smaller group does: a scale per row, a palette per row.
+    """
+    if asked == "F16":
+        return asked
+    kind, group, *rest = asked.split("-")
+    if group in ("tensor", "channel"):
+        return asked
+    size = int(group[1:])
+    least, divided = (1, shape[0]) if kind.startswith("lut") else (16, shape[1])
+    while size >= least:
+        if divided % size == 0:
+            return "-".join((kind, f"g{size}", *rest))
+        size //= 2
+    return "-".join((kind, "channel", *rest))
+
+
+def zero_bias_sizes(config: DecoderConfig) -> list[int]:
+    """Rows of the linears without a bias; they share one vector of zeros per size, float16."""
+    roles = [role for role in (*config.linear_roles, "lm_head") if not config.has_bias(role)]
+    return sorted({config.weight_shape(role)[0] for role in roles})
+
+
+def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> int:
+    """Size of ``weight.bin``, exact but for the padding of its last array, which is not written."""
+    arrays = [part for entry in entries for part in parts(entry.grid, entry.shape)]
+    arrays += [Part("val", "fp16", (rows,)) for rows in zero_bias_sizes(config)]
+    size = ALIGNMENT
+    for part in arrays:
+        if math.prod(part.shape) >= IMMEDIATE:
+            size += ALIGNMENT + -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+    return size
+
+
+def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
+    context = settings["context"]
+    cache = context * config.kv_cache_bytes_per_token()
+    yield (
+        f"Core ML: the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
+        "its size costs speed: a smaller context is faster."
+    )
+    if config.max_context < config.max_position_embeddings and context == config.max_context:
+        yield (
+            f"Core ML: {config.rope.kind} rotary factors are those for short prompts: the package "
+            f"holds {context} positions, not {config.max_position_embeddings}."
+        )
+    if config.head_dim % NEURAL_ENGINE_MULTIPLE:
+        yield (
+            f"Core ML: heads of {config.head_dim} are not a multiple of 32, which the Neural "
+            "Engine is reported to refuse for states; CPU and GPU take them."
+        )

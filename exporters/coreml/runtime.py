@@ -1,0 +1,167 @@
+"""A written package as a ``Runtime``: Core ML itself on macOS, the MIL evaluator elsewhere.
+
+Both are called as an app calls them: the new token ids, a mask whose last size is where they end
+in the cache, and a state that the program updates.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import __version__
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.model import Runtime
+from exporters.coreml.mil import read_package
+
+Float32 = NDArray[np.float32]
+Predict = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, NDArray[Any]]]
+
+OLDEST_MACOS = 15  # states, 4-bit constants
+# Ids per call while a prompt is read: bounds the scores, [heads, ids, positions].
+CHUNK = 512
+
+
+def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
+    """Load a package; see ``compress.model.Exporter.open_runtime``.
+
+    Raises:
+        ArtifactError: not a package of ours, damaged, or refused by Core ML.
+        RuntimeMissingError: coremltools is not installed.
+        UsageError: more context than the package has.
+    """
+    function = read_package(path).function("main")
+    if set(function.states) != {"keyCache", "valueCache"} or "inputIds" not in function.inputs:
+        raise ArtifactError(f"{path.name} is not a decoder with keyCache and valueCache states")
+    slots = function.states["keyCache"].shape[3] or 0
+    if context > slots:
+        raise UsageError(
+            f"{path.name} has a KV cache of {slots} positions, {context} are asked for",
+            hint=f"--context {slots}, or build with targets.coreml.context={context}",
+        )
+    vocab = function.outputs["logits"].shape[-1] or 0
+    if _has_core_ml():
+        name, predict, make_state = _core_ml(path)
+    else:
+        name, predict, make_state = _evaluator(path, threads)
+    return CoreMLRuntime(name, predict, make_state, slots, vocab)
+
+
+class CoreMLRuntime:
+    """See ``compress.model.Runtime``.
+
+    Args:
+        name: for the report.
+        predict: ``predict(inputs, state) -> outputs``.
+        make_state: an empty KV cache.
+        slots: positions in the cache.
+        vocab_size: width of the logits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        predict: Predict,
+        make_state: Callable[[], Any],
+        slots: int,
+        vocab_size: int,
+    ) -> None:
+        self._name = name
+        self._predict: Predict | None = predict
+        self._make_state = make_state
+        self._slots = slots
+        self._vocab_size = vocab_size
+        self.reset()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def reset(self) -> None:
+        """Empty the KV cache."""
+        self._state: Any = None
+        self._length = 0
+
+    def logits(self, tokens: Sequence[int]) -> Float32:
+        """At every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+
+        Raises:
+            UsageError: no tokens, or more than the cache holds.
+        """
+        self.reset()
+        return np.concatenate(list(self._append(tokens)))
+
+    def feed(self, tokens: Sequence[int]) -> Float32:
+        """Append to the cached sequence; logits after the last token, float32 ``[vocab]``.
+
+        Raises:
+            UsageError: no tokens, or more than the cache has room for.
+        """
+        return np.array(list(self._append(tokens))[-1][-1])
+
+    def _append(self, tokens: Sequence[int]) -> list[Float32]:
+        if self._predict is None:
+            raise UsageError("the runtime is closed")
+        if not tokens or self._length + len(tokens) > self._slots:
+            raise UsageError(
+                f"{len(tokens)} token(s) after {self._length}: the KV cache has {self._slots} slots"
+            )
+        if self._state is None:
+            self._state = self._make_state()
+        pieces = []
+        for start in range(0, len(tokens), CHUNK):
+            ids = np.asarray(tokens[start : start + CHUNK], np.int32)[None]
+            self._length += ids.shape[1]
+            # No triangle: the program makes its own. The mask says where the ids end.
+            mask = np.zeros((1, 1, 1, self._length), np.float16)
+            outputs = self._predict({"inputIds": ids, "causalMask": mask}, self._state)
+            pieces.append(np.asarray(outputs["logits"], np.float32)[0])
+        return pieces
+
+    def close(self) -> None:
+        """Free the model and its cache."""
+        self._predict = None
+        self._state = None
+
+
+def _has_core_ml() -> bool:
+    return sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) >= OLDEST_MACOS
+
+
+def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
+    """coremltools' binding of Core ML; macOS only."""
+    try:
+        import coremltools
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "running a Core ML package needs coremltools", hint="pip install coremltools"
+        ) from error
+    try:
+        # Where swift-transformers runs models of flexible shape.
+        model = coremltools.models.MLModel(
+            str(path), compute_units=coremltools.ComputeUnit.CPU_AND_GPU
+        )
+    except Exception as error:  # NSError arrives as a bare RuntimeError
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ArtifactError(f"Core ML refuses {path.name}: {first}") from error
+    version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
+    return f"Core ML (macOS {version})", model.predict, model.make_state
+
+
+def _evaluator(path: Path, threads: int) -> tuple[str, Predict, Callable[[], Any]]:
+    """Our interpreter, rounding to float16 where Core ML does."""
+    from exporters.coreml.evaluator import Evaluator
+
+    evaluator = Evaluator(path, fp16=True, threads=threads)
+    return f"MIL evaluator (packlight {__version__})", evaluator.predict, evaluator.make_state
