@@ -301,7 +301,7 @@ class WeightMap:
         """
         start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
         pieces = []
-        offset = 0
+        offset = 0  # of the part's first row within the weight
         for part in self.parts(name):
             length = part.stop - part.start
             first, last = max(start - offset, 0), min(stop - offset, length)
@@ -309,6 +309,8 @@ class WeightMap:
                 window = slice(part.start + first, part.start + last)
                 pieces.append(checkpoint.read(part.source, window))
             offset += length
+        if not pieces:
+            return np.empty((0, *self.shape(name)[1:]), np.float32)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

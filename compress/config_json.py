@@ -1,18 +1,44 @@
-"""Keys of a ``config.json`` as checked values: it comes from strangers, and may hold anything.
+"""JSON files and the keys of a ``config.json`` as checked values: they come from strangers, and may
+hold anything.
 
-``KeyError`` says a key is missing, ``ValueError`` what is wrong with its value; whoever reads the
+For keys, ``KeyError`` says a key is missing, ``ValueError`` what is wrong with its value; whoever reads the
 file turns both into one line (``DecoderConfig.from_hf``).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from compress.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
 LARGEST = 2**31 - 1
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: not there, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file.name} is missing in {file.parent}",
+            hint="a checkpoint folder holds config.json beside its weights",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"not valid JSON, {error}" if isinstance(error, ValueError) else error
+        raise CheckpointError(f"{file.name} cannot be read: {what}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.name} is not a JSON object")
+    return value
 
 
 def whole(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
