@@ -1,11 +1,11 @@
 """What lies beside the .onnx file, so that four loaders take the same folder.
 
-    config.json               Optimum, Transformers.js   the model's own, plus transformers.js_config
-    generation_config.json    Optimum                    stop tokens
-    genai_config.json         ORT GenAI                  names of inputs and outputs, shape of the cache
-    tokenizer.json …          all
-    onnx/model_q4.onnx        Transformers.js looks for the suffix of its `dtype`
-    onnx/model_q4.onnx_data   … and for exactly this name
+config.json               Optimum, Transformers.js   the model's, plus transformers.js_config
+generation_config.json    Optimum                    stop tokens
+genai_config.json         ORT GenAI                  names of inputs and outputs, cache shape
+tokenizer.json …          all
+onnx/model_q4.onnx        Transformers.js looks for the suffix of its `dtype` …
+onnx/model_q4.onnx_data   … and for exactly this name
 """
 
 from __future__ import annotations

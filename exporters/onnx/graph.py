@@ -8,22 +8,15 @@ of ``com.microsoft``: onnxruntime ``docs/ContribOperators.md``. Where ONNX has n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from compress.arch import DecoderConfig
-from compress.grids import Array
 from compress.model import Plan, PlanEntry
+from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
-
-OPSET = 21
-IR_VERSION = 10
-MICROSOFT = "com.microsoft"
-DTYPES = {"<f4": ir.DataType.FLOAT, "<f2": ir.DataType.FLOAT16, "|u1": ir.DataType.UINT8}
-
-Inputs = Sequence[ir.Value | None]
 
 
 def build(
@@ -39,52 +32,36 @@ def build(
     return _Decoder(config, plan, pieces, data_name).build()
 
 
-class _Decoder:
-    """One graph under construction: nodes in order, initializers by name."""
+class _Decoder(GraphBuilder):
+    """The decoder, block by block."""
 
     def __init__(
         self, config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
     ) -> None:
+        super().__init__(data_name)
         self.config = config
         self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
         self.accuracy_level = int(plan.settings["accuracy_level"])
         self.pieces = pieces
-        self.data_name = data_name
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
         self.casts: dict[str, ir.Value] = {}
-        self.inputs: list[ir.Value] = []
-        self.outputs: list[ir.Value] = []
 
     def build(self) -> ir.Model:
         c = self.config
-        ids = self.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        sequence: Dims = ["batch_size", "sequence_length"]
+        ids = self.input("input_ids", ir.DataType.INT64, sequence)
         mask = self.input(
             "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
         )
-        self.positions = self.input(
-            "position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]
-        )
+        self.positions = self.input("position_ids", ir.DataType.INT64, sequence)
         self.lengths(mask)
         residual = self.embedding(ids)
         delta: ir.Value | None = None
         for block in range(c.num_hidden_layers):
             delta, residual = self.block(block, delta, residual)
-        assert delta is not None
         hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
         logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
-        self.output(logits, ["batch_size", "sequence_length", c.vocab_size])
-        # Runtimes look outputs up by name; logits first is what people expect to see.
-        outputs = [logits, *(value for value in self.outputs if value is not logits)]
-        graph = ir.Graph(
-            self.inputs,
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name=c.model_type,
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="packlight")
+        self.output(logits, [*sequence, c.vocab_size], first=True)
+        return self.model(c.model_type)
 
     # --- the decoder ---------------------------------------------------------------------------
 
@@ -142,11 +119,15 @@ class _Decoder:
         if c.qk_norm:
             sizes = np.array([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
             split = self.constant("qkv_sizes", (sizes * c.head_dim).astype(np.int64))
-            query, key, value = self.split(query, split, f"{name}/qkv")
+            query, key, value = self.node(
+                "Split", [query, split], name, [f"{name}/{part}" for part in "qkv"], axis=-1
+            )
             query = self.head_norm(query, f"{stem}.q_norm", f"{name}/q_norm", "query_heads")
             key = self.head_norm(key, f"{stem}.k_norm", f"{name}/k_norm", "key_heads")
-        cache = ["batch_size", c.num_key_value_heads, "past_sequence_length", c.head_dim]
-        grown = [*cache[:2], "total_sequence_length", c.head_dim]
+        heads, size = c.num_key_value_heads, c.head_dim
+        # Transformers.js makes the empty cache from these: heads and size must be numbers.
+        cache: Dims = ["batch_size", heads, "past_sequence_length", size]
+        grown: Dims = ["batch_size", heads, "total_sequence_length", size]
         past = [
             self.input(f"past_key_values.{block}.{part}", ir.DataType.FLOAT, cache)
             for part in ("key", "value")
@@ -156,7 +137,7 @@ class _Decoder:
             "GroupQueryAttention",
             [
                 *(query, key, value, *past, self.last, self.total),
-                *(self.table("rope.cos"), self.table("rope.sin"), self.positions),
+                *(self.stored("rope.cos"), self.stored("rope.sin"), self.positions),
             ],
             f"{name}/attention",
             [f"{name}/attention", f"present.{block}.key", f"present.{block}.value"],
@@ -249,7 +230,8 @@ class _Decoder:
         """
         epsilon = np.array(self.config.norm_eps, np.float32)
         axis = self.constant("axis_last", np.array([-1], np.int64))
-        square = self.op("Pow", [x, self.constant("two", np.array(2, np.float32))], f"{name}/square")
+        two = self.constant("two", np.array(2, np.float32))
+        square = self.op("Pow", [x, two], f"{name}/square")
         mean = self.op("ReduceMean", [square, axis], f"{name}/mean", keepdims=1)
         moved = self.op("Add", [mean, self.constant("epsilon", epsilon)], f"{name}/moved")
         root = self.op("Sqrt", [moved], f"{name}/root")
@@ -267,9 +249,6 @@ class _Decoder:
         """The float initializer of a planned weight."""
         return self.weight(self.entries[name].target_name)
 
-    def table(self, name: str) -> ir.Value:
-        return self.weight(self.entries[name].target_name)
-
     def weight(self, name: str) -> ir.Value:
         """An initializer of the data file."""
         return self.external(name, self.pieces[name], self.pieces[name].shape)
@@ -279,20 +258,8 @@ class _Decoder:
         grid = affine(entry.grid)
         rows, columns = entry.shape
         shape = (rows, columns // grid.group_size, grid.group_size * grid.bits // 8)
-        return self.external("lm_head.weight.codes", self.pieces[f"{entry.target_name}.codes"], shape)
-
-    def external(self, name: str, piece: Piece, shape: tuple[int, ...]) -> ir.Value:
-        if name not in self.initializers:
-            tensor = ir.ExternalTensor(
-                self.data_name,
-                piece.offset,
-                piece.nbytes,
-                DTYPES[piece.dtype],
-                shape=ir.Shape(shape),
-                name=name,
-            )
-            self.initializers[name] = initializer(tensor)
-        return self.initializers[name]
+        piece = self.pieces[f"{entry.target_name}.codes"]
+        return self.external("lm_head.weight.codes", piece, shape)
 
     def scales(self, target: str) -> ir.Value:
         """Scales are stored as float16; the cast is folded when a runtime loads the model."""
@@ -301,72 +268,3 @@ class _Decoder:
             wide = self.op("Cast", [halves], f"{target}.scales/cast", to=ir.DataType.FLOAT)
             self.casts[target] = wide
         return self.casts[target]
-
-    def constant(self, name: str, values: Array) -> ir.Value:
-        """A small initializer inside the .onnx file."""
-        if name not in self.initializers:
-            self.initializers[name] = initializer(ir.tensor(values, name=name))
-        return self.initializers[name]
-
-    # --- nodes ---------------------------------------------------------------------------------
-
-    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self.inputs.append(value)
-        return value
-
-    def output(self, value: ir.Value, shape: Sequence[int | str]) -> None:
-        value.shape = ir.Shape(shape)
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-        self.outputs.append(value)
-
-    def op(
-        self,
-        op_type: str,
-        inputs: Inputs,
-        name: str,
-        *,
-        output: str = "",
-        domain: str = "",
-        **attributes: int | float | str | ir.DataType,
-    ) -> ir.Value:
-        """A node with one output, which has the node's name unless told otherwise."""
-        outputs = [output or name]
-        return self.node(op_type, inputs, name, outputs, domain=domain, **attributes)[0]
-
-    def split(self, x: ir.Value, sizes: ir.Value, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
-        q, k, v = self.node("Split", [x, sizes], name, [f"{name}/{i}" for i in "qkv"], axis=-1)
-        return q, k, v
-
-    def node(
-        self,
-        op_type: str,
-        inputs: Inputs,
-        name: str,
-        outputs: Sequence[str],
-        *,
-        domain: str = "",
-        **attributes: int | float | str | ir.DataType,
-    ) -> Sequence[ir.Value]:
-        given = list(inputs)
-        while given[-1] is None:  # optional ones at the end
-            given.pop()
-        node = ir.node(
-            op_type,
-            given,
-            {key: int(v) if isinstance(v, ir.DataType) else v for key, v in attributes.items()},
-            domain=domain,
-            outputs=[ir.Value(name=output) for output in outputs],
-            name=name,
-        )
-        self.nodes.append(node)
-        return node.outputs
-
-
-def initializer(tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(
-        name=tensor.name,
-        shape=ir.Shape(tensor.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )

@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, Any]:
         ArtifactError: no graph, or one that does not parse.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     graph = find_graph(path)
     try:
@@ -103,7 +103,7 @@ def tensor_rows(graph: Any) -> list[dict[str, Any]]:
             },
         )
     parts = (".codes", ".scales", ".zero_points")
-    types = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16"}
+    types = {int(onnx.TensorProto.FLOAT): "F32", int(onnx.TensorProto.FLOAT16): "F16"}
     for name, (shape, kind, offset, nbytes) in stored.items():
         if not name.endswith(parts):
             grid = "table" if name.startswith("rope.") else types[kind]

@@ -84,8 +84,9 @@ def _check_group_size(config: DecoderConfig, group_size: int) -> None:
             fitting = [g for g in GROUP_SIZES if not any(n % g for n in columns.values())]
             raise GridError(
                 f"onnx: group_size {group_size} does not divide rows of {size} ({what})",
-                hint=f"group_size: {fitting[-1]} fits every row" if fitting else
-                "no group_size between 16 and 256 fits every row",
+                hint=f"group_size: {fitting[-1]} fits every row"
+                if fitting
+                else "no group_size between 16 and 256 fits every row",
             )
 
 

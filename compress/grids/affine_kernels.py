@@ -1,0 +1,160 @@
+"""The fit and the rounding of the uniform integer grids, as numba kernels.
+
+Rows are the SIMD lanes, as in ``kquant_kernels``: a group of 32 rows is transposed to
+``[columns, LANES]`` and every sum runs down the tile lane by lane. A row's result depends neither
+on its neighbours nor on the number of threads.
+
+The search tries a few scales (and zero points) per group. Each is rounded to codes once; from the
+sums of the residual ``r = w - scale * q`` follow both the error and the least-squares scale for
+these codes, so that a handful of tries does what dozens of evenly spaced scales do. The winner is
+rounded to float16 and kept only if the error that it then really has is below that of the plain
+fit, which puts the extremes of the group on the extreme codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import floor
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from compress.grids.kquant_kernels import LANES, WORST, f4, half
+
+# No "reassoc": it may expand the squared residuals, whose digits then cancel.
+FAST = {"contract", "arcp", "nsz"}
+SMALL = f4(1e-30)
+# Rows of the work array of a group, a column per lane.
+WQQ, WQR, WRR, INVERSE, STEP, LEAST, MOST, ROWS = range(8)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on first call and cache on disk; where no folder is writable, only compile."""
+    try:
+        return njit(function, nogil=True, error_model="numpy", fastmath=FAST, cache=True)
+    except RuntimeError:
+        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
+
+
+@kernel
+def load(weight, row, column, n, x, low, high):  # type: ignore[no-untyped-def]
+    """A transposed tile (missing rows are zeros), its smallest and largest values (or zero)."""
+    rows = weight.shape[0]
+    for lane in range(LANES):
+        source = min(row + lane, rows - 1)
+        keep = f4(1.0) if row + lane < rows else f4(0.0)
+        for i in range(n):
+            x[i, lane] = weight[source, column + i] * keep
+    low[:] = f4(0.0)
+    high[:] = f4(0.0)
+    for i in range(n):
+        for lane in range(LANES):
+            low[lane] = min(low[lane], x[i, lane])
+            high[lane] = max(high[lane], x[i, lane])
+
+
+@kernel
+def sums(x, importance, column, n, s):  # type: ignore[no-untyped-def]
+    """Round ``x ≈ STEP * q``, q in LEAST..MOST of each lane, into rows WQQ, WQR and WRR of ``s``.
+
+    All in one array: one base pointer spares the loop the checks for overlap.
+    """
+    for lane in range(LANES):
+        s[INVERSE, lane] = f4(1.0) / s[STEP, lane] if s[STEP, lane] != f4(0.0) else f4(0.0)
+        s[WQQ, lane] = f4(0.0)
+        s[WQR, lane] = f4(0.0)
+        s[WRR, lane] = f4(0.0)
+    for i in range(n):
+        w = importance[column + i]
+        for lane in range(LANES):
+            q = f4(floor(x[i, lane] * s[INVERSE, lane] + f4(0.5)))
+            q = min(max(q, s[LEAST, lane]), s[MOST, lane])
+            r = x[i, lane] - q * s[STEP, lane]
+            s[WQQ, lane] += w * q * q
+            s[WQR, lane] += w * q * r
+            s[WRR, lane] += w * r * r
+
+
+@kernel
+def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):  # type: ignore[no-untyped-def]
+    """Scales (and zero points) of the groups of ``n`` columns, rows begin..end.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        importance: float32 ``[columns]``.
+        middle: the zero point of a symmetric grid, or -1 for a zero point per group.
+        top: the largest code.
+        tries: float32 ``[count, 2]``; symmetric: (code, less the middle, that the largest
+            magnitude is put on, unused), else (steps over the range, shift of the zero point).
+            The first is the plain fit.
+        scale: float32 ``[rows, groups]``, filled with float16 values; signed if symmetric.
+        zero: float32 ``[rows, groups]``, filled with whole numbers.
+    """
+    x = np.empty((n, LANES), dtype=np.float32)
+    s = np.empty((ROWS, LANES), dtype=np.float32)
+    low, high = np.empty(LANES, dtype=np.float32), np.empty(LANES, dtype=np.float32)
+    best = np.empty((3, LANES), dtype=np.float32)  # scale, least code, error of the best try
+    kept = np.empty((3, LANES), dtype=np.float32)  # the same of the plain fit
+    for row in range(begin, end, LANES):
+        for group in range(scale.shape[1]):
+            column = group * n
+            load(weight, row, column, n, x, low, high)
+            best[2] = WORST
+            for attempt in range(len(tries)):
+                for lane in range(LANES):
+                    if middle >= 0:
+                        peak = low[lane] if -low[lane] > high[lane] else high[lane]
+                        step = peak / tries[attempt, 0]
+                        least = f4(-middle)
+                    else:
+                        step = (high[lane] - low[lane]) / tries[attempt, 0]
+                        inverse = f4(1.0) / step if step > f4(0.0) else f4(0.0)
+                        least = -f4(floor(-low[lane] * inverse + tries[attempt, 1] + f4(0.5)))
+                        least = min(max(least, f4(-top)), f4(0.0))
+                    s[STEP, lane] = half(step) if attempt == 0 else step
+                    s[LEAST, lane] = least
+                    s[MOST, lane] = least + f4(top)
+                sums(x, importance, column, n, s)
+                for lane in range(LANES):
+                    if attempt == 0:
+                        kept[0, lane] = s[STEP, lane]
+                        kept[1, lane] = s[LEAST, lane]
+                        kept[2, lane] = s[WRR, lane]
+                    more = s[WQR, lane] / max(s[WQQ, lane], SMALL)
+                    error = s[WRR, lane] - more * s[WQR, lane]
+                    better = error < best[2, lane]
+                    best[0, lane] = s[STEP, lane] + more if better else best[0, lane]
+                    best[1, lane] = s[LEAST, lane] if better else best[1, lane]
+                    best[2, lane] = error if better else best[2, lane]
+            for lane in range(LANES):
+                s[STEP, lane] = half(best[0, lane])
+                s[LEAST, lane] = best[1, lane]
+                s[MOST, lane] = best[1, lane] + f4(top)
+            sums(x, importance, column, n, s)
+            for lane in range(min(LANES, end - row)):
+                better = s[WRR, lane] < kept[2, lane]
+                scale[row + lane, group] = s[STEP, lane] if better else kept[0, lane]
+                zero[row + lane, group] = -s[LEAST, lane] if better else -kept[1, lane]
+
+
+@kernel
+def encode(weight, n, top, scale, zero, begin, end, codes):  # type: ignore[no-untyped-def]
+    """uint8 codes 0..top of rows begin..end: ``round(w / scale) + zero``, clipped."""
+    for row in range(begin, end):
+        for group in range(scale.shape[1]):
+            step, shift = scale[row, group], zero[row, group]
+            inverse = f4(1.0) / step if step != f4(0.0) else f4(0.0)
+            for column in range(group * n, group * n + n):
+                q = f4(floor(weight[row, column] * inverse + f4(0.5))) + shift
+                codes[row, column] = np.uint8(min(max(q, f4(0.0)), f4(top)))
+
+
+@kernel
+def decode(codes, n, scale, zero, begin, end, weight):  # type: ignore[no-untyped-def]
+    """``(code - zero) * scale`` of rows begin..end, float32."""
+    for row in range(begin, end):
+        for group in range(scale.shape[1]):
+            step, shift = scale[row, group], zero[row, group]
+            for column in range(group * n, group * n + n):
+                weight[row, column] = (f4(codes[row, column]) - shift) * step
