@@ -20,7 +20,7 @@ from exporters.coreml.constexpr import Compressed, Constant, can_take_rows, deco
 
 __all__ = ["Weight", "gather_rows", "linear_by_slabs", "share_cache", "widen"]
 
-SLAB = 1 << 21  # weights decoded at a time
+SLAB = 1 << 19  # weights decoded at a time: 2 MB as float32
 
 
 class Weight:
