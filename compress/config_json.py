@@ -1,8 +1,8 @@
 """JSON files and the keys of a ``config.json`` as checked values: they come from strangers, and may
 hold anything.
 
-For keys, ``KeyError`` says a key is missing, ``ValueError`` what is wrong with its value; whoever reads the
-file turns both into one line (``DecoderConfig.from_hf``).
+A missing key is a ``KeyError``, an impossible value a ``ValueError`` that says why; whoever reads
+the file turns both into one line (``DecoderConfig.from_hf``).
 """
 
 from __future__ import annotations
