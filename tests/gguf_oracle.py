@@ -32,6 +32,8 @@ def decoded_model(path: Path, checkpoint: Path) -> Any:
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     model = tiny.reference(checkpoint)
     names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     stored = tensors(path)
     used = set()
     state = model.state_dict()
@@ -43,7 +45,7 @@ def decoded_model(path: Path, checkpoint: Path) -> Any:
         used.add(target)
         values = stored[target]
         if arch == "llama" and stem.endswith(("q_proj", "k_proj")):
-            values = halves(values, model.config.head_dim)
+            values = halves(values, head_dim)
         assert values.shape == tuple(state[name].shape), name
         state[name] = torch.tensor(values)
     assert {name for name in stored if not name.startswith("rope_")} == used

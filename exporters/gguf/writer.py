@@ -92,10 +92,12 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.add_tensor_info(
             entry.target_name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()  # also on a full disk
 
 
 def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:

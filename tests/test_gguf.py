@@ -1,0 +1,321 @@
+"""GGUF files in llama.cpp, against transformers with the weights that the file decodes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import gguf_files
+import gguf_oracle
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+import exporters.gguf as exporter
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.model import Runtime, Weights
+from compress.solvers.rtn import rtn
+from exporters.gguf import runtime as runtimes
+from exporters.gguf import writer
+
+HELD_OUT = gguf_files.DEMO.parent / "heldout.txt"
+
+
+@functools.cache
+def tokens(family: str) -> list[int]:
+    """Tokens of the family's vocabulary, within its window."""
+    if family == "demo":
+        text = HELD_OUT.read_text(encoding="utf-8")[4000:8000]
+        return list(AutoTokenizer.from_pretrained(gguf_files.DEMO)(text)["input_ids"][:128])
+    count = 32 if family in ("mistral", "phi3-window") else 96
+    return [int(token) for token in np.random.default_rng(0).integers(3, 450, count)]
+
+
+@functools.cache
+def baseline(family: str) -> torch.Tensor:
+    """transformers' logits of the float checkpoint."""
+    return logits(tiny.reference(gguf_files.checkpoint(family)), tokens(family))
+
+
+def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def compare(path: Path, source: Path, ids: list[int]) -> tuple[float, torch.Tensor]:
+    """KL(decoded weights in torch || llama.cpp), and the former's logits."""
+    expected = logits(gguf_oracle.decoded_model(path, source), ids)
+    runtime = exporter.open_runtime(path, context=len(ids), threads=1)
+    got = runtime.logits(ids)
+    runtime.close()
+    assert got.shape == expected.shape
+    return gguf_oracle.kl_divergence(expected, got), expected
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_at_16_bits(family: str) -> None:
+    source = gguf_files.checkpoint(family)
+    kl, decoded = compare(gguf_files.artifact(family, "F16").path, source, tokens(family))
+    # llama.cpp keeps keys, values and activations of F16 products in F16: 1e-6 to 1e-5 here;
+    # one row in the wrong place gives 1e-1.
+    assert kl < 3e-5
+    # bf16 weights survive F16 but for the tiniest, so the file is the checkpoint.
+    assert gguf_oracle.kl_divergence(baseline(family), decoded) < 1e-9
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_at_4_bits(family: str) -> None:
+    source = gguf_files.checkpoint(family)
+    kl, decoded = compare(gguf_files.artifact(family, "Q4_K_M").path, source, tokens(family))
+    # Random weights magnify the noise of 8-bit activations as they do that of 4-bit weights.
+    assert kl < 0.03 * gguf_oracle.kl_divergence(baseline(family), decoded)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL"])
+def test_trained_model_on_every_kind_of_grid(kind: str) -> None:
+    made = gguf_files.artifact("demo", kind)
+    kl, decoded = compare(made.path, gguf_files.DEMO, tokens("demo"))
+    assert kl < 1e-3  # 1e-4 to 3e-4: llama.cpp quantizes activations to 8 bits
+    assert gguf_oracle.kl_divergence(baseline("demo"), decoded) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),  # q and k biases are permuted too
+        ("llama", {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}),
+        ("llama", {"head_dim": 32}),  # heads x head_dim is not the hidden size
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("mobilellm", {"layer_sharing": True}),
+    ],
+)
+def test_variants(family: str, keys: dict[str, object], tmp_path: Path) -> None:
+    source = tiny.make(family, tmp_path / "model", **keys)
+    made = gguf_files.build(source, tmp_path, "F16", "variant")
+    if "layer_sharing" in keys:
+        assert "shared blocks are written 2 times" in made.notes[0]
+        runtime = exporter.open_runtime(made.path, context=96, threads=1)
+        expected = logits(tiny.reference(source), tokens(family))
+        assert gguf_oracle.kl_divergence(expected, runtime.logits(tokens(family))) < 3e-5
+        return
+    assert compare(made.path, source, tokens(family))[0] < 3e-5
+    if "hidden_size" in keys:
+        small = gguf_files.build(source, tmp_path, "Q4_K_M", "variant")
+        assert {e.grid for e in small.plan.entries} == {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K"}
+        kl, decoded = compare(small.path, source, tokens(family))
+        lost = gguf_oracle.kl_divergence(logits(tiny.reference(source), tokens(family)), decoded)
+        assert kl < 0.05 * lost
+
+
+def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -> list[int]:
+    """Greedy tokens, with the KV cache or from scratch each time."""
+    made: list[int] = []
+    if cached:
+        runtime.reset()
+        last = runtime.feed(prompt)
+    for _ in range(count):
+        if not cached:
+            last = runtime.logits(prompt + made)[-1]
+        made.append(int(last.argmax()))
+        if cached:
+            last = runtime.feed(made[-1:])
+    return made
+
+
+def test_cached_generation_equals_uncached() -> None:
+    runtime = exporter.open_runtime(
+        gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1
+    )
+    prompt = tokens("demo")[:40]
+    cached = generate(runtime, prompt, 32, cached=True)
+    assert cached == generate(runtime, prompt, 32, cached=False)
+    assert len(set(cached)) > 4
+    runtime.close()
+    runtime.close()
+
+
+def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_files.artifact("llama", "F16").path
+    ids = tokens("llama")[:90]
+    whole = exporter.open_runtime(path, context=90, threads=1)
+    monkeypatch.setattr(runtimes, "BATCH", 32)
+    pieces = exporter.open_runtime(path, context=90, threads=1)
+    np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
+    pieces.reset()
+    np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
+    with pytest.raises(UsageError, match="91 tokens do not fit the context of 90"):
+        pieces.feed(ids[:1])
+
+
+def test_longrope_stays_on_the_short_factors() -> None:
+    path = gguf_files.artifact("phi3-longrope", "F16").path
+    runtime = exporter.open_runtime(path, context=2048, threads=1)
+    assert runtime.positions == 256
+    ids = tokens("phi3-longrope")
+    assert gguf_oracle.kl_divergence(baseline("phi3-longrope"), runtime.logits(ids)) < 3e-5
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "F16"])
+def test_same_input_same_bytes(kind: str, tmp_path: Path) -> None:
+    again = gguf_files.build(gguf_files.DEMO, tmp_path, kind, "demo")
+    first = gguf_files.artifact("demo", kind)
+    assert again.path.name == first.path.name == f"demo-{kind}.gguf"
+    assert again.path.read_bytes() == first.path.read_bytes()
+    assert again.nbytes == again.path.stat().st_size
+    assert again.weights_bytes == again.plan.weights_bytes
+
+
+def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "model", vocab_size=16384)  # 4 M weights, 16 MiB
+    opened = Checkpoint.open(source)
+    config = DecoderConfig.from_hf(opened.config)
+    plan = exporter.plan(config, {"type": "Q8_0"}, model_name="slabs")
+    weights = Weights(opened, config, rtn)
+    whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
+
+    monkeypatch.setattr(writer, "SLAB", 1 << 17)
+    seen: list[tuple[int, int]] = []
+    entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
+    tracemalloc.start()
+    size = sum(block.nbytes for block in writer.tensor_data(entry, weights))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == entry.nbytes
+    assert peak < 16 * (1 << 17)  # a slab as float32 (4 bytes each) and the steps of its encoding
+    slabs = exporter.write(
+        plan, weights, folder_of(tmp_path, "slabs"), lambda done, total: seen.append((done, total))
+    )
+    assert slabs.path.read_bytes() == whole.path.read_bytes()
+    assert seen[-1] == (plan.weights_bytes, plan.weights_bytes)
+    assert len(seen) > 64
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def folder_of(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen2", "My-Phi-3-killer"), ("llama", "phi3 merge"), ("demo", "model")]
+)
+def test_names_do_not_trip_llama_cpp(family: str, name: str, tmp_path: Path) -> None:
+    made = gguf_files.build(gguf_files.checkpoint(family), tmp_path, "Q8_0", name)
+    runtime = exporter.open_runtime(made.path, context=32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_files.checkpoint(family))
+    text = "<|user|>\n  Hello <|end|>\n world"
+    assert runtime.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+def test_describe() -> None:
+    made = gguf_files.artifact("llama3", "Q4_K_M")
+    told = exporter.describe(made.path)
+    assert (told["format"], told["architecture"], told["name"]) == ("gguf", "llama", "llama3")
+    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama3")).config)
+    assert told["parameters"] == config.num_parameters
+    assert told["bytes"] == made.nbytes
+    assert told["bits_per_weight"] == pytest.approx(made.nbytes * 8 / config.num_parameters)
+    assert told["metadata"]["general.quantized_by"] == "packlight"
+    assert told["metadata"]["tokenizer.ggml.tokens"].endswith("(512)")
+    planned = [(e.target_name, list(e.shape), e.grid, e.nbytes) for e in made.plan.entries]
+    keys = ("name", "shape", "grid", "bytes")
+    assert [tuple(tensor[key] for key in keys) for tensor in told["tensors"]] == planned
+
+
+BROKEN = {
+    "empty": lambda data: b"",
+    "another format": lambda data: b"PK\x03\x04" + data[4:],
+    "cut in the keys": lambda data: data[:1000],
+    "cut in the weights": lambda data: data[:-100_000],
+    "a key's name": lambda data: data.replace(b"llama.block_count", b"llama.clock_bount"),
+    "a tensor's name": lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"),
+    "the version": lambda data: data[:4] + b"\x63" + data[5:],
+}
+
+
+def test_damaged_files_are_refused_and_nothing_crashes(tmp_path: Path) -> None:
+    good = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
+    for name, damage in BROKEN.items():
+        (tmp_path / f"{name}.gguf").write_bytes(damage(good))
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import exporters.gguf
+        from compress.errors import ArtifactError
+        for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
+            try:
+                exporters.gguf.open_runtime(path, context=32)
+            except ArtifactError as error:
+                print(path.stem, "->", error.message)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(BROKEN)
+    assert str(tmp_path) not in result.stdout
+    assert result.stderr == ""
+    assert "another format -> another format.gguf is not a GGUF file" in lines
+    assert any("not within the file bounds" in line for line in lines)
+    assert any("llama.block_count" in line for line in lines)
+    assert any("blk.1.attn_q.weight" in line for line in lines)
+    assert any("version 99" in line for line in lines)
+
+
+def test_describe_refuses_what_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
+    for path in (tmp_path / "x.gguf", tmp_path / "absent.gguf"):
+        with pytest.raises(ArtifactError):
+            exporter.describe(path)
+    with pytest.raises(ArtifactError, match=r"absent\.gguf cannot be read"):
+        exporter.open_runtime(tmp_path / "absent.gguf", context=32)
+
+
+def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    runtimes.load_library.cache_clear()
+    with pytest.raises(RuntimeMissingError, match="is not installed") as caught:
+        exporter.open_runtime(gguf_files.artifact("llama", "Q8_0").path, context=32)
+    assert "pip install xllamacpp" in caught.value.hint
+
+
+def test_llama_cpp_python_is_used_where_it_is_what_there_is(tmp_path: Path) -> None:
+    # The same library, laid out as llama-cpp-python lays out its own; xllamacpp is hidden.
+    import xllamacpp
+
+    (library,) = Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
+    package = tmp_path / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "lib" / "libllama.so").symlink_to(library)
+    shutil.copytree(tmp_path / "llama_cpp", tmp_path / "again", symlinks=True)
+    (tmp_path / "xllamacpp.py").touch()
+    path = gguf_files.artifact("llama", "Q8_0").path
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from pathlib import Path
+        import exporters.gguf
+        runtime = exporters.gguf.open_runtime(Path({str(path)!r}), context=32)
+        print(runtime.name, runtime.vocab_size, runtime.logits([1, 2, 3]).shape)
+    """
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.strip() == "llama.cpp (llama-cpp-python unknown version) 512 (3, 512)"
+
+
+def test_plan_survives_a_round_trip_of_settings() -> None:
+    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.DEMO).config)
+    plan = exporter.plan(config, {"type": "q4_k"}, model_name="x")
+    again = exporter.plan(config, plan.settings, model_name="x")
+    assert dataclasses.asdict(plan) == dataclasses.asdict(again)
+    assert set(entry.grid for entry in plan.entries) <= set(exporter.grids())
