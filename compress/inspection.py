@@ -168,6 +168,11 @@ def artifact_needs(
     needs = []
     for name, path in found:
         facts = get_exporter(name).describe(path)
+        if not facts["config"]:
+            raise UsageError(
+                f"{path} does not say what model it holds",
+                hint="keep config.json beside it, or give the checkpoint instead",
+            )
         config = DecoderConfig.from_hf(facts["config"])
         weights = sum(row["bytes"] for row in facts["tensors"])
         table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])

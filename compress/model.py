@@ -222,7 +222,8 @@ class Exporter(Protocol):
         """What ``packlight inspect`` shows of an artifact: metadata and tensors, no weights read.
 
         Keys: ``format``, ``name``, ``architecture``, ``parameters`` (None when unknown), ``bytes``,
-        ``bits_per_weight``, ``metadata`` (str → printable), ``tensors`` (list of name, shape,
-        grid, bytes).
+        ``bits_per_weight``, ``kv_bytes_per_value``, ``config`` (as ``config.json``, at least the
+        sizes; empty when unknown), ``metadata`` (str → printable), ``tensors`` (list of name,
+        shape, grid, bytes).
         """
         ...

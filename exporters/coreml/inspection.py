@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def describe_package(path: Path) -> dict[str, Any]:
         "parameters": parameters or None,
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "kv_bytes_per_value": 2,  # states are float16
+        "config": side_config(path),
         "metadata": dict(sorted(program.metadata.items()))
         | {"specification version": str(program.specification_version)}
         | {
@@ -46,6 +49,15 @@ def describe_package(path: Path) -> dict[str, Any]:
             {key: tensor[key] for key in ("name", "shape", "grid", "bytes")} for tensor in tensors
         ],
     }
+
+
+def side_config(package: Path) -> dict[str, Any]:
+    """``config.json`` beside the package; empty when there is none that can be read."""
+    try:
+        value = json.loads((package.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def list_tensors(function: Function) -> list[dict[str, Any]]:

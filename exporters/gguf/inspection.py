@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,54 @@ def describe_file(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": size,
         "bits_per_weight": size * 8 / parameters if parameters else 0.0,
+        "kv_bytes_per_value": 2,  # llama.cpp's default cache is float16
+        "config": hf_config(metadata, tensors),
         "metadata": metadata,
         "tensors": tensors,
     }
+
+
+# general.architecture → the class and the type whose config has the same sizes.
+CLASSES: dict[str, tuple[str, str]] = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "phi2": ("PhiForCausalLM", "phi"),
+    "phi3": ("Phi3ForCausalLM", "phi3"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+
+
+def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sizes of the model as ``config.json`` names them, for arithmetic; empty when unknown.
+
+    Anybody's GGUF will do. Rope scaling and the like are left out: they take no memory.
+    """
+    arch = metadata.get("general.architecture", "")
+    shapes = {str(tensor["name"]): tensor["shape"] for tensor in tensors}
+    if arch not in CLASSES or "token_embd.weight" not in shapes:
+        return {}
+
+    def size(key: str, default: int = 0) -> int:
+        text = metadata.get(f"{arch}.{key}", "")
+        return int(text) if text.isdigit() else default
+
+    heads = size("attention.head_count")
+    config = {
+        "architectures": [CLASSES[arch][0]],
+        "model_type": CLASSES[arch][1],
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": size("embedding_length"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "max_position_embeddings": size("context_length"),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "hidden_act": "gelu_new" if arch == "phi2" else "silu",
+    }
+    if size("attention.key_length"):
+        config["head_dim"] = size("attention.key_length")
+    return config
 
 
 def printable(field: Any) -> str:

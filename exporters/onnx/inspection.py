@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
+from exporters.onnx.planning import KV_BYTES
 
 
 def find_graph(path: Path) -> Path:
@@ -57,6 +58,8 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "kv_bytes_per_value": KV_BYTES,
+        "config": config,
         "metadata": {
             "ir_version": str(model.ir_version),
             "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
@@ -65,6 +68,9 @@ def describe(path: Path) -> dict[str, Any]:
             "operators": ", ".join(f"{name} {n}" for name, n in sorted(operators.items())),
         },
         "tensors": tensors,
+        "context": max((row["shape"][0] for row in tensors if row["grid"] == "table"), default=0),
+        "kv_bytes_per_value": KV_BYTES,
+        "config": config,
     }
 
 
