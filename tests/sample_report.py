@@ -80,7 +80,7 @@ def simulated(seed: int, kl: float, memory: float, speed: float, runtime: str) -
             peak_anonymous_bytes=int(memory * 0.55),
             speed=Speed(speed * 6, speed, 256, 32, 3),
         ),
-        generation=Generation((1, 2, 3), (4, 5), True),
+        generation=Generation((1, 2, 3), tuple(range(32)), True),
     )
 
 
