@@ -1,0 +1,454 @@
+"""Reading checkpoints: every layout on disk, no byte too many, each damage in one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from compress.arch import DecoderConfig, WeightMap
+from compress.checkpoint import Checkpoint
+from compress.errors import CheckpointError, PacklightError, UsageError
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def refused(action: Callable[[], Any], message: str) -> PacklightError:
+    with pytest.raises(CheckpointError) as caught:
+        action()
+    error = caught.value
+    assert message in error.message
+    assert "\n" not in error.message + error.hint and len(error.message) < 300
+    assert error.exit_code == 2
+    return error
+
+
+def check(folder: Path) -> None:
+    """What a build does before it reads a weight."""
+    checkpoint = Checkpoint.open(folder)
+    WeightMap(DecoderConfig.from_hf(checkpoint.config)).check(checkpoint)
+
+
+def split_file(file: Path) -> tuple[dict[str, Any], bytes]:
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join_file(file: Path, header: Any, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+# --- layouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_are_those_of_the_safetensors_package(dtype: str, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    checkpoint = Checkpoint.open(tiny.make("phi", tmp_path, dtype=dtype, tokenizer=False))
+    expected = load_file(tmp_path / "model.safetensors")
+    assert set(checkpoint.tensors) == set(expected)
+    for name, tensor in expected.items():
+        found = checkpoint.read(name)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, tensor.float().numpy())
+        assert checkpoint.tensors[name].nbytes == tensor.nbytes
+        if found.ndim == 2:
+            assert np.array_equal(checkpoint.read(name, slice(5, 9)), tensor[5:9].float().numpy())
+            assert checkpoint.read(name, slice(9, 5)).shape == (0, found.shape[1])
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in expected.values())
+
+
+@pytest.mark.parametrize("layout", ["sharded", "pickle", "sharded pickle", "old pickle"])
+def test_every_layout_holds_the_same_model(layout: str, llama: Path, tmp_path: Path):
+    import torch
+
+    whole = Checkpoint.open(llama)
+    shards = 3 if "sharded" in layout else 1
+    tiny.make("llama", tmp_path, shards=shards, safetensors="pickle" not in layout)
+    if layout == "old pickle":  # before torch 1.6: no zip file, cannot be mapped
+        file = tmp_path / "pytorch_model.bin"
+        state = torch.load(file, weights_only=True)
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+    parts = Checkpoint.open(tmp_path)
+    assert len({info.file for info in parts.tensors.values()}) == (4 if shards > 1 else 1)
+    assert set(parts.tensors) == set(whole.tensors)
+    assert parts.nbytes == whole.nbytes
+    for name in whole.tensors:
+        assert np.array_equal(parts.read(name), whole.read(name))
+        assert np.array_equal(parts.read(name, slice(2, 7)), whole.read(name)[2:7])
+    assert len(parts.warnings) == ("pickle" in layout)
+    assert all("weights_only=True" in warning for warning in parts.warnings)
+    check(tmp_path)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(copy: Path):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    check(copy)
+
+
+def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
+    checkpoint = Checkpoint.open(tiny.make("llama", tmp_path, shards=3, safetensors=False))
+    for name, info in checkpoint.tensors.items():
+        checkpoint.read(name)
+        assert checkpoint._pickle is not None and checkpoint._pickle[0] == info.file
+
+
+# --- only the bytes that are asked for ----------------------------------------------------------
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read by system calls."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
+
+
+def test_reading_a_tensor_touches_no_other_byte(copy: Path):
+    """Everything but one tensor becomes NaN: it still reads, and its neighbours do not."""
+    file = copy / "model.safetensors"
+    expected = Checkpoint.open(copy).read(NAME)
+    header, data = split_file(file)
+    begin, end = header[NAME]["data_offsets"]
+    join_file(file, header, b"\xff" * begin + data[begin:end] + b"\xff" * (len(data) - end))
+    checkpoint = Checkpoint.open(copy)
+    assert np.array_equal(checkpoint.read(NAME), expected)
+    assert np.array_equal(checkpoint.read(NAME, slice(17, 40)), expected[17:40])
+    for name in set(checkpoint.tensors) - {NAME}:
+        refused(lambda name=name: checkpoint.read(name), f"{name} has ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads as Linux does")
+def test_a_row_of_a_huge_tensor_costs_a_row(tmp_path: Path):
+    """A sparse file of 256 GiB: whoever reads more than asked for does not come back."""
+    rows, columns = 2**25, 2**12
+    size = rows * columns * 2
+    header = {"huge": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}}
+    file = tmp_path / "model.safetensors"
+    join_file(file, header, b"")
+    (tmp_path / "config.json").write_text("{}")
+    start = file.stat().st_size
+    row = np.linspace(-1, 1, columns, dtype=np.float32)
+    with file.open("r+b") as stream:
+        try:
+            stream.truncate(start + size)
+        except OSError:
+            pytest.skip("the file system has no files of this size")
+        stream.seek(start + 123_456 * columns * 2)
+        stream.write((row.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    before = bytes_read()
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.nbytes == size
+    found = checkpoint.read("huge", slice(123_456, 123_458))
+    assert bytes_read() - before < 100_000
+    assert np.abs(found[0] - row).max() < 0.01
+    assert not found[1].any()
+
+
+def test_fingerprint_names_the_weights_and_the_config(copy: Path):
+    first = Checkpoint.open(copy).fingerprint()
+    assert first == Checkpoint.open(copy).fingerprint()
+    file = copy / "model.safetensors"
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    second = Checkpoint.open(copy).fingerprint()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+    assert len({first, second, Checkpoint.open(copy).fingerprint()}) == 3
+
+
+def test_tokenizer_files(llama: Path):
+    names = [file.name for file in Checkpoint.open(llama).tokenizer_files()]
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} <= set(names)
+
+
+# --- refusals: the model and its config ---------------------------------------------------------
+
+
+def test_missing_tensors(copy: Path):
+    file = copy / "model.safetensors"
+    header, data = split_file(file)
+    for name in (NAME, "model.norm.weight"):
+        del header[name]
+    join_file(file, header, data)
+    error = refused(lambda: check(copy), f"2 tensor(s) missing from the checkpoint, first '{NAME}'")
+    assert "never fills in" in error.hint
+
+
+def test_a_missing_head_is_never_made_up(tmp_path: Path):
+    """The MobileLLM trap: read as an untied llama, transformers would invent a random head."""
+    tiny.make("mobilellm", tmp_path, tokenizer=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"share_embedding": False, "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    error = refused(lambda: check(tmp_path), "first 'lm_head.weight'")
+    assert "tie_word_embeddings" in error.hint
+
+
+def test_unexpected_tensors(copy: Path):
+    file = copy / "model.safetensors"
+    header, data = split_file(file)
+    header["model.layers.0.self_attn.q_proj.lora_A"] = header.pop(NAME)
+    header[NAME] = header["model.layers.0.self_attn.q_proj.lora_A"]
+    join_file(file, header, data)
+    refused(lambda: check(copy), "1 tensor(s) that a llama model does not have, first 'model.lay")
+
+
+def test_what_transformers_ignores_is_ignored(tmp_path: Path):
+    tiny.make("llama3", tmp_path, tokenizer=False)
+    file = tmp_path / "model.safetensors"
+    header, data = split_file(file)
+    header["lm_head.weight"] = header["model.embed_tokens.weight"]  # a tied head, stored again
+    header["model.layers.0.self_attn.rotary_emb.inv_freq"] = header["model.norm.weight"]
+    join_file(file, header, data)
+    check(tmp_path)
+
+
+def test_a_shape_that_disagrees_with_the_config(copy: Path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 576}))
+    refused(lambda: check(copy), "has shape [512, 256], but config.json makes it [576, 256]")
+
+
+def test_nan_and_infinity(copy: Path):
+    file = copy / "model.safetensors"
+    header, data = split_file(file)
+    begin, end = header[NAME]["data_offsets"]
+    for pattern in (b"\xc0\x7f", b"\x80\x7f", b"\x80\xff"):  # bfloat16 NaN, Inf, -Inf
+        for at in (begin, end - 2):
+            join_file(file, header, data[:at] + pattern + data[at + 2 :])
+            checkpoint = Checkpoint.open(copy)
+            refused(lambda c=checkpoint: c.read(NAME), f"{NAME} has 1 NaN or Inf value(s)")
+    both = data[:begin] + b"\x80\x7f\x80\xff" + data[begin + 4 :]  # whose sum is NaN, not Inf
+    join_file(file, header, both)
+    refused(lambda: Checkpoint.open(copy).read(NAME), f"{NAME} has 2 NaN or Inf value(s)")
+
+
+def test_large_finite_values_are_no_infinity(copy: Path):
+    file = copy / "model.safetensors"
+    header, data = split_file(file)
+    begin, end = header[NAME]["data_offsets"]
+    huge = b"\x7f\x7f" * ((end - begin) // 2)  # 3.39e38, whose float32 sum overflows
+    join_file(file, header, data[:begin] + huge + data[end:])
+    assert Checkpoint.open(copy).read(NAME).min() > 3e38
+
+
+# --- refusals: files ----------------------------------------------------------------------------
+
+
+def test_truncated_shard(copy: Path):
+    file = copy / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1])
+    refused(lambda: Checkpoint.open(copy), "model.safetensors is truncated: ")
+    for size in (len(raw) - 100_000, 5000, 100, 8, 7, 0):
+        file.write_bytes(raw[:size])
+        refused(lambda: Checkpoint.open(copy), "truncated")
+
+
+def test_truncated_after_opening(copy: Path):
+    checkpoint = Checkpoint.open(copy)
+    file = copy / "model.safetensors"
+    last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
+    os.truncate(file, file.stat().st_size - 2)
+    refused(lambda: checkpoint.read(last.name), f"is truncated inside {last.name}")
+    file.unlink()
+    refused(lambda: checkpoint.read(last.name), "cannot be read: No such file")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b'{"x": 1}',
+        b'{"x": {"dtype": "BF16", "shape": [1]}}',
+        b'{"x": {"dtype": "BF16", "shape": 1, "data_offsets": [0, 2]}}',
+        b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0]}}',
+        b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2, 4]}}',
+        b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": ["0", "2"]}}',
+        b'{"x": {"dtype": "BF16", "shape": [1.0], "data_offsets": [0, 2]}}',
+        b'{"x": {"dtype": "BF16", "shape": [true], "data_offsets": [0, 2]}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_damaged_header(header: bytes, copy: Path):
+    join_file(copy / "model.safetensors", header, b"\0" * 64)
+    refused(lambda: Checkpoint.open(copy), "model.safetensors has a damaged header")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "BF16", "shape": [2], "data_offsets": [0, 2]},
+        {"dtype": "BF16", "shape": [1], "data_offsets": [4, 2]},
+        {"dtype": "BF16", "shape": [1], "data_offsets": [-2, 0]},
+        {"dtype": "BF16", "shape": [-1, -1], "data_offsets": [0, 2]},
+    ],
+)
+def test_byte_ranges_that_lie(entry: dict[str, Any], copy: Path):
+    join_file(copy / "model.safetensors", {"x": entry}, b"\0" * 64)
+    refused(lambda: Checkpoint.open(copy), "x has a wrong byte range")
+
+
+def test_not_a_float_checkpoint(copy: Path):
+    for dtype, size in (("F8_E4M3", 1), ("I32", 4), ("U8", 1), ("F64", 8)):
+        entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}
+        join_file(copy / "model.safetensors", {"x": entry}, b"\0" * 64)
+        error = refused(lambda: Checkpoint.open(copy), f"has dtype {dtype}, not F32, F16 or BF16")
+        assert "quantized" in error.hint
+
+
+def test_git_lfs_pointer(copy: Path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+    (copy / "model.safetensors").write_text(text)
+    error = refused(lambda: Checkpoint.open(copy), "is not a safetensors file")
+    assert "git lfs pull" in error.hint
+
+
+def with_index(folder: Path, weight_map: Any) -> Path:
+    file = folder / "model.safetensors"
+    if file.exists():
+        file.rename(folder / "part.safetensors")
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "shard", ["../part.safetensors", "/etc/passwd", "a/../part.safetensors", "..", "", "."]
+)
+def test_an_index_that_points_outside(shard: str, copy: Path):
+    with_index(copy, {NAME: shard})
+    refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
+
+
+def test_an_index_that_does_not_fit(copy: Path):
+    names = list(Checkpoint.open(copy).tensors)
+    with_index(copy, dict.fromkeys(names, "part.safetensors"))
+    check(copy)
+    with_index(copy, dict.fromkeys(names, "part.safetensors") | {"x": "lost.safetensors"})
+    error = refused(lambda: Checkpoint.open(copy), "lost.safetensors is missing")
+    assert "finish the download" in error.hint
+    with_index(copy, dict.fromkeys([*names, "x"], "part.safetensors"))
+    refused(lambda: Checkpoint.open(copy), "places 'x' in part.safetensors, it is not there")
+    with_index(copy, dict.fromkeys(names[1:], "part.safetensors"))
+    check(copy)  # not in the index but in the shard: the weight is there
+    for wrong in ({}, [], None, 7):
+        with_index(copy, wrong)
+        refused(lambda: Checkpoint.open(copy), "has no weight_map")
+    with_index(copy, {NAME: None})
+    refused(lambda: Checkpoint.open(copy), "None is missing")
+
+
+def test_a_tensor_in_two_shards_is_read_where_the_index_says(copy: Path):
+    names = list(Checkpoint.open(copy).tensors)
+    header, data = split_file(copy / "model.safetensors")
+    with_index(copy, dict.fromkeys(names, "part.safetensors") | {NAME: "other.safetensors"})
+    join_file(copy / "other.safetensors", {NAME: header[NAME]}, b"\0" * len(data))
+    assert not Checkpoint.open(copy).read(NAME).any()
+    assert Checkpoint.open(copy).tensors[NAME].file.name == "other.safetensors"
+
+
+def test_no_weights_and_no_config(copy: Path):
+    (copy / "model.safetensors").unlink()
+    refused(lambda: Checkpoint.open(copy), "no weights in")
+    (copy / "model.safetensors").mkdir()
+    refused(lambda: Checkpoint.open(copy), "no weights in")
+    (copy / "config.json").write_text("[]")
+    refused(lambda: Checkpoint.open(copy), "config.json is not a JSON object")
+    (copy / "config.json").unlink()
+    refused(lambda: Checkpoint.open(copy), "config.json is missing")
+
+
+@pytest.mark.parametrize(
+    "model", ["./nowhere", "/nowhere/at/all", "~nobody/model", "nowhere", "a/b/c", "~", "no\0name"]
+)
+def test_not_a_folder(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "empty"))
+    with pytest.raises(UsageError, match="is not a folder with a checkpoint") as caught:
+        Checkpoint.open(model)
+    assert "Hub id" in caught.value.hint
+
+
+def test_a_file_is_not_a_folder(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(llama.parent)
+    with pytest.raises(UsageError, match="is not a folder"):
+        Checkpoint.open(f"{llama.name}/config.json")
+
+
+# --- pickles ------------------------------------------------------------------------------------
+
+
+class Payload:
+    """A pickle that writes a file when it is executed."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.target),))
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(copy: Path):
+    import torch
+
+    (copy / "model.safetensors").unlink()
+    target = copy / "executed"
+    bad = {"model.norm.weight": torch.zeros(4), "x": Payload(target)}
+    file = copy / "pytorch_model.bin"
+    for zipped in (True, False):
+        torch.save(bad, file, _use_new_zipfile_serialization=zipped)
+        error = refused(lambda: Checkpoint.open(copy), "unpickling code is never run")
+        assert "safetensors" in error.hint
+    file.write_bytes(pickle.dumps(bad, protocol=2))
+    refused(lambda: Checkpoint.open(copy), "pytorch_model.bin ")
+    assert not target.exists()
+    pickle.loads(pickle.dumps(bad["x"]))  # the payload is live: only our refusal stopped it
+    assert target.exists()
+
+
+def test_damaged_pickles(copy: Path):
+    import torch
+
+    (copy / "model.safetensors").unlink()
+    file = copy / "pytorch_model.bin"
+    torch.save({"model.norm.weight": torch.zeros(100_000)}, file)
+    whole = file.read_bytes()
+    for size in (len(whole) - 5000, 1000, 10, 0):
+        file.write_bytes(whole[:size])
+        refused(lambda: Checkpoint.open(copy), "pytorch_model.bin ")
+    for state, message in (
+        ([torch.zeros(3)], "holds no table of tensors"),
+        ({"state_dict": {"x": torch.zeros(3)}}, "state_dict is dict, not a float tensor"),
+        ({"x": torch.zeros(3, dtype=torch.int32)}, "x is torch.int32, not a float tensor"),
+        ({"x": torch.zeros(3).to_sparse()}, "x is torch.float32, not a float tensor"),
+    ):
+        torch.save(state, file)
+        refused(lambda: Checkpoint.open(copy), message)
