@@ -41,7 +41,6 @@ GIB = 1 << 30
 OTHER_OPS = ("const", "read_state", "write_state")
 VARIADIC = ("values",)
 
-
 Held = Tensor | str | Weight
 
 
@@ -379,8 +378,10 @@ def _shape_text(spec: TensorSpec) -> str:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    if count:
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if count:
+            torch.set_num_threads(before)
