@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -97,7 +98,7 @@ class GraphBuilder:
     def constant(self, name: str, values: Array) -> ir.Value:
         """A small initializer inside the .onnx file."""
         if name not in self.initializers:
-            self.initializers[name] = initializer(ir.tensor(values, name=name))
+            self.initializers[name] = initializer(ir.Tensor(values, name=name))
         return self.initializers[name]
 
     def external(self, name: str, piece: Piece, shape: tuple[int, ...]) -> ir.Value:
@@ -115,7 +116,7 @@ class GraphBuilder:
         return self.initializers[name]
 
 
-def initializer(tensor: ir.Tensor | ir.ExternalTensor) -> ir.Value:
+def initializer(tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:
     return ir.Value(
         name=tensor.name,
         shape=ir.Shape(tensor.shape.numpy()),

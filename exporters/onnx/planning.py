@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "symmetric": True,
     "accuracy_level": 4,
 }
+# The cache is float32: GroupQueryAttention computes in the type of its cache.
+KV_BYTES = 4
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -69,6 +71,7 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
         settings=chosen,
         notes=tuple(_notes(config, sum(entry.nbytes for entry in entries))),
         max_context=config.max_context,
+        kv_bytes_per_value=KV_BYTES,
     )
 
 
@@ -151,7 +154,7 @@ def _notes(config: DecoderConfig, nbytes: int) -> Iterator[str]:
             f"ONNX: {config.rope.kind} rotary factors are those for short prompts: the artifact "
             f"holds {config.max_context} positions, not {config.max_position_embeddings}."
         )
-    # optimum-onnx 0.1.0 takes the shape of the cache from its own table of config keys.
+    # optimum-onnx 0.1.0 takes the shape of the cache from its own reading of config.json.
     if (
         config.model_type in ("phi3", "phi")
         and config.num_key_value_heads != config.num_attention_heads
@@ -159,6 +162,11 @@ def _notes(config: DecoderConfig, nbytes: int) -> Iterator[str]:
         yield (
             f"ONNX: optimum-onnx 0.1.0 ignores num_key_value_heads for {config.model_type} and "
             "cannot run this folder; onnxruntime and ORT GenAI can."
+        )
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        yield (
+            "ONNX: optimum-onnx 0.1.0 ignores head_dim and cannot run this folder; onnxruntime "
+            "and ORT GenAI can."
         )
     if nbytes >= BROWSER_LIMIT:
         yield (

@@ -15,6 +15,7 @@ from compress.grids import Array, get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, Piece, layout, pack
+from exporters.onnx.planning import KV_BYTES
 
 # Weights quantized at once: 32 MB as float32.
 SLAB = 8 * 2**20
@@ -51,7 +52,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
         path=folder,
         nbytes=graph_path.stat().st_size + data_path.stat().st_size,
         weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(4),
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(KV_BYTES),
         plan=plan,
         notes=plan.notes,
     )

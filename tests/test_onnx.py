@@ -1,0 +1,353 @@
+"""The ONNX graph in onnxruntime against the reference decoder; files, bytes, refusals."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+from onnx_case import Case, build, checkpoint, greedy
+
+import exporters.onnx
+from compress.arch import DecoderConfig
+from compress.errors import (
+    ArtifactError,
+    GridError,
+    RuntimeMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
+from compress.grids import get_grid
+from exporters.onnx import runtime as runtime_module
+from exporters.onnx import writer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def phi3(root: Path) -> Case:
+    return build("phi3", root)
+
+
+def difference(case: Case, lengths: tuple[int, ...]) -> float:
+    runtime, reference = case.runtime(), case.decoded()
+    worst = 0.0
+    for length in lengths:
+        tokens = case.tokens(length)
+        worst = max(worst, float(np.abs(runtime.logits(tokens) - reference.logits(tokens)).max()))
+    return worst
+
+
+# --- the graph is the model ------------------------------------------------------------------
+
+# Families with settings such that every layout is met; 90 positions are beyond every window.
+PROOFS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"symmetric": False, "group_size": 16, "embedding_bits": 8}),
+    ("llama", {"bits": 8, "group_size": 128}),
+    ("llama", {"embedding_bits": 16, "head_bits": 8, "group_size": 64}),
+    ("llama3", {"symmetric": False, "group_size": 256}),
+    ("mistral", {"group_size": 64}),
+    ("phi3", {"symmetric": False}),
+    ("phi3-window", {"head_bits": 8}),
+    ("phi3-longrope", {"bits": 8, "symmetric": False, "group_size": 16}),
+    ("phi4-mini", {}),
+    ("phi4-mini", {"symmetric": False, "group_size": 128, "embedding_bits": 8}),
+    ("phi", {}),
+    ("phi", {"bits": 8, "symmetric": False}),
+    ("qwen2", {"embedding_bits": 8, "head_bits": 8}),
+    ("qwen3", {}),
+    ("mobilellm", {"embedding_bits": 16}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), PROOFS)
+def test_logits_equal_those_of_the_decoded_weights(
+    family: str, settings: dict[str, Any], root: Path
+) -> None:
+    case = build(family, root, accuracy_level=0, **settings)
+    assert difference(case, (1, 12, 90)) <= 1e-4
+
+
+def test_shared_blocks_are_stored_once_and_run_twice(root: Path) -> None:
+    case = build("mobilellm", root, {"layer_sharing": True}, accuracy_level=0)
+    assert case.config.num_hidden_layers == 4
+    assert difference(case, (1, 40)) <= 1e-4
+    plain = build("mobilellm", root, accuracy_level=0)
+    assert case.plan.weights_bytes == plain.plan.weights_bytes
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3", "phi"])
+def test_int8_activations_stay_close(family: str, root: Path) -> None:
+    # accuracy_level 4 rounds the activations of a linear to int8: noise of the runtime itself.
+    case = build(family, root)
+    assert case.plan.settings["accuracy_level"] == 4
+    tokens = case.tokens(90)
+    ours, exact = case.runtime().logits(tokens), case.decoded().logits(tokens)
+    assert 1e-3 < np.abs(ours - exact).max() < 1.0
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (exact, ours))
+    assert (np.exp(p) * (p - q)).sum(1).mean() < 3e-3
+
+
+@pytest.mark.parametrize("family", ["phi3-window", "mistral"])
+def test_attention_does_not_see_beyond_the_window(family: str, root: Path) -> None:
+    case = build(family, root, accuracy_level=0)
+    assert case.config.sliding_window == 32
+    tokens = case.tokens(90)
+    other = [tokens[0] + 1 if tokens[0] < 500 else 3, *tokens[1:]]
+    runtime = case.runtime()
+    moved = np.abs(runtime.logits(tokens) - runtime.logits(other)).max(1)
+    # Two blocks: position p sees back to p - 2 * 31.
+    assert (moved[:63] > 0).all()
+    assert moved[63:].max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["phi3-window", "llama3", "phi", "qwen3"])
+def test_the_cache_gives_the_tokens_of_a_fresh_run(family: str, root: Path) -> None:
+    case = build(family, root, accuracy_level=0)
+    runtime = case.runtime()
+    prompt = case.tokens(9)
+    cached = greedy(runtime, prompt, 32)
+    fresh: list[int] = []
+    for _ in range(32):
+        fresh.append(int(runtime.logits(prompt + fresh)[-1].argmax()))
+    assert cached == fresh
+    assert greedy(runtime, prompt, 32) == cached  # what the buffers held is forgotten
+
+
+def test_a_long_prompt_is_run_in_chunks(phi3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = build("phi3", phi3.folder.parent, accuracy_level=0)
+    tokens = exact.tokens(70)
+    runtime = exact.runtime()
+    whole = runtime.logits(tokens)
+    monkeypatch.setattr(runtime_module, "CHUNK", 16)
+    np.testing.assert_allclose(runtime.logits(tokens), whole, atol=1e-4)
+    np.testing.assert_allclose(runtime.feed(tokens), whole[-1], atol=1e-4)
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_onnx_checker_and_fusions(family: str, root: Path) -> None:
+    case = build(family, root)
+    graph = case.folder / "onnx/model_q4.onnx"
+    onnx.checker.check_model(str(graph), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(root / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    found = collections.Counter(node.op_type for node in model.graph.node)
+    # What onnxruntime runs: its own norms, no primitive of RMSNorm, no scale left to cast.
+    norms = {"phi": ("LayerNormalization", "SkipLayerNormalization")}.get(
+        family, ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+    )
+    assert found[norms[0]] == (5 if family == "qwen3" else 1)
+    assert found[norms[1]] == (2 if family == "phi" else 4)
+    assert found["GroupQueryAttention"] == 2
+    assert found["Pow"] == found["ReduceMean"] == found["Sigmoid"] == 0
+    assert found["Cast"] == 2  # of the mask
+
+
+def test_what_the_graph_says(phi3: Case) -> None:
+    file = phi3.folder / "onnx/model_q4.onnx"
+    model = onnx.load(file, load_external_data=False)
+    assert model.ir_version == 10
+    assert {o.domain: o.version for o in model.opset_import} == {"": 21, "com.microsoft": 1}
+    inputs = {i.name: i.type.tensor_type for i in model.graph.input}
+    assert list(inputs)[:3] == ["input_ids", "attention_mask", "position_ids"]
+    for name, kind in inputs.items():
+        dims = [d.dim_param or d.dim_value for d in kind.shape.dim]
+        if name.startswith("past_key_values."):
+            assert dims == ["batch_size", 4, "past_sequence_length", 64]
+            assert kind.elem_type == onnx.TensorProto.FLOAT
+        else:
+            assert kind.elem_type == onnx.TensorProto.INT64
+    outputs = [o.name for o in model.graph.output]
+    assert outputs == ["logits"] + [f"present.{i}.{p}" for i in (0, 1) for p in ("key", "value")]
+    for tensor in model.graph.initializer:
+        size = onnx.numpy_helper.to_array(tensor).nbytes if not tensor.external_data else 256
+        assert size <= 256
+        places = {e.key: e.value for e in tensor.external_data}
+        assert places.get("location", "model_q4.onnx_data") == "model_q4.onnx_data"
+    assert str(phi3.folder.parent).encode() not in file.read_bytes()
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("phi3", {}), ("phi4-mini", {"symmetric": False}), ("llama", {"bits": 8, "group_size": 16})],
+)
+def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root: Path) -> None:
+    case = build(family, root, **settings)
+    described = exporters.onnx.describe(case.folder)
+    rows = {row["name"]: row for row in described["tensors"]}
+    assert set(rows) == {entry.target_name for entry in case.plan.entries}
+    for entry in case.plan.entries:
+        row = rows[entry.target_name]
+        assert row["bytes"] == entry.nbytes
+        assert tuple(row["shape"]) == entry.shape
+        assert row["grid"] == ("table" if entry.name.startswith("rope.") else entry.grid)
+    (data,) = case.folder.glob("onnx/*.onnx_data")
+    padding = data.stat().st_size - case.plan.weights_bytes
+    assert 0 <= padding < 64 * 3 * len(case.plan.entries)
+    assert described["bytes"] == case.artifact.nbytes
+    assert described["parameters"] == case.config.num_parameters
+    assert described["kv_bytes_per_value"] == case.plan.kv_bytes_per_value == 4
+    assert described["context"] == case.config.max_context
+    # A tied head has no bytes of its own.
+    assert ("lm_head.weight" in rows) is not case.config.tie_word_embeddings
+
+
+def test_same_bytes_twice_and_for_any_slab(
+    phi3: Case, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests(case: Case) -> dict[str, str]:
+        return {
+            str(file.relative_to(case.folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(case.folder.rglob("*"))
+            if file.is_file()
+        }
+
+    first = digests(phi3)
+    assert digests(build("phi3", root)) == first
+    monkeypatch.setattr(writer, "SLAB", 256 * 33)
+    assert digests(build("phi3", root)) == first
+
+
+def test_memory_is_bounded_by_the_slab(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = {"vocab_size": 16384}
+    build("llama", root, make)  # compiles kernels, imports
+    monkeypatch.setattr(writer, "SLAB", 2**16)  # 256 KB as float32; the embedding has 16 MB
+    tracemalloc.start()
+    build("llama", root, make)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 2**20
+
+
+def test_progress_ends_at_the_total(root: Path) -> None:
+    case = build("llama", root)
+    calls: list[tuple[int, int]] = []
+    folder = root / "progress"
+    folder.mkdir()
+    exporters.onnx.write(case.plan, case.weights, folder, lambda *args: calls.append(args))
+    assert calls[-1] == (case.plan.weights_bytes, case.plan.weights_bytes)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+# --- the plan --------------------------------------------------------------------------------
+
+
+def config_of(family: str, root: Path, **make: Any) -> DecoderConfig:
+    source = checkpoint(family, root, **make)
+    return DecoderConfig.from_hf(source.config, source.generation_config)
+
+
+def test_default_settings(root: Path) -> None:
+    plan = exporters.onnx.plan(config_of("llama", root), {})
+    assert plan.type_name == "int4-g32"
+    grids = {entry.name: entry.grid for entry in plan.entries}
+    assert grids["embed_tokens.weight"] == grids["lm_head.weight"] == "int4-g32"
+    assert grids["blocks.1.qkv_proj.weight"] == "int4-g32"
+    assert grids["blocks.1.input_layernorm.weight"] == grids["rope.cos"] == "F32"
+    assert all(get_grid(name).name == name for name in exporters.onnx.grids())
+    assert {entry.grid for entry in plan.entries} <= {*exporters.onnx.grids(), "F32"}
+
+
+def test_rows_that_the_group_does_not_divide(root: Path) -> None:
+    config = config_of("llama", root, intermediate_size=576)
+    with pytest.raises(GridError, match="does not divide rows of 576") as caught:
+        exporters.onnx.plan(config, {"group_size": 128})
+    assert "group_size: 64 fits" in caught.value.hint
+    exporters.onnx.plan(config, {"group_size": 64})
+
+
+def test_notes_only_where_they_apply(root: Path) -> None:
+    def notes(family: str) -> str:
+        return " ".join(exporters.onnx.plan(config_of(family, root), {}).notes)
+
+    assert notes("llama") == notes("phi3") == notes("mistral") == ""
+    assert "256 positions, not 2048" in notes("phi3-longrope")
+    assert "num_key_value_heads" in notes("phi4-mini")
+    assert "head_dim" in notes("qwen3")
+
+
+def test_rotary_dimensions_that_the_operator_refuses(root: Path) -> None:
+    config = config_of("phi", root, partial_rotary_factor=0.375)
+    with pytest.raises(UnsupportedModelError, match="24 rotary dimensions"):
+        exporters.onnx.plan(config, {})
+
+
+# --- the runtime -----------------------------------------------------------------------------
+
+
+def test_runtime_facts(phi3: Case) -> None:
+    runtime = phi3.runtime()
+    assert runtime.name == f"onnxruntime {onnxruntime.__version__}"
+    assert runtime.vocab_size == phi3.config.vocab_size
+    logits = runtime.logits(phi3.tokens(5))
+    assert logits.dtype == np.float32
+    assert logits.shape == (5, phi3.config.vocab_size)
+    assert runtime.feed(phi3.tokens(5)).shape == (phi3.config.vocab_size,)
+    # 4 heads of 64, keys and values, 2 blocks, float32
+    assert phi3.artifact.kv_cache_bytes_per_token == 4 * 64 * 2 * 2 * 4
+    runtime.close()
+    runtime.close()
+
+
+def test_no_room_beyond_the_context(phi3: Case) -> None:
+    runtime = phi3.runtime(context=16)
+    runtime.feed(phi3.tokens(12))
+    with pytest.raises(UsageError, match="17 tokens"):
+        runtime.feed(phi3.tokens(5))
+    runtime.reset()
+    assert len(runtime.logits(phi3.tokens(16))) == 16
+
+
+def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
+    def copy(name: str, graph: bytes, data: bytes | None) -> Path:
+        folder = tmp_path / name
+        (folder / "onnx").mkdir(parents=True)
+        (folder / "onnx/model_q4.onnx").write_bytes(graph)
+        if data is not None:
+            (folder / "onnx/model_q4.onnx_data").write_bytes(data)
+        return folder
+
+    graph = (phi3.folder / "onnx/model_q4.onnx").read_bytes()
+    data = (phi3.folder / "onnx/model_q4.onnx_data").read_bytes()
+    for folder in (
+        copy("no-data", graph, None),
+        copy("short-data", graph, data[:-5000]),
+        copy("short-graph", graph[:-500], data),
+        copy("not-onnx", b"hello", data),
+    ):
+        with pytest.raises(ArtifactError, match="model_q4.onnx") as caught:
+            exporters.onnx.open_runtime(folder, context=64)
+        assert "\n" not in caught.value.message
+    with pytest.raises(ArtifactError, match="not an ONNX file"):
+        exporters.onnx.describe(tmp_path / "not-onnx")
+    with pytest.raises(ArtifactError, match=r"no \.onnx file"):
+        exporters.onnx.describe(tmp_path)
+    (tmp_path / "no-data/onnx/model_int8.onnx").write_bytes(graph)
+    with pytest.raises(ArtifactError, match=r"2 \.onnx file"):
+        exporters.onnx.open_runtime(tmp_path / "no-data", context=64)
+
+
+def test_missing_package(phi3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeMissingError, match="not installed") as caught:
+        phi3.runtime()
+    assert "pip install" in caught.value.hint
