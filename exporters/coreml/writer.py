@@ -19,6 +19,7 @@ import json
 import logging
 import uuid
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,9 @@ class CoreMLTools:
         from coremltools.libmilstoragepython import _BlobStorageWriter
 
         self.ct: Any = coremltools
-        self.mb: Any = Builder
+        # Names of unnamed constants end in a number that the class counts up for ever; with a
+        # count of its own, every program gets the same names.
+        self.mb: Any = type("FreshBuilder", (Builder,), {"name_count": defaultdict(int)})
         self.types: Any = types
         self.Function: Any = Function
         self.Program: Any = Program

@@ -1,0 +1,384 @@
+"""The written Core ML package: its bytes, Apple's own reading of it, its side files, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from coreml_build import CONTEXT, Built, build, checkpoint, decoded, expected_logits, write
+
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.errors import (
+    DiskFullError,
+    GridError,
+    RuntimeMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
+from compress.model import Plan
+from exporters import coreml
+from exporters.coreml import writer
+from exporters.coreml.evaluator import Evaluator
+from exporters.coreml.planning import GRIDS, parts
+
+ROOT = Path(__file__).parent.parent
+# Every kind of stored tensor in one model of fourteen linears.
+MIXED = (
+    *("int4-g32", "int4-g16-asym", "int4-channel", "int4-channel-asym"),
+    *("int8-g64", "int8-g32-asym", "int8-channel", "F16"),
+    *("lut1-g8", "lut2-g16", "lut3-g32", "lut4-g8", "lut6-g16", "lut8-g32"),
+    *("lut1-tensor", "lut4-tensor"),
+)
+
+
+def mixed(plan: Plan) -> Plan:
+    """The plan with another grid for each matrix."""
+    wanted = iter(MIXED)
+    entries = []
+    for entry in plan.entries:
+        if len(entry.shape) == 2 and not entry.name.startswith("rope"):
+            grid = next(wanted)
+            nbytes = sum(part.nbytes for part in parts(grid, entry.shape))
+            entry = replace(entry, grid=grid, nbytes=nbytes)
+        entries.append(entry)
+    assert next(wanted, None) is None
+    return replace(plan, entries=tuple(entries))
+
+
+@pytest.fixture(scope="module")
+def mixture(monkeypatch_module: pytest.MonkeyPatch) -> Built:
+    """A package with every kind of grid. Its plan was changed, so its container is not planned."""
+    monkeypatch_module.setattr(writer, "_check_weight_file", lambda plan, file: None)
+    return write(checkpoint("qwen2", tie_word_embeddings=False), {"context": CONTEXT}, mixed)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def weight_file(built: Built) -> Path:
+    return built.artifact.path / "Data/com.apple.CoreML/weights/weight.bin"
+
+
+# --- Apple's own reading ----------------------------------------------------------------------
+
+
+def test_coremltools_decompresses_every_constant_to_what_its_grid_decodes(mixture: Built) -> None:
+    import coremltools
+    from coremltools.converters.mil.frontend.milproto import load
+
+    model = coremltools.models.MLModel(str(mixture.artifact.path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load.load(spec, spec.specificationVersion, str(weight_file(mixture).parent))
+    found = {}
+    for op in program.functions["main"].operations:
+        if op.op_type.startswith("constexpr_"):
+            found[op.name] = op.materialized_val_inference()
+        elif op.op_type == "const" and op.name.endswith("_weight"):
+            found[op.name] = op.val.val
+    for entry in mixture.plan.entries:
+        if entry.name.startswith("rope") or len(entry.shape) < 2:
+            continue
+        expected = decoded(mixture, entry.name)
+        assert found[entry.target_name].dtype == np.float16
+        assert np.array_equal(found[entry.target_name].astype(np.float32), expected), entry.grid
+
+
+def test_a_mixture_of_all_grids_runs(mixture: Built) -> None:
+    tokens = list(range(3, 43))
+    evaluator = Evaluator(mixture.artifact.path)
+    inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 40))}
+    found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
+    assert np.abs(found - expected_logits(mixture, tokens)).max() < 5e-5
+    described = {
+        tensor["name"]: tensor for tensor in coreml.describe(mixture.artifact.path)["tensors"]
+    }
+    for entry in mixture.plan.entries:
+        tensor = described[entry.target_name]
+        assert (tensor["grid"], tensor["bytes"]) == (entry.grid, entry.nbytes)
+        assert tensor["shape"] == list(entry.shape)
+
+
+def test_interface_is_that_of_swift_transformers() -> None:
+    import coremltools
+
+    built = build("llama3", "int4-g32")
+    model = coremltools.models.MLModel(str(built.artifact.path), skip_model_load=True)
+    spec = model.get_spec()
+    assert spec.specificationVersion == 9
+    assert spec.mlProgram.functions["main"].opset == "CoreML8"
+    described = spec.description
+    arrays = {feature.name: feature.type.multiArrayType for feature in described.input}
+    kinds = coremltools.proto.FeatureTypes_pb2.ArrayFeatureType
+    assert list(arrays) == ["inputIds", "causalMask"]
+    assert arrays["inputIds"].dataType == kinds.INT32
+    assert arrays["causalMask"].dataType == kinds.FLOAT16
+    flexible = (1, CONTEXT)
+    assert ranges(arrays["inputIds"]) == [(1, 1), flexible]
+    assert ranges(arrays["causalMask"]) == [(1, 1), (1, 1), flexible, flexible]
+    states = {feature.name: feature.type.stateType.arrayType for feature in described.state}
+    assert list(states) == ["keyCache", "valueCache"]
+    for state in states.values():
+        assert list(state.shape) == [2, 1, 2, CONTEXT, 64]
+        assert state.dataType == kinds.FLOAT16
+    assert [feature.name for feature in described.output] == ["logits"]
+    assert described.output[0].type.multiArrayType.dataType == kinds.FLOAT16
+    keys = described.metadata.userDefined
+    assert keys["co.huggingface.exporters.name"] == built.checkpoint.source
+    assert keys["packlight.context"] == str(CONTEXT)
+
+
+def ranges(array: Any) -> list[tuple[int, int]]:
+    return [(size.lowerBound, size.upperBound) for size in array.shapeRange.sizeRanges]
+
+
+def test_states_are_read_once_and_then_only_written_through(mixture: Built) -> None:
+    # In the file every write is followed by a read: that pair is `coreml_update_state`. A read
+    # that does not follow a write of its state is what coremltools' passes would merge wrongly.
+    import coremltools
+
+    spec = coremltools.models.MLModel(str(mixture.artifact.path), skip_model_load=True).get_spec()
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    touched = [
+        (op.type, op.inputs["input"].arguments[0].name)
+        for op in block.operations
+        if op.type.endswith("_state")
+    ]
+    pairs = [
+        (kind, name)
+        for _ in range(2)
+        for name in ("keyCache", "valueCache")
+        for kind in ("write_state", "read_state")
+    ]
+    assert touched == [("read_state", "keyCache"), ("read_state", "valueCache"), *pairs]
+
+
+# --- bytes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "overrides"),
+    [
+        ("llama", "int4-g32", {}),
+        ("phi", "lut4-g8", {}),
+        ("llama3", "lut4-g8", {}),
+        ("mobilellm", "lut6-g16", {"layer_sharing": True}),
+    ],
+)
+def test_planned_bytes_are_the_file(family: str, grid: str, overrides: dict[str, Any]) -> None:
+    built = build(family, grid, **overrides)
+    planned = built.plan.weights_bytes + built.plan.settings["container_bytes"]
+    size = weight_file(built).stat().st_size
+    assert math.ceil(size / 64) * 64 == planned
+    assert built.artifact.weights_bytes == built.plan.weights_bytes
+    files = [file for file in built.artifact.path.rglob("*") if file.is_file()]
+    assert built.artifact.nbytes == sum(file.stat().st_size for file in files)
+
+
+def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:
+    built = build("phi4-mini", "lut4-g8")
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from coreml_build import write
+settings = dict(grid="lut4-g8", context={CONTEXT})
+print(write(Path({str(built.checkpoint.path)!r}), settings).artifact.path)
+"""
+    # Another process, another hash seed: protobuf maps and Python sets would show it.
+    environment = os.environ | {"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    again = Path(result.stdout.strip().splitlines()[-1]).parent
+    first = {p.relative_to(built.artifact.path.parent): p for p in files_of(built.artifact.path)}
+    second = {p.relative_to(again): p for p in files_of(again / "Tiny.mlpackage")}
+    assert first.keys() == second.keys()
+    for name, path in first.items():
+        assert path.read_bytes() == second[name].read_bytes(), name
+
+
+def files_of(package: Path) -> list[Path]:
+    """Files of the package and of the folder around it."""
+    return sorted(path for path in package.parent.rglob("*") if path.is_file())
+
+
+def test_nothing_of_this_machine_is_in_the_files() -> None:
+    built = build("phi4-mini", "lut4-g8")
+    for path in files_of(built.artifact.path):
+        content = path.read_bytes()
+        assert str(built.checkpoint.path.parent).encode() not in content
+        assert str(ROOT).encode() not in content
+
+
+def test_memory_is_that_of_the_largest_tensor() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    path = checkpoint("llama", num_attention_heads=8, num_key_value_heads=8, **sizes)
+    largest = 512 * 2048 * 4
+    write(path, {"grid": "F16", "context": CONTEXT})  # warm: imports are not what is measured
+    for grid in ("F16", "lut4-g16"):
+        tracemalloc.start()
+        built = write(path, {"grid": grid, "context": CONTEXT})
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert built.config.num_parameters * 4 > 20 * largest
+        assert peak < 5 * largest
+
+
+def test_progress_counts_the_weights() -> None:
+    told: list[tuple[int, int]] = []
+    built = write(
+        checkpoint("llama"),
+        {"grid": "int4-g32", "context": CONTEXT},
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told[-1] == (built.plan.weights_bytes, built.plan.weights_bytes)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert len(told) > 20
+
+
+# --- beside the package -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "mobilellm"])
+def test_side_files_load_in_transformers(family: str) -> None:
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    built = build(
+        family, dict(phi3="int4-g32", qwen2="int8-channel-asym", mobilellm="lut4-g8")[family]
+    )
+    folder = built.artifact.path.parent
+    assert built.artifact.path.name == "Tiny.mlpackage"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.model_type == built.config.model_type
+    assert config.tie_word_embeddings == built.config.tie_word_embeddings
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    original = AutoTokenizer.from_pretrained(built.checkpoint.path, trust_remote_code=False)
+    for text in ("Hello, world", "  def f(x):\n    return x"):
+        assert fast.encode(text) == original.encode(text)
+
+
+def test_tokenizer_json_is_made_from_tokenizer_model(tmp_path: Path) -> None:
+    path = tiny.make("llama", tmp_path)
+    (path / "tokenizer.json").unlink()
+    built = write(path, {"grid": "F16", "context": CONTEXT})
+    assert (built.artifact.path.parent / "tokenizer.json").exists()
+
+
+def test_describe_reads_no_weights() -> None:
+    built = build("llama3", "lut4-g8")
+    facts = coreml.describe(built.artifact.path)
+    assert facts["format"] == "coreml"
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["parameters"] == built.config.num_parameters
+    assert facts["bytes"] == built.artifact.nbytes
+    assert facts["bits_per_weight"] == facts["bytes"] * 8 / facts["parameters"]
+    assert facts["metadata"]["keyCache"] == f"fp16 [2, 1, 2, {CONTEXT}, 64]"
+    json.dumps(facts)
+
+
+# --- plans and refusals -------------------------------------------------------------------------
+
+
+def config_of(family: str, **overrides: Any) -> DecoderConfig:
+    return DecoderConfig.from_hf(Checkpoint.open(checkpoint(family, **overrides)).config)
+
+
+def test_plan_defaults() -> None:
+    plan = coreml.plan(config_of("llama3"), {}, model_name="M")
+    assert (plan.format, plan.type_name, plan.max_context) == ("coreml", "int4-g32", 2048)
+    grids = {entry.name: entry.grid for entry in plan.entries}
+    assert grids["embed_tokens.weight"] == grids["blocks.1.down_proj.weight"] == "int4-g32"
+    assert grids["norm.weight"] == "F32"
+    assert "lm_head.weight" not in grids
+    assert all(type(entry.nbytes) is int for entry in plan.entries)
+    plan = coreml.plan(config_of("phi"), {"grid": "lut4-g8", "embedding": "int8-channel"})
+    grids = {entry.name: entry.grid for entry in plan.entries}
+    assert grids["embed_tokens.weight"] == "int8-channel"
+    assert grids["lm_head.weight"] == "lut4-g8"
+    assert grids["blocks.0.q_proj.bias"] == "F16"
+
+
+def test_rows_that_do_not_divide_take_smaller_groups_and_say_so() -> None:
+    config = replace(config_of("llama"), vocab_size=514, intermediate_size=528)
+    plan = coreml.plan(config, {"grid": "lut4-g8"})
+    entries = {entry.name: entry for entry in plan.entries}
+    assert entries["embed_tokens.weight"].grid == "lut4-g2"
+    assert entries["embed_tokens.weight"].note == "514×256 does not divide into lut4-g8"
+    assert entries["blocks.0.q_proj.weight"].note == ""
+    plan = coreml.plan(config, {"grid": "int4-g32"})
+    entries = {entry.name: entry for entry in plan.entries}
+    assert entries["blocks.0.down_proj.weight"].grid == "int4-g16"
+    odd = replace(config, intermediate_size=514)
+    plan = coreml.plan(odd, {"grid": "int4-g32-asym"})
+    entries = {entry.name: entry for entry in plan.entries}
+    assert entries["blocks.0.down_proj.weight"].grid == "int4-channel-asym"
+
+
+def test_every_grid_that_is_offered_is_a_grid() -> None:
+    from compress.grids import get_grid
+
+    for name in coreml.grids():
+        assert get_grid(name).name == name
+        if name != "F16":
+            shape = (256, 512)
+            stored = sum(part.nbytes for part in parts(name, shape))
+            # ONNX starts the zero points of every row at a byte; Core ML packs them all.
+            padding = 128 if name == "int4-channel-asym" else 0
+            assert stored == get_grid(name).nbytes(shape) - padding
+    assert coreml.grids() == GRIDS
+
+
+def test_plan_refusals() -> None:
+    config = config_of("phi3-longrope")
+    for grid in ("Q4_K", "int4-g8", "lut5-g8", "BF16"):
+        with pytest.raises(GridError, match="not a grid that Core ML stores"):
+            coreml.plan(config, {"grid": grid})
+    with pytest.raises(UnsupportedModelError, match="iOS16"):
+        coreml.plan(config, {"deployment": "iOS16"})
+    with pytest.raises(UsageError, match="context 257 is not between 2 and the 256 positions"):
+        coreml.plan(config, {"context": 257})
+
+
+def test_notes_tell_what_a_user_should_know() -> None:
+    notes = " ".join(coreml.plan(config_of("phi3-longrope"), {}).notes)
+    assert "allocated whole, 524,288 bytes for 256 positions" in notes
+    assert "holds 256 positions, not 2048" in notes
+    config = replace(config_of("llama"), head_dim=80)
+    assert "heads of 80 are not a multiple of 32" in " ".join(coreml.plan(config, {}).notes)
+
+
+def test_another_coremltools_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import coremltools
+
+    monkeypatch.setattr(coremltools, "__version__", "9.1")
+    with pytest.raises(RuntimeMissingError, match=r"coremltools 9\.1 is installed") as caught:
+        writer.CoreMLTools()
+    assert caught.value.hint == "pip install coremltools==9.0"
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    path = checkpoint("llama")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # Python ignores the signal
+    try:
+        with pytest.raises(DiskFullError):
+            write(path, {"grid": "int8-channel", "context": CONTEXT})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
