@@ -1,0 +1,107 @@
+"""Weights and plans: what passes between the workshop and the exporters."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.decoder import Decoder
+from compress.errors import CheckpointError
+from compress.grids import Float32, Grid, Quantized, get_grid
+from compress.model import Plan, PlanEntry, Weights
+
+
+def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:
+    return grid.quantize(weight)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tiny.make("phi3", tmp_path_factory.mktemp("phi3"), shards=2, tokenizer=False)
+    return Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoint: Checkpoint) -> Weights:
+    return Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+
+
+def test_read_gives_our_names_to_the_tensors_on_disk(checkpoint: Checkpoint, weights: Weights):
+    fused = checkpoint.read("model.layers.1.self_attn.qkv_proj.weight")
+    assert (weights.read("blocks.1.qkv_proj.weight") == fused).all()
+    assert (weights.read("blocks.1.v_proj.weight") == fused[512:]).all()
+    assert (weights.read("blocks.1.v_proj.weight", slice(3, 9)) == fused[515:521]).all()
+    assert (weights.read("norm.weight") == checkpoint.read("model.norm.weight")).all()
+    head = weights.read("lm_head.weight")
+    assert not (head == weights.read("embed_tokens.weight")).all()  # untied
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path):
+    checkpoint = Checkpoint.open(tiny.make("phi4-mini", tmp_path, tokenizer=False))
+    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+    embedding = checkpoint.read("model.embed_tokens.weight")
+    for rows in (None, slice(100, 164)):
+        expected = embedding[rows] if rows else embedding
+        assert (weights.read("lm_head.weight", rows) == expected).all()
+
+
+def test_slabs_of_rows_make_the_whole_tensor(weights: Weights):
+    """A large tensor is quantized slab by slab; the file may not depend on the slabs."""
+    grid = get_grid("int4-g32")
+    name = "blocks.0.gate_up_proj.weight"
+    whole = weights.quantize(name, grid)
+    assert whole.shape == (1024, 256)
+    slabs = [
+        weights.quantize(name, grid, slice(start, start + 300)) for start in range(0, 1024, 300)
+    ]
+    assert [slab.shape[0] for slab in slabs] == [300, 300, 300, 124]
+    assert (np.concatenate([slab.codes for slab in slabs]) == whole.codes).all()
+    assert (np.concatenate([slab.decode() for slab in slabs]) == whole.decode()).all()
+    error = np.abs(whole.decode() - weights.read(name)).max()
+    assert 0 < error < 0.1
+
+
+def test_the_solver_is_told_which_weight_it_solves(checkpoint: Checkpoint):
+    calls = []
+
+    def solve(weight: Float32, grid: Grid, name: str) -> Quantized:
+        calls.append((name, weight.shape, weight.dtype, grid.name))
+        return grid.quantize(weight)
+
+    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), solve)
+    weights.quantize("blocks.1.k_proj.weight", get_grid("int8-g64"), slice(0, 16))
+    assert calls == [("blocks.1.k_proj.weight", (16, 256), np.float32, "int8-g64")]
+
+
+def test_quantizing_a_nan_is_refused_by_name(tmp_path: Path):
+    tiny.make("llama", tmp_path, tokenizer=False)
+    file = tmp_path / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    name = "model.layers.1.mlp.up_proj.weight"
+    begin = 8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]
+    raw[begin : begin + 2] = b"\xc0\x7f"
+    file.write_bytes(raw)
+    checkpoint = Checkpoint.open(tmp_path)
+    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+    with pytest.raises(CheckpointError, match=f"{name} has 1 NaN or Inf"):
+        weights.quantize("blocks.1.up_proj.weight", get_grid("int4-g32"))
+    weights.quantize("blocks.1.up_proj.weight", get_grid("int4-g32"), slice(1, None))
+
+
+def test_weights_read_is_what_the_decoder_reads_with(weights: Weights):
+    logits = Decoder(weights.config, weights.read).logits([1, 2, 3])
+    assert logits.shape == (3, 512)
+    assert logits.std() > 1
+
+
+def test_a_plan_adds_up():
+    entries = tuple(PlanEntry(f"w{i}", f"t{i}", "F16", (8, i), 16 * i) for i in (1, 2, 3))
+    assert Plan("gguf", "F16", "model", entries).weights_bytes == 96
