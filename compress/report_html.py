@@ -1,7 +1,7 @@
 """``report.html``: one page from ``report.json`` alone, without scripts, fonts or network.
 
 The template is ``report.html.j2`` with autoescape on; its pictures come from
-``compress.report_charts``. What was not measured is shown as a dash.
+``compress.charts``. What was not measured is shown as a dash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress import report_charts as charts
+from compress import charts
 from compress.console import format_bytes
 
 FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}

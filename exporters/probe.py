@@ -16,11 +16,6 @@ from compress.verify.child import Emit, speak
 from exporters import get_exporter
 
 
-def command() -> list[str]:
-    """What ``compress.verify.verify_artifact`` is to run."""
-    return [sys.executable, "-m", "exporters.probe"]
-
-
 def main() -> int:
     """Parse the arguments, examine, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m exporters.probe", description=__doc__)

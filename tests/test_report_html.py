@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sample_report
 
-from compress import report_charts as charts
+from compress import charts
 from compress.report_html import amount, figure, grids, percent, quarters, render, size
 
 CHROMIUM = next(

@@ -5,7 +5,7 @@ How a build uses it::
     limits = gates.parse(recipe.gates)                         # before any work
     store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
     for artifact in artifacts:
-        found = verify_artifact(probe_command, artifact.path, artifact.format, store, context=2048)
+        found = verify_artifact(shipyard.probe, artifact.path, artifact.format, store, context=2048)
     # found.quality, found.resources, found.generation → compress.report, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
@@ -64,7 +64,7 @@ def verify_artifact(
     """Run one artifact in a child process and compare it with the float model.
 
     Args:
-        probe: the command that opens artifacts (``exporters.probe.command()``); it is given
+        probe: the command that opens artifacts (``exporters.SHIPYARD.probe``); it is given
             ``FORMAT PATH --baseline FOLDER --scores FILE --context N --threads N``.
         path: the artifact.
         format: ``gguf``, ``onnx``, ``coreml``.
