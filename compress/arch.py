@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.config_json import short
 from compress.errors import CheckpointError, UnsupportedModelError
 from compress.families import FAMILIES, find_family
 from compress.rope import Rope
@@ -276,7 +277,7 @@ class WeightMap:
         if unexpected:
             raise CheckpointError(
                 f"{len(unexpected)} tensor(s) that a {self.config.family} model does not have, "
-                f"first {unexpected[0]!r}",
+                f"first {short(unexpected[0])}",
                 hint="an adapter, or another architecture than config.json says?",
             )
         for name, shape in expected.items():
@@ -337,6 +338,6 @@ def check_config(config: DecoderConfig) -> None:
     expected = "silu" if config.gated_mlp else "gelu_new"
     if config.activation != expected:
         raise UnsupportedModelError(
-            f"hidden_act {config.activation!r} is not supported for {config.family}, "
+            f"hidden_act {short(config.activation)} is not supported for {config.family}, "
             f"only {expected}"
         )

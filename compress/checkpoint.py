@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.config_json import read_json
+from compress.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.hub import download
 
@@ -152,15 +152,17 @@ class Checkpoint:
         for shard in shards:
             # A plain name only: no folder, no "..", nothing absolute.
             if Path(shard).name != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index.name} points outside the folder: {shard!r}")
+                raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
             if not (self.path / shard).is_file():
                 raise CheckpointError(
-                    f"{shard} is missing, {index.name} names it", hint="finish the download"
+                    f"{short(shard)} is missing, {index.name} names it", hint="finish the download"
                 )
         found = {shard: scan(self.path / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in found[str(shard)]:
-                raise CheckpointError(f"{index.name} places {name!r} in {shard}, it is not there")
+                raise CheckpointError(
+                    f"{index.name} places {short(name)} in {short(shard)}, it is not there"
+                )
         # What no index line names is kept too, to be refused as unexpected.
         return {
             name: info
@@ -186,15 +188,15 @@ class Checkpoint:
         for name, dtype, shape, begin, end in rows:
             if dtype not in BYTES:
                 raise CheckpointError(
-                    f"{file.name}: {name} has dtype {dtype}, not F32, F16 or BF16",
+                    f"{file.name}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16",
                     hint="packlight starts from float checkpoints, not from quantized ones",
                 )
             whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
             if not whole or begin < 0:
-                raise CheckpointError(f"{file.name}: {name} has a wrong byte range")
+                raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
             if start + end > size:
                 raise CheckpointError(
-                    f"{file.name} is truncated: {name} ends at byte {start + end}, "
+                    f"{file.name} is truncated: {short(name)} ends at byte {start + end}, "
                     f"the file has {size}",
                     hint="download it again",
                 )
@@ -211,7 +213,7 @@ class Checkpoint:
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(f"{file.name}: {name} is {kind}, not a float tensor")
+                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
             nbytes = tensor.numel() * BYTES[dtype]
             tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
         return tensors

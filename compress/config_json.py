@@ -49,7 +49,7 @@ def whole(config: Config, key: str, default: int | None = None, *, most: int = L
             raise KeyError(key)
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(f"{key} is {_short(value)}, not a whole number from 1 to {most}")
+        raise ValueError(f"{key} is {short(value)}, not a whole number from 1 to {most}")
     return value
 
 
@@ -67,7 +67,7 @@ def numbers(config: Config, key: str) -> tuple[float, ...]:
     """A list of positive finite numbers."""
     value = config[key]
     if not isinstance(value, list):
-        raise ValueError(f"{key} is {_short(value)}, not a list of numbers")
+        raise ValueError(f"{key} is {short(value)}, not a list of numbers")
     return tuple(positive(key, item) for item in value)
 
 
@@ -75,7 +75,7 @@ def positive(key: str, value: Any) -> float:
     """``value`` as a float, if it is a positive finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf or value > 1e30:
-        raise ValueError(f"{key} is {_short(value)}, not a positive number")
+        raise ValueError(f"{key} is {short(value)}, not a positive number")
     return float(value)
 
 
@@ -83,7 +83,7 @@ def flag(config: Config, key: str) -> bool:
     """true or false; false where the key is missing or null."""
     value = config.get(key)
     if value is not None and value not in (True, False):
-        raise ValueError(f"{key} is {_short(value)}, not true or false")
+        raise ValueError(f"{key} is {short(value)}, not true or false")
     return bool(value)
 
 
@@ -103,14 +103,17 @@ def token_ids(config: Config, key: str) -> tuple[int, ...]:
         if token is None:
             continue
         if not isinstance(token, int) or isinstance(token, bool) or token > LARGEST:
-            raise ValueError(f"{key} is {_short(value)}, not a token id")
+            raise ValueError(f"{key} is {short(value)}, not a token id")
         if token >= 0:
             ids.append(token)
     return tuple(ids)
 
 
-def _short(value: Any) -> str:
-    """``repr`` cut to one short line; not of huge integers, which Python refuses to print."""
+def short(value: Any) -> str:
+    """``repr`` cut to one short line, for messages: what a file says may be anything.
+
+    Control characters come out escaped; huge integers, which Python refuses to print, as words.
+    """
     if isinstance(value, int) and abs(value) > 10**30:
         return "a huge number"
     text = " ".join(repr(value).split())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.config_json import Config, flag, number, token_id, token_ids, whole
+from compress.config_json import Config, flag, number, short, token_id, token_ids, whole
 from compress.errors import UnsupportedModelError
 from compress.rope import read_rope
 
@@ -233,7 +233,11 @@ def find_family(config: Config) -> str:
     if name is None and isinstance(model_type, str) and model_type in FAMILIES:
         family = model_type
     if family is None:
-        label = name or model_type or "config.json names no architecture"
+        label = name or model_type
+        if label is None:
+            label = "config.json names none"
+        elif not isinstance(label, str) or len(label) > 80 or not label.isprintable():
+            label = short(label)
         if config.get("auto_map"):
             raise UnsupportedModelError(
                 f"{label} needs the checkpoint's own code, which packlight never executes",
@@ -244,7 +248,7 @@ def find_family(config: Config) -> str:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedModelError(
-            f"the checkpoint is quantized already ({method or 'quantization_config'})",
+            f"the checkpoint is quantized already ({short(method or 'quantization_config')})",
             hint="start from the float checkpoint it was made of",
         )
     if family == "llama" and (config.get("share_embedding") or config.get("layer_sharing")):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.config_json import Config, number, numbers, whole
+from compress.config_json import Config, number, numbers, short, whole
 from compress.errors import UnsupportedModelError
 
 Float32 = NDArray[np.float32]
@@ -94,7 +94,7 @@ def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
     # transformers reads the early Phi-3 spellings as longrope too.
     if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling):
         return _longrope(theta, rotary, both)
-    raise UnsupportedModelError(f"rope scaling {kind!r} is not supported")
+    raise UnsupportedModelError(f"rope scaling {short(kind)} is not supported")
 
 
 def _longrope(theta: float, rotary: int, keys: Config) -> Rope:

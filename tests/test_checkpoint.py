@@ -313,15 +313,32 @@ def test_damaged_header(header: bytes, copy: Path):
 )
 def test_byte_ranges_that_lie(entry: dict[str, Any], copy: Path):
     join_file(copy / "model.safetensors", {"x": entry}, b"\0" * 64)
-    refused(lambda: Checkpoint.open(copy), "x has a wrong byte range")
+    refused(lambda: Checkpoint.open(copy), "'x' has a wrong byte range")
 
 
 def test_not_a_float_checkpoint(copy: Path):
     for dtype, size in (("F8_E4M3", 1), ("I32", 4), ("U8", 1), ("F64", 8)):
         entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}
         join_file(copy / "model.safetensors", {"x": entry}, b"\0" * 64)
-        error = refused(lambda: Checkpoint.open(copy), f"has dtype {dtype}, not F32, F16 or BF16")
+        error = refused(lambda: Checkpoint.open(copy), f"has dtype {dtype!r}, not F32, F16 or BF16")
         assert "quantized" in error.hint
+
+
+def test_hostile_names_stay_on_one_line(copy: Path):
+    name = "\x1b[31m\n" + "x" * 1000
+    for entry in (
+        {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": name, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 5]},
+        {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]},
+    ):
+        join_file(copy / "model.safetensors", {name: entry}, b"\0" * 64)
+        error = refused(lambda: Checkpoint.open(copy), "model.safetensors")
+        assert "\x1b" not in error.message
+    for config in ({"architectures": [name]}, {"architectures": ["\x1b[31m"]}):
+        with pytest.raises(PacklightError) as caught:
+            DecoderConfig.from_hf(config)
+        assert "\x1b" not in caught.value.message and len(caught.value.message) < 200
 
 
 def test_git_lfs_pointer(copy: Path):
@@ -353,17 +370,17 @@ def test_an_index_that_does_not_fit(copy: Path):
     with_index(copy, dict.fromkeys(names, "part.safetensors"))
     check(copy)
     with_index(copy, dict.fromkeys(names, "part.safetensors") | {"x": "lost.safetensors"})
-    error = refused(lambda: Checkpoint.open(copy), "lost.safetensors is missing")
+    error = refused(lambda: Checkpoint.open(copy), "'lost.safetensors' is missing")
     assert "finish the download" in error.hint
     with_index(copy, dict.fromkeys([*names, "x"], "part.safetensors"))
-    refused(lambda: Checkpoint.open(copy), "places 'x' in part.safetensors, it is not there")
+    refused(lambda: Checkpoint.open(copy), "places 'x' in 'part.safetensors', it is not there")
     with_index(copy, dict.fromkeys(names[1:], "part.safetensors"))
     check(copy)  # not in the index but in the shard: the weight is there
     for wrong in ({}, [], None, 7):
         with_index(copy, wrong)
         refused(lambda: Checkpoint.open(copy), "has no weight_map")
     with_index(copy, {NAME: None})
-    refused(lambda: Checkpoint.open(copy), "None is missing")
+    refused(lambda: Checkpoint.open(copy), "'None' is missing")
 
 
 def test_a_tensor_in_two_shards_is_read_where_the_index_says(copy: Path):
@@ -446,9 +463,9 @@ def test_damaged_pickles(copy: Path):
         refused(lambda: Checkpoint.open(copy), "pytorch_model.bin ")
     for state, message in (
         ([torch.zeros(3)], "holds no table of tensors"),
-        ({"state_dict": {"x": torch.zeros(3)}}, "state_dict is dict, not a float tensor"),
-        ({"x": torch.zeros(3, dtype=torch.int32)}, "x is torch.int32, not a float tensor"),
-        ({"x": torch.zeros(3).to_sparse()}, "x is torch.float32, not a float tensor"),
+        ({"state_dict": {"x": torch.zeros(3)}}, "'state_dict' is dict, not a float tensor"),
+        ({"x": torch.zeros(3, dtype=torch.int32)}, "'x' is torch.int32, not a float tensor"),
+        ({"x": torch.zeros(3).to_sparse()}, "'x' is torch.float32, not a float tensor"),
     ):
         torch.save(state, file)
         refused(lambda: Checkpoint.open(copy), message)
