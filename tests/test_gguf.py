@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import gguf_files
 import gguf_oracle
 import numpy as np
@@ -26,6 +27,7 @@ from compress.model import Runtime, Weights
 from compress.solvers.rtn import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
+from exporters.gguf.head import Listed, read_head
 
 HELD_OUT = gguf_files.DEMO.parent / "heldout.txt"
 
@@ -319,3 +321,34 @@ def test_plan_survives_a_round_trip_of_settings() -> None:
     again = exporter.plan(config, plan.settings, model_name="x")
     assert dataclasses.asdict(plan) == dataclasses.asdict(again)
     assert set(entry.grid for entry in plan.entries) <= set(exporter.grids())
+
+
+def test_head_reads_what_gguf_py_reads() -> None:
+    path = gguf_files.artifact("demo", "Q3_K_M").path
+    keys, rows = read_head(path)
+    reader = gguf.GGUFReader(path)
+    fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert list(keys) == list(fields)
+    for key, field in fields.items():
+        value = keys[key]
+        if isinstance(value, Listed):
+            assert value.count == len(field.data)
+            assert list(value.first) == field.contents(slice(0, 8))
+        else:
+            assert value == field.contents()
+    assert [(r.name, list(r.shape[::-1]), r.kind) for r in rows] == [
+        (t.name, t.shape.tolist(), int(t.tensor_type)) for t in reader.tensors
+    ]
+
+
+def test_damaged_heads_are_refused(tmp_path: Path) -> None:
+    data = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
+    head = gguf.GGUFReader(gguf_files.artifact("llama", "Q8_0").path).data_offset
+    file = tmp_path / "cut.gguf"
+    for size in (*range(4, 30), 200, 1000, head - 100):
+        file.write_bytes(data[:size])
+        with pytest.raises(ArtifactError, match="damaged or truncated"):
+            read_head(file)
+    file.write_bytes(data[:8] + b"\xff" * 16 + data[24:])  # absurd counts
+    with pytest.raises(ArtifactError, match="damaged or truncated"):
+        read_head(file)

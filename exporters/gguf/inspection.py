@@ -8,34 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
-
-SHOWN = 8  # entries of a long list that are printed
+from exporters.gguf.head import read_head
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """See ``exporters.Exporter.describe``.
+    """See ``exporters.Exporter.describe``; anybody's GGUF will do.
 
     Raises:
         ArtifactError: not a GGUF file, or a damaged one.
     """
-    import gguf
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path.name} is not a readable GGUF file: {error}") from error
-    metadata = {
-        key: printable(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")
-    }
-    tensors = [
-        {
-            "name": tensor.name,
-            "shape": [int(size) for size in reversed(tensor.shape)],
-            "grid": tensor.tensor_type.name,
-            "bytes": int(tensor.n_bytes),
-        }
-        for tensor in reader.tensors
-    ]
+    keys, rows = read_head(path)
+    metadata = {key: str(value) for key, value in keys.items()}
+    tensors = []
+    for row in rows:
+        try:
+            kind = GGMLQuantizationType(row.kind)
+        except ValueError as error:
+            raise ArtifactError(f"{row.name} has an unknown type, {row.kind}") from error
+        block, size = GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(row.shape) // block * size
+        shape = list(row.shape)
+        tensors.append({"name": row.name, "shape": shape, "grid": kind.name, "bytes": nbytes})
     told = metadata.get("packlight.parameter_count")
     counted = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_"))
     parameters = int(told) if told else counted
@@ -95,14 +90,3 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
     if size("attention.key_length"):
         config["head_dim"] = size("attention.key_length")
     return config
-
-
-def printable(field: Any) -> str:
-    """A key's value as text; long lists by their first entries and their length."""
-    import gguf
-
-    if field.types[0] is not gguf.GGUFValueType.ARRAY:
-        return str(field.contents())
-    count = len(field.data)
-    shown = ", ".join(str(field.contents(index)) for index in range(min(count, SHOWN)))
-    return f"[{shown}{', …' if count > SHOWN else ''}] ({count})"
