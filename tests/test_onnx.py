@@ -334,7 +334,7 @@ def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
         copy("short-graph", graph[:-500], data),
         copy("not-onnx", b"hello", data),
     ):
-        with pytest.raises(ArtifactError, match="model_q4.onnx") as caught:
+        with pytest.raises(ArtifactError, match=r"model_q4\.onnx") as caught:
             exporters.onnx.open_runtime(folder, context=64)
         assert "\n" not in caught.value.message
     with pytest.raises(ArtifactError, match="not an ONNX file"):

@@ -69,8 +69,6 @@ def describe(path: Path) -> dict[str, Any]:
         },
         "tensors": tensors,
         "context": max((row["shape"][0] for row in tensors if row["grid"] == "table"), default=0),
-        "kv_bytes_per_value": KV_BYTES,
-        "config": config,
     }
 
 
