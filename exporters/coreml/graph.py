@@ -113,7 +113,7 @@ class Decoder:
         positions = mb.range_1d(start=begin, end=end, step=1, name="positions")
         slots = mb.range_1d(start=0, end=end, step=1, name="slots")
         self.cosines, self.sines = self._rotary_tables(positions)
-        self.mask = self._mask(positions, slots, begin, mask)
+        self.mask = self._mask(positions, slots, mask)
 
     def _size(self, x: Var, axis: int, name: str) -> Var:
         shape = self.mb.shape(x=x, name=f"{name}_shape")
@@ -133,7 +133,7 @@ class Decoder:
     def _rotary_table(self, which: int) -> NDArray[Any]:
         return self.config.rope.cos_sin(self.context)[which]
 
-    def _mask(self, positions: Var, slots: Var, begin: Var, given: Var) -> Var:
+    def _mask(self, positions: Var, slots: Var, given: Var) -> Var:
         """float16, broadcastable to ``[1, heads, q, n]``: 0 where visible, else very negative."""
         mb = self.mb
         row = mb.expand_dims(x=positions, axes=[1], name="positions_column")  # [q, 1]
@@ -146,7 +146,7 @@ class Decoder:
             visible = mb.logical_and(x=visible, y=near, name="is_past_in_window")
         written = mb.logical_or(
             x=mb.greater(x=column, y=np.int32(0), name="is_not_slot_0"),
-            y=self._slot_0_is_written(begin),
+            y=self._slot_0_is_written(),
             name="is_written",
         )
         visible = mb.logical_and(x=visible, y=written, name="is_visible")
@@ -155,8 +155,8 @@ class Decoder:
         scores = mb.expand_dims(x=scores, axes=[0, 1], name="hidden_scores_4d")
         return mb.add(x=scores, y=given, name="mask")
 
-    def _slot_0_is_written(self, begin: Var) -> Var:
-        """By this call (it begins there), or by an earlier one: no key is all zeros."""
+    def _slot_0_is_written(self) -> Var:
+        """By this call (it begins there), or by an earlier one: no key is all zeros. [1, 1]."""
         mb, c = self.mb, self.config
         key = mb.slice_by_size(
             x=self.caches[0],
@@ -164,15 +164,13 @@ class Decoder:
             size=[1, 1, c.num_key_value_heads, 1, c.head_dim],
             name="slot_0_key",
         )
-        size = mb.reduce_max(
-            x=mb.abs(x=key, name="slot_0_abs"),
-            axes=[0, 1, 2, 3, 4],
-            keep_dims=False,
-            name="slot_0_max",
+        largest = mb.reduce_max(
+            x=mb.abs(x=key, name="slot_0_abs"), axes=[2, 3, 4], keep_dims=True, name="slot_0_max"
         )
+        largest = mb.squeeze(x=largest, axes=[0, 1, 2], name="slot_0_largest")  # [1, 1]
         return mb.logical_or(
-            x=mb.equal(x=begin, y=np.int32(0), name="writes_slot_0"),
-            y=mb.greater(x=size, y=np.float16(0), name="has_slot_0"),
+            x=mb.equal(x=self.begin, y=np.int32(0), name="writes_slot_0"),
+            y=mb.greater(x=largest, y=np.float16(0), name="has_slot_0"),
             name="slot_0_is_written",
         )
 
@@ -252,8 +250,9 @@ class Decoder:
         query = self.rotate(query, f"{stem}_query")
         key = self.rotate(key, f"{stem}_key")
         span = self.span(block)
-        keys = self.repeat(self.cached(0, key, span, f"{stem}_keys"), f"{stem}_keys")
-        values = self.repeat(self.cached(1, value, span, f"{stem}_values"), f"{stem}_values")
+        keys = self.repeat(self.cached(0, block, key, span), f"{stem}_keys")
+        values = self.repeat(self.cached(1, block, value, span), f"{stem}_values")
+        # The one operation that Core ML runs fused on the GPU, scaling and softmax included.
         mixed = mb.scaled_dot_product_attention(
             query=query, key=keys, value=values, attn_mask=self.mask, name=f"{stem}_attention"
         )
@@ -299,13 +298,13 @@ class Decoder:
         end = self.mb.concat(values=[last, self.end, width], axis=0, name=f"{stem}_end")
         return begin, end
 
-    def cached(self, which: int, new: Var, span: tuple[Var, Var], name: str) -> Var:
-        """Put ``new`` into a cache; that layer of it up to ``end``, ``[1, kv_heads, n, head_dim]``.
+    def cached(self, which: int, block: int, new: Var, span: tuple[Var, Var]) -> Var:
+        """Put ``new`` into a cache; the block's layer of it up to ``end``: ``[1, kv, n, dim]``.
 
         ``coreml_update_state`` writes the state and reads it back, which is what lets Core ML
         update it in place; ``self.caches`` is the chain.
         """
-        mb = self.mb
+        mb, name = self.mb, f"block_{block}_{('keys', 'values')[which]}"
         begin, end = span
         updated = mb.slice_update(
             x=self.caches[which],
@@ -319,7 +318,7 @@ class Decoder:
         )
         return mb.slice_by_index(
             x=self.caches[which],
-            begin=begin,
+            begin=[block, 0, 0, 0, 0],
             end=end,
             begin_mask=[False, True, True, True, True],
             end_mask=[False, True, True, False, True],
