@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,3 +220,17 @@ def read_license(checkpoint: Checkpoint) -> str | None:
         return None
     name = head.get("license") if isinstance(head, dict) else None
     return name if isinstance(name, str) else None
+
+
+# A decoder smaller than this is slower on two threads than on one: its matrices are over before
+# the threads have met.
+ONE_THREAD = 100_000_000
+
+
+def choose_threads(wanted: int, config: DecoderConfig) -> int:
+    """Threads for every runtime and for the float model alike, so that their speeds compare."""
+    if wanted:
+        return wanted
+    if config.num_parameters < ONE_THREAD:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,7 @@ from compress.job import (
     Job,
     adopt,
     baseline_bytes,
+    choose_threads,
     describe_model,
     find_artifacts,
     model_name,
@@ -216,7 +217,8 @@ class Scorer:
         """
         from compress.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._threads, self._console = job, threads, console
+        self._job, self._console = job, console
+        self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
         self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)

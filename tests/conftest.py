@@ -1,0 +1,28 @@
+"""What holds for every test: one thread per process, no network, no colour."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+# Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
+# makes small kernels tens of times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_COLOR"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Only this machine may be reached."""
+    real = socket.socket.connect
+
+    def connect(self, address):
+        local = isinstance(address, str) or address[0] in ("127.0.0.1", "localhost", "::1")
+        if not local:
+            raise OSError(f"a test may not reach {address}")
+        return real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)

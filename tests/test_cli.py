@@ -1,0 +1,266 @@
+"""The command line's contract on small checkpoints: exit codes, outputs, refusals, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import packlight, refused
+
+import compress
+from compress import cli
+
+FAST = ["--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def built(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    done = packlight(
+        "build", model, "-f", "gguf", "-f", "onnx", "-o", "out", "--json", *FAST,
+        "--set", "verify.gates={kl_divergence: '<=5'}", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.json").write_text(done.stdout)
+    return folder
+
+
+def test_a_build_leaves_what_the_design_promises(built):
+    out = built / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "gguf", "onnx", "report.json", "report.html", "README.md", "recipe.yaml", "plan.json",
+        "SHA256SUMS",
+    }  # fmt: skip
+    assert [path.name for path in (out / "gguf").iterdir()] == ["tiny-llama-Q4_K_M.gguf"]
+    assert (out / "onnx" / "onnx" / "model_q4.onnx_data").exists()
+    assert (out / "onnx" / "genai_config.json").exists()
+    assert sorted(path.name for path in built.iterdir()) == ["out", "stdout.json"]
+
+
+def test_json_prints_report_json_and_nothing_else(built):
+    printed = json.loads((built / "stdout.json").read_text())
+    assert printed == json.loads((built / "out" / "report.json").read_text())
+    assert printed["verdict"] == "passed"
+    assert [artifact["format"] for artifact in printed["artifacts"]] == ["gguf", "onnx"]
+    for artifact in printed["artifacts"]:
+        assert artifact["kl_divergence"]["mean"] < 5
+        assert artifact["decode_tokens_per_second"] > 0
+        assert artifact["peak_memory_bytes"] > artifact["weights_bytes"]
+
+
+def test_no_absolute_path_in_what_is_shared(built):
+    for path in (built / "out").rglob("*"):
+        if path.suffix in (".json", ".html", ".md", ".yaml", ".onnx") or path.name == "SHA256SUMS":
+            content = path.read_bytes()
+            assert str(built).encode() not in content, path
+            assert str(Path.home()).encode() + b"/" not in content, path
+
+
+def test_checksums_hold(built):
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    subprocess.run(check, cwd=built / "out", check=True)
+
+
+def test_a_second_build_writes_the_same_bytes(built, model, tmp_path):
+    done = packlight(
+        "build", model, "-f", "gguf", "-f", "onnx", "-o", "out", "--no-verify", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for path in (built / "out").rglob("*"):
+        relative = path.relative_to(built / "out")
+        if path.is_file() and relative.parts[0] in ("gguf", "onnx", "plan.json"):
+            assert path.read_bytes() == (tmp_path / "out" / relative).read_bytes(), relative
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"] == "not verified"
+
+
+def test_an_existing_output_is_refused_and_kept(built, model):
+    before = (built / "out" / "report.json").read_bytes()
+    says = refused(packlight("build", model, "-f", "gguf", "-o", "out", cwd=built))
+    assert "exists" in says and "--overwrite" in says
+    assert (built / "out" / "report.json").read_bytes() == before
+
+
+def test_a_failed_gate_is_exit_code_1_and_the_artifact_is_there(model, tmp_path):
+    done = packlight(
+        "build", model, "-f", "gguf", "-o", "out", *FAST,
+        "--set", "verify.gates={kl_divergence: '<=0.0000001'}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "FAILED" in done.stderr and "kl_divergence" in done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"] == "failed"
+
+
+def test_quiet_prints_the_artifacts_paths(model, tmp_path):
+    done = packlight("build", model, "-f", "gguf", "-o", "o", "--no-verify", "-q", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "o/gguf/tiny-llama-Q4_K_M.gguf\n")
+    assert done.stderr == ""
+
+
+def test_dry_run_writes_nothing(model, tmp_path):
+    done = packlight("build", model, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Q4_K_M" in done.stdout and "int4-g32" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = packlight("build", model, "--dry-run", "--json", cwd=tmp_path)
+    assert set(json.loads(done.stdout)["targets"]) == {"gguf", "onnx", "coreml"}
+
+
+def test_the_planned_bytes_are_the_written_bytes(built):
+    plan = json.loads((built / "out" / "plan.json").read_text())
+    report = json.loads((built / "out" / "report.json").read_text())
+    for artifact in report["artifacts"]:
+        assert plan["targets"][artifact["format"]]["weights_bytes"] == artifact["weights_bytes"]
+
+
+def test_verify_compares_what_was_built(built, model):
+    done = packlight(
+        "verify", built / "out", "--baseline", model, "--windows", 4, "--sequence-length", 64,
+        "--gate", "kl_divergence=<=5", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    first = json.loads((built / "out" / "report.json").read_text())
+    for one, two in zip(first["artifacts"], again["artifacts"], strict=True):
+        assert one["kl_divergence"] == two["kl_divergence"]
+        assert one["path"] == two["path"]
+        assert one["bytes"] == two["bytes"]
+        assert one["kv_cache_bytes_per_token"] == two["kv_cache_bytes_per_token"]
+
+
+def test_verify_fails_on_a_gate(built, model):
+    gguf = built / "out" / "gguf" / "tiny-llama-Q4_K_M.gguf"
+    done = packlight(
+        "verify", gguf, "--baseline", model, "--windows", 2, "--sequence-length", 32,
+        "--gate", "top1_agreement>=0.9999999",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["build", "nowhere"], "not a folder"),
+        (["build", "{model}", "--set", "targets.gguf.typ=Q4_0"], "did you mean type"),
+        (["build", "{model}", "-r", "phone"], "phone-4bit"),
+        (["build", "{model}", "-f", "tflite"], "tflite"),
+        (["build", "{model}", "--context", "100000"], "positions"),
+        (["build", "{model}", "--eval-text", "no.txt"], "no.txt"),
+        (["build", "{model}", "--json", "-q"], "exclude"),
+        (["build", "{model}", "--set", "verify.gates={perplexity_ration: '<=1'}"],
+         "did you mean perplexity_ratio"),
+        (["verify", "nowhere", "--baseline", "{model}"], "does not exist"),
+        (["verify", "{model}/config.json", "--baseline", "{model}"], "not an artifact"),
+        (["verify", "{gguf}", "--baseline", "{model}", "--gate", "quality=1"], "quality"),
+        (["inspect", "nowhere"], "not a folder"),
+        (["fit", "{model}", "--device", "iphone14"], "iphone-14"),
+        (["fit", "{model}", "--memory", "lots"], "not a size"),
+        (["recipes", "check", "nowhere.yaml"], "no such file"),
+        (["recipes", "show", "phone-4bits"], "phone-4bit"),
+        (["biuld"], "biuld"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(arguments, says, built, model, tmp_path):
+    gguf = built / "out" / "gguf" / "tiny-llama-Q4_K_M.gguf"
+    words = [word.format(model=model, gguf=gguf) for word in arguments]
+    assert says in refused(packlight(*words, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_a_checkpoint_and_its_artifacts(built, model):
+    done = packlight("inspect", model)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM" in done.stdout
+    done = packlight("inspect", built / "out", "--json")
+    described = json.loads(done.stdout)
+    assert [facts["format"] for facts in described] == ["gguf", "onnx"]
+    assert all(facts["parameters"] == described[0]["parameters"] for facts in described)
+    assert "token_embd.weight" in packlight("inspect", built / "out", "-v").stdout
+
+
+def test_fit_adds_up(built, model):
+    for target in (model, built / "out", built / "out" / "gguf" / "tiny-llama-Q4_K_M.gguf"):
+        done = packlight("fit", target, "--context", 128, "--device", "iphone-14", "--json")
+        assert done.returncode == 0, done.stderr
+        for row in json.loads(done.stdout)["rows"]:
+            parts = row["weights_bytes"] + row["kv_cache_bytes"] + row["activation_bytes"]
+            assert row["total_bytes"] == parts
+            assert row["verdict"] == "fits"
+    assert packlight("fit", model, "--memory", "1MB").returncode == 1
+
+
+def test_doctor_and_recipes():
+    done = packlight("doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["torch"]["ok"] and checks["llama.cpp"]["ok"]
+    assert "phone-4bit" in packlight("recipes").stdout
+    assert json.loads(packlight("recipes", "schema").stdout)["title"]
+    assert packlight("recipes", "check", "phone-4bit").returncode == 0
+
+
+def test_version():
+    assert packlight("--version").stdout == f"packlight {compress.__version__}\n"
+
+
+def test_shell_completion_knows_commands_recipes_and_formats():
+    def complete(words: str) -> str:
+        env = {"_PACKLIGHT_COMPLETE": "bash_complete", "COMP_WORDS": words,
+               "COMP_CWORD": str(len(words.split(" ")) - 1)}  # fmt: skip
+        code = "from compress.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+        )
+        return done.stdout
+
+    assert "build" in complete("packlight bu")
+    assert "phone-4bit" in complete("packlight build -r pho")
+    assert "coreml" in complete("packlight build -f co")
+
+
+def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
+    """Injected where the GGUF writer's bytes reach the file: the write fails half-way."""
+    from exporters.gguf import writer
+
+    real = writer.write_file
+
+    def full(plan, weights, folder, progress):
+        real(plan, weights, folder, progress)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_file", full)
+    out = tmp_path / "out"
+    assert cli.run(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify"]) == 2
+    assert "disk ran full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(model, tmp_path, ending):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compress", "build", str(model), "-o", "out", *FAST],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not (tmp_path / "out.partial").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # somewhere in the middle of writing
+    os.killpg(process.pid, ending)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == (130 if ending == signal.SIGINT else 143), talk
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in talk

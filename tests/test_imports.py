@@ -1,0 +1,151 @@
+"""Who imports whom (docs/rooms.md), and what `packlight --help` may load and cost."""
+
+from __future__ import annotations
+
+import ast
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba", "numpy", "gguf"}
+
+# A module may import the rooms of its own line and of those below it.
+FLOORS: list[set[str]] = [
+    {"compress.errors"},
+    {"compress.config_json", "compress.rope", "compress.families", "compress.hub"},
+    {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
+     "compress.demo"},
+    {"compress.grids", "compress.tokenizer", "compress.side_files"},
+    {"compress.model", "compress.decoder", "compress.footprint"},
+    {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
+     "compress.report_charts", "compress.output", "compress.job"},
+    {"compress.pipeline"},
+    {"compress.inspection", "compress.doctor"},
+    {"exporters"},
+    {"compress.cli", "compress.__main__"},
+]  # fmt: skip
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for package in ("compress", "exporters", "recipes"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules named anywhere in the file, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def at_import(tree: ast.Module) -> set[str]:
+    """Modules that loading the file loads: not those inside functions or TYPE_CHECKING."""
+    names = set()
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= imported(node)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        elif not isinstance(node, ast.FunctionDef):
+            pending += [
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)
+            ]
+    return names
+
+
+def floor(name: str) -> int | None:
+    """The floor of the room that a module is in (longest matching name)."""
+    best: tuple[int, int] | None = None
+    for level, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if (name == room or name.startswith(room + ".")) and (
+                best is None or len(room) > best[0]
+            ):
+                best = (len(room), level)
+    return None if best is None else best[1]
+
+
+def test_every_module_has_a_room():
+    homeless = [name for name in modules() if name != "compress" and floor(name) is None]
+    assert homeless == []
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_arrows_point_down(name):
+    mine = floor(name)
+    for other in imported(modules()[name]):
+        theirs = floor(other)
+        if mine is not None and theirs is not None and other.split(".")[0] in (
+            "compress", "exporters", "recipes"
+        ):  # fmt: skip
+            assert theirs <= mine, f"{name} imports {other}, which is above it"
+
+
+def test_formats_never_see_each_other():
+    formats = ("gguf", "onnx", "coreml")
+    for name, tree in modules().items():
+        for mine in formats:
+            if name.startswith(f"exporters.{mine}"):
+                for other in set(formats) - {mine}:
+                    assert not any(i.startswith(f"exporters.{other}") for i in imported(tree)), name
+
+
+def test_writers_never_see_solvers_and_grids_never_see_files():
+    for name, tree in modules().items():
+        names = imported(tree)
+        if name.startswith("exporters"):
+            assert not any(i.startswith("compress.solvers") for i in names), name
+        if name.startswith("compress.grids"):
+            assert not any(
+                i.startswith(("compress.checkpoint", "compress.model")) for i in names
+            ), name
+        if name.startswith("compress.solvers"):
+            assert not any(i.startswith("exporters") for i in names), name
+
+
+@pytest.mark.parametrize("name", ["compress.arch", "compress.recipe", "compress.checkpoint"])
+def test_light_modules_do_not_load_torch(name):
+    assert not {i.split(".")[0] for i in at_import(modules()[name])} & {"torch", "transformers"}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+
+def test_help_loads_nothing_heavy():
+    done = run(
+        "import sys, compress.cli as c\n"
+        "assert c.run(['--help']) == 0\n"
+        "assert c.run(['build', '--help']) == 0\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_answers_in_half_a_second_of_cpu():
+    command = [sys.executable, "-m", "compress", "--help"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # compile .pyc once
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
