@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from compress.grids.kquant_kernels import LANES, WORST, f4, half
+from compress.grids.lanes import LANES, WORST, f4, half
 
 # No "reassoc": it may expand the squared residuals, whose digits then cancel.
 FAST = {"contract", "arcp", "nsz"}

@@ -76,8 +76,9 @@ class DenseGrid:
         return codes.astype(np.float32)
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
-        """``values``: float32, float16, or the uint16 of BF16, in the tensor's shape."""
-        return {"values": codes}
+        """``blocks``: the stored numbers as little-endian bytes, uint8 ``[..., bytes_per_row]``."""
+        stored = codes.astype(codes.dtype.newbyteorder("<"), copy=False)
+        return {"blocks": np.ascontiguousarray(stored).view(np.uint8)}
 
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``encode``; the importance changes nothing."""

@@ -28,8 +28,11 @@ from numba import config
 
 from compress.errors import GridError
 from compress.grids import Array, Float32, Params, Quantized
-from compress.grids import kquant_kernels as kernels
+from compress.grids.kquant_affine import fit_affine
+from compress.grids.kquant_codes import encode_levels, encode_linear
 from compress.grids.kquant_layout import block_bytes, pack, unpack
+from compress.grids.kquant_symmetric import fit_symmetric
+from compress.grids.lanes import LANES
 
 __all__ = ["LARGEST_WEIGHT", "BlockGrid", "make"]
 
@@ -47,13 +50,27 @@ IQ4_CELLS = np.searchsorted(
 
 
 @dataclass(frozen=True)
-class Weighting:
-    """The error's weights: ``importance * (x² + spread * mean(x²)) ** (power / 2)``, with the
-    mean over ``run`` columns."""
+class Search:
+    """How a fit looks for its parameters.
+
+    Attributes:
+        power: the error's weights are ``importance * (x² + spread * mean(x²)) ** (power / 2)``.
+        spread: see ``power``.
+        run: columns over which that mean is taken; 0 for the whole row.
+        tries: with a minimum, pairs (steps over the range of the block, shift of the levels in
+            steps); without, the levels that the largest magnitude is put on.
+        refits: rounds of least squares after the tries, on the parameters as stored.
+        units: values of ``d`` (and ``dmin``) that are tried, in K-quants.
+        starts: 2 to go through it all once more with the first try only.
+    """
 
     power: int
     spread: float
     run: int
+    tries: tuple[Any, ...]
+    refits: int
+    units: int = 1
+    starts: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,8 @@ class BlockGrid:
         limit: largest integer scale (with a minimum), or the magnitude of the lowest (without);
             0 where the scale is a float16 of its own.
         has_minimum: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
-        tries: what the search for the scale tries; see the kernels.
-        plain: weights of the error when no importance is given.
-        weighted: weights of the error beside a given importance.
-        refits: rounds of least squares after the search.
+        plain: the search when no importance is given.
+        weighted: the search beside a given importance.
     """
 
     name: str
@@ -82,10 +97,8 @@ class BlockGrid:
     top: int
     limit: int
     has_minimum: bool
-    tries: tuple[Any, ...]
-    plain: Weighting
-    weighted: Weighting
-    refits: int
+    plain: Search
+    weighted: Search
 
     @property
     def levels(self) -> Float32:
@@ -131,57 +144,47 @@ class BlockGrid:
         """
         weight = self._checked(weight)
         rows, columns = weight.shape
-        weighting = self.plain if importance is None else self.weighted
+        search = self.plain if importance is None else self.weighted
+        squares = np.empty(0, dtype=np.float32)
+        if search.power and not search.run:
+            squares = (np.einsum("ij,ij->i", weight, weight) / columns).astype(np.float32)
         common = (
             weight,
             _normalized(importance, columns, self.name),
-            weighting.power,
-            np.float32(weighting.spread),
-            weighting.run,
+            squares,
+            search.power,
+            np.float32(search.spread),
+            search.run,
+            np.array(search.tries, dtype=np.float32),
+            search.units,
+            search.refits,
+            search.starts,
             self.sub,
         )
-        tries = np.array(self.tries, dtype=np.float32)
+        top, zero, limit = np.float32(self.top), np.float32(self.zero), np.float32(self.limit)
         d = np.zeros((rows, columns // self.block), dtype=np.float32)
-        top = np.float32(self.top)
-        limit = np.float32(self.limit)
-        if self.limit and self.has_minimum:
-            dmin = np.zeros_like(d)
-            scales = np.zeros((rows, columns // self.sub), dtype=np.uint8)
-            mins = np.zeros_like(scales)
-            _over_rows(
-                lambda begin, end: kernels.fit_affine_super(
-                    *common, top, limit, tries, self.refits, begin, end, d, dmin, scales, mins
-                ),
-                rows,
-            )
-            return {"d": _half(d), "dmin": _half(dmin), "scales": scales, "mins": mins}
+        subs = columns // self.sub if self.limit else 0
         if self.has_minimum:
-            m = np.zeros_like(d)
+            low = np.zeros_like(d)
+            scales, mins = np.zeros((2, rows, subs), dtype=np.uint8)
             _over_rows(
-                lambda begin, end: kernels.fit_affine(
-                    *common, top, tries, self.refits, begin, end, d, m
+                lambda begin, end: fit_affine(
+                    *common, top, limit, begin, end, d, low, scales, mins
                 ),
                 rows,
             )
-            return {"d": _half(d), "m": _half(m)}
-        least, most = np.float32(-self.zero), np.float32(self.top - self.zero)
-        if self.limit:
-            scales = np.zeros((rows, columns // self.sub), dtype=np.int8)
-            _over_rows(
-                lambda begin, end: kernels.fit_symmetric_super(
-                    *common, least, most, limit, tries, self.refits, begin, end, d, scales
-                ),
-                rows,
-            )
-            return {"d": _half(d), "scales": scales}
-        table = IQ4_LEVELS[IQ4_CELLS] if self.name == "IQ4_NL" else np.empty(0, np.float32)
+            if self.limit:
+                return {"d": _half(d), "dmin": _half(low), "scales": scales, "mins": mins}
+            return {"d": _half(d), "m": _half(-low)}
+        scales = np.zeros((rows, subs), dtype=np.int8)
+        values = IQ4_LEVELS[IQ4_CELLS] if self.name == "IQ4_NL" else np.empty(0, np.float32)
         _over_rows(
-            lambda begin, end: kernels.fit_symmetric(
-                *common, least, most, table, tries, self.refits, begin, end, d
+            lambda begin, end: fit_symmetric(
+                *common, -zero, top - zero, limit, values, begin, end, d, scales
             ),
             rows,
         )
-        return {"d": _half(d)}
+        return {"d": _half(d), "scales": scales} if self.limit else {"d": _half(d)}
 
     def effective(self, params: Params) -> tuple[Float32, Float32]:
         """Scale and minimum of every sub-block: ``w = scale * levels[code] - minimum``.
@@ -217,7 +220,7 @@ class BlockGrid:
         codes = np.empty(weight.shape, dtype=np.uint8)
         if self.name == "IQ4_NL":
             _over_rows(
-                lambda begin, end: kernels.encode_levels(
+                lambda begin, end: encode_levels(
                     weight, scale, IQ4_CELLS, self.sub, begin, end, codes
                 ),
                 len(codes),
@@ -225,7 +228,7 @@ class BlockGrid:
         else:
             zero, top = np.float32(self.zero), np.float32(self.top)
             _over_rows(
-                lambda begin, end: kernels.encode_linear(
+                lambda begin, end: encode_linear(
                     weight, scale, minimum, self.sub, zero, top, begin, end, codes
                 ),
                 len(codes),
@@ -239,7 +242,8 @@ class BlockGrid:
         values *= scale[..., None]
         if self.has_minimum:
             values -= minimum[..., None]
-        return values.reshape(codes.shape)
+        decoded: Float32 = values.reshape(codes.shape)
+        return decoded
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """``blocks``: uint8 ``[rows, bytes_per_row]``, a GGUF tensor's data."""
@@ -258,7 +262,7 @@ class BlockGrid:
         self.check(weight.shape)
         weight = np.ascontiguousarray(weight, dtype=np.float32)
         # A minimum is NaN if any weight is, and every comparison with NaN is false.
-        if weight.size and not (-LARGEST_WEIGHT <= weight.min() and weight.max() <= LARGEST_WEIGHT):
+        if weight.size and not (weight.min() >= -LARGEST_WEIGHT and weight.max() <= LARGEST_WEIGHT):
             raise GridError(
                 f"{self.name}: a weight is not finite or beyond float16's range",
                 hint="keep this tensor in BF16 or F32",
@@ -278,7 +282,8 @@ def _normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
     mean = float(importance.mean(dtype=np.float64))
     if mean == 0:
         return np.ones(columns, dtype=np.float32)
-    return np.maximum(importance / mean, 1e-6).astype(np.float32)
+    normalized: Float32 = np.maximum(importance / mean, 1e-6).astype(np.float32)
+    return normalized
 
 
 def _half(values: Float32) -> Array:
@@ -291,56 +296,72 @@ def _over_rows(work: Callable[[int, int], None], rows: int) -> None:
     The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
     when two callers come at once (workqueue) or hang after a fork (OpenMP).
     """
-    lanes = kernels.LANES
-    tiles = -(-rows // lanes)
+    tiles = -(-rows // LANES)
     threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
     if threads <= 1:
         work(0, rows)
         return
-    step = max(1, min(tiles // threads, tiles // (4 * threads))) * lanes
+    step = max(1, tiles // (4 * threads)) * LANES
     with ThreadPoolExecutor(threads) as pool:
         begins = range(0, rows, step)
         list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))
 
 
 # Tries were chosen greedily, each next one the most useful on sub-blocks of normal, Student-t,
-# Laplace, one-sided and outlier-ridden weights; a handful of those does what twenty evenly spaced
-# ones do. With a minimum: (steps over the range of the block, shift of the levels in steps).
-# Without: the level that the largest magnitude is put on.
-TRIES_2 = ((3.5, -0.2), (2.75, 0.6), (3.375, -0.4), (3.375, 0), (3, 0), (3.25, 0.2), (3.625, -0.4))
-TRIES_4 = (
-    (15, 0), (14.75, 0.625), (15, 0.25), (15, -0.25), (14, 1), (15.5, -0.125),
-    (15.5, -0.375), (14.25, 0.625), (15, 0.125), (13.5, 0.625), (15, -0.125),
+# Laplace, one-sided and outlier-ridden weights; ten of those do what forty evenly spaced ones do.
+# The first of Q2_K and Q3_K is also a second start (``starts``): it spends no range, and where one
+# sub-block's large scale starves the others of steps, that is better than the best of each.
+TRIES_Q2 = ((3, 0), (3.625, -0.3), (2.625, 0.6), (3.375, -0.5), (3.625, 0), (2.875, 0), (4, 0.2))
+TRIES_Q4 = (
+    (15.5, -0.25), (15, 0.5), (14.5, 0.25), (15.5, -0.5), (15.5, 0), (14, 1),
+    (13.25, 0.75), (14.25, 0.625), (15.5, 0.25), (12.75, 0.5), (14, 0.25),
 )  # fmt: skip
-TRIES_5 = (
-    (31, 0), (30.5, 0.75), (31, 0.25), (31, -0.25), (29.25, 0.875), (29.75, 0.125),
-    (28.25, 0.875), (31, 0.125), (30.25, 0.625), (31, -0.125), (30, 0.25),
+TRIES_Q5 = (
+    (31, 0), (30.5, 0.75), (29.5, 0.625), (31.25, 0.25), (31, -0.25), (28.25, 0.875),
+    (28.75, 0.25), (29.75, 1), (27.25, 0.875), (31, 0.125), (29.75, 0.25),
 )  # fmt: skip
-TRIES_IQ4 = (-128, 114, -108, -123, -134, 119, 109, 91, -104, -131, -119, -91)
+TRIES_Q4_1 = ((15.5, -0.25), (15.25, 0.25), (15.25, -0.375), (14, 1), (15, 0.125), (13.25, 0.875))
+TRIES_Q5_1 = ((31.25, -0.125), (30.75, 0.625), (30.5, 0.25), (29, 1), (31.25, -0.375), (31.5, 0))
+LEVELS_Q8 = (-128, -125)
+LEVELS_Q6 = (-32, -31, -29, -30, -28, -27.25)
+LEVELS_Q5 = (-16, -15, -17, -14, -13, -18, 12, -16.5)
+LEVELS_Q4 = (-8.125, -7.25, -9.25, 8.75, -6.5, -10.625, -7.75, -8.625)
+LEVELS_Q3 = (-4.25, -3.25, -5.375, 4.75, -3.875, 4, -6, -4.625)
+LEVELS_IQ4 = (-128, 115, -109, -140, 129, -122, 91, -91)
 
-PLAIN_32 = Weighting(0, 0.0, 32)
-ROOT_32 = Weighting(1, 1.0, 32)
-ROOT_256 = Weighting(1, 2.0, 256)
+# name: block, sub, zero, top, limit, has_minimum
+SHAPES = {
+    "Q8_0": (32, 32, 128, 255, 0, False),
+    "Q4_0": (32, 32, 8, 15, 0, False),
+    "Q5_0": (32, 32, 16, 31, 0, False),
+    "IQ4_NL": (32, 32, 0, 15, 0, False),
+    "Q4_1": (32, 32, 0, 15, 0, True),
+    "Q5_1": (32, 32, 0, 31, 0, True),
+    "Q2_K": (256, 16, 0, 3, 15, True),
+    "Q3_K": (256, 16, 4, 7, 32, False),
+    "Q4_K": (256, 32, 0, 15, 63, True),
+    "Q5_K": (256, 32, 0, 31, 63, True),
+    "Q6_K": (256, 16, 32, 63, 128, False),
+}
 
-TYPES = {
-    grid.name: grid
-    for grid in (
-        #         name     block sub zero top limit minimum tries plain weighted refits
-        BlockGrid("Q8_0", 32, 32, 128, 255, 0, False, (-128, -126, -124), PLAIN_32, PLAIN_32, 0),
-        BlockGrid("Q4_0", 32, 32, 8, 15, 0, False, (-8.25, -7.875, -8.625), PLAIN_32, ROOT_32, 1),
-        BlockGrid("Q5_0", 32, 32, 16, 31, 0, False, (-16.25, -15, -15.75), PLAIN_32, ROOT_32, 1),
-        BlockGrid("IQ4_NL", 32, 32, 0, 15, 0, False, TRIES_IQ4, Weighting(2, 0.5, 32), ROOT_32, 2),
-        BlockGrid("Q4_1", 32, 32, 0, 15, 0, True, TRIES_4[:4], PLAIN_32, ROOT_32, 1),
-        BlockGrid("Q5_1", 32, 32, 0, 31, 0, True, TRIES_5[:4], PLAIN_32, ROOT_32, 1),
-        BlockGrid("Q2_K", 256, 16, 0, 3, 15, True, TRIES_2, ROOT_32, ROOT_256, 3),
-        BlockGrid("Q4_K", 256, 32, 0, 15, 63, True, TRIES_4, ROOT_32, ROOT_256, 2),
-        BlockGrid("Q5_K", 256, 32, 0, 31, 63, True, TRIES_5, ROOT_32, ROOT_256, 2),
-        BlockGrid("Q3_K", 256, 16, 4, 7, 32, False, (-4, -3.125, -4.25, -3.75, -2.125),
-                  Weighting(2, 0.5, 16), ROOT_256, 3),
-        BlockGrid("Q6_K", 256, 16, 32, 63, 128, False, (-32, -31, -30, -29, -28, -27.25, -31.75),
-                  Weighting(2, 1.0, 16), Weighting(0, 0.0, 16), 2),
-    )
-}  # fmt: skip
+# name: search without, and with importance. The error's weights were chosen so that both the
+# plain error and the one weighted as llama.cpp does stay below llama.cpp's.
+SEARCHES = {
+    "Q8_0": (Search(0, 0.0, 32, LEVELS_Q8, 0), Search(0, 0.0, 32, LEVELS_Q8, 0)),
+    "Q4_0": (Search(0, 0.0, 32, (-8.25, -7.125, -8.75), 1), Search(1, 1.0, 0, LEVELS_Q4, 2)),
+    "Q5_0": (Search(0, 0.0, 32, (-16.25, -15, -15.75), 1), Search(1, 1.0, 0, LEVELS_Q5, 2)),
+    "IQ4_NL": (Search(2, 2.0, 32, LEVELS_IQ4, 2), Search(1, 1.0, 32, LEVELS_IQ4, 2)),
+    "Q4_1": (Search(0, 0.0, 32, TRIES_Q4_1[:3], 0), Search(1, 1.0, 0, TRIES_Q4_1, 1)),
+    "Q5_1": (Search(0, 0.0, 32, TRIES_Q5_1[:3], 0), Search(1, 1.0, 0, TRIES_Q5_1, 1)),
+    "Q2_K": (Search(1, 0.3, 16, TRIES_Q2, 2, 1, 2), Search(1, 1.0, 256, TRIES_Q2, 2, 1, 2)),
+    "Q3_K": (Search(2, 1.5, 16, (-4.125, -3.125), 0, 8), Search(1, 2.0, 256, LEVELS_Q3, 1, 8, 2)),
+    "Q4_K": (Search(1, 1.0, 32, TRIES_Q4, 2, 6), Search(1, 2.0, 256, TRIES_Q4, 2, 6)),
+    "Q5_K": (Search(1, 1.0, 32, TRIES_Q5, 2, 8), Search(1, 2.0, 256, TRIES_Q5, 2, 8)),
+    "Q6_K": (Search(2, 2.0, 16, LEVELS_Q6, 1, 8), Search(0, 0.0, 32, LEVELS_Q6, 1, 8)),
+}
+
+
+TYPES = {name: BlockGrid(name, *SHAPES[name], *SEARCHES[name]) for name in SHAPES}
 
 
 def make(name: str) -> BlockGrid:

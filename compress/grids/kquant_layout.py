@@ -28,8 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.grids import Array, Params
+from compress.grids.kquant_codes import join_codes
 
 Bytes = NDArray[np.uint8]
+SIGN = np.uint8(0x80)
 
 # Parameters and runs of codes in the order of the file: name and bytes per block. `low` and
 # `high` are the two parts of the codes.
@@ -73,18 +75,21 @@ def pack(name: str, block: int, codes: Array, params: Params) -> Bytes:
     """Codes uint8 ``[rows, columns]`` and parameters as uint8 ``[rows, bytes_per_row]``."""
     rows, columns = codes.shape
     blocks = np.empty((rows, columns // block, block_bytes(name)), dtype=np.uint8)
+    if name == "Q8_0":
+        codes = codes ^ SIGN
+    flat, flat_codes = blocks.reshape(-1, blocks.shape[2]), codes.reshape(-1, block)
     start = 0
     for field, size in FIELDS[name]:
         part = blocks[..., start : start + size]
-        start += size
-        if field in PARTS[name]:
-            _join(codes, *PARTS[name][field], out=part)
+        if field in PARTS[name] and PARTS[name][field][2] == 1:
+            flat[:, start : start + size] = np.packbits(flat_codes >> 4, axis=1, bitorder="little")
+        elif field in PARTS[name]:
+            join_codes(flat_codes, *PARTS[name][field], start, size, flat)
         elif field == "scales":
             part[:] = _join_scales(name, params)
         else:
             part[:] = params[field].astype("<f2")[..., None].view(np.uint8)
-    if name == "Q8_0":
-        blocks[..., 2:] ^= np.uint8(0x80)
+        start += size
     return blocks.reshape(rows, -1)
 
 
@@ -92,8 +97,6 @@ def unpack(name: str, block: int, packed: Bytes) -> tuple[Array, dict[str, Array
     """The inverse of ``pack``: codes and parameters."""
     rows = packed.shape[0]
     blocks = packed.reshape(rows, -1, block_bytes(name))
-    if name == "Q8_0":
-        blocks = blocks ^ np.array([0, 0, *[0x80] * 32], dtype=np.uint8)
     codes = np.zeros((rows, blocks.shape[1] * block), dtype=np.uint8)
     params: dict[str, Array] = {}
     start = 0
@@ -106,19 +109,9 @@ def unpack(name: str, block: int, packed: Bytes) -> tuple[Array, dict[str, Array
             params.update(_cut_scales(name, part))
         else:
             params[field] = part.view("<f2")[..., 0].astype(np.float16)
+    if name == "Q8_0":
+        codes ^= SIGN
     return codes, params
-
-
-def _join(codes: Array, bits: int, first: int, run: int, out: Bytes) -> None:
-    if bits == 8:
-        out[:] = codes.reshape(out.shape)
-        return
-    fields = codes.reshape(*out.shape[:2], -1, 8 // bits, run)
-    joined = np.zeros((*fields.shape[:3], run), dtype=np.uint8)
-    mask = np.uint8((1 << bits) - 1)
-    for k in range(8 // bits):
-        joined |= ((fields[..., k, :] >> np.uint8(first)) & mask) << np.uint8(k * bits)
-    out[:] = joined.reshape(out.shape)
 
 
 def _cut(part: Bytes, bits: int, first: int, run: int, out: Array) -> None:

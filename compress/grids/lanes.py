@@ -1,0 +1,62 @@
+"""What the numba kernels of the grids share: lanes, how they are compiled, float16 rounding.
+
+Thirty-two rows are worked on at once and the rows are the SIMD lanes: a tile is transposed to
+``[columns, LANES]``, every sum of a block then runs down the tile lane by lane, and no sum is ever
+horizontal. That is what makes the kernels several times faster than scalar C, and it is why a
+row's result depends neither on its neighbours nor on the number of threads.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+f4 = np.float32
+
+LANES = 32
+SMALLEST_HALF = f4(2.0**-24)
+LARGEST_HALF = f4(65504.0)
+WORST = f4(3e38)
+
+# Full fast-math would assume away the infinities that guards compare with.
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on first call and cache on disk; where no folder is writable, only compile.
+
+    The GIL is released. numba notices a changed kernel by its own file only: after an edit here or
+    in another file whose kernels are called from elsewhere, delete the ``*.nbi`` files.
+    """
+    try:
+        return njit(function, nogil=True, error_model="numpy", fastmath=FAST, cache=True)
+    except RuntimeError:
+        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
+
+
+@njit(nogil=True, error_model="numpy")
+def half(value):
+    """The float16 nearest to a float32, as a float32; saturates, and keeps non-zero non-zero.
+
+    Veltkamp's splitting leaves the upper 11 bits; below 2**-14 the steps are 2**-24, which
+    adding and subtracting 0.5 rounds to. No fast-math here: it would cancel both.
+    """
+    size = min(abs(value), LARGEST_HALF)
+    split = size * f4(8193.0)
+    rounded = split - (split - size)
+    if size < f4(2.0**-14):
+        rounded = (size + f4(0.5)) - f4(0.5)
+    if size > f4(0.0):
+        rounded = min(max(rounded, SMALLEST_HALF), LARGEST_HALF)
+    return -rounded if value < f4(0.0) else rounded
+
+
+@kernel
+def inverse_of(value):
+    """1 / value, or 0 for 0."""
+    return f4(1.0) / value if value != f4(0.0) else f4(0.0)
