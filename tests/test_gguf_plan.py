@@ -8,11 +8,11 @@ from typing import Any
 
 import gguf
 import pytest
+
+import exporters.gguf as exporter
 from compress.arch import DecoderConfig
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
-
-import exporters.gguf as exporter
 from exporters.gguf.metadata import display_name
 from exporters.gguf.mixes import BLOCKS, MIXES, Mix, fitting, more_bits, tensor_bytes
 

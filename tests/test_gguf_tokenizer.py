@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf_files
 import pytest
+import tiny
 import tiny_tokenizers as patterns
 from transformers import AutoTokenizer
 
@@ -17,15 +18,8 @@ import exporters.gguf as exporter
 from compress.arch import DecoderConfig
 from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError, UnsupportedModelError
-from exporters.gguf.tokenizer import (
-    GPT2,
-    LLAMA3,
-    O200K,
-    QWEN2,
-    classify,
-    missing_merges,
-    read_vocabulary,
-)
+from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
+from exporters.gguf.tokenizer import missing_merges, read_vocabulary
 
 # One of each kind: SentencePiece (fast, Phi-3's with stripping, slow files only), and the
 # byte-level ones with the patterns of Llama 3, GPT-2, Qwen2 and GPT-4o.
@@ -179,12 +173,32 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
     assert (alone.tokens, alone.scores, alone.types) == (both.tokens, both.scores, both.types)
 
 
+def test_whitespace_runs_as_tokens(tmp_path: Path) -> None:
+    # phi-1, 1.5 and 2 have runs of spaces and tabs as ordinary added tokens.
+    source = tiny.make("phi", tmp_path / "model")
+    made = json.loads((source / "tokenizer.json").read_text())
+    runs = [" " * n for n in range(2, 20)] + ["\t" * n for n in range(2, 6)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    made["added_tokens"] += [
+        {"id": 481 + i, "content": run, "normalized": True, **flags} for i, run in enumerate(runs)
+    ]
+    (source / "tokenizer.json").write_text(json.dumps(made))
+    path = gguf_files.build(source, tmp_path, "Q8_0", "runs").path
+    runtime = exporter.open_runtime(path, context=64, threads=1)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for text in ("def f():\n    return  1\n\t\tx", "a" + " " * 45 + "b", " \t\t  x", " \n  \n   y"):
+        assert runtime.tokenize(text) == tokenizer(text)["input_ids"], text
+
+
 def test_missing_and_damaged(tmp_path: Path) -> None:
     config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama")).config)
     with pytest.raises(CheckpointError, match="no tokenizer in"):
         read_vocabulary(tmp_path, config)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        read_vocabulary(tmp_path, config)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged: no 'model'"):
         read_vocabulary(tmp_path, config)
     made = json.loads((gguf_files.checkpoint("llama") / "tokenizer.json").read_text())
     made["added_tokens"].append(dict(made["added_tokens"][0], id=500))
