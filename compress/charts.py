@@ -130,6 +130,9 @@ def scatter(
 ) -> Markup:
     """Size against KL divergence, with ±2 standard errors; the gate and the budget as lines.
 
+    A gate or a budget far from all points would squeeze them into a corner: it is left out, or
+    named at the edge.
+
     Args:
         points: ``x`` in bytes, ``y`` in nats per token.
         title: for those who do not see the picture.
@@ -137,12 +140,15 @@ def scatter(
         budget: in bytes, or None.
     """
     left, right, top, bottom = 48.0, WIDTH - 14, 26.0, 240.0
-    sizes = [point.x for point in points] + ([budget] if budget else [])
+    sizes = [point.x for point in points]
+    if budget and min(sizes) / 1.5 < budget < max(sizes) * 1.5:
+        sizes.append(budget)
     divisor, unit = unit_of(max(sizes))
     margin = (max(sizes) - min(sizes)) * 0.15 or max(sizes) * 0.1
     x_ticks = ticks(max(0.0, min(sizes) - margin) / divisor, (max(sizes) + margin) / divisor, 4)
     highest = max(point.y + 2 * (point.error or 0) for point in points)
-    y_ticks = ticks(0.0, max([highest * 1.1] + ([limit * 1.1] if limit else [])) or 1.0, 4)
+    near = limit is not None and limit < 2 * highest
+    y_ticks = ticks(0.0, max(highest, limit or 0.0 if near else 0.0) * 1.1 or 1.0, 4)
 
     def x_of(size: float) -> float:
         share = (size / divisor - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -162,27 +168,49 @@ def scatter(
         marks.append(text(x_of(tick * divisor), bottom + 17, plain(tick), "middle", "tick"))
     marks.append(text((left + right) / 2, bottom + 36, f"file size, {unit}", "middle", "axis"))
     marks.append(text(0, top - 14, "mean KL divergence, nats per token", "start", "axis"))
-    if limit:
+    if limit is not None and near:
         marks.append(line(left, y_of(limit), right, y_of(limit), "limit"))
         marks.append(text(right, y_of(limit) - 4, f"gate {plain(limit)}", "end", "limit-label"))
-    if budget:
-        marks.append(line(x_of(budget), top, x_of(budget), bottom, "limit"))
-        marks.append(text(x_of(budget) - 4, top + 10, "budget", "end", "limit-label"))
-    taken: list[float] = []
-    for point in sorted(points, key=lambda point: point.y):
-        x, y = x_of(point.x), y_of(point.y)
+    elif limit is not None:
+        marks.append(text(right, top - 14, f"gate {plain(limit)}, above", "end", "limit-label"))
+    if budget in sizes:
+        x = x_of(budget or 0.0)
+        marks.append(line(x, top, x, bottom, "limit"))
+        marks.append(text(x - 4, top + 10, "budget", "end", "limit-label"))
+    places = [(x_of(point.x), y_of(point.y)) for point in points]
+    taken = [(x - 7, x + 7, y + 4) for x, y in places]
+    for point, (x, y) in zip(points, places, strict=True):
         if point.error:
             low, high = y_of(max(point.y - 2 * point.error, 0)), y_of(point.y + 2 * point.error)
             marks.append(line(x, low, x, high, f"error {point.style}"))
         marks.append(marker(x, y, point.style))
-        label_y = y + 4
-        while any(abs(label_y - other) < 14 for other in taken):
-            label_y -= 2
-        taken.append(label_y)
-        fits = x + 12 + len(point.label) * CHARACTER < right
-        anchor, label_x = ("start", x + 10) if fits else ("end", x - 10)
+        label_x, label_y, anchor = free_place(x, y, len(point.label) * CHARACTER, taken, right)
         marks.append(text(label_x, label_y, point.label, anchor, f"name {point.style}"))
     return picture(bottom + 44, title, *marks)
+
+
+def free_place(
+    x: float, y: float, width: float, taken: list[tuple[float, float, float]], right: float
+) -> tuple[float, float, str]:
+    """Where a mark's name can stand: beside it if that is free, else a little above or below.
+
+    Args:
+        x, y: of the mark.
+        width: of the name.
+        taken: boxes (left, right, baseline) of marks and names so far; the new one is added.
+        right: the edge of the picture.
+    """
+    for shift in (0, -15, 15, -30, 30, -45, 45, -60, 60):
+        for anchor, start in (("start", x + 10), ("end", x - 10 - width)):
+            box = (start, start + width, y + 4 + shift)
+            clear = all(
+                box[1] < low or box[0] > high or abs(box[2] - base) >= 14
+                for low, high, base in taken
+            )
+            if clear and start >= 0 and start + width <= right:
+                taken.append(box)
+                return (x + 10 if anchor == "start" else x - 10), box[2], anchor
+    return x + 10, y + 4, "start"
 
 
 def marker(x: float, y: float, style: str) -> Markup:
@@ -219,16 +247,17 @@ def bars(
     def x_of(value: float) -> float:
         return value / divisor / marks_at[-1] * (WIDTH - 12)
 
+    words: list[Markup] = []  # drawn last: their halo keeps lines out of the letters
     body: list[Markup] = []
     top = 20.0 if limit else 4.0
     y = top
     for group in groups:
         if group.heading:
-            body.append(text(0, y + 12, group.heading, "start", "name"))
+            words.append(text(0, y + 12, group.heading, "start", "name"))
             y += 18
         for bar in group.bars:
-            body.append(text(0, y + 12, bar.label, "start", "label"))
-            body.append(text(WIDTH, y + 12, bar.text, "end", "value"))
+            words.append(text(0, y + 12, bar.label, "start", "label"))
+            words.append(text(WIDTH, y + 12, bar.text, "end", "value"))
             start = 0.0
             for value, style in bar.parts:
                 width = max(x_of(value), 0.8)
@@ -248,8 +277,8 @@ def bars(
     if limit:
         x = x_of(limit[0])
         body.append(line(x, 14, x, y, "limit"))
-        body.append(text(min(x, WIDTH - 60), 10, limit[1], "middle", "limit-label"))
-    return picture(y + 40, title, *grid, *body)
+        words.append(text(min(x, WIDTH - 60), 10, limit[1], "middle", "limit-label"))
+    return picture(y + 40, title, *grid, *body, *words)
 
 
 def curves(items: Sequence[Curve], title: str, axis: str, last: int) -> Markup:

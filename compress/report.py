@@ -174,12 +174,22 @@ def describe_artifact(
         **describe_quality(verified.quality if verified else None),
         **describe_resources(verified.resources if verified else None),
         **describe_generation(verified.generation if verified else None, decode),
-        "notes": list(dict.fromkeys([*artifact.plan.notes, *artifact.notes])),
+        "notes": list(dict.fromkeys([*artifact.plan.notes, *artifact.notes, *caveats(verified)])),
         "tensors": [describe_tensor(entry) for entry in artifact.plan.entries],
     }
     found = clean(found)
     found["gates"] = [asdict(gate) for gate in judge(limits, found)] if verified else []
     return found
+
+
+def caveats(verified: Verified | None) -> list[str]:
+    """What a reader of the figures must know about what ran the artifact."""
+    if verified and "evaluator" in verified.resources.runtime:
+        return [
+            f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
+            "the file's, speed and memory are not a device's."
+        ]
+    return []
 
 
 def describe_quality(quality: Quality | None) -> dict[str, Any]:

@@ -125,12 +125,12 @@ def size(count: int | None) -> Markup:
     return Markup(both).format(decimal, binary) if space else Markup("{}").format(decimal)
 
 
-def figure(value: float | None, error: float | None = None, digits: int = 4) -> Markup:
+def figure(value: float | None, error: float | None = None) -> Markup:
     """A figure with its standard error, to two digits of the error: ``0.0312 ± 0.0011``."""
     if value is None:
         return Markup("–")
     if error is None or error == 0:
-        return Markup("{}").format(f"{value:.{digits}g}")
+        return Markup("{}").format(f"{value:.4g}")
     places = max(0, 1 - exponent_of(error))
     return Markup('{} <span class="error">± {}</span>').format(
         f"{value:.{places}f}", f"{error:.{places}f}"
@@ -146,7 +146,7 @@ def percent(value: float | None, error: float | None = None) -> Markup:
     """A share as a percentage."""
     if value is None:
         return Markup("–")
-    share = figure(value * 100, None if error is None else error * 100, digits=3)
+    share = figure(value * 100, error * 100) if error else f"{value * 100:.1f}"
     return Markup('<span class="unit">{} %</span>').format(share)
 
 

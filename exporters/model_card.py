@@ -27,7 +27,7 @@ def model_card(report: Json) -> str:
     Args:
         report: a document that obeys ``report.schema.json``.
     """
-    model, baseline = report["model"], report["baseline"]
+    model = report["model"]
     parts = [
         head(report),
         f"# {sentence(model['name'])}: {', '.join(map(label, report['artifacts']))}",
@@ -37,7 +37,7 @@ def model_card(report: Json) -> str:
         verdict(report),
         "## Measured",
         table(report),
-        measured(baseline),
+        measured(report),
         "## How to run",
         *(part for artifact in report["artifacts"] for part in how_to_run(artifact)),
         *notes(report),
@@ -117,15 +117,22 @@ def table(report: Json) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def measured(baseline: Json) -> str:
-    """On what the figures were taken."""
+def measured(report: Json) -> str:
+    """On what the figures were taken, and what ran each file."""
+    baseline = report["baseline"]
     if baseline["tokens"] is None:
         return ""
+    runtimes = [
+        f"{label(artifact)} in {sentence(artifact['runtime'])}"
+        for artifact in report["artifacts"]
+        if artifact["runtime"]
+    ]
     return (
         f"Over {baseline['tokens']:,} tokens in {baseline['windows']} windows of the "
-        f"{sentence(baseline['text'])} text, each file in its own runtime, against the float model "
-        "in float32. KL divergence is KL(float ‖ artifact) in nats per token; ± is one standard "
-        "error over windows. Speed and memory are of the machine that made this, not of a phone."
+        f"{sentence(baseline['text'])} text, each file as it was written ({'; '.join(runtimes)}), "
+        "against the float model in float32. KL divergence is KL(float ‖ artifact) in nats per "
+        "token; ± is one standard error over windows. Speed and memory are of the machine that "
+        "made this, not of a phone."
     )
 
 

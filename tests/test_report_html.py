@@ -262,11 +262,24 @@ def test_marks_stand_where_their_figures_say() -> None:
 
 
 def test_labels_of_close_marks_do_not_overlap() -> None:
-    points = [charts.Point(f"a{i}", f"c{i}", 5e8 + i, 0.02 + i * 1e-4, None) for i in range(5)]
+    points = [charts.Point(f"name {i}", f"c{i}", 5e8 + i, 0.02, None) for i in range(6)]
     svg = charts.scatter(points, "t", None, None)
-    ys = sorted(float(y) for y in re.findall(r'y="([\d.]+)" text_?-?anchor="\w+" class="name', svg))
-    assert len(ys) == 5
-    assert all(b - a >= 13.9 for a, b in itertools.pairwise(ys))
+    found = re.findall(r'x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)" class="name', svg)
+    assert len(found) == 6
+    boxes = []
+    for x, y, anchor in found:
+        start = float(x) if anchor == "start" else float(x) - 6 * 7
+        boxes.append((start, start + 6 * 7, float(y)))
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[1] < other[0] or other[1] < one[0] or abs(one[2] - other[2]) >= 13.9
+
+
+def test_a_gate_far_away_does_not_squeeze_the_points() -> None:
+    points = [charts.Point("a", "c0", 5e8, 0.02, None), charts.Point("b", "c3", 6e8, 0.04, None)]
+    svg = charts.scatter(points, "t", 0.4, 5e9)
+    assert "gate 0.4, above" in svg and 'class="limit"' not in svg
+    heights = [240 - float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', svg)]
+    assert max(heights) > 100
 
 
 def test_curves_break_where_nothing_is_known() -> None:
