@@ -23,6 +23,7 @@ from compress.solvers.rtn import rtn
 from exporters import coreml
 
 CONTEXT = 64
+ROOM = tempfile.TemporaryDirectory(prefix="packlight-coreml-")  # gone when the process is
 Reshape = Callable[[Plan], Plan]
 
 
@@ -39,7 +40,12 @@ class Built:
 @cache
 def checkpoint(family: str, **overrides: Any) -> Path:
     """A tiny checkpoint, made once."""
-    return tiny.make(family, tempfile.mkdtemp(prefix=f"coreml-{family}-"), **overrides)
+    return tiny.make(family, new_folder(), **overrides)
+
+
+def new_folder() -> Path:
+    """An empty folder that lives as long as the process."""
+    return Path(tempfile.mkdtemp(dir=ROOM.name))
 
 
 @cache
@@ -53,13 +59,14 @@ def write(
     settings: Mapping[str, Any],
     change: Reshape = lambda plan: plan,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Path | None = None,
 ) -> Built:
-    """Plan (changed, if wanted) and write into a new folder."""
+    """Plan (changed, if wanted) and write into an empty folder, a new one if none is given."""
     opened = Checkpoint.open(path)
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
     plan = change(coreml.plan(config, settings, model_name="Tiny"))
-    folder = Path(tempfile.mkdtemp(prefix="coreml-out-"))
-    artifact = coreml.write(plan, Weights(opened, config, rtn), folder, progress)
+    weights = Weights(opened, config, rtn)
+    artifact = coreml.write(plan, weights, folder or new_folder(), progress)
     return Built(opened, config, plan, artifact)
 
 
