@@ -247,8 +247,8 @@ def inspect(target: str, **options: Any) -> int:
 @click.option("--device", metavar="NAME", shell_complete=lambda *_: _device_names(),
               help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Any other limit, e.g. 3GiB.")
-@click.option("--context", type=click.IntRange(1), default=2048, show_default=True,
-              help="Positions in the KV cache.")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), metavar="N",
+              help="Positions in the KV cache; default 2048 or the model's limit.")  # fmt: skip
 @recipe_option
 @set_option
 @format_option

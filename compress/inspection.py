@@ -21,7 +21,7 @@ from compress.footprint import (
     largest_context,
     tokens_per_second,
 )
-from compress.job import GetExporter, describe_model, find_artifacts, prepare
+from compress.job import DEFAULT_CONTEXT, GetExporter, describe_model, find_artifacts, prepare
 from compress.recipe import load
 
 
@@ -125,7 +125,7 @@ def fit(
     *,
     device: str | None,
     memory: int | None,
-    context: int,
+    context: int | None,
     recipe: str,
     overrides: Iterable[str],
     formats: Iterable[str],
@@ -146,7 +146,7 @@ def fit(
         for plan in job.plans:
             embedding = embedding_bytes(job.config, plan.entries)
             need = footprint(
-                job.config, plan.weights_bytes, embedding, context, plan.kv_bytes_per_value
+                job.config, plan.weights_bytes, embedding, job.context, plan.kv_bytes_per_value
             )
             needs.append((f"{plan.format} {plan.type_name}", job.config, need))
     rows = []
@@ -156,13 +156,13 @@ def fit(
         else:
             chosen = [get_device(device)] if device else list(devices().values())
             rows += [device_row(label, config, need, row) for row in chosen]
-    console.result({"context": context, "rows": rows})
-    print_fit(rows, context, console)
+    console.result({"rows": rows})
+    print_fit(rows, console)
     return 0 if any(row["verdict"] != "too large" for row in rows) else 1
 
 
 def artifact_needs(
-    found: list[tuple[str, Path]], get_exporter: GetExporter, context: int
+    found: list[tuple[str, Path]], get_exporter: GetExporter, context: int | None
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each artifact, from its own metadata."""
     needs = []
@@ -176,7 +176,8 @@ def artifact_needs(
         config = DecoderConfig.from_hf(facts["config"])
         weights = sum(row["bytes"] for row in facts["tensors"])
         table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])
-        need = footprint(config, weights, table, context, facts["kv_bytes_per_value"])
+        positions = context or min(DEFAULT_CONTEXT, config.max_context)
+        need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])
         needs.append((f"{name} {path.name}", config, need))
     return needs
 
@@ -191,6 +192,7 @@ def fit_row(label: str, config: DecoderConfig, need: Footprint, limit: int) -> d
     """What every row of the table has; bytes."""
     return {
         "artifact": label,
+        "context": need.context,
         "weights_bytes": need.weights,
         "kv_cache_bytes": need.kv_cache,
         "activation_bytes": need.activations,
@@ -217,14 +219,14 @@ def device_row(label: str, config: DecoderConfig, need: Footprint, row: Device) 
     }
 
 
-def print_fit(rows: list[dict[str, Any]], context: int, console: Console) -> None:
+def print_fit(rows: list[dict[str, Any]], console: Console) -> None:
     """One block per artifact: what it needs, then a line per device."""
     if not rows:
         raise UsageError("nothing to fit")
     for label in dict.fromkeys(row["artifact"] for row in rows):
         mine = [row for row in rows if row["artifact"] == label]
         first = mine[0]
-        console.data(f"{label} at {context} tokens: {format_bytes(first['total_bytes'])}")
+        console.data(f"{label} at {first['context']} tokens: {format_bytes(first['total_bytes'])}")
         for part in ("weights", "kv_cache", "activation"):
             console.data(f"  {part.replace('_', ' '):<11} {format_bytes(first[part + '_bytes'])}")
         cells = [
