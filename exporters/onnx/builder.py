@@ -34,7 +34,7 @@ class GraphBuilder:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
-    def model(self, name: str) -> ir.Model:
+    def model(self, name: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model. Nothing in it tells when, where or from which path it was made."""
         graph = ir.Graph(
             self.inputs,
@@ -44,7 +44,12 @@ class GraphBuilder:
             opset_imports={"": OPSET, MICROSOFT: 1},
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="packlight")
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="packlight",
+            metadata_props=metadata,
+        )
 
     def input(self, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))

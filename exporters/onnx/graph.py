@@ -17,6 +17,7 @@ from compress.arch import DecoderConfig
 from compress.model import Plan, PlanEntry
 from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
+from exporters.onnx.planning import CONTEXT_KEY
 
 
 def build(
@@ -61,7 +62,7 @@ class _Decoder(GraphBuilder):
         hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
         logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
         self.output(logits, [*sequence, c.vocab_size], first=True)
-        return self.model(c.model_type)
+        return self.model(c.model_type, {CONTEXT_KEY: str(c.max_context)})
 
     # --- the decoder ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
-from exporters.onnx.planning import KV_BYTES
+from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES
 
 
 def find_graph(path: Path) -> Path:
@@ -46,6 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
     data = graph.with_name(f"{graph.name}_data")
     nbytes = graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
     tensors = tensor_rows(model.graph)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
     config = json_or_empty(graph.parent.parent / "config.json")
     parameters = sum(math.prod(row["shape"]) for row in tensors if row["grid"] != "table")
     operators: dict[str, int] = {}
@@ -68,7 +69,7 @@ def describe(path: Path) -> dict[str, Any]:
             "operators": ", ".join(f"{name} {n}" for name, n in sorted(operators.items())),
         },
         "tensors": tensors,
-        "context": max((row["shape"][0] for row in tensors if row["grid"] == "table"), default=0),
+        "context": int(metadata.get(CONTEXT_KEY, 0)),
     }
 
 

@@ -103,6 +103,7 @@ def pack_rows(codes: Array, bits: int) -> Array:
         return codes
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    packed = codes[:, 1::2] << 4
-    packed |= codes[:, 0::2]
-    return packed
+    # As one little-endian number a pair is low + 256 * high; its lowest byte shall be
+    # low + 16 * high.
+    pairs = np.ascontiguousarray(codes).view("<u2")
+    return np.asarray(pairs | pairs >> 4).astype(np.uint8)

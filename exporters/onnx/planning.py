@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "symmetric": True,
     "accuracy_level": 4,
 }
+# In the model's metadata: positions that the tables of cos and sin hold.
+CONTEXT_KEY = "packlight.context"
 # The cache is float32: GroupQueryAttention computes in the type of its cache.
 KV_BYTES = 4
 FLOAT_BYTES = {"F16": 2, "F32": 4}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
 from exporters.onnx.inspection import find_graph
+from exporters.onnx.planning import CONTEXT_KEY
 
 Float32 = NDArray[np.float32]
 
@@ -61,12 +62,13 @@ class OnnxRuntime:
         self._session: Any = session
         self._version: str = onnxruntime.__version__
         self._vocab: int = session.get_outputs()[0].shape[-1]
-        self._context = context
+        held = session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
+        self._context = min(context, int(held)) if held else context
         self._caches: dict[str, Float32] = {}
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
-                self._caches[value.name] = np.zeros((1, heads, context, size), np.float32)
+                self._caches[value.name] = np.zeros((1, heads, self._context, size), np.float32)
         self._length = 0
 
     @property
@@ -105,8 +107,8 @@ class OnnxRuntime:
         end = self._length + len(tokens)
         if end > self._context:
             raise UsageError(
-                f"{end} tokens, and the runtime was opened for {self._context}",
-                hint="open it with a larger context",
+                f"{end} tokens do not fit: the runtime has room for {self._context}",
+                hint="a larger context, up to what the artifact was built for",
             )
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
