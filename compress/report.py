@@ -161,10 +161,11 @@ def describe_artifact(
     decode: Decode | None,
 ) -> dict[str, Any]:
     """One of the report's ``artifacts``."""
+    base = folder.parent if artifact.path == folder else folder
     found: dict[str, Any] = {
         "format": artifact.format,
         "type": artifact.type_name,
-        "path": artifact.path.relative_to(folder).as_posix(),
+        "path": artifact.path.relative_to(base).as_posix(),
         "bytes": artifact.nbytes,
         "weights_bytes": artifact.weights_bytes,
         "bits_per_weight": artifact.nbytes * 8 / parameters,

@@ -90,6 +90,13 @@ def test_figures_by_hand() -> None:
     assert found["tensors"][1]["block"] == 1
 
 
+def test_an_artifact_alone_has_its_name_for_a_path() -> None:
+    plan = Plan("onnx", "int4-g32", "m", ())
+    artifact = Artifact("onnx", "int4-g32", Path("some/onnx"), 9, 9, 9, plan)
+    found = report.describe_artifact(artifact, None, 4, 1, [], Path("some/onnx"), None)
+    assert found["path"] == "onnx"
+
+
 def test_every_gate_metric_is_in_the_report() -> None:
     artifact = sample_report.make()["artifacts"][0]
     assert all(find(artifact, name) is not None for name in METRICS)
