@@ -109,7 +109,7 @@ class Affine:
             GridError: the groups do not divide the row, or a weight that is NaN or beyond float16.
         """
         from compress.grids import affine_kernels as kernels
-        from compress.grids.kquant import _normalized, _over_rows
+        from compress.grids.lanes import normalized, over_rows
 
         rows, columns = weight.shape
         self.check((rows, columns))
@@ -121,7 +121,7 @@ class Affine:
                 f"{self.name}: a weight is not finite or beyond float16's range",
                 hint="is the checkpoint damaged? no trained weight is that large",
             )
-        shares = _normalized(importance, columns, self.name)
+        shares = normalized(importance, columns, self.name)
         tries = np.array(TRIES[self.bits, self.symmetric], np.float32)
         if not self.group_size and self.bits == 4:
             tries[1:, 0] = np.linspace(1.0, 1.6, len(tries))[1:] * tries[0, 0]
@@ -135,13 +135,13 @@ class Affine:
                 weight, shares, columns // groups, middle, top, tries, begin, end, scale, zero
             )
 
-        _over_rows(work, rows)
+        over_rows(work, rows)
         return {"scale": scale.astype(np.float16), "zero_point": zero.astype(np.uint8)}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """uint8 ``[rows, columns]``, 0..2^bits-1."""
         from compress.grids import affine_kernels as kernels
-        from compress.grids.kquant import _over_rows
+        from compress.grids.lanes import over_rows
 
         codes = np.empty(weight.shape, np.uint8)
         weight = np.ascontiguousarray(weight, np.float32)
@@ -150,13 +150,13 @@ class Affine:
         def work(begin: int, end: int) -> None:
             kernels.encode(weight, size, 2**self.bits - 1, scale, zero, begin, end, codes)
 
-        _over_rows(work, weight.shape[0])
+        over_rows(work, weight.shape[0])
         return codes
 
     def decode(self, codes: Array, params: Params) -> Float32:
         """float32 ``[rows, columns]``: ``(code - zero_point) * scale``."""
         from compress.grids import affine_kernels as kernels
-        from compress.grids.kquant import _over_rows
+        from compress.grids.lanes import over_rows
 
         weight = np.empty(codes.shape, np.float32)
         scale, zero, size = self._wide(params, codes.shape[1])
@@ -164,7 +164,7 @@ class Affine:
         def work(begin: int, end: int) -> None:
             kernels.decode(codes, size, scale, zero, begin, end, weight)
 
-        _over_rows(work, codes.shape[0])
+        over_rows(work, codes.shape[0])
         return weight
 
     def _wide(self, params: Params, columns: int) -> tuple[Float32, Float32, int]:

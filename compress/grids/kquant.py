@@ -18,13 +18,10 @@ kept at that step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import config
 
 from compress.errors import GridError
 from compress.grids import Array, Float32, Params, Quantized
@@ -32,7 +29,7 @@ from compress.grids.kquant_affine import fit_affine
 from compress.grids.kquant_codes import encode_levels, encode_linear
 from compress.grids.kquant_layout import block_bytes, pack, unpack
 from compress.grids.kquant_symmetric import fit_symmetric
-from compress.grids.lanes import LANES
+from compress.grids.lanes import normalized, over_rows
 
 __all__ = ["LARGEST_WEIGHT", "BlockGrid", "make"]
 
@@ -150,7 +147,7 @@ class BlockGrid:
             squares = (np.einsum("ij,ij->i", weight, weight) / columns).astype(np.float32)
         common = (
             weight,
-            _normalized(importance, columns, self.name),
+            normalized(importance, columns, self.name),
             squares,
             search.power,
             np.float32(search.spread),
@@ -167,7 +164,7 @@ class BlockGrid:
         if self.has_minimum:
             low = np.zeros_like(d)
             scales, mins = np.zeros((2, rows, subs), dtype=np.uint8)
-            _over_rows(
+            over_rows(
                 lambda begin, end: fit_affine(
                     *common, top, limit, begin, end, d, low, scales, mins
                 ),
@@ -178,7 +175,7 @@ class BlockGrid:
             return {"d": _half(d), "m": _half(-low)}
         scales = np.zeros((rows, subs), dtype=np.int8)
         values = IQ4_LEVELS[IQ4_CELLS] if self.name == "IQ4_NL" else np.empty(0, np.float32)
-        _over_rows(
+        over_rows(
             lambda begin, end: fit_symmetric(
                 *common, -zero, top - zero, limit, values, begin, end, d, scales
             ),
@@ -219,7 +216,7 @@ class BlockGrid:
         scale, minimum = self.effective(params)
         codes = np.empty(weight.shape, dtype=np.uint8)
         if self.name == "IQ4_NL":
-            _over_rows(
+            over_rows(
                 lambda begin, end: encode_levels(
                     weight, scale, IQ4_CELLS, self.sub, begin, end, codes
                 ),
@@ -227,7 +224,7 @@ class BlockGrid:
             )
         else:
             zero, top = np.float32(self.zero), np.float32(self.top)
-            _over_rows(
+            over_rows(
                 lambda begin, end: encode_linear(
                     weight, scale, minimum, self.sub, zero, top, begin, end, codes
                 ),
@@ -270,41 +267,8 @@ class BlockGrid:
         return weight
 
 
-def _normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
-    """Importance with mean 1 and no zeros: a column that never mattered still has to decode."""
-    if importance is None:
-        return np.ones(columns, dtype=np.float32)
-    if importance.shape != (columns,) or not np.isfinite(importance).all() or importance.min() < 0:
-        raise GridError(
-            f"{name}: the importance is not {columns} finite numbers >= 0",
-            hint="calibrate again",
-        )
-    mean = float(importance.mean(dtype=np.float64))
-    if mean == 0:
-        return np.ones(columns, dtype=np.float32)
-    normalized: Float32 = np.maximum(importance / mean, 1e-6).astype(np.float32)
-    return normalized
-
-
 def _half(values: Float32) -> Array:
     return values.astype(np.float16)  # exact: the kernels round
-
-
-def _over_rows(work: Callable[[int, int], None], rows: int) -> None:
-    """``work(begin, end)`` over all rows, in as many threads as numba is configured for.
-
-    The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
-    when two callers come at once (workqueue) or hang after a fork (OpenMP).
-    """
-    tiles = -(-rows // LANES)
-    threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
-    if threads <= 1:
-        work(0, rows)
-        return
-    step = max(1, tiles // (4 * threads)) * LANES
-    with ThreadPoolExecutor(threads) as pool:
-        begins = range(0, rows, step)
-        list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))
 
 
 # Tries were chosen greedily, each next one the most useful on sub-blocks of normal, Student-t,

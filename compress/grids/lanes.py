@@ -1,4 +1,4 @@
-"""What the numba kernels of the grids share: lanes, how they are compiled, float16 rounding.
+"""What the numba kernels of the grids share: lanes, threads, compilation, float16 rounding.
 
 Thirty-two rows are worked on at once and the rows are the SIMD lanes: a tile is transposed to
 ``[columns, LANES]``, every sum of a block then runs down the tile lane by lane, and no sum is ever
@@ -11,10 +11,14 @@ row's result depends neither on its neighbours nor on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import config, njit
+
+from compress.errors import GridError
+from compress.grids import Float32
 
 f4 = np.float32
 
@@ -60,3 +64,36 @@ def half(value):
 def inverse_of(value):
     """1 / value, or 0 for 0."""
     return f4(1.0) / value if value != f4(0.0) else f4(0.0)
+
+
+def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
+    """Importance with mean 1 and no zeros: a column that never mattered still has to decode."""
+    if importance is None:
+        return np.ones(columns, dtype=np.float32)
+    if importance.shape != (columns,) or not np.isfinite(importance).all() or importance.min() < 0:
+        raise GridError(
+            f"{name}: the importance is not {columns} finite numbers >= 0",
+            hint="calibrate again",
+        )
+    mean = float(importance.mean(dtype=np.float64))
+    if mean == 0:
+        return np.ones(columns, dtype=np.float32)
+    shares: Float32 = np.maximum(importance / mean, 1e-6).astype(np.float32)
+    return shares
+
+
+def over_rows(work: Callable[[int, int], None], rows: int) -> None:
+    """``work(begin, end)`` over all rows, in as many threads as numba is configured for.
+
+    The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
+    when two callers come at once (workqueue) or hang after a fork (OpenMP).
+    """
+    tiles = -(-rows // LANES)
+    threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
+    if threads <= 1:
+        work(0, rows)
+        return
+    step = max(1, tiles // (4 * threads)) * LANES
+    with ThreadPoolExecutor(threads) as pool:
+        begins = range(0, rows, step)
+        list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))
