@@ -195,7 +195,7 @@ def demo(output: Path, **options: Any) -> int:
     return pipeline.build(settings, SHIPYARD, console)
 
 
-@cli.command()
+@cli.command(short_help="Run an artifact in its runtime and compare it with the float model.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--baseline", required=True, metavar="MODEL", help="The float checkpoint.")
 @eval_option

@@ -26,3 +26,7 @@ def no_network(monkeypatch):
         return real(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="renew docs/help.md")

@@ -1,0 +1,130 @@
+"""The README tells the truth: each of its commands is run, and its figures are measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress.recipe import load
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command that the README tells a reader to type."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines += [
+        line[2:] for block in blocks("console") for line in block.splitlines() if line[0] == "$"
+    ]
+    return [line for line in lines if line.strip()]
+
+
+def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "NO_COLOR": "1"}
+    return subprocess.run(
+        command, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What `git clone` brings: the committed tree, or this tree where there is no git."""
+    folder = tmp_path_factory.mktemp("stranger")
+    target = folder / "packlight"
+    if (ROOT / ".git").exists():
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
+    else:
+        shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".venv", "demo-out"))
+    return target
+
+
+@pytest.fixture(scope="module")
+def demo(clone) -> dict:
+    """`make demo` in the clone, with this environment instead of a second installation."""
+    stamp = clone / "installed"
+    stamp.touch()
+    done = shell(f"make demo VENV={Path(sys.executable).parents[1]} STAMP={stamp}", clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stderr
+    return json.loads((clone / "demo-out" / "report.json").read_text())
+
+
+def test_make_demo_builds_and_verifies_three_artifacts(demo, clone):
+    assert [artifact["format"] for artifact in demo["artifacts"]] == ["gguf", "onnx", "coreml"]
+    assert demo["verdict"] == "passed"
+    for artifact in demo["artifacts"]:
+        assert (clone / "demo-out" / artifact["path"]).exists()
+        assert artifact["runtime"]
+        generation = artifact["generation"]
+        assert artifact["generation_consistent"] or generation["gap"] < 0.05
+    assert (clone / "demo-out" / "report.html").stat().st_size > 10_000
+
+
+def test_four_bits_hurt_the_demo_measurably(demo):
+    for artifact in demo["artifacts"]:
+        assert artifact["kl_divergence"]["mean"] > 5 * artifact["kl_divergence"]["se"]
+        assert artifact["perplexity"] > demo["baseline"]["perplexity"]
+
+
+def test_the_table_holds(demo):
+    """Bytes to the digit, quality within what another CPU's kernels change."""
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in README.splitlines()
+            if row.startswith("| ")}  # fmt: skip
+    names = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
+    for artifact in demo["artifacts"]:
+        cells = rows[f"{names[artifact['format']]} {artifact['type']}"]
+        number = [float(re.search(r"[\d.]+", cell)[0]) for cell in cells]
+        assert number[0] == pytest.approx(artifact["bytes"] / 1e6, abs=0.006)
+        assert number[1] == pytest.approx(artifact["bits_per_weight"], abs=0.006)
+        assert number[2] == pytest.approx(artifact["perplexity"], rel=0.01)
+        assert number[3] == pytest.approx(artifact["kl_divergence"]["mean"], rel=0.1)
+        assert number[4] == pytest.approx(artifact["top1_agreement"] * 100, abs=1)
+
+
+def test_the_session_is_what_build_prints(tmp_path_factory, clone):
+    """Every `packlight` command of the README, in its order, where ./my-checkpoint is."""
+    folder = tmp_path_factory.mktemp("commands")
+    shutil.copytree(clone / "compress" / "demo" / "model", folder / "my-checkpoint")
+    ordered = sorted(commands(), key=lambda line: "-o out" not in line or "out-q5" in line)
+    for command in ordered:
+        if not command.startswith("packlight"):
+            continue
+        done = shell(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if command.endswith("./my-checkpoint -o out"):
+            shown = blocks("console")[0].splitlines()
+            printed = (done.stdout + done.stderr).strip().splitlines()
+            assert [re.split(r"\s{2,}", line)[:3] for line in shown[1:]] == [
+                re.split(r"\s{2,}", line)[:3] for line in printed
+            ]
+
+
+def test_every_command_is_one_that_is_run_here():
+    for command in commands():
+        known = ("packlight ", "make demo", "git clone ", "cd packlight")
+        assert command.startswith(known), command
+
+
+def test_the_recipe_is_valid(tmp_path):
+    (recipe,) = blocks("yaml")
+    file = tmp_path / "my-phone.yaml"
+    file.write_text(recipe)
+    assert load(str(file)).targets["coreml"]["grid"] == "lut4-g8"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
