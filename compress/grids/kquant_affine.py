@@ -15,11 +15,15 @@ from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
 @kernel
 def correction(w0, wq, wqq, wr, wqr):
-    """Least-squares change of (scale, minimum), from the sums; none where it is undetermined."""
+    """Least-squares change of (scale, minimum), from the sums; where all codes are equal it is
+    undetermined, and the scale alone changes (for codes of zero: the minimum)."""
     determinant = w0 * wqq - wq * wq
-    sound = determinant > f4(1e-5) * w0 * wqq
-    inverse = f4(1.0) / determinant if sound else f4(0.0)
-    return (w0 * wqr - wq * wr) * inverse, (wqq * wr - wq * wqr) * inverse
+    if determinant > f4(1e-5) * w0 * wqq:
+        inverse = f4(1.0) / determinant
+        return (w0 * wqr - wq * wr) * inverse, (wqq * wr - wq * wqr) * inverse
+    if wqq > f4(0.0):
+        return wqr / wqq, f4(0.0)
+    return f4(0.0), wr / max(w0, NEARLY_ZERO)
 
 
 @kernel

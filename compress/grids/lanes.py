@@ -43,12 +43,13 @@ def kernel(function: Callable[..., Any]) -> Any:
         return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy", fastmath={"nsz"})
 def half(value):
     """The float16 nearest to a float32, as a float32; saturates, and keeps non-zero non-zero.
 
     Veltkamp's splitting leaves the upper 11 bits; below 2**-14 the steps are 2**-24, which
-    adding and subtracting 0.5 rounds to. No fast-math here: it would cancel both.
+    adding and subtracting 0.5 rounds to. Its own fast-math flags keep it from inheriting those of
+    its caller, which would cancel both.
     """
     size = min(abs(value), LARGEST_HALF)
     split = size * f4(8193.0)
