@@ -21,6 +21,7 @@ from compress.decoder import Decoder, reader
 from compress.grids import get_grid
 from compress.model import Artifact, Plan, Weights
 from compress.solvers.rtn import rtn
+from exporters.onnx.planning import entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
 
 
@@ -72,12 +73,29 @@ def checkpoint(family: str, root: Path, **make: Any) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def build(family: str, root: Path, make: dict[str, Any] | None = None, **settings: Any) -> Case:
-    """Export ``family`` below ``root``, into a fresh folder."""
+def regrid(plan: Plan, grids: dict[str, str]) -> Plan:
+    """The plan with other grids for the named weights, as an allocator would make it."""
+    entries = tuple(
+        replace(e, grid=grids[e.name], nbytes=entry_bytes(grids[e.name], e.shape))
+        if e.name in grids
+        else e
+        for e in plan.entries
+    )
+    return replace(plan, entries=entries)
+
+
+def build(
+    family: str,
+    root: Path,
+    make: dict[str, Any] | None = None,
+    grids: dict[str, str] | None = None,
+    **settings: Any,
+) -> Case:
+    """Export ``family`` below ``root``, into a fresh folder; ``grids`` by weight name."""
     source = checkpoint(family, root, **(make or {}))
     config = DecoderConfig.from_hf(source.config, source.generation_config)
     weights = Weights(source, config, rtn)
-    plan = exporters.onnx.plan(config, settings)
+    plan = regrid(exporters.onnx.plan(config, settings), grids or {})
     number = len(list(root.glob("onnx-*")))
     folder = root / f"onnx-{number}"
     folder.mkdir()

@@ -80,6 +80,20 @@ def test_logits_equal_those_of_the_decoded_weights(
     assert difference(case, (1, 12, 90)) <= 1e-4
 
 
+def test_a_plan_may_mix_grids(root: Path) -> None:
+    grids = {
+        "blocks.0.qkv_proj.weight": "int8-g128-asym",
+        "blocks.1.down_proj.weight": "int4-g64-asym",
+        "blocks.1.o_proj.weight": "F16",
+        "blocks.0.up_proj.weight": "F16",
+        "lm_head.weight": "F16",
+    }
+    for family in ("phi", "llama"):
+        case = build(family, root, grids=grids, accuracy_level=0)
+        assert {entry.grid for entry in case.plan.entries} == {"F32", "int4-g32", *grids.values()}
+        assert difference(case, (1, 40)) <= 1e-4
+
+
 def test_shared_blocks_are_stored_once_and_run_twice(root: Path) -> None:
     case = build("mobilellm", root, {"layer_sharing": True}, accuracy_level=0)
     assert case.config.num_hidden_layers == 4

@@ -23,7 +23,7 @@ __all__ = ["describe", "grids", "open_runtime", "plan", "write"]
 
 
 def grids() -> Sequence[str]:
-    """``int4-g32``, ``int8-g128-asym`` …; ``F16`` for embeddings."""
+    """``int4-g32``, ``int8-g128-asym`` …; ``F16`` for embeddings and what shall stay float."""
     from exporters.onnx.planning import GRIDS
 
     return GRIDS

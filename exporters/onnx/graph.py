@@ -175,22 +175,23 @@ class _Decoder(GraphBuilder):
         return self.linear(up, f"{stem}.down_proj", f"{name}/down_proj")
 
     def linear(self, x: ir.Value, stem: str, name: str, output: str = "") -> ir.Value:
+        """``x @ weight.T + bias``; ``output`` names the value when the node's name shall not."""
         entry = self.entries.get(f"{stem}.weight")
         tied = entry is None
         if entry is None:
             entry = self.entries["embed_tokens.weight"]
-        grid = affine(entry.grid)
+        bias = self.entries.get(f"{stem}.bias")
+        shift = self.weight(bias.target_name) if bias else None
         target = entry.target_name
+        if entry.grid == "F16":
+            return self.float_linear(x, self.weight(target), shift, name, output)
+        grid = affine(entry.grid)
         rows, columns = entry.shape
         codes = self.tied_codes(entry) if tied else self.weight(f"{target}.codes")
         zeros = None if grid.symmetric else self.weight(f"{target}.zero_points")
-        bias = self.entries.get(f"{stem}.bias")
         return self.op(
             "MatMulNBits",
-            [
-                *(x, codes, self.scales(target), zeros, None),
-                self.weight(bias.target_name) if bias else None,
-            ],
+            [x, codes, self.scales(target), zeros, None, shift],
             name,
             output=output,
             domain=MICROSOFT,
@@ -200,6 +201,17 @@ class _Decoder(GraphBuilder):
             block_size=grid.group_size,
             accuracy_level=self.accuracy_level,
         )
+
+    def float_linear(
+        self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, name: str, output: str
+    ) -> ir.Value:
+        """A float16 weight; the runtime widens and transposes it once, while loading."""
+        wide = self.op("Cast", [weight], f"{name}/float", to=ir.DataType.FLOAT)
+        columns = self.op("Transpose", [wide], f"{name}/transposed")
+        if bias is None:
+            return self.op("MatMul", [x, columns], name, output=output)
+        product = self.op("MatMul", [x, columns], f"{name}/product")
+        return self.op("Add", [product, bias], name, output=output)
 
     # --- norms ---------------------------------------------------------------------------------
 
