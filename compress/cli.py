@@ -49,6 +49,12 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `packlight inspect … | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if os.environ.get("PACKLIGHT_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(PacklightError(f"{where}{error.strerror or error}"))
+        return 2
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise

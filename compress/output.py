@@ -89,9 +89,9 @@ def work_folder(output: Path) -> Iterator[Path]:
             else:
                 partial.rename(output)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DiskFullError(
-                    f"the disk ran full while writing to {partial.parent}",
+                    f"the disk ran full while writing to {partial.parent} ({error.strerror})",
                     hint="nothing was left behind; free some space and run it again",
                 ) from error
             raise

@@ -18,7 +18,7 @@ from compress.console import format_bytes
 Json = Mapping[str, Any]
 
 FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 def model_card(report: Json) -> str:
@@ -53,6 +53,7 @@ def head(report: Json) -> str:
     model = report["model"]
     formats = list(dict.fromkeys(artifact["format"] for artifact in report["artifacts"]))
     facts: dict[str, Any] = {}
+    # A local folder's name stands in for the Hub id that whoever uploads this will put there.
     if HUB_ID.fullmatch(model["source"]):
         facts |= {"base_model": model["source"], "base_model_relation": "quantized"}
     if model["license"]:

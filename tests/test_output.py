@@ -70,7 +70,7 @@ def test_overwriting_replaces_the_whole_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_disk_that_runs_full_is_told_in_one_line(tmp_path, code):
     with pytest.raises(DiskFullError) as caught, work_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("half")

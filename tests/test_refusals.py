@@ -1,0 +1,202 @@
+"""Every bad checkpoint that the command line may meet: one clear line, exit 2, nothing left behind.
+
+The commands run in this process; `tests/test_cli.py` runs some as processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from compress import cli
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("sound") / "model", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("sharded") / "model", shards=3)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def rename(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.0.mlp.experts.weight"] = tensors["model.norm.weight"]
+
+
+def poison(value: float) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 100)
+
+
+def damage_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(10)
+        stream.write(b"\xff\xff{{{")
+
+
+def remote_code(folder: Path) -> None:
+    edit_config(
+        folder, architectures=["PirateForCausalLM"], model_type="pirate",
+        auto_map={"AutoModelForCausalLM": "modeling_pirate.PirateForCausalLM"},
+    )  # fmt: skip
+    (folder / "modeling_pirate.py").write_text("raise SystemExit('remote code was executed')")
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda t: t.pop("model.layers.1.self_attn.k_proj.weight")),
+        "missing",
+    ),
+    "unexpected tensor": (lambda f: edit_tensors(f, rename), "experts"),
+    "unknown architecture": (lambda f: edit_config(f, architectures=["BertModel"]), "BertModel"),
+    "remote code": (remote_code, "never execute"),
+    "NaN": (lambda f: edit_tensors(f, poison(np.nan)), "NaN or Inf"),
+    "Inf": (lambda f: edit_tensors(f, poison(-np.inf)), "NaN or Inf"),
+    "truncated": (cut, "truncated"),
+    "damaged header": (damage_header, "model.safetensors"),
+    "another shape": (lambda f: edit_config(f, intermediate_size=768), "shape"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "rope of another kind": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        "dynamic",
+    ),
+}
+
+
+def run(folder: Path, output: Path, *more: str) -> int:
+    return cli.run(["build", str(folder), "-o", str(output), "--no-verify", *more])
+
+
+def assert_one_line(talk: str) -> None:
+    lines = talk.strip().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == [lines[0]], talk
+    assert all(line.startswith(("error: ", "hint: ")) for line in lines), talk
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_checkpoint(case, sound, tmp_path, capsys):
+    change, says = CASES[case]
+    model = tmp_path / "model"
+    shutil.copytree(sound, model)
+    change(model)
+    assert run(model, tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
+    assert_one_line(captured.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/outside.safetensors"])
+def test_an_index_that_points_outside(place, sharded, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sharded, model)
+    index = model / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    shard = next(iter(document["weight_map"].values()))
+    shutil.copy(model / shard, tmp_path / "outside.safetensors")
+    for name, file in document["weight_map"].items():
+        document["weight_map"][name] = place if file == shard else file
+    index.write_text(json.dumps(document))
+    assert run(model, tmp_path / "out") == 2
+    talk = capsys.readouterr().err
+    assert_one_line(talk)
+    assert "outside" in talk
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_shard(sharded, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sharded, model)
+    sorted(model.glob("*.safetensors"))[1].unlink()
+    assert run(model, tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err)
+
+
+def test_rows_that_no_grid_can_hold(tmp_path, capsys):
+    """Rows of 272 = 17 × 16 columns: not a multiple of the 32 that the recipe asks for."""
+    model = tiny.make(
+        "llama", tmp_path / "model", hidden_size=272, num_attention_heads=4, head_dim=64,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    assert run(model, tmp_path / "out", "-f", "onnx") == 2
+    talk = capsys.readouterr().err
+    assert_one_line(talk)
+    assert "272" in talk and "16" in talk
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_pickle_is_read_as_weights_only_with_a_warning(tmp_path, capsys):
+    model = tiny.make("llama", tmp_path / "model", safetensors=False)
+    assert run(model, tmp_path / "out", "-f", "gguf") == 0
+    assert "warning: " in capsys.readouterr().err
+    assert list((tmp_path / "out" / "gguf").glob("*.gguf"))
+
+
+def test_a_pickle_that_holds_code_is_refused(tmp_path, capsys):
+    import torch
+
+    model = tiny.make("llama", tmp_path / "model", safetensors=False)
+    marker = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    torch.save({"model.norm.weight": Payload()}, model / "pytorch_model.bin")
+    assert run(model, tmp_path / "out", "-f", "gguf") == 2
+    assert not marker.exists()
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
+def test_a_file_size_limit_in_the_middle_of_writing(format, sound, tmp_path, capsys):
+    """A real short write: the system refuses bytes beyond 200 kB, as a full disk would."""
+    import resource
+    import signal
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+    try:
+        code = run(sound, tmp_path / "out", "-f", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, before)
+    assert code == 2
+    talk = capsys.readouterr().err
+    assert_one_line(talk)
+    assert "disk ran full" in talk
+    assert list(tmp_path.iterdir()) == []
