@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids.kquant_tiles import NEARLY_ZERO, choose_unit, keep, load
+from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, choose_unit, keep, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
 
@@ -107,7 +107,8 @@ def search_affine(x, w, start, n, top, tries, signed, scale, low, s):
                 lower = -first[lane]
                 slope = (e - lower * b) / max(c, NEARLY_ZERO)
             error[lane] = change_of_error(a, b, c, d, e, slope, lower)
-            better = error[lane] < least[lane]
+            # Of equals the first: sub-blocks that agree share their unit well. (It is negative.)
+            better = error[lane] < least[lane] * (f4(1.0) + EQUAL)
             least[lane] = error[lane] if better else least[lane]
             scale[lane] = slope if better else scale[lane]
             low[lane] = first[lane] + lower if better else low[lane]

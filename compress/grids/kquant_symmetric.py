@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids.kquant_tiles import NEARLY_ZERO, choose_unit, keep, load
+from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, choose_unit, keep, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
 
@@ -61,8 +61,9 @@ def search_symmetric(x, w, start, n, least, most, values, tries, scale, s):
         sums_symmetric(x, w, start, n, least, most, values, step, s)
         for lane in range(LANES):
             more = s[1, lane] / max(s[0, lane], NEARLY_ZERO)
+            # Of equals the first: sub-blocks that agree share their unit well.
             error = s[2, lane] - more * s[1, lane]
-            better = error < best[lane]
+            better = error < best[lane] - f4(1e-3) * EQUAL * s[0, lane] * step[lane] * step[lane]
             best[lane] = error if better else best[lane]
             scale[lane] = step[lane] + more if better else scale[lane]
 

@@ -32,6 +32,8 @@ from compress.grids.lanes import LANES, WORST, f4, inverse_of, kernel
 # weight decodes to zero in any case, and as zero it cannot underflow in the sums.
 TINY = f4(2.0**-26)
 NEARLY_ZERO = f4(1e-30)
+# Part of a sum of squares below which two errors are equal but for rounding.
+EQUAL = f4(3e-7)
 
 
 @kernel
