@@ -345,6 +345,22 @@ def test_no_room_beyond_the_context(phi3: Case) -> None:
         phi3.runtime(context=5000).logits(phi3.tokens(257))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_cache_takes_memory_as_it_fills(root: Path) -> None:
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) * 1024
+
+    case = build("llama", root, {"max_position_embeddings": 32768})
+    whole = 32768 * case.artifact.kv_cache_bytes_per_token
+    assert whole == 128 * 2**20
+    runtime = case.runtime()
+    before = anonymous()
+    runtime.feed(case.tokens(3))
+    assert anonymous() - before < whole / 8
+
+
 def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
     def copy(name: str, graph: bytes, data: bytes | None) -> Path:
         folder = tmp_path / name

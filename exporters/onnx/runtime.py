@@ -7,6 +7,8 @@ reached are not touched, hence take no memory.
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +70,7 @@ class OnnxRuntime:
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
-                self._caches[value.name] = np.zeros((1, heads, self._context, size), np.float32)
+                self._caches[value.name] = untouched((1, heads, self._context, size))
         self._length = 0
 
     @property
@@ -123,6 +125,15 @@ class OnnxRuntime:
         self._length = end
         logits: Float32 = binding.get_outputs()[0].numpy()[0]
         return logits
+
+
+def untouched(shape: tuple[int, ...]) -> Float32:
+    """Zeros in pages of 4 KB: with huge ones, which numpy asks for, the first position of every
+    head would claim the pages of all the others."""
+    pages = mmap.mmap(-1, math.prod(shape) * 4)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 def available_cpus() -> int:
