@@ -205,6 +205,9 @@ def demo(output: Path, **options: Any) -> int:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--baseline", required=True, metavar="MODEL", help="The float checkpoint.")
 @eval_option
+@click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Multiple-choice questions, one JSON object a line with question, choices and "
+                   "answer (an index from 0); may be repeated.")  # fmt: skip
 @click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
               help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), default=16, show_default=True,
@@ -225,6 +228,7 @@ def verify(artifact: Path, **options: Any) -> int:
         artifact=artifact,
         baseline=options["baseline"],
         eval_text=options["eval_text"],
+        tasks=options["tasks"],
         gates=options["gates"],
         windows=options["windows"],
         sequence_length=options["sequence_length"],

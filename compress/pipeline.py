@@ -34,10 +34,11 @@ from compress.job import (
 from compress.model import Artifact, Shipyard, Weights
 from compress.output import check_disk, check_output, work_folder, write_checksums, write_json
 from compress.recipe import Recipe, load
-from compress.report import Baseline, build_report, model_facts
+from compress.report import TASK_HEADERS, Baseline, build_report, model_facts, task_rows
 from compress.solvers import get_solver
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
+from compress.verify.tasks import Task, TaskSet, read_task
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class VerifySettings:
     artifact: Path
     baseline: str
     eval_text: Path | None = None
+    tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
     windows: int = 16
     sequence_length: int = 512
@@ -119,6 +121,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     text = read_text(settings.eval_text)
+    tasks = [read_task(path) for path in settings.tasks]
     found = find_artifacts(settings.artifact)
     if not found:
         raise UsageError(
@@ -139,7 +142,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     )
     plans = tuple(artifact.plan for artifact in artifacts)
     job = Job(checkpoint, config, recipe, plans, min(DEFAULT_CONTEXT, config.max_context))
-    scorer = Scorer(job, text, settings.threads, console)
+    scorer = Scorer(job, text, settings.threads, console, tasks)
     verified = scorer.verify(artifacts, shipyard)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
@@ -208,11 +211,13 @@ class Scorer:
         runtime: what computed the float logits.
     """
 
-    def __init__(self, job: Job, text: str, threads: int, console: Console) -> None:
-        """Cut the text into windows.
+    def __init__(
+        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
+    ) -> None:
+        """Cut the text into windows, and the tasks into requests.
 
         Raises:
-            UsageError: the text gives fewer than two windows.
+            UsageError: the text gives fewer than two windows, or a question is too long.
             CheckpointError: no tokenizer.
         """
         from compress.tokenizer import Tokenizer, eval_windows
@@ -222,6 +227,8 @@ class Scorer:
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
         self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)
+        room = window_length(job.config, job.plans, job.context)
+        self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
         if len(self.windows) < 2:
@@ -246,6 +253,7 @@ class Scorer:
                         store,
                         context=min(room, artifact.plan.max_context or room),
                         threads=self._threads,
+                        task_set=self.task_set,
                         progress=update,
                     )
                 found.append(result)
@@ -261,6 +269,9 @@ class Scorer:
         with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)
+        if self.task_set.tasks:
+            with self._console.progress("ask the float model", "sequences") as update:
+                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
         if 4 * job.config.num_parameters < available_memory() // 4:
             # Only to tell the ratio of speeds; a model too large for this is not measured.
             resident = Decoder(job.config, weights.read, threads=self._threads, resident=True)
@@ -328,6 +339,8 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
     """The table, the verdict and where things are."""
     console.result(report)
     console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
+    if tasks := task_rows(report):
+        console.table(TASK_HEADERS, tasks)
     for artifact in report["artifacts"]:
         for gate in artifact["gates"]:
             if not gate["passed"]:

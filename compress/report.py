@@ -24,6 +24,7 @@ from compress.verify.gates import Limit, judge
 from compress.verify.generate import Generation
 from compress.verify.quality import Quality, Series
 from compress.verify.resources import Resources, Speed
+from compress.verify.tasks import TaskScore
 
 SCHEMA_VERSION = 1
 
@@ -175,6 +176,7 @@ def describe_artifact(
         **describe_quality(verified.quality if verified else None),
         **describe_resources(verified.resources if verified else None),
         **describe_generation(verified.generation if verified else None, decode),
+        "tasks": [describe_task(task) for task in verified.tasks] if verified else [],
         "notes": list(dict.fromkeys([*artifact.plan.notes, *artifact.notes, *caveats(verified)])),
         "tensors": [describe_tensor(entry) for entry in artifact.plan.entries],
     }
@@ -273,6 +275,49 @@ def describe_generation(generation: Generation | None, decode: Decode | None) ->
             "gap": generation.gap,
         },
     }
+
+
+def describe_task(task: TaskScore) -> dict[str, Any]:
+    """One task, the artifact beside the float model."""
+    return {
+        "name": task.name,
+        "items": task.items,
+        "accuracy": task.accuracy.value,
+        "accuracy_se": task.accuracy.se,
+        "accuracy_norm": task.accuracy_norm.value,
+        "accuracy_norm_se": task.accuracy_norm.se,
+        "baseline_accuracy": task.baseline_accuracy.value,
+        "baseline_accuracy_se": task.baseline_accuracy.se,
+        "baseline_accuracy_norm": task.baseline_accuracy_norm.value,
+        "difference": task.difference.value,
+        "difference_se": task.difference.se,
+        "agreement": task.agreement.value,
+        "agreement_se": task.agreement.se,
+    }
+
+
+TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
+
+
+def task_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of the console's table of tasks; ± is one standard error."""
+
+    def percent(value: float, error: float | None, sign: str = "") -> str:
+        return f"{value * 100:{sign}.1f}" + (f" ± {error * 100:.1f} %" if error else " %")
+
+    return [
+        [
+            task["name"],
+            artifact["format"],
+            str(task["items"]),
+            percent(task["accuracy"], task["accuracy_se"]),
+            percent(task["baseline_accuracy"], task["baseline_accuracy_se"]),
+            percent(task["difference"], task["difference_se"], "+"),
+            percent(task["agreement"], task["agreement_se"]),
+        ]
+        for artifact in report["artifacts"]
+        for task in artifact["tasks"]
+    ]
 
 
 def describe_tensor(entry: PlanEntry) -> dict[str, Any]:

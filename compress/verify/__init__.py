@@ -11,7 +11,8 @@ How a build uses it::
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
 generation with and without the cache, then the logits of every window. Its native code may crash
 without taking the build along, the model is loaded once, and its memory is read before the scoring
-buffers exist. What is large (scores of every token) comes back as a file in the work folder.
+buffers exist. What is large (scores of every token) comes back as a file in the work folder. Where
+``packlight verify --task`` left requests there (``compress.verify.tasks``), they are scored last.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from compress.model import Runtime
-from compress.verify import quality, resources
+from compress.verify import quality, resources, tasks
 from compress.verify.baseline import BaselineStore
 from compress.verify.child import SILENCE, Emit, run_child
 from compress.verify.generate import Generation, check_generation
 from compress.verify.quality import Quality, TokenScores
 from compress.verify.resources import Resources, Speed
+from compress.verify.tasks import TaskScore, TaskSet
 
 __all__ = ["BaselineStore", "Verified", "examine", "verify_artifact"]
 
@@ -48,6 +50,7 @@ class Verified:
     quality: Quality
     resources: Resources
     generation: Generation
+    tasks: tuple[TaskScore, ...] = ()
 
 
 def verify_artifact(
@@ -58,6 +61,7 @@ def verify_artifact(
     *,
     context: int,
     threads: int = 0,
+    task_set: TaskSet | None = None,
     progress: Progress | None = None,
     silence: float = SILENCE,
 ) -> Verified:
@@ -71,7 +75,8 @@ def verify_artifact(
         baseline: the float model's logits.
         context: positions to make room for; windows and generation must fit.
         threads: 0 for the CPUs that the process may use.
-        progress: called with windows done and in all.
+        task_set: with the float model's answers, which left the requests in ``baseline.folder``.
+        progress: called with windows done and in all, then with sequences of the tasks.
         silence: seconds without news after which the child is ended.
 
     Raises:
@@ -86,6 +91,8 @@ def verify_artifact(
         for event in events:
             if "windows" in event and progress:
                 progress(event["windows"], len(baseline.windows))
+            if "sequences" in event and progress:
+                progress(*event["sequences"])
             found.update(event)
     try:
         summary = quality.summarize(TokenScores.load(scores))
@@ -93,11 +100,12 @@ def verify_artifact(
         used = Resources(**found["resources"], speed=speed)
         told = found["generation"]  # JSON has lists for tuples
         generation = Generation(tuple(told.pop("prompt")), tuple(told.pop("tokens")), **told)
+        judged = task_set.judge(found["log_likelihoods"]) if task_set else ()
     except (KeyError, OSError) as error:
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
     finally:
         scores.unlink(missing_ok=True)
-    return Verified(summary, used, generation)
+    return Verified(summary, used, generation, judged)
 
 
 def examine(
@@ -107,9 +115,10 @@ def examine(
     context: int,
     emit: Emit,
 ) -> None:
-    """The child's work, from loading to the scores of every token.
+    """The child's work, from loading to the scores of every token, and of every choice of tasks.
 
-    Emits ``stage`` before each part, ``resources``, ``generation``, and ``windows`` (done so far).
+    Emits ``stage`` before each part, ``resources``, ``generation``, ``windows`` (done so far),
+    ``sequences`` (of tasks, done and in all) and ``log_likelihoods``.
     """
     text = [int(token) for window in baseline.windows[:4] for token in window]
     prompt = text[: max(1, min(PREFILLED, context // 2))]
@@ -122,5 +131,12 @@ def examine(
         emit({"generation": asdict(found), "stage": "computing logits"})
         result = quality.score(runtime, baseline, lambda done, total: emit({"windows": done}))
         result.save(scores)
+        emit({"stage": "answering tasks"})
+        answers = tasks.score(
+            tasks.load_requests(baseline.folder),
+            lambda batch: map(runtime.logits, batch),
+            lambda *done: emit({"sequences": done}),
+        )
+        emit({"log_likelihoods": answers})
     finally:
         runtime.close()
