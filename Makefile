@@ -11,7 +11,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
 demo: setup

@@ -57,7 +57,7 @@ def table(report: dict) -> str:
     where = f"{platform.system()} {platform.machine()}"
     return "\n".join(rows) + (
         f"\n\n`packlight demo`: the bundled {report['model']['parameters'] / 1e6:.1f} M-parameter "
-        f"Phi-3-architecture model, {tokens:,} held-out tokens; speeds on two shared {where} cores. "
+        f"Phi-3-architecture model, {tokens:,} held-out tokens; speeds on one {where} core. "
         "Small models lose more to rounding than large ones.\n"
     )
 
