@@ -7,6 +7,7 @@ bandwidth ÷ bytes read per token: a decoder cannot answer faster than it can re
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,11 +18,15 @@ from compress.console import parse_bytes
 from compress.errors import UsageError
 from compress.model import PlanEntry
 
-# Tokens that go through the model at once while the prompt is read.
+# Tokens that go through the model at once while the prompt is read: llama.cpp's n_ubatch.
 PREFILL = 512
-# What llama.cpp's graph allocator takes for a prompt chunk, fitted to its own figures for six
-# decoder shapes (benchmarks/activations.py): bytes per token and value of each kind.
-FIXED_BYTES = 64_000_000  # runtime, tokenizer, graph: measured with the smallest model
+
+# Measured with llama.cpp (benchmarks/activations.md) as memory above what the process had before it
+# loaded the model: an app has no Python, and what it holds itself is not for us to guess.
+RUNTIME_BYTES = 4_000_000  # graphs, tables of tensors, scratch of threads: 2 MB for six blocks
+# Tokenizer, per token: 170 for its text and type, 220 to 300 more for each merge. Llama 3, with 2.2
+# merges per token, sets the figure; a vocabulary without merges takes a third of it.
+TOKEN_BYTES = 600
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,36 @@ class Footprint:
         return self.weights + self.kv_cache + self.activations
 
 
-def activation_bytes(config: DecoderConfig, tokens: int = PREFILL) -> int:
-    """Allowance for activations while ``tokens`` positions are computed at once.
+def activation_bytes(config: DecoderConfig, context: int, chunk: int = PREFILL) -> int:
+    """Allowance for the runtime: tokenizer, logits of one position, and the buffer of a chunk.
 
-    float32 values alive together in one block (residual, normed input, q/k/v or gate and up) and
-    the logits of one position; held against llama.cpp's measured compute buffers.
+    Against the peaks measured in llama.cpp for eight models from 6 million to 8 billion weights
+    (benchmarks/activations.md) it is 2 to 42 % too high, and by 40 MB at most: mostly the tokenizer
+    of models with fewer merges than Llama 3, and pages of the buffer that are never touched. It
+    does not hold the logits of a whole chunk: an app asks for the last position only
+    (``n_outputs_max = 1``).
+
+    Args:
+        config: the model.
+        context: positions in the cache.
+        chunk: tokens of the prompt that are computed at once.
     """
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    widest = max(2 * config.intermediate_size, heads + config.hidden_size)
-    per_token = 4 * (2 * config.hidden_size + widest)
-    return FIXED_BYTES + tokens * per_token + 4 * config.vocab_size
+    fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
+    return fixed + chunk_bytes(config, min(chunk, context), context)
+
+
+def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
+    """llama.cpp's compute buffer while ``tokens`` positions go through a block: to 1 %.
+
+    float32 values that are alive together at the widest place, the MLP. Gated: gate, up and their
+    product at its width, and five of the hidden size; not gated: one, in place, and six. It is
+    used again for every block. Beside them the attention mask in float16, one row per token;
+    flash attention, llama.cpp's default, never holds the scores themselves. Attention would be
+    the widest place with an MLP under 1.4 times the hidden size, which no family has.
+    """
+    wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
+    values = wide * config.intermediate_size + narrow * config.hidden_size
+    return tokens * (4 * values + 2 * context)
 
 
 def footprint(
@@ -80,7 +105,7 @@ def footprint(
     return Footprint(
         weights=weights_bytes,
         kv_cache=cache,
-        activations=activation_bytes(config, min(PREFILL, context)),
+        activations=activation_bytes(config, context),
         read_per_token=weights_bytes - embedding_bytes + cache,
         context=context,
     )
@@ -158,7 +183,11 @@ def tokens_per_second(need: Footprint, device: Device) -> float:
 
 
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
-    """Positions whose KV cache still fits in ``memory`` bytes beside weights and activations."""
-    room = memory - need.weights - need.activations
-    per_token = max(need.kv_cache // max(need.context, 1), 1)
-    return max(0, min(room // per_token, config.max_context))
+    """Positions with which weights, KV cache and activations still fit in ``memory`` bytes."""
+    per_token = need.kv_cache // max(need.context, 1)
+
+    def total(context: int) -> int:
+        return need.weights + context * per_token + activation_bytes(config, context)
+
+    # It grows with the context: the last one that does not exceed the memory.
+    return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

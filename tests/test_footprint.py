@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from compress.arch import DecoderConfig
 from compress.errors import UsageError
 from compress.footprint import (
     Footprint,
+    activation_bytes,
+    chunk_bytes,
     devices,
     footprint,
     get_device,
@@ -22,6 +27,10 @@ PHI3_MINI = {
     "intermediate_size": 8192, "vocab_size": 32064, "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
 }  # fmt: skip
+
+MEASURED = json.loads(
+    (Path(__file__).parents[1] / "benchmarks" / "activations.json").read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture
@@ -59,14 +68,55 @@ def test_verdicts_follow_the_limits():
 
 
 def test_largest_context_just_fits(phi3):
-    need = footprint(phi3, 1_911_000_000, 0, 1024)
     limit = 3_120_000_000
-    context = largest_context(phi3, need, limit)
-    per_token = phi3.kv_cache_bytes_per_token()
-    rest = need.weights + need.activations
-    assert rest + context * per_token <= limit < rest + (context + 1) * per_token
+    context = largest_context(phi3, footprint(phi3, 1_911_000_000, 0, 1024), limit)
+    assert footprint(phi3, 1_911_000_000, 0, context).total <= limit
+    assert footprint(phi3, 1_911_000_000, 0, context + 1).total > limit
+    # (3.12 - 1.911 - about 0.1 for activations) GB at 393,216 bytes per position
+    assert context == pytest.approx(2800, rel=0.02)
+
+
+def test_largest_context_at_both_ends(phi3):
+    need = footprint(phi3, 1_911_000_000, 0, 1024)
     assert largest_context(phi3, need, 1_000_000) == 0
     assert largest_context(phi3, need, 10**12) == 4096
+
+
+def measured_rows():
+    return [
+        pytest.param(
+            DecoderConfig.from_hf(MEASURED["configs"][row["model"]]),
+            row,
+            id=f"{row['model']}-{row['blocks']}-{row['context']}",
+        )
+        for row in MEASURED["rows"]
+    ]
+
+
+@pytest.mark.parametrize(("config", "row"), measured_rows())
+def test_compute_buffer_is_the_one_llama_cpp_reported(config, row):
+    tokens = MEASURED["chunk"]
+    assert chunk_bytes(config, tokens, row["context"]) == pytest.approx(
+        row["compute_buffer"], rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("config", "row"), measured_rows())
+def test_allowance_covers_the_measured_peak(config, row):
+    allowed = activation_bytes(config, row["context"])
+    assert row["peak"] <= allowed <= 1.42 * row["peak"]
+    assert allowed - row["peak"] < 40_000_000
+
+
+def test_number_of_blocks_does_not_change_the_compute_buffer():
+    # That is what lets two blocks stand for thirty in the measurement.
+    sizes = {}
+    for row in MEASURED["rows"]:
+        case = sizes.setdefault((row["model"], row["context"]), {})
+        case[row["blocks"]] = row["compute_buffer"]
+    several = [case for case in sizes.values() if len(case) > 1]
+    assert len(several) >= 4
+    assert all(len(set(case.values())) == 1 for case in several)
 
 
 def test_every_device_is_plausible():
