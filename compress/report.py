@@ -322,7 +322,9 @@ def task_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
     """One tensor of an artifact; ``block`` is None outside the blocks."""
-    block, role, kind = split_name(entry.name)
+    # A Core ML package that `packlight verify` adopts has names of its own, without dots.
+    ours = "." in entry.name
+    block, role, kind = split_name(entry.name) if ours else (None, entry.name, "weight")
     return {
         "name": entry.name,
         "block": block,

@@ -178,3 +178,10 @@ def test_model_facts() -> None:
     linears = 32 * 32 * 2 + 2 * 16 * 32 + 3 * 32 * 64
     assert facts["parameters"] == 2 * 100 * 32 + 2 * (linears + 2 * 32) + 32
     assert (facts["name"], facts["source"], facts["license"]) == ("tiny", "acme/tiny", "mit")
+
+
+def test_a_tensor_of_an_adopted_package_keeps_its_name():
+    entry = PlanEntry("block_0_q_proj_weight", "block_0_q_proj_weight", "int4-g32", (64, 32), 1152)
+    found = report.describe_tensor(entry)
+    assert (found["block"], found["role"]) == (None, "block_0_q_proj_weight")
+    assert found["bits_per_weight"] == 4.5
