@@ -39,7 +39,6 @@ def get_exporter(name: str) -> Exporter:
 def write_pages(report: Mapping[str, Any], folder: Path) -> None:
     """``report.html`` and the model card, both from ``report.json``."""
     from compress.report_html import render
-
     from exporters.model_card import model_card
 
     (folder / "report.html").write_text(render(report), encoding="utf-8")

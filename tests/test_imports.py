@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"compress.grids", "compress.tokenizer", "compress.side_files"},
     {"compress.model", "compress.decoder", "compress.footprint"},
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
-     "compress.charts", "compress.charts", "compress.output", "compress.job"},
+     "compress.charts", "compress.output", "compress.job"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},

@@ -40,7 +40,10 @@ def test_what_is_not_known_is_left_out() -> None:
     report = sample_report.make()
     report["model"] |= {"source": "my-folder", "license": None}
     head = parse_head(model_card(report))
-    assert head.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert head.keys() == {
+        "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"
+    }  # fmt: skip
+    assert head["base_model"] == "my-folder"
 
 
 def test_the_table_has_the_reports_figures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import time
 from collections.abc import Sequence
@@ -134,9 +135,11 @@ def test_speed_counts_what_was_fed() -> None:
 @linux
 def test_anonymous_peak_is_of_the_block() -> None:
     with AnonymousPeak() as watch:
-        block = np.ones(64 << 17)  # 64 MiB
+        # A mapping of its own: the heap may hold 64 MiB of pages that are resident already.
+        block = mmap.mmap(-1, 64 << 20)
+        block.write(bytes(64 << 20))
         time.sleep(0.05)
-        del block
+        block.close()
     after = read_status("RssAnon")
     assert watch.peak is not None and after is not None
     assert watch.peak - after > 48 << 20
