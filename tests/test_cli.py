@@ -1,4 +1,4 @@
-"""The command line's contract on small checkpoints: exit codes, outputs, refusals, interruptions."""
+"""The command line on small checkpoints: exit codes, outputs, refusals, interruptions."""
 
 from __future__ import annotations
 

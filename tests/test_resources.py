@@ -136,8 +136,8 @@ def test_speed_counts_what_was_fed() -> None:
 def test_anonymous_peak_is_of_the_block() -> None:
     with AnonymousPeak() as watch:
         # A mapping of its own: the heap may hold 64 MiB of pages that are resident already.
-        block = mmap.mmap(-1, 64 << 20)
-        block.write(bytes(64 << 20))
+        block = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.write(b"x" * (64 << 20))
         time.sleep(0.05)
         block.close()
     after = read_status("RssAnon")
