@@ -1,0 +1,200 @@
+"""What calibration knows about the inputs of the linears, in memory and on disk.
+
+Linears that multiply the same input share its statistics: q, k and v; gate and up; in a parallel
+block (phi) also up and q. An input goes by the name of its first linear: ``blocks.3.q_proj``,
+``blocks.3.o_proj``, ``blocks.3.gate_proj`` (``up_proj`` without a gate), ``blocks.3.down_proj``,
+``lm_head``. A stored block that runs several times (MobileLLM-LS) pools its repeats.
+
+On disk: one ``.npz`` per stored block and one for the head. A Hessian is kept as the square roots
+of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
+mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.arch import DecoderConfig, split_name
+
+__all__ = ["LayerStats", "Statistics", "input_names", "input_of"]
+
+Float32 = NDArray[np.float32]
+
+CORRELATION_STEPS = 32767  # of int16: correlations are in [-1, 1]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one input ``x`` over the calibration tokens; ``columns`` is its width.
+
+    Attributes:
+        count: tokens seen.
+        importance: mean of ``x²``, float32 ``[columns]``: weights of the squared error.
+        mean: mean of ``x``, float32 ``[columns]``; None where it is not known (an imatrix file).
+        hessian: mean of ``x xᵀ`` as its diagonal blocks in order, float32 ``[n, n]`` each, the
+            ``n`` adding up to ``columns``: usually one block, several where a wide input was split
+            to save memory. None where no solver asked for it.
+    """
+
+    count: int
+    importance: Float32
+    mean: Float32 | None = None
+    hessian: tuple[Float32, ...] | None = None
+
+
+class Statistics:
+    """Statistics by weight name.
+
+    Args:
+        config: the model.
+        load: input name (see ``input_names``) → its statistics, or None where there are none.
+    """
+
+    def __init__(self, config: DecoderConfig, load: Callable[[str], LayerStats | None]) -> None:
+        self._config = config
+        self._load = load
+        self._last: tuple[str, LayerStats | None] = ("", None)
+
+    def for_weight(self, name: str) -> LayerStats | None:
+        """Statistics of what a weight multiplies; None for an embedding or an unseen input.
+
+        Args:
+            name: as in ``compress.arch.WeightMap``, fused or not.
+
+        The same object comes back while weights of the same input are asked for one after the
+        other (row slabs; q, k and v), so that a solver may keep what it made of it.
+        """
+        key = input_of(self._config, name)
+        if key is None:
+            return None
+        if key != self._last[0]:
+            self._last = (key, self._load(key))
+        return self._last[1]
+
+    @classmethod
+    def of(cls, config: DecoderConfig, stats: Mapping[str, LayerStats]) -> Statistics:
+        """Over a mapping from input names, all in memory."""
+        return cls(config, stats.get)
+
+    @classmethod
+    def open(cls, config: DecoderConfig, folder: Path, *, hessian: bool) -> Statistics:
+        """Over the files that ``save`` wrote, read when asked for.
+
+        Args:
+            hessian: False leaves Hessians on disk where there are any.
+        """
+        return cls(config, lambda key: load(folder / file_name(key), key, hessian=hessian))
+
+
+def input_of(config: DecoderConfig, name: str) -> str | None:
+    """Input name of a weight: ``blocks.3.v_proj.weight`` → ``blocks.3.q_proj``.
+
+    None for embeddings, norms and biases.
+    """
+    block, role, kind = split_name(name)
+    if kind != "weight":
+        return None
+    if role == "lm_head":
+        return role
+    leader = input_roles(config).get(role)
+    if block is None or leader is None:
+        return None
+    return f"blocks.{stored_block(config, block)}.{leader}"
+
+
+def stored_block(config: DecoderConfig, block: int) -> int:
+    """The first of the blocks that share the weights of ``block``."""
+    return block - block % config.block_repeat
+
+
+def input_roles(config: DecoderConfig) -> dict[str, str]:
+    """Role of a linear, fused or not → role by which its input goes."""
+    mlp = "gate_proj" if config.gated_mlp else "up_proj"
+    if config.parallel_residual:
+        mlp = "q_proj"
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
+    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
+    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+
+
+def input_names(config: DecoderConfig) -> Iterator[str]:
+    """Every input once, in order of execution."""
+    roles = dict.fromkeys(input_roles(config)[role] for role in config.linear_roles)
+    for block in range(0, config.num_hidden_layers, config.block_repeat):
+        for role in roles:
+            yield f"blocks.{block}.{role}"
+    yield "lm_head"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def file_name(key: str) -> str:
+    """The file that holds an input: ``blocks.3.npz``, ``lm_head.npz``."""
+    return ".".join(key.split(".")[:2]) + ".npz"
+
+
+def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
+    """Write the inputs of one file."""
+    arrays: dict[str, Any] = {}
+    for key, entry in stats.items():
+        arrays[f"{key}.count"] = np.int64(entry.count)
+        arrays[f"{key}.importance"] = entry.importance
+        if entry.mean is not None:
+            arrays[f"{key}.mean"] = entry.mean
+        for index, hessian in enumerate(entry.hessian or ()):
+            roots, triangle = pack_hessian(hessian)
+            arrays[f"{key}.hessian.{index}.roots"] = roots
+            arrays[f"{key}.hessian.{index}.correlations"] = triangle
+    np.savez(path, **arrays)
+
+
+def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
+    """Read one input; None where the file does not have it."""
+    with np.load(path) as arrays:
+        if f"{key}.count" not in arrays:
+            return None
+        blocks = []
+        while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
+            stem = f"{key}.hessian.{len(blocks)}"
+            blocks.append(unpack_hessian(arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]))
+        return LayerStats(
+            count=int(arrays[f"{key}.count"]),
+            importance=arrays[f"{key}.importance"],
+            mean=arrays.get(f"{key}.mean"),
+            hessian=tuple(blocks) or None,
+        )
+
+
+def pack_hessian(hessian: Float32) -> tuple[Float32, NDArray[np.int16]]:
+    """Square roots of the diagonal, and the correlations of the upper triangle row by row."""
+    size = hessian.shape[0]
+    roots = np.sqrt(np.diagonal(hessian))
+    inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
+    triangle = np.empty(size * (size + 1) // 2, np.int16)
+    start = 0
+    for row in range(size):
+        correlations = hessian[row, row:] * inverse[row] * inverse[row:]
+        steps = np.rint(correlations * CORRELATION_STEPS)
+        triangle[start : start + size - row] = steps.clip(-CORRELATION_STEPS, CORRELATION_STEPS)
+        start += size - row
+    return roots, triangle
+
+
+def unpack_hessian(roots: Float32, triangle: NDArray[np.int16]) -> Float32:
+    """What ``pack_hessian`` packed, float32 ``[n, n]``."""
+    size = len(roots)
+    hessian = np.empty((size, size), np.float32)
+    start = 0
+    for row in range(size):
+        correlations = triangle[start : start + size - row]
+        hessian[row, row:] = correlations * (roots[row] / CORRELATION_STEPS) * roots[row:]
+        hessian[row:, row] = hessian[row, row:]
+        start += size - row
+    return hessian
