@@ -1,4 +1,4 @@
-"""Solvers choose codes on a grid: ``solve(weight, grid, name) -> Quantized``.
+"""Solvers choose codes on a grid: ``solve(weight, grid, stats) -> Quantized``.
 
 They see weights, grids and statistics, never a file format.
 """
@@ -6,24 +6,43 @@ They see weights, grids and statistics, never a file format.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from compress.errors import UsageError
+from compress.grids import Float32, Grid, Quantized
 from compress.model import Solver
+from compress.statistics import LayerStats, Statistics
 
-__all__ = ["SOLVERS", "get_solver"]
+__all__ = ["NEEDS", "SOLVERS", "get_solver"]
 
 SOLVERS: dict[str, str] = {
     "rtn": "compress.solvers.rtn",
+    "scale_search": "compress.solvers.scale_search",
+    "gptq": "compress.solvers.gptq",
 }
 
+# What of the statistics a solver goes by; nothing: no calibration.
+NEEDS: dict[str, str] = {"scale_search": "importance", "gptq": "hessian"}
 
-def get_solver(name: str) -> Solver:
+Solve = Callable[[Float32, Grid, LayerStats | None], Quantized]
+
+
+def get_solver(name: str, statistics: Statistics | None = None) -> Solver:
     """The solver of that name (the function of the same name in its module).
+
+    Args:
+        name: key of ``SOLVERS``.
+        statistics: what it looks a weight's input up in.
 
     Raises:
         UsageError: no such solver.
     """
     if name not in SOLVERS:
         raise UsageError(f"unknown solver {name!r}", hint=f"one of: {', '.join(SOLVERS)}")
-    solver: Solver = getattr(importlib.import_module(SOLVERS[name]), name)
+    solve: Solve = getattr(importlib.import_module(SOLVERS[name]), name)
+
+    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
+        stats = statistics.for_weight(tensor) if statistics is not None else None
+        return solve(weight, grid, stats)
+
     return solver

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from compress.grids import Float32, Grid, Quantized
+from compress.statistics import LayerStats
 
 
-def rtn(weight: Float32, grid: Grid, name: str = "") -> Quantized:
+def rtn(weight: Float32, grid: Grid, stats: LayerStats | None = None) -> Quantized:
     """Fit the grid to the weight alone, then round.
 
     Args:
         weight: float32 ``[rows, columns]``.
         grid: any grid.
-        name: of the weight; unused here, statistics of other solvers go by it.
+        stats: unused; other solvers go by them.
     """
     return grid.quantize(weight)
