@@ -139,6 +139,15 @@ def cli() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
               help="Folder to make; default ./MODEL-RECIPE.")  # fmt: skip
 @set_option
+@click.option("--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Text or JSONL for solvers that look at inputs; may be repeated; default: the "
+                   "recipe's.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N",
+              help="Of the choice of calibration passages.")  # fmt: skip
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
+@click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the importance as llama.cpp reads it.")  # fmt: skip
 @eval_option
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
@@ -166,6 +175,10 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        calibration=options["calibration"],
+        seed=options["seed"],
+        imatrix=options["imatrix"],
+        save_imatrix=options["save_imatrix"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],

@@ -15,6 +15,7 @@ from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.recipe import Recipe
+from compress.solvers import NEEDS
 
 GetExporter = Callable[[str], Exporter]
 
@@ -112,8 +113,14 @@ def plan_document(job: Job) -> dict[str, Any]:
             "family": job.config.family,
             "parameters": job.config.num_parameters,
         },
+        "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
         "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
     }
+
+
+def calibration_document(recipe: Recipe) -> dict[str, Any]:
+    """``calibration`` as the recipe's document has it, where the solver looks at inputs."""
+    return {"calibration": recipe.document["calibration"]} if recipe.solver in NEEDS else {}
 
 
 def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
@@ -152,6 +159,12 @@ def print_plan(job: Job, console: Console) -> None:
         bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
+    if job.recipe.solver in NEEDS:
+        texts = job.recipe.document["calibration"]
+        what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
+        console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
+    else:
+        console.data(f"solver: {job.recipe.solver}")
     for plan in job.plans:
         for note in plan.notes:
             console.data(f"note ({plan.format}): {note}")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.grids import Float32, Grid, Quantized
+from compress.statistics import Statistics
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)``, in bytes of the artifact."""
@@ -166,11 +167,15 @@ class Shipyard:
         get_exporter: format → exporter.
         probe: the command that opens one artifact in a child process.
         write_pages: writes ``report.html`` and ``README.md`` for a report into a folder.
+        read_imatrix: statistics from an importance file of llama.cpp.
+        write_imatrix: and to one.
     """
 
     get_exporter: Callable[[str], Exporter]
     probe: Sequence[str]
     write_pages: Callable[[Mapping[str, Any], Path], None]
+    read_imatrix: Callable[[Path, DecoderConfig], Statistics]
+    write_imatrix: Callable[[Path, DecoderConfig, Statistics], None]
 
 
 class Exporter(Protocol):

@@ -5,6 +5,7 @@ What knows formats comes in as an argument, the ``Shipyard``: the workshop knows
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
+from compress.calibration_step import Importance, gather
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
@@ -36,6 +38,7 @@ from compress.output import check_disk, check_output, work_folder, write_checksu
 from compress.recipe import Recipe, load
 from compress.report import TASK_HEADERS, Baseline, build_report, model_facts, task_rows
 from compress.solvers import get_solver
+from compress.statistics import Statistics
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -55,6 +58,10 @@ class BuildSettings:
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
     eval_text: Path | None = None
+    calibration: Sequence[Path] = ()
+    seed: int | None = None
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -85,7 +92,9 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
-    recipe = load(settings.recipe, settings.overrides, settings.formats)
+    recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+    importance = Importance(settings.imatrix, settings.save_imatrix)
+    importance.check(recipe.solver, settings.calibration)
     limits = gates.parse(recipe.gates)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
@@ -104,12 +113,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     check_output(output, overwrite=settings.overwrite)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
     with work_folder(output) as folder:
-        artifacts = write_artifacts(job, shipyard, folder, console)
+        statistics, notes = gather(job, importance, shipyard, console, settings.threads)
+        artifacts = write_artifacts(job, statistics, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
         verified = scorer.verify(artifacts, shipyard) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+        report["notes"] += notes
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -171,6 +182,16 @@ def read_text(path: Path | None) -> str:
     return text
 
 
+def recipe_overrides(settings: BuildSettings) -> list[str]:
+    """``--set``, and the options that stand for keys of the recipe."""
+    overrides = list(settings.overrides)
+    if settings.calibration:
+        overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
+    if settings.seed is not None:
+        overrides.append(f"calibration.seed={settings.seed}")
+    return overrides
+
+
 def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
     """The command that makes this again, for the report: names instead of local paths."""
     import shlex
@@ -184,14 +205,22 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--set", override]
     if settings.eval_text:
         words += ["--eval-text", settings.eval_text.name]
+    for path in settings.calibration:
+        words += ["--calibration", path.name]
+    if settings.imatrix:
+        words += ["--imatrix", settings.imatrix.name]
+    if settings.seed is not None:
+        words += ["--seed", str(settings.seed)]
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])
 
 
-def write_artifacts(job: Job, shipyard: Shipyard, folder: Path, console: Console) -> list[Artifact]:
+def write_artifacts(
+    job: Job, statistics: Statistics | None, shipyard: Shipyard, folder: Path, console: Console
+) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
-    weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver))
+    weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver, statistics))
     artifacts = []
     for plan in job.plans:
         target = folder / plan.format
@@ -263,7 +292,7 @@ class Scorer:
         from compress.decoder import Decoder
 
         job = self._job
-        weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver))
+        weights = Weights(job.checkpoint, job.config, get_solver("rtn"))
         decoder = Decoder(job.config, weights.read, threads=self._threads)
         self.runtime = decoder.name
         with self._console.progress("score the float model", "steps") as update:

@@ -28,6 +28,8 @@ class Recipe:
         name: for reports.
         targets: format → settings.
         solver: how codes are chosen.
+        calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
+            at inputs.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
         document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
@@ -39,6 +41,7 @@ class Recipe:
     windows: int
     sequence_length: int
     gates: Mapping[str, str]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     def to_yaml(self) -> str:
@@ -131,6 +134,10 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
     fill_defaults(whole, schema)
     verify = whole["verify"]
+    calibration = dict(whole["calibration"])
+    # What travels with an artifact names no place of this machine.
+    texts = [Path(text).name if Path(text).is_absolute() else text for text in calibration["texts"]]
+    whole["calibration"]["texts"] = texts
     return Recipe(
         name=whole.setdefault("name", Path(source).stem),
         targets=whole["targets"],
@@ -138,6 +145,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         windows=verify["windows"],
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
+        calibration=calibration,
         document=whole,
     )
 
@@ -185,8 +193,8 @@ def fill_defaults(node: dict[str, Any], schema: Mapping[str, Any]) -> None:
     """Defaults of the schema, into mappings that are there, and sections that have defaults."""
     for key, rule in schema.get("properties", {}).items():
         if "default" in rule:
-            node.setdefault(key, rule["default"])
-        elif key in ("quantize", "verify"):
+            node.setdefault(key, deepcopy(rule["default"]))
+        elif key in ("calibration", "quantize", "verify"):
             node.setdefault(key, {})
         if isinstance(node.get(key), dict):
             fill_defaults(node[key], rule)

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from compress.arch import DecoderConfig
 from compress.errors import UsageError
 from compress.model import Exporter, Shipyard
+from compress.statistics import Statistics
 
 __all__ = ["EXPORTERS", "SHIPYARD", "get_exporter"]
 
@@ -45,5 +47,25 @@ def write_pages(report: Mapping[str, Any], folder: Path) -> None:
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
+def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
+    """See ``exporters.gguf.imatrix.read_imatrix``."""
+    from exporters.gguf.imatrix import read_imatrix
+
+    return read_imatrix(path, config)
+
+
+def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> None:
+    """See ``exporters.gguf.imatrix.write_imatrix``."""
+    from exporters.gguf.imatrix import write_imatrix
+
+    write_imatrix(path, config, statistics)
+
+
 # -P: a folder named `exporters` where the user happens to stand must not shadow ours.
-SHIPYARD = Shipyard(get_exporter, (sys.executable, "-P", "-m", "exporters.probe"), write_pages)
+SHIPYARD = Shipyard(
+    get_exporter=get_exporter,
+    probe=(sys.executable, "-P", "-m", "exporters.probe"),
+    write_pages=write_pages,
+    read_imatrix=read_imatrix,
+    write_imatrix=write_imatrix,
+)

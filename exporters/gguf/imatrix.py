@@ -1,0 +1,156 @@
+"""llama.cpp's imatrix files: the importance of every linear's input, by GGUF tensor name.
+
+A GGUF file with ``general.type = imatrix`` and, for each matrix, ``<tensor>.in_sum2`` (sums of the
+squared inputs, float32 ``[1, columns]``) and ``<tensor>.counts`` (tokens, float32 ``[1, 1]``); the
+importance is their quotient. As ``common/imatrix-loader.cpp`` of llama.cpp reads it and
+``tools/imatrix/imatrix.cpp`` writes it; the older ``.dat`` layout is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.arch import FUSED, DecoderConfig, split_name
+from compress.errors import ArtifactError
+from compress.statistics import LayerStats, Statistics, input_of
+from exporters.gguf.metadata import architecture, target_name
+from exporters.gguf.planning import tensor_names
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
+    """The importance of a model's inputs from an imatrix file; the head's may be missing.
+
+    Raises:
+        ArtifactError: not an imatrix file, damaged, or of another model.
+    """
+    entries = read_entries(path)
+    runs: dict[str, list[LayerStats]] = {}
+    for (key, _), names in inputs(config).items():
+        stored = [name for name in names if target_name(name) in entries]
+        if not stored and key == "lm_head":
+            continue
+        if not stored:
+            raise ArtifactError(
+                f"{path.name} has no {target_name(names[0])}", hint="an imatrix of another model?"
+            )
+        entry = entries[target_name(stored[0])]
+        columns = config.weight_shape(split_name(stored[0])[1])[1]
+        if entry.importance.size != columns:
+            raise ArtifactError(
+                f"{path.name}: {target_name(stored[0])} has {entry.importance.size} columns, "
+                f"the model {columns}",
+                hint="an imatrix of another model?",
+            )
+        runs.setdefault(key, []).append(entry)
+    return Statistics.of(config, {key: pooled(entries) for key, entries in runs.items()})
+
+
+def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> None:
+    """Write the importance as a file that ``llama-quantize --imatrix`` takes.
+
+    Equal statistics give equal bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), architecture(config))
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["packlight"])
+    tokens = 0
+    for name in linear_names(config):
+        stats = statistics.for_weight(name)
+        if stats is None:
+            continue
+        tokens = stats.count
+        sums = (stats.importance * np.float32(stats.count)).reshape(1, -1)
+        writer.add_tensor(target_name(name) + SUMS, sums)
+        writer.add_tensor(target_name(name) + COUNTS, np.full((1, 1), stats.count, np.float32))
+    # llama.cpp wants to know how much was seen, in chunks; one chunk of everything says it.
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", tokens)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_entries(path: Path) -> dict[str, LayerStats]:
+    """GGUF tensor name → count and importance.
+
+    Raises:
+        ArtifactError: not there, not an imatrix file, or damaged.
+    """
+    import gguf
+
+    try:
+        reader: Any = gguf.GGUFReader(str(path))
+        kind = reader.fields.get("general.type")
+        if kind is None or kind.contents() != "imatrix":
+            raise ArtifactError(f"{path.name} is a GGUF file, but no imatrix")
+        tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+        entries = {}
+        for name, tensor in tensors.items():
+            if name.endswith(SUMS):
+                stem = name.removesuffix(SUMS)
+                entries[stem] = entry_of(tensor.data, tensors[stem + COUNTS].data)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise ArtifactError(
+            f"{path} does not exist" if missing else f"{path.name} cannot be read as an imatrix",
+            hint="" if missing else "write it with llama-imatrix --output-format gguf",
+        ) from error
+    return entries
+
+
+def entry_of(sums: Any, counts: Any) -> LayerStats:
+    """One matrix of the file.
+
+    Raises:
+        ValueError: experts, no tokens, or values that are no sums of squares.
+    """
+    count = int(np.rint(np.asarray(counts, np.float32).reshape(1)[0]))
+    values = np.asarray(sums, np.float32).reshape(-1)
+    if count < 1 or not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("not sums of squares")
+    return LayerStats(count, values / np.float32(count))
+
+
+def pooled(runs: Sequence[LayerStats]) -> LayerStats:
+    """The runs of a stored block as one: usually there is one."""
+    if len(runs) == 1:
+        return runs[0]
+    count = sum(run.count for run in runs)
+    sums = np.sum([run.importance.astype(np.float64) * run.count for run in runs], axis=0)
+    return LayerStats(count, (sums / count).astype(np.float32))
+
+
+def linear_names(config: DecoderConfig) -> Iterator[str]:
+    """Our names of the matrices that GGUF has and that multiply an input."""
+    for name in tensor_names(config):
+        if input_of(config, name) is not None:
+            yield name
+    if config.tie_word_embeddings:
+        yield "lm_head.weight"
+
+
+def inputs(config: DecoderConfig) -> dict[tuple[str, int | None], list[str]]:
+    """Input name and block → our names of the matrices that an imatrix may have for it.
+
+    Where GGUF fuses q, k and v, their own names too: newer builds of llama.cpp take both.
+    """
+    found: dict[tuple[str, int | None], list[str]] = {}
+    for name in linear_names(config):
+        block, role, kind = split_name(name)
+        key = input_of(config, name)
+        parts = FUSED[role] if role == "qkv_proj" else ()
+        names = [name, *(f"blocks.{block}.{part}.{kind}" for part in parts)]
+        found.setdefault((str(key), block), []).extend(names)
+    return found
