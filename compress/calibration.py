@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from compress.arch import DecoderConfig, split_name
 from compress.errors import UsageError
 from compress.statistics import (

@@ -160,7 +160,7 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
     with np.load(path) as arrays:
         if f"{key}.count" not in arrays:
             return None
-        blocks = []
+        blocks: list[Float32] = []
         while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
             stem = f"{key}.hessian.{len(blocks)}"
             blocks.append(unpack_hessian(arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]))

@@ -1,8 +1,8 @@
 """Scales by importance: the grid's search weighs each column's error by what the column carries.
 
-The output error of a linear is ``Σ_c E[x_c²] (w_c - ŵ_c)²`` summed over rows, where inputs are taken
-to be uncorrelated; ``E[x_c²]`` is the importance (llama.cpp's imatrix). The grids search scale,
-minimum, zero point or palette for the least such error and refit in closed form.
+The output error of a linear is ``Σ_c E[x_c²] (w_c - ŵ_c)²`` summed over rows, where inputs are
+taken to be uncorrelated; ``E[x_c²]`` is the importance (llama.cpp's imatrix). The grids search
+scale, minimum, zero point or palette for the least such error and refit in closed form.
 """
 
 from __future__ import annotations

@@ -1,0 +1,316 @@
+"""Texts become windows, and the walk's statistics are those of transformers' own model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from compress import calibration
+from compress.arch import DecoderConfig, WeightMap
+from compress.calibration import CalibrationSet, collect, walk
+from compress.checkpoint import Checkpoint
+from compress.errors import UsageError
+from compress.statistics import (
+    LayerStats,
+    Statistics,
+    input_names,
+    input_of,
+    load,
+    pack_hessian,
+    save,
+    unpack_hessian,
+)
+from compress.tokenizer import Tokenizer
+
+
+class Model:
+    """A tiny checkpoint, its config, and its weights by name with a count of readings."""
+
+    def __init__(self, family: str, folder: Path, **settings: object) -> None:
+        self.folder = tiny.make(family, folder, **settings)
+        self.checkpoint = Checkpoint.open(self.folder)
+        self.config = DecoderConfig.from_hf(self.checkpoint.config)
+        self.map = WeightMap(self.config)
+        self.readings = 0
+
+    def read(self, name: str) -> np.ndarray:
+        self.readings += 1
+        return self.map.read(self.checkpoint, name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made: dict[str, Model] = {}
+
+    def get(family: str) -> Model:
+        if family not in made:
+            sharing = {"layer_sharing": True} if family == "mobilellm" else {}
+            made[family] = Model(family, tmp_path_factory.mktemp(family), **sharing)
+        return made[family]
+
+    return get
+
+
+def draw_windows(count: int = 5, length: int = 48) -> list[list[int]]:
+    return np.random.default_rng(3).integers(0, 480, (count, length)).tolist()
+
+
+def gathered(model: Model, windows: list[list[int]], **settings: object) -> dict[str, LayerStats]:
+    stats: dict[str, LayerStats] = {}
+    for found in walk(model.config, model.read, windows, hessian=True, **settings):
+        stats |= found
+    return stats
+
+
+def hooked(model: Model, windows: list[list[int]]) -> dict[str, np.ndarray]:
+    """Inputs of transformers' linears, float64 ``[tokens, columns]``, by our input names."""
+    import torch
+
+    reference = tiny.reference(model.folder)
+    modules = dict(reference.named_modules())
+    seen: dict[str, list[np.ndarray]] = {}
+    for key in input_names(model.config):
+        source = model.map.parts(f"{key}.weight")[0].source.removesuffix(".weight")
+        if key == "lm_head":
+            paths = ["lm_head"]
+        else:  # a stored block's runs are modules of their own in the unrolled model
+            first = int(key.split(".")[1])
+            runs = range(first, first + model.config.block_repeat)
+            paths = [re.sub(r"\.\d+\.", f".{run}.", source, count=1) for run in runs]
+        for path in paths:
+            modules[path].register_forward_pre_hook(
+                lambda _, inputs, key=key: seen.setdefault(key, []).append(
+                    inputs[0].flatten(0, -2).double().numpy()
+                )
+            )
+    with torch.inference_mode():
+        for window in windows:
+            reference(torch.tensor([window]))
+    return {key: np.concatenate(parts) for key, parts in seen.items()}
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi", "qwen3", "mobilellm"])
+def test_statistics_are_those_of_a_plain_hooked_model(models, family):
+    model, windows = models(family), draw_windows()
+    stats, expected = gathered(model, windows, exact=True), hooked(model, windows)
+    assert list(stats) == list(input_names(model.config)) == list(expected)
+    for key, x in expected.items():
+        assert stats[key].count == len(x)
+        assert distance(stats[key].importance, (x * x).mean(0)) < 1e-4, key
+        assert distance(stats[key].mean, x.mean(0)) < 1e-4, key
+        (hessian,) = stats[key].hessian
+        assert distance(hessian, x.T @ x / len(x)) < 1e-4, key
+
+
+def test_states_in_bfloat16_change_little(models):
+    model, windows = models("llama"), draw_windows()
+    exact, rounded = gathered(model, windows, exact=True), gathered(model, windows)
+    errors = [distance(rounded[key].importance, exact[key].importance) for key in exact]
+    assert 0 < max(errors) < 0.02
+
+
+def test_states_in_a_file_change_nothing(models, monkeypatch, tmp_path):
+    model, windows = models("llama"), draw_windows()
+    kept = gathered(model, windows, work=tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(calibration, "STATES_LIMIT", 0)
+    spilled = gathered(model, windows, work=tmp_path)
+    assert (tmp_path / "states.bin").stat().st_size == 2 * 5 * 48 * model.config.hidden_size
+    for key, entry in kept.items():
+        assert (entry.hessian[0] == spilled[key].hessian[0]).all()
+
+
+def test_a_wide_hessian_is_its_diagonal_blocks(models, monkeypatch):
+    model, windows = models("llama"), draw_windows()
+    whole = gathered(model, windows)["blocks.1.down_proj"]
+    monkeypatch.setattr(calibration, "WIDEST_HESSIAN", 256)
+    split = gathered(model, windows)["blocks.1.down_proj"]
+    assert [block.shape for block in split.hessian] == [(256, 256), (256, 256)]
+    np.testing.assert_allclose(split.hessian[1], whole.hessian[0][256:, 256:], rtol=1e-5, atol=1e-6)
+
+
+def test_names_of_inputs(models):
+    phi3, phi, llama = (models(family).config for family in ("phi3", "phi", "llama"))
+    assert input_of(phi3, "blocks.1.qkv_proj.weight") == "blocks.1.q_proj"
+    assert input_of(llama, "blocks.1.v_proj.weight") == "blocks.1.q_proj"
+    assert input_of(phi3, "blocks.0.gate_up_proj.weight") == "blocks.0.gate_proj"
+    assert input_of(phi, "blocks.0.up_proj.weight") == "blocks.0.q_proj"  # parallel: one norm
+    assert input_of(llama, "lm_head.weight") == "lm_head"
+    for name in ("embed_tokens.weight", "norm.weight", "blocks.0.input_layernorm.weight"):
+        assert input_of(llama, name) is None
+    assert input_of(phi, "blocks.0.q_proj.bias") is None
+
+
+def test_linears_of_one_input_get_the_same_object(models, tmp_path):
+    config = models("llama").config
+    save(tmp_path / "blocks.0.npz", {"blocks.0.q_proj": LayerStats(2, np.ones(4, np.float32))})
+    statistics = Statistics.open(config, tmp_path, hessian=True)
+    found = [statistics.for_weight(f"blocks.0.{role}.weight") for role in ("q_proj", "v_proj")]
+    assert found[0] is found[1] is not None
+    assert found[0].mean is None and found[0].hessian is None
+    assert statistics.for_weight("embed_tokens.weight") is None
+    assert statistics.for_weight("blocks.0.o_proj.weight") is None
+
+
+def test_a_packed_hessian_is_within_half_a_step(tmp_path):
+    draw = np.random.default_rng(0)
+    x = (draw.standard_normal((500, 40)) * draw.lognormal(0, 3, 40)).astype(np.float32)
+    x[:, 7] = 0  # a dead column
+    hessian = x.T @ x / 500
+    again = unpack_hessian(*pack_hessian(hessian))
+    roots = np.sqrt(np.diagonal(hessian))
+    bound = np.outer(roots, roots) * (0.51 / 32767) + 1e-12
+    assert (np.abs(again - hessian) <= bound).all()
+    assert (again == again.T).all()
+    np.testing.assert_allclose(np.diagonal(again), np.diagonal(hessian), rtol=1e-6)
+    stats = LayerStats(500, np.diagonal(hessian).copy(), x.mean(0), (hessian[:16, :16], hessian))
+    save(tmp_path / "lm_head.npz", {"lm_head": stats})
+    loaded = load(tmp_path / "lm_head.npz", "lm_head", hessian=True)
+    assert loaded.count == 500 and (loaded.mean == stats.mean).all()
+    assert [block.shape for block in loaded.hessian] == [(16, 16), (40, 40)]
+    assert (loaded.hessian[1] == again).all()
+    assert load(tmp_path / "lm_head.npz", "lm_head", hessian=False).hessian is None
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibration"
+
+
+def calibrated(model: Model, windows: list[list[int]], *, hessian: bool) -> Statistics:
+    chosen = CalibrationSet(tuple(map(tuple, windows)), ("test",))
+    fingerprint = model.checkpoint.fingerprint()
+    return collect(model.config, model.read, chosen, fingerprint=fingerprint, hessian=hessian)
+
+
+def test_statistics_are_kept_and_found_again(models, cache):
+    model, windows = models("llama"), draw_windows(2)
+    first = calibrated(model, windows, hessian=False).for_weight("blocks.1.o_proj.weight")
+    assert first.hessian is None
+    before = model.readings
+    again = calibrated(model, windows, hessian=False).for_weight("blocks.1.o_proj.weight")
+    assert model.readings == before
+    assert (again.importance == first.importance).all()
+
+    full = calibrated(model, windows, hessian=True).for_weight("blocks.1.o_proj.weight")
+    assert model.readings > before and full.hessian is not None
+    before = model.readings
+    light = calibrated(model, windows, hessian=False)  # Hessians serve without, too
+    assert light.for_weight("blocks.1.o_proj.weight").hessian is None
+    assert model.readings == before
+    assert len(list(cache.iterdir())) == 1
+
+    calibrated(model, draw_windows(3), hessian=False)  # other windows, other statistics
+    assert model.readings > before
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_an_interrupted_walk_leaves_nothing(models, cache):
+    model = models("llama")
+
+    def read(name: str) -> np.ndarray:
+        if name.startswith("blocks.1"):
+            raise KeyboardInterrupt
+        return model.read(name)
+
+    chosen = CalibrationSet(((1, 2, 3, 4),), ("test",))
+    with pytest.raises(KeyboardInterrupt):
+        collect(model.config, read, chosen, fingerprint="x", hessian=False)
+    assert list(cache.iterdir()) == []
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models) -> Tokenizer:
+    return Tokenizer(models("llama").folder)
+
+
+def drawn(tokenizer: Tokenizer, *sources: object, **settings: int) -> CalibrationSet:
+    wanted = {"tokens": 128, "sequence_length": 32, "seed": 0} | settings
+    return CalibrationSet.load(list(map(str, sources)), tokenizer, **wanted)
+
+
+def test_windows_of_plain_text(tokenizer, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {n} of the text\n" for n in range(400)))
+    found = drawn(tokenizer, text)
+    assert found.tokens == 128 and [len(window) for window in found.windows] == [32] * 4
+    assert found.sources == ("a.txt",)
+    if tokenizer.adds_bos:
+        assert all(window[0] == tokenizer.bos_id for window in found.windows)
+    assert drawn(tokenizer, text).digest() == found.digest()
+    assert drawn(tokenizer, text, seed=1).digest() != found.digest()
+    body = tokenizer.decode(found.windows[0][1:])
+    assert re.search(r"line \d+ of the text\nline \d+", body)
+
+
+def test_sources_give_equal_parts(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 3000)
+    found = drawn(tokenizer, tmp_path / "a.txt", tmp_path / "b.txt", tokens=32 * 6)
+    text = [tokenizer.decode(window[1:]) for window in found.windows]
+    assert ["a" in body for body in text] == [True, False] * 3
+
+
+def test_a_short_text_gives_what_it_has(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 60)
+    assert 1 <= len(drawn(tokenizer, tmp_path / "a.txt", tokens=100_000).windows) < 20
+
+
+def test_chats_go_through_the_template(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi."}]
+    rows = [{"messages": chat}] * 20
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = drawn(tokenizer, path)
+    if tokenizer.has_chat_template:
+        rendered = tokenizer.render_chat(chat, add_generation_prompt=False)
+    else:
+        rendered = "User: Hello there\nAssistant: Hi.\n"
+    ids = tokenizer.encode(rendered)
+    ids = ids[1:] if ids[0] == tokenizer.bos_id else ids
+    body = list(found.windows[0][1:] if tokenizer.adds_bos else found.windows[0])
+    assert body == (ids * 20)[: len(body)]
+    path.write_text(json.dumps({"text": "plain words " * 100}) + "\n\n")
+    assert "plain words" in tokenizer.decode(drawn(tokenizer, path).windows[0])
+
+
+def test_the_built_in_set_fills_the_default(tokenizer):
+    found = drawn(tokenizer, "builtin", tokens=16384, sequence_length=512)
+    assert found.tokens == 16384 and found.sources == ("builtin",)
+    assert len(set(found.windows)) == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("short.txt", "a few words", "do not fill one window"),
+        ("latin.txt", b"caf\xe9", "cannot be read as UTF-8"),
+        ("rows.jsonl", '{"prompt": "x"}\n', "line 1 is not a calibration text"),
+        ("rows.jsonl", '{"text": "ok"}\nnot json\n', "line 2 is not a calibration text"),
+        ("rows.jsonl", '{"messages": "hello"}\n', "line 1 is not a calibration text"),
+        ("rows.jsonl", "[1, 2]\n", "line 1 is not a calibration text"),
+    ],
+)
+def test_texts_that_are_refused(tokenizer, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message):
+        drawn(tokenizer, path, sequence_length=64)
