@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.calibration import BUILTIN, CalibrationSet, collect
 from compress.console import Console
 from compress.errors import UsageError
 from compress.job import Job, choose_threads
 from compress.model import Shipyard, Weights
+from compress.recipe import Recipe
 from compress.solvers import NEEDS, get_solver
 from compress.statistics import Statistics
 
@@ -30,27 +32,35 @@ class Importance:
     imatrix: Path | None = None
     save: Path | None = None
 
-    def check(self, solver: str, calibration: Sequence[Path]) -> None:
-        """Refuse options that would have no effect.
+    def check(self, recipe: Recipe, calibration: Sequence[Path]) -> None:
+        """Refuse options that would have no effect, and files that are not there.
 
         Args:
-            solver: of the recipe.
+            recipe: its solver and, where that looks at inputs, its texts count.
             calibration: ``--calibration``.
 
         Raises:
             UsageError: with what to type instead.
         """
-        use = "--set quantize.solver=scale_search"
+        use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
-        if solver in NEEDS:
-            return
-        if self.imatrix:
+        if solver not in NEEDS and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        if calibration and not self.save:
+        if solver not in NEEDS and calibration and not self.save:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
+        for path in texts_of(recipe) if solver in NEEDS or self.save else []:
+            if not path.is_file() and not self.imatrix:
+                raise UsageError(f"{path} does not exist", hint="a calibration text")
+        if self.imatrix and not self.imatrix.is_file():
+            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
+
+
+def texts_of(recipe: Recipe) -> list[Path]:
+    """The recipe's own calibration files."""
+    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
 
 
 def gather(
@@ -82,7 +92,6 @@ def calibrate(job: Job, console: Console, threads: int) -> tuple[Statistics, str
     """Statistics from the recipe's texts, and in words what was seen."""
     import torch
 
-    from compress.calibration import CalibrationSet, collect
     from compress.tokenizer import Tokenizer
 
     settings = job.recipe.calibration

@@ -94,7 +94,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     """
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
-    importance.check(recipe.solver, settings.calibration)
+    importance.check(recipe, settings.calibration)
     limits = gates.parse(recipe.gates)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)

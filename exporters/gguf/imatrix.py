@@ -69,10 +69,11 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
         stats = statistics.for_weight(name)
         if stats is None:
             continue
-        tokens = stats.count
-        sums = (stats.importance * np.float32(stats.count)).reshape(1, -1)
+        # The runs of a shared block were pooled; GGUF has a tensor for each.
+        tokens = stats.count if name == "lm_head.weight" else stats.count // config.block_repeat
+        sums = (stats.importance * np.float32(tokens)).reshape(1, -1)
         writer.add_tensor(target_name(name) + SUMS, sums)
-        writer.add_tensor(target_name(name) + COUNTS, np.full((1, 1), stats.count, np.float32))
+        writer.add_tensor(target_name(name) + COUNTS, np.full((1, 1), tokens, np.float32))
     # llama.cpp wants to know how much was seen, in chunks; one chunk of everything says it.
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", tokens)
