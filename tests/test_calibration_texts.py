@@ -51,7 +51,6 @@ def paragraphs(path: Path) -> list[str]:
             turn["content"]
             for line in text.splitlines()
             for turn in json.loads(line)["messages"]
-            if turn["role"] != "system"
         ]
     else:
         found = re.split(r"\n\s*\n", text)
@@ -88,9 +87,9 @@ def test_conversations():
         assert list(conversation) == ["messages"]
         turns = conversation["messages"]
         assert all(set(turn) == {"role", "content"} and turn["content"].strip() for turn in turns)
+        # No system turns: the chat templates of some families (Mistral) refuse them.
         roles = [turn["role"] for turn in turns]
-        spoken = roles[1:] if roles[0] == "system" else roles
-        assert spoken and spoken == ["user", "assistant"] * (len(spoken) // 2)
+        assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
     assert sum(len(conversation["messages"]) > 3 for conversation in conversations) >= 10
 
 
