@@ -48,9 +48,7 @@ def paragraphs(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         found = [
-            turn["content"]
-            for line in text.splitlines()
-            for turn in json.loads(line)["messages"]
+            turn["content"] for line in text.splitlines() for turn in json.loads(line)["messages"]
         ]
     else:
         found = re.split(r"\n\s*\n", text)
