@@ -25,7 +25,7 @@ Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Params = Mapping[str, Array]
 
-__all__ = ["Array", "Float32", "Grid", "Params", "Quantized", "get_grid"]
+__all__ = ["Array", "Float32", "Grid", "Lattice", "LatticeGrid", "Params", "Quantized", "get_grid"]
 
 
 @runtime_checkable
@@ -79,13 +79,55 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
+class Lattice:
+    """The values that each weight may take once the parameters are fixed.
+
+    ``w = scale * levels[code] - offset``, where the columns are cut into as many equal runs as
+    ``scale`` has columns, and the rows into as many as an array has rows.
+
+    Attributes:
+        scale: float32 ``[rows or 1, runs]``, of either sign; 0 where all weights are ``-offset``.
+        offset: float32, the shape of ``scale``.
+        levels: float32 ``[groups of rows, codes]``, ascending.
+        even: the levels are 1 apart, so that the nearest is found by rounding.
+    """
+
+    scale: Float32
+    offset: Float32
+    levels: Float32
+    even: bool
+
+
+@runtime_checkable
+class LatticeGrid(Grid, Protocol):
+    """A grid whose columns can be rounded one at a time, on parameters fixed before.
+
+    Attributes:
+        span: columns that one fit belongs to: ``fit`` of those columns alone gives their share of
+            the parameters (joined along the columns). 0 where parameters belong to whole rows.
+    """
+
+    @property
+    def span(self) -> int: ...
+
+    def lattice(self, params: Params) -> Lattice:
+        """What ``decode`` computes, up to the last bit, for a solver that needs it by column."""
+        ...
+
+
+@dataclass(frozen=True)
 class Quantized:
-    """A tensor after quantization: what a solver returns and an exporter packs."""
+    """A tensor after quantization: what a solver returns and an exporter packs.
+
+    Attributes:
+        note: what the report should tell of how it came about; mostly nothing.
+    """
 
     codes: Array
     params: Params
     grid: Grid
     shape: tuple[int, int]
+    note: str = ""
 
     def decode(self) -> Float32:
         """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""

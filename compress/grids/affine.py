@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, Float32, Lattice, Params, Quantized
 
 LARGEST_WEIGHT = 65504.0
 # What the search tries, the plain fit first; the others were chosen greedily, each next one the
@@ -66,6 +66,11 @@ class Affine:
     def name(self) -> str:
         group = f"g{self.group_size}" if self.group_size else "channel"
         return f"int{self.bits}-{group}" + ("" if self.symmetric else "-asym")
+
+    @property
+    def span(self) -> int:
+        """A group is fitted on its own."""
+        return self.group_size
 
     @property
     def middle(self) -> int:
@@ -166,6 +171,12 @@ class Affine:
 
         over_rows(work, codes.shape[0])
         return weight
+
+    def lattice(self, params: Params) -> Lattice:
+        """Whole steps above ``scale * zero_point``; see ``compress.grids.LatticeGrid``."""
+        scale = params["scale"].astype(np.float32)
+        levels = np.arange(2**self.bits, dtype=np.float32)
+        return Lattice(scale, scale * params["zero_point"], levels[None], even=True)
 
     def _wide(self, params: Params, columns: int) -> tuple[Float32, Float32, int]:
         """Scale and zero point as float32, and the columns of a group."""

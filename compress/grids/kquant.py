@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, Float32, Lattice, Params, Quantized
 from compress.grids.kquant_affine import fit_affine
 from compress.grids.kquant_codes import encode_levels, encode_linear
 from compress.grids.kquant_layout import block_bytes, pack, unpack
@@ -103,6 +103,11 @@ class BlockGrid:
         if self.name == "IQ4_NL":
             return IQ4_LEVELS
         return np.arange(self.top + 1, dtype=np.float32) - np.float32(self.zero)
+
+    @property
+    def span(self) -> int:
+        """A block is fitted on its own."""
+        return self.block
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise GridError when the rows are not whole blocks."""
@@ -205,6 +210,11 @@ class BlockGrid:
             if "mins" in params:
                 minimum = minimum * params["mins"]
         return scale, minimum
+
+    def lattice(self, params: Params) -> Lattice:
+        """``effective`` and ``levels``; see ``compress.grids.LatticeGrid``."""
+        scale, minimum = self.effective(params)
+        return Lattice(scale, minimum, self.levels[None], even=self.name != "IQ4_NL")
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """The nearest codes, uint8 ``[rows, columns]``, 0..top.

@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, Float32, Lattice, Params, Quantized
 
 EXACT = 1024  # groups of up to this many values are clustered value by value
 COARSE = 256  # bins of equal width ...
@@ -53,6 +53,11 @@ class Palette:
     @property
     def name(self) -> str:
         return f"lut{self.bits}-" + (f"g{self.group_rows}" if self.group_rows else "tensor")
+
+    @property
+    def span(self) -> int:
+        """A table belongs to whole rows."""
+        return 0
 
     @property
     def levels(self) -> int:
@@ -116,6 +121,11 @@ class Palette:
         weight = np.empty(codes.shape, np.float32)
         _decode_groups(np.ascontiguousarray(codes), params["lut"].astype(np.float32), weight)
         return weight
+
+    def lattice(self, params: Params) -> Lattice:
+        """The tables themselves; see ``compress.grids.LatticeGrid``."""
+        none = np.zeros((1, 1), np.float32)
+        return Lattice(none + 1, none, params["lut"].astype(np.float32), even=False)
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """``codes`` uint8 ``[rows, columns]`` unpacked, ``lut`` float16 ``[groups, levels]``."""

@@ -1,0 +1,147 @@
+"""What GPTQ needs of a Hessian: an order of the columns, and a factor of it in that order.
+
+With ``H = U D Uᵀ``, ``U`` unit upper triangular, the output error of a row that changed by ``e`` is
+``e H eᵀ = Σ_k D_k (e_k + Σ_{j<k} e_j U_jk)²``. To round the columns in turn, each with the sum of
+its ``e_j U_jk`` added, makes each term what rounding that column alone costs. This is GPTQ (Frantar
+et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., QuIP, arXiv 2307.13304, theorem 6): the
+same codes, but one factorisation is enough, the Hessian is not inverted, and errors refer to the
+weights as they were, so that there is no updated copy of them to go stale.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.grids import Array, Float32
+from compress.statistics import LayerStats
+
+__all__ = ["Factor", "factors_of", "output_errors"]
+
+# What is added to the diagonal, as a share of itself, until the Hessian is positive definite.
+REPAIRS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+TILE = 256
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One diagonal block of a Hessian.
+
+    Attributes:
+        order: int64 ``[n]``: columns of the weight in the order of rounding.
+        feedback: float32 ``[n, n]``, ``U`` of the module, rows and columns in that order.
+        variances: float32 ``[n]``, ``D`` of the module: of each input, given those after it.
+    """
+
+    order: Array
+    feedback: Float32
+    variances: Float32
+
+
+def factors_of(stats: LayerStats, span: int, damping: float) -> tuple[Factor, ...]:
+    """The factors of a Hessian's diagonal blocks; those of the last call are kept.
+
+    Args:
+        stats: with a Hessian.
+        span: columns that are fitted, and so rounded, together; 0 for columns in any order.
+        damping: share of the diagonal's mean that is added to it.
+
+    Returns:
+        One for each block; none where the Hessian has no positive definite part to speak of (it
+        is zero, not finite, or far from a covariance).
+    """
+    for known, settings, factors in _last:
+        if known() is stats and settings == (span, damping):
+            return factors
+    _last.clear()  # before the next are made: they are large
+    factors = factorize(stats.hessian or (), span, damping)
+    _last.append((weakref.ref(stats, lambda _: _last.clear()), (span, damping), factors))
+    return factors
+
+
+# Row slabs of a tensor, and q, k and v, come one after the other with the same statistics; these
+# are let go with them.
+_last: list[tuple[weakref.ref[LayerStats], tuple[int, float], tuple[Factor, ...]]] = []
+
+
+def factorize(hessian: tuple[Float32, ...], span: int, damping: float) -> tuple[Factor, ...]:
+    """As ``factors_of``, anew."""
+    factors = []
+    start = 0
+    for block in hessian:
+        diagonal = np.diagonal(block).astype(np.float64)
+        damp = damping * float(diagonal.mean())
+        if not (np.isfinite(damp) and damp > 0):
+            return ()
+        order = rounding_order(diagonal, span)
+        for repair in REPAIRS:
+            damped = block[np.ix_(order, order)]
+            np.fill_diagonal(damped, np.diagonal(damped) * (1 + repair) + damp)
+            variances = factor_in_place(damped)
+            if variances is not None:
+                break
+        else:
+            return ()
+        factors.append(Factor(order + start, damped, variances))
+        start += len(block)
+    return tuple(factors)
+
+
+def rounding_order(diagonal: Array, span: int) -> Array:
+    """Columns by falling importance; whole spans by falling total, each sorted within.
+
+    What is rounded early has the most columns left to make up for its error.
+    """
+    if not span:
+        return np.argsort(-diagonal, kind="stable")
+    spans = diagonal.reshape(-1, span)
+    within = np.argsort(-spans, axis=1, kind="stable") + span * np.arange(len(spans))[:, None]
+    order: Array = within[np.argsort(-spans.sum(axis=1), kind="stable")].reshape(-1)
+    return order
+
+
+def factor_in_place(matrix: Float32) -> Float32 | None:
+    """``U D Uᵀ`` of a symmetric matrix, float32 ``[n, n]``, which becomes ``U``; returns ``D``.
+
+    A Cholesky factorisation from the last column to the first, ``TILE`` at a time: nearly all of it
+    is matrix products, and a wide Hessian needs no second copy. None where it breaks down: the
+    matrix, spoilt, is not positive definite in float32.
+    """
+    variances = np.empty(len(matrix), np.float32)
+    for last in range(len(matrix), 0, -TILE):
+        tile = slice(max(last - TILE, 0), last)
+        known = matrix[tile, last:] * variances[last:]
+        matrix[:last, tile] -= matrix[:last, last:] @ known.T
+        try:
+            # The factor of a reversed matrix, reversed, is upper triangular.
+            lower = np.linalg.cholesky(matrix[tile, tile][::-1, ::-1].astype(np.float64))
+        except np.linalg.LinAlgError:
+            return None
+        upper = lower[::-1, ::-1]
+        roots = np.diagonal(upper)
+        variances[tile] = roots**2
+        above = slice(0, tile.start)
+        matrix[above, tile] = matrix[above, tile] @ (np.linalg.inv(upper).T / roots).astype("f4")
+        matrix[tile, tile] = upper / roots
+    return variances if np.isfinite(matrix).all() else None
+
+
+def output_errors(errors: Float32, hessian: tuple[Float32, ...]) -> Array:
+    """``e H eᵀ`` of every row ``e`` of weight errors: its mean squared output error.
+
+    Args:
+        errors: float32 ``[rows, columns]``.
+        hessian: diagonal blocks.
+
+    Returns:
+        float64 ``[rows]``.
+    """
+    total = np.zeros(len(errors))
+    start = 0
+    for block in hessian:
+        part = errors[:, start : start + len(block)]
+        total += np.einsum("ij,ij->i", part @ block, part, dtype=np.float64)
+        start += len(block)
+    return total
