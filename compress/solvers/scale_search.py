@@ -3,12 +3,22 @@
 The output error of a linear is ``Σ_c E[x_c²] (w_c - ŵ_c)²`` summed over rows, where inputs are
 taken to be uncorrelated; ``E[x_c²]`` is the importance (llama.cpp's imatrix). The grids search
 scale, minimum, zero point or palette for the least such error and refit in closed form.
+
+The importance is taken to the power of ``POWER``: inputs are correlated, and other texts stress
+other columns, so the measured ratios between columns are trusted a little less than they say. On
+the demo model and a text that is neither the calibration's nor the held-out one, over three draws
+of calibration texts, mean KL at 0.75 against 1: Q4_K_M -4 %, Q3_K_M -5 %, lut4-g8 -4 %, int4-g32
++1 %; 0.5 and less lose on int4.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from compress.grids import Float32, Grid, Quantized
 from compress.statistics import LayerStats
+
+POWER = 0.75
 
 
 def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -> Quantized:
@@ -23,4 +33,10 @@ def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -
     """
     if stats is None or not stats.importance.any():
         return grid.quantize(weight)
-    return grid.quantize(weight, stats.importance)
+    return grid.quantize(weight, column_weights(stats))
+
+
+def column_weights(stats: LayerStats) -> Float32:
+    """What the squared errors of the columns are weighed by, float32 ``[columns]``."""
+    weights: Float32 = np.power(stats.importance, np.float32(POWER))
+    return weights
