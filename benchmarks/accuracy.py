@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "Core ML int4-g32": ("coreml", "targets.coreml.grid=int4-g32"),
     "Core ML lut4-g8": ("coreml", "targets.coreml.grid=lut4-g8"),
 }
+DEMO = str(model_path())
 SOLVERS = ("rtn", "scale_search", "gptq")
 
 
@@ -132,7 +133,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     tokens = verified[0].quality.tokens if verified[0] else 0
     return {
-        "model": Path(chosen.model).name,
+        "model": "packlight-demo" if chosen.model == DEMO else Path(chosen.model).name,
         "scored_tokens": tokens,
         "calibration": job.recipe.document["calibration"],
         "walk_cpu_seconds": walks,
@@ -142,7 +143,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(model_path()))
+    parser.add_argument("model", nargs="?", default=DEMO)
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--calibration", action="append")
     parser.add_argument("--windows", type=int, default=64)
