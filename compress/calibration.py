@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
-LAYOUT = 1  # of the cache; part of its key
+HELD_BACK = 16  # of so many windows one is kept out of the Hessian, to measure solvers on ...
+HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
+LAYOUT = 2  # of the cache; part of its key
 
 
 # --- texts to windows -------------------------------------------------------------------------
@@ -211,16 +214,22 @@ class Accumulator:
         import torch
 
         self.count = 0
+        self.hessian_count = 0
+        self.held_back: list[Tensor] = []
         self.sums = torch.zeros(columns, dtype=torch.float64)
         self.squares = torch.zeros(columns, dtype=torch.float64)
         self.spans = hessian_spans(columns) if hessian else []
         self.products = [torch.zeros(s.stop - s.start, s.stop - s.start) for s in self.spans]
 
-    def add(self, x: Tensor) -> None:
-        """Rows ``[n, columns]`` of the input."""
+    def add(self, x: Tensor, *, hold_back: bool) -> None:
+        """Rows ``[n, columns]`` of the input; those held back are not for the Hessian."""
         self.count += x.shape[0]
         self.sums += x.sum(0)
         self.squares += (x * x).sum(0)
+        if hold_back and self.spans:
+            self.held_back.append(x.clone())
+            return
+        self.hessian_count += x.shape[0]
         for span, product in zip(self.spans, self.products, strict=True):
             part = x[:, span]
             product.addmm_(part.T, part)
@@ -228,15 +237,18 @@ class Accumulator:
     def finish(self) -> LayerStats:
         """The means."""
 
-        def mean(total: Tensor) -> Float32:
-            values: Float32 = (total / self.count).float().numpy()
+        import torch
+
+        def mean(total: Tensor, count: int) -> Float32:
+            values: Float32 = (total / count).float().numpy()
             return values
 
         return LayerStats(
             count=self.count,
-            importance=mean(self.squares),
-            mean=mean(self.sums),
-            hessian=tuple(map(mean, self.products)) or None,
+            importance=mean(self.squares, self.count),
+            mean=mean(self.sums, self.count),
+            hessian=tuple(mean(p, self.hessian_count) for p in self.products) or None,
+            held_back=torch.cat(self.held_back).float().numpy() if self.held_back else None,
         )
 
 
@@ -280,14 +292,16 @@ def walk(
     states = hidden_states(decoder.embed(windows), dtype, work)
     sums: dict[str, Accumulator] = {}
 
-    def listen(name: str, x: Tensor) -> None:
+    every = max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
+
+    def listen(name: str, x: Tensor, position: int) -> None:
         key = input_of(config, name)
         # Linears of one input come with the same x; the first speaks for all.
         if key is None or key.rpartition(".")[2] != split_name(name)[1]:
             return
         if key not in sums:
             sums[key] = Accumulator(x.shape[1], hessian=hessian)
-        sums[key].add(x)
+        sums[key].add(x, hold_back=position % every == every - 1)
 
     def finish() -> dict[str, LayerStats]:
         done = {key: entry.finish() for key, entry in sums.items()}
@@ -300,14 +314,16 @@ def walk(
             yield finish()
         block = decoder.block(index)
         for position in range(len(windows)):
-            states[position] = block(states[position].float(), rope, on_input=listen)
+            heard = partial(listen, position=position)
+            states[position] = block(states[position].float(), rope, on_input=heard)
             progress(index * len(windows) + position + 1, total)
         del block
     yield finish()
     norm = as_tensor(read("norm.weight"))
     bias = as_tensor(read("norm.bias")) if config.has_bias("norm") else None
     for position in range(len(windows)):
-        listen("lm_head.weight", normalize(config, states[position].float(), norm, bias))
+        final = normalize(config, states[position].float(), norm, bias)
+        listen("lm_head.weight", final, position)
         progress(total - len(windows) + position + 1, total)
     yield finish()
 

@@ -138,12 +138,16 @@ class Weights:
     Names (see ``compress.arch.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
     ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
     ``gate_up_proj``) and their parts are both readable, however the checkpoint stores them.
+
+    Attributes:
+        fallen: rows by weight name for which the solver fell back on a simpler one.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, solve: Solver) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.map = WeightMap(config)
+        self.fallen: dict[str, int] = {}
         self._solve = solve
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -156,7 +160,21 @@ class Weights:
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
-        return self._solve(self.read(name, rows), grid, name)
+        found = self._solve(self.read(name, rows), grid, name)
+        if found.fallen:
+            self.fallen[name] = self.fallen.get(name, 0) + found.fallen
+        return found
+
+    def notes(self) -> tuple[str, ...]:
+        """A line for the report, where rows fell back."""
+        if not self.fallen:
+            return ()
+        worst = max(self.fallen, key=lambda name: self.fallen[name])
+        return (
+            f"{sum(self.fallen.values()):,} rows of {len(self.fallen)} tensors are as scale_search "
+            "leaves them, which measured better on inputs held back from calibration; most in "
+            f"{worst}: {self.fallen[worst]:,}",
+        )
 
 
 @dataclass(frozen=True)

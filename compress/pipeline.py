@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,15 +220,15 @@ def write_artifacts(
     job: Job, statistics: Statistics | None, shipyard: Shipyard, folder: Path, console: Console
 ) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
-    weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver, statistics))
     artifacts = []
     for plan in job.plans:
+        weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver, statistics))
         target = folder / plan.format
         target.mkdir()
         with console.progress(f"write {plan.format} {plan.type_name}") as update:
             artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-        artifacts.append(artifact)
+        artifacts.append(replace(artifact, notes=artifact.notes + weights.notes()))
     return artifacts
 
 

@@ -7,7 +7,8 @@ block (phi) also up and q. An input goes by the name of its first linear: ``bloc
 
 On disk: one ``.npz`` per stored block and one for the head. A Hessian is kept as the square roots
 of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
-mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini.
+mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Inputs held
+back are kept in float16, each row over its largest magnitude.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = ["LayerStats", "Statistics", "input_names", "input_of"]
 Float32 = NDArray[np.float32]
 
 CORRELATION_STEPS = 32767  # of int16: correlations are in [-1, 1]
+TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ class LayerStats:
         hessian: mean of ``x xᵀ`` as its diagonal blocks in order, float32 ``[n, n]`` each, the
             ``n`` adding up to ``columns``: usually one block, several where a wide input was split
             to save memory. None where no solver asked for it.
+        held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
+            seen: to measure on. None without a Hessian, or with too few windows to spare any.
     """
 
     count: int
     importance: Float32
     mean: Float32 | None = None
     hessian: tuple[Float32, ...] | None = None
+    held_back: Float32 | None = None
 
 
 class Statistics:
@@ -152,6 +157,10 @@ def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
             roots, triangle = pack_hessian(hessian)
             arrays[f"{key}.hessian.{index}.roots"] = roots
             arrays[f"{key}.hessian.{index}.correlations"] = triangle
+        if entry.held_back is not None:
+            peaks = np.maximum(np.abs(entry.held_back).max(axis=1, keepdims=True), TINY)
+            arrays[f"{key}.held_back.peaks"] = peaks
+            arrays[f"{key}.held_back.rows"] = (entry.held_back / peaks).astype(np.float16)
     np.savez(path, **arrays)
 
 
@@ -164,11 +173,15 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
         while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
             stem = f"{key}.hessian.{len(blocks)}"
             blocks.append(unpack_hessian(arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]))
+        held_back = None
+        if hessian and f"{key}.held_back.rows" in arrays:
+            held_back = arrays[f"{key}.held_back.rows"] * arrays[f"{key}.held_back.peaks"]
         return LayerStats(
             count=int(arrays[f"{key}.count"]),
             importance=arrays[f"{key}.importance"],
             mean=arrays.get(f"{key}.mean"),
             hessian=tuple(blocks) or None,
+            held_back=held_back,
         )
 
 

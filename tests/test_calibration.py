@@ -138,6 +138,26 @@ def test_a_wide_hessian_is_its_diagonal_blocks(models, monkeypatch):
     np.testing.assert_allclose(split.hessian[1], whole.hessian[0][256:, 256:], rtol=1e-5, atol=1e-6)
 
 
+def test_some_windows_are_held_back_from_the_hessian(models, monkeypatch, tmp_path):
+    model, windows = models("llama"), draw_windows(count=9)
+    whole = gathered(model, windows)
+    assert whole["lm_head"].held_back is None  # too few to spare one
+    monkeypatch.setattr(calibration, "HELD_BACK", 4)
+    held = gathered(model, windows)
+    for key, entry in held.items():
+        assert entry.held_back.shape == (2 * 48, len(entry.importance))  # windows 3 and 7 of 0..8
+        assert (entry.importance == whole[key].importance).all()
+        seen = entry.hessian[0] * 7 * 48 + entry.held_back.T @ entry.held_back
+        assert distance(seen, whole[key].hessian[0] * 9 * 48) < 1e-5
+    monkeypatch.setattr(calibration, "HELD_ROWS", 60)  # every eighth is room enough
+    assert len(gathered(model, windows)["lm_head"].held_back) == 48
+    save(tmp_path / "x.npz", held)
+    back = load(tmp_path / "x.npz", "blocks.1.down_proj", hessian=True)
+    assert distance(back.held_back, held["blocks.1.down_proj"].held_back) < 1e-3
+    light = load(tmp_path / "x.npz", "blocks.1.down_proj", hessian=False)
+    assert light.held_back is None
+
+
 def test_names_of_inputs(models):
     phi3, phi, llama = (models(family).config for family in ("phi3", "phi", "llama"))
     assert input_of(phi3, "blocks.1.qkv_proj.weight") == "blocks.1.q_proj"

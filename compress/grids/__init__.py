@@ -120,14 +120,14 @@ class Quantized:
     """A tensor after quantization: what a solver returns and an exporter packs.
 
     Attributes:
-        note: what the report should tell of how it came about; mostly nothing.
+        fallen: rows for which the solver fell back on a simpler one.
     """
 
     codes: Array
     params: Params
     grid: Grid
     shape: tuple[int, int]
-    note: str = ""
+    fallen: int = 0
 
     def decode(self) -> Float32:
         """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""

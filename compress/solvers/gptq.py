@@ -37,8 +37,10 @@ def gptq(
     damping: float = 0.01,
     block: int = 128,
 ) -> Quantized:
-    """Codes of least output error, found greedily column by column; never worse than
-    ``scale_search``, whose result every row keeps for which it measures better.
+    """Codes of least output error, found greedily column by column.
+
+    Rows that measure worse than those of ``scale_search``, on inputs held back from the Hessian,
+    become the latter.
 
     Args:
         weight: float32 ``[rows, columns]``, whole or some of its rows: rows are independent, except
@@ -49,14 +51,15 @@ def gptq(
         block: columns whose errors are spread over all later ones at once. Speed only.
 
     Returns:
-        With a ``note`` where rows fell back.
+        ``fallen``: the rows that became those of ``scale_search``; all of them where the Hessian is
+        empty or not a covariance.
     """
     searched = scale_search(weight, grid, stats)
     if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid):
         return searched
     factors = factors_of(stats, grid.span, damping)
     if not factors:
-        return replace(searched, note="scale_search: the Hessian is empty or not a covariance")
+        return replace(searched, fallen=len(weight))
     rows = len(weight)
     codes, params = searched.codes.copy(), {k: v.copy() for k, v in searched.params.items()}
     whole = None if grid.span else grid.lattice(params)
@@ -67,13 +70,12 @@ def gptq(
         fits = Spans(grid, weight.shape[1]) if whole is None else Whole(whole, rows, part)
         trial, left = round_rows(weight[part], factors, fits, block)
         before = weight[part] - decoded[part]
-        better = output_errors(left, stats.hessian) <= output_errors(before, stats.hessian)
+        better = output_errors(left, stats) <= output_errors(before, stats)
         codes[part][better] = trial[better]
         for key, values in fits.params().items():
             params[key][part][better] = values[better]
         fallen += len(better) - int(better.sum())
-    note = f"scale_search for {fallen} of {rows} rows: GPTQ measured worse" if fallen else ""
-    return Quantized(codes, params, grid, searched.shape, note)
+    return Quantized(codes, params, grid, searched.shape, fallen)
 
 
 class Whole:
@@ -95,10 +97,10 @@ class Whole:
         self.lattice = Lattice(scale, offset, lattice.levels[table[part]], lattice.even)
 
     def enter(
-        self, residual: Float32, columns: Array, importance: Float32
+        self, weight: Float32, carried: Float32, factor: Factor, part: slice
     ) -> tuple[Lattice, Array]:
         """The lattice of some columns, and the run of it that each is of."""
-        return self.lattice, np.zeros(len(columns), np.int64)
+        return self.lattice, np.zeros(weight.shape[1], np.int64)
 
     def params(self) -> Params:
         """What was fitted: nothing."""
@@ -114,18 +116,23 @@ class Spans:
         self.fitted: list[Params] = [{}] * (columns // grid.span)
 
     def enter(
-        self, residual: Float32, columns: Array, importance: Float32
+        self, weight: Float32, carried: Float32, factor: Factor, part: slice
     ) -> tuple[Lattice, Array]:
         """As ``Whole.enter``, fitted to the span's weights as they are now.
 
         Args:
-            residual: float32 ``[rows, span]``.
-            columns: int64 ``[span]``: where those columns stand in the weight.
-            importance: float32 ``[span]``, of their errors.
+            weight: float32 ``[rows, span]``.
+            carried: float32 ``[rows, span]``: errors of earlier columns times ``feedback``.
+            factor: of those columns ...
+            part: ... which are these of its order.
         """
-        first = int(columns.min())
-        place = np.argsort(columns)
-        params = self.grid.fit(residual[:, place], importance[place])
+        columns = factor.order[part]
+        first, place = int(columns.min()), np.argsort(columns)
+        # Shared out over all columns left, and not only up to each column's own turn, an error e
+        # moves them by e H_sr H_rr^-1, which in terms of the factor is e U_sr U_rr^-1.
+        settle = np.linalg.inv(np.triu(factor.feedback[part, part])).astype(np.float32)
+        now = weight + carried @ settle
+        params = self.grid.fit(now[:, place], factor.variances[part][place])
         self.fitted[first // self.span] = params
         lattice = self.grid.lattice(params)
         return lattice, (columns - first) * lattice.scale.shape[1] // self.span
@@ -159,22 +166,22 @@ def round_columns(
     stride = max(block // step, 1) * step
     for first in range(0, columns, stride):
         last = min(first + stride, columns)
-        moved = weight[:, first:last] + left[:, :first] @ factor.feedback[:first, first:last]
+        shares = left[:, :first] @ factor.feedback[:first, first:last]
         for start in range(first, last, step):
             part = slice(start, min(start + step, last))
-            residual = moved[:, part.start - first : part.stop - first]
-            residual += left[:, first:start] @ factor.feedback[first:start, part]
-            lattice, run = fits.enter(residual, factor.order[part], factor.variances[part])
+            carried = shares[:, part.start - first : part.stop - first]
+            carried += left[:, first:start] @ factor.feedback[first:start, part]
+            lattice, run = fits.enter(weight[:, part], carried, factor, part)
             feedback = np.ascontiguousarray(factor.feedback[part, part])
             round_piece(
-                residual, weight[:, part], feedback, lattice, run, codes[:, part], left[:, part]
+                weight[:, part], carried, feedback, lattice, run, codes[:, part], left[:, part]
             )
     return codes, left
 
 
 def round_piece(
-    residual: Float32,
     weight: Float32,
+    carried: Float32,
     feedback: Float32,
     lattice: Lattice,
     run: Array,
@@ -185,6 +192,6 @@ def round_piece(
     scale, offset, levels, even = lattice.scale, lattice.offset, lattice.levels, lattice.even
 
     def work(begin: int, end: int) -> None:
-        sweep(residual, weight, feedback, run, scale, offset, levels, even, begin, end, codes, left)
+        sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, left)
 
     over_rows(work, len(weight))

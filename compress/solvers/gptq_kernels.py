@@ -14,14 +14,14 @@ from compress.grids.lanes import LANES, f4, inverse_of, kernel
 
 
 @kernel
-def sweep(residual, weight, feedback, run, scale, offset, levels, even, begin, end, codes, errors):
+def sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, errors):
     """Round columns 0..n-1 in this order, rows begin..end.
 
-    Column k is rounded as ``residual[k] + Σ_{j<k} errors[j] * feedback[j, k]``.
+    Column k is rounded as ``weight + carried + Σ_{j<k} errors[j] * feedback[j, k]``.
 
     Args:
-        residual: float32 ``[rows, n]``: the weights with what all columns before these left over.
-        weight: float32 ``[rows, n]``: the weights themselves.
+        weight: float32 ``[rows, n]``.
+        carried: float32 ``[rows, n]``: the like sum over all columns before these.
         feedback: float32 ``[n, n]``; what is above its diagonal.
         run: int64 ``[n]``: the run of the lattice that each column is of.
         scale, offset, levels, even: see ``compress.grids.Lattice``; one row, or one for each row.
@@ -42,8 +42,8 @@ def sweep(residual, weight, feedback, run, scale, offset, levels, even, begin, e
             source = min(row + lane, end - 1)
             scaled, table = source % len(scale), source % len(levels)
             for k in range(n):
-                x[k, lane] = residual[source, k]
                 left[k, lane] = weight[source, k]
+                x[k, lane] = left[k, lane] + carried[source, k]
             for k in range(runs):
                 step[k, lane] = scale[scaled, k]
                 inverse[k, lane] = inverse_of(scale[scaled, k])

@@ -128,19 +128,25 @@ def factor_in_place(matrix: Float32) -> Float32 | None:
     return variances if np.isfinite(matrix).all() else None
 
 
-def output_errors(errors: Float32, hessian: tuple[Float32, ...]) -> Array:
-    """``e H eᵀ`` of every row ``e`` of weight errors: its mean squared output error.
+def output_errors(errors: Float32, stats: LayerStats) -> Array:
+    """Mean squared output error of every row, from the errors of its weights.
+
+    On the inputs that were held back from the Hessian, where there are any; else ``e H eᵀ``.
 
     Args:
         errors: float32 ``[rows, columns]``.
-        hessian: diagonal blocks.
+        stats: of the input; with a Hessian.
 
     Returns:
         float64 ``[rows]``.
     """
+    if stats.held_back is not None:
+        outputs = errors @ stats.held_back.T
+        squares: Array = np.einsum("ij,ij->i", outputs, outputs, dtype=np.float64)
+        return squares / len(stats.held_back)
     total = np.zeros(len(errors))
     start = 0
-    for block in hessian:
+    for block in stats.hessian or ():
         part = errors[:, start : start + len(block)]
         total += np.einsum("ij,ij->i", part @ block, part, dtype=np.float64)
         start += len(block)
