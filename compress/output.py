@@ -5,7 +5,6 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.console import format_bytes
-from compress.errors import DiskFullError, OutputExistsError, UsageError
+from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -89,7 +88,7 @@ def work_folder(output: Path) -> Iterator[Path]:
             else:
                 partial.rename(output)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if is_disk_full(error):
                 raise DiskFullError(
                     f"the disk ran full while writing to {partial.parent} ({error.strerror})",
                     hint="nothing was left behind; free some space and run it again",

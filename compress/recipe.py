@@ -4,7 +4,6 @@ single source of keys, types, defaults and descriptions; editors read the same f
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -15,9 +14,7 @@ from typing import Any
 import yaml
 
 import recipes
-from compress.errors import RecipeError
-
-DEFAULT = "phone-4bit"
+from compress.errors import RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,9 @@ def read(source: str) -> str:
         return recipes.read(source)
     path = Path(source)
     if not path.is_file():
-        near = difflib.get_close_matches(source, recipes.names(), 1)
         raise RecipeError(
             f"no recipe named {source!r}, and no such file",
-            hint=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(recipes.names())}",
+            hint=did_you_mean(source, recipes.names(), "shipped"),
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -162,14 +158,11 @@ def explain(error: Any, source: str) -> RecipeError:
     known = sorted(error.schema.get("properties", {}))
     if error.validator == "additionalProperties":
         unknown = sorted(set(error.instance) - set(known))[0]
-        near = difflib.get_close_matches(unknown, known, 1)
         dotted = f"{path}.{unknown}" if path else unknown
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        hint = did_you_mean(unknown, known, "known keys")
         return RecipeError(f"{source}: unknown key {dotted}", hint=hint)
     if error.validator == "enum":
-        choices = [str(choice) for choice in error.validator_value]
-        near = difflib.get_close_matches(str(error.instance).upper(), choices, 1)
-        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(choices)}"
+        hint = did_you_mean(str(error.instance).upper(), map(str, error.validator_value))
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")

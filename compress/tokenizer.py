@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, UsageError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 """A chat: ``[{"role": "user", "content": "..."}, ...]``."""
@@ -48,7 +48,7 @@ class Tokenizer:
                 raise CheckpointError(
                     "the tokenizer needs the checkpoint's own code, which packlight never executes"
                 ) from error
-            raise CheckpointError(f"the tokenizer cannot be loaded: {_one_line(error)}") from error
+            raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
@@ -96,7 +96,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # whatever a template of the checkpoint raises
-            raise CheckpointError(f"the chat template failed: {_one_line(error)}") from error
+            raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
         return text
 
 
@@ -127,7 +127,3 @@ def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> li
         )
     starts = range(0, len(tokens) - body + 1, body)[:count]
     return [[*head, *tokens[start : start + body]] for start in starts]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from compress.model import Exporter, Shipyard
 
 __all__ = ["EXPORTERS", "SHIPYARD", "get_exporter"]
@@ -32,7 +32,7 @@ def get_exporter(name: str) -> Exporter:
         UsageError: an unknown format.
     """
     if name not in EXPORTERS:
-        raise UsageError(f"unknown format {name!r}", hint=f"one of: {', '.join(EXPORTERS)}")
+        raise UsageError(f"unknown format {name!r}", hint=did_you_mean(name, EXPORTERS))
     return cast(Exporter, importlib.import_module(EXPORTERS[name]))
 
 

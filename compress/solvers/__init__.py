@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from compress.model import Solver
 
 __all__ = ["SOLVERS", "get_solver"]
@@ -24,6 +24,6 @@ def get_solver(name: str) -> Solver:
         UsageError: no such solver.
     """
     if name not in SOLVERS:
-        raise UsageError(f"unknown solver {name!r}", hint=f"one of: {', '.join(SOLVERS)}")
+        raise UsageError(f"unknown solver {name!r}", hint=did_you_mean(name, SOLVERS))
     solver: Solver = getattr(importlib.import_module(SOLVERS[name]), name)
     return solver

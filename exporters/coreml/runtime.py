@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import __version__
-from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
 from compress.model import Runtime
 from exporters.coreml.mil import read_package
 
@@ -153,8 +153,7 @@ def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
             str(path), compute_units=coremltools.ComputeUnit.CPU_AND_GPU
         )
     except Exception as error:  # NSError arrives as a bare RuntimeError
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ArtifactError(f"Core ML refuses {path.name}: {first}") from error
+        raise ArtifactError(f"Core ML refuses {path.name}: {first_line(error)}") from error
     version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
     return f"Core ML (macOS {version})", model.predict, model.make_state
 

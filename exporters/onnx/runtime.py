@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
 from exporters.onnx.inspection import find_graph
 from exporters.onnx.planning import CONTEXT_KEY
 
@@ -141,7 +141,3 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
