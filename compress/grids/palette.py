@@ -12,18 +12,18 @@ moves monotonically, which makes each of its rows O(m log m), is in Grønlund et
 k-means, k-medians and Bregman divergence clustering in 1D" (arXiv 1701.07204).
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, Float32, Params, Quantized, lanes
 
 EXACT = 1024  # groups of up to this many values are clustered value by value
 COARSE = 256  # bins of equal width ...
@@ -90,19 +90,16 @@ class Palette:
             than levels gets them all, the last one repeated.
 
         Raises:
-            GridError: rows that the groups do not divide, or weights beyond float16.
+            GridError: rows that the groups do not divide, a weight that is NaN or beyond float16,
+                or an importance that is not a vector of finite numbers >= 0.
         """
         shape = (weight.shape[0], weight.shape[1])
         self.check(shape)
-        shares = np.ones(shape[1], np.float32)
-        if importance is not None and importance.max() > 0:
-            # A column that calibration never saw still gets a say where nothing else does.
-            shares = np.maximum(importance, importance.mean() * 1e-6).astype(np.float32)
+        weight = lanes.checked(weight, self.name)
+        shares = lanes.normalized(importance, shape[1], self.name)
         lut = np.empty((self.groups(shape), self.levels), np.float64)
         fine = max(FINE, min(16 * self.levels, 2048))
-        _fit_groups(np.ascontiguousarray(weight, np.float32), shares, fine, lut)
-        if np.abs(lut).max() > np.finfo(np.float16).max:
-            raise GridError(f"{self.name}: weights too large for a float16 table")
+        _fit_groups(weight, shares, fine, lut)
         return {"lut": lut.astype(np.float16)}
 
     def encode(self, weight: Float32, params: Params) -> Array:
@@ -130,16 +127,11 @@ class Palette:
 # --- kernels -------------------------------------------------------------------------------
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first call and cache on disk; where no folder is writable, only compile."""
-    try:
-        return njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:
-        return njit(function, nogil=True, error_model="numpy")
+kernel = partial(lanes.kernel, fastmath=())  # sums of squares that cancel
 
 
 @kernel
-def _fit_groups(weight, shares, fine, lut):  # type: ignore[no-untyped-def]
+def _fit_groups(weight, shares, fine, lut):
     """Fill ``lut`` float64 ``[groups, levels]`` from ``weight`` float32 ``[rows, columns]``."""
     rows = weight.shape[0] // lut.shape[0]
     for group in range(lut.shape[0]):
@@ -161,7 +153,7 @@ def _fit_groups(weight, shares, fine, lut):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _sorted_points(values, shares, middle):  # type: ignore[no-untyped-def]
+def _sorted_points(values, shares, middle):
     """One point per distinct value, ascending: sums of weight, weight·x and weight·x²."""
     flat = values.copy().reshape(-1)
     order = np.argsort(flat)
@@ -176,7 +168,7 @@ def _sorted_points(values, shares, middle):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _histogram(values, shares, middle, fine):  # type: ignore[no-untyped-def]
+def _histogram(values, shares, middle, fine):
     """One point per occupied bin, ascending: sums of weight, weight·x and weight·x².
 
     Bins of equal width first; then each is cut into one piece, and one more for every
@@ -204,14 +196,14 @@ def _histogram(values, shares, middle, fine):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _add(sums, point, x, share):  # type: ignore[no-untyped-def]
+def _add(sums, point, x, share):
     sums[0, point] += share
     sums[1, point] += share * x
     sums[2, point] += share * x * x
 
 
 @kernel
-def _cluster(mass, first, second, centers):  # type: ignore[no-untyped-def]
+def _cluster(mass, first, second, centers):
     """Split ascending points into ``len(centers)`` runs of least squared error; their means.
 
     ``cost[j]`` is the least error of points ``0..j`` in ``k`` runs; the last of them starts at
@@ -234,7 +226,7 @@ def _cluster(mass, first, second, centers):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _prefix(values):  # type: ignore[no-untyped-def]
+def _prefix(values):
     sums = np.zeros(values.size + 1)
     for i in range(values.size):
         sums[i + 1] = sums[i] + values[i]
@@ -242,7 +234,7 @@ def _prefix(values):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _next_row(w, wx, wxx, before, k, split):  # type: ignore[no-untyped-def]
+def _next_row(w, wx, wxx, before, k, split):
     """``min over i of before[i - 1] + error(i..j)`` for every ``j >= k``.
 
     The best ``i`` does not decrease with ``j``: solving every 2^n-th ``j`` first bounds the
@@ -272,7 +264,7 @@ def _next_row(w, wx, wxx, before, k, split):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _encode_groups(weight, lut, codes):  # type: ignore[no-untyped-def]
+def _encode_groups(weight, lut, codes):
     """Nearest entry of each group's ascending table: how many of its midpoints lie below.
 
     Counting them all is SIMD; a binary search is not, and is slower even among 256.
@@ -288,7 +280,7 @@ def _encode_groups(weight, lut, codes):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _decode_groups(codes, lut, weight):  # type: ignore[no-untyped-def]
+def _decode_groups(codes, lut, weight):
     rows = codes.shape[0] // lut.shape[0]
     for row in range(codes.shape[0]):
         table = lut[row // rows]
