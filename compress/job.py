@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
+from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.recipe import Recipe
 
@@ -233,4 +233,4 @@ def choose_threads(wanted: int, config: DecoderConfig) -> int:
         return wanted
     if config.num_parameters < ONE_THREAD:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()

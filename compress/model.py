@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
+from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,7 @@ class Plan:
     Attributes:
         format: ``gguf``, ``onnx``, ``coreml``.
         type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``.
-        model_name: base of the file names.
+        model_name: base of the file names; nothing in it that a file system minds.
         entries: in the order of writing.
         settings: the recipe's target settings that the writer needs again.
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
@@ -115,6 +116,9 @@ class Runtime(Protocol):
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
         Forgets whatever the cache held. The array is the caller's to keep.
+
+        Raises:
+            UsageError: no tokens, or more than there is room for (``check_room``).
         """
         ...
 
@@ -123,12 +127,36 @@ class Runtime(Protocol):
         ...
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``."""
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``.
+
+        Raises:
+            UsageError: as ``logits``.
+        """
         ...
 
     def close(self) -> None:
         """Free the model. Calling it twice is harmless."""
         ...
+
+
+def check_room(used: int, count: int, room: int) -> None:
+    """What every runtime refuses: no tokens, or more than its context holds.
+
+    Args:
+        used: positions in the cache.
+        count: tokens that come.
+        room: positions of the context.
+
+    Raises:
+        UsageError: either.
+    """
+    if count == 0:
+        raise UsageError("a runtime needs at least one token")
+    if used + count > room:
+        raise UsageError(
+            f"{used + count} tokens do not fit: the runtime has room for {room}",
+            hint="a larger context, up to what the artifact was built for",
+        )
 
 
 class Weights:

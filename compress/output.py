@@ -6,13 +6,11 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from compress.console import format_bytes
 from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
@@ -111,12 +109,6 @@ def lock_file(handle: int, output: Path) -> None:
         raise UsageError(
             f"another build is writing to {output}", hint="wait for it, or another --output"
         ) from error
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Indented UTF-8 JSON with a final newline."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_checksums(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.arch import DecoderConfig
 from compress.checkpoint import Checkpoint
+from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.job import (
@@ -31,8 +32,9 @@ from compress.job import (
     read_license,
     window_length,
 )
+from compress.machine import available_memory
 from compress.model import Artifact, Shipyard, Weights
-from compress.output import check_disk, check_output, work_folder, write_checksums, write_json
+from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.recipe import Recipe, load
 from compress.report import TASK_HEADERS, Baseline, build_report, model_facts, task_rows
 from compress.solvers import get_solver
@@ -279,13 +281,6 @@ class Scorer:
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()
         return store
-
-
-def available_memory() -> int:
-    """Bytes that may be taken without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def make_report(

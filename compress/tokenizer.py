@@ -63,6 +63,18 @@ class Tokenizer:
         text: str = self.hf.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
+    def to_json(self) -> str:
+        """The text of ``tokenizer.json``, also where the folder has only older files.
+
+        Raises:
+            CheckpointError: transformers has no fast form of this tokenizer.
+        """
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            raise CheckpointError("the tokenizer cannot be written as tokenizer.json")
+        text: str = backend.to_str(pretty=True)
+        return text
+
     @property
     def bos_id(self) -> int | None:
         """The beginning-of-sequence id, whether or not the tokenizer adds it by itself."""

@@ -237,13 +237,13 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     """Injected where the GGUF writer's bytes reach the file: the write fails half-way."""
     from exporters.gguf import writer
 
-    real = writer.write_file
+    real = writer.write
 
     def full(plan, weights, folder, progress):
         real(plan, weights, folder, progress)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_file", full)
+    monkeypatch.setattr(writer, "write", full)
     out = tmp_path / "out"
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify"]) == 2
     assert "disk ran full" in capsys.readouterr().err

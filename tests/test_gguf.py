@@ -154,7 +154,7 @@ def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
     pieces.reset()
     np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
-    with pytest.raises(UsageError, match="91 tokens do not fit the context of 90"):
+    with pytest.raises(UsageError, match="91 tokens do not fit: the runtime has room for 90"):
         pieces.feed(ids[:1])
 
 

@@ -16,7 +16,8 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
     {"compress.errors"},
-    {"compress.config_json", "compress.rope", "compress.families", "compress.hub"},
+    {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
+     "compress.machine"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files"},

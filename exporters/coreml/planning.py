@@ -10,6 +10,7 @@ from typing import Any
 from compress.arch import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.model import Plan, PlanEntry
+from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
 ROW_GROUPS = ("g1", "g2", "g4", "g8", "g16", "g32", "tensor")
@@ -20,7 +21,6 @@ GRIDS = (
 )
 DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
 DEFAULT_CONTEXT = 2048
-BITS = {"fp16": 16, "fp32": 32}  # and int4, uint3 …: the number in the name
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
 IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
@@ -44,8 +44,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes in the file; sub-byte integers are packed without gaps."""
-        bits = BITS.get(self.dtype) or int(self.dtype.lstrip("uint"))
-        return (math.prod(self.shape) * bits + 7) // 8
+        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
 def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:

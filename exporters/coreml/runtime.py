@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from compress import __version__
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
-from compress.model import Runtime
+from compress.model import Runtime, check_room
 from exporters.coreml.mil import read_package
 
 Float32 = NDArray[np.float32]
@@ -113,10 +113,7 @@ class CoreMLRuntime:
     def _append(self, tokens: Sequence[int]) -> list[Float32]:
         if self._predict is None:
             raise UsageError("the runtime is closed")
-        if not tokens or self._length + len(tokens) > self._slots:
-            raise UsageError(
-                f"{len(tokens)} token(s) after {self._length}: the KV cache has {self._slots} slots"
-            )
+        check_room(self._length, len(tokens), self._slots)
         if self._state is None:
             self._state = self._make_state()
         pieces = []

@@ -11,8 +11,8 @@ from compress.errors import ArtifactError
 from exporters.gguf.head import read_head
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """See ``exporters.Exporter.describe``; anybody's GGUF will do.
+def describe(path: Path) -> dict[str, Any]:
+    """See ``compress.model.Exporter.describe``; anybody's GGUF will do.
 
     Raises:
         ArtifactError: not a GGUF file, or a damaged one.
