@@ -255,6 +255,8 @@ def test_an_interrupted_build_leaves_nothing(model, tmp_path, ending):
     process = subprocess.Popen(
         [sys.executable, "-m", "compress", "build", str(model), "-o", "out", *FAST],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A suite in the background (`make test &`) ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.time() + 60
     while not (tmp_path / "out.partial").exists() and time.time() < deadline:
