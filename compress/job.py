@@ -194,7 +194,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporte
     """An artifact that was written some time ago, from its own metadata."""
     facts = get_exporter(name).describe(path)
     entries = tuple(
-        PlanEntry(row["name"], row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
+        PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
     )
     plan = Plan(
@@ -202,7 +202,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporte
         type_name=path.stem,
         model_name=facts["name"],
         entries=entries,
-        max_context=min(config.max_context, facts.get("context") or config.max_context),
+        max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
     cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)

@@ -28,7 +28,8 @@ class PlanEntry:
 
     Attributes:
         name: our name of the weight (``blocks.3.q_proj.weight``, ``blocks.3.qkv_proj.weight``,
-            ``embed_tokens.weight``): what to ask ``Weights`` for.
+            ``embed_tokens.weight``): what to ask ``Weights`` for. Tables that are computed are
+            ``rope.…``; empty in an artifact that was read back, which only knows its own names.
         target_name: the name in the artifact (``blk.3.attn_qkv.weight``).
         grid: the grid's name; ``F32``/``F16`` for what stays float.
         shape: ``[rows, columns]``, or one-dimensional for norms and biases.
@@ -250,7 +251,8 @@ class Exporter(Protocol):
         """What ``packlight inspect`` shows of an artifact: metadata and tensors, no weights read.
 
         Keys: ``format``, ``name``, ``architecture``, ``parameters`` (None when unknown), ``bytes``,
-        ``bits_per_weight``, ``kv_bytes_per_value``, ``config`` (as ``config.json``, at least the
+        ``bits_per_weight``, ``kv_bytes_per_value``, ``context`` (positions that the file itself
+        holds; 0 where only the model sets a limit), ``config`` (as ``config.json``, at least the
         sizes; empty when unknown), ``metadata`` (str → printable), ``tensors`` (list of name,
         shape, grid, bytes).
         """

@@ -322,11 +322,11 @@ def task_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
     """One tensor of an artifact; ``block`` is None outside the blocks."""
-    # A Core ML package that `packlight verify` adopts has names of its own, without dots.
-    ours = "." in entry.name
-    block, role, kind = split_name(entry.name) if ours else (None, entry.name, "weight")
+    # What `packlight verify` reads back has the artifact's names only.
+    name = entry.name or entry.target_name
+    block, role, kind = split_name(entry.name) if entry.name else (None, name, "weight")
     return {
-        "name": entry.name,
+        "name": name,
         "block": block,
         "role": role if kind == "weight" else f"{role}.{kind}",
         "grid": entry.grid,

@@ -289,6 +289,7 @@ def test_describe_reads_no_weights() -> None:
     assert facts["bytes"] == built.artifact.nbytes
     assert facts["bits_per_weight"] == facts["bytes"] * 8 / facts["parameters"]
     assert facts["metadata"]["keyCache"] == f"fp16 [2, 1, 2, {CONTEXT}, 64]"
+    assert facts["context"] == CONTEXT  # less than the model's: `packlight verify` asks for no more
     json.dumps(facts)
 
 

@@ -37,6 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": 2,  # states are float16
+        "context": cache_slots(function),
         "config": json_or_empty(path.parent / "config.json"),
         "metadata": dict(sorted(program.metadata.items()))
         | {"specification version": str(program.specification_version)}
@@ -49,6 +50,12 @@ def describe(path: Path) -> dict[str, Any]:
             {key: tensor[key] for key in ("name", "shape", "grid", "bytes")} for tensor in tensors
         ],
     }
+
+
+def cache_slots(function: Function) -> int:
+    """Positions of the KV cache; 0 for a program that has none."""
+    cache = function.states.get("keyCache")
+    return 0 if cache is None else cache.shape[3] or 0
 
 
 def list_tensors(function: Function) -> list[dict[str, Any]]:

@@ -204,16 +204,16 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     context = settings["context"]
     cache = context * config.kv_cache_bytes_per_token()
     yield (
-        f"Core ML: the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
-        "its size costs speed: a smaller context is faster."
+        f"the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
+        "its size costs speed: a smaller context is faster"
     )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
         yield (
-            f"Core ML: {config.rope.kind} rotary factors are those for short prompts: the package "
-            f"holds {context} positions, not {config.max_position_embeddings}."
+            f"{config.rope.kind} rotary factors are those for short prompts: the package "
+            f"holds {context} positions, not {config.max_position_embeddings}"
         )
     if config.head_dim % NEURAL_ENGINE_MULTIPLE:
         yield (
-            f"Core ML: heads of {config.head_dim} are not a multiple of 32, which the Neural "
-            "Engine is reported to refuse for states; CPU and GPU take them."
+            f"heads of {config.head_dim} are not a multiple of 32, which the Neural "
+            "Engine is reported to refuse for states; CPU and GPU take them"
         )

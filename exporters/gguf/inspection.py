@@ -43,6 +43,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": size,
         "bits_per_weight": size * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": 2,  # llama.cpp's default cache is float16
+        "context": 0,  # llama.cpp makes as much room as it is asked for
         "config": hf_config(metadata, tensors),
         "metadata": metadata,
         "tensors": tensors,

@@ -60,6 +60,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": KV_BYTES,
+        "context": int(metadata.get(CONTEXT_KEY, 0)),
         "config": config,
         "metadata": {
             "ir_version": str(model.ir_version),
@@ -69,7 +70,6 @@ def describe(path: Path) -> dict[str, Any]:
             "operators": ", ".join(f"{name} {n}" for name, n in sorted(operators.items())),
         },
         "tensors": tensors,
-        "context": int(metadata.get(CONTEXT_KEY, 0)),
     }
 
 
