@@ -28,6 +28,8 @@ from compress.verify.tasks import TaskScore
 
 SCHEMA_VERSION = 1
 
+FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
+
 Decode = Callable[[Sequence[int]], str]
 """Token ids → text."""
 
@@ -346,6 +348,16 @@ def verdict(artifacts: Sequence[Mapping[str, Any]]) -> str:
     if any(artifact["perplexity_ratio"] is None for artifact in artifacts):
         return "failed"  # it ran, and its answers are not numbers
     return "passed"
+
+
+def artifact_label(artifact: Mapping[str, Any]) -> str:
+    """``GGUF Q4_K_M``: how pages call an artifact of the report."""
+    return f"{FORMATS[artifact['format']]} {artifact['type']}"
+
+
+def decimals(error: float) -> int:
+    """Places that show a standard error, and so its figure, to two digits: 0.0031 → 4."""
+    return max(0, 1 - int(f"{error:e}".partition("e")[2]))
 
 
 def clean(value: Any) -> Any:

@@ -44,7 +44,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
     if context > slots:
         raise UsageError(
             f"{path.name} has a KV cache of {slots} positions, {context} are asked for",
-            hint=f"--context {slots}, or build with targets.coreml.context={context}",
+            hint=f"build with targets.coreml.context={context}",
         )
     vocab = function.outputs["logits"].shape[-1] or 0
     if _has_core_ml():
