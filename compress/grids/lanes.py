@@ -101,18 +101,19 @@ def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
     return shares
 
 
-def over_rows(work: Callable[[int, int], None], rows: int) -> None:
+def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) -> None:
     """``work(begin, end)`` over all rows, in as many threads as numba is configured for.
 
+    Each call gets whole units of rows; there are too few for a thread below four of them.
     The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
     when two callers come at once (workqueue) or hang after a fork (OpenMP).
     """
-    tiles = -(-rows // LANES)
+    tiles = -(-rows // unit)
     threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
     if threads <= 1:
         work(0, rows)
         return
-    step = max(1, tiles // (4 * threads)) * LANES
+    step = max(1, tiles // (4 * threads)) * unit
     with ThreadPoolExecutor(threads) as pool:
         begins = range(0, rows, step)
         list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))

@@ -99,14 +99,23 @@ class Palette:
         shares = lanes.normalized(importance, shape[1], self.name)
         lut = np.empty((self.groups(shape), self.levels), np.float64)
         fine = max(FINE, min(16 * self.levels, 2048))
-        _fit_groups(weight, shares, fine, lut)
+
+        def work(begin: int, end: int) -> None:
+            _fit_groups(weight, shares, fine, begin, end, lut)
+
+        lanes.over_rows(work, len(lut), unit=1)
         return {"lut": lut.astype(np.float16)}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """Nearest table entry, uint8 ``[rows, columns]``; any subset of the columns will do."""
         codes = np.empty(weight.shape, np.uint8)
         table = params["lut"].astype(np.float32)
-        _encode_groups(np.ascontiguousarray(weight, np.float32), table, codes)
+        weight = np.ascontiguousarray(weight, np.float32)
+
+        def work(begin: int, end: int) -> None:
+            _encode_rows(weight, table, begin, end, codes)
+
+        lanes.over_rows(work, len(weight))
         return codes
 
     def decode(self, codes: Array, params: Params) -> Float32:
@@ -131,10 +140,10 @@ kernel = partial(lanes.kernel, fastmath=())  # sums of squares that cancel
 
 
 @kernel
-def _fit_groups(weight, shares, fine, lut):
-    """Fill ``lut`` float64 ``[groups, levels]`` from ``weight`` float32 ``[rows, columns]``."""
+def _fit_groups(weight, shares, fine, begin, end, lut):
+    """Some groups of ``lut``, float64 ``[groups, levels]``, from ``weight`` ``[rows, columns]``."""
     rows = weight.shape[0] // lut.shape[0]
-    for group in range(lut.shape[0]):
+    for group in range(begin, end):
         values = weight[group * rows : (group + 1) * rows]
         middle = np.float64(0)  # sums of squares are taken around it, for their precision
         for row in range(rows):
@@ -264,19 +273,19 @@ def _next_row(w, wx, wxx, before, k, split):
 
 
 @kernel
-def _encode_groups(weight, lut, codes):
-    """Nearest entry of each group's ascending table: how many of its midpoints lie below.
+def _encode_rows(weight, lut, begin, end, codes):
+    """Nearest entry of each row's ascending table: how many of its midpoints lie below.
 
     Counting them all is SIMD; a binary search is not, and is slower even among 256.
     """
     rows = weight.shape[0] // lut.shape[0]
-    for group in range(lut.shape[0]):
-        midpoints = (lut[group, 1:] + lut[group, :-1]) * np.float32(0.5)
-        for row in range(group * rows, (group + 1) * rows):
-            codes[row, :] = 0
-            for midpoint in midpoints:
-                for column in range(weight.shape[1]):
-                    codes[row, column] += weight[row, column] > midpoint
+    for row in range(begin, end):
+        table = lut[row // rows]
+        codes[row, :] = 0
+        for level in range(lut.shape[1] - 1):
+            midpoint = (table[level] + table[level + 1]) * np.float32(0.5)
+            for column in range(weight.shape[1]):
+                codes[row, column] += weight[row, column] > midpoint
 
 
 @kernel
