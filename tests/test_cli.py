@@ -222,7 +222,7 @@ def test_shell_completion_knows_commands_recipes_and_formats():
     def complete(words: str) -> str:
         env = {"_PACKLIGHT_COMPLETE": "bash_complete", "COMP_WORDS": words,
                "COMP_CWORD": str(len(words.split(" ")) - 1)}  # fmt: skip
-        code = "from compress.cli import main; main()"
+        code = "from compress.__main__ import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
         )
@@ -231,6 +231,18 @@ def test_shell_completion_knows_commands_recipes_and_formats():
     assert "build" in complete("packlight bu")
     assert "phone-4bit" in complete("packlight build -r pho")
     assert "coreml" in complete("packlight build -f co")
+
+
+def test_a_reader_that_goes_away_is_not_a_failed_gate(model):
+    """`packlight inspect … | head`: 128 + SIGPIPE, as shells count, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "inspect", str(model)],
+        stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):

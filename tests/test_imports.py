@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors"},
+    {"compress.errors", "compress.interrupts"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
      "compress.machine"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
