@@ -204,7 +204,7 @@ def demo(output: Path, **options: Any) -> int:
                    "answer (an index from 0); may be repeated.")  # fmt: skip
 @click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
               help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=16, show_default=True,
+@click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
               help="Windows of text to score.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip

@@ -229,8 +229,8 @@ ONE_THREAD = 100_000_000
 
 def choose_threads(wanted: int, config: DecoderConfig) -> int:
     """Threads for every runtime and for the float model alike, so that their speeds compare."""
-    if wanted:
-        return wanted
+    if wanted:  # more than there are is never faster; hundreds take minutes to meet
+        return min(wanted, available_cpus())
     if config.num_parameters < ONE_THREAD:
         return 1
     return available_cpus()

@@ -78,7 +78,8 @@ def read(source: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"{source} cannot be read: {why}") from error
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
@@ -96,7 +97,10 @@ def parse(text: str, source: str) -> dict[str, Any]:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
-    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way."""
+    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way.
+
+    A limit needs no quotes of YAML's (``verify.gates.top1_agreement=>=0.9``).
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -107,7 +111,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = node[key]
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        node[keys[-1]] = text if text.startswith((">=", "<=")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
 
@@ -167,8 +171,9 @@ def explain(error: Any, source: str) -> RecipeError:
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
     if error.validator == "pattern":
-        example = "int4-g32, int8-channel, lut4-g8" if "grid" in path else error.validator_value
-        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=f"such as {example}")
+        is_name = path == "name"
+        hint = "letters, digits, . _ -" if is_name else "such as int4-g32, int8-channel, lut4-g8"
+        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")
     return RecipeError(f"{where}: {error.message}")

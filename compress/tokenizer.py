@@ -112,17 +112,19 @@ class Tokenizer:
         return text
 
 
+MARGIN = 64  # tokens before a cut that the cut may have changed
+
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
     """The first ``count`` windows of a text, each exactly ``length`` ids long.
 
-    The text is encoded once, whole, without special tokens, and cut into contiguous,
-    non-overlapping pieces; an incomplete last piece is dropped. If the tokenizer puts a BOS before
-    a text, then so does every window, and a piece is ``length - 1`` ids of the text; otherwise a
-    piece is ``length`` ids. Scoring starts at the second id of a window, so every piece with BOS
-    is scored whole. Fewer windows come back when the text is shorter than ``count`` of them.
+    The text is encoded without special tokens and cut into contiguous, non-overlapping pieces; an
+    incomplete last piece is dropped. If the tokenizer puts a BOS before a text, then so does every
+    window, and a piece is ``length - 1`` ids of the text; otherwise a piece is ``length`` ids.
+    Scoring starts at the second id of a window, so every piece with BOS is scored whole. Fewer
+    windows come back when the text is shorter than ``count`` of them.
 
     Raises:
         UsageError: the text does not fill one window, or ``length`` or ``count`` is too small.
@@ -131,11 +133,16 @@ def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> li
         raise UsageError(f"cannot score {count} window(s) of {length} token(s)")
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
-    tokens = tokenizer.encode(text)
+    # A text of gigabytes is not encoded to the end: no tokenizer takes 16 characters a token on
+    # average. The last tokens before the cut may be others than in the whole text: not used.
+    start = text[: 16 * (body * count + MARGIN)]
+    tokens = tokenizer.encode(start)
+    if len(start) < len(text) and len(tokens) < body * count + MARGIN:
+        tokens = tokenizer.encode(text)
     if len(tokens) < body:
         raise UsageError(
             f"the evaluation text has {len(tokens)} tokens, a window needs {body}",
-            hint="give a longer text, or a smaller sequence length",
+            hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
         )
     starts = range(0, len(tokens) - body + 1, body)[:count]
     return [[*head, *tokens[start : start + body]] for start in starts]

@@ -36,6 +36,12 @@ def test_overrides_and_formats():
     assert loaded.targets["gguf"]["type"] == "Q5_K_M"
 
 
+@pytest.mark.parametrize("limit", [">=0.9", "<=0.05"])
+def test_a_limit_needs_no_quotes_for_yaml(limit):
+    loaded = recipe.load("phone-4bit", [f"verify.gates.top1_agreement={limit}"])
+    assert loaded.gates["top1_agreement"] == limit
+
+
 def test_a_format_that_the_recipe_lacks_is_added_with_its_defaults(tmp_path):
     file = tmp_path / "one.yaml"
     file.write_text("schema: 1\ntargets: {gguf: {type: Q8_0}}\n")
