@@ -1,5 +1,24 @@
-"""``python -m compress`` is the ``packlight`` command."""
+"""The ``packlight`` command, and ``python -m compress``."""
 
-from compress.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from compress import interrupts
+
+
+def main() -> None:
+    """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
+    interrupts.install()  # before anything that takes time
+    try:
+        from compress.cli import run
+
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # before the command line could catch it
+        sys.exit(130)
+    finally:
+        interrupts.uninstall()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,6 @@ Heavy imports live inside the commands: ``packlight --help`` loads click and not
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +21,8 @@ FORMATS = ("gguf", "onnx", "coreml")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def main() -> None:
-    """The ``packlight`` command; exit codes 0, 1 (a gate failed), 2 (could not run), 130."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line and translate every ending into its exit code."""
-    # A cancelled CI job sends SIGTERM: unwind, so that no half-written folder stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = cli.main(arguments, prog_name="packlight", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -46,9 +37,12 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing half-written was left behind", err=True)
         return 130
-    except BrokenPipeError:  # `packlight inspect … | head`
-        sys.stderr.close()
-        return 0
+    except SystemExit as ending:
+        if ending.code != 1:
+            raise
+        # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
+        # that a gate failed; shells know the reader's going away as 141, 128 + SIGPIPE.
+        return 141
     except OSError as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
@@ -223,7 +217,7 @@ def demo(output: Path, **options: Any) -> int:
                    "answer (an index from 0); may be repeated.")  # fmt: skip
 @click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
               help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=16, show_default=True,
+@click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
               help="Windows of text to score.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip

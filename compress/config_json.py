@@ -41,6 +41,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def json_or_empty(file: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be missing or damaged."""
+    try:
+        return read_json(file)
+    except CheckpointError:
+        return {}
+
+
+def write_json(path: Path, document: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Indented UTF-8 JSON with a final newline."""
+    text = json.dumps(document, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
 def whole(config: Config, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
     """A whole number from 1 to ``most``; ``default`` where the key is missing or null."""
     value = config.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from compress import __version__
 from compress.console import Console, format_bytes
+from compress.machine import available_cpus, available_memory
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,9 @@ def coreml() -> Check:
 
 def machine() -> Check:
     """CPUs that the process may use, and memory."""
-    import psutil
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = psutil.virtual_memory()
-    found = f"{cpus} CPUs, {format_bytes(memory.available)} of memory available"
-    return Check("machine", found, memory.available > 1_000_000_000, "1 GB of free memory")
+    memory = available_memory()
+    found = f"{available_cpus()} CPUs, {format_bytes(memory)} of memory available"
+    return Check("machine", found, memory > 1_000_000_000, "1 GB of free memory")
 
 
 def disk() -> Check:

@@ -17,6 +17,9 @@ Ctrl-C is Python's own KeyboardInterrupt (exit code 130).
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterable
+
 __all__ = [
     "ArtifactError",
     "CheckpointError",
@@ -28,6 +31,10 @@ __all__ = [
     "RuntimeMissingError",
     "UnsupportedModelError",
     "UsageError",
+    "did_you_mean",
+    "first_line",
+    "is_disk_full",
+    "one_line",
 ]
 
 
@@ -81,3 +88,30 @@ class ArtifactError(PacklightError):
 
 class DiskFullError(PacklightError):
     """No room left on the device."""
+
+
+# --- what messages are made of -----------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: Iterable[str], listed: str = "one of") -> str:
+    """The hint for an unknown word: the nearest known one, or else all of them."""
+    import difflib
+
+    words = list(known)
+    near = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {near[0]}?" if near else f"{listed}: {', '.join(words)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says first; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All that a library says, on one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_disk_full(error: OSError) -> bool:
+    """No room on the device, or no more of the user's quota or file size."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

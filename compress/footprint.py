@@ -15,7 +15,7 @@ from typing import Any
 
 from compress.arch import DecoderConfig
 from compress.console import parse_bytes
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from compress.model import PlanEntry
 
 # Tokens that go through the model at once while the prompt is read: llama.cpp's n_ubatch.
@@ -160,13 +160,9 @@ def get_device(name: str) -> Device:
     Raises:
         UsageError: not in the table.
     """
-    import difflib
-
     table = devices()
     if name not in table:
-        near = difflib.get_close_matches(name, table, 1)
-        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(table)}"
-        raise UsageError(f"unknown device {name!r}", hint=hint)
+        raise UsageError(f"unknown device {name!r}", hint=did_you_mean(name, table))
     return table[name]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from compress.config_json import read_json
-from compress.errors import CheckpointError, DiskFullError
+from compress.errors import CheckpointError, DiskFullError, is_disk_full, one_line
 from compress.families import find_family
 
 # What a build needs, and nothing of the other formats that live beside it in a repository
@@ -52,12 +51,10 @@ def download(
         if not list(path.glob("*.safetensors")):
             path = fetch(SMALL_FILES, PICKLES)
         return path
-    except OSError as error:  # huggingface_hub's errors are OSErrors too
-        if error.errno == errno.ENOSPC:
+    # huggingface_hub's errors are OSErrors; a name that cannot be a repository is a ValueError.
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_disk_full(error):
             raise DiskFullError(f"no room left to fetch {repo_id}") from error
-        why, hint = _explain(error, revision)
-        raise CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint) from error
-    except ValueError as error:  # a name that cannot be a repository
         why, hint = _explain(error, revision)
         raise CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint) from error
 
@@ -76,5 +73,4 @@ def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
         return "the Hub has no such model, or it is private", "check the name and --token"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}", "check --revision"
-    why = " ".join(str(error).split())[:200] or type(error).__name__
-    return why, "check the name, --revision and --token (or HF_TOKEN)"
+    return one_line(error), "check the name, --revision and --token (or HF_TOKEN)"

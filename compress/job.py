@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
+from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
@@ -207,7 +207,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporte
     """An artifact that was written some time ago, from its own metadata."""
     facts = get_exporter(name).describe(path)
     entries = tuple(
-        PlanEntry(row["name"], row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
+        PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
     )
     plan = Plan(
@@ -215,7 +215,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporte
         type_name=path.stem,
         model_name=facts["name"],
         entries=entries,
-        max_context=min(config.max_context, facts.get("context") or config.max_context),
+        max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
     cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
@@ -242,8 +242,8 @@ ONE_THREAD = 100_000_000
 
 def choose_threads(wanted: int, config: DecoderConfig) -> int:
     """Threads for every runtime and for the float model alike, so that their speeds compare."""
-    if wanted:
-        return wanted
+    if wanted:  # more than there are is never faster; hundreds take minutes to meet
+        return min(wanted, available_cpus())
     if config.num_parameters < ONE_THREAD:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()

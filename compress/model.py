@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
+from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
 from compress.statistics import Statistics
 
@@ -28,7 +29,8 @@ class PlanEntry:
 
     Attributes:
         name: our name of the weight (``blocks.3.q_proj.weight``, ``blocks.3.qkv_proj.weight``,
-            ``embed_tokens.weight``): what to ask ``Weights`` for.
+            ``embed_tokens.weight``): what to ask ``Weights`` for. Tables that are computed are
+            ``rope.…``; empty in an artifact that was read back, which only knows its own names.
         target_name: the name in the artifact (``blk.3.attn_qkv.weight``).
         grid: the grid's name; ``F32``/``F16`` for what stays float.
         shape: ``[rows, columns]``, or one-dimensional for norms and biases.
@@ -51,7 +53,7 @@ class Plan:
     Attributes:
         format: ``gguf``, ``onnx``, ``coreml``.
         type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``.
-        model_name: base of the file names.
+        model_name: base of the file names; nothing in it that a file system minds.
         entries: in the order of writing.
         settings: the recipe's target settings that the writer needs again.
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
@@ -116,6 +118,9 @@ class Runtime(Protocol):
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
         Forgets whatever the cache held. The array is the caller's to keep.
+
+        Raises:
+            UsageError: no tokens, or more than there is room for (``check_room``).
         """
         ...
 
@@ -124,12 +129,36 @@ class Runtime(Protocol):
         ...
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``."""
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``.
+
+        Raises:
+            UsageError: as ``logits``.
+        """
         ...
 
     def close(self) -> None:
         """Free the model. Calling it twice is harmless."""
         ...
+
+
+def check_room(used: int, count: int, room: int) -> None:
+    """What every runtime refuses: no tokens, or more than its context holds.
+
+    Args:
+        used: positions in the cache.
+        count: tokens that come.
+        room: positions of the context.
+
+    Raises:
+        UsageError: either.
+    """
+    if count == 0:
+        raise UsageError("a runtime needs at least one token")
+    if used + count > room:
+        raise UsageError(
+            f"{used + count} tokens do not fit: the runtime has room for {room}",
+            hint="a larger context, up to what the artifact was built for",
+        )
 
 
 class Weights:
@@ -245,7 +274,8 @@ class Exporter(Protocol):
         """What ``packlight inspect`` shows of an artifact: metadata and tensors, no weights read.
 
         Keys: ``format``, ``name``, ``architecture``, ``parameters`` (None when unknown), ``bytes``,
-        ``bits_per_weight``, ``kv_bytes_per_value``, ``config`` (as ``config.json``, at least the
+        ``bits_per_weight``, ``kv_bytes_per_value``, ``context`` (positions that the file itself
+        holds; 0 where only the model sets a limit), ``config`` (as ``config.json``, at least the
         sizes; empty when unknown), ``metadata`` (str → printable), ``tensors`` (list of name,
         shape, grid, bytes).
         """

@@ -15,6 +15,7 @@ from typing import Any
 from compress.arch import DecoderConfig
 from compress.calibration_step import Importance, gather
 from compress.checkpoint import Checkpoint
+from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.job import (
@@ -33,8 +34,9 @@ from compress.job import (
     read_license,
     window_length,
 )
+from compress.machine import available_memory
 from compress.model import Artifact, Shipyard, Weights
-from compress.output import check_disk, check_output, work_folder, write_checksums, write_json
+from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.recipe import Recipe, load
 from compress.report import TASK_HEADERS, Baseline, build_report, model_facts, task_rows
 from compress.solvers import get_solver
@@ -112,13 +114,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         return 0
     check_output(output, overwrite=settings.overwrite)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
+    # Before the work: a text that is too short, or no tokenizer, is told now.
+    scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         statistics, notes = gather(job, importance, shipyard, console, settings.threads)
         artifacts = write_artifacts(job, statistics, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
-        verified = scorer.verify(artifacts, shipyard) if scorer else [None] * len(artifacts)
+        verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         report["notes"] += notes
         write_json(folder / "report.json", report)
@@ -154,7 +157,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     plans = tuple(artifact.plan for artifact in artifacts)
     job = Job(checkpoint, config, recipe, plans, min(DEFAULT_CONTEXT, config.max_context))
     scorer = Scorer(job, text, settings.threads, console, tasks)
-    verified = scorer.verify(artifacts, shipyard)
+    verified = scorer.verify(artifacts, shipyard, None)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
@@ -175,8 +178,10 @@ def read_text(path: Path | None) -> str:
         text = (path or heldout_path()).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
     if not text.strip():
         raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
     return text
@@ -199,6 +204,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
     if settings.source == "packlight-demo":
         return "packlight demo"
     words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
+    if revision := settings.hub.get("revision"):
+        words += ["--revision", revision]
     for name in settings.formats:
         words += ["-f", name]
     for override in settings.overrides:
@@ -263,13 +270,18 @@ class Scorer:
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
-                hint="a longer --eval-text, or --set verify.sequence_length=128",
+                hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
             )
 
-    def verify(self, artifacts: Sequence[Artifact], shipyard: Shipyard) -> list[Verified | None]:
-        """The float model, then every artifact in its runtime, each in a child process."""
+    def verify(
+        self, artifacts: Sequence[Artifact], shipyard: Shipyard, folder: Path | None
+    ) -> list[Verified | None]:
+        """The float model, then every artifact in its runtime, each in a child process.
+
+        The float logits lie in ``folder`` meanwhile, or where ``TMPDIR`` says.
+        """
         found: list[Verified | None] = []
-        with tempfile.TemporaryDirectory(prefix="packlight-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as scratch:
             store = self._score_baseline(Path(scratch))
             for artifact in artifacts:
                 room = max(self._job.context, self.length + GENERATED_ROOM)
@@ -308,13 +320,6 @@ class Scorer:
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()
         return store
-
-
-def available_memory() -> int:
-    """Bytes that may be taken without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def make_report(
@@ -373,9 +378,9 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
     for artifact in report["artifacts"]:
         for gate in artifact["gates"]:
             if not gate["passed"]:
-                value = "nothing" if gate["value"] is None else f"{gate['value']:.4g}"
                 console.warning(
-                    f"{artifact['format']}: {gate['name']} is {value}, the gate is {gate['limit']}"
+                    f"{artifact['format']}: {gate['name']} is {gate_value(gate)}, "
+                    f"the gate is {gate['limit']}"
                 )
         if artifact["generation_consistent"] is False and artifact["generation"]["gap"] > TIE:
             console.warning(
@@ -385,10 +390,21 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
             console.path(output / artifact["path"])
     if report["verdict"] == "not verified":
         console.say("not verified")
+    elif report["verdict"] == "passed" and not any(a["gates"] for a in report["artifacts"]):
+        console.say("measured; no gate was set")
     else:
         console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
     if output is not None:
         console.say(f"report: {output / 'report.html'}")
+
+
+def gate_value(gate: Mapping[str, Any]) -> str:
+    """What was measured, in the unit of the gate."""
+    if gate["value"] is None:
+        return "nothing"
+    if "bytes" in gate["name"]:
+        return format_bytes(gate["value"])
+    return f"{gate['value']:.4g}"
 
 
 # Logits closer than this are a tie that the order of summation decides, not a wrong cache.

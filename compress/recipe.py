@@ -4,7 +4,6 @@ single source of keys, types, defaults and descriptions; editors read the same f
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -15,9 +14,7 @@ from typing import Any
 import yaml
 
 import recipes
-from compress.errors import RecipeError
-
-DEFAULT = "phone-4bit"
+from compress.errors import RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,15 @@ def read(source: str) -> str:
         return recipes.read(source)
     path = Path(source)
     if not path.is_file():
-        near = difflib.get_close_matches(source, recipes.names(), 1)
         raise RecipeError(
             f"no recipe named {source!r}, and no such file",
-            hint=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(recipes.names())}",
+            hint=did_you_mean(source, recipes.names(), "shipped"),
         )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"{source} cannot be read: {why}") from error
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
@@ -103,7 +100,10 @@ def parse(text: str, source: str) -> dict[str, Any]:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
-    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way."""
+    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way.
+
+    A limit needs no quotes of YAML's (``verify.gates.top1_agreement=>=0.9``).
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -114,7 +114,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = node[key]
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        node[keys[-1]] = text if text.startswith((">=", "<=")) else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
 
@@ -170,20 +170,18 @@ def explain(error: Any, source: str) -> RecipeError:
     known = sorted(error.schema.get("properties", {}))
     if error.validator == "additionalProperties":
         unknown = sorted(set(error.instance) - set(known))[0]
-        near = difflib.get_close_matches(unknown, known, 1)
         dotted = f"{path}.{unknown}" if path else unknown
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        hint = did_you_mean(unknown, known, "known keys")
         return RecipeError(f"{source}: unknown key {dotted}", hint=hint)
     if error.validator == "enum":
-        choices = [str(choice) for choice in error.validator_value]
-        near = difflib.get_close_matches(str(error.instance).upper(), choices, 1)
-        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(choices)}"
+        hint = did_you_mean(str(error.instance).upper(), map(str, error.validator_value))
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
     if error.validator == "pattern":
-        example = "int4-g32, int8-channel, lut4-g8" if "grid" in path else error.validator_value
-        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=f"such as {example}")
+        is_name = path == "name"
+        hint = "letters, digits, . _ -" if is_name else "such as int4-g32, int8-channel, lut4-g8"
+        return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")
     return RecipeError(f"{where}: {error.message}")

@@ -28,6 +28,8 @@ from compress.verify.tasks import TaskScore
 
 SCHEMA_VERSION = 1
 
+FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
+
 Decode = Callable[[Sequence[int]], str]
 """Token ids → text."""
 
@@ -322,11 +324,11 @@ def task_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
     """One tensor of an artifact; ``block`` is None outside the blocks."""
-    # A Core ML package that `packlight verify` adopts has names of its own, without dots.
-    ours = "." in entry.name
-    block, role, kind = split_name(entry.name) if ours else (None, entry.name, "weight")
+    # What `packlight verify` reads back has the artifact's names only.
+    name = entry.name or entry.target_name
+    block, role, kind = split_name(entry.name) if entry.name else (None, name, "weight")
     return {
-        "name": entry.name,
+        "name": name,
         "block": block,
         "role": role if kind == "weight" else f"{role}.{kind}",
         "grid": entry.grid,
@@ -346,6 +348,16 @@ def verdict(artifacts: Sequence[Mapping[str, Any]]) -> str:
     if any(artifact["perplexity_ratio"] is None for artifact in artifacts):
         return "failed"  # it ran, and its answers are not numbers
     return "passed"
+
+
+def artifact_label(artifact: Mapping[str, Any]) -> str:
+    """``GGUF Q4_K_M``: how pages call an artifact of the report."""
+    return f"{FORMATS[artifact['format']]} {artifact['type']}"
+
+
+def decimals(error: float) -> int:
+    """Places that show a standard error, and so its figure, to two digits: 0.0031 → 4."""
+    return max(0, 1 - int(f"{error:e}".partition("e")[2]))
 
 
 def clean(value: Any) -> Any:

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from compress import charts
 from compress.console import format_bytes
+from compress.report import artifact_label, decimals
 
-FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
 STYLES = 6  # c0 … c5 in the style sheet
 ROLES = [  # rows of the depth picture, in order of execution
     "embed_tokens",
@@ -56,7 +56,7 @@ def render(report: Json) -> str:
     template = environment.from_string(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report["artifacts"]
     for_template = [
-        {**artifact, "label": label(artifact), "style": f"c{place % STYLES}"}
+        {**artifact, "label": artifact_label(artifact), "style": f"c{place % STYLES}"}
         for place, artifact in enumerate(artifacts)
     ]
     return template.render(
@@ -73,11 +73,6 @@ def render(report: Json) -> str:
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
-
-
-def label(artifact: Json) -> str:
-    """``GGUF Q4_K_M``."""
-    return f"{FORMATS[artifact['format']]} {artifact['type']}"
 
 
 def failures(artifacts: Sequence[Json]) -> list[str]:
@@ -131,15 +126,10 @@ def figure(value: float | None, error: float | None = None) -> Markup:
         return Markup("–")
     if error is None or error == 0:
         return Markup("{}").format(f"{value:.4g}")
-    places = max(0, 1 - exponent_of(error))
+    places = decimals(error)
     return Markup('{} <span class="error">± {}</span>').format(
         f"{value:.{places}f}", f"{error:.{places}f}"
     )
-
-
-def exponent_of(value: float) -> int:
-    """Of the first digit: 0.0031 → -3."""
-    return int(f"{value:e}".partition("e")[2])
 
 
 def percent(value: float | None, error: float | None = None) -> Markup:

@@ -6,14 +6,14 @@ GGUF holds all of this inside; ONNX and Core ML folders need ``config.json``,
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
 from compress.checkpoint import Checkpoint
+from compress.config_json import write_json
+from compress.tokenizer import Tokenizer
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
@@ -21,8 +21,9 @@ FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "tra
 
 def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path) -> None:
     """``config.json``, ``generation_config.json`` and the tokenizer's files."""
-    write_json(folder / "config.json", hf_config(config))
-    write_json(folder / "generation_config.json", generation_config(config, checkpoint))
+    write_json(folder / "config.json", hf_config(config), sort_keys=True)
+    generation = generation_config(config, checkpoint)
+    write_json(folder / "generation_config.json", generation, sort_keys=True)
     copy_tokenizer(checkpoint, folder)
 
 
@@ -55,14 +56,6 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     for file in files:
         shutil.copyfile(file, folder / file.name)
     if files and not (folder / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
         # From the copies: the folder's config.json names no remote code.
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Sorted keys, so that equal content is equal bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+        text = Tokenizer(folder).to_json()
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, UsageError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 """A chat: ``[{"role": "user", "content": "..."}, ...]``."""
@@ -48,7 +48,7 @@ class Tokenizer:
                 raise CheckpointError(
                     "the tokenizer needs the checkpoint's own code, which packlight never executes"
                 ) from error
-            raise CheckpointError(f"the tokenizer cannot be loaded: {_one_line(error)}") from error
+            raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
@@ -61,6 +61,18 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens included, without clean-up of spaces."""
         text: str = self.hf.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text
+
+    def to_json(self) -> str:
+        """The text of ``tokenizer.json``, also where the folder has only older files.
+
+        Raises:
+            CheckpointError: transformers has no fast form of this tokenizer.
+        """
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            raise CheckpointError("the tokenizer cannot be written as tokenizer.json")
+        text: str = backend.to_str(pretty=True)
         return text
 
     @property
@@ -96,9 +108,11 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # whatever a template of the checkpoint raises
-            raise CheckpointError(f"the chat template failed: {_one_line(error)}") from error
+            raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
         return text
 
+
+MARGIN = 64  # tokens before a cut that the cut may have changed
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -106,11 +120,11 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
     """The first ``count`` windows of a text, each exactly ``length`` ids long.
 
-    The text is encoded once, whole, without special tokens, and cut into contiguous,
-    non-overlapping pieces; an incomplete last piece is dropped. If the tokenizer puts a BOS before
-    a text, then so does every window, and a piece is ``length - 1`` ids of the text; otherwise a
-    piece is ``length`` ids. Scoring starts at the second id of a window, so every piece with BOS
-    is scored whole. Fewer windows come back when the text is shorter than ``count`` of them.
+    The text is encoded without special tokens and cut into contiguous, non-overlapping pieces; an
+    incomplete last piece is dropped. If the tokenizer puts a BOS before a text, then so does every
+    window, and a piece is ``length - 1`` ids of the text; otherwise a piece is ``length`` ids.
+    Scoring starts at the second id of a window, so every piece with BOS is scored whole. Fewer
+    windows come back when the text is shorter than ``count`` of them.
 
     Raises:
         UsageError: the text does not fill one window, or ``length`` or ``count`` is too small.
@@ -119,15 +133,16 @@ def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> li
         raise UsageError(f"cannot score {count} window(s) of {length} token(s)")
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
-    tokens = tokenizer.encode(text)
+    # A text of gigabytes is not encoded to the end: no tokenizer takes 16 characters a token on
+    # average. The last tokens before the cut may be others than in the whole text: not used.
+    start = text[: 16 * (body * count + MARGIN)]
+    tokens = tokenizer.encode(start)
+    if len(start) < len(text) and len(tokens) < body * count + MARGIN:
+        tokens = tokenizer.encode(text)
     if len(tokens) < body:
         raise UsageError(
             f"the evaluation text has {len(tokens)} tokens, a window needs {body}",
-            hint="give a longer text, or a smaller sequence length",
+            hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
         )
     starts = range(0, len(tokens) - body + 1, body)[:count]
     return [[*head, *tokens[start : start + body]] for start in starts]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.arch import DecoderConfig
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from compress.model import Exporter, Shipyard
 from compress.statistics import Statistics
 
@@ -34,7 +34,7 @@ def get_exporter(name: str) -> Exporter:
         UsageError: an unknown format.
     """
     if name not in EXPORTERS:
-        raise UsageError(f"unknown format {name!r}", hint=f"one of: {', '.join(EXPORTERS)}")
+        raise UsageError(f"unknown format {name!r}", hint=did_you_mean(name, EXPORTERS))
     return cast(Exporter, importlib.import_module(EXPORTERS[name]))
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from compress.console import format_bytes
+from compress.report import artifact_label, decimals
 
 Json = Mapping[str, Any]
 
-FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
 HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
@@ -174,8 +174,8 @@ def notes(report: Json) -> list[str]:
 
 
 def label(artifact: Json) -> str:
-    """``GGUF Q4_K_M``."""
-    return f"{FORMATS[artifact['format']]} {sentence(artifact['type'])}"
+    """``GGUF Q4_K_M``, in Markdown."""
+    return sentence(artifact_label(artifact))
 
 
 def size(count: int | None) -> str:
@@ -191,7 +191,7 @@ def figure(
         return "–"
     if not error:
         return f"{value * times:.4g}{unit}"
-    places = max(0, 1 - int(f"{error * times:e}".partition("e")[2]))
+    places = decimals(error * times)
     return f"{value * times:.{places}f} ± {error * times:.{places}f}{unit}"
 
 

@@ -15,7 +15,7 @@ import tiny
 from commands import packlight, refused
 
 import compress
-from compress import cli
+from compress import cli, pipeline
 
 FAST = ["--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
 
@@ -149,6 +149,14 @@ def test_verify_fails_on_a_gate(built, model):
         "--gate", "top1_agreement>=0.9999999",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
+    assert "FAILED" in done.stderr
+
+
+def test_verify_without_gates_passes_no_judgement(built, model):
+    gguf = built / "out" / "gguf" / "tiny-llama-Q4_K_M.gguf"
+    done = packlight("verify", gguf, "--baseline", model, "--windows", 2, "--sequence-length", 32)
+    assert done.returncode == 0
+    assert done.stderr == "measured; no gate was set\n"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,9 @@ def test_verify_fails_on_a_gate(built, model):
         (["build", "{model}", "--json", "-q"], "exclude"),
         (["build", "{model}", "--set", "verify.gates={perplexity_ration: '<=1'}"],
          "did you mean perplexity_ratio"),
+        (["build", "{model}", "--set", "name=a/b"], "letters, digits"),
+        (["build", "{model}", "--eval-text", "{model}"], "cannot be read: Is a directory"),
+        (["build", "{model}", "--eval-text", "{model}/model.safetensors"], "not UTF-8"),
         (["verify", "nowhere", "--baseline", "{model}"], "does not exist"),
         (["verify", "{model}/config.json", "--baseline", "{model}"], "not an artifact"),
         (["verify", "{gguf}", "--baseline", "{model}", "--gate", "quality=1"], "quality"),
@@ -180,6 +191,28 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, says, built, model, tm
     words = [places.get(word, word).replace("{model}", str(model)) for word in arguments]
     assert says in refused(packlight(*words, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_too_short_is_told_before_any_work(model, tmp_path):
+    (tmp_path / "short.txt").write_text("Once upon a time")
+    done = packlight("build", model, "--eval-text", "short.txt", "-o", "out", "-v", cwd=tmp_path)
+    assert "a window needs" in refused(done)
+    assert "write gguf" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, monkeypatch):
+    """Where their bytes were reckoned with, and where the next build clears them after kill -9."""
+    real, seen = pipeline.verify_artifact, []
+
+    def spy(probe, path, format, baseline, **options):
+        seen.append(baseline.folder.parent)
+        return real(probe, path, format, baseline, **options)
+
+    monkeypatch.setattr(pipeline, "verify_artifact", spy)
+    assert cli.run(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
+    assert seen == [tmp_path / "out.partial"]
+    assert not list((tmp_path / "out").glob("packlight-*"))
 
 
 def test_inspect_shows_a_checkpoint_and_its_artifacts(built, model):
@@ -222,7 +255,7 @@ def test_shell_completion_knows_commands_recipes_and_formats():
     def complete(words: str) -> str:
         env = {"_PACKLIGHT_COMPLETE": "bash_complete", "COMP_WORDS": words,
                "COMP_CWORD": str(len(words.split(" ")) - 1)}  # fmt: skip
-        code = "from compress.cli import main; main()"
+        code = "from compress.__main__ import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
         )
@@ -233,17 +266,29 @@ def test_shell_completion_knows_commands_recipes_and_formats():
     assert "coreml" in complete("packlight build -f co")
 
 
+def test_a_reader_that_goes_away_is_not_a_failed_gate(model):
+    """`packlight inspect … | head`: 128 + SIGPIPE, as shells count, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "inspect", str(model)],
+        stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     """Injected where the GGUF writer's bytes reach the file: the write fails half-way."""
     from exporters.gguf import writer
 
-    real = writer.write_file
+    real = writer.write
 
     def full(plan, weights, folder, progress):
         real(plan, weights, folder, progress)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_file", full)
+    monkeypatch.setattr(writer, "write", full)
     out = tmp_path / "out"
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify"]) == 2
     assert "disk ran full" in capsys.readouterr().err
@@ -255,6 +300,8 @@ def test_an_interrupted_build_leaves_nothing(model, tmp_path, ending):
     process = subprocess.Popen(
         [sys.executable, "-m", "compress", "build", str(model), "-o", "out", *FAST],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A suite in the background (`make test &`) ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.time() + 60
     while not (tmp_path / "out.partial").exists() and time.time() < deadline:

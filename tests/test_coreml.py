@@ -211,7 +211,7 @@ def test_runtime_refusals(tmp_path: Any) -> None:
         coreml.open_runtime(tmp_path, context=8)
     runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
     runtime.feed(TOKENS[:60])
-    with pytest.raises(UsageError, match=r"5 token\(s\) after 60: the KV cache has 64 slots"):
+    with pytest.raises(UsageError, match="65 tokens do not fit: the runtime has room for 64"):
         runtime.feed(TOKENS[:5])
     with pytest.raises(UsageError):
         runtime.logits([])

@@ -30,7 +30,7 @@ from compress.errors import (
 )
 from compress.model import Plan
 from exporters import coreml
-from exporters.coreml import writer
+from exporters.coreml import constants, writer
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.planning import GRIDS, parts
 
@@ -239,6 +239,14 @@ def test_memory_is_that_of_the_largest_tensor() -> None:
         assert peak < 5 * largest
 
 
+@pytest.mark.parametrize("grid", ["int4-g32", "int8-g64-asym", "lut4-g8", "lut3-tensor"])
+def test_slabs_of_rows_give_the_same_bytes(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build("llama", grid, vocab_size=704)
+    monkeypatch.setattr(constants, "SLAB", 1 << 16)  # 256 rows of 256 columns; 192 are left over
+    slabs = write(whole.checkpoint.path, {"grid": grid, "context": CONTEXT})
+    assert weight_file(slabs).read_bytes() == weight_file(whole).read_bytes()
+
+
 def test_progress_counts_the_weights() -> None:
     told: list[tuple[int, int]] = []
     built = write(
@@ -289,6 +297,7 @@ def test_describe_reads_no_weights() -> None:
     assert facts["bytes"] == built.artifact.nbytes
     assert facts["bits_per_weight"] == facts["bytes"] * 8 / facts["parameters"]
     assert facts["metadata"]["keyCache"] == f"fp16 [2, 1, 2, {CONTEXT}, 64]"
+    assert facts["context"] == CONTEXT  # less than the model's: `packlight verify` asks for no more
     json.dumps(facts)
 
 

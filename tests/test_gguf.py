@@ -82,12 +82,16 @@ def test_every_family_at_4_bits(family: str) -> None:
     assert kl < 0.03 * gguf_oracle.kl_divergence(baseline(family), decoded)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL"])
+MIXES = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q3_K_M", "Q8_0", "Q4_0")
+PURE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S", "Q6_K")
+
+
+@pytest.mark.parametrize("kind", [*MIXES, *(f"{kind}-pure" for kind in PURE), "F16", "BF16"])
 def test_trained_model_on_every_kind_of_grid(kind: str) -> None:
     made = gguf_files.artifact("demo", kind)
     kl, decoded = compare(made.path, gguf_files.DEMO, tokens("demo"))
     assert kl < 1e-3  # 1e-4 to 3e-4: llama.cpp quantizes activations to 8 bits
-    assert gguf_oracle.kl_divergence(baseline("demo"), decoded) < 0.2
+    assert gguf_oracle.kl_divergence(baseline("demo"), decoded) < 0.5  # Q2_K-pure: 0.36
 
 
 @pytest.mark.parametrize(
@@ -109,13 +113,16 @@ def test_variants(family: str, keys: dict[str, object], tmp_path: Path) -> None:
         expected = logits(tiny.reference(source), tokens(family))
         assert gguf_oracle.kl_divergence(expected, runtime.logits(tokens(family))) < 3e-5
         return
-    assert compare(made.path, source, tokens(family))[0] < 3e-5
+    expected = logits(tiny.reference(source), tokens(family))
+    kl, decoded = compare(made.path, source, tokens(family))
+    assert kl < 3e-5
+    # Rows in the wrong order decode and run alike: only the checkpoint tells.
+    assert gguf_oracle.kl_divergence(expected, decoded) < 1e-9
     if "hidden_size" in keys:
         small = gguf_files.build(source, tmp_path, "Q4_K_M", "variant")
         assert {e.grid for e in small.plan.entries} == {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K"}
         kl, decoded = compare(small.path, source, tokens(family))
-        lost = gguf_oracle.kl_divergence(logits(tiny.reference(source), tokens(family)), decoded)
-        assert kl < 0.05 * lost
+        assert kl < 0.05 * gguf_oracle.kl_divergence(expected, decoded)
 
 
 def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -> list[int]:
@@ -154,7 +161,7 @@ def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
     pieces.reset()
     np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
-    with pytest.raises(UsageError, match="91 tokens do not fit the context of 90"):
+    with pytest.raises(UsageError, match="91 tokens do not fit: the runtime has room for 90"):
         pieces.feed(ids[:1])
 
 

@@ -172,6 +172,14 @@ def test_caveats_limit_the_context() -> None:
     windowed = exporter.plan(config(256, 2, 4, 4, 512, 512, "Mistral", sliding_window=64), {})
     assert windowed.max_context == 64
     assert "sliding window of 64" in windowed.notes[0]
+    factors = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    long = config(
+        256, 2, 4, 4, 512, 512, "Phi3", max_position_embeddings=4096,
+        original_max_position_embeddings=768 + 100, rope_scaling=factors,
+    )  # fmt: skip
+    limited = exporter.plan(long, {})
+    assert limited.max_context == 768  # llama.cpp would round 868 up to 1024: the long factors
+    assert "at most 768 tokens" in limited.notes[0]
     shared = config(256, 4, 4, 4, 512, 512, "MobileLLM", share_embedding=True, layer_sharing=True)
     plan = exporter.plan(shared, {})
     assert "written 2 times" in plan.notes[-1]

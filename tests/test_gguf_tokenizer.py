@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_files
 import pytest
 import tiny
@@ -80,6 +81,8 @@ def test_same_chat(family: str) -> None:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert runtime.tokenize(text, add_special=False) == ids
+    fields = gguf.GGUFReader(gguf_files.artifact(family, "Q8_0").path).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors"},
-    {"compress.config_json", "compress.rope", "compress.families", "compress.hub"},
+    {"compress.errors", "compress.interrupts"},
+    {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
+     "compress.machine"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
@@ -85,6 +88,22 @@ def floor(name: str) -> int | None:
 def test_every_module_has_a_room():
     homeless = [name for name in modules() if name != "compress" and floor(name) is None]
     assert homeless == []
+
+
+def test_the_map_of_the_rooms_is_complete():
+    """docs/rooms.md names every module of compress, and nothing that is not there."""
+    text = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:[\w*]+/)*([\w*]+(?:\.py|/))`", text))
+    top = (ROOT / "compress").iterdir()
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in top}
+    there = {name for name in there if name.endswith((".py", "/")) and not name.startswith("__")}
+    globs = {name for name in named if "*" in name}
+    covered = named | {name for name in there for glob in globs if fnmatch(name, glob)}
+    assert there - covered == set()
+    formats = {path.name for path in (ROOT / "exporters").glob("*/*.py")}
+    others = {path.name for path in (ROOT / "exporters").iterdir()}
+    known = there | formats | others | {"recipes/", "test_imports.py", "__init__.py"}
+    assert named - globs - known == set()
 
 
 @pytest.mark.parametrize("name", list(modules()))

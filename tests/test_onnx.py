@@ -94,6 +94,17 @@ def test_a_plan_may_mix_grids(root: Path) -> None:
         assert difference(case, (1, 40)) <= 1e-4
 
 
+@pytest.mark.parametrize("kind", ["", "-asym"])
+def test_every_grid_in_one_graph(kind: str, root: Path) -> None:
+    matrices = [f"blocks.{i}.{role}_proj.weight" for i in (0, 1) for role in
+                ("qkv", "o", "gate", "up", "down")]  # fmt: skip
+    wanted = [f"int{bits}-g{size}{kind}" for bits in (4, 8) for size in (16, 32, 64, 128, 256)]
+    assert set(wanted) < set(exporters.onnx.grids())
+    grids = dict(zip(matrices, wanted, strict=True))
+    case = build("llama", root, grids=grids, accuracy_level=0)
+    assert difference(case, (1, 40)) <= 1e-4
+
+
 def test_shared_blocks_are_stored_once_and_run_twice(root: Path) -> None:
     case = build("mobilellm", root, {"layer_sharing": True}, accuracy_level=0)
     assert case.config.num_hidden_layers == 4

@@ -16,6 +16,7 @@ from compress.output import check_disk, check_output, work_folder, write_checksu
 def ours(folder: Path) -> Path:
     folder.mkdir()
     (folder / "plan.json").write_text("{}")
+    write_checksums(folder)
     return folder
 
 
@@ -43,6 +44,47 @@ def test_overwrite_never_deletes_what_packlight_did_not_make(tmp_path):
         check_output(precious / "chapter.tex", overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "my-checkpoint/model.safetensors", "gguf/own.gguf"])
+def test_overwrite_never_deletes_what_lies_between_our_files(tmp_path, name):
+    output = ours(tmp_path / "out")
+    (output / ".DS_Store").write_text("")
+    check_output(output, overwrite=True)
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("precious")
+    with pytest.raises(UsageError, match=f"holds {name}, which packlight did not make"):
+        check_output(output, overwrite=True)
+
+
+def test_a_plan_of_somebody_else_is_not_ours(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UsageError, match="not made by packlight"):
+        check_output(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "/", "../here"])
+def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch, place):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="would replace the folder that you are in"):
+        check_output(Path(place), overwrite=True)
+
+
+def test_a_mount_point_is_not_replaced():
+    with pytest.raises(UsageError, match="mount point") as caught:
+        check_output(Path("/dev"), overwrite=True)
+    assert "/dev/out" in caught.value.hint
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to("elsewhere")
+    for text in ("first", "second"):
+        with work_folder(tmp_path / "link") as folder:
+            (folder / "a").write_text(text)
+        assert (tmp_path / "elsewhere" / "a").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_the_folder_appears_whole_or_not_at_all(tmp_path):
     output = tmp_path / "deep" / "out"
     with work_folder(output) as folder:
@@ -58,6 +100,20 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, failure):
     with pytest.raises(failure), work_folder(output) as folder:
         (folder / "half").write_text("half")
         raise failure
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (output / "plan.json").exists()
+
+
+def test_a_failure_removes_the_parents_that_it_made(tmp_path):
+    with pytest.raises(ValueError), work_folder(tmp_path / "a" / "b" / "out"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_replacing_brings_the_old_output_back(tmp_path):
+    output = ours(tmp_path / "out")
+    with pytest.raises(FileNotFoundError), work_folder(output) as folder:
+        folder.rmdir()  # so that the second of the two renames fails
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "plan.json").exists()
 
@@ -106,8 +162,14 @@ def test_a_second_build_into_the_same_folder_is_refused(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
         )
+        # The refused one did not take the lock away: a third is refused as well.
+        third = subprocess.run(
+            [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
+        )
     assert "another build" in done.stdout
+    assert "another build" in third.stdout
     assert output.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_in_the_way_is_told(tmp_path):

@@ -26,6 +26,7 @@ def test_defaults_are_filled_in_from_the_schema(tmp_path):
     assert loaded.targets["gguf"] == {"type": "Q4_K_M"}
     assert loaded.targets["onnx"]["bits"] == 8
     assert loaded.targets["onnx"]["group_size"] == 32
+    assert "embedding_bits" not in loaded.targets["onnx"]  # the exporter's: as bits
     assert (loaded.name, loaded.solver, loaded.windows) == ("least", "rtn", 16)
 
 
@@ -33,6 +34,12 @@ def test_overrides_and_formats():
     loaded = recipe.load("phone-4bit", ["targets.gguf.type=q5_k_m"], ["gguf"])
     assert list(loaded.targets) == ["gguf"]
     assert loaded.targets["gguf"]["type"] == "Q5_K_M"
+
+
+@pytest.mark.parametrize("limit", [">=0.9", "<=0.05"])
+def test_a_limit_needs_no_quotes_for_yaml(limit):
+    loaded = recipe.load("phone-4bit", [f"verify.gates.top1_agreement={limit}"])
+    assert loaded.gates["top1_agreement"] == limit
 
 
 def test_a_format_that_the_recipe_lacks_is_added_with_its_defaults(tmp_path):

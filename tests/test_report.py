@@ -180,8 +180,8 @@ def test_model_facts() -> None:
     assert (facts["name"], facts["source"], facts["license"]) == ("tiny", "acme/tiny", "mit")
 
 
-def test_a_tensor_of_an_adopted_package_keeps_its_name():
-    entry = PlanEntry("block_0_q_proj_weight", "block_0_q_proj_weight", "int4-g32", (64, 32), 1152)
-    found = report.describe_tensor(entry)
-    assert (found["block"], found["role"]) == (None, "block_0_q_proj_weight")
+@pytest.mark.parametrize("name", ["block_0_q_proj_weight", "blk.0.attn_q.weight"])
+def test_a_tensor_that_was_read_back_keeps_its_name(name):
+    found = report.describe_tensor(PlanEntry("", name, "int4-g32", (64, 32), 1152))
+    assert (found["name"], found["block"], found["role"]) == (name, None, name)
     assert found["bits_per_weight"] == 4.5

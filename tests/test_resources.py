@@ -101,22 +101,25 @@ def threading_id() -> int:
     return threading.get_native_id()
 
 
-def test_greedy_with_and_without_the_cache() -> None:
+def test_generation_is_what_no_cache_gives() -> None:
     model = EchoModel(64)
-    cached = greedy(model, [3, 1, 4], 32, cached=True)
-    assert cached == greedy(model, [3, 1, 4], 32, cached=False)
-    tokens = [3, 1, 4]  # by hand
+    tokens = [3, 1, 4]
     for _ in range(32):
         tokens.append(int(np.argmax(model.logits(tokens)[-1])))
-    assert cached == tokens[3:]
-    assert len(set(cached)) > 3
+    found = check_generation(model, [3, 1, 4], 32)
+    assert found.consistent and list(found.tokens) == tokens[3:] == greedy(model, [3, 1, 4], 32)
+    assert len(set(found.tokens)) > 3
 
 
 def test_a_cache_that_forgets_is_caught() -> None:
     found = check_generation(EchoModel(64, forgets=True), [3, 1, 4], 32)
     assert not found.consistent
-    assert found.first_difference is not None and found.gap is not None
+    at = found.first_difference
+    assert at is not None and found.gap is not None
     assert found.gap > 0.01  # no tie: the cache is wrong
+    # The same place and gap as running the text anew for every token.
+    logits = EchoModel(64).logits([3, 1, 4, *found.tokens[:at]])[-1]
+    assert found.gap == pytest.approx(float(logits.max() - logits[found.tokens[at]]))
 
 
 def test_speed_counts_what_was_fed() -> None:
@@ -129,7 +132,9 @@ def test_speed_counts_what_was_fed() -> None:
     assert speed.repeats == 2
     assert 20 / 0.04 / 3 < speed.prefill_tokens_per_second <= 20 / 0.04
     assert 1 / 0.01 / 3 < speed.decode_tokens_per_second <= 1 / 0.01
-    assert measure_speed(Slow(16), [1] * 20, 5, repeats=9, seconds=0.0).repeats == 1
+    hurried = measure_speed(Slow(16), [1] * 20, 5, repeats=9, seconds=0.0)
+    assert hurried.repeats == 1 and hurried.decode_tokens == 4
+    assert 1 / 0.01 / 3 < hurried.decode_tokens_per_second <= 1 / 0.01
 
 
 @linux

@@ -74,6 +74,20 @@ def test_windows_are_the_text_cut_in_order(family: str, folders: dict[str, Path]
     assert eval_windows(tiny.TEXT, tokenizer, 64, 3) == windows[:3]
 
 
+def test_a_long_text_is_not_encoded_to_its_end(folders: dict[str, Path], monkeypatch):
+    tokenizer = Tokenizer(folders["qwen2"])
+    encode, sizes = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda text: sizes.append(len(text)) or encode(text))
+    text = tiny.TEXT * 20
+    whole = encode(text)
+    assert eval_windows(text, tokenizer, 64, 3) == [whole[:64], whole[64:128], whole[128:192]]
+    assert max(sizes) < len(text) / 4
+    # More characters a token than was reckoned with: then the whole text, and no window is lost.
+    sizes.clear()
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text[::40]))
+    assert len(eval_windows(text, tokenizer, 64, 3)) == 3
+
+
 def test_windows_refuse_too_little(folders: dict[str, Path]):
     tokenizer = Tokenizer(folders["qwen2"])
     with pytest.raises(UsageError, match="has 3 tokens, a window needs 64") as caught:

@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 0.02,  # so large that a graph with another one is caught
     "tie_word_embeddings": False,
 }
 # 32 rotating pairs for phi3-longrope, 24 (three quarters of the head) for phi4-mini.
@@ -88,7 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "phi": _COMMON
     | {"model_type": "phi", "num_key_value_heads": 4, "partial_rotary_factor": 0.5}
-    | {"resid_pdrop": 0.0},
+    | {"layer_norm_eps": 0.02, "resid_pdrop": 0.0},
     "qwen2": _COMMON | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     # Eight heads of 64 on a hidden size of 256: q is wider than the residual, as in Qwen3-0.6B.
     "qwen3": _COMMON

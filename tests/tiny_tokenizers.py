@@ -91,22 +91,30 @@ LLAMA3_HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
 LLAMA_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def save_tokenizer(family: str, folder: Path) -> dict[str, Any]:
-    """Write the family's tokenizer files; returns the token ids that its config.json carries."""
+def save_tokenizer(
+    family: str, folder: Path, *, text: str = TEXT, pieces: int = 0
+) -> dict[str, Any]:
+    """Write the family's tokenizer files; returns the token ids that its config.json carries.
+
+    Args:
+        text: what it is trained on.
+        pieces: vocabulary before the family's added tokens, or as many as the text gives
+            (byte-level) if that is fewer; 0 for what the tiny checkpoints have.
+    """
     name = "phi3-longrope" if family == "phi3-longrope" else family.split("-")[0]
     name = "phi4" if family == "phi4-mini" else name
-    files, ids = _tokenizer(name)
+    files, ids = _tokenizer(name, text, pieces)
     for file, data in files.items():
         (folder / file).write_bytes(data)
     return dict(ids)
 
 
 @functools.cache
-def _tokenizer(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _tokenizer(name: str, text: str, pieces: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of a tokenizer, trained once per process."""
     build = _sentencepiece if name in SENTENCEPIECE else _byte_level
     with tempfile.TemporaryDirectory() as scratch:
-        ids = build(name, Path(scratch))
+        ids = build(name, Path(scratch), text, pieces)
         return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}, ids
 
 
@@ -114,13 +122,13 @@ SENTENCEPIECE = ("llama", "mistral", "phi3", "phi3-longrope", "mobilellm")
 
 
 @functools.cache
-def _pieces(vocabulary: int) -> bytes:
+def _pieces(text: str, vocabulary: int) -> bytes:
     """A SentencePiece BPE model with byte fallback, as Llama 2's."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split("\n")),
+        sentence_iterator=iter(text.split("\n")),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocabulary,
@@ -139,13 +147,14 @@ def _pieces(vocabulary: int) -> bytes:
     return model.getvalue()
 
 
-def _sentencepiece(name: str, folder: Path) -> dict[str, Any]:
+def _sentencepiece(name: str, folder: Path, text: str, pieces: int) -> dict[str, Any]:
     from tokenizers import AddedToken
     from transformers import LlamaTokenizer, LlamaTokenizerFast
 
     phi3 = name.startswith("phi3")
     model = folder / "tokenizer.model"
-    model.write_bytes(_pieces(480 if phi3 else 512))  # phi3: 480 + 11 tokens, 21 padding rows
+    # phi3: 480 + 11 tokens, 21 padding rows
+    model.write_bytes(_pieces(text, pieces or (480 if phi3 else 512)))
     if name == "mobilellm":  # published with the slow tokenizer's files only
         LlamaTokenizer(str(model), legacy=True).save_pretrained(folder)
         return LLAMA_IDS
@@ -172,7 +181,7 @@ def _sentencepiece(name: str, folder: Path) -> dict[str, Any]:
     return ids
 
 
-def _byte_level(name: str, folder: Path) -> dict[str, Any]:
+def _byte_level(name: str, folder: Path, text: str, pieces: int) -> dict[str, Any]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers import pre_tokenizers as pre
     from transformers import (
@@ -217,11 +226,12 @@ def _byte_level(name: str, folder: Path) -> dict[str, Any]:
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=480,
+        vocab_size=pieces or 480,
         initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([TEXT], trainer)
+    # One very long string would be cut into pieces all at once, in gigabytes.
+    core.train_from_iterator([text[i : i + 2**16] for i in range(0, len(text), 2**16)], trainer)
     core.add_special_tokens(special)
     if name == "llama3":
         bos = special[0]

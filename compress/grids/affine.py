@@ -18,7 +18,6 @@ import numpy as np
 from compress.errors import GridError
 from compress.grids import Array, Float32, Lattice, Params, Quantized
 
-LARGEST_WEIGHT = 65504.0
 # What the search tries, the plain fit first; the others were chosen greedily, each next one the
 # most useful on groups of 32 and 128 normal, Student-t, Laplace and real weights.
 # Symmetric: the code that the largest magnitude is put on. Asymmetric: steps over the range of
@@ -114,18 +113,12 @@ class Affine:
             GridError: the groups do not divide the row, or a weight that is NaN or beyond float16.
         """
         from compress.grids import affine_kernels as kernels
-        from compress.grids.lanes import normalized, over_rows
+        from compress.grids.lanes import checked, normalized, over_rows
 
         rows, columns = weight.shape
         self.check((rows, columns))
         groups = self.groups((rows, columns))
-        weight = np.ascontiguousarray(weight, np.float32)
-        # A minimum is NaN if any weight is, and every comparison with NaN is false.
-        if not (weight.min() >= -LARGEST_WEIGHT and weight.max() <= LARGEST_WEIGHT):
-            raise GridError(
-                f"{self.name}: a weight is not finite or beyond float16's range",
-                hint="is the checkpoint damaged? no trained weight is that large",
-            )
+        weight = checked(weight, self.name)
         shares = normalized(importance, columns, self.name)
         tries = np.array(TRIES[self.bits, self.symmetric], np.float32)
         if not self.group_size and self.bits == 4:

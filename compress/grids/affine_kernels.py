@@ -1,6 +1,6 @@
 """The fit and the rounding of the uniform integer grids, as numba kernels.
 
-Rows are the SIMD lanes, as in ``kquant_kernels``: a group of 32 rows is transposed to
+Rows are the SIMD lanes (``lanes.py``): a group of 32 rows is transposed to
 ``[columns, LANES]`` and every sum runs down the tile lane by lane. A row's result depends neither
 on its neighbours nor on the number of threads.
 
@@ -11,34 +11,26 @@ rounded to float16 and kept only if the error that it then really has is below t
 fit, which puts the extremes of the group on the extreme codes.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import floor
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
-from compress.grids.lanes import LANES, WORST, f4, half
+from compress.grids import lanes
+from compress.grids.lanes import LANES, WORST, f4, half, inverse_of
 
 # No "reassoc": it may expand the squared residuals, whose digits then cancel.
-FAST = {"contract", "arcp", "nsz"}
+kernel = partial(lanes.kernel, fastmath=("contract", "arcp", "nsz"))
 SMALL = f4(1e-30)
 # Rows of the work array of a group, a column per lane.
 WQQ, WQR, WRR, INVERSE, STEP, LEAST, MOST, ROWS = range(8)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first call and cache on disk; where no folder is writable, only compile."""
-    try:
-        return njit(function, nogil=True, error_model="numpy", fastmath=FAST, cache=True)
-    except RuntimeError:
-        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
-
-
 @kernel
-def load(weight, row, column, n, x, low, high):  # type: ignore[no-untyped-def]
+def load(weight, row, column, n, x, low, high):
     """A transposed tile (missing rows are zeros), its smallest and largest values (or zero)."""
     rows = weight.shape[0]
     for lane in range(LANES):
@@ -55,20 +47,20 @@ def load(weight, row, column, n, x, low, high):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sums(x, importance, column, n, s):  # type: ignore[no-untyped-def]
+def sums(x, importance, column, n, s):
     """Round ``x ≈ STEP * q``, q in LEAST..MOST of each lane, into rows WQQ, WQR and WRR of ``s``.
 
     All in one array: one base pointer spares the loop the checks for overlap.
     """
     for lane in range(LANES):
-        s[INVERSE, lane] = f4(1.0) / s[STEP, lane] if s[STEP, lane] != f4(0.0) else f4(0.0)
+        s[INVERSE, lane] = inverse_of(s[STEP, lane])
         s[WQQ, lane] = f4(0.0)
         s[WQR, lane] = f4(0.0)
         s[WRR, lane] = f4(0.0)
     for i in range(n):
         w = importance[column + i]
         for lane in range(LANES):
-            q = f4(floor(x[i, lane] * s[INVERSE, lane] + f4(0.5)))
+            q = np.floor(x[i, lane] * s[INVERSE, lane] + f4(0.5))
             q = min(max(q, s[LEAST, lane]), s[MOST, lane])
             r = x[i, lane] - q * s[STEP, lane]
             s[WQQ, lane] += w * q * q
@@ -77,7 +69,7 @@ def sums(x, importance, column, n, s):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):  # type: ignore[no-untyped-def]
+def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
     """Scales (and zero points) of the groups of ``n`` columns, rows begin..end.
 
     Args:
@@ -109,8 +101,8 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):  # 
                         least = f4(-middle)
                     else:
                         step = (high[lane] - low[lane]) / tries[attempt, 0]
-                        inverse = f4(1.0) / step if step > f4(0.0) else f4(0.0)
-                        least = -f4(floor(-low[lane] * inverse + tries[attempt, 1] + f4(0.5)))
+                        shift = tries[attempt, 1] + f4(0.5)
+                        least = -np.floor(-low[lane] * inverse_of(step) + shift)
                         least = min(max(least, f4(-top)), f4(0.0))
                     s[STEP, lane] = half(step) if attempt == 0 else step
                     s[LEAST, lane] = least
@@ -139,19 +131,19 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):  # 
 
 
 @kernel
-def encode(weight, n, top, scale, zero, begin, end, codes):  # type: ignore[no-untyped-def]
+def encode(weight, n, top, scale, zero, begin, end, codes):
     """uint8 codes 0..top of rows begin..end: ``round(w / scale) + zero``, clipped."""
     for row in range(begin, end):
         for group in range(scale.shape[1]):
             step, shift = scale[row, group], zero[row, group]
-            inverse = f4(1.0) / step if step != f4(0.0) else f4(0.0)
+            inverse = inverse_of(step)
             for column in range(group * n, group * n + n):
-                q = f4(floor(weight[row, column] * inverse + f4(0.5))) + shift
+                q = np.floor(weight[row, column] * inverse + f4(0.5)) + shift
                 codes[row, column] = np.uint8(min(max(q, f4(0.0)), f4(top)))
 
 
 @kernel
-def decode(codes, n, scale, zero, begin, end, weight):  # type: ignore[no-untyped-def]
+def decode(codes, n, scale, zero, begin, end, weight):
     """``(code - zero) * scale`` of rows begin..end, float32."""
     for row in range(begin, end):
         for group in range(scale.shape[1]):

@@ -29,11 +29,9 @@ from compress.grids.kquant_affine import fit_affine
 from compress.grids.kquant_codes import encode_levels, encode_linear
 from compress.grids.kquant_layout import block_bytes, pack, unpack
 from compress.grids.kquant_symmetric import fit_symmetric
-from compress.grids.lanes import normalized, over_rows
+from compress.grids.lanes import checked, normalized, over_rows
 
-__all__ = ["LARGEST_WEIGHT", "BlockGrid", "make"]
-
-LARGEST_WEIGHT = 65504.0
+__all__ = ["BlockGrid", "make"]
 
 # The levels of IQ4_NL (ggml-common.h), denser near zero as weights are.
 IQ4_LEVELS = np.array(
@@ -267,14 +265,7 @@ class BlockGrid:
 
     def _checked(self, weight: Float32) -> Float32:
         self.check(weight.shape)
-        weight = np.ascontiguousarray(weight, dtype=np.float32)
-        # A minimum is NaN if any weight is, and every comparison with NaN is false.
-        if weight.size and not (weight.min() >= -LARGEST_WEIGHT and weight.max() <= LARGEST_WEIGHT):
-            raise GridError(
-                f"{self.name}: a weight is not finite or beyond float16's range",
-                hint="keep this tensor in BF16 or F32",
-            )
-        return weight
+        return checked(weight, self.name)
 
 
 def _half(values: Float32) -> Array:

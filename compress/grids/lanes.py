@@ -10,7 +10,7 @@ row's result depends neither on its neighbours nor on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,16 +31,18 @@ WORST = f4(3e38)
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], fastmath: Collection[str] = FAST) -> Any:
     """Compile on first call and cache on disk; where no folder is writable, only compile.
 
-    The GIL is released. numba notices a changed kernel by its own file only: after an edit here or
-    in another file whose kernels are called from elsewhere, delete the ``*.nbi`` files.
+    The GIL is released. A kernel's flags are its own, whoever calls it. numba notices a changed
+    kernel by its own file only: after an edit here or in another file whose kernels are called from
+    elsewhere, delete the ``*.nbi`` files.
     """
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
-        return njit(function, nogil=True, error_model="numpy", fastmath=FAST, cache=True)
+        return njit(function, cache=True, **options)
     except RuntimeError:
-        return njit(function, nogil=True, error_model="numpy", fastmath=FAST)
+        return njit(function, **options)
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"nsz"})
@@ -67,6 +69,22 @@ def inverse_of(value):
     return f4(1.0) / value if value != f4(0.0) else f4(0.0)
 
 
+def checked(weight: Float32, name: str) -> Float32:
+    """The weight as the kernels want it: contiguous, finite, within float16's range.
+
+    Raises:
+        GridError: it is not finite, or exceeds 65504.
+    """
+    weight = np.ascontiguousarray(weight, dtype=np.float32)
+    # A minimum is NaN if any weight is, and every comparison with NaN is false.
+    if weight.size and not (weight.min() >= -LARGEST_HALF and weight.max() <= LARGEST_HALF):
+        raise GridError(
+            f"{name}: a weight is not finite or beyond float16's range",
+            hint="is the checkpoint damaged? no trained weight is that large",
+        )
+    return weight
+
+
 def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
     """Importance with mean 1 and no zeros: a column that never mattered still has to decode."""
     if importance is None:
@@ -83,18 +101,19 @@ def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
     return shares
 
 
-def over_rows(work: Callable[[int, int], None], rows: int) -> None:
+def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) -> None:
     """``work(begin, end)`` over all rows, in as many threads as numba is configured for.
 
+    Each call gets whole units of rows; there are too few for a thread below four of them.
     The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
     when two callers come at once (workqueue) or hang after a fork (OpenMP).
     """
-    tiles = -(-rows // LANES)
+    tiles = -(-rows // unit)
     threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
     if threads <= 1:
         work(0, rows)
         return
-    step = max(1, tiles // (4 * threads)) * LANES
+    step = max(1, tiles // (4 * threads)) * unit
     with ThreadPoolExecutor(threads) as pool:
         begins = range(0, rows, step)
         list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))

@@ -12,18 +12,18 @@ moves monotonically, which makes each of its rows O(m log m), is in Grønlund et
 k-means, k-medians and Bregman divergence clustering in 1D" (arXiv 1701.07204).
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
-from numba import njit
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Lattice, Params, Quantized
+from compress.grids import Array, Float32, Lattice, Params, Quantized, lanes
 
 EXACT = 1024  # groups of up to this many values are clustered value by value
 COARSE = 256  # bins of equal width ...
@@ -95,26 +95,32 @@ class Palette:
             than levels gets them all, the last one repeated.
 
         Raises:
-            GridError: rows that the groups do not divide, or weights beyond float16.
+            GridError: rows that the groups do not divide, a weight that is NaN or beyond float16,
+                or an importance that is not a vector of finite numbers >= 0.
         """
         shape = (weight.shape[0], weight.shape[1])
         self.check(shape)
-        shares = np.ones(shape[1], np.float32)
-        if importance is not None and importance.max() > 0:
-            # A column that calibration never saw still gets a say where nothing else does.
-            shares = np.maximum(importance, importance.mean() * 1e-6).astype(np.float32)
+        weight = lanes.checked(weight, self.name)
+        shares = lanes.normalized(importance, shape[1], self.name)
         lut = np.empty((self.groups(shape), self.levels), np.float64)
         fine = max(FINE, min(16 * self.levels, 2048))
-        _fit_groups(np.ascontiguousarray(weight, np.float32), shares, fine, lut)
-        if np.abs(lut).max() > np.finfo(np.float16).max:
-            raise GridError(f"{self.name}: weights too large for a float16 table")
+
+        def work(begin: int, end: int) -> None:
+            _fit_groups(weight, shares, fine, begin, end, lut)
+
+        lanes.over_rows(work, len(lut), unit=1)
         return {"lut": lut.astype(np.float16)}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """Nearest table entry, uint8 ``[rows, columns]``; any subset of the columns will do."""
         codes = np.empty(weight.shape, np.uint8)
         table = params["lut"].astype(np.float32)
-        _encode_groups(np.ascontiguousarray(weight, np.float32), table, codes)
+        weight = np.ascontiguousarray(weight, np.float32)
+
+        def work(begin: int, end: int) -> None:
+            _encode_rows(weight, table, begin, end, codes)
+
+        lanes.over_rows(work, len(weight))
         return codes
 
     def decode(self, codes: Array, params: Params) -> Float32:
@@ -140,19 +146,14 @@ class Palette:
 # --- kernels -------------------------------------------------------------------------------
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first call and cache on disk; where no folder is writable, only compile."""
-    try:
-        return njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:
-        return njit(function, nogil=True, error_model="numpy")
+kernel = partial(lanes.kernel, fastmath=())  # sums of squares that cancel
 
 
 @kernel
-def _fit_groups(weight, shares, fine, lut):  # type: ignore[no-untyped-def]
-    """Fill ``lut`` float64 ``[groups, levels]`` from ``weight`` float32 ``[rows, columns]``."""
+def _fit_groups(weight, shares, fine, begin, end, lut):
+    """Some groups of ``lut``, float64 ``[groups, levels]``, from ``weight`` ``[rows, columns]``."""
     rows = weight.shape[0] // lut.shape[0]
-    for group in range(lut.shape[0]):
+    for group in range(begin, end):
         values = weight[group * rows : (group + 1) * rows]
         middle = np.float64(0)  # sums of squares are taken around it, for their precision
         for row in range(rows):
@@ -171,7 +172,7 @@ def _fit_groups(weight, shares, fine, lut):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _sorted_points(values, shares, middle):  # type: ignore[no-untyped-def]
+def _sorted_points(values, shares, middle):
     """One point per distinct value, ascending: sums of weight, weight·x and weight·x²."""
     flat = values.copy().reshape(-1)
     order = np.argsort(flat)
@@ -186,7 +187,7 @@ def _sorted_points(values, shares, middle):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _histogram(values, shares, middle, fine):  # type: ignore[no-untyped-def]
+def _histogram(values, shares, middle, fine):
     """One point per occupied bin, ascending: sums of weight, weight·x and weight·x².
 
     Bins of equal width first; then each is cut into one piece, and one more for every
@@ -214,14 +215,14 @@ def _histogram(values, shares, middle, fine):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _add(sums, point, x, share):  # type: ignore[no-untyped-def]
+def _add(sums, point, x, share):
     sums[0, point] += share
     sums[1, point] += share * x
     sums[2, point] += share * x * x
 
 
 @kernel
-def _cluster(mass, first, second, centers):  # type: ignore[no-untyped-def]
+def _cluster(mass, first, second, centers):
     """Split ascending points into ``len(centers)`` runs of least squared error; their means.
 
     ``cost[j]`` is the least error of points ``0..j`` in ``k`` runs; the last of them starts at
@@ -244,7 +245,7 @@ def _cluster(mass, first, second, centers):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _prefix(values):  # type: ignore[no-untyped-def]
+def _prefix(values):
     sums = np.zeros(values.size + 1)
     for i in range(values.size):
         sums[i + 1] = sums[i] + values[i]
@@ -252,7 +253,7 @@ def _prefix(values):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _next_row(w, wx, wxx, before, k, split):  # type: ignore[no-untyped-def]
+def _next_row(w, wx, wxx, before, k, split):
     """``min over i of before[i - 1] + error(i..j)`` for every ``j >= k``.
 
     The best ``i`` does not decrease with ``j``: solving every 2^n-th ``j`` first bounds the
@@ -282,23 +283,23 @@ def _next_row(w, wx, wxx, before, k, split):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _encode_groups(weight, lut, codes):  # type: ignore[no-untyped-def]
-    """Nearest entry of each group's ascending table: how many of its midpoints lie below.
+def _encode_rows(weight, lut, begin, end, codes):
+    """Nearest entry of each row's ascending table: how many of its midpoints lie below.
 
     Counting them all is SIMD; a binary search is not, and is slower even among 256.
     """
     rows = weight.shape[0] // lut.shape[0]
-    for group in range(lut.shape[0]):
-        midpoints = (lut[group, 1:] + lut[group, :-1]) * np.float32(0.5)
-        for row in range(group * rows, (group + 1) * rows):
-            codes[row, :] = 0
-            for midpoint in midpoints:
-                for column in range(weight.shape[1]):
-                    codes[row, column] += weight[row, column] > midpoint
+    for row in range(begin, end):
+        table = lut[row // rows]
+        codes[row, :] = 0
+        for level in range(lut.shape[1] - 1):
+            midpoint = (table[level] + table[level + 1]) * np.float32(0.5)
+            for column in range(weight.shape[1]):
+                codes[row, column] += weight[row, column] > midpoint
 
 
 @kernel
-def _decode_groups(codes, lut, weight):  # type: ignore[no-untyped-def]
+def _decode_groups(codes, lut, weight):
     rows = codes.shape[0] // lut.shape[0]
     for row in range(codes.shape[0]):
         table = lut[row // rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from compress.grids import Float32, Grid, Quantized
 from compress.model import Solver
 from compress.statistics import LayerStats, Statistics
@@ -38,7 +38,7 @@ def get_solver(name: str, statistics: Statistics | None = None) -> Solver:
         UsageError: no such solver.
     """
     if name not in SOLVERS:
-        raise UsageError(f"unknown solver {name!r}", hint=f"one of: {', '.join(SOLVERS)}")
+        raise UsageError(f"unknown solver {name!r}", hint=did_you_mean(name, SOLVERS))
     solve: Solve = getattr(importlib.import_module(SOLVERS[name]), name)
 
     def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:

@@ -14,7 +14,6 @@ thousands (tested). The largest code stands for ``p < 1.7e-18`` and is read as e
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import ArtifactError, CheckpointError, DiskFullError
+from compress.errors import ArtifactError, CheckpointError, DiskFullError, is_disk_full
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -124,7 +123,7 @@ class BaselineStore:
             )
             os.replace(partial, folder / "baseline.npz")  # its presence means: complete
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not is_disk_full(error):
                 raise
             raise DiskFullError(f"{folder}: no room for the float baseline") from error
         return cls(folder)

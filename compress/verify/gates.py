@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.console import parse_bytes
-from compress.errors import RecipeError
+from compress.errors import RecipeError, did_you_mean
 
 # Name of a gate → where the figure stands in an artifact of report.json.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -99,9 +98,7 @@ def parse_one(name: str, text: str) -> Limit:
     """
     where = f"verify.gates.{name}"
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRICS)}"
-        raise RecipeError(f"{where}: unknown metric", hint=hint)
+        raise RecipeError(f"{where}: unknown metric", hint=did_you_mean(name, METRICS, "known"))
     match = re.fullmatch(r"(<=|>=|<(?!=)|>(?!=))\s*(\S.*)", text.strip())
     if not match:
         raise RecipeError(

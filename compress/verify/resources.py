@@ -34,6 +34,7 @@ class Speed:
     Attributes:
         prefill_tokens_per_second: one ``feed`` of ``prefill_tokens`` into an empty cache.
         decode_tokens_per_second: greedy, one token per ``feed``, after that prompt.
+        decode_tokens: in the shortest of the measurements.
         repeats: measurements that the medians are of.
     """
 
@@ -80,7 +81,7 @@ def measure(
         prompt: tokens of the prefill.
         decode_tokens: tokens to decode after it.
         repeats: measurements after one warm-up.
-        seconds: no further repeat is begun after this long.
+        seconds: what ``measure_speed`` stops after.
 
     Returns:
         The loaded runtime, which the caller closes, and the figures.
@@ -109,28 +110,40 @@ def measure_speed(
     repeats: int = 3,
     seconds: float = 10.0,
 ) -> Speed:
-    """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted."""
+    """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted.
+
+    Args:
+        decode_tokens: at most so many; ``WARM_UP`` of them at least, however slow the runtime.
+        repeats: at most so many measurements.
+        seconds: after this long no repeat is begun, and decoding stops.
+    """
     deadline = time.perf_counter() + seconds
     prefill: list[float] = []
     decode: list[float] = []
+    decoded = decode_tokens
     for run in range(repeats + 1):
         runtime.reset()
         begin = time.perf_counter()
         last = runtime.feed(prompt)
-        middle = time.perf_counter()
-        for _ in range(decode_tokens if run else min(decode_tokens, WARM_UP)):
+        middle = end = time.perf_counter()
+        count = 0
+        while count < (decode_tokens if run else min(decode_tokens, WARM_UP)):
             last = runtime.feed([int(last.argmax())])
-        end = time.perf_counter()
+            count += 1
+            end = time.perf_counter()
+            if count >= WARM_UP and end > deadline:
+                break
         if run:
             prefill.append(middle - begin)
-            decode.append(end - middle)
+            decode.append((end - middle) / count)
+            decoded = min(decoded, count)
             if end > deadline:
                 break
     return Speed(
         prefill_tokens_per_second=len(prompt) / statistics.median(prefill),
-        decode_tokens_per_second=decode_tokens / statistics.median(decode),
+        decode_tokens_per_second=1 / statistics.median(decode),
         prefill_tokens=len(prompt),
-        decode_tokens=decode_tokens,
+        decode_tokens=decoded,
         repeats=len(prefill),
     )
 

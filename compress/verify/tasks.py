@@ -106,7 +106,8 @@ def read_task(path: Path) -> Task:
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint="--task takes a .jsonl file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(f"{path} cannot be read: {why}") from error
     # Not splitlines(): JSON strings may hold U+2028, which is a line's end to it.
     lines = enumerate(text.split("\n"), start=1)
     items = tuple(parse_item(line, f"{path}:{number}") for number, line in lines if line.strip())

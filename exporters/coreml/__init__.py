@@ -45,14 +45,14 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
-    """Core ML on macOS, the MIL evaluator elsewhere; see ``exporters.coreml.runtime``."""
+    """See ``exporters.coreml.runtime.open_runtime``."""
     from exporters.coreml import runtime
 
     return runtime.open_runtime(path, context=context, threads=threads)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``exporters.coreml.inspection.describe_package``."""
-    from exporters.coreml.inspection import describe_package
+    """See ``exporters.coreml.inspection.describe``."""
+    from exporters.coreml import inspection
 
-    return describe_package(path)
+    return inspection.describe(path)

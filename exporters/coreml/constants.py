@@ -120,23 +120,29 @@ class LazyConstants:
         for: they are written one after the other."""
         if self._held[0] != entry.name:
             self._held = ("", {})  # before the next one needs the room
-            self._held = (entry.name, as_stored(self._quantize(entry)))
+            self._held = (entry.name, self._quantize(entry))
         return self._held[1][which]
 
-    def _quantize(self, entry: PlanEntry) -> Quantized:
+    def _quantize(self, entry: PlanEntry) -> dict[str, Array]:
+        """All parts of a compressed matrix; the codes, a byte each, are in memory only once."""
         grid = get_grid(entry.grid)
         rows, columns = entry.shape
         whole_table = entry.grid.endswith("-tensor")
         slab = rows if whole_table else max(SLAB // columns // 256, 1) * 256
         if slab >= rows:
-            return self._weights.quantize(entry.name, grid)
-        pieces = [
-            self._weights.quantize(entry.name, grid, slice(start, min(start + slab, rows)))
-            for start in range(0, rows, slab)
-        ]
-        params = {key: np.concatenate([p.params[key] for p in pieces]) for key in pieces[0].params}
-        codes = np.concatenate([piece.codes for piece in pieces])
-        return Quantized(codes, params, grid, (rows, columns))
+            return as_stored(self._weights.quantize(entry.name, grid))
+        stored: dict[str, Array] = {}
+        for start in range(0, rows, slab):
+            stop = min(start + slab, rows)
+            piece = as_stored(self._weights.quantize(entry.name, grid, slice(start, stop)))
+            for part, values in piece.items():
+                count = len(values)  # of rows, or of groups of rows
+                if start == 0:
+                    shape = (count * rows // stop, *values.shape[1:])
+                    stored[part] = np.empty(shape, values.dtype)
+                first = count * start // (stop - start)
+                stored[part][first : first + count] = values
+        return stored
 
 
 def as_stored(quantized: Quantized) -> dict[str, Array]:

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, first_line
 from exporters.coreml.constexpr import CONSTEXPR, Constant, constants_of, decode
 from exporters.coreml.mil import Operation, TensorSpec, TensorType, read_package
 from exporters.coreml.mil_moves import MOVES
@@ -237,8 +237,8 @@ class Evaluator:
             else:
                 results = self._compute(step, values, states)
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ArtifactError(f"op {operation.kind!r} {operation.name!r}: {first}") from error
+            where = f"op {operation.kind!r} {operation.name!r}"
+            raise ArtifactError(f"{where}: {first_line(error)}") from error
         results = (results,) if isinstance(results, Tensor) else tuple(results)
         for (name, declared), result in zip(operation.outputs, results, strict=True):
             _check_type(operation, declared, result)

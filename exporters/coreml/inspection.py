@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from compress.config_json import json_or_empty
 from exporters.coreml.blobs import Packed
 from exporters.coreml.mil import Function, Operation, read_package
 
@@ -14,7 +14,7 @@ SCALED = "constexpr_blockwise_shift_scale"
 PALETTE = "constexpr_lut_to_dense"
 
 
-def describe_package(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
     """See ``compress.model.Exporter.describe``.
 
     Raises:
@@ -37,7 +37,8 @@ def describe_package(path: Path) -> dict[str, Any]:
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": 2,  # states are float16
-        "config": side_config(path),
+        "context": cache_slots(function),
+        "config": json_or_empty(path.parent / "config.json"),
         "metadata": dict(sorted(program.metadata.items()))
         | {"specification version": str(program.specification_version)}
         | {
@@ -51,13 +52,10 @@ def describe_package(path: Path) -> dict[str, Any]:
     }
 
 
-def side_config(package: Path) -> dict[str, Any]:
-    """``config.json`` beside the package; empty when there is none that can be read."""
-    try:
-        value = json.loads((package.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def cache_slots(function: Function) -> int:
+    """Positions of the KV cache; 0 for a program that has none."""
+    cache = function.states.get("keyCache")
+    return 0 if cache is None else cache.shape[3] or 0
 
 
 def list_tensors(function: Function) -> list[dict[str, Any]]:

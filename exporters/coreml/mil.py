@@ -204,7 +204,7 @@ def _load_proto_package(name: str) -> None:
     found = importlib.util.find_spec("coremltools")  # a top-level name: finds, does not import
     if found is None or not found.submodule_search_locations:
         raise RuntimeMissingError(
-            "reading a Core ML package needs coremltools", hint='pip install "packlight[coreml]"'
+            "reading a Core ML package needs coremltools", hint="pip install coremltools"
         )
     package = ModuleType(name)
     package.__path__ = [str(Path(found.submodule_search_locations[0]) / "proto")]

@@ -10,6 +10,7 @@ from typing import Any
 from compress.arch import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.model import Plan, PlanEntry
+from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
 ROW_GROUPS = ("g1", "g2", "g4", "g8", "g16", "g32", "tensor")
@@ -20,7 +21,6 @@ GRIDS = (
 )
 DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
 DEFAULT_CONTEXT = 2048
-BITS = {"fp16": 16, "fp32": 32}  # and int4, uint3 …: the number in the name
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
 IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
@@ -44,8 +44,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes in the file; sub-byte integers are packed without gaps."""
-        bits = BITS.get(self.dtype) or int(self.dtype.lstrip("uint"))
-        return (math.prod(self.shape) * bits + 7) // 8
+        return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
 def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -205,16 +204,16 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     context = settings["context"]
     cache = context * config.kv_cache_bytes_per_token()
     yield (
-        f"Core ML: the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
-        "its size costs speed: a smaller context is faster."
+        f"the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
+        "its size costs speed: a smaller context is faster"
     )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
         yield (
-            f"Core ML: {config.rope.kind} rotary factors are those for short prompts: the package "
-            f"holds {context} positions, not {config.max_position_embeddings}."
+            f"{config.rope.kind} rotary factors are those for short prompts: the package "
+            f"holds {context} positions, not {config.max_position_embeddings}"
         )
     if config.head_dim % NEURAL_ENGINE_MULTIPLE:
         yield (
-            f"Core ML: heads of {config.head_dim} are not a multiple of 32, which the Neural "
-            "Engine is reported to refuse for states; CPU and GPU take them."
+            f"heads of {config.head_dim} are not a multiple of 32, which the Neural "
+            "Engine is reported to refuse for states; CPU and GPU take them"
         )

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import __version__
-from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.model import Runtime
+from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
+from compress.model import Runtime, check_room
 from exporters.coreml.mil import read_package
 
 Float32 = NDArray[np.float32]
@@ -44,7 +44,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
     if context > slots:
         raise UsageError(
             f"{path.name} has a KV cache of {slots} positions, {context} are asked for",
-            hint=f"--context {slots}, or build with targets.coreml.context={context}",
+            hint=f"build with targets.coreml.context={context}",
         )
     vocab = function.outputs["logits"].shape[-1] or 0
     if _has_core_ml():
@@ -113,10 +113,7 @@ class CoreMLRuntime:
     def _append(self, tokens: Sequence[int]) -> list[Float32]:
         if self._predict is None:
             raise UsageError("the runtime is closed")
-        if not tokens or self._length + len(tokens) > self._slots:
-            raise UsageError(
-                f"{len(tokens)} token(s) after {self._length}: the KV cache has {self._slots} slots"
-            )
+        check_room(self._length, len(tokens), self._slots)
         if self._state is None:
             self._state = self._make_state()
         pieces = []
@@ -153,8 +150,7 @@ def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
             str(path), compute_units=coremltools.ComputeUnit.CPU_AND_GPU
         )
     except Exception as error:  # NSError arrives as a bare RuntimeError
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ArtifactError(f"Core ML refuses {path.name}: {first}") from error
+        raise ArtifactError(f"Core ML refuses {path.name}: {first_line(error)}") from error
     version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
     return f"Core ML (macOS {version})", model.predict, model.make_state
 

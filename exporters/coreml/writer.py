@@ -71,7 +71,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
         path=package,
         nbytes=sum(file.stat().st_size for file in package.rglob("*") if file.is_file()),
         weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(),
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
         plan=plan,
         notes=plan.notes,
     )

@@ -1,50 +1,58 @@
-"""GGUF: one file for llama.cpp, with the weights, the keys and the tokenizer."""
+"""GGUF: one file for llama.cpp, with the weights, the keys and the tokenizer.
+
+    planning.py   type name → which tensor gets which grid, and its bytes
+    mixes.py      llama.cpp's presets (Q4_K_M …) and what rows that do not fit get
+    metadata.py   tensor names, architecture keys, rope tables
+    tokenizer.py  the tokenizer's keys; splitting.py: llama.cpp's name of its pattern
+    writer.py     the file, streamed
+    runtime.py    llama.cpp itself
+    inspection.py what a file says of itself; head.py reads its keys and tensor table
+
+Importing this package loads neither gguf nor llama.cpp.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.arch import DecoderConfig
-from compress.model import Artifact, Plan, Progress, Weights
-
-if TYPE_CHECKING:
-    from exporters.gguf.runtime import LlamaCpp
+from compress.model import Artifact, Plan, Progress, Runtime, Weights
 
 __all__ = ["describe", "grids", "open_runtime", "plan", "write"]
 
 
 def grids() -> Sequence[str]:
-    """See ``exporters.Exporter.grids``."""
+    """``Q4_K``, ``Q8_0``, ``IQ4_NL`` …: ggml's types, of which presets are mixed."""
     from exporters.gguf.mixes import BLOCKS
 
     return tuple(BLOCKS)
 
 
 def plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model") -> Plan:
-    """See ``exporters.Exporter.plan``; ``settings["type"]`` is a llama.cpp preset."""
+    """See ``exporters.gguf.planning.make_plan``."""
     from exporters.gguf.planning import make_plan
 
-    return make_plan(config, settings, model_name=model_name)
+    return make_plan(config, settings, model_name)
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """See ``exporters.Exporter.write``; the artifact's path is the file."""
-    from exporters.gguf.writer import write_file
+    """See ``exporters.gguf.writer.write``."""
+    from exporters.gguf import writer
 
-    return write_file(plan, weights, folder, progress)
+    return writer.write(plan, weights, folder, progress)
 
 
-def open_runtime(path: Path, *, context: int, threads: int = 0) -> LlamaCpp:
-    """See ``exporters.Exporter.open_runtime``: llama.cpp itself."""
+def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
+    """See ``exporters.gguf.runtime.LlamaCpp``."""
     from exporters.gguf.runtime import LlamaCpp
 
     return LlamaCpp(path, context=context, threads=threads)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``exporters.Exporter.describe``."""
-    from exporters.gguf.inspection import describe_file
+    """See ``exporters.gguf.inspection.describe``."""
+    from exporters.gguf import inspection
 
-    return describe_file(path)
+    return inspection.describe(path)

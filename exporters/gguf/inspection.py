@@ -11,8 +11,8 @@ from compress.errors import ArtifactError
 from exporters.gguf.head import read_head
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """See ``exporters.Exporter.describe``; anybody's GGUF will do.
+def describe(path: Path) -> dict[str, Any]:
+    """See ``compress.model.Exporter.describe``; anybody's GGUF will do.
 
     Raises:
         ArtifactError: not a GGUF file, or a damaged one.
@@ -43,6 +43,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         "bytes": size,
         "bits_per_weight": size * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": 2,  # llama.cpp's default cache is float16
+        "context": 0,  # llama.cpp makes as much room as it is asked for
         "config": hf_config(metadata, tensors),
         "metadata": metadata,
         "tensors": tensors,

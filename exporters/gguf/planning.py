@@ -16,8 +16,8 @@ from exporters.gguf.mixes import Mix, fitting, tensor_bytes
 CONTEXT_STEP = 256
 
 
-def make_plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str) -> Plan:
-    """See ``exporters.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M).
+def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
+    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M).
 
     Raises:
         GridError: an unknown type.

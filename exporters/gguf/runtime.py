@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.errors import ArtifactError, RuntimeMissingError
+from compress.machine import available_cpus
+from compress.model import check_room
 from exporters.gguf.planning import CONTEXT_STEP
 
 # Tokens per llama_decode: its logits buffer is this many rows of the vocabulary.
@@ -183,8 +185,7 @@ class LlamaCpp:
             reason = self._library.reason()
             self.close()
             raise ArtifactError(f"llama.cpp cannot run {path.name}: {reason}")
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        count = threads or cpus or 1
+        count = threads or available_cpus()
         self._c.llama_set_n_threads(self._context, count, count)
         self._batch = self._c.llama_batch_init(self._batch_size, 0, 1)
         self._used = 0
@@ -203,10 +204,11 @@ class LlamaCpp:
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
         Raises:
-            UsageError: more tokens than there is room for.
+            UsageError: no tokens, or more than there is room for.
             ArtifactError: llama.cpp cannot evaluate them.
         """
         self.reset()
+        check_room(0, len(tokens), self.positions)
         result = np.empty((len(tokens), self.vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch_size):
             chunk = tokens[start : start + self._batch_size]
@@ -227,8 +229,7 @@ class LlamaCpp:
             UsageError: no tokens, or more than there is room for.
             ArtifactError: llama.cpp cannot evaluate them.
         """
-        if not tokens:
-            raise UsageError("feed needs at least one token")
+        check_room(self._used, len(tokens), self.positions)
         for start in range(0, len(tokens), self._batch_size):
             self._decode(tokens[start : start + self._batch_size], every=False)
         last = self._c.llama_get_logits_ith(self._context, -1)
@@ -283,10 +284,6 @@ class LlamaCpp:
         return buffer.value.decode() if size >= 0 else ""
 
     def _decode(self, tokens: Sequence[int], *, every: bool) -> None:
-        if self._used + len(tokens) > self.positions:
-            raise UsageError(
-                f"{self._used + len(tokens)} tokens do not fit the context of {self.positions}"
-            )
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.arch import DecoderConfig
-from compress.checkpoint import read_json
+from compress.config_json import read_json
 from compress.errors import CheckpointError
+from compress.tokenizer import Tokenizer
 from exporters.gguf.splitting import classify, normalizer_notes, space_prefix, steps
 
 if TYPE_CHECKING:
@@ -164,19 +165,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     """
     if (folder / "tokenizer.json").exists():
         return read_json(folder / "tokenizer.json")
-    if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            f"no tokenizer in {folder.name}",
-            hint="a GGUF file holds its tokenizer: tokenizer.json or tokenizer.model is needed",
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        made: dict[str, Any] = json.loads(fast.backend_tokenizer.to_str())
-    except Exception as error:  # transformers raises whatever its converters raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the tokenizer cannot be read: {reason}") from error
+    made: dict[str, Any] = json.loads(Tokenizer(folder).to_json())
     return made
 
 

@@ -6,7 +6,6 @@ the data section is ours, because its writer wants whole tensors in memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ ALIGNMENT = 32  # gguf's default, so no key says it
 SLAB = 8 << 20  # weights held at once: 32 MiB as float32
 
 
-def write_file(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """See ``exporters.Exporter.write``. Memory: one slab of ``SLAB`` weights, never a tensor.
+def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
+    """See ``compress.model.Exporter.write``. Memory: one slab of ``SLAB`` weights, never a tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
@@ -43,7 +42,7 @@ def write_file(plan: Plan, weights: Weights, folder: Path, progress: Progress) -
     """
     config = weights.config
     vocabulary = read_vocabulary(weights.checkpoint.path, config)
-    path = folder / file_name(plan)
+    path = folder / f"{plan.model_name}-{plan.type_name}.gguf"
     write_head(path, plan, config, vocabulary)
     done = 0
     with path.open("ab") as stream:
@@ -60,16 +59,10 @@ def write_file(plan: Plan, weights: Weights, folder: Path, progress: Progress) -
         path=path,
         nbytes=path.stat().st_size,
         weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(2),  # llama.cpp's default: F16
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
         plan=plan,
         notes=(*plan.notes, *vocabulary.notes),
     )
-
-
-def file_name(plan: Plan) -> str:
-    """``<Name>-<Type>.gguf``, with nothing in it that a file system minds."""
-    stem = re.sub(r"[^\w.+-]+", "-", plan.model_name).strip("-.") or "model"
-    return f"{stem}-{plan.type_name}.gguf"
 
 
 def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabulary) -> None:

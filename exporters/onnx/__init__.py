@@ -1,11 +1,12 @@
 """ONNX: one folder that onnxruntime, ORT GenAI, Optimum and Transformers.js all load.
 
-    planning.py settings → which tensor gets which grid, and its bytes
-    packing.py  codes, scales and zero points as MatMulNBits and GatherBlockQuantized store them
-    graph.py    the decoder, node by node, from a DecoderConfig
-    writer.py   the .onnx file and its external data, streamed
-    folder.py   config.json, genai_config.json, the tokenizer
-    runtime.py  onnxruntime
+    planning.py   settings → which tensor gets which grid, and its bytes
+    packing.py    codes, scales and zero points as MatMulNBits and GatherBlockQuantized store them
+    graph.py      the decoder, node by node, from a DecoderConfig; builder.py collects the nodes
+    writer.py     the .onnx file and its external data, streamed
+    folder.py     config.json, genai_config.json, the tokenizer
+    runtime.py    onnxruntime
+    inspection.py what a folder says of itself
 
 Importing this package loads none of onnx, onnx_ir and onnxruntime.
 """
@@ -51,7 +52,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``exporters.onnx.describe.describe``."""
+    """See ``exporters.onnx.inspection.describe``."""
     from exporters.onnx import inspection
 
     return inspection.describe(path)

@@ -15,8 +15,9 @@ from typing import Any
 
 from compress.arch import DecoderConfig
 from compress.checkpoint import Checkpoint
+from compress.config_json import write_json
 from compress.model import Plan
-from compress.side_files import hf_config, write_json, write_side_files
+from compress.side_files import hf_config, write_side_files
 
 # Transformers.js: the `dtype` of a session → the suffix of its file. Four bits are "q4".
 DTYPES = {4: "q4", 8: "int8"}
@@ -36,8 +37,8 @@ def write_folder(plan: Plan, config: DecoderConfig, checkpoint: Checkpoint, fold
     """Everything but the graph and its data."""
     write_side_files(config, checkpoint, folder)
     browser = {"transformers.js_config": transformers_js(plan)}
-    write_json(folder / "config.json", hf_config(config) | browser)
-    write_json(folder / "genai_config.json", genai_config(plan, config))
+    write_json(folder / "config.json", hf_config(config) | browser, sort_keys=True)
+    write_json(folder / "genai_config.json", genai_config(plan, config), sort_keys=True)
 
 
 def transformers_js(plan: Plan) -> dict[str, Any]:

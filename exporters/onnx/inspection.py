@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from compress.config_json import json_or_empty
 from compress.errors import ArtifactError
 from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES
 
@@ -30,7 +30,7 @@ def find_graph(path: Path) -> Path:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Metadata and tensors; see ``exporters.Exporter.describe``.
+    """Metadata and tensors; see ``compress.model.Exporter.describe``.
 
     Raises:
         ArtifactError: no graph, or one that does not parse.
@@ -60,6 +60,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": KV_BYTES,
+        "context": int(metadata.get(CONTEXT_KEY, 0)),
         "config": config,
         "metadata": {
             "ir_version": str(model.ir_version),
@@ -69,7 +70,6 @@ def describe(path: Path) -> dict[str, Any]:
             "operators": ", ".join(f"{name} {n}" for name, n in sorted(operators.items())),
         },
         "tensors": tensors,
-        "context": int(metadata.get(CONTEXT_KEY, 0)),
     }
 
 
@@ -114,11 +114,3 @@ def tensor_rows(graph: Any) -> list[dict[str, Any]]:
             grid = "table" if name.startswith("rope.") else types[kind]
             rows[offset] = {"name": name, "shape": shape, "grid": grid, "bytes": nbytes}
     return [rows[offset] for offset in sorted(rows)]
-
-
-def json_or_empty(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -153,8 +153,8 @@ def _grid_name(settings: Mapping[str, Any], bits: int) -> str:
 def _notes(config: DecoderConfig, nbytes: int) -> Iterator[str]:
     if config.max_context < config.max_position_embeddings:
         yield (
-            f"ONNX: {config.rope.kind} rotary factors are those for short prompts: the artifact "
-            f"holds {config.max_context} positions, not {config.max_position_embeddings}."
+            f"{config.rope.kind} rotary factors are those for short prompts: the artifact "
+            f"holds {config.max_context} positions, not {config.max_position_embeddings}"
         )
     # optimum-onnx 0.1.0 takes the shape of the cache from its own reading of config.json.
     if (
@@ -162,16 +162,16 @@ def _notes(config: DecoderConfig, nbytes: int) -> Iterator[str]:
         and config.num_key_value_heads != config.num_attention_heads
     ):
         yield (
-            f"ONNX: optimum-onnx 0.1.0 ignores num_key_value_heads for {config.model_type} and "
-            "cannot run this folder; onnxruntime and ORT GenAI can."
+            f"optimum-onnx 0.1.0 ignores num_key_value_heads for {config.model_type} and "
+            "cannot run this folder; onnxruntime and ORT GenAI can"
         )
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         yield (
-            "ONNX: optimum-onnx 0.1.0 ignores head_dim and cannot run this folder; onnxruntime "
-            "and ORT GenAI can."
+            "optimum-onnx 0.1.0 ignores head_dim and cannot run this folder; onnxruntime "
+            "and ORT GenAI can"
         )
     if nbytes >= BROWSER_LIMIT:
         yield (
-            "ONNX: the external data file exceeds 2 GiB, more than a browser can load; "
-            "a larger group_size makes it smaller."
+            "the external data file exceeds 2 GiB, more than a browser can load; "
+            "a larger group_size makes it smaller"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import ArtifactError, RuntimeMissingError, UsageError
+from compress.errors import ArtifactError, RuntimeMissingError, first_line
+from compress.machine import available_cpus
+from compress.model import check_room
 from exporters.onnx.inspection import find_graph
 from exporters.onnx.planning import CONTEXT_KEY
 
@@ -83,6 +84,7 @@ class OnnxRuntime:
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         self.reset()
+        check_room(0, len(tokens), self._context)
         result = np.empty((len(tokens), self._vocab), np.float32)
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
@@ -95,7 +97,8 @@ class OnnxRuntime:
         self._length = 0
 
     def feed(self, tokens: Sequence[int]) -> Float32:
-        last: Float32 = np.empty(0, np.float32)
+        check_room(self._length, len(tokens), self._context)
+        last: Float32
         for start in range(0, len(tokens), CHUNK):
             last = self._run(tokens[start : start + CHUNK])[-1]
         return last.copy()
@@ -107,11 +110,6 @@ class OnnxRuntime:
     def _run(self, tokens: Sequence[int]) -> Float32:
         """Append to the cache; logits ``[len(tokens), vocab]``."""
         end = self._length + len(tokens)
-        if end > self._context:
-            raise UsageError(
-                f"{end} tokens do not fit: the runtime has room for {self._context}",
-                hint="a larger context, up to what the artifact was built for",
-            )
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
@@ -134,14 +132,3 @@ def untouched(shape: tuple[int, ...]) -> Float32:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, np.float32).reshape(shape)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

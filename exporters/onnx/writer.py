@@ -15,7 +15,6 @@ from compress.grids import Array, get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, Piece, layout, pack
-from exporters.onnx.planning import KV_BYTES
 
 # Weights quantized at once: 8 MB as float32, which the caches of a CPU hold better than more.
 SLAB = 2 * 2**20
@@ -52,7 +51,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
         path=folder,
         nbytes=graph_path.stat().st_size + data_path.stat().st_size,
         weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(KV_BYTES),
+        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
         plan=plan,
         notes=plan.notes,
     )

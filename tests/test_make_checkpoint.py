@@ -1,0 +1,94 @@
+"""Checkpoints of published shapes (`benchmarks/make_checkpoint.py`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import make_checkpoint
+from published import MODELS
+
+from compress.arch import DecoderConfig, WeightMap
+from compress.checkpoint import Checkpoint
+
+# Published counts, or computed by transformers from the published config on the meta device.
+PARAMETERS = {
+    "mobilellm-125m": 124_635_456,
+    "mobilellm-350m": 345_355_200,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "llama-3.2-1b": 1_235_814_400,
+    "phi-1.5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "llama-3.2-3b": 3_212_749_824,
+    "phi-3-mini-4k": 3_821_079_552,
+    "phi-3.5-mini": 3_821_079_552,
+    "phi-4-mini": 3_836_021_760,
+    "llama-2-7b": 6_738_415_616,
+    "mistral-7b": 7_241_732_096,
+    "llama-3-8b": 8_030_261_248,
+    "phi-3-medium-4k": 13_960_238_080,
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shapes_are_the_published_ones(model: str) -> None:
+    assert DecoderConfig.from_hf(MODELS[model][2]).num_parameters == PARAMETERS[model]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of the table cut to two blocks, in small shards and slabs."""
+    tokenizer, pieces, keys = MODELS["phi-3-mini-4k"]
+    cut = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    monkeypatch.setitem(MODELS, "small", (tokenizer, pieces, keys | cut | heads))
+    monkeypatch.setattr(make_checkpoint, "SHARD", 20_000_000)
+    monkeypatch.setattr(make_checkpoint, "SLAB", 100_000)
+    return "small"
+
+
+def test_checkpoint_is_whole_and_repeatable(
+    tmp_path: Path, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_checkpoint.make(small, tmp_path / "first")
+    monkeypatch.setattr(make_checkpoint, "THREADS", 1)
+    second = make_checkpoint.make(small, tmp_path / "second")
+    files = sorted(first.iterdir())
+    assert sum(file.suffix == ".safetensors" for file in files) > 1
+    for file in files:
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+    from transformers import AutoTokenizer
+
+    assert len(AutoTokenizer.from_pretrained(first)) == 32_011  # Phi-3: rows to 32,064 are padding
+
+
+def test_weights_look_trained(tmp_path: Path, small: str) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint.make(small, tmp_path / "model"))
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    weights = WeightMap(config)
+    weights.check(checkpoint)
+    up = weights.read(checkpoint, "blocks.1.up_proj.weight")
+    columns = np.sort(up.std(axis=0))
+    assert columns[-make_checkpoint.OUTLIERS] > 2 * columns[-make_checkpoint.OUTLIERS - 1]
+    scaled = up / up.std(axis=0)
+    # A normal distribution has 3; Student-t with 5 degrees of freedom 9, a sample somewhat less.
+    assert 5 < float((scaled**4).mean()) < 12
+    norm = weights.read(checkpoint, "blocks.0.input_layernorm.weight")
+    assert abs(float(norm.mean()) - 1) < 0.05
+
+
+def test_sparse_shards_have_the_sizes_and_no_bytes(tmp_path: Path, small: str) -> None:
+    folder = make_checkpoint.make(small, tmp_path / "model", weights=False)
+    checkpoint = Checkpoint.open(folder)
+    assert not checkpoint.read("model.norm.weight").any()
+    for file in folder.glob("*.safetensors"):
+        assert file.stat().st_blocks * 512 < file.stat().st_size / 10
