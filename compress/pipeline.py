@@ -108,6 +108,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
+        check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         artifacts = write_artifacts(job, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -129,11 +130,11 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     if not found:
         raise UsageError(
             f"{settings.artifact} is not an artifact",
-            hint="a .gguf file, an ONNX folder, a .mlpackage, or the folder of a build",
+            hint="a .gguf or .onnx file, an ONNX folder, a .mlpackage, or the folder of a build",
         )
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
-    artifacts = [adopt(name, path, config, shipyard.get_exporter) for name, path in found]
+    artifacts = [adopt(name, path, config, shipyard.get_exporter, console) for name, path in found]
     recipe = Recipe(
         name="verify",
         targets={artifact.format: {} for artifact in artifacts},
