@@ -189,6 +189,8 @@ def test_verify_without_gates_passes_no_judgement(built, model):
         (["verify", "{model}/config.json", "--baseline", "{model}"], "not an artifact"),
         (["verify", "{gguf}", "--baseline", "{model}", "--gate", "quality=1"], "quality"),
         (["inspect", "nowhere"], "not a folder"),
+        (["inspect", "no\nwhere\x1b[31m"], "error: no where [31m is not a folder"),
+        (["build", ""], "name is empty"),
         (["fit", "{model}", "--device", "iphone14"], "iphone-14"),
         (["fit", "{model}", "--memory", "lots"], "not a size"),
         (["recipes", "check", "nowhere.yaml"], "no such file"),
