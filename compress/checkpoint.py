@@ -106,6 +106,8 @@ class Checkpoint:
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
         name = str(model)
+        if not name:  # an unset variable of a script is not the current folder
+            raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
         if folder.is_dir():

@@ -183,7 +183,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     return pipeline.build(settings, SHIPYARD, console)
 
 
-@cli.command()
+@cli.command(short_help="Build and verify all three formats from the bundled checkpoint.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("packlight-demo"),
               show_default=True, metavar="DIR", help="Folder to make.")  # fmt: skip
 @format_option
@@ -245,7 +245,7 @@ def verify(artifact: Path, **options: Any) -> int:
     return pipeline.verify(settings, SHIPYARD, console)
 
 
-@cli.command()
+@cli.command(short_help="Show what a checkpoint or an artifact holds; no weight is read.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
 @hub_options
 @output_options
@@ -259,7 +259,7 @@ def inspect(target: str, **options: Any) -> int:
     return inspection.inspect(target, get_exporter, hub, console)
 
 
-@cli.command()
+@cli.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
 @click.option("--device", metavar="NAME", shell_complete=lambda *_: _device_names(),
               help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip

@@ -93,13 +93,16 @@ class Console:
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
-        amount = DownloadColumn(binary_units=True) if unit == "bytes" else TaskProgressColumn()
+        whole = Column(no_wrap=True)  # in a narrow terminal it is the bar that gives way
+        in_bytes = DownloadColumn(binary_units=True, table_column=whole)
+        amount = in_bytes if unit == "bytes" else TaskProgressColumn(table_column=whole)
         bar = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
+            TextColumn("{task.description:<25}", table_column=Column(no_wrap=True)),
+            BarColumn(table_column=Column(ratio=1)),
             amount,
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=RichConsole(stderr=True),
         )
         with bar:
@@ -108,10 +111,14 @@ class Console:
 
 
 def print_error(error: PacklightError) -> None:
-    """The one clear line, and the hint below it; to stderr."""
-    click.echo(click.style("error: ", fg="red") + error.message, err=True, color=color())
-    if error.hint:
-        click.echo(click.style("hint: ", fg="cyan") + error.hint, err=True, color=color())
+    """The one clear line, and the hint below it; to stderr.
+
+    One line even where a name has line breaks in it, or a checkpoint escapes for the terminal.
+    """
+    for label, shade, text in (("error", "red", error.message), ("hint", "cyan", error.hint)):
+        if text:
+            line = "".join(char if char.isprintable() else " " for char in text)
+            click.echo(click.style(f"{label}: ", fg=shade) + line, err=True, color=color())
 
 
 def color() -> bool | None:

@@ -219,6 +219,13 @@ def device_row(label: str, config: DecoderConfig, need: Footprint, row: Device) 
     }
 
 
+PARTS = {
+    "weights": "weights_bytes",
+    "KV cache": "kv_cache_bytes",
+    "activations": "activation_bytes",
+}
+
+
 def print_fit(rows: list[dict[str, Any]], console: Console) -> None:
     """One block per artifact: what it needs, then a line per device."""
     if not rows:
@@ -227,8 +234,8 @@ def print_fit(rows: list[dict[str, Any]], console: Console) -> None:
         mine = [row for row in rows if row["artifact"] == label]
         first = mine[0]
         console.data(f"{label} at {first['context']} tokens: {format_bytes(first['total_bytes'])}")
-        for part in ("weights", "kv_cache", "activation"):
-            console.data(f"  {part.replace('_', ' '):<11} {format_bytes(first[part + '_bytes'])}")
+        for part, key in PARTS.items():
+            console.data(f"  {part:<11}  {format_bytes(first[key])}")
         cells = [
             [
                 row["device"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,8 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     if path.is_file():
-        return [("gguf", path)] if path.suffix == ".gguf" else []
+        formats = {".gguf": "gguf", ".onnx": "onnx"}
+        return [(formats[path.suffix], path)] if path.suffix in formats else []
     if path.suffix == ".mlpackage":
         return [("coreml", path)]
     if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
@@ -203,16 +204,37 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
     return found + [("coreml", package) for package in sorted(packages)]
 
 
-def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter) -> Artifact:
-    """An artifact that was written some time ago, from its own metadata."""
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+
+
+def adopt(
+    name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter, console: Console
+) -> Artifact:
+    """An artifact that was written some time ago, from its own metadata.
+
+    Raises:
+        UsageError: its vocabulary is not that of the float model, so nothing can be compared.
+        ArtifactError: see ``Exporter.describe``.
+    """
     facts = get_exporter(name).describe(path)
+    for key in SIZES:
+        told, expected = facts["config"].get(key), getattr(config, key)
+        if isinstance(told, int) and told != expected:
+            what = f"{path.name} has a {key} of {told}, the float model {expected}"
+            if key == "vocab_size":
+                hint = "--baseline is the checkpoint that the artifact was made from"
+                raise UsageError(what, hint=hint)
+            console.warning(f"{what}: are they the same model?")
     entries = tuple(
         PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
     )
     plan = Plan(
         format=name,
-        type_name=path.stem,
+        type_name=facts.get("type") or prevailing_grid(facts["tensors"]),
         model_name=facts["name"],
         entries=entries,
         max_context=min(config.max_context, facts["context"] or config.max_context),
@@ -220,6 +242,14 @@ def adopt(name: str, path: Path, config: DecoderConfig, get_exporter: GetExporte
     )
     cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
+
+
+def prevailing_grid(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """The grid of most of an artifact's bytes."""
+    sizes: dict[str, int] = {}
+    for row in tensors:
+        sizes[row["grid"]] = sizes.get(row["grid"], 0) + row["bytes"]
+    return max(sizes, key=lambda grid: sizes[grid], default="unknown")
 
 
 def read_license(checkpoint: Checkpoint) -> str | None:

@@ -273,10 +273,10 @@ class Exporter(Protocol):
     def describe(self, path: Path) -> dict[str, Any]:
         """What ``packlight inspect`` shows of an artifact: metadata and tensors, no weights read.
 
-        Keys: ``format``, ``name``, ``architecture``, ``parameters`` (None when unknown), ``bytes``,
-        ``bits_per_weight``, ``kv_bytes_per_value``, ``context`` (positions that the file itself
-        holds; 0 where only the model sets a limit), ``config`` (as ``config.json``, at least the
-        sizes; empty when unknown), ``metadata`` (str → printable), ``tensors`` (list of name,
-        shape, grid, bytes).
+        Keys: ``format``, ``type`` (only where the file names one), ``name``, ``architecture``,
+        ``parameters`` (None when unknown), ``bytes``, ``bits_per_weight``, ``kv_bytes_per_value``,
+        ``context`` (positions that the file itself holds; 0 where only the model sets a limit),
+        ``config`` (as ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str
+        → printable), ``tensors`` (list of name, shape, grid, bytes).
         """
         ...

@@ -38,9 +38,10 @@ from compress.machine import available_memory
 from compress.model import Artifact, Shipyard, Weights
 from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.recipe import Recipe, load
-from compress.report import TASK_HEADERS, Baseline, build_report, model_facts, task_rows
+from compress.report import Baseline, build_report, model_facts
 from compress.solvers import get_solver
 from compress.statistics import Statistics
+from compress.summary import finish
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -117,6 +118,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
+        check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         statistics, notes = gather(job, importance, shipyard, console, settings.threads)
         artifacts = write_artifacts(job, statistics, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
@@ -140,11 +142,11 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     if not found:
         raise UsageError(
             f"{settings.artifact} is not an artifact",
-            hint="a .gguf file, an ONNX folder, a .mlpackage, or the folder of a build",
+            hint="a .gguf or .onnx file, an ONNX folder, a .mlpackage, or the folder of a build",
         )
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
-    artifacts = [adopt(name, path, config, shipyard.get_exporter) for name, path in found]
+    artifacts = [adopt(name, path, config, shipyard.get_exporter, console) for name, path in found]
     recipe = Recipe(
         name="verify",
         targets={artifact.format: {} for artifact in artifacts},
@@ -367,71 +369,3 @@ def baseline_notes(config: DecoderConfig) -> list[str]:
             f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
         ]
     return []
-
-
-def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
-    """The table, the verdict and where things are."""
-    console.result(report)
-    console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
-    if tasks := task_rows(report):
-        console.table(TASK_HEADERS, tasks)
-    for artifact in report["artifacts"]:
-        for gate in artifact["gates"]:
-            if not gate["passed"]:
-                console.warning(
-                    f"{artifact['format']}: {gate['name']} is {gate_value(gate)}, "
-                    f"the gate is {gate['limit']}"
-                )
-        if artifact["generation_consistent"] is False and artifact["generation"]["gap"] > TIE:
-            console.warning(
-                f"{artifact['format']}: greedy tokens differ with and without the KV cache"
-            )
-        if output is not None:
-            console.path(output / artifact["path"])
-    if report["verdict"] == "not verified":
-        console.say("not verified")
-    elif report["verdict"] == "passed" and not any(a["gates"] for a in report["artifacts"]):
-        console.say("measured; no gate was set")
-    else:
-        console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
-    if output is not None:
-        console.say(f"report: {output / 'report.html'}")
-
-
-def gate_value(gate: Mapping[str, Any]) -> str:
-    """What was measured, in the unit of the gate."""
-    if gate["value"] is None:
-        return "nothing"
-    if "bytes" in gate["name"]:
-        return format_bytes(gate["value"])
-    return f"{gate['value']:.4g}"
-
-
-# Logits closer than this are a tie that the order of summation decides, not a wrong cache.
-TIE = 0.05
-
-HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
-
-
-def table_row(artifact: Mapping[str, Any]) -> list[str]:
-    """One line of the table; what was not measured is a dash."""
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    ratio = artifact["perplexity_ratio"]
-    change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
-    kl = (artifact["kl_divergence"] or {}).get("mean")
-    top1 = artifact["top1_agreement"]
-    peak = artifact["peak_memory_bytes"]
-    return [
-        artifact["format"],
-        artifact["type"],
-        format_bytes(artifact["bytes"]),
-        number(artifact["bits_per_weight"], ".2f"),
-        number(artifact["perplexity"], ".3f") + change,
-        number(kl, ".4f"),
-        "-" if top1 is None else f"{top1 * 100:.1f} %",
-        number(artifact["decode_tokens_per_second"], ".1f"),
-        "-" if peak is None else format_bytes(peak).split(" (")[0],
-    ]

@@ -152,6 +152,17 @@ def test_verify_fails_on_a_gate(built, model):
     assert "FAILED" in done.stderr
 
 
+def test_verify_of_another_models_artifact(built, model, tmp_path):
+    other = tiny.make("llama", tmp_path / "other", vocab_size=640, tokenizer=False)
+    says = refused(packlight("verify", built / "out" / "gguf", "--baseline", other))
+    assert "has a vocab_size of 512, the float model 640" in says
+    other = tiny.make("mistral", tmp_path / "mistral")
+    onnx = built / "out" / "onnx" / "onnx" / "model_q4.onnx"
+    done = packlight("verify", onnx, "--baseline", other, "--windows", 2, "--sequence-length", 32)
+    assert done.returncode == 0, done.stderr
+    assert "a num_key_value_heads of 4, the float model 2: are they the same" in done.stderr
+
+
 def test_verify_without_gates_passes_no_judgement(built, model):
     gguf = built / "out" / "gguf" / "tiny-llama-Q4_K_M.gguf"
     done = packlight("verify", gguf, "--baseline", model, "--windows", 2, "--sequence-length", 32)
@@ -178,6 +189,8 @@ def test_verify_without_gates_passes_no_judgement(built, model):
         (["verify", "{model}/config.json", "--baseline", "{model}"], "not an artifact"),
         (["verify", "{gguf}", "--baseline", "{model}", "--gate", "quality=1"], "quality"),
         (["inspect", "nowhere"], "not a folder"),
+        (["inspect", "no\nwhere\x1b[31m"], "error: no where [31m is not a folder"),
+        (["build", ""], "name is empty"),
         (["fit", "{model}", "--device", "iphone14"], "iphone-14"),
         (["fit", "{model}", "--memory", "lots"], "not a size"),
         (["recipes", "check", "nowhere.yaml"], "no such file"),

@@ -290,6 +290,19 @@ def test_describe_refuses_what_is_no_gguf(tmp_path: Path) -> None:
         exporter.open_runtime(tmp_path / "absent.gguf", context=32)
 
 
+def test_describe_refuses_a_file_that_ends_too_early(tmp_path: Path) -> None:
+    data = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
+    (tmp_path / "short.gguf").write_bytes(data[:-40])  # more than the padding of the last tensor
+    with pytest.raises(ArtifactError, match=r"short\.gguf is truncated: output\.weight ends at"):
+        exporter.describe(tmp_path / "short.gguf")
+
+
+def test_the_file_says_how_far_llama_cpp_agrees_with_a_windowed_model() -> None:
+    assert exporter.describe(gguf_files.artifact("mistral", "Q4_K_M").path)["context"] == 32
+    told = exporter.describe(gguf_files.artifact("llama", "Q8_0").path)
+    assert (told["context"], told["type"]) == (0, "Q8_0")
+
+
 def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     runtimes.load_library.cache_clear()

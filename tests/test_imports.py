@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"compress.model", "compress.decoder", "compress.footprint"},
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
-     "compress.calibration_step"},
+     "compress.calibration_step", "compress.summary"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},

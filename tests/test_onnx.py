@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import os
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -245,6 +247,22 @@ def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root
     assert described["context"] == case.config.max_context
     # A tied head has no bytes of its own.
     assert ("lm_head.weight" in rows) is not case.config.tie_word_embeddings
+
+
+def test_describe_refuses_data_that_is_missing_or_short(phi3: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(phi3.folder, folder)
+    (data,) = folder.glob("onnx/*.onnx_data")
+    os.truncate(data, 1000)
+    with pytest.raises(ArtifactError, match=r"onnx_data is truncated: \d+ bytes are needed"):
+        exporters.onnx.describe(folder)
+    data.unlink()
+    with pytest.raises(ArtifactError, match="onnx_data is missing beside"):
+        exporters.onnx.describe(folder)
+    (graph,) = folder.glob("onnx/*.onnx")
+    graph.write_bytes(b"")  # parses: an empty message
+    with pytest.raises(ArtifactError, match="holds no graph"):
+        exporters.onnx.describe(folder)
 
 
 def test_same_bytes_twice_and_for_any_slab(

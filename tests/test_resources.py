@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 import time
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from echo_model import EchoModel, text_windows
 
+from compress import verify
 from compress.errors import ArtifactError, RuntimeMissingError
 from compress.verify import BaselineStore, quality, verify_artifact
+from compress.verify.child import Event
 from compress.verify.generate import check_generation, greedy
 from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
 
@@ -82,6 +85,20 @@ def test_a_child_that_fails(
     with pytest.raises(error, match=message):
         verify_artifact(PROBE, Path("m.echo"), how, baseline, context=128, silence=2)
     assert time.monotonic() - begin < 30
+
+
+def test_a_slow_runtime_is_heard_after_every_run(
+    baseline: BaselineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that ``silence`` is about one run, not about a stage of hundreds."""
+    monkeypatch.setattr(verify, "EVERY", 0.0)
+    events: list[Event] = []
+    verify.examine(lambda: EchoModel(64), baseline, tmp_path / "s.npz", 128, events.append)
+    stages = [index for index, event in enumerate(events) if "stage" in event]
+    told = [["runs" in event for event in events[i:j]] for i, j in itertools.pairwise(stages)]
+    loading, generating, computing = map(sum, told)
+    assert loading > 2 * (1 + 32)  # a warm-up, then prompts of one run and 32 tokens
+    assert generating == 32 + 1 and computing == len(baseline.windows)
 
 
 def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore) -> None:

@@ -17,6 +17,7 @@ buffers exist. What is large (scores of every token) comes back as a file in the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from typing import Any
 from compress.errors import ArtifactError
 from compress.model import Runtime
 from compress.verify import quality, resources, tasks
-from compress.verify.baseline import BaselineStore
+from compress.verify.baseline import BaselineStore, Float32
 from compress.verify.child import SILENCE, Emit, run_child
 from compress.verify.generate import Generation, check_generation
 from compress.verify.quality import Quality, TokenScores
@@ -39,6 +40,7 @@ GENERATED = 32  # tokens of the greedy sample
 PROMPT = 16  # tokens of text before it
 DECODED = 32  # tokens of a decode measurement
 PREFILLED = 256  # tokens of a prefill measurement, or half the context
+EVERY = 10.0  # seconds between two signs of life
 
 Progress = Callable[[int, int], None]
 
@@ -118,12 +120,15 @@ def examine(
     """The child's work, from loading to the scores of every token, and of every choice of tasks.
 
     Emits ``stage`` before each part, ``resources``, ``generation``, ``windows`` (done so far),
-    ``sequences`` (of tasks, done and in all) and ``log_likelihoods``.
+    ``sequences`` (of tasks, done and in all) and ``log_likelihoods``; ``runs`` in between, so that
+    a large model in a slow runtime is not taken for dead.
     """
     text = [int(token) for window in baseline.windows[:4] for token in window]
     prompt = text[: max(1, min(PREFILLED, context // 2))]
     emit({"stage": "loading"})
-    runtime, used = resources.measure(open_runtime, prompt, min(DECODED, context - len(prompt)))
+    runtime, used = resources.measure(
+        lambda: Audible(open_runtime(), emit), prompt, min(DECODED, context - len(prompt))
+    )
     try:
         emit({"resources": asdict(used), "stage": "generating"})
         short = prompt[: max(1, min(PROMPT, context // 4))]
@@ -140,3 +145,40 @@ def examine(
         emit({"log_likelihoods": answers})
     finally:
         runtime.close()
+
+
+class Audible:
+    """A runtime that says after a run that it lives, once in ``EVERY`` seconds at most."""
+
+    def __init__(self, runtime: Runtime, emit: Emit) -> None:
+        self._runtime = runtime
+        self._emit = emit
+        self._runs = 0
+        self._said = 0.0
+
+    @property
+    def name(self) -> str:
+        return self._runtime.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runtime.vocab_size
+
+    def logits(self, tokens: Sequence[int]) -> Float32:
+        return self._told(self._runtime.logits(tokens))
+
+    def reset(self) -> None:
+        self._runtime.reset()
+
+    def feed(self, tokens: Sequence[int]) -> Float32:
+        return self._told(self._runtime.feed(tokens))
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def _told(self, result: Float32) -> Float32:
+        self._runs += 1
+        if time.monotonic() > self._said + EVERY:
+            self._said = time.monotonic()
+            self._emit({"runs": self._runs})
+        return result

@@ -125,7 +125,10 @@ class BaselineStore:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            raise DiskFullError(f"{folder}: no room for the float baseline") from error
+            raise DiskFullError(
+                f"the disk ran full in {folder.parent}, where the float model's answers are kept",
+                hint="free some space, or score less text (verify.windows)",
+            ) from error
         return cls(folder)
 
     @property

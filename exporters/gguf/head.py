@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,11 +46,18 @@ class Listed:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A row of the tensor table: ``shape`` as ``[rows, columns]``, ``kind`` a ``ggml_type``."""
+    """A row of the tensor table.
+
+    Attributes:
+        shape: ``[rows, columns]``.
+        kind: a ``ggml_type``.
+        start: of its bytes, in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: int
+    start: int
 
 
 def read_head(path: Path) -> tuple[dict[str, Any], list[TensorRow]]:
@@ -80,7 +87,12 @@ class _Head:
             raise ArtifactError(f"{self.name} is a GGUF file of version {version}, not 2 or 3")
         tensors, keys = self.count(), self.count()
         metadata = {self.string(): self.value(self.number("I")) for _ in range(keys)}
-        return metadata, [self.tensor() for _ in range(tensors)]
+        rows = [self.tensor() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self.damaged()
+        data = -(-self.stream.tell() // alignment) * alignment
+        return metadata, [replace(row, start=data + row.start) for row in rows]
 
     def tensor(self) -> TensorRow:
         name = self.string()
@@ -89,8 +101,7 @@ class _Head:
             raise self.damaged()
         shape = tuple(self.number("Q") for _ in range(dimensions))
         kind = self.number("I")
-        self.number("Q")  # offset
-        return TensorRow(name, shape[::-1], kind)
+        return TensorRow(name, shape[::-1], kind, self.number("Q"))
 
     def value(self, kind: int) -> Any:
         if kind == STRING:

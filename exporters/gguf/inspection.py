@@ -9,6 +9,11 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from exporters.gguf.head import read_head
+from exporters.gguf.metadata import CONTEXT_KEY
+from exporters.gguf.mixes import MIXES
+
+# ``general.file_type`` → the type or mix that it stands for.
+TYPES = {str(number): name for name, (_, number) in MIXES.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -20,6 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     keys, rows = read_head(path)
+    size = path.stat().st_size
     metadata = {key: str(value) for key, value in keys.items()}
     tensors = []
     for row in rows:
@@ -27,27 +33,36 @@ def describe(path: Path) -> dict[str, Any]:
             kind = GGMLQuantizationType(row.kind)
         except ValueError as error:
             raise ArtifactError(f"{row.name} has an unknown type, {row.kind}") from error
-        block, size = GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(row.shape) // block * size
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(row.shape) // block * block_bytes
+        if row.start + nbytes > size:
+            raise ArtifactError(
+                f"{path.name} is truncated: {row.name} ends at byte {row.start + nbytes}, "
+                f"the file has {size}"
+            )
         shape = list(row.shape)
         tensors.append({"name": row.name, "shape": shape, "grid": kind.name, "bytes": nbytes})
-    told = metadata.get("packlight.parameter_count")
     counted = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_"))
-    parameters = int(told) if told else counted
-    size = path.stat().st_size
+    parameters = whole_number(keys.get("packlight.parameter_count")) or counted
     return {
         "format": "gguf",
+        "type": TYPES.get(metadata.get("general.file_type", "")),
         "name": metadata.get("general.name", path.stem),
         "architecture": metadata.get("general.architecture", ""),
         "parameters": parameters,
         "bytes": size,
         "bits_per_weight": size * 8 / parameters if parameters else 0.0,
         "kv_bytes_per_value": 2,  # llama.cpp's default cache is float16
-        "context": 0,  # llama.cpp makes as much room as it is asked for
+        "context": whole_number(keys.get(CONTEXT_KEY)),
         "config": hf_config(metadata, tensors),
         "metadata": metadata,
         "tensors": tensors,
     }
+
+
+def whole_number(value: Any) -> int:
+    """A key of ours as it should be; 0 where it is missing or something else."""
+    return value if isinstance(value, int) else 0
 
 
 # general.architecture → the class and the type whose config has the same sizes.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import gguf
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+# Positions up to which llama.cpp agrees with the float model, where that is not all of them.
+CONTEXT_KEY = "packlight.context"
 
 ARCHITECTURES: dict[str, str] = {
     "llama": "llama",

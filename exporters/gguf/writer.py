@@ -17,6 +17,7 @@ from compress.arch import DecoderConfig
 from compress.grids import get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
 from exporters.gguf.metadata import (
+    CONTEXT_KEY,
     QUANTIZATION_VERSION,
     ROPE_TENSORS,
     architecture,
@@ -76,6 +77,8 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     writer.add_size_label(gguf.size_label(config.num_parameters, 0, 0, 0))
     writer.add_quantized_by("packlight")
     writer.add_uint64("packlight.parameter_count", config.num_parameters)
+    if plan.max_context and plan.max_context < config.max_position_embeddings:
+        writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
     writer.add_file_type(Mix.parse(plan.type_name).file_type)
     writer.add_quantization_version(QUANTIZATION_VERSION)

@@ -43,8 +43,9 @@ def describe(path: Path) -> dict[str, Any]:
         model = onnx.load(graph, load_external_data=False)
     except DecodeError as error:
         raise ArtifactError(f"{graph.name} is not an ONNX file, or is truncated") from error
-    data = graph.with_name(f"{graph.name}_data")
-    nbytes = graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    if not model.graph.node:
+        raise ArtifactError(f"{graph.name} holds no graph")
+    nbytes = graph.stat().st_size + data_bytes(graph, model.graph)
     tensors = tensor_rows(model.graph)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     config = json_or_empty(graph.parent.parent / "config.json")
@@ -71,6 +72,30 @@ def describe(path: Path) -> dict[str, Any]:
         },
         "tensors": tensors,
     }
+
+
+def data_bytes(file: Path, graph: Any) -> int:
+    """Bytes of the external data beside a graph; 0 where it needs none.
+
+    Raises:
+        ArtifactError: a data file is missing, or ends before a tensor does.
+    """
+    ends: dict[str, int] = {}
+    for tensor in graph.initializer:
+        if place := {entry.key: entry.value for entry in tensor.external_data}:
+            end = int(place.get("offset", 0)) + int(place.get("length", 0))
+            where = place.get("location", "")
+            ends[where] = max(end, ends.get(where, 0))
+    total = 0
+    for name, end in sorted(ends.items()):
+        data = file.parent / name
+        if not data.is_file():
+            raise ArtifactError(f"{name} is missing beside {file.name}: it holds the weights")
+        size = data.stat().st_size
+        if size < end:
+            raise ArtifactError(f"{name} is truncated: {end} bytes are needed, it has {size}")
+        total += size
+    return total
 
 
 def tensor_rows(graph: Any) -> list[dict[str, Any]]:
