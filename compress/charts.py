@@ -184,13 +184,19 @@ def scatter(
             low, high = y_of(max(point.y - 2 * point.error, 0)), y_of(point.y + 2 * point.error)
             marks.append(line(x, low, x, high, f"error {point.style}"))
         marks.append(marker(x, y, point.style))
-        label_x, label_y, anchor = free_place(x, y, len(point.label) * CHARACTER, taken, right)
+        label_x, label_y, anchor = free_place(
+            x, y, len(point.label) * CHARACTER, taken, (left, right)
+        )
         marks.append(text(label_x, label_y, point.label, anchor, f"name {point.style}"))
     return picture(bottom + 44, title, *marks)
 
 
 def free_place(
-    x: float, y: float, width: float, taken: list[tuple[float, float, float]], right: float
+    x: float,
+    y: float,
+    width: float,
+    taken: list[tuple[float, float, float]],
+    edges: tuple[float, float],
 ) -> tuple[float, float, str]:
     """Where a mark's name can stand: beside it if that is free, else a little above or below.
 
@@ -198,7 +204,7 @@ def free_place(
         x, y: of the mark.
         width: of the name.
         taken: boxes (left, right, baseline) of marks and names so far; the new one is added.
-        right: the edge of the picture.
+        edges: of the plot, left and right: the numbers of the axis stay free.
     """
     for shift in (0, -15, 15, -30, 30, -45, 45, -60, 60):
         for anchor, start in (("start", x + 10), ("end", x - 10 - width)):
@@ -207,7 +213,7 @@ def free_place(
                 box[1] < low or box[0] > high or abs(box[2] - base) >= 14
                 for low, high, base in taken
             )
-            if clear and start >= 0 and start + width <= right:
+            if clear and edges[0] <= start and start + width <= edges[1]:
                 taken.append(box)
                 return (x + 10 if anchor == "start" else x - 10), box[2], anchor
     return x + 10, y + 4, "start"

@@ -103,7 +103,8 @@ def amount(value: float | None) -> str:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+    # With its zeros, so that 0.354 and 0.630 stand under each other.
+    return f"{value:#.3g}" if abs(value) < 1 else f"{value:#.4g}"
 
 
 def short_size(count: float) -> str:

@@ -274,6 +274,20 @@ def test_labels_of_close_marks_do_not_overlap() -> None:
         assert one[1] < other[0] or other[1] < one[0] or abs(one[2] - other[2]) >= 13.9
 
 
+def test_a_label_leaves_the_numbers_of_the_axis_alone() -> None:
+    points = [
+        charts.Point("ONNX int4-g32", "c1", 805_690, 0.63, 0.022),
+        charts.Point("Core ML int4-g32", "c2", 830_150, 0.628, 0.022),
+        charts.Point("GGUF Q4_K_M", "c0", 857_150, 0.354, 0.012),
+    ]
+    svg = charts.scatter(points, "t", 0.2, None)
+    left = min(float(x) for x in re.findall(r'<line x1="([\d.]+)"[^>]*class="grid"', svg))
+    found = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)" class="name[^>]*>([^<]+)', svg)
+    assert len(found) == 3
+    for x, anchor, name in found:
+        assert float(x) - (len(name) * 7 if anchor == "end" else 0) >= left
+
+
 def test_a_gate_far_away_does_not_squeeze_the_points() -> None:
     points = [charts.Point("a", "c0", 5e8, 0.02, None), charts.Point("b", "c3", 6e8, 0.04, None)]
     svg = charts.scatter(points, "t", 0.4, 5e9)
