@@ -34,7 +34,8 @@ def read_json(file: Path) -> dict[str, Any]:
             hint="a checkpoint folder holds config.json beside its weights",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        what = f"not valid JSON, {error}" if isinstance(error, ValueError) else error
+        io = error.strerror if isinstance(error, OSError) else None
+        what = f"not valid JSON, {error}" if isinstance(error, ValueError) else io or error
         raise CheckpointError(f"{file.name} cannot be read: {what}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.name} is not a JSON object")

@@ -176,9 +176,16 @@ def artifact_needs(
         config = DecoderConfig.from_hf(facts["config"])
         weights = sum(row["bytes"] for row in facts["tensors"])
         table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])
-        positions = context or min(DEFAULT_CONTEXT, config.max_context)
+        if context is not None and context > config.max_context:
+            raise UsageError(
+                f"--context {context} is more than the {config.max_context} positions of {path.name}"
+            )
+        # A Core ML package makes room for as many positions as it was built for.
+        room = min(config.max_context, facts["context"] or config.max_context)
+        positions = context or min(DEFAULT_CONTEXT, room)
         need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])
-        needs.append((f"{name} {path.name}", config, need))
+        label = name if path.name == name else f"{name} {path.name}"  # a folder called onnx
+        needs.append((label, config, need))
     return needs
 
 

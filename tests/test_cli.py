@@ -193,6 +193,7 @@ def test_verify_without_gates_passes_no_judgement(built, model):
         (["build", ""], "name is empty"),
         (["fit", "{model}", "--device", "iphone14"], "iphone-14"),
         (["fit", "{model}", "--memory", "lots"], "not a size"),
+        (["fit", "{gguf}", "--context", "257"], "more than the 256 positions"),
         (["recipes", "check", "nowhere.yaml"], "no such file"),
         (["recipes", "show", "phone-4bits"], "phone-4bit"),
         (["biuld"], "biuld"),
