@@ -177,9 +177,8 @@ def artifact_needs(
         weights = sum(row["bytes"] for row in facts["tensors"])
         table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])
         if context is not None and context > config.max_context:
-            raise UsageError(
-                f"--context {context} is more than the {config.max_context} positions of {path.name}"
-            )
+            most = f"the {config.max_context} positions of {path.name}"
+            raise UsageError(f"--context {context} is more than {most}")
         # A Core ML package makes room for as many positions as it was built for.
         room = min(config.max_context, facts["context"] or config.max_context)
         positions = context or min(DEFAULT_CONTEXT, room)
