@@ -125,7 +125,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     artifacts = [artifact for artifact, _, _ in built]
     everything = replace(job, plans=tuple(artifact.plan for artifact in artifacts))
     scorer = Scorer(everything, read_text(chosen.eval_text), 0, console)
-    verified = scorer.verify(artifacts, SHIPYARD)
+    verified = scorer.verify(artifacts, SHIPYARD, folder)
     rows = [
         row(key, artifact, found, job.config.num_parameters, seconds)
         for key, (artifact, _, seconds), found in zip(keys, built, verified, strict=True)
