@@ -29,9 +29,9 @@ def demo_text(tmp_path_factory) -> Path:
     return path
 
 
-def test_importance_lowers_the_divergence_of_the_demo(cache, tmp_path):
+def test_what_inputs_tell_lowers_the_divergence_of_the_demo(cache, tmp_path):
     found = {}
-    for solver in ("rtn", "scale_search"):
+    for solver in ("rtn", "scale_search", "gptq"):
         done = packlight(
             "build", model_path(), "-f", "gguf", "-o", solver, "--json", "--threads", 1,
             "--set", "verify.windows=8", "--set", f"quantize.solver={solver}",
@@ -40,13 +40,13 @@ def test_importance_lowers_the_divergence_of_the_demo(cache, tmp_path):
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         found[solver] = report["artifacts"][0]["kl_divergence"]["mean"]
-    assert report["notes"][-1] == (
-        "Codes chosen by scale_search, calibrated on 16384 tokens of builtin"
-    )
-    plan = json.loads((tmp_path / "scale_search" / "plan.json").read_text())
-    assert plan["quantize"]["solver"] == "scale_search"
+    assert report["notes"][-1] == "Codes chosen by gptq, calibrated on 16384 tokens of builtin"
+    assert "are as scale_search leaves them" in report["artifacts"][0]["notes"][-1]
+    plan = json.loads((tmp_path / "gptq" / "plan.json").read_text())
+    assert plan["quantize"]["solver"] == "gptq"
     assert plan["quantize"]["calibration"]["texts"] == ["builtin"]
     assert found["scale_search"] < 0.95 * found["rtn"]
+    assert found["gptq"] < 0.7 * found["scale_search"]
 
 
 @pytest.fixture(scope="module")
