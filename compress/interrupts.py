@@ -3,7 +3,7 @@
 Python's own way, an exception wherever the signal finds us, has two holes. Libraries catch whatever
 ends an import of theirs and go on with half a module, and then torch crashes the process before
 its folders are cleared: so an interruption waits until an import is over. And an exception inside
-a callback from C or a finalizer is printed and lost: so it is raised again until it is under way.
+a callback from C or a finalizer is lost: so it is raised again until it is under way.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def install() -> None:
         if not is_importing(frame) and not is_unwinding(ending):
             raise ending
 
+    def hush(lost: sys.UnraisableHookArgs) -> None:
+        if ending is None or lost.exc_value is not ending:
+            report_lost(lost)
+
+    report_lost, sys.unraisablehook = sys.unraisablehook, hush
     for number in ENDINGS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, arrive)

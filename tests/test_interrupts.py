@@ -28,7 +28,7 @@ def interrupted(tmp_path: Path, body: str, *signals: int) -> tuple[int, list[str
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -37,7 +37,8 @@ def interrupted(tmp_path: Path, body: str, *signals: int) -> tuple[int, list[str
     for number in signals:
         process.send_signal(number)
         time.sleep(0.1)
-    said, _ = process.communicate(timeout=30)
+    said, complaints = process.communicate(timeout=30)
+    assert "Exception ignored" not in complaints
     return process.returncode, said.split()
 
 
