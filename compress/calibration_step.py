@@ -14,9 +14,9 @@ from compress.calibration import BUILTIN, CalibrationSet, collect
 from compress.console import Console
 from compress.errors import UsageError
 from compress.job import Job, choose_threads
-from compress.model import Shipyard, Weights
+from compress.model import Shipyard
 from compress.recipe import Recipe
-from compress.solvers import NEEDS, get_solver
+from compress.solvers import NEEDS
 from compress.statistics import Statistics
 
 
@@ -102,14 +102,13 @@ def calibrate(job: Job, console: Console, threads: int) -> tuple[Statistics, str
         sequence_length=min(settings["sequence_length"], job.config.max_context),
         seed=settings["seed"],
     )
-    weights = Weights(job.checkpoint, job.config, get_solver("rtn"))
     torch.set_num_threads(choose_threads(threads, job.config))
     with console.progress("calibrate", "windows") as update:
         statistics = collect(
-            job.config,
-            weights.read,
+            job.source.config,
+            job.source.read,
             calibration,
-            fingerprint=job.checkpoint.fingerprint(),
+            fingerprint=job.source.fingerprint(),
             hessian=NEEDS.get(job.recipe.solver) == "hessian",
             progress=update,
         )

@@ -16,6 +16,7 @@ from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
+from compress.sources import Source, Stored
 
 GetExporter = Callable[[str], Exporter]
 
@@ -28,19 +29,25 @@ class Job:
     """One checkpoint and what to make of it: known before any work is done.
 
     Attributes:
-        checkpoint, config: the model.
+        source: the weights that artifacts are made of.
+        config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
     """
 
-    checkpoint: Checkpoint
+    source: Source
     config: DecoderConfig
     recipe: Recipe
     plans: tuple[Plan, ...]
     context: int
     command: str = ""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The float model's."""
+        return self.source.checkpoint
 
     @property
     def predicted_bytes(self) -> int:
@@ -92,7 +99,8 @@ def prepare(
             wanted["context"] = context
         plans.append(get_exporter(target).plan(config, wanted, model_name=name))
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(checkpoint, config, recipe, tuple(plans), positions, command)
+    source = Stored(checkpoint, config)
+    return Job(source, config, recipe, tuple(plans), positions, command)
 
 
 def model_name(source: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.arch import DecoderConfig, WeightMap
-from compress.checkpoint import Checkpoint
+from compress.arch import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
+from compress.sources import Source
 from compress.statistics import Statistics
 
 Progress = Callable[[int, int], None]
@@ -162,7 +162,7 @@ def check_room(used: int, count: int, room: int) -> None:
 
 
 class Weights:
-    """The weights of a checkpoint under our names, read when asked for and never kept.
+    """The weights that an artifact is made of, under our names, read when asked for, never kept.
 
     Names (see ``compress.arch.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
     ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
@@ -172,10 +172,10 @@ class Weights:
         fallen: rows by weight name for which the solver fell back on a simpler one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, solve: Solver) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self.map = WeightMap(config)
+    def __init__(self, source: Source, solve: Solver) -> None:
+        self.source = source
+        self.checkpoint = source.checkpoint
+        self.config = source.config
         self.fallen: dict[str, int] = {}
         self._solve = solve
 
@@ -185,7 +185,7 @@ class Weights:
         Raises:
             CheckpointError: not there, truncated, or with NaN/Inf.
         """
-        return self.map.read(self.checkpoint, name, rows)
+        return self.source.read(name, rows)
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""

@@ -40,6 +40,7 @@ from compress.output import check_disk, check_output, work_folder, write_checksu
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.solvers import get_solver
+from compress.sources import Stored
 from compress.statistics import Statistics
 from compress.summary import finish
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
@@ -157,7 +158,8 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
         document={"name": "verify", "gates": wanted},
     )
     plans = tuple(artifact.plan for artifact in artifacts)
-    job = Job(checkpoint, config, recipe, plans, min(DEFAULT_CONTEXT, config.max_context))
+    context = min(DEFAULT_CONTEXT, config.max_context)
+    job = Job(Stored(checkpoint, config), config, recipe, plans, context)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     verified = scorer.verify(artifacts, shipyard, None)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
@@ -231,7 +233,7 @@ def write_artifacts(
     """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
     artifacts = []
     for plan in job.plans:
-        weights = Weights(job.checkpoint, job.config, get_solver(job.recipe.solver, statistics))
+        weights = Weights(job.source, get_solver(job.recipe.solver, statistics))
         target = folder / plan.format
         target.mkdir()
         with console.progress(f"write {plan.format} {plan.type_name}") as update:
@@ -306,8 +308,8 @@ class Scorer:
         from compress.decoder import Decoder
 
         job = self._job
-        weights = Weights(job.checkpoint, job.config, get_solver("rtn"))
-        decoder = Decoder(job.config, weights.read, threads=self._threads)
+        stored = Stored(job.checkpoint, job.config)
+        decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
         with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
@@ -317,7 +319,7 @@ class Scorer:
                 self.task_set.ask_baseline(folder, decoder.stream_logits, update)
         if 4 * job.config.num_parameters < available_memory() // 4:
             # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, weights.read, threads=self._threads, resident=True)
+            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
             prompt = self.windows[0][: self.length // 2]
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()

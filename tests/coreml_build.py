@@ -20,6 +20,7 @@ from compress.grids import Float32, get_grid
 from compress.model import Artifact, Plan, Weights
 from compress.rope import Rope
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 from exporters import coreml
 
 CONTEXT = 64
@@ -65,7 +66,7 @@ def write(
     opened = Checkpoint.open(path)
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
     plan = change(coreml.plan(config, settings, model_name="Tiny"))
-    weights = Weights(opened, config, rtn)
+    weights = Weights(Stored(opened, config), rtn)
     artifact = coreml.write(plan, weights, folder or new_folder(), progress)
     return Built(opened, config, plan, artifact)
 
@@ -92,7 +93,7 @@ def decoded(built: Built, name: str) -> Float32:
         repeat = built.config.block_repeat
         name = f"blocks.{block - block % repeat}.{role}.{kind}"
     grid = next(entry.grid for entry in built.plan.entries if entry.name == name)
-    weights = Weights(built.checkpoint, built.config, rtn)
+    weights = Weights(Stored(built.checkpoint, built.config), rtn)
     if grid == "F32":
         return weights.read(name)
     weight = weights.read(name)

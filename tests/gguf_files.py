@@ -13,6 +13,7 @@ from compress.arch import DecoderConfig
 from compress.checkpoint import Checkpoint
 from compress.model import Artifact, Weights
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 
 DEMO = Path(__file__).parents[1] / "compress" / "demo" / "model"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="packlight-gguf-")
@@ -37,4 +38,6 @@ def build(source: Path, folder: Path, kind: str, name: str) -> Artifact:
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
     plan = exporter.plan(config, {"type": kind}, model_name=name)
-    return exporter.write(plan, Weights(opened, config, rtn), folder, lambda done, total: None)
+    return exporter.write(
+        plan, Weights(Stored(opened, config), rtn), folder, lambda done, total: None
+    )

@@ -21,6 +21,7 @@ from compress.decoder import Decoder, reader
 from compress.grids import get_grid
 from compress.model import Artifact, Plan, Weights
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 from exporters.onnx.planning import entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
 
@@ -94,7 +95,7 @@ def build(
     """Export ``family`` below ``root``, into a fresh folder; ``grids`` by weight name."""
     source = checkpoint(family, root, **(make or {}))
     config = DecoderConfig.from_hf(source.config, source.generation_config)
-    weights = Weights(source, config, rtn)
+    weights = Weights(Stored(source, config), rtn)
     plan = regrid(exporters.onnx.plan(config, settings), grids or {})
     number = len(list(root.glob("onnx-*")))
     folder = root / f"onnx-{number}"

@@ -25,6 +25,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
 from compress.model import Runtime, Weights
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head
@@ -188,7 +189,7 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config)
     plan = exporter.plan(config, {"type": "Q8_0"}, model_name="slabs")
-    weights = Weights(opened, config, rtn)
+    weights = Weights(Stored(opened, config), rtn)
     whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
 
     monkeypatch.setattr(writer, "SLAB", 1 << 17)

@@ -16,6 +16,7 @@ from compress.decoder import Decoder
 from compress.errors import CheckpointError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.model import Plan, PlanEntry, Weights
+from compress.sources import Stored
 
 
 def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def weights(checkpoint: Checkpoint) -> Weights:
-    return Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+    return Weights(Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config)), rtn)
 
 
 def test_read_gives_our_names_to_the_tensors_on_disk(checkpoint: Checkpoint, weights: Weights):
@@ -45,7 +46,7 @@ def test_read_gives_our_names_to_the_tensors_on_disk(checkpoint: Checkpoint, wei
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path):
     checkpoint = Checkpoint.open(tiny.make("phi4-mini", tmp_path, tokenizer=False))
-    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+    weights = Weights(Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config)), rtn)
     embedding = checkpoint.read("model.embed_tokens.weight")
     for rows in (None, slice(100, 164)):
         expected = embedding[rows] if rows else embedding
@@ -75,7 +76,7 @@ def test_the_solver_is_told_which_weight_it_solves(checkpoint: Checkpoint):
         calls.append((name, weight.shape, weight.dtype, grid.name))
         return grid.quantize(weight)
 
-    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), solve)
+    weights = Weights(Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config)), solve)
     weights.quantize("blocks.1.k_proj.weight", get_grid("int8-g64"), slice(0, 16))
     assert calls == [("blocks.1.k_proj.weight", (16, 256), np.float32, "int8-g64")]
 
@@ -90,7 +91,7 @@ def test_quantizing_a_nan_is_refused_by_name(tmp_path: Path):
     raw[begin : begin + 2] = b"\xc0\x7f"
     file.write_bytes(raw)
     checkpoint = Checkpoint.open(tmp_path)
-    weights = Weights(checkpoint, DecoderConfig.from_hf(checkpoint.config), rtn)
+    weights = Weights(Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config)), rtn)
     with pytest.raises(CheckpointError, match=f"{name} has 1 NaN or Inf"):
         weights.quantize("blocks.1.up_proj.weight", get_grid("int4-g32"))
     weights.quantize("blocks.1.up_proj.weight", get_grid("int4-g32"), slice(1, None))

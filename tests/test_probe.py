@@ -16,6 +16,7 @@ from compress.decoder import Decoder
 from compress.errors import ArtifactError, UsageError
 from compress.model import Weights
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 from compress.verify import BaselineStore, quality, verify_artifact
 from exporters import SHIPYARD
 
@@ -24,7 +25,7 @@ from exporters import SHIPYARD
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
     checkpoint = Checkpoint.open(gguf_files.checkpoint("llama"))
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-    decoder = Decoder(config, Weights(checkpoint, config, rtn).read)
+    decoder = Decoder(config, Weights(Stored(checkpoint, config), rtn).read)
     windows = np.random.default_rng(0).integers(3, 500, (3, 40)).tolist()
     folder = tmp_path_factory.mktemp("baseline")
     return BaselineStore.write(folder, windows, decoder.stream_logits(windows))

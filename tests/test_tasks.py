@@ -27,6 +27,7 @@ from compress.model import Weights
 from compress.report import schema
 from compress.report_html import render
 from compress.solvers.rtn import rtn
+from compress.sources import Stored
 from compress.tokenizer import Tokenizer
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
@@ -96,7 +97,7 @@ def test_the_float_model_answers_as_transformers_does(family: str, tmp_path: Pat
     expected = brute_force(transformers_logits(folder), tokenizer)
     checkpoint = Checkpoint.open(folder)
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-    decoder = Decoder(config, Weights(checkpoint, config, rtn).read)
+    decoder = Decoder(config, Weights(Stored(checkpoint, config), rtn).read)
 
     own = write(tmp_path / "own.jsonl", rows_of(best(expected)))
     answers = [answer for _, _, answer in QUESTIONS]

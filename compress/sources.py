@@ -1,0 +1,60 @@
+"""Where weights come from: a checkpoint as it is stored, or one seen through a change.
+
+A change (pruning, folding, rotation) is a ``Source`` around another ``Source``: it has a config of
+its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
+beyond the tensor that is being read.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from compress.arch import DecoderConfig, Float32, WeightMap
+from compress.checkpoint import Checkpoint
+
+__all__ = ["Source", "Stored"]
+
+
+class Source(Protocol):
+    """Weights of one decoder under our names (``compress.arch.WeightMap``)."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The folder that tokenizer and side files are taken from."""
+        ...
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder that these weights make; not always the checkpoint's own."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A weight as float32, whole or some of its rows; checked to be finite.
+
+        Fused roles (``qkv_proj``, ``gate_up_proj``) and their parts are both readable.
+
+        Raises:
+            CheckpointError: not there, truncated, or with NaN/Inf.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Names the weights: the same for the same numbers, another after any change."""
+        ...
+
+
+class Stored:
+    """The weights of a checkpoint as they are, read when asked for and never kept."""
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self._map = WeightMap(config)
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        return self._map.read(self.checkpoint, name, rows)
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        return self.checkpoint.fingerprint()
