@@ -103,6 +103,8 @@ def prepare(
         wanted = dict(settings)
         if target == "coreml" and context is not None:
             wanted["context"] = context
+        if target == "gguf" and recipe.solver in NEEDS:
+            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         plans.append(get_exporter(target).plan(config, wanted, model_name=name))
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     source = Stored(checkpoint, config)
