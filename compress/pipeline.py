@@ -234,7 +234,7 @@ def write_artifacts(
     """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
     for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration)
+        inputs = prepare_target(plan, calibration, console)
         solve = get_solver(calibration.job.recipe.solver, inputs.statistics)
         weights = Weights(inputs.source, solve)
         target = folder / plan.format

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calibration_step import CalibrationStep
+from compress.console import Console
+from compress.errors import UsageError
+from compress.folding import Folded, fold_statistics
 from compress.model import Plan
 from compress.sources import Source
 from compress.statistics import Statistics
@@ -30,15 +33,44 @@ class TargetInputs:
     notes: tuple[str, ...] = ()
 
 
-def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
+def prepare_target(plan: Plan, calibration: CalibrationStep, console: Console) -> TargetInputs:
     """Source and statistics of a target, just before it is written.
 
     Args:
         plan: of the target.
         calibration: of the job.
+        console: for progress.
 
     Raises:
         PacklightError: see ``CalibrationStep.gather``.
     """
     source = calibration.job.source_of(plan)
-    return TargetInputs(source, calibration.gather(source, plan))
+    inputs = TargetInputs(source, calibration.gather(source, plan))
+    return fold(plan, inputs, calibration, console) if calibration.job.recipe.folds else inputs
+
+
+def fold(
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, console: Console
+) -> TargetInputs:
+    """Scales and orders of channels that suit the target's grids (``compress.solvers.awq``)."""
+    from compress.solvers.awq import search
+
+    if inputs.statistics is None:
+        raise UsageError("quantize.fold and quantize.permute need a solver that looks at inputs")
+    recipe, config = calibration.job.recipe, inputs.source.config
+    with console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
+        found = search(
+            inputs.source,
+            inputs.statistics,
+            plan,
+            recipe.solver,
+            scale=recipe.fold == "awq",
+            order=recipe.permute,
+            length=calibration.window_length,
+            progress=update,
+        )
+    return TargetInputs(
+        Folded(inputs.source, found.folds),
+        fold_statistics(config, inputs.statistics, found.folds),
+        (*inputs.notes, found.note()),
+    )

@@ -121,7 +121,8 @@ class Trial:
         total = torch.zeros(len(x), config.hidden_size)
         if "q_proj" in self._half.roles:
             rope = Decoder(config, read).rope(self._length)
-            total += torch.cat([block.attention(window, rope) for window in torch.split(x, self._length)])
+            windows = torch.split(x, self._length)
+            total += torch.cat([block.attention(window, rope) for window in windows])
         if "up_proj" in self._half.roles:
             total += block.mlp(x)
         outputs: Float32 = total.numpy()
