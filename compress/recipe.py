@@ -47,7 +47,7 @@ class Recipe:
 
     @property
     def folds(self) -> bool:
-        """Whether changes that leave the function as it is are searched for (``fold``, ``permute``)."""
+        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
         return self.fold != "none" or self.permute
 
     def to_yaml(self) -> str:
