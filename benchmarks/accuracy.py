@@ -44,7 +44,14 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "Core ML lut4-g8": ("coreml", "targets.coreml.grid=lut4-g8"),
 }
 DEMO = str(model_path())
-SOLVERS = ("rtn", "scale_search", "gptq")
+# Name in the table → the recipe's overrides.
+SOLVERS = {
+    "rtn": ("quantize.solver=rtn",),
+    "scale_search": ("quantize.solver=scale_search", "calibration.propagate=float"),
+    "scale_search, propagated": ("quantize.solver=scale_search", "calibration.propagate=quantized"),
+    "gptq": ("quantize.solver=gptq", "calibration.propagate=float"),
+    "gptq, propagated": ("quantize.solver=gptq", "calibration.propagate=quantized"),
+}
 
 
 def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Namespace) -> Job:
@@ -53,7 +60,7 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
     texts = chosen.calibration or ["builtin"]
     overrides = [
         override,
-        f"quantize.solver={solver}",
+        *SOLVERS[solver],
         f"calibration.texts={json.dumps(texts)}",
         f"verify.windows={chosen.windows}",
     ]
@@ -148,7 +155,7 @@ def main() -> None:
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--calibration", action="append")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--solver", action="append", choices=SOLVERS)
+    parser.add_argument("--solver", action="append", choices=tuple(SOLVERS))
     parser.add_argument("--setting", action="append", choices=tuple(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     chosen = parser.parse_args()
