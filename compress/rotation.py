@@ -161,8 +161,8 @@ def paley(order: int) -> Float32:
 def sylvester(order: int) -> Float32:
     """Sylvester's Hadamard matrix of a power of two, entries ±1."""
     indices = np.arange(order)
-    parity = np.bitwise_count(indices[:, None] & indices) & 1
-    return (1 - 2 * parity.astype(np.int64)).astype(np.float32)
+    parity = (np.bitwise_count(indices[:, None] & indices) & 1).astype(np.float32)
+    return 1 - 2 * parity
 
 
 def hartley(order: int) -> Float32:

@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
-     "compress.calibration_texts", "compress.sources"},
+     "compress.calibration_texts", "compress.sources", "compress.rotation"},
     {"compress.model", "compress.decoder", "compress.footprint"},
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
