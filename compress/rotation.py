@@ -161,7 +161,7 @@ def paley(order: int) -> Float32:
 def sylvester(order: int) -> Float32:
     """Sylvester's Hadamard matrix of a power of two, entries ±1."""
     indices = np.arange(order)
-    parity = (np.bitwise_count(indices[:, None] & indices) & 1).astype(np.float32)
+    parity: Float32 = (np.bitwise_count(indices[:, None] & indices) & 1).astype(np.float32)
     return 1 - 2 * parity
 
 
@@ -229,14 +229,16 @@ class Rotated:
         key = f"rotated {VERSION} {SEED} {self._kinds} {self._source.fingerprint()}"
         return hashlib.sha256(key.encode()).hexdigest()
 
-    def notes(self) -> tuple[str, ...]:
+    @property
+    def unties(self) -> bool:
+        """Whether the head was the embedding and is a tensor of its own now."""
+        return self._source.config.tie_word_embeddings and not self._config.tie_word_embeddings
+
+    def summary(self) -> str:
         """For the report: what was done to the weights."""
-        words = {"r1": "the residual stream (R1)", "r2": "the values of every head (R2)"}
+        words = {"r1": "the residual stream (R1)", "r2": "the values in each head (R2)"}
         turned = " and ".join(text for kind, text in words.items() if kind in self._kinds)
-        line = f"weights rotated by Hadamard matrices: {turned}; the float model's logits stay"
-        if self._source.config.tie_word_embeddings and not self._config.tie_word_embeddings:
-            return line, "R1 unties the embedding: the head is stored as a tensor of its own"
-        return (line,)
+        return f"weights rotated: {turned}; before rounding, the logits are the float model's"
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
