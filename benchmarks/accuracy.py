@@ -2,12 +2,12 @@
 
     python benchmarks/accuracy.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                   [--solver NAME ...] [--setting NAME ...] [--all-types]
-                                  [--no-peers] [--out DIR]
+                                  [--no-peers] [--out DIR] [--name NAME]
 
 For each setting one artifact by each solver, and by each peer (``peers.py``), is built from MODEL
 (default: the bundled demo), loaded in llama.cpp, onnxruntime or the MIL evaluator, and compared
 with the float model on held-out text that calibration never saw. Those of a setting have the same
-tensors, types and bytes. Writes DIR/accuracy.json and DIR/accuracy.md (default: benchmarks/). CPU
+tensors, types and bytes. Writes DIR/NAME.json and DIR/NAME.md (default: benchmarks/accuracy). CPU
 seconds are those of choosing codes and writing; the walk over the calibration texts, which all
 settings share, is told below the table.
 
@@ -22,15 +22,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peers import PEERS, OnnxHqq, Peer
 
-from compress.calibration_step import Importance, gather
+from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
@@ -41,6 +40,7 @@ from compress.pipeline import Scorer, read_text
 from compress.recipe import load
 from compress.solvers import NEEDS, get_solver
 from compress.statistics import Statistics
+from compress.target_step import TargetInputs, prepare_target
 from compress.verify import Verified
 from exporters import SHIPYARD
 from exporters.gguf.mixes import MIXES
@@ -65,8 +65,6 @@ SOLVERS = ("rtn", "scale_search", "gptq")
 DEMO = str(model_path())
 # A peer that takes the whole written file into memory is left out above this.
 WHOLE_LIMIT = 2 << 30
-
-MakeSolver = Callable[[], Solver]
 
 
 @dataclass(frozen=True)
@@ -106,47 +104,57 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
     return prepare(checkpoint, load("phone-4bit", changes, [name]), SHIPYARD.get_exporter)
 
 
-def walks(
-    checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path, console: Console
-) -> tuple[dict[str, Statistics | None], dict[str, float]]:
-    """Statistics by what they are for, and the CPU seconds that each walk took by itself."""
-    found: dict[str, Statistics | None] = {"": None}
-    seconds: dict[str, float] = {}
-    for solver in ("scale_search", "gptq"):
-        if solver not in chosen.solver and not (solver == "scale_search" and chosen.peers):
-            continue
-        os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
-        job = plan(checkpoint, chosen.setting[0], solver, chosen)
-        start = time.process_time()
-        statistics, _ = gather(job, Importance(), SHIPYARD, console, threads=1)
-        seconds[solver] = round(time.process_time() - start, 1)
-        found[NEEDS[solver]] = statistics
-    return found, seconds
-
-
 def contestants(
-    setting: str, statistics: dict[str, Statistics | None], chosen: argparse.Namespace
-) -> Iterator[tuple[str, MakeSolver]]:
-    """Names and solvers of a setting: ours, then the peers."""
+    checkpoint: Checkpoint, setting: str, chosen: argparse.Namespace
+) -> Iterator[tuple[Job, type[Peer] | None]]:
+    """The jobs of a setting: one for each of our solvers, then one for each peer.
+
+    All have the plan of a calibrated build: llama.cpp's presets differ where there is an
+    importance.
+    """
+    calibrated = plan(checkpoint, setting, "scale_search", chosen)
     for name in chosen.solver:
-        yield name, partial(get_solver, name, statistics[NEEDS.get(name, "")])
+        yield replace(plan(checkpoint, setting, name, chosen), plans=calibrated.plans), None
     label, _, what = setting.rpartition(" ")
     for peer in PEERS[FORMATS[label], what.endswith("-asym")] if chosen.peers else ():
-        yield peer.name, partial(peer, statistics[peer.needs])
+        yield calibrated, peer
 
 
-def build(job: Job, make_solver: MakeSolver, folder: Path) -> tuple[Artifact, float]:
-    """The artifact of a job's one plan, by any solver, and its CPU seconds."""
+def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """CPU seconds that the walk of each solver takes by itself; the last one's stays for all."""
+    seconds: dict[str, float] = {}
+    for solver in (name for name in SOLVERS if name in chosen.solver and name in NEEDS):
+        os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
+        start = time.process_time()
+        statistics_of(plan(checkpoint, chosen.setting[0], solver, chosen))
+        seconds[solver] = round(time.process_time() - start, 1)
+    return seconds
+
+
+def statistics_of(job: Job) -> tuple[CalibrationStep, Statistics | None]:
+    """Of the inputs of the job's source, from the cache or from a walk that then stands in it."""
+    calibration = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+    return calibration, calibration.gather(job.source, job.plans[0])
+
+
+def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, float]:
+    """The artifact of a job's one plan, by its solver or by a peer, and its CPU seconds."""
     (made,) = job.plans
-    warm(made, Weights(job.source, make_solver()))
+
+    def solver(statistics: Statistics | None) -> Solver:
+        return peer(statistics) if peer else get_solver(job.recipe.solver, statistics)
+
+    calibration, statistics = statistics_of(job)
+    warm(made, Weights(job.source, solver(statistics)))
     folder.mkdir(parents=True)
     start = time.process_time()
-    solver = make_solver()
-    weights = Weights(job.source, solver)
+    inputs = TargetInputs(job.source, statistics) if peer else prepare_target(made, calibration)
+    chosen = solver(inputs.statistics)
     exporter = SHIPYARD.get_exporter(made.format)
+    weights = Weights(inputs.source, chosen)
     artifact = exporter.write(made, weights, folder, lambda done, total: None)
-    if isinstance(solver, Peer):
-        artifact = solver.finish(artifact)
+    if isinstance(chosen, Peer):
+        artifact = chosen.finish(artifact)
     return artifact, time.process_time() - start
 
 
@@ -231,18 +239,23 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
 def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build everything, then score everything against one run of the float model."""
     checkpoint, console = Checkpoint.open(chosen.model), Console()
-    statistics, seconds = walks(checkpoint, chosen, folder, console)
+    seconds = walks(checkpoint, chosen, folder)
     built: list[Built] = []
     notes: list[str] = []
     for setting in chosen.setting:
-        job = plan(checkpoint, setting, "rtn", chosen)
-        for name, make_solver in contestants(setting, statistics, chosen):
-            peer = name not in SOLVERS
-            if name == OnnxHqq.name and job.predicted_bytes > WHOLE_LIMIT:
+        for job, peer in contestants(checkpoint, setting, chosen):
+            name = peer.name if peer else job.recipe.solver
+            if peer is OnnxHqq and job.predicted_bytes > WHOLE_LIMIT:
                 notes.append(f"{setting}, {name}: not run, it takes the whole file into memory")
                 continue
-            artifact, spent = build(job, make_solver, folder / str(len(built)))
-            built.append(Built(setting, name, peer, artifact, spent))
+            try:
+                artifact, spent = build(job, peer, folder / str(len(built)))
+            except ValueError as error:
+                if peer is None:
+                    raise
+                notes.append(f"{setting}, {name}: not run, it fails ({error})")
+                continue
+            built.append(Built(setting, name, peer is not None, artifact, spent))
             console.detail(f"{setting}, {name}: {spent:.1f} CPU s")
     everything = replace(job, plans=tuple(entry.artifact.plan for entry in built))
     scorer = Scorer(everything, read_text(chosen.eval_text), 0, console)
@@ -282,14 +295,15 @@ def main() -> None:
     parser.add_argument("--all-types", action="store_true", help="every type of GGUF too")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--name", default="accuracy", help="of the two files")
     chosen = parser.parse_args()
     chosen.solver = chosen.solver or list(SOLVERS)
     settings = chosen.setting or [s for s in SETTINGS if s[:4] != "GGUF" or s in GGUF_TYPES]
     chosen.setting = list(dict.fromkeys([*settings, *(GGUF_TYPES if chosen.all_types else ())]))
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         document = measure(chosen, Path(folder))
-    (chosen.out / "accuracy.json").write_text(json.dumps(document, indent=2) + "\n")
-    (chosen.out / "accuracy.md").write_text(page(document))
+    (chosen.out / f"{chosen.name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    (chosen.out / f"{chosen.name}.md").write_text(page(document))
     print(page(document))
 
 

@@ -6,16 +6,14 @@ and runtime of ours.
 
 llama.cpp
     ``ggml_quantize_chunk`` with an importance: the bytes of ``llama-quantize --imatrix``, the
-    imatrix made with ``--process-output``. As there, the embedding has no importance. Which tensor
-    gets which type is as in our file; llama-quantize differs in one place, it raises the first
-    eighth of ``ffn_down`` in Q4_0 and Q5_0 to Q4_1 and Q5_1 where it has an imatrix.
+    imatrix made with ``--process-output``. As there, the embedding has no importance.
 onnxruntime
     ``MatMulNBitsQuantizer`` on a model of one MatMul, at its defaults but for the group size.
     Scales are rounded to float16 like ours. What its algorithms have no symmetric form of stands
     beside our asymmetric grid; HQQ's zero points are floats, four times as many bits, and its
     files are written with those. The embedding, which only the plain rounding can do, has that.
     Its GPTQ is left out: in 1.31 it multiplies errors by the empty half of a triangular factor,
-    and its codes are those of plain rounding.
+    and its codes are those of plain rounding. Its k-quant fails on rows of an odd number of groups.
 coremltools
     The functions under ``linear_quantize_weights`` and ``palettize_weights``, on float16 weights
     as a converted model has them. It clusters groups of at least 10,000 weights, which those of
@@ -59,11 +57,9 @@ class Peer:
 
     Attributes:
         name: as it stands in tables.
-        needs: of the statistics: nothing, or ``importance``.
     """
 
     name = ""
-    needs = ""
 
     def __init__(self, statistics: Statistics | None = None) -> None:
         self._statistics = statistics
@@ -98,7 +94,6 @@ class LlamaCpp(Peer):
     """See the module."""
 
     name = "llama.cpp + imatrix"
-    needs = "importance"
 
     def __call__(self, weight: Float32, grid: Grid, name: str) -> Quantized:
         if grid.name in ("F16", "BF16", "F32"):
@@ -252,9 +247,7 @@ def one_matmul(weight: Float32, grid: Affine, config: Any) -> tuple[Array, Float
     groups = columns // grid.group_size
     zero = zeros[0] if zeros else None
     if zero is not None and zero.dtype == np.uint8:
-        # Plain rounding fills up the last byte of each row, k-quant does not.
-        flat = nibbles(zero.reshape(1, -1))[0]
-        zero = flat[: flat.size // rows * rows].reshape(rows, -1)[:, :groups]
+        zero = nibbles(zero.reshape(rows, -1))[:, :groups]
     elif zero is not None:
         zero = zero.reshape(rows, groups)
     return nibbles(codes.reshape(rows, -1)), scales.reshape(rows, groups), zero

@@ -52,7 +52,7 @@ def test_llama_cpp_goes_by_the_importance():
 @pytest.mark.parametrize("peer", [peers.OnnxRtn, peers.OnnxKQuant])
 @pytest.mark.parametrize("grid", ["int4-g32-asym", "int4-g128-asym"])
 def test_onnxruntime_codes_are_read_in_their_order(peer, grid):
-    weight = matrix(12, 384)
+    weight = matrix(12, 512)
     found = peer()(weight, get_grid(grid), NAME)
     # Its plain rounding, by definition: extremes (with zero between them) on the extreme codes.
     groups = weight.reshape(12, -1, 32 if "g32" in grid else 128)
