@@ -136,8 +136,8 @@ def test_a_file_of_each_peer_runs(tmp_path, monkeypatch):
     """The demo by each peer, in its runtime; HQQ's with its float zero points."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
     chosen = argparse.Namespace(
-        model=accuracy.DEMO, calibration=None, eval_text=None, windows=2, solver=[], peers=True, set=[],
-        setting=["GGUF Q4_0", "ONNX int4-g32-asym", "Core ML int4-g32"],
+        model=accuracy.DEMO, calibration=None, eval_text=None, windows=2, solver=[], peers=True,
+        set=[], setting=["GGUF Q4_0", "ONNX int4-g32-asym", "Core ML int4-g32"],
     )  # fmt: skip
     found = {row["solver"]: row for row in accuracy.measure(chosen, tmp_path)["rows"]}
     assert set(found) == {
