@@ -78,7 +78,8 @@ def error_weights(
 ) -> np.ndarray:
     """What llama.cpp multiplies the squared error of each weight with, float64 ``[rows, columns]``.
 
-    Q8_0 has no search and no weights: with an importance its error is weighted by that.
+    Q8_0 and MXFP4 have no search and no weights: with an importance their error is weighted by
+    that.
     """
     x = weight.astype(np.float64)
     spread = functools.partial(mean_squares, x)
@@ -89,7 +90,7 @@ def error_weights(
             return x * x
         return np.abs(x) if name == "Q2_K" else np.ones_like(x)
     factor = importance.astype(np.float64)
-    if name in ("Q6_K", "Q8_0"):
+    if name in ("Q6_K", "Q8_0", "MXFP4"):
         return np.broadcast_to(factor, x.shape)
     if name == "IQ4_NL":
         return factor * np.sqrt(2 * spread(32) + x * x)
