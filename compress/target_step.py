@@ -7,13 +7,16 @@ statistics and the writing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from compress.calibration_step import CalibrationStep
 from compress.console import Console
 from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
-from compress.model import Plan
+from compress.model import Plan, Weights
+from compress.propagation import PropagatedWeights
+from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import Statistics
 
@@ -24,7 +27,7 @@ class TargetInputs:
 
     Attributes:
         source: its weights.
-        statistics: of the inputs that those weights have; None where the solver needs none.
+        statistics: of the inputs that those weights have; None where nothing needs them.
         notes: lines for the report about this target.
     """
 
@@ -45,8 +48,15 @@ def prepare_target(plan: Plan, calibration: CalibrationStep, console: Console) -
         PacklightError: see ``CalibrationStep.gather``.
     """
     source = calibration.job.source_of(plan)
-    inputs = TargetInputs(source, calibration.gather(source, plan))
-    return fold(plan, inputs, calibration, console) if calibration.job.recipe.folds else inputs
+    recipe = calibration.job.recipe
+    inputs = TargetInputs(source, None)
+    if recipe.folds or not calibration.propagates:
+        inputs = replace(inputs, statistics=calibration.gather(source, plan))
+    if recipe.folds:
+        inputs = fold(plan, inputs, calibration, console)
+    if calibration.propagates:  # statistics come with the codes
+        inputs = replace(inputs, statistics=None)
+    return inputs
 
 
 def fold(
@@ -66,7 +76,7 @@ def fold(
             recipe.solver,
             scale=recipe.fold == "awq",
             order=recipe.permute,
-            length=calibration.window_length,
+            length=len(calibration.windows()[0]),
             progress=update,
         )
     return TargetInputs(
@@ -74,3 +84,24 @@ def fold(
         fold_statistics(config, inputs.statistics, found.folds),
         (*inputs.notes, found.note()),
     )
+
+
+def target_weights(
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path
+) -> Weights:
+    """What the writer of a target pulls from.
+
+    Args:
+        plan: of the target.
+        inputs: as ``prepare_target`` made them.
+        calibration: of the job.
+        work: an empty folder that stays until the target is written.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+    """
+    solver = calibration.job.recipe.solver
+    if calibration.propagates:
+        windows = calibration.windows()
+        return PropagatedWeights(inputs.source, plan, solver, windows, work=work)
+    return Weights(inputs.source, get_solver(solver, inputs.statistics))

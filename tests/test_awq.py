@@ -109,7 +109,8 @@ def test_scales_that_were_spoilt_are_found(known, family, solver):
         errors = []
         for some, known_of in ((source, statistics), (folded, stats)):
             weight = some.read(name)
-            left = weight - get_solver(solver, known_of)(weight, get_grid("int4-g64"), name).decode()
+            codes = get_solver(solver, known_of)(weight, get_grid("int4-g64"), name)
+            left = weight - codes.decode()
             held_back = known_of.for_weight(name).held_back
             errors.append(np.mean((held_back @ left.T) ** 2))
         assert errors[1] < 0.6 * errors[0]
