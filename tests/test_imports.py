@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
      "compress.calibration_step", "compress.summary"},
+    {"compress.allocation"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},

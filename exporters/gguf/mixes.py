@@ -8,6 +8,7 @@ The rules are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.arch import DecoderConfig
@@ -148,6 +149,20 @@ class Mix:
         if self.name in ("Q4_K_S", "IQ4_NL") and block < layers // 8:
             return "Q5_K"
         return self.base
+
+
+def file_type(type_name: str, sizes: Mapping[str, int]) -> int:
+    """``general.file_type``: the preset's, or for a chosen mix that of the type of most bytes.
+
+    Args:
+        type_name: of the plan.
+        sizes: bytes by type.
+    """
+    if not type_name.startswith("mix-"):
+        return Mix.parse(type_name).file_type
+    by_base = {base: number for base, number in MIXES.values()}
+    known = [grid for grid in sizes if grid in by_base]
+    return by_base[max(known, key=lambda grid: sizes[grid])] if known else by_base["F16"]
 
 
 def more_bits(block: int, layers: int) -> bool:
