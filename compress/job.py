@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ class Job:
     """One checkpoint and what to make of it: known before any work is done.
 
     Attributes:
-        source: the weights that artifacts are made of.
+        source: the weights that artifacts are made of ...
         config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
+        sources: ... except targets that have weights of their own; by format.
     """
 
     source: Source
@@ -43,6 +44,11 @@ class Job:
     plans: tuple[Plan, ...]
     context: int
     command: str = ""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    def source_of(self, plan: Plan) -> Source:
+        """The weights that a target is made of, before anything that goes by statistics."""
+        return self.sources.get(plan.format, self.source)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -97,6 +103,8 @@ def prepare(
         wanted = dict(settings)
         if target == "coreml" and context is not None:
             wanted["context"] = context
+        if target == "gguf" and recipe.solver in NEEDS:
+            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         plans.append(get_exporter(target).plan(config, wanted, model_name=name))
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     source = Stored(checkpoint, config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
-from compress.calibration_step import Importance, gather
+from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
@@ -41,8 +41,8 @@ from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.solvers import get_solver
 from compress.sources import Stored
-from compress.statistics import Statistics
 from compress.summary import finish
+from compress.target_step import prepare_target
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -120,13 +120,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
-        statistics, notes = gather(job, importance, shipyard, console, settings.threads)
-        artifacts = write_artifacts(job, statistics, shipyard, folder, console)
+        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        calibration.save_imatrix()
+        artifacts = write_artifacts(calibration, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report["notes"] += notes
+        report["notes"] += calibration.notes()
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -228,18 +229,21 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
 
 
 def write_artifacts(
-    job: Job, statistics: Statistics | None, shipyard: Shipyard, folder: Path, console: Console
+    calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
 ) -> list[Artifact]:
-    """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
+    """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
-    for plan in job.plans:
-        weights = Weights(job.source, get_solver(job.recipe.solver, statistics))
+    for plan in calibration.job.plans:
+        inputs = prepare_target(plan, calibration)
+        solve = get_solver(calibration.job.recipe.solver, inputs.statistics)
+        weights = Weights(inputs.source, solve)
         target = folder / plan.format
         target.mkdir()
         with console.progress(f"write {plan.format} {plan.type_name}") as update:
             artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-        artifacts.append(replace(artifact, notes=artifact.notes + weights.notes()))
+        notes = artifact.notes + inputs.notes + weights.notes()
+        artifacts.append(replace(artifact, notes=notes))
     return artifacts
 
 

@@ -27,14 +27,16 @@ def make_plan(
     model_name: str,
     choices: Mapping[str, str] | None = None,
 ) -> Plan:
-    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M).
+    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
+    ``importance``: whether the solver looks at inputs (default: no).
 
     Raises:
         GridError: an unknown type.
         UnsupportedModelError: a model that llama.cpp cannot express.
     """
     check_expressible(config)
-    mix = Mix.parse(str(settings.get("type", "Q4_K_M")))
+    importance = bool(settings.get("importance", False))
+    mix = Mix.parse(str(settings.get("type", "Q4_K_M")), importance=importance)
     entries = tuple(plan_entries(config, mix, choices or {}))
     context, caveats = context_limit(config)
     return Plan(
@@ -42,7 +44,7 @@ def make_plan(
         type_name=mix_name(entries, config) if choices else mix.name,
         model_name=model_name,
         entries=entries,
-        settings={"type": mix.name},
+        settings={"type": mix.name, **({"importance": True} if importance else {})},
         notes=(*fallback_notes(entries), *caveats),
         max_context=context,
     )
