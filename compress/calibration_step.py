@@ -49,6 +49,11 @@ class Importance:
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
+            raise UsageError(
+                "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
+                hint="texts instead, or --set targets.coreml.rotate=none",
+            )
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if solver not in NEEDS and self.imatrix:

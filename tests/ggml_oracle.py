@@ -73,7 +73,7 @@ def error_weights(
     if importance is None:
         if name in ("Q4_K", "Q5_K"):
             return np.sqrt(spread(32)) + np.abs(x)
-        if name in ("Q6_K", "Q3_K", "IQ4_NL"):
+        if name in ("Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS"):
             return x * x
         return np.abs(x) if name == "Q2_K" else np.ones_like(x)
     factor = importance.astype(np.float64)
@@ -81,7 +81,7 @@ def error_weights(
         return np.broadcast_to(factor, x.shape)
     if name == "IQ4_NL":
         return factor * np.sqrt(2 * spread(32) + x * x)
-    if name.endswith("_K"):
+    if name.endswith("_K") or name == "IQ4_XS":
         return factor * np.sqrt((1 if name == "Q2_K" else 2) * spread(256) + x * x)
     return factor * np.sqrt(spread(x.shape[1]) + x * x)
 

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
      "compress.calibration_texts", "compress.calibration_set", "compress.sources",
-     "compress.folding"},
+     "compress.folding", "compress.rotation"},
     {"compress.model", "compress.decoder", "compress.footprint"},
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",

@@ -20,7 +20,8 @@ from compress.grids import get_grid, lanes
 from compress.grids.kquant import BlockGrid, make
 
 NAMES = [
-    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K",
 ]  # fmt: skip
 ROWS, COLUMNS = 64, 2048
 

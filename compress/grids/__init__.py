@@ -142,7 +142,7 @@ class Quantized:
 # Modules are loaded when first asked for: numba takes a second to import.
 GRIDS: dict[str, str] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
-    r"(?:Q\d_[01K]|IQ4_NL)": "compress.grids.kquant",
+    r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
     r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
 }
