@@ -143,6 +143,8 @@ class Quantized:
 GRIDS: dict[str, str] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
+    r"IQ3_(?:S|XXS)": "compress.grids.codebook",
+    r"MXFP4": "compress.grids.mxfp4",
     r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
 }
