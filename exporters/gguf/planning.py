@@ -17,7 +17,9 @@ CONTEXT_STEP = 256
 
 # What a budget chooses among. Rows of 256s: the K-quants, which beat the older types at the same
 # bytes, and the codebook of IQ4_NL; other rows: what has blocks of 32.
-WIDE = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+WIDE = (
+    "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
 NARROW = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
