@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.calibration_step import Importance, gather
+from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
@@ -64,9 +64,10 @@ def build(job: Job, folder: Path, console: Console) -> tuple[Artifact, float, fl
     """The artifact, CPU seconds of its statistics, and of choosing codes and writing."""
     folder.mkdir(parents=True)
     start = time.process_time()
-    statistics, _ = gather(job, Importance(), SHIPYARD, console, threads=1)
+    calibration = CalibrationStep(job, Importance(), SHIPYARD, console, threads=1)
+    calibration.gather(job.source, job.plans[0])
     middle = time.process_time()
-    (artifact,) = write_artifacts(job, statistics, SHIPYARD, folder, console)
+    (artifact,) = write_artifacts(calibration, SHIPYARD, folder, console)
     return artifact, middle - start, time.process_time() - middle
 
 

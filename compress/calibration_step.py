@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from compress.calibration import BUILTIN, CalibrationSet, collect
+from compress.calibration import collect
+from compress.calibration_set import BUILTIN, CalibrationSet
 from compress.console import Console
 from compress.errors import UsageError
 from compress.job import Job, choose_threads
-from compress.model import Shipyard
+from compress.model import Plan, Shipyard
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
+from compress.sources import Source
 from compress.statistics import Statistics
+from compress.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,19 @@ class Importance:
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and recipe.prunes:
+            raise UsageError(
+                "--imatrix counts inputs of the whole model, and the recipe prunes it",
+                hint="--calibration, or an imatrix of what --save-checkpoint writes",
+            )
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if solver not in NEEDS and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        if solver not in NEEDS and calibration and not self.save:
+        looks = solver in NEEDS or recipe.prunes or self.save is not None
+        if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
-        for path in texts_of(recipe) if solver in NEEDS or self.save else []:
+        for path in texts_of(recipe) if looks else []:
             if not path.is_file() and not self.imatrix:
                 raise UsageError(f"{path} does not exist", hint="a calibration text")
         if self.imatrix and not self.imatrix.is_file():
@@ -63,53 +73,93 @@ def texts_of(recipe: Recipe) -> list[Path]:
     return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
 
 
-def gather(
-    job: Job, importance: Importance, shipyard: Shipyard, console: Console, threads: int
-) -> tuple[Statistics | None, list[str]]:
-    """Statistics for the recipe's solver, and a line for the report that says where they are from.
+class CalibrationStep:
+    """Statistics for the targets of one job; texts are tokenized once, and equal sources walked
+    once.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        importance: Importance,
+        shipyard: Shipyard,
+        console: Console,
+        threads: int = 0,
+    ) -> None:
+        self.job = job
+        self._importance, self._shipyard = importance, shipyard
+        self._console, self._threads = console, threads
+
+    def gather(self, source: Source, plan: Plan) -> Statistics | None:
+        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
+
+        Args:
+            source: the weights that ``plan`` is made of.
+            plan: of the target.
+
+        Raises:
+            UsageError: texts that are not there or too short.
+            ArtifactError: an imatrix file that cannot be read or is another model's.
+            CheckpointError: weights or a tokenizer that cannot be read.
+        """
+        solver = self.job.recipe.solver
+        if self._importance.imatrix:
+            return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
+        return self._calibrate(source) if solver in NEEDS else None
+
+    def notes(self) -> list[str]:
+        """A line for the report that says where the solver's statistics are from."""
+        solver = self.job.recipe.solver
+        if self._importance.imatrix:
+            name = self._importance.imatrix.name
+            return [f"Codes chosen by {solver}, with the importance in {name}"]
+        if solver not in NEEDS:
+            return []
+        seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
+        return [f"Codes chosen by {solver}, calibrated on {seen}"]
+
+    def save_imatrix(self) -> None:
+        """``--save-imatrix``: the importance of the common source's inputs, as llama.cpp's file."""
+        path, source = self._importance.save, self.job.source
+        if path is None:
+            return
+        given = self._importance.imatrix
+        statistics = (
+            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+        )
+        self._shipyard.write_imatrix(path, source.config, statistics)
+        self._console.detail(f"importance: {path}")
+
+    @cached_property
+    def _texts(self) -> CalibrationSet:
+        return read_texts(self.job)
+
+    def _calibrate(self, source: Source) -> Statistics:
+        """From the recipe's texts."""
+        import torch
+
+        torch.set_num_threads(choose_threads(self._threads, self.job.config))
+        with self._console.progress("calibrate", "windows") as update:
+            return collect(
+                source,
+                self._texts,
+                hessian=NEEDS.get(self.job.recipe.solver) == "hessian",
+                progress=update,
+            )
+
+
+def read_texts(job: Job) -> CalibrationSet:
+    """The recipe's calibration texts as windows of tokens.
 
     Raises:
         UsageError: texts that are not there or too short.
-        ArtifactError: an imatrix file that cannot be read or is another model's.
-        CheckpointError: weights or a tokenizer that cannot be read.
+        CheckpointError: no tokenizer.
     """
-    solver = job.recipe.solver
-    if importance.imatrix:
-        statistics = shipyard.read_imatrix(importance.imatrix, job.config)
-        line = f"Codes chosen by {solver}, with the importance in {importance.imatrix.name}"
-    elif solver in NEEDS or importance.save:
-        statistics, seen = calibrate(job, console, threads)
-        line = f"Codes chosen by {solver}, calibrated on {seen}" if solver in NEEDS else ""
-    else:
-        return None, []
-    if importance.save:
-        shipyard.write_imatrix(importance.save, job.config, statistics)
-        console.detail(f"importance: {importance.save}")
-    return statistics, [line] if line else []
-
-
-def calibrate(job: Job, console: Console, threads: int) -> tuple[Statistics, str]:
-    """Statistics from the recipe's texts, and in words what was seen."""
-    import torch
-
-    from compress.tokenizer import Tokenizer
-
     settings = job.recipe.calibration
-    calibration = CalibrationSet.load(
+    return CalibrationSet.load(
         settings["texts"],
         Tokenizer(job.checkpoint.path),
         tokens=settings["tokens"],
         sequence_length=min(settings["sequence_length"], job.config.max_context),
         seed=settings["seed"],
     )
-    torch.set_num_threads(choose_threads(threads, job.config))
-    with console.progress("calibrate", "windows") as update:
-        statistics = collect(
-            job.source.config,
-            job.source.read,
-            calibration,
-            fingerprint=job.source.fingerprint(),
-            hessian=NEEDS.get(job.recipe.solver) == "hessian",
-            progress=update,
-        )
-    return statistics, f"{calibration.tokens} tokens of {', '.join(calibration.sources)}"

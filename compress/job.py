@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.pruning.cut import Cut, plan_cut
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
 from compress.sources import Source, Stored
@@ -29,12 +30,14 @@ class Job:
     """One checkpoint and what to make of it: known before any work is done.
 
     Attributes:
-        source: the weights that artifacts are made of.
+        source: the weights that artifacts are made of ...
         config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
+        sources: ... except targets that have weights of their own; by format.
+        cut: how much of the float model is pruned, or None; plans are of what is left.
     """
 
     source: Source
@@ -43,11 +46,22 @@ class Job:
     plans: tuple[Plan, ...]
     context: int
     command: str = ""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    cut: Cut | None = None
+
+    def source_of(self, plan: Plan) -> Source:
+        """The weights that a target is made of, before anything that goes by statistics."""
+        return self.sources.get(plan.format, self.source)
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The float model's."""
         return self.source.checkpoint
+
+    @property
+    def shape(self) -> DecoderConfig:
+        """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
+        return self.config if self.cut is None else self.cut.config
 
     @property
     def predicted_bytes(self) -> int:
@@ -91,16 +105,37 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
+    plans = make_plans(config, checkpoint, recipe, get_exporter, context)
+    cut = plan_cut(config, recipe.prune, plans)
+    if cut is not None:
+        plans = make_plans(cut.config, checkpoint, recipe, get_exporter, context)
+    positions = context or min(DEFAULT_CONTEXT, config.max_context)
+    source = Stored(checkpoint, config)
+    return Job(source, config, recipe, plans, positions, command, cut=cut)
+
+
+def make_plans(
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+) -> tuple[Plan, ...]:
+    """A plan for each target of the recipe.
+
+    Raises:
+        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+    """
     name = model_name(checkpoint.source)
     plans = []
     for target, settings in recipe.targets.items():
         wanted = dict(settings)
         if target == "coreml" and context is not None:
             wanted["context"] = context
+        if target == "gguf" and recipe.solver in NEEDS:
+            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         plans.append(get_exporter(target).plan(config, wanted, model_name=name))
-    positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    source = Stored(checkpoint, config)
-    return Job(source, config, recipe, tuple(plans), positions, command)
+    return tuple(plans)
 
 
 def model_name(source: str) -> str:
@@ -121,14 +156,21 @@ def plan_document(job: Job) -> dict[str, Any]:
             "family": job.config.family,
             "parameters": job.config.num_parameters,
         },
+        **({"prune": prune_document(job)} if job.cut else {}),
         "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
         "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
     }
 
 
+def prune_document(job: Job) -> dict[str, Any]:
+    """``prune`` as the recipe's document has it, and how many parameters are left."""
+    return {**job.recipe.document["prune"], "parameters_left": job.shape.num_parameters}
+
+
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where the solver looks at inputs."""
-    return {"calibration": recipe.document["calibration"]} if recipe.solver in NEEDS else {}
+    """``calibration`` as the recipe's document has it, where anything looks at inputs."""
+    looks = recipe.solver in NEEDS or recipe.prunes
+    return {"calibration": recipe.document["calibration"]} if looks else {}
 
 
 def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
@@ -158,6 +200,9 @@ def print_plan(job: Job, console: Console) -> None:
     console.result(plan_document(job))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
+    if job.cut:
+        left = job.shape.num_parameters
+        console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
     rows = []
     for plan in job.plans:
         counts: dict[str, int] = {}
@@ -235,7 +280,7 @@ def adopt(
             if key == "vocab_size":
                 hint = "--baseline is the checkpoint that the artifact was made from"
                 raise UsageError(what, hint=hint)
-            console.warning(f"{what}: are they the same model?")
+            console.warning(f"{what}: pruned, or another model?")
     entries = tuple(
         PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
@@ -248,7 +293,13 @@ def adopt(
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    told = facts["config"]  # a pruned model keeps less
+    shape = replace(
+        config,
+        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+    )
+    cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
 

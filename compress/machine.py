@@ -1,19 +1,80 @@
-"""What this process may use of the machine: in a container less than there is."""
+"""What this process may use of the machine: in a container less than there is.
+
+Limits are those of the process's control groups and of all groups above them: cgroup v2
+(``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), as the
+kernel's Documentation/admin-guide describes them. Other systems than Linux have none.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc/self")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> int:
-    """CPUs that the process may run on."""
+    """CPUs that the process may run on at once, a cgroup's quota rounded up to whole ones."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, min([count, *map(math.ceil, cpu_quotas())]))
 
 
 def available_memory() -> int:
-    """Bytes that may be taken without swapping."""
+    """Bytes that may be taken without swapping: the machine's, or what is left in the cgroup."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *memory_left()])
+
+
+def cpu_quotas(proc: Path = PROC, root: Path = CGROUPS) -> list[float]:
+    """CPUs' worth of time under each quota that the process is under."""
+    found = []
+    for folder in cgroup_folders("cpu", proc, root):
+        quota, *period = read(folder / "cpu.max").split() or [""]
+        if not quota:
+            quota, period = (
+                read(folder / "cpu.cfs_quota_us"),
+                [read(folder / "cpu.cfs_period_us")],
+            )
+        if quota.isdigit() and period and period[0].isdigit():  # not "max", not -1
+            found.append(int(quota) / int(period[0]))
+    return found
+
+
+def memory_left(proc: Path = PROC, root: Path = CGROUPS) -> list[int]:
+    """Bytes left under each memory limit; page cache that can be dropped counts as free."""
+    found = []
+    for folder in cgroup_folders("memory", proc, root):
+        limit = read(folder / "memory.max") or read(folder / "memory.limit_in_bytes")
+        used = read(folder / "memory.current") or read(folder / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
+            found.append(max(int(limit) - int(used) + int(stat.get("inactive_file", 0)), 0))
+    return found
+
+
+def cgroup_folders(controller: str, proc: Path, root: Path) -> Iterator[Path]:
+    """The folders of the process's control group, its own first, then those above it."""
+    for line in read(proc / "cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        top = root / controller if names else root
+        own = top / path.lstrip("/")
+        # In a container the path can be the host's, of which only the top is mounted here.
+        own = own if own.is_dir() else top
+        yield from (own, *(above for above in own.parents if above.is_relative_to(top)))
+
+
+def read(path: Path) -> str:
+    """What a small file says, stripped; empty where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
-from compress.calibration_step import Importance, gather
+from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
@@ -37,12 +37,14 @@ from compress.job import (
 from compress.machine import available_memory
 from compress.model import Artifact, Shipyard, Weights
 from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.pruning.options import check_save, prune_option, save_pruned
+from compress.pruning.step import prune
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.solvers import get_solver
 from compress.sources import Stored
-from compress.statistics import Statistics
 from compress.summary import finish
+from compress.target_step import prepare_target
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -66,6 +68,8 @@ class BuildSettings:
     seed: int | None = None
     imatrix: Path | None = None
     save_imatrix: Path | None = None
+    prune: str = ""
+    save_checkpoint: Path | None = None
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -115,18 +119,26 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         print_plan(job, console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    if settings.save_checkpoint:
+        check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
     # Before the work: a text that is too short, or no tokenizer, is told now.
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
-        statistics, notes = gather(job, importance, shipyard, console, settings.threads)
-        artifacts = write_artifacts(job, statistics, shipyard, folder, console)
+        pruned = prune(job, console, settings.threads)
+        if pruned is not None:
+            job = replace(job, source=pruned.source)
+        if settings.save_checkpoint:
+            save_pruned(job, settings.save_checkpoint, console)
+        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        calibration.save_imatrix()
+        artifacts = write_artifacts(calibration, shipyard, folder, console)
         write_json(folder / "plan.json", plan_document(job))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report["notes"] += notes
+        report["notes"] += [*(pruned.notes if pruned else ()), *calibration.notes()]
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -198,6 +210,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
     if settings.seed is not None:
         overrides.append(f"calibration.seed={settings.seed}")
+    if settings.prune:
+        overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
 
 
@@ -222,24 +236,29 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:
         words += ["--seed", str(settings.seed)]
+    if settings.prune:
+        words += ["--prune", settings.prune]
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])
 
 
 def write_artifacts(
-    job: Job, statistics: Statistics | None, shipyard: Shipyard, folder: Path, console: Console
+    calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
 ) -> list[Artifact]:
-    """Write every target into ``folder/<format>/``, streaming from the checkpoint."""
+    """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
-    for plan in job.plans:
-        weights = Weights(job.source, get_solver(job.recipe.solver, statistics))
+    for plan in calibration.job.plans:
+        inputs = prepare_target(plan, calibration)
+        solve = get_solver(calibration.job.recipe.solver, inputs.statistics)
+        weights = Weights(inputs.source, solve)
         target = folder / plan.format
         target.mkdir()
         with console.progress(f"write {plan.format} {plan.type_name}") as update:
             artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-        artifacts.append(replace(artifact, notes=artifact.notes + weights.notes()))
+        notes = artifact.notes + inputs.notes + weights.notes()
+        artifacts.append(replace(artifact, notes=notes))
     return artifacts
 
 

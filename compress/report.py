@@ -275,6 +275,7 @@ def describe_generation(generation: Generation | None, decode: Decode | None) ->
             "tokens": list(generation.tokens),
             "first_difference": generation.first_difference,
             "gap": generation.gap,
+            "spread": generation.spread,
         },
     }
 

@@ -9,8 +9,10 @@ from typing import Any
 from compress.console import Console, format_bytes
 from compress.report import TASK_HEADERS, task_rows
 
-# Logits closer than this are a tie that the order of summation decides, not a wrong cache.
-TIE = 0.05
+# Logits closer than this many of their standard deviations are a tie that the order of summation
+# decides, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02 of
+# them (root mean square) after 32 blocks of Phi-3-mini's shape.
+TIE = 0.1
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 
@@ -28,7 +30,7 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
                     f"{artifact['format']}: {gate['name']} is {gate_value(gate)}, "
                     f"the gate is {gate['limit']}"
                 )
-        if artifact["generation_consistent"] is False and artifact["generation"]["gap"] > TIE:
+        if cache_changes_text(artifact):
             console.warning(
                 f"{artifact['format']}: greedy tokens differ with and without the KV cache"
             )
@@ -42,6 +44,14 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
         console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
     if output is not None:
         console.say(f"report: {output / 'report.html'}")
+
+
+def cache_changes_text(artifact: Mapping[str, Any]) -> bool:
+    """Whether greedy tokens differ with and without the KV cache, by more than a tie."""
+    if artifact["generation_consistent"] is not False:
+        return False
+    sample = artifact["generation"]
+    return bool(sample["gap"] > TIE * sample["spread"])
 
 
 def gate_value(gate: Mapping[str, Any]) -> str:

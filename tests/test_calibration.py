@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
-from compress import calibration
+from compress import walk as walking
 from compress.arch import DecoderConfig, WeightMap
-from compress.calibration import CalibrationSet, collect, walk
+from compress.calibration import collect
+from compress.calibration_set import CalibrationSet
 from compress.checkpoint import Checkpoint
 from compress.errors import UsageError
+from compress.sources import Stored
 from compress.statistics import (
     LayerStats,
     Statistics,
@@ -26,10 +28,11 @@ from compress.statistics import (
     unpack_hessian,
 )
 from compress.tokenizer import Tokenizer
+from compress.walk import walk
 
 
 class Model:
-    """A tiny checkpoint, its config, and its weights by name with a count of readings."""
+    """A tiny checkpoint as a source of weights that counts its readings."""
 
     def __init__(self, family: str, folder: Path, **settings: object) -> None:
         self.folder = tiny.make(family, folder, **settings)
@@ -38,9 +41,12 @@ class Model:
         self.map = WeightMap(self.config)
         self.readings = 0
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         self.readings += 1
-        return self.map.read(self.checkpoint, name)
+        return self.map.read(self.checkpoint, name, rows)
+
+    def fingerprint(self) -> str:
+        return self.checkpoint.fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +128,7 @@ def test_states_in_a_file_change_nothing(models, monkeypatch, tmp_path):
     model, windows = models("llama"), draw_windows()
     kept = gathered(model, windows, work=tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(calibration, "STATES_LIMIT", 0)
+    monkeypatch.setattr(walking, "STATES_LIMIT", 0)
     spilled = gathered(model, windows, work=tmp_path)
     assert (tmp_path / "states.bin").stat().st_size == 2 * 5 * 48 * model.config.hidden_size
     for key, entry in kept.items():
@@ -132,7 +138,7 @@ def test_states_in_a_file_change_nothing(models, monkeypatch, tmp_path):
 def test_a_wide_hessian_is_its_diagonal_blocks(models, monkeypatch):
     model, windows = models("llama"), draw_windows()
     whole = gathered(model, windows)["blocks.1.down_proj"]
-    monkeypatch.setattr(calibration, "WIDEST_HESSIAN", 256)
+    monkeypatch.setattr(walking, "WIDEST_HESSIAN", 256)
     split = gathered(model, windows)["blocks.1.down_proj"]
     assert [block.shape for block in split.hessian] == [(256, 256), (256, 256)]
     np.testing.assert_allclose(split.hessian[1], whole.hessian[0][256:, 256:], rtol=1e-5, atol=1e-6)
@@ -142,14 +148,14 @@ def test_some_windows_are_held_back_from_the_hessian(models, monkeypatch, tmp_pa
     model, windows = models("llama"), draw_windows(count=9)
     whole = gathered(model, windows)
     assert whole["lm_head"].held_back is None  # too few to spare one
-    monkeypatch.setattr(calibration, "HELD_BACK", 4)
+    monkeypatch.setattr(walking, "HELD_BACK", 4)
     held = gathered(model, windows)
     for key, entry in held.items():
         assert entry.held_back.shape == (2 * 48, len(entry.importance))  # windows 3 and 7 of 0..8
         assert (entry.importance == whole[key].importance).all()
         seen = entry.hessian[0] * 7 * 48 + entry.held_back.T @ entry.held_back
         assert distance(seen, whole[key].hessian[0] * 9 * 48) < 1e-5
-    monkeypatch.setattr(calibration, "HELD_ROWS", 60)  # every eighth is room enough
+    monkeypatch.setattr(walking, "HELD_ROWS", 60)  # every eighth is room enough
     assert len(gathered(model, windows)["lm_head"].held_back) == 48
     save(tmp_path / "x.npz", held)
     back = load(tmp_path / "x.npz", "blocks.1.down_proj", hessian=True)
@@ -212,8 +218,7 @@ def cache(monkeypatch, tmp_path):
 
 def calibrated(model: Model, windows: list[list[int]], *, hessian: bool) -> Statistics:
     chosen = CalibrationSet(tuple(map(tuple, windows)), ("test",))
-    fingerprint = model.checkpoint.fingerprint()
-    return collect(model.config, model.read, chosen, fingerprint=fingerprint, hessian=hessian)
+    return collect(model, chosen, hessian=hessian)
 
 
 def test_statistics_are_kept_and_found_again(models, cache):
@@ -238,17 +243,18 @@ def test_statistics_are_kept_and_found_again(models, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_an_interrupted_walk_leaves_nothing(models, cache):
-    model = models("llama")
-
-    def read(name: str) -> np.ndarray:
+class Interrupted(Stored):
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         if name.startswith("blocks.1"):
             raise KeyboardInterrupt
-        return model.read(name)
+        return super().read(name, rows)
 
+
+def test_an_interrupted_walk_leaves_nothing(models, cache):
+    model = models("llama")
     chosen = CalibrationSet(((1, 2, 3, 4),), ("test",))
     with pytest.raises(KeyboardInterrupt):
-        collect(model.config, read, chosen, fingerprint="x", hessian=False)
+        collect(Interrupted(model.checkpoint, model.config), chosen, hessian=False)
     assert list(cache.iterdir()) == []
 
 
@@ -321,7 +327,7 @@ def test_the_built_in_set_fills_the_default(tokenizer):
     [
         ("missing.txt", None, "does not exist"),
         ("short.txt", "a few words", "do not fill one window"),
-        ("latin.txt", b"caf\xe9", "cannot be read as UTF-8"),
+        ("latin.txt", b"caf\xe9", "is not UTF-8 text, see byte 3"),
         ("rows.jsonl", '{"prompt": "x"}\n', "line 1 is not a calibration text"),
         ("rows.jsonl", '{"text": "ok"}\nnot json\n', "line 2 is not a calibration text"),
         ("rows.jsonl", '{"messages": "hello"}\n', "line 1 is not a calibration text"),
@@ -334,3 +340,8 @@ def test_texts_that_are_refused(tokenizer, tmp_path, name, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
         drawn(tokenizer, path, sequence_length=64)
+
+
+def test_a_folder_is_no_text(tokenizer, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be read: Is a directory$"):
+        drawn(tokenizer, tmp_path)

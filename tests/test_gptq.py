@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from compress.arch import DecoderConfig, WeightMap
-from compress.calibration import walk
 from compress.checkpoint import Checkpoint
 from compress.demo import heldout_path, model_path
 from compress.grids import LatticeGrid, get_grid
@@ -19,6 +18,7 @@ from compress.solvers.hessian import factor_in_place, factors_of, output_errors
 from compress.solvers.scale_search import scale_search
 from compress.statistics import LayerStats
 from compress.tokenizer import Tokenizer
+from compress.walk import walk
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",

@@ -182,7 +182,12 @@ def test_figures_that_are_not_there() -> None:
             artifact[key] = None
         artifact["nonfinite_tokens"] = 9
         artifact["generation_consistent"] = False
-        artifact["generation"] |= {"first_difference": 4, "gap": 1.5, "text": None}
+        artifact["generation"] |= {
+            "first_difference": 4,
+            "gap": 1.5,
+            "spread": 2.0,
+            "text": None,
+        }
     report["baseline"] |= {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
     page = render(report)
     assert "logits were not finite at 9 of 8176 tokens" in page

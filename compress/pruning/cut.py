@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.arch import DecoderConfig, split_name
-from compress.errors import GridError, UsageError
+from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.model import Plan
 
@@ -66,6 +66,7 @@ def plan_cut(
 
     Raises:
         UsageError: nothing would go, or nothing would stay, or the width fits no format.
+        UnsupportedModelError: heads of a model whose shape could not be told.
     """
     method = settings.get("method", "none")
     if method == "none":
@@ -90,6 +91,12 @@ def plan_cut(
             )
         shrunk = with_sizes(config, intermediate_size=kept)
         return Cut(method, total, kept, shrunk, update)
+    if config.rope.kind == "longrope":
+        raise UnsupportedModelError(
+            "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
+            "/ num_attention_heads, and would not load the checkpoint",
+            hint="--prune depth:10% or ffn:10%",
+        )
     total = config.num_key_value_heads
     kept = settings["kv_heads"] if ratio is None else round((1 - ratio) * total)
     check(kept, total, "heads", f"1 to {total - 1} of its {total} key-value heads can stay")

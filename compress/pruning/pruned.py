@@ -114,8 +114,11 @@ class Narrower:
         members = [member for member in FUSED.get(role, ()) if member in kept]
         if not members:
             return None
-        offsets = np.cumsum([0, *(self._source.config.weight_shape(m)[0] for m in members)])
-        rows: Array = np.concatenate([kept[m] + start for m, start in zip(members, offsets, strict=False)])
+        sizes = [self._source.config.weight_shape(member)[0] for member in members]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
+        rows: Array = np.concatenate(pieces)
+        return rows
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

@@ -21,6 +21,7 @@ class Generation:
         first_difference: index of the first other token, or None.
         gap: how much less likely (logit difference without the cache) the token of the cached run
             was at that place: near zero is a tie that rounding decides, else the cache is wrong.
+        spread: standard deviation of the logits there, which says what is near.
     """
 
     prompt: tuple[int, ...]
@@ -28,6 +29,7 @@ class Generation:
     consistent: bool
     first_difference: int | None = None
     gap: float | None = None
+    spread: float | None = None
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
@@ -60,4 +62,5 @@ def check_generation(runtime: Runtime, prompt: Sequence[int], count: int = 32) -
         return Generation(tuple(prompt), tuple(tokens), True)
     at = int(differ[0])
     gap = float(logits[at, without[at]] - logits[at, tokens[at]])
-    return Generation(tuple(prompt), tuple(tokens), False, at, gap)
+    spread = float(logits[at].std())
+    return Generation(tuple(prompt), tuple(tokens), False, at, gap, spread)

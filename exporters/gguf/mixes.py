@@ -1,8 +1,8 @@
 """llama.cpp's presets: which tensor gets which type, and what happens to rows that do not fit.
 
 The rules are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in
-``src/llama-quant.cpp`` (llama.cpp of October 2026, without an importance matrix), so that a
-``Q4_K_M`` of ours is a ``Q4_K_M`` of theirs, to the byte.
+``src/llama-quant.cpp`` (llama.cpp of October 2026), so that a ``Q4_K_M`` of ours is a ``Q4_K_M`` of
+theirs, to the byte. A few presets differ where an importance matrix is given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Q6_K": (256, 210),
     "Q5_K": (256, 176),
     "Q4_K": (256, 144),
+    "IQ4_XS": (256, 136),
     "Q3_K": (256, 110),
+    "IQ3_S": (256, 110),
+    "IQ3_XXS": (256, 98),
     "Q2_K": (256, 84),
 }
 
@@ -38,16 +41,27 @@ FALLBACKS: dict[str, str] = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
+    "IQ3_XXS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL",
 }
+
+# What a preset of llama.cpp wants and packlight cannot write, and what is written instead.
+LACKING: dict[str, str] = {"IQ2_S": "IQ3_XXS"}
 
 # Preset → its base type and its number in ``general.file_type`` (``llama_ftype`` in llama.h).
 MIXES: dict[str, tuple[str, int]] = {
     "Q2_K": ("Q2_K", 10),
+    "IQ3_XXS": ("IQ3_XXS", 23),
+    "IQ3_XS": ("IQ3_S", 22),
+    "IQ3_S": ("IQ3_S", 26),
+    "IQ3_M": ("IQ3_S", 27),
     "Q3_K_S": ("Q3_K", 11),
     "Q3_K_M": ("Q3_K", 12),
     "Q3_K_L": ("Q3_K", 13),
     "Q4_0": ("Q4_0", 2),
     "Q4_1": ("Q4_1", 3),
+    "IQ4_XS": ("IQ4_XS", 30),
     "IQ4_NL": ("IQ4_NL", 25),
     "Q4_K_S": ("Q4_K", 14),
     "Q4_K_M": ("Q4_K", 15),
@@ -61,6 +75,35 @@ MIXES: dict[str, tuple[str, int]] = {
     "BF16": ("BF16", 32),
 }
 
+# Preset → the value projection's type where at least four heads share it.
+VALUES_OF_FOUR: dict[str, str] = {
+    "Q2_K": "Q4_K",
+    "IQ3_XXS": "Q4_K",
+    "IQ3_XS": "Q4_K",
+    "IQ3_S": "Q4_K",
+    "IQ4_XS": "Q5_K",
+    "IQ4_NL": "Q5_K",
+}
+
+# Preset → the type of down_proj in the first eighth of the blocks: always, without, and with an
+# importance matrix.
+DOWN_FIRST: dict[str, str] = {"Q4_K_S": "Q5_K", "IQ3_M": "Q4_K"}
+DOWN_FIRST_PLAIN: dict[str, str] = {"IQ3_XXS": "Q4_K", "IQ4_XS": "Q5_K", "IQ4_NL": "Q5_K"}
+DOWN_FIRST_WEIGHTED: dict[str, str] = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+
+# Role → preset → type, of what all blocks have alike.
+OTHERS: dict[str, dict[str, str]] = {
+    "q_proj": {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"},
+    "k_proj": {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"},
+    "o_proj": {
+        "Q2_K": "Q3_K",
+        "IQ3_XXS": "IQ3_S",
+        "IQ3_M": "Q4_K",
+        "Q3_K_M": "Q4_K",
+        "Q3_K_L": "Q5_K",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -71,15 +114,17 @@ class Mix:
         base: the type of most tensors.
         file_type: ``general.file_type``.
         pure: no exceptions for sensitive tensors (``llama-quantize --pure``).
+        importance: the codes are chosen by importance too (``llama-quantize --imatrix``).
     """
 
     name: str
     base: str
     file_type: int
     pure: bool
+    importance: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Mix:
+    def parse(cls, text: str, *, importance: bool = False) -> Mix:
         """``q4_k_m`` → Q4_K_M; ``Q4_0-pure``; ``Q4_K`` is short for Q4_K_M, as in llama.cpp.
 
         Raises:
@@ -95,7 +140,7 @@ class Mix:
                 f"there is no GGUF type {text!r}", hint=f"one of: {', '.join(MIXES)}, or Q4_0-pure"
             )
         base, file_type = MIXES[name]
-        return cls(f"{name}-pure" if pure else name, base, file_type, pure)
+        return cls(f"{name}-pure" if pure else name, base, file_type, pure, importance)
 
     def wish(self, role: str, block: int, config: DecoderConfig) -> str:
         """The type that the preset wants for a linear or embedding, whatever its shape.
@@ -107,26 +152,40 @@ class Mix:
         if self.pure or self.base in ("F16", "BF16"):
             return self.base
         if role == "lm_head" or (role == "embed_tokens" and config.tie_word_embeddings):
-            return "Q8_0" if self.base == "Q8_0" else "Q6_K"
+            return self._head(config.hidden_size)
+        if role == "embed_tokens":
+            return "IQ3_S" if self.name == "IQ3_XXS" else self.base
         if role in ("v_proj", "qkv_proj"):
             return self._value(block, config)
         if role == "down_proj":
             return self._down(block, config.num_hidden_layers)
-        if role == "o_proj":
-            raised = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
-            return raised.get(self.name, self.base)
-        return self.base
+        if role in ("up_proj", "gate_proj", "gate_up_proj"):
+            middle = config.num_hidden_layers // 8 <= block < 7 * config.num_hidden_layers // 8
+            return "IQ3_XXS" if self.name == "IQ3_XS" and middle else self.base
+        return OTHERS.get(role, {}).get(self.name, self.base)
+
+    def _head(self, columns: int) -> str:
+        if self.base == "Q8_0":
+            return "Q8_0"
+        # Where rows do not fit, llama.cpp means the fallback of Q6_K and not that of Q5_K.
+        return "Q5_K" if self.name == "IQ3_XXS" and columns % 256 == 0 else "Q6_K"
 
     def _value(self, block: int, config: DecoderConfig) -> str:
         """The value projection: small under grouped heads, and the most sensitive."""
         layers = config.num_hidden_layers
         shared = config.num_attention_heads // config.num_key_value_heads
         grid = self.base
-        if self.name == "Q2_K":
-            grid = "Q4_K" if shared >= 4 else "Q3_K"
+        if self.name in VALUES_OF_FOUR and shared >= 4:
+            grid = VALUES_OF_FOUR[self.name]
+        elif self.name == "Q2_K":
+            grid = "Q3_K"
+        elif self.name == "IQ3_XXS" and not self.importance:
+            grid = "IQ3_S"
+        elif self.name == "IQ3_M":
+            grid = "Q4_K"
         elif self.name == "Q3_K_M":
             grid = "Q5_K" if block < 2 else "Q4_K"
-        elif self.name == "Q3_K_L" or (self.name == "IQ4_NL" and shared >= 4):
+        elif self.name == "Q3_K_L":
             grid = "Q5_K"
         elif self.name in ("Q4_K_M", "Q5_K_M") and more_bits(block, layers):
             grid = "Q6_K"
@@ -145,8 +204,11 @@ class Mix:
             return "Q5_K"
         if self.name in ("Q4_K_M", "Q5_K_M") and more_bits(block, layers):
             return "Q6_K"
-        if self.name in ("Q4_K_S", "IQ4_NL") and block < layers // 8:
-            return "Q5_K"
+        if self.name == "IQ3_XXS" and not self.importance and block >= layers // 8:
+            return "Q3_K"
+        if block < layers // 8:
+            raised = DOWN_FIRST | (DOWN_FIRST_WEIGHTED if self.importance else DOWN_FIRST_PLAIN)
+            return raised.get(self.name, self.base)
         return self.base
 
 
@@ -158,12 +220,14 @@ def more_bits(block: int, layers: int) -> bool:
 
 def fitting(wish: str, columns: int) -> tuple[str, str]:
     """The type that rows of ``columns`` weights can hold, and a note where it is not the wish."""
-    if columns % BLOCKS[wish][0] == 0:
-        return wish, ""
-    grid = FALLBACKS.get(wish, "F16")
+    wanted = LACKING.get(wish, wish)
+    if columns % BLOCKS[wanted][0] == 0:
+        note = f"{wanted} instead of {wish}, which packlight cannot write"
+        return wanted, "" if wanted == wish else note
+    grid = FALLBACKS.get(wanted, "F16")
     if columns % BLOCKS[grid][0]:
         grid = "F16"
-    note = f"{grid} instead of {wish}: rows of {columns} are not a multiple of {BLOCKS[wish][0]}"
+    note = f"{grid} instead of {wish}: rows of {columns} are not a multiple of {BLOCKS[wanted][0]}"
     return grid, note
 
 

@@ -17,14 +17,16 @@ CONTEXT_STEP = 256
 
 
 def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
-    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M).
+    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
+    ``importance``: whether the solver looks at inputs (default: no).
 
     Raises:
         GridError: an unknown type.
         UnsupportedModelError: a model that llama.cpp cannot express.
     """
     check_expressible(config)
-    mix = Mix.parse(str(settings.get("type", "Q4_K_M")))
+    importance = bool(settings.get("importance", False))
+    mix = Mix.parse(str(settings.get("type", "Q4_K_M")), importance=importance)
     entries = tuple(plan_entries(config, mix))
     context, caveats = context_limit(config)
     return Plan(
@@ -32,7 +34,7 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
         type_name=mix.name,
         model_name=model_name,
         entries=entries,
-        settings={"type": mix.name},
+        settings={"type": mix.name, **({"importance": True} if importance else {})},
         notes=(*fallback_notes(entries), *caveats),
         max_context=context,
     )

@@ -1,0 +1,175 @@
+"""Calibration texts become windows of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.errors import UsageError
+from compress.tokenizer import Tokenizer
+
+__all__ = ["BUILTIN", "CalibrationSet"]
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Windows of token ids to calibrate on.
+
+    Attributes:
+        windows: all of the same length.
+        sources: names of the texts, for the report: ``builtin`` or file names.
+    """
+
+    windows: tuple[tuple[int, ...], ...]
+    sources: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return sum(map(len, self.windows))
+
+    def digest(self) -> str:
+        """SHA-256 of the windows: names texts, tokenizer and sampling at once."""
+        return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+
+    @classmethod
+    def load(
+        cls,
+        sources: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        tokens: int,
+        sequence_length: int,
+        seed: int,
+    ) -> CalibrationSet:
+        """Draw windows from texts: sources in equal parts, and the files of ``builtin`` too.
+
+        Args:
+            sources: ``builtin``, plain text files, or ``.jsonl`` files whose lines have a ``text``
+                or chat ``messages``.
+            tokens: how many to draw, rounded down to whole windows, at least one.
+            sequence_length: of a window, a BOS included where the tokenizer adds one.
+            seed: of the order of passages.
+
+        Fewer windows come back where the texts are shorter.
+
+        Raises:
+            UsageError: a text that is not there, not readable, or shorter than one window.
+        """
+        streams = []
+        for source in sources:
+            paths = builtin_paths() if source == BUILTIN else [Path(source)]
+            parts = [windows_of(path, tokenizer, sequence_length, seed) for path in paths]
+            streams.append(take_turns(parts))
+        count = max(1, tokens // sequence_length)
+        windows = []
+        for window, _ in zip(take_turns(streams), range(count), strict=False):
+            windows.append(tuple(window))
+        if not windows:
+            raise UsageError(
+                f"the calibration texts do not fill one window of {sequence_length} tokens",
+                hint="longer texts, or --set calibration.sequence_length=128",
+            )
+        names = tuple(s if s == BUILTIN else Path(s).name for s in sources)
+        return cls(tuple(windows), names)
+
+
+def builtin_paths() -> list[Path]:
+    """The files of the built-in set."""
+    from compress.calibration_texts import paths
+
+    return paths()
+
+
+def take_turns(streams: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
+    """One from each in turn, as long as any has one."""
+    waiting = list(streams)
+    while waiting:
+        for stream in list(waiting):
+            item = next(stream, None)
+            if item is None:
+                waiting.remove(stream)
+            else:
+                yield item
+
+
+def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iterator[list[int]]:
+    """Windows of one file: its passages in shuffled order, one after the other, cut to length.
+
+    Tokenizes no more than is asked for. An incomplete last window is dropped.
+    """
+    passages = read_passages(path, tokenizer, characters=4 * length)
+    random.Random(seed).shuffle(passages)
+    head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    body = length - len(head)
+    pending: list[int] = []
+    for passage in passages:
+        ids = tokenizer.encode(passage)
+        if head and ids[:1] == head:  # a chat template writes its own
+            ids = ids[1:]
+        pending += ids
+        while len(pending) >= body:
+            yield [*head, *pending[:body]]
+            pending = pending[body:]
+
+
+def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str]:
+    """A plain text in pieces of whole lines, each at least ``characters`` long; or the lines of a
+    JSONL file as texts.
+
+    Raises:
+        UsageError: not there, not UTF-8, or a line without ``text`` and ``messages``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path} does not exist", hint="calibration texts are .txt or .jsonl files, or builtin"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
+    if path.suffix == ".jsonl":
+        rows = enumerate(text.splitlines(), start=1)
+        return [read_row(f"{path} line {n}", row, tokenizer) for n, row in rows if row.strip()]
+    passages, piece, size = [], [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= characters:
+            passages.append("".join(piece))
+            piece, size = [], 0
+    return [*passages, "".join(piece)]
+
+
+def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
+    """The text of one JSONL line; a chat through the tokenizer's template, or plainly without one.
+
+    Raises:
+        UsageError: not an object with ``text`` or ``messages``.
+        CheckpointError: the template refuses the chat.
+    """
+    try:
+        record = json.loads(row)
+        if "messages" not in record:
+            return str(record["text"])
+        messages = [
+            {"role": str(turn["role"]), "content": str(turn["content"])}
+            for turn in record["messages"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{where} is not a calibration text",
+            hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '
+            '"content": "..."}]}',
+        ) from error
+    if tokenizer.has_chat_template:
+        return tokenizer.render_chat(messages, add_generation_prompt=False)
+    return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)

@@ -1,0 +1,69 @@
+"""What a process may use, from control groups as the kernel lays them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.machine import available_cpus, available_memory, cpu_quotas, memory_left
+
+
+def lay_out(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_cgroup_v2(tmp_path):
+    lay_out(
+        tmp_path,
+        {
+            "proc/cgroup": "0::/build/job\n",
+            "sys/build/job/memory.max": "max\n",
+            "sys/build/job/memory.current": "1000\n",
+            "sys/build/memory.max": "5000\n",
+            "sys/build/memory.current": "4000\n",
+            "sys/build/memory.stat": "anon 3000\ninactive_file 700\n",
+            "sys/build/job/cpu.max": "150000 100000\n",
+            "sys/build/cpu.max": "max 100000\n",
+        },
+    )
+    assert memory_left(tmp_path / "proc", tmp_path / "sys") == [1700]
+    assert cpu_quotas(tmp_path / "proc", tmp_path / "sys") == [1.5]
+
+
+def test_cgroup_v1(tmp_path):
+    """Controllers have hierarchies of their own; a path of the host's is the mounted top."""
+    lay_out(
+        tmp_path,
+        {
+            "proc/cgroup": "4:memory:/docker/abc\n1:cpu,cpuacct:/jobs\n0::/\n",
+            "sys/memory/memory.limit_in_bytes": "3000\n",
+            "sys/memory/memory.usage_in_bytes": "3500\n",
+            "sys/memory/memory.stat": "inactive_file 100\n",
+            "sys/cpu/jobs/cpu.cfs_quota_us": "400000\n",
+            "sys/cpu/jobs/cpu.cfs_period_us": "100000\n",
+            "sys/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/cpu/cpu.cfs_period_us": "100000\n",
+        },
+    )
+    assert memory_left(tmp_path / "proc", tmp_path / "sys") == [0]
+    assert cpu_quotas(tmp_path / "proc", tmp_path / "sys") == [4.0]
+
+
+def test_no_cgroups(tmp_path):
+    assert memory_left(tmp_path, tmp_path) == []
+    assert cpu_quotas(tmp_path, tmp_path) == []
+
+
+@pytest.mark.parametrize("quotas, most", [([0.5], 1), ([64.0], 64)])
+def test_quotas_limit_threads(monkeypatch, quotas, most):
+    monkeypatch.setattr("compress.machine.cpu_quotas", lambda: quotas)
+    assert 1 <= available_cpus() <= most
+
+
+def test_here():
+    assert available_cpus() >= 1
+    assert available_memory() > 0
