@@ -14,6 +14,7 @@ from pathlib import Path
 from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
 from compress.checkpoint import Checkpoint
 from compress.config_json import write_json
+from compress.families import FAMILIES
 from compress.output import check_disk, check_output, work_folder
 from compress.safetensors_file import BYTES, write_safetensors
 from compress.side_files import hf_config, write_side_files
@@ -73,17 +74,17 @@ def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: li
 def disk_tensors(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     """Our name and the file's of every tensor, in order of execution; a tied head is left out."""
     shapes = WeightMap(config)
+    on_disk = FAMILIES[config.family].names
+    fused = {m: whole for whole, members in FUSED.items() if whole in on_disk for m in members}
+    seen = set()
     for name in shapes.names():
         block, role, kind = split_name(name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for fused, (first, *others) in FUSED.items():
-            whole = f"blocks.{block}.{fused}.{kind}"
-            if role in (first, *others) and len(shapes.parts(whole)) == 1:
-                if role == first:
-                    yield whole, shapes.parts(whole)[0].source
-                break
-        else:
+        if role in fused:
+            name = f"blocks.{block}.{fused[role]}.{kind}"
+        if name not in seen:
+            seen.add(name)
             yield name, shapes.parts(name)[0].source
 
 

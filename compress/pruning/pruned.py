@@ -62,7 +62,7 @@ class Narrower:
         source: the whole model.
         config: with the smaller sizes.
         folder: of ``step.py``: a file per stored block with its changed weight.
-        kept: stored block → rows that stay, by role (``kept_rows``).
+        kept: first run of a stored block → rows that stay, by role (``kept_rows``).
         name: of the folder's contents; part of the fingerprint.
     """
 
@@ -96,7 +96,7 @@ class Narrower:
         changed = f"blocks.{stored}.{role}.{kind}"
         if changed in self._changed:
             return read_rows(self._changed[changed], rows)
-        index = self._rows(stored // self.config.block_repeat, role)
+        index = self._rows(stored, role)
         if index is None:
             return self._source.read(name, rows)
         index = index[rows or slice(None)]
