@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.pruning.cut import Cut, plan_cut
 from compress.recipe import Recipe
+from compress.rotation import Rotated
 from compress.solvers import NEEDS
 from compress.sources import Source, Stored
 
@@ -52,6 +53,10 @@ class Job:
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
         return self.sources.get(plan.format, self.source)
+
+    def on(self, source: Source) -> Job:
+        """The same job on other weights of the shape that it was planned for."""
+        return replace(self, source=source, sources=rotations(source, self.recipe))
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -105,28 +110,26 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    plans = make_plans(config, checkpoint, recipe, get_exporter, context)
+    whole = Stored(checkpoint, config)
+    plans = make_plans(whole, recipe, get_exporter, context)
     cut = plan_cut(config, recipe.prune, plans)
     if cut is not None:
-        plans = make_plans(cut.config, checkpoint, recipe, get_exporter, context)
+        plans = make_plans(Stored(checkpoint, cut.config), recipe, get_exporter, context)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    source = Stored(checkpoint, config)
-    return Job(source, config, recipe, plans, positions, command, cut=cut)
+    sources = rotations(whole, recipe)
+    return Job(whole, config, recipe, plans, positions, command, sources, cut)
 
 
 def make_plans(
-    config: DecoderConfig,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    get_exporter: GetExporter,
-    context: int | None,
+    source: Source, recipe: Recipe, get_exporter: GetExporter, context: int | None
 ) -> tuple[Plan, ...]:
-    """A plan for each target of the recipe.
+    """A plan for each target of the recipe, from the config of a source; nothing is read.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
     """
-    name = model_name(checkpoint.source)
+    name = model_name(source.checkpoint.source)
+    rotated = rotations(source, recipe)
     plans = []
     for target, settings in recipe.targets.items():
         wanted = dict(settings)
@@ -134,8 +137,34 @@ def make_plans(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
-        plans.append(get_exporter(target).plan(config, wanted, model_name=name))
+        config = rotated[target].config if target in rotated else source.config
+        plan = get_exporter(target).plan(config, wanted, model_name=name)
+        if target in rotated:
+            plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
+        plans.append(plan)
     return tuple(plans)
+
+
+def rotations(source: Source, recipe: Recipe) -> dict[str, Rotated]:
+    """Targets whose weights are turned, by format.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be.
+    """
+    return {
+        target: Rotated(source, settings["rotate"])
+        for target, settings in recipe.targets.items()
+        if settings.get("rotate", "none") != "none"
+    }
+
+
+def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
+    """What was turned, for the report; and what a head that had to be untied costs."""
+    yield rotated.summary()
+    if rotated.unties:
+        (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
+        added = format_bytes(head.nbytes)
+        yield f"R1 unties the embedding: the head is a tensor of its own, {added} more"
 
 
 def model_name(source: str) -> str:

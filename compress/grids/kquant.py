@@ -1,7 +1,9 @@
-"""The block grids of GGUF: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL and the K-quants Q2_K to Q6_K.
+"""The block grids of GGUF: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, and Q2_K to Q6_K.
 
     Q4_0 Q5_0 Q8_0 IQ4_NL   w = d * level[code]                 one float16 d per 32 columns
     Q4_1 Q5_1               w = d * code + m                    float16 d and m per 32 columns
+    IQ4_XS                  w = d * scale * level[code]         float16 d per 256 columns,
+                                                                an integer scale per 32
     Q3_K Q6_K               w = d * scale * (code - zero)       float16 d per 256 columns,
                                                                 an integer scale per 16
     Q2_K Q4_K Q5_K          w = d * scale * code - dmin * min   float16 d and dmin per 256,
@@ -33,7 +35,7 @@ from compress.grids.lanes import checked, normalized, over_rows
 
 __all__ = ["BlockGrid", "make"]
 
-# The levels of IQ4_NL (ggml-common.h), denser near zero as weights are.
+# The levels of IQ4_NL and IQ4_XS (ggml-common.h), denser near zero as weights are.
 IQ4_LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
 )
@@ -98,9 +100,14 @@ class BlockGrid:
     @property
     def levels(self) -> Float32:
         """What each code stands for before scale and minimum, float32 ``[top + 1]``."""
-        if self.name == "IQ4_NL":
+        if self.curved:
             return IQ4_LEVELS
         return np.arange(self.top + 1, dtype=np.float32) - np.float32(self.zero)
+
+    @property
+    def curved(self) -> bool:
+        """The levels are those of a table, not evenly spaced."""
+        return self.name.startswith("IQ4")
 
     @property
     def span(self) -> int:
@@ -177,7 +184,7 @@ class BlockGrid:
                 return {"d": _half(d), "dmin": _half(low), "scales": scales, "mins": mins}
             return {"d": _half(d), "m": _half(-low)}
         scales = np.zeros((rows, subs), dtype=np.int8)
-        values = IQ4_LEVELS[IQ4_CELLS] if self.name == "IQ4_NL" else np.empty(0, np.float32)
+        values = IQ4_LEVELS[IQ4_CELLS] if self.curved else np.empty(0, np.float32)
         over_rows(
             lambda begin, end: fit_symmetric(
                 *common, -zero, top - zero, limit, values, begin, end, d, scales
@@ -191,7 +198,7 @@ class BlockGrid:
 
         Column c of a row belongs to sub-block ``c // sub``. A solver may round any column at any
         time: the nearest code is ``(w + minimum) / scale + zero``, rounded and cut to 0..top
-        (IQ4_NL: the nearest of ``levels``); a scale of 0 wants code ``zero``.
+        (IQ4_NL, IQ4_XS: the nearest of ``levels``); a scale of 0 wants code ``zero``.
 
         Returns:
             Two float32 ``[rows, columns / sub]``.
@@ -212,7 +219,7 @@ class BlockGrid:
     def lattice(self, params: Params) -> Lattice:
         """``effective`` and ``levels``; see ``compress.grids.LatticeGrid``."""
         scale, minimum = self.effective(params)
-        return Lattice(scale, minimum, self.levels[None], even=self.name != "IQ4_NL")
+        return Lattice(scale, minimum, self.levels[None], even=not self.curved)
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """The nearest codes, uint8 ``[rows, columns]``, 0..top.
@@ -223,7 +230,7 @@ class BlockGrid:
         weight = self._checked(weight)
         scale, minimum = self.effective(params)
         codes = np.empty(weight.shape, dtype=np.uint8)
-        if self.name == "IQ4_NL":
+        if self.curved:
             over_rows(
                 lambda begin, end: encode_levels(
                     weight, scale, IQ4_CELLS, self.sub, begin, end, codes
@@ -307,6 +314,7 @@ SHAPES = {
     "Q4_K": (256, 32, 0, 15, 63, True),
     "Q5_K": (256, 32, 0, 31, 63, True),
     "Q6_K": (256, 16, 32, 63, 128, False),
+    "IQ4_XS": (256, 32, 0, 15, 32, False),
 }
 
 # name: search without, and with importance. The error's weights were chosen so that both the
@@ -323,6 +331,7 @@ SEARCHES = {
     "Q4_K": (Search(1, 1.0, 32, TRIES_Q4, 2, 6), Search(1, 2.0, 256, TRIES_Q4, 2, 6)),
     "Q5_K": (Search(1, 1.0, 32, TRIES_Q5, 2, 8), Search(1, 2.0, 256, TRIES_Q5, 2, 8)),
     "Q6_K": (Search(2, 2.0, 16, LEVELS_Q6, 1, 8), Search(0, 0.0, 32, LEVELS_Q6, 1, 8)),
+    "IQ4_XS": (Search(2, 2.0, 32, LEVELS_IQ4, 2, 8), Search(1, 2.0, 256, LEVELS_IQ4, 2, 8)),
 }
 
 

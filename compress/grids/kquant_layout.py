@@ -4,6 +4,7 @@ The layouts are those of ggml (ggml-common.h), little-endian. Below, ``c[i]`` is
 column i of the block, ``|`` joins fields in the order of the bytes:
 
     Q4_0, IQ4_NL  d | c[i] + 16 c[i+16]
+    IQ4_XS        d | 2 + 4 bytes scales | per 32 columns: c[i] + 16 c[i+16]
     Q4_1          d m | as Q4_0
     Q5_0, Q5_1    as Q4_0, Q4_1, with the fifth bits of all 32 codes as one uint32 before them
     Q8_0          d | c[i] - 128 as int8
@@ -20,6 +21,9 @@ Scales and mins of Q4_K and Q5_K (6 bits each; j < 4) and scales of Q3_K (6 bits
     byte j      scale[j] + 64 (scale[j+4] >> 4)        byte j < 8   low nibbles of j, j + 8
     byte j + 4  min[j] + 64 (min[j+4] >> 4)            byte j + 8   high pairs of bits of
     byte j + 8  low nibbles of scale[j+4], min[j+4]                 j, j + 4, j + 8, j + 12
+
+Scales of IQ4_XS (6 bits, plus 32): the high pairs of bits of all eight, then their low nibbles two
+by two.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ FIELDS: dict[str, tuple[tuple[str, int], ...]] = {
     "Q5_1": (("d", 2), ("m", 2), ("high", 4), ("low", 16)),
     "Q8_0": (("d", 2), ("low", 32)),
     "IQ4_NL": (("d", 2), ("low", 16)),
+    "IQ4_XS": (("d", 2), ("scales", 6), ("low", 128)),
     "Q2_K": (("scales", 16), ("low", 64), ("d", 2), ("dmin", 2)),
     "Q3_K": (("high", 32), ("low", 64), ("scales", 12), ("d", 2)),
     "Q4_K": (("d", 2), ("dmin", 2), ("scales", 12), ("low", 128)),
@@ -58,6 +63,7 @@ PARTS: dict[str, dict[str, tuple[int, int, int]]] = {
     "Q5_1": {"low": (4, 0, 16), "high": (1, 4, 1)},
     "Q8_0": {"low": (8, 0, 32)},
     "IQ4_NL": {"low": (4, 0, 16)},
+    "IQ4_XS": {"low": (4, 0, 16)},
     "Q2_K": {"low": (2, 0, 32)},
     "Q3_K": {"low": (2, 0, 32), "high": (1, 2, 32)},
     "Q4_K": {"low": (4, 0, 32)},
@@ -126,7 +132,7 @@ def _cut(part: Bytes, bits: int, first: int, run: int, out: Array) -> None:
 
 
 def _join_scales(name: str, params: Params) -> Bytes:
-    count = {"Q4_K": 8, "Q5_K": 8}.get(name, 16)
+    count = {"Q4_K": 8, "Q5_K": 8, "IQ4_XS": 8}.get(name, 16)
     scales = params["scales"].reshape(params["scales"].shape[0], -1, count)
     if name == "Q6_K":
         return scales.view(np.uint8)
@@ -136,6 +142,12 @@ def _join_scales(name: str, params: Params) -> Bytes:
         for k in range(4):
             high |= (raised[..., 4 * k : 4 * k + 4] >> 4) << np.uint8(2 * k)
         return np.concatenate([(raised[..., :8] & 15) | (raised[..., 8:] << 4), high], axis=-1)
+    if name == "IQ4_XS":
+        raised = (scales + np.int8(32)).view(np.uint8)
+        high = np.zeros((*raised.shape[:2], 2), dtype=np.uint8)
+        for k in range(4):
+            high |= (raised[..., k::4] >> 4) << np.uint8(2 * k)
+        return np.concatenate([high, (raised[..., ::2] & 15) | (raised[..., 1::2] << 4)], axis=-1)
     mins = params["mins"].reshape(scales.shape)
     if name == "Q2_K":
         return np.asarray(scales | (mins << 4))
@@ -157,6 +169,12 @@ def _cut_scales(name: str, part: Bytes) -> dict[str, Array]:
         low = np.concatenate([part[..., :8] & 15, part[..., :8] >> 4], axis=-1)
         high = np.concatenate([(part[..., 8:] >> np.uint8(2 * k)) & 3 for k in range(4)], axis=-1)
         return {"scales": ((low | (high << 4)).view(np.int8) - np.int8(32)).reshape(rows, -1)}
+    if name == "IQ4_XS":
+        scales = np.empty((*part.shape[:2], 8), dtype=np.uint8)
+        scales[..., ::2], scales[..., 1::2] = part[..., 2:] & 15, part[..., 2:] >> 4
+        for k in range(4):
+            scales[..., k::4] |= ((part[..., :2] >> np.uint8(2 * k)) & 3) << np.uint8(4)
+        return {"scales": (scales.view(np.int8) - np.int8(32)).reshape(rows, -1)}
     if name == "Q2_K":
         return {"scales": (part & 15).reshape(rows, -1), "mins": (part >> 4).reshape(rows, -1)}
     head, middle, tail = part[..., :4], part[..., 4:8], part[..., 8:]

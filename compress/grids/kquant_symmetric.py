@@ -1,4 +1,4 @@
-"""The fit of the GGUF block grids without a minimum: Q4_0, Q5_0, Q8_0, IQ4_NL, Q3_K, Q6_K.
+"""The fit of the GGUF block grids without a minimum: Q4_0, Q5_0, Q8_0, IQ4_NL, IQ4_XS, Q3_K, Q6_K.
 
 See ``kquant_tiles.py`` for how a fit goes.
 """
@@ -61,9 +61,11 @@ def search_symmetric(x, w, start, n, least, most, values, tries, scale, s):
         sums_symmetric(x, w, start, n, least, most, values, step, s)
         for lane in range(LANES):
             more = s[1, lane] / max(s[0, lane], NEARLY_ZERO)
-            # Of equals the first: sub-blocks that agree share their unit well.
+            # Of equals the first: sub-blocks that agree share their unit well. What is left by
+            # rounding is a part of the sum that it was taken from, and of the weights themselves.
             error = s[2, lane] - more * s[1, lane]
-            better = error < best[lane] - f4(1e-3) * EQUAL * s[0, lane] * step[lane] * step[lane]
+            size = f4(10.0) * s[2, lane] + f4(1e-3) * s[0, lane] * step[lane] * step[lane]
+            better = error < best[lane] - EQUAL * size
             best[lane] = error if better else best[lane]
             scale[lane] = step[lane] + more if better else scale[lane]
 

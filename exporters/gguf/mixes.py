@@ -8,6 +8,7 @@ theirs, to the byte. A few presets differ where an importance matrix is given.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.arch import DecoderConfig
@@ -24,6 +25,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Q4_1": (32, 20),
     "Q4_0": (32, 18),
     "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17),
     "Q6_K": (256, 210),
     "Q5_K": (256, 176),
     "Q4_K": (256, 144),
@@ -50,6 +52,8 @@ FALLBACKS: dict[str, str] = {
 LACKING: dict[str, str] = {"IQ2_S": "IQ3_XXS"}
 
 # Preset → its base type and its number in ``general.file_type`` (``llama_ftype`` in llama.h).
+# MXFP4 goes by the number of llama.cpp's MXFP4_MOE, which has it in experts only (and all else in
+# Q8_0): llama-quantize writes it into dense layers with --pure or --tensor-type.
 MIXES: dict[str, tuple[str, int]] = {
     "Q2_K": ("Q2_K", 10),
     "IQ3_XXS": ("IQ3_XXS", 23),
@@ -61,6 +65,7 @@ MIXES: dict[str, tuple[str, int]] = {
     "Q3_K_L": ("Q3_K", 13),
     "Q4_0": ("Q4_0", 2),
     "Q4_1": ("Q4_1", 3),
+    "MXFP4": ("MXFP4", 38),
     "IQ4_XS": ("IQ4_XS", 30),
     "IQ4_NL": ("IQ4_NL", 25),
     "Q4_K_S": ("Q4_K", 14),
@@ -210,6 +215,20 @@ class Mix:
             raised = DOWN_FIRST | (DOWN_FIRST_WEIGHTED if self.importance else DOWN_FIRST_PLAIN)
             return raised.get(self.name, self.base)
         return self.base
+
+
+def file_type(type_name: str, sizes: Mapping[str, int]) -> int:
+    """``general.file_type``: the preset's, or for a chosen mix that of the type of most bytes.
+
+    Args:
+        type_name: of the plan.
+        sizes: bytes by type.
+    """
+    if not type_name.startswith("mix-"):
+        return Mix.parse(type_name).file_type
+    by_base = {base: number for base, number in MIXES.values()}
+    known = [grid for grid in sizes if grid in by_base]
+    return by_base[max(known, key=lambda grid: sizes[grid])] if known else by_base["F16"]
 
 
 def more_bits(block: int, layers: int) -> bool:
