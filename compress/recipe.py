@@ -31,6 +31,8 @@ class Recipe:
         name: for reports.
         targets: format → settings.
         solver: how codes are chosen.
+        fold: ``awq`` scales channels before that, ``none`` does not.
+        permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         prune: ``method`` and one amount; empty where nothing is pruned.
@@ -47,12 +49,19 @@ class Recipe:
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, Any] = field(default_factory=dict)
+    fold: str = "none"
+    permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
     def prunes(self) -> bool:
         """Whether anything is pruned."""
         return bool(self.prune) and self.prune["method"] != "none"
+
+    @property
+    def folds(self) -> bool:
+        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
+        return self.fold != "none" or self.permute
 
     def to_yaml(self) -> str:
         """The resolved recipe, as it can be read again."""
@@ -161,6 +170,8 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
         prune=whole.get("prune", {}),
+        fold=whole["quantize"]["fold"],
+        permute=whole["quantize"]["permute"],
         document=whole,
     )
 
