@@ -15,7 +15,9 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.errors import UnsupportedModelError
+from compress.grids import get_grid
 from compress.rotation import Rotated, Rotation, factors, hadamard_order
+from compress.solvers.rtn import rtn
 from compress.sources import Stored
 
 KINDS = ("r1", "r2", "r1r2")
@@ -109,6 +111,20 @@ def test_signs_are_drawn_once_for_all_and_differ_by_name():
     assert Rotation(64, "R1").signs.tolist() == Rotation(64, "R1").signs.tolist()
     assert Rotation(64, "R1").signs.tolist() != Rotation(64, "R2").signs.tolist()
     assert set(Rotation(64, "R1").signs.tolist()) == {-1.0, 1.0}
+
+
+def test_outliers_that_a_channel_s_scale_suffers_from_are_spread():
+    """What rotation is for."""
+    draws = np.random.default_rng(3)
+    weight = draws.standard_normal((64, 512)).astype(np.float32)
+    weight[:, draws.integers(0, 512, 4)] *= 20
+    turned = Rotation(512, "R1").columns(weight)
+
+    def error(values: Float32) -> float:
+        decoded = rtn(values, get_grid("int4-channel")).decode()
+        return float(np.square(decoded - values).mean())
+
+    assert error(turned) < 0.5 * error(weight)
 
 
 # --- weights ------------------------------------------------------------------------------------
