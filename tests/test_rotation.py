@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,3 +248,24 @@ def test_fingerprints_tell_rotations_apart(stored):
     prints = {source.fingerprint(), *(Rotated(source, kinds).fingerprint() for kinds in KINDS)}
     assert len(prints) == 4
     assert Rotated(source, "r1").fingerprint() == Rotated(source, "r1").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "copies"),
+    [
+        ("blocks.0.down_proj.weight", None, 3.5),
+        ("blocks.0.o_proj.weight", slice(0, 16), 3.5),
+        ("lm_head.weight", slice(0, 64), 0.5),
+    ],
+)
+def test_memory_is_a_few_copies_of_one_tensor(stored, name, rows, copies, monkeypatch):
+    """Of the rows asked for where rows stay apart, of the tensor where R1 mixes them."""
+    monkeypatch.setattr("compress.rotation.SLAB", 4096)
+    source = stored("llama")
+    whole = source.read(name).nbytes
+    rotated = Rotated(source, "r1r2")
+    tracemalloc.start()
+    rotated.read(name, rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < copies * whole
