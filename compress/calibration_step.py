@@ -56,6 +56,15 @@ class Importance:
             )
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
+        if recipe.folds and solver not in NEEDS:
+            raise UsageError(
+                f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
+            )
+        if recipe.folds and self.imatrix:
+            raise UsageError(
+                "--imatrix has less than quantize.fold and quantize.permute need",
+                hint="leave it out: calibration texts have it",
+            )
         if solver not in NEEDS and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         if solver not in NEEDS and calibration and not self.save:
@@ -163,11 +172,12 @@ class CalibrationStep:
         """From the recipe's texts."""
         import torch
 
+        recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
         with self._console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,
-                hessian=NEEDS.get(self.job.recipe.solver) == "hessian",
+                hessian=recipe.folds or NEEDS.get(recipe.solver) == "hessian",
                 progress=update,
             )

@@ -198,6 +198,9 @@ def print_plan(job: Job, console: Console) -> None:
         console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
     else:
         console.data(f"solver: {job.recipe.solver}")
+    if job.recipe.folds:
+        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
+        console.data(f"channels: {' and '.join(ways)} where that measures better")
     for plan in job.plans:
         for note in plan.notes:
             console.data(f"note ({plan.format}): {note}")

@@ -233,7 +233,7 @@ def write_artifacts(
     """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
     for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration)
+        inputs = prepare_target(plan, calibration, console)
         target = folder / plan.format
         target.mkdir()
         with (

@@ -31,6 +31,8 @@ class Recipe:
         name: for reports.
         targets: format → settings.
         solver: how codes are chosen.
+        fold: ``awq`` scales channels before that, ``none`` does not.
+        permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         windows, sequence_length: how much text is scored.
@@ -45,7 +47,14 @@ class Recipe:
     sequence_length: int
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    fold: str = "none"
+    permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def folds(self) -> bool:
+        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
+        return self.fold != "none" or self.permute
 
     def to_yaml(self) -> str:
         """The resolved recipe, as it can be read again."""
@@ -152,6 +161,8 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
+        fold=whole["quantize"]["fold"],
+        permute=whole["quantize"]["permute"],
         document=whole,
     )
 

@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
      "compress.calibration_step", "compress.walk", "compress.target_step",
      "compress.propagation", "compress.summary"},
+    {"compress.allocation"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},
