@@ -15,8 +15,10 @@ from compress.calibration import collect
 from compress.calibration_set import BUILTIN, CalibrationSet
 from compress.console import Console
 from compress.errors import UsageError
-from compress.job import Job, choose_threads
+from compress.job import Job, choose_threads, looks_at_inputs
 from compress.model import Plan, Shipyard
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import method_of
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
 from compress.sources import Source
@@ -72,7 +74,12 @@ class Importance:
             )
         if solver not in NEEDS and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        looks = solver in NEEDS or recipe.prunes or self.save is not None
+        looks = looks_at_inputs(recipe) or self.save is not None
+        if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
+            raise UsageError(
+                "--imatrix has less than sparsegpt needs",
+                hint="texts, or --set targets.coreml.sparsity_method=wanda",
+            )
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
         for path in texts_of(recipe) if looks else []:
@@ -119,7 +126,11 @@ class CalibrationStep:
         solver = self.job.recipe.solver
         if self._importance.imatrix:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
-        return self._calibrate(source) if solver in NEEDS else None
+        method = method_of(plan.settings)
+        needs = {NEEDS.get(solver), MASK_NEEDS.get(method or "")}
+        if self.job.recipe.folds:
+            needs.add("hessian")
+        return self._calibrate(source, "hessian" in needs) if needs != {None} else None
 
     @property
     def propagates(self) -> bool:
@@ -158,7 +169,9 @@ class CalibrationStep:
             return
         given = self._importance.imatrix
         statistics = (
-            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+            self._shipyard.read_imatrix(given, source.config)
+            if given
+            else self._calibrate(source, NEEDS.get(self.job.recipe.solver) == "hessian")
         )
         self._shipyard.write_imatrix(path, source.config, statistics)
         self._console.detail(f"importance: {path}")
@@ -167,17 +180,16 @@ class CalibrationStep:
     def _texts(self) -> CalibrationSet:
         return read_texts(self.job)
 
-    def _calibrate(self, source: Source) -> Statistics:
+    def _calibrate(self, source: Source, hessian: bool) -> Statistics:
         """From the recipe's texts."""
         import torch
 
-        recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
         with self._console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,
-                hessian=recipe.folds or NEEDS.get(recipe.solver) == "hessian",
+                hessian=hessian,
                 progress=update,
             )
 

@@ -147,6 +147,8 @@ def cli() -> None:
                    "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
+@click.option("--allow-dense", is_flag=True,
+              help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
@@ -180,6 +182,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         save_imatrix=options["save_imatrix"],
         prune=options["prune"],
         save_checkpoint=options["save_checkpoint"],
+        allow_dense=options["allow_dense"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],

@@ -15,6 +15,8 @@ from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.pruning.cut import Cut, plan_cut
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import check_zeros, method_of, plan_zeros
 from compress.recipe import Recipe
 from compress.rotation import Rotated
 from compress.solvers import NEEDS
@@ -137,11 +139,12 @@ def make_plans(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
+        check_zeros(target, recipe)
         config = rotated[target].config if target in rotated else source.config
         plan = get_exporter(target).plan(config, wanted, model_name=name)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
-        plans.append(plan)
+        plans.append(plan_zeros(plan, settings))
     return tuple(plans)
 
 
@@ -198,8 +201,14 @@ def prune_document(job: Job) -> dict[str, Any]:
 
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
     """``calibration`` as the recipe's document has it, where anything looks at inputs."""
-    looks = recipe.solver in NEEDS or recipe.prunes
+    looks = looks_at_inputs(recipe)
     return {"calibration": recipe.document["calibration"]} if looks else {}
+
+
+def looks_at_inputs(recipe: Recipe) -> bool:
+    """Whether anything of a build goes by calibration texts."""
+    methods = {method_of(settings) for settings in recipe.targets.values()}
+    return recipe.solver in NEEDS or recipe.prunes or bool(methods & set(MASK_NEEDS))
 
 
 def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:

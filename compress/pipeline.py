@@ -69,6 +69,7 @@ class BuildSettings:
     save_imatrix: Path | None = None
     prune: str = ""
     save_checkpoint: Path | None = None
+    allow_dense: bool = False
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -209,6 +210,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
     if settings.seed is not None:
         overrides.append(f"calibration.seed={settings.seed}")
+    if settings.allow_dense:
+        overrides.append("allow_dense=true")
     if settings.prune:
         overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
@@ -237,6 +240,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--seed", str(settings.seed)]
     if settings.prune:
         words += ["--prune", settings.prune]
+    if settings.allow_dense:
+        words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])

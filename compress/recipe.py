@@ -36,6 +36,7 @@ class Recipe:
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         prune: ``method`` and one amount; empty where nothing is pruned.
+        allow_dense: zeros also in formats that store them like other weights.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
         document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
@@ -49,6 +50,7 @@ class Recipe:
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, Any] = field(default_factory=dict)
+    allow_dense: bool = False
     fold: str = "none"
     permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
@@ -170,6 +172,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
         prune=whole.get("prune", {}),
+        allow_dense=whole.get("allow_dense", False),
         fold=whole["quantize"]["fold"],
         permute=whole["quantize"]["permute"],
         document=whole,

@@ -322,6 +322,6 @@ def sparse_notes(entries: Iterable[PlanEntry]) -> Iterator[str]:
     saved = "" if now < before else ": nothing is saved"
     yield (
         f"sparse linears take {now:.3f} bits per weight, {before:.3f} without zeros{saved}. The "
-        "file has a mask bit for every weight, so the break-even is a quarter of zeros at 4 bits, an "
-        "eighth at 8; whether zeros save time is up to the device"
+        "file has a mask bit for every weight, so the break-even is a quarter of zeros at 4 bits, "
+        "an eighth at 8; whether zeros save time is up to the device"
     )
