@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                   [--solver NAME ...] [--setting NAME ...] [--all-types]
-                                  [--no-peers] [--out DIR] [--name NAME]
+                                  [--no-peers] [--set KEY=VALUE ...] [--out DIR] [--name NAME]
 
 For each setting one artifact by each solver, and by each peer (``peers.py``), is built from MODEL
 (default: the bundled demo), loaded in llama.cpp, onnxruntime or the MIL evaluator, and compared
@@ -40,7 +40,7 @@ from compress.pipeline import Scorer, read_text
 from compress.recipe import load
 from compress.solvers import NEEDS, get_solver
 from compress.statistics import Statistics
-from compress.target_step import TargetInputs, prepare_target
+from compress.target_step import prepare_target, target_weights
 from compress.verify import Verified
 from exporters import SHIPYARD
 from exporters.gguf.mixes import MIXES
@@ -100,6 +100,7 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
         f"quantize.solver={solver}",
         f"calibration.texts={json.dumps(texts)}",
         f"verify.windows={chosen.windows}",
+        *chosen.set,
     ]
     return prepare(checkpoint, load("phone-4bit", changes, [name]), SHIPYARD.get_exporter)
 
@@ -148,14 +149,21 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     warm(made, Weights(job.source, solver(statistics)))
     folder.mkdir(parents=True)
     start = time.process_time()
-    inputs = TargetInputs(job.source, statistics) if peer else prepare_target(made, calibration)
-    chosen = solver(inputs.statistics)
     exporter = SHIPYARD.get_exporter(made.format)
-    weights = Weights(inputs.source, chosen)
-    artifact = exporter.write(made, weights, folder, lambda done, total: None)
-    if isinstance(chosen, Peer):
-        artifact = chosen.finish(artifact)
+    if peer is not None:
+        solve = peer(statistics)
+        artifact = exporter.write(made, Weights(job.source, solve), folder, silent)
+        artifact = solve.finish(artifact)
+    else:
+        inputs = prepare_target(made, calibration)
+        with tempfile.TemporaryDirectory(prefix="packlight-") as work:
+            weights = target_weights(made, inputs, calibration, Path(work))
+            artifact = exporter.write(made, weights, folder, silent)
     return artifact, time.process_time() - start
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def warm(made: Plan, weights: Weights) -> None:
@@ -294,6 +302,7 @@ def main() -> None:
     parser.add_argument("--setting", action="append")
     parser.add_argument("--all-types", action="store_true", help="every type of GGUF too")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--set", action="append", default=[], help="of the recipe, for all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--name", default="accuracy", help="of the two files")
     chosen = parser.parse_args()

@@ -49,6 +49,11 @@ class Importance:
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
+            raise UsageError(
+                "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
+                hint="texts instead, or --set targets.coreml.rotate=none",
+            )
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if solver not in NEEDS and self.imatrix:
@@ -101,6 +106,24 @@ class CalibrationStep:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
         return self._calibrate(source) if solver in NEEDS else None
 
+    @property
+    def propagates(self) -> bool:
+        """Whether each block is solved with what the quantized blocks before it produce."""
+        recipe = self.job.recipe
+        wanted = recipe.solver in NEEDS and recipe.calibration["propagate"] == "quantized"
+        return wanted and not self._importance.imatrix
+
+    def windows(self) -> Sequence[Sequence[int]]:
+        """The recipe's texts as windows of tokens, for a walk that starts now.
+
+        Raises:
+            UsageError: texts that are not there or too short.
+        """
+        import torch
+
+        torch.set_num_threads(choose_threads(self._threads, self.job.config))
+        return self._texts.windows
+
     def notes(self) -> list[str]:
         """A line for the report that says where the solver's statistics are from."""
         solver = self.job.recipe.solver
@@ -110,7 +133,8 @@ class CalibrationStep:
         if solver not in NEEDS:
             return []
         seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
-        return [f"Codes chosen by {solver}, calibrated on {seen}"]
+        through = " through the quantized blocks before each" if self.propagates else ""
+        return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
 
     def save_imatrix(self) -> None:
         """``--save-imatrix``: the importance of the common source's inputs, as llama.cpp's file."""

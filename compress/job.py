@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.recipe import Recipe
+from compress.rotation import Rotated
 from compress.solvers import NEEDS
 from compress.sources import Source, Stored
 
@@ -98,6 +99,8 @@ def prepare(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
     name = model_name(checkpoint.source)
+    stored = Stored(checkpoint, config)
+    rotated: dict[str, Rotated] = {}
     plans = []
     for target, settings in recipe.targets.items():
         wanted = dict(settings)
@@ -105,10 +108,24 @@ def prepare(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
-        plans.append(get_exporter(target).plan(config, wanted, model_name=name))
+        if wanted.get("rotate", "none") != "none":
+            rotated[target] = Rotated(stored, wanted["rotate"])
+        source = rotated.get(target, stored)
+        plan = get_exporter(target).plan(source.config, wanted, model_name=name)
+        if target in rotated:
+            plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
+        plans.append(plan)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    source = Stored(checkpoint, config)
-    return Job(source, config, recipe, tuple(plans), positions, command)
+    return Job(stored, config, recipe, tuple(plans), positions, command, rotated)
+
+
+def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
+    """What was turned, for the report; and what a head that had to be untied costs."""
+    yield rotated.summary()
+    if rotated.unties:
+        (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
+        added = format_bytes(head.nbytes)
+        yield f"R1 unties the embedding: the head is a tensor of its own, {added} more"
 
 
 def model_name(source: str) -> str:

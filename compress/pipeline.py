@@ -35,14 +35,13 @@ from compress.job import (
     window_length,
 )
 from compress.machine import available_memory
-from compress.model import Artifact, Shipyard, Weights
+from compress.model import Artifact, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
-from compress.solvers import get_solver
 from compress.sources import Stored
 from compress.summary import finish
-from compress.target_step import prepare_target
+from compress.target_step import prepare_target, target_weights
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -235,11 +234,13 @@ def write_artifacts(
     artifacts = []
     for plan in calibration.job.plans:
         inputs = prepare_target(plan, calibration)
-        solve = get_solver(calibration.job.recipe.solver, inputs.statistics)
-        weights = Weights(inputs.source, solve)
         target = folder / plan.format
         target.mkdir()
-        with console.progress(f"write {plan.format} {plan.type_name}") as update:
+        with (
+            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
+            console.progress(f"write {plan.format} {plan.type_name}") as update,
+        ):
+            weights = target_weights(plan, inputs, calibration, Path(work))
             artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()

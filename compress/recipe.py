@@ -16,6 +16,12 @@ import yaml
 import recipes
 from compress.errors import RecipeError, did_you_mean
 
+# Keys of one target that others do not have, and why.
+ELSEWHERE: dict[str, str] = {
+    path: "rotation is for Core ML palettes and channel grids; small groups only lose by it"
+    for path in ("targets.gguf.rotate", "targets.onnx.rotate")
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -171,7 +177,7 @@ def explain(error: Any, source: str) -> RecipeError:
     if error.validator == "additionalProperties":
         unknown = sorted(set(error.instance) - set(known))[0]
         dotted = f"{path}.{unknown}" if path else unknown
-        hint = did_you_mean(unknown, known, "known keys")
+        hint = ELSEWHERE.get(dotted) or did_you_mean(unknown, known, "known keys")
         return RecipeError(f"{source}: unknown key {dotted}", hint=hint)
     if error.validator == "enum":
         hint = did_you_mean(str(error.instance).upper(), map(str, error.validator_value))

@@ -8,9 +8,12 @@ statistics and the writing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from compress.calibration_step import CalibrationStep
-from compress.model import Plan
+from compress.model import Plan, Weights
+from compress.propagation import PropagatedWeights
+from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import Statistics
 
@@ -21,7 +24,7 @@ class TargetInputs:
 
     Attributes:
         source: its weights.
-        statistics: of the inputs that those weights have; None where the solver needs none.
+        statistics: of the inputs that those weights have; None where nothing needs them.
         notes: lines for the report about this target.
     """
 
@@ -41,4 +44,27 @@ def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
         PacklightError: see ``CalibrationStep.gather``.
     """
     source = calibration.job.source_of(plan)
+    if calibration.propagates:  # statistics come with the codes
+        return TargetInputs(source, None)
     return TargetInputs(source, calibration.gather(source, plan))
+
+
+def target_weights(
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path
+) -> Weights:
+    """What the writer of a target pulls from.
+
+    Args:
+        plan: of the target.
+        inputs: as ``prepare_target`` made them.
+        calibration: of the job.
+        work: an empty folder that stays until the target is written.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+    """
+    solver = calibration.job.recipe.solver
+    if calibration.propagates:
+        windows = calibration.windows()
+        return PropagatedWeights(inputs.source, plan, solver, windows, work=work)
+    return Weights(inputs.source, get_solver(solver, inputs.statistics))

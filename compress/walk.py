@@ -2,8 +2,8 @@
 its statistics behind (``compress.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
-``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what the float model's previous
-blocks produce.
+``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what
+the previous blocks produce: those of the float model, or what the caller makes of them (``carry``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.arch import DecoderConfig, Float32, split_name
-from compress.statistics import LayerStats, input_of, stored_block
+from compress.statistics import LayerStats, input_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,7 @@ def walk(
     windows: Sequence[Sequence[int]],
     *,
     hessian: bool,
+    carry: Callable[[str], Float32] | None = None,
     exact: bool = False,
     work: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -97,6 +98,9 @@ def walk(
         read: weights by name, float32.
         windows: token ids, all of the same length.
         hessian: also the means of ``x xᵀ``.
+        carry: the weights that carry the states on, where they are not those of ``read``. The
+            embedding's come first; a block's are asked for once its statistics were given out;
+            the final norm's last.
         exact: hidden states in float32 instead of bfloat16.
         work: folder for the file that holds states beyond ``STATES_LIMIT``.
         progress: ``progress(done, total)`` in windows times blocks.
@@ -105,9 +109,10 @@ def walk(
     """
     import torch
 
-    from compress.decoder import Decoder, as_tensor, normalize
+    from compress.decoder import Block, Decoder, as_tensor, normalize
 
-    decoder = Decoder(config, read)
+    read_on = carry or read
+    decoder = Decoder(config, read_on)
     rope = decoder.rope(len(windows[0]))
     dtype = torch.float32 if exact else torch.bfloat16
     states = hidden_states(decoder.embed(windows), dtype, work)
@@ -129,19 +134,27 @@ def walk(
         sums.clear()
         return done
 
+    runs = range(config.block_repeat)  # of a stored block, one after the other
     total = len(windows) * (config.num_hidden_layers + 1)
-    for index in range(config.num_hidden_layers):
-        if sums and stored_block(config, index) == index:
-            yield finish()
-        block = decoder.block(index)
+    for index in range(0, config.num_hidden_layers, config.block_repeat):
+        block = Block(config, index, read)
         for position in range(len(windows)):
             heard = partial(listen, position=position)
-            states[position] = block(states[position].float(), rope, on_input=heard)
-            progress(index * len(windows) + position + 1, total)
+            hidden = states[position]
+            for _ in runs:
+                hidden = block(hidden.float(), rope, on_input=heard).to(dtype)
+            if carry is None:
+                states[position] = hidden
+            progress((index + len(runs) - 1) * len(windows) + position + 1, total)
         del block
-    yield finish()
-    norm = as_tensor(read("norm.weight"))
-    bias = as_tensor(read("norm.bias")) if config.has_bias("norm") else None
+        yield finish()
+        for run in runs if carry is not None else ():
+            block = Block(config, index + run, read_on)
+            for position in range(len(windows)):
+                states[position] = block(states[position].float(), rope)
+            del block
+    norm = as_tensor(read_on("norm.weight"))
+    bias = as_tensor(read_on("norm.bias")) if config.has_bias("norm") else None
     for position in range(len(windows)):
         final = normalize(config, states[position].float(), norm, bias)
         listen("lm_head.weight", final, position)

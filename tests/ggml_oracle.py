@@ -61,27 +61,40 @@ def decode(name: str, blocks: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
 
 
+def decode_in_c(name: str, blocks: np.ndarray) -> np.ndarray:
+    """float32 ``[rows, columns]`` by ggml itself: its reference decoder, in the same library."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    decoder = getattr(library(), f"dequantize_row_{name.lower()}")
+    decoder.restype = None
+    decoder.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    source = np.ascontiguousarray(blocks)
+    values = np.empty((len(source), source.shape[1] // size * block), dtype=np.float32)
+    decoder(source.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
 def error_weights(
     name: str, weight: np.ndarray, importance: np.ndarray | None = None
 ) -> np.ndarray:
     """What llama.cpp multiplies the squared error of each weight with, float64 ``[rows, columns]``.
 
-    Q8_0 has no search and no weights: with an importance its error is weighted by that.
+    Q8_0 and MXFP4 have no search and no weights: with an importance their error is weighted by
+    that.
     """
     x = weight.astype(np.float64)
     spread = functools.partial(mean_squares, x)
     if importance is None:
         if name in ("Q4_K", "Q5_K"):
             return np.sqrt(spread(32)) + np.abs(x)
-        if name in ("Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS"):
+        if name in ("Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS"):
             return x * x
         return np.abs(x) if name == "Q2_K" else np.ones_like(x)
     factor = importance.astype(np.float64)
-    if name in ("Q6_K", "Q8_0"):
+    if name in ("Q6_K", "Q8_0", "MXFP4"):
         return np.broadcast_to(factor, x.shape)
     if name == "IQ4_NL":
         return factor * np.sqrt(2 * spread(32) + x * x)
-    if name.endswith("_K") or name == "IQ4_XS":
+    if name.endswith("_K") or name in ("IQ4_XS", "IQ3_S", "IQ3_XXS"):
         return factor * np.sqrt((1 if name == "Q2_K" else 2) * spread(256) + x * x)
     return factor * np.sqrt(spread(x.shape[1]) + x * x)
 

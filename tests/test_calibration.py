@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from hooked import Model, distance, draw_windows, hooked
 
 from compress import walk as walking
-from compress.arch import DecoderConfig, WeightMap
 from compress.calibration import collect
 from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
 from compress.errors import UsageError
 from compress.sources import Stored
 from compress.statistics import (
@@ -31,24 +29,6 @@ from compress.tokenizer import Tokenizer
 from compress.walk import walk
 
 
-class Model:
-    """A tiny checkpoint as a source of weights that counts its readings."""
-
-    def __init__(self, family: str, folder: Path, **settings: object) -> None:
-        self.folder = tiny.make(family, folder, **settings)
-        self.checkpoint = Checkpoint.open(self.folder)
-        self.config = DecoderConfig.from_hf(self.checkpoint.config)
-        self.map = WeightMap(self.config)
-        self.readings = 0
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        self.readings += 1
-        return self.map.read(self.checkpoint, name, rows)
-
-    def fingerprint(self) -> str:
-        return self.checkpoint.fingerprint()
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     made: dict[str, Model] = {}
@@ -62,10 +42,6 @@ def models(tmp_path_factory):
     return get
 
 
-def draw_windows(count: int = 5, length: int = 48) -> list[list[int]]:
-    return np.random.default_rng(3).integers(0, 480, (count, length)).tolist()
-
-
 def gathered(model: Model, windows: list[list[int]], **settings: object) -> dict[str, LayerStats]:
     stats: dict[str, LayerStats] = {}
     for found in walk(model.config, model.read, windows, hessian=True, **settings):
@@ -73,41 +49,13 @@ def gathered(model: Model, windows: list[list[int]], **settings: object) -> dict
     return stats
 
 
-def hooked(model: Model, windows: list[list[int]]) -> dict[str, np.ndarray]:
-    """Inputs of transformers' linears, float64 ``[tokens, columns]``, by our input names."""
-    import torch
-
-    reference = tiny.reference(model.folder)
-    modules = dict(reference.named_modules())
-    seen: dict[str, list[np.ndarray]] = {}
-    for key in input_names(model.config):
-        source = model.map.parts(f"{key}.weight")[0].source.removesuffix(".weight")
-        if key == "lm_head":
-            paths = ["lm_head"]
-        else:  # a stored block's runs are modules of their own in the unrolled model
-            first = int(key.split(".")[1])
-            runs = range(first, first + model.config.block_repeat)
-            paths = [re.sub(r"\.\d+\.", f".{run}.", source, count=1) for run in runs]
-        for path in paths:
-            modules[path].register_forward_pre_hook(
-                lambda _, inputs, key=key: seen.setdefault(key, []).append(
-                    inputs[0].flatten(0, -2).double().numpy()
-                )
-            )
-    with torch.inference_mode():
-        for window in windows:
-            reference(torch.tensor([window]))
-    return {key: np.concatenate(parts) for key, parts in seen.items()}
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
-
-
 @pytest.mark.parametrize("family", ["llama", "phi3", "phi", "qwen3", "mobilellm"])
 def test_statistics_are_those_of_a_plain_hooked_model(models, family):
     model, windows = models(family), draw_windows()
-    stats, expected = gathered(model, windows, exact=True), hooked(model, windows)
+    stats, expected = (
+        gathered(model, windows, exact=True),
+        hooked(model, tiny.reference(model.folder), windows),
+    )
     assert list(stats) == list(input_names(model.config)) == list(expected)
     for key, x in expected.items():
         assert stats[key].count == len(x)

@@ -83,10 +83,13 @@ def test_every_family_at_4_bits(family: str) -> None:
     assert kl < 0.03 * gguf_oracle.kl_divergence(baseline(family), decoded)
 
 
-MIXES = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q8_0", "Q4_0")
+MIXES = (
+    "Q4_K_M", "Q4_K_S", "Q5_K_M", "Q3_K_M", "Q3_K_L", "IQ4_XS", "MXFP4", "IQ3_M", "IQ3_XS", "Q8_0",
+    "Q4_0",
+)  # fmt: skip
 PURE = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S",
-    "Q6_K",
+    "Q6_K", "MXFP4", "IQ3_S", "IQ3_XXS",
 )  # fmt: skip
 
 

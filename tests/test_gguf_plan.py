@@ -127,7 +127,23 @@ def test_block_sizes_are_ggmls() -> None:
             continue
         assert get_grid(name).nbytes((3, 512)) == tensor_bytes(name, (3, 512))
     for name, (_, number) in MIXES.items():
-        assert gguf.LlamaFileType[f"MOSTLY_{name}"] == number
+        theirs = "MXFP4_MOE" if name == "MXFP4" else name
+        assert gguf.LlamaFileType[f"MOSTLY_{theirs}"] == number
+
+
+def test_mxfp4_is_in_all_linears_but_the_head() -> None:
+    entries = {e.target_name: e.grid for e in exporter.plan(PHI3_MINI, {"type": "mxfp4"}).entries}
+    assert entries.pop("output.weight") == "Q6_K"
+    assert set(entries.values()) == {"F32", "MXFP4"}
+    weights = [
+        e for e in exporter.plan(PHI3_MINI, {"type": "MXFP4-pure"}).entries if e.grid != "F32"
+    ]
+    assert all(8 * e.nbytes == 4.25 * e.shape[0] * e.shape[1] for e in weights)
+    small = exporter.plan(SIZES["smollm2-135m"][0], {"type": "mxfp4"})
+    assert small.notes == (
+        "1 tensor in Q8_0 instead of Q6_K: rows of 576 are not a multiple of 256",
+    )
+    assert fitting("MXFP4", 80)[0] == "F16"
 
 
 def test_which_blocks_get_more_bits() -> None:

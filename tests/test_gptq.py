@@ -22,8 +22,7 @@ from compress.walk import walk
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
-    "IQ4_XS",
-    "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
+    "IQ4_XS", "MXFP4", "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
     "lut4-g8", "lut4-g16", "lut4-tensor", "lut2-g8", "lut6-g8",
 ]  # fmt: skip
 
@@ -87,7 +86,7 @@ def brute_force(weight, grid, stats):
         ("int4-g16", 16), ("int4-g16", 64), ("int4-g16-asym", 48), ("int8-g16", 32),
         ("int4-channel", 16), ("lut2-g4", 16), ("lut4-g8", 16), ("lut3-tensor", 40),
         ("IQ4_NL", 64), ("Q4_0", 64), ("Q5_1", 64), ("Q4_K", 256), ("Q3_K", 512), ("Q6_K", 256),
-        ("IQ4_XS", 256), ("IQ4_XS", 512),
+        ("IQ4_XS", 256), ("IQ4_XS", 512), ("MXFP4", 64),
     ],
 )  # fmt: skip
 def test_it_is_the_definition(name, columns):
@@ -146,7 +145,7 @@ def demo():
     return config, read, seen, fresh
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", "int4-g32", "lut4-g8"])
+@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", "MXFP4", "int4-g32", "lut4-g8"])
 def test_every_linear_of_the_demo_is_better_off(demo, name):
     config, read, seen, fresh = demo
     roles = {"q_proj": "qkv_proj", "o_proj": "o_proj", "gate_proj": "gate_up_proj",

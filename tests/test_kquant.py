@@ -23,6 +23,7 @@ NAMES = [
     "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K",
 ]  # fmt: skip
+ALL = [*NAMES, "MXFP4"]
 ROWS, COLUMNS = 64, 2048
 
 
@@ -63,7 +64,7 @@ def weighted(weight: np.ndarray, decoded: np.ndarray, factor: np.ndarray | float
 
 
 @pytest.mark.parametrize("with_importance", [False, True], ids=["plain", "importance"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_error_is_at_most_that_of_llama_cpp(name: str, with_importance: bool) -> None:
     given = importance() if with_importance else None
     grid = get_grid(name)
@@ -91,7 +92,7 @@ def test_constant_blocks_are_kept_to_float16(name: str) -> None:
         assert weighted(weight, decoded, 1.0) < 1e-5 * float((weight**2).sum())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-10], ids=["zero", "denormal", "below float16"])
 def test_what_float16_cannot_hold_becomes_zero(name: str, scale: float) -> None:
     weight = TENSORS["normal"][:3] * np.float32(scale)
@@ -99,9 +100,9 @@ def test_what_float16_cannot_hold_becomes_zero(name: str, scale: float) -> None:
     assert np.array_equal(quantized.decode(), np.zeros_like(weight))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_packed_bytes_decode_as_gguf_py_decodes_them(name: str) -> None:
-    grid = make(name)
+    grid = get_grid(name)
     for kind in ("student-t5", "positive", "subnormal scales"):
         quantized = grid.quantize(TENSORS[kind])
         blocks = quantized.pack()["blocks"]
@@ -109,10 +110,11 @@ def test_packed_bytes_decode_as_gguf_py_decodes_them(name: str) -> None:
         assert np.array_equal(bits(ggml_oracle.decode(name, blocks)), bits(quantized.decode()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # MXFP4's scales go up to 2**127
+@pytest.mark.parametrize("name", ALL)
 def test_every_byte_is_understood(name: str) -> None:
     """Random blocks: unpack, decode as gguf-py does, pack to the same bytes again."""
-    grid = make(name)
+    grid = get_grid(name)
     blocks = np.random.default_rng(3).integers(0, 256, (32, grid.nbytes((1, COLUMNS))), np.uint8)
     codes, params = grid.unpack(blocks)
     halves = {key: value for key, value in params.items() if value.dtype == np.float16}
@@ -120,30 +122,32 @@ def test_every_byte_is_understood(name: str) -> None:
     params = {**params, **finite}
     blocks = grid.pack(codes, params)["blocks"]
     again, again_params = grid.unpack(blocks)
-    assert codes.max() == grid.top
+    assert codes.max() == grid.lattice(params).levels.shape[1] - 1
     assert np.array_equal(codes, again)
     assert all(np.array_equal(bits(params[key]), bits(again_params[key])) for key in params)
     expected = ggml_oracle.decode(name, blocks)
     assert np.array_equal(bits(expected), bits(grid.decode(codes, params)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_codes_are_the_nearest_and_effective_says_of_what(name: str) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_codes_are_the_nearest_and_the_lattice_says_of_what(name: str) -> None:
     """Also for weights that the parameters were not fitted to, as a solver changes them."""
-    grid = make(name)
+    grid = get_grid(name)
     weight = TENSORS["student-t5"][:8]
     params = grid.fit(weight)
     moved = (weight * 1.3 + 0.01).astype(np.float32)
     codes = grid.encode(moved, params)
-    scale, minimum = (np.repeat(part, grid.sub, axis=1) for part in grid.effective(params))
-    assert np.array_equal(grid.decode(codes, params), scale * grid.levels[codes] - minimum)
-    choices = scale[..., None] * grid.levels - minimum[..., None]
+    lattice = grid.lattice(params)
+    (levels,), run = lattice.levels, COLUMNS // lattice.scale.shape[1]
+    scale, minimum = (np.repeat(part, run, axis=1) for part in (lattice.scale, lattice.offset))
+    assert np.array_equal(grid.decode(codes, params), scale * levels[codes] - minimum)
+    choices = scale[..., None] * levels - minimum[..., None]
     nearest = np.abs(moved[..., None] - choices).min(axis=-1)
     taken = np.abs(moved - grid.decode(codes, params))
     assert np.all(taken <= nearest + 1e-6 * np.abs(scale))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_rows_depend_on_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on their neighbours, nor on being a multiple of the lanes, nor on threads."""
     weight = np.concatenate([TENSORS["student-t5"], TENSORS["outlier channels"]] * 2)
@@ -158,10 +162,10 @@ def test_rows_depend_on_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sizes_are_those_of_ggml() -> None:
-    for name in NAMES:
+    for name in ALL:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-        assert make(name).nbytes((5, 512)) == 5 * 512 // block * size
-        assert make(name).bits_per_weight((5, 512)) == size * 8 / block
+        assert get_grid(name).nbytes((5, 512)) == 5 * 512 // block * size
+        assert get_grid(name).bits_per_weight((5, 512)) == size * 8 / block
 
 
 def test_float16_rounding_inside_a_fast_math_caller() -> None:
@@ -188,7 +192,7 @@ def broken(value: float) -> np.ndarray:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65505.0, -1e30])
 def test_weights_that_do_not_fit_are_refused(value: float) -> None:
-    for grid in map(make, ("Q4_0", "Q4_K", "Q6_K")):
+    for grid in map(get_grid, ("Q4_0", "Q4_K", "Q6_K", "MXFP4")):
         with pytest.raises(GridError, match="not finite or beyond"):
             grid.fit(broken(value))
         with pytest.raises(GridError, match="not finite or beyond"):
@@ -200,6 +204,8 @@ def test_shapes_and_importances_that_do_not_fit_are_refused() -> None:
         make("Q4_K").check((4, 288))
     with pytest.raises(GridError, match="not whole blocks of 32"):
         make("Q8_0").fit(np.zeros((2, 33), dtype=np.float32))
+    with pytest.raises(GridError, match="MXFP4: rows of 40 columns are not whole blocks of 32"):
+        get_grid("MXFP4").fit(np.zeros((2, 40), dtype=np.float32))
     for bad in (np.ones(255), np.full(256, np.nan), np.full(256, -1.0)):
         with pytest.raises(GridError, match="importance"):
             make("Q4_K").fit(broken(1.0), bad.astype(np.float32))
@@ -215,6 +221,22 @@ def test_importance_of_zero_still_decodes() -> None:
         for given in (np.zeros(COLUMNS), np.arange(COLUMNS) % 512 < 256):
             decoded = get_grid(name).quantize(weight, given.astype(np.float32)).decode()
             assert weighted(weight, decoded, 1.0) < 0.02 * float((weight**2).sum())
+
+
+@pytest.mark.parametrize("with_importance", [False, True], ids=["plain", "importance"])
+def test_the_exponent_of_mxfp4_is_the_best_of_all(with_importance: bool) -> None:
+    grid, given = get_grid("MXFP4"), importance() if with_importance else None
+    factor = np.ones(COLUMNS) if given is None else given.astype(np.float64)
+    for kind in ("student-t5", "outlier channels", "zero runs"):
+        weight = TENSORS[kind][:8]
+        best = np.full((8, COLUMNS // 32), np.inf)
+        for exponent in range(64, 160):
+            params = {"e": np.full(best.shape, exponent, dtype=np.uint8)}
+            decoded = grid.decode(grid.encode(weight, params), params)
+            errors = factor * (weight.astype(np.float64) - decoded) ** 2
+            best = np.minimum(best, errors.reshape(*best.shape, 32).sum(-1))
+        found = factor * (weight.astype(np.float64) - grid.quantize(weight, given).decode()) ** 2
+        np.testing.assert_allclose(found.reshape(*best.shape, 32).sum(-1), best, rtol=1e-5)
 
 
 def test_every_grid_is_a_grid() -> None:

@@ -133,6 +133,17 @@ class Quantized:
         """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""
         return self.grid.decode(self.codes, self.params)
 
+    def rows(self, rows: slice) -> Quantized:
+        """Some of the rows: whole groups of them where rows share parameters."""
+        start, stop, _ = rows.indices(self.shape[0])
+
+        def part(values: Array) -> Array:
+            count = len(values)  # of rows, or of groups of rows
+            return values[start * count // self.shape[0] : stop * count // self.shape[0]]
+
+        params = {name: part(values) for name, values in self.params.items()}
+        return Quantized(part(self.codes), params, self.grid, (stop - start, self.shape[1]))
+
     def pack(self) -> dict[str, Array]:
         """The arrays that the file holds."""
         return self.grid.pack(self.codes, self.params)
@@ -143,6 +154,8 @@ class Quantized:
 GRIDS: dict[str, str] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
+    r"IQ3_(?:S|XXS)": "compress.grids.codebook",
+    r"MXFP4": "compress.grids.mxfp4",
     r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ GRIDS = (
     *(f"lut{bits}-{g}" for bits in (1, 2, 3, 4, 6, 8) for g in ROW_GROUPS),
     "F16",
 )
-DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
+DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18", "rotate": "none"}
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
@@ -77,7 +78,8 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
         config: the model.
         settings: ``grid`` (default ``int4-g32``), ``embedding`` (default: as ``grid``; the
             head's too where it is tied), ``deployment`` (``iOS18``), ``context`` (slots of the
-            KV cache; default 2048 or what the model has).
+            KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
+            that of the rotated weights).
         model_name: base of the package's name.
 
     Returns:
@@ -87,7 +89,7 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
         ``weight.bin`` holds besides (records, alignment, the zero biases that MIL asks for).
 
     Raises:
-        GridError: a grid that Core ML cannot store.
+        GridError: a grid that Core ML cannot store, or one that rotation harms.
         UnsupportedModelError: a deployment target other than iOS 18.
         UsageError: more context than the model has.
     """
@@ -115,6 +117,12 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
                 hint="int4-g32, int8-channel, int4-g128-asym, lut4-g8, lut6-tensor, F16 …",
             )
+    if settings["rotate"] != "none" and re.match(r"int\d-g", settings["grid"]):
+        raise GridError(
+            f"coreml: rotate {settings['rotate']} with {settings['grid']}: groups along the inputs "
+            "hold outliers in already, and rotation spreads them",
+            hint="lut4-g8, lut4-tensor, int4-channel …, or rotate: none",
+        )
     if settings["deployment"] != "iOS18":
         raise UnsupportedModelError(
             f"coreml: deployment {settings['deployment']!r} is not supported",

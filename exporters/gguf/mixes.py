@@ -24,6 +24,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "Q4_1": (32, 20),
     "Q4_0": (32, 18),
     "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17),
     "Q6_K": (256, 210),
     "Q5_K": (256, 176),
     "Q4_K": (256, 144),
@@ -50,6 +51,8 @@ FALLBACKS: dict[str, str] = {
 LACKING: dict[str, str] = {"IQ2_S": "IQ3_XXS"}
 
 # Preset → its base type and its number in ``general.file_type`` (``llama_ftype`` in llama.h).
+# MXFP4 goes by the number of llama.cpp's MXFP4_MOE, which has it in experts only (and all else in
+# Q8_0): llama-quantize writes it into dense layers with --pure or --tensor-type.
 MIXES: dict[str, tuple[str, int]] = {
     "Q2_K": ("Q2_K", 10),
     "IQ3_XXS": ("IQ3_XXS", 23),
@@ -61,6 +64,7 @@ MIXES: dict[str, tuple[str, int]] = {
     "Q3_K_L": ("Q3_K", 13),
     "Q4_0": ("Q4_0", 2),
     "Q4_1": ("Q4_1", 3),
+    "MXFP4": ("MXFP4", 38),
     "IQ4_XS": ("IQ4_XS", 30),
     "IQ4_NL": ("IQ4_NL", 25),
     "Q4_K_S": ("Q4_K", 14),

@@ -1,0 +1,188 @@
+"""Blocks fed by quantized blocks: the statistics are those of transformers' model with the decoded
+weights in it, and the codes are what the solver makes of those statistics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from commands import packlight
+from hooked import Model, distance, draw_windows, hooked, parameter_rows
+
+from compress.arch import split_name
+from compress.decoder import reader
+from compress.demo import model_path
+from compress.grids import get_grid
+from compress.model import Plan
+from compress.propagation import PropagatedWeights
+from compress.solvers import get_solver
+from compress.statistics import LayerStats, Statistics, stored_block
+from compress.walk import walk
+from exporters import get_exporter
+
+# Family, format, settings: fused and separate tensors, one and two runs of a stored block, norms in
+# float32 and float16, groups along columns, of rows, and of the whole tensor.
+CASES = [
+    ("llama", "gguf", {"type": "Q3_K_M"}),
+    ("phi3", "gguf", {"type": "Q4_0"}),
+    ("phi", "onnx", {"bits": 4, "group_size": 32}),
+    ("mobilellm", "gguf", {"type": "Q4_K_M"}),
+    ("mobilellm", "coreml", {"grid": "lut4-g8"}),
+    ("qwen3", "coreml", {"grid": "lut3-tensor"}),
+]
+NAMES = [f"{family}-{target}-{next(iter(s.values()))}" for family, target, s in CASES]
+
+
+class Case:
+    """A tiny model, its plan for one target, and every tensor as its artifact has it."""
+
+    def __init__(self, family: str, target: str, settings: dict, solver: str, folder: Path) -> None:
+        more = {"layer_sharing": True} if family == "mobilellm" else {}
+        self.model = Model(family, folder, **more)
+        self.config = self.model.config
+        self.plan: Plan = get_exporter(target).plan(self.config, settings)
+        self.solver, self.windows = solver, draw_windows(6)
+        self.weights = PropagatedWeights(self.model, self.plan, solver, self.windows)
+        self.solved, self.decoded = {}, {}
+        for entry in self.plan.entries:
+            if entry.name.startswith("rope."):
+                continue
+            grid = get_grid(entry.grid)
+            if len(entry.shape) == 2:
+                self.solved[entry.name] = self.weights.quantize(entry.name, grid)
+                self.decoded[entry.name] = self.solved[entry.name].decode()
+            else:
+                self.decoded[entry.name] = grid.quantize(self.model.read(entry.name)).decode()
+
+    def decoded_weight(self, name: str) -> np.ndarray:
+        """A weight under the decoder's names; repeats that the plan leaves out are the block's."""
+        block, role, kind = split_name(name)
+        read = reader(self.config, self.decoded)
+        try:
+            return read(name)
+        except KeyError:
+            return read(f"blocks.{stored_block(self.config, block)}.{role}.{kind}")
+
+    def statistics(self, *, exact: bool = False) -> dict[str, LayerStats]:
+        stats: dict[str, LayerStats] = {}
+        for found in walk(
+            self.config,
+            self.model.read,
+            self.windows,
+            hessian=True,
+            carry=self.decoded_weight,
+            exact=exact,
+        ):
+            stats |= found
+        return stats
+
+
+@pytest.fixture(scope="module", params=CASES, ids=NAMES)
+def case(request, tmp_path_factory) -> Case:
+    return Case(*request.param, "gptq", tmp_path_factory.mktemp("model"))
+
+
+def test_statistics_are_those_of_a_model_with_decoded_weights(case):
+    """Weights are replaced block by block: a block's inputs come of decoded weights before it, and
+    of its own float weights."""
+    import torch
+
+    found = case.statistics(exact=True)
+    reference = tiny.reference(case.model.folder)
+    parameters = dict(reference.named_parameters())
+    names = [name for name in case.model.map.names() if not name.startswith("lm_head")]
+
+    def replace(block: int | None) -> None:
+        for name in names:
+            at, role, _ = split_name(name)
+            at = None if at is None else stored_block(case.config, at)
+            if at == block and (at is not None or role == "embed_tokens" or block is None):
+                path, rows = parameter_rows(case.model, name)
+                with torch.no_grad():
+                    parameters[path][rows] = torch.from_numpy(case.decoded_weight(name).copy())
+
+    replace(None)
+    expected: dict[str, np.ndarray] = {}
+    for block in range(0, case.config.num_hidden_layers, case.config.block_repeat):
+        inputs = hooked(case.model, reference, case.windows)
+        expected |= {k: x for k, x in inputs.items() if k.startswith(f"blocks.{block}.")}
+        replace(block)
+    expected["lm_head"] = hooked(case.model, reference, case.windows)["lm_head"]
+    assert list(found) == list(expected)
+    floats = hooked(case.model, tiny.reference(case.model.folder), case.windows)
+    for key, x in expected.items():
+        assert distance(found[key].importance, (x * x).mean(0)) < 1e-4, key
+        assert distance(found[key].mean, x.mean(0)) < 1e-4, key
+        (hessian,) = found[key].hessian
+        assert distance(hessian, x.T @ x / len(x)) < 1e-4, key
+        assert distance(x, floats[key]) > 1e-3, key  # not those of the float model
+
+
+def test_codes_are_the_solvers_on_those_statistics(case):
+    solve = get_solver(case.solver, Statistics.of(case.config, case.statistics()))
+    for entry in case.plan.entries:
+        if entry.name in case.solved:
+            again = solve(case.model.read(entry.name), get_grid(entry.grid), entry.name)
+            assert (again.codes == case.solved[entry.name].codes).all(), entry.name
+            for key, values in again.params.items():
+                assert (values == case.solved[entry.name].params[key]).all(), (entry.name, key)
+
+
+def test_slabs_are_rows_of_the_whole(case):
+    entry = next(e for e in case.plan.entries if "q" in e.name and len(e.shape) == 2)
+    grid = get_grid(entry.grid)
+    rows = entry.shape[0]
+    step = rows if entry.grid.endswith("-tensor") else rows // 4  # such a table is for all rows
+    parts = [
+        case.weights.quantize(entry.name, grid, slice(start, start + step)).pack()
+        for start in range(0, rows, step)
+    ]
+    for key, whole in case.solved[entry.name].pack().items():
+        assert (np.concatenate([part[key] for part in parts]) == whole).all()
+
+
+def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
+    """Writers ask for blocks in order; a second pass starts anew and gives the same."""
+    model = Model("llama", tmp_path)
+    starts = []
+    original = PropagatedWeights._start
+
+    def start(self) -> None:
+        starts.append(self)
+        original(self)
+
+    monkeypatch.setattr(PropagatedWeights, "_start", start)
+    for target in ("gguf", "onnx", "coreml"):
+        plan = get_exporter(target).plan(model.config, {}, model_name="m")
+        weights = PropagatedWeights(model, plan, "scale_search", draw_windows(2))
+        written = []
+        for folder in (tmp_path / f"{target}-1", tmp_path / f"{target}-2"):
+            folder.mkdir()
+            starts.clear()
+            get_exporter(target).write(plan, weights, folder, lambda done, total: None)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            written.append([path.read_bytes() for path in files if path.suffix != ".json"])
+            assert len(starts) == len(written) - 1, target
+        assert written[0] == written[1]
+
+
+def test_a_build_says_how_its_blocks_were_fed(tmp_path):
+    found = {}
+    for propagate in ("float", "quantized"):
+        done = packlight(
+            "build", model_path(), "-f", "gguf", "-o", propagate, "--json", "--no-verify",
+            "--set", "quantize.solver=gptq", "--set", f"calibration.propagate={propagate}",
+            "--set", "calibration.tokens=2048", "--threads", 1,
+            cwd=tmp_path, env={"PACKLIGHT_CACHE": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        found[propagate] = report["notes"][-1], next((tmp_path / propagate).glob("gguf/*.gguf"))
+    line = "Codes chosen by gptq, calibrated on 2048 tokens of builtin"
+    assert found["float"][0] == line
+    assert found["quantized"][0] == f"{line} through the quantized blocks before each"
+    assert found["float"][1].read_bytes() != found["quantized"][1].read_bytes()
+    assert not list((tmp_path / "quantized").glob("packlight-*"))
