@@ -36,7 +36,7 @@ from compress.statistics import Statistics, file_name, save  # noqa: E402
 from compress.walk import walk  # noqa: E402
 
 GRIDS = ("Q4_K", "int4-g32", "lut4-g8")
-SOLVERS = ("rtn", "scale_search", "gptq")
+SOLVERS = ("gptq", "scale_search", "rtn")
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCKS = 32
 WINDOW = 512
@@ -63,19 +63,12 @@ def weight(config: DecoderConfig, name: str) -> Float32:
     if role.endswith("norm"):
         return np.ones(config.hidden_size, np.float32)
     if role in FUSED:
-        block = name.rpartition(".")[0].rpartition(".")[0]
-        return np.concatenate([weight(config, f"{block}.{p}.weight") for p in FUSED[role]])
+        stem = name.rpartition(".")[0].rpartition(".")[0]
+        return np.concatenate([weight(config, f"{stem}.{part}.weight") for part in FUSED[role]])
     rows, columns = config.weight_shape(role)
-    values = draw.standard_t(5, (rows, columns)) if rows * columns < 1 << 20 else None
-    if values is None:  # a few million draws, and their signs and places shuffled by rows
-        values = np.stack([draw.permutation(row) for row in tiles(draw, rows, columns)])
-    return np.asarray(values / np.sqrt(columns), np.float32)
-
-
-def tiles(draw: np.random.Generator, rows: int, columns: int) -> Float32:
-    """Heavy-tailed ``[rows, columns]``, drawn once per 256 rows."""
-    part = draw.standard_t(5, (256, columns)).astype(np.float32)
-    return np.tile(part, (-(-rows // 256), 1))[:rows]
+    values = draw.standard_normal((rows, columns), np.float32)
+    values *= 1 + values * values / 4  # heavier tails than normal
+    return values / np.float32(np.sqrt(columns))
 
 
 def measured_walk(folder: Path, tokens: int, *, hessian: bool) -> dict[str, float]:
@@ -145,15 +138,16 @@ def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
 
 
 def measure(tokens: int) -> dict[str, Any]:
-    """Both walks, then every solver on every grid."""
+    """Every solver on every grid, on the statistics of one walk; a walk for importance alone."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="packlight-") as name:
         folder = Path(name)
-        walks = {kind: child(["walk", kind], folder, tokens) for kind in ("importance", "hessian")}
-        for grid in GRIDS:
-            for solver in SOLVERS:
+        walks = {"hessian": child(["walk", "hessian"], folder, tokens)}
+        for solver in SOLVERS:
+            for grid in GRIDS:
                 found = child([solver, grid], folder, tokens)
                 rows.append({"grid": grid, "solver": solver} | found)
+        walks["importance"] = child(["walk", "importance"], folder, tokens)
     return {"tokens": tokens, "blocks": BLOCKS, "walk": walks, "rows": rows}
 
 
