@@ -47,12 +47,26 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One grid that a tensor may be stored on.
+
+    Attributes:
+        grid: its name.
+        nbytes: bytes that the tensor takes in the file, alignment and records included.
+    """
+
+    grid: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which tensor gets which grid, for one target.
 
     Attributes:
         format: ``gguf``, ``onnx``, ``coreml``.
-        type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``.
+        type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``,
+            ``mix-3.92bpw`` where each tensor's grid was chosen (``mix_name``).
         model_name: base of the file names; nothing in it that a file system minds.
         entries: in the order of writing.
         settings: the recipe's target settings that the writer needs again.
@@ -74,6 +88,12 @@ class Plan:
     def weights_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries)
+
+
+def mix_name(entries: Sequence[PlanEntry], config: DecoderConfig) -> str:
+    """``Plan.type_name`` of a mix: bytes of its tensors in bits per weight of the float model."""
+    bits = 8 * sum(entry.nbytes for entry in entries) / config.num_parameters
+    return f"mix-{bits:.2f}bpw"
 
 
 @dataclass(frozen=True)
@@ -233,7 +253,12 @@ class Exporter(Protocol):
         ...
 
     def plan(
-        self, config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model"
+        self,
+        config: DecoderConfig,
+        settings: Mapping[str, Any],
+        *,
+        model_name: str = "model",
+        choices: Mapping[str, str] | None = None,
     ) -> Plan:
         """Which tensor gets which grid, and its bytes; arithmetic only, nothing is read.
 
@@ -241,10 +266,38 @@ class Exporter(Protocol):
             config: the model.
             settings: the recipe's ``targets.<format>`` (already validated).
             model_name: base of the file names.
+            choices: entry name → grid, for entries that shall not have the settings' grid; the
+                plan then goes by ``mix_name``.
 
         Raises:
             GridError: a row that no grid of the target can hold.
             UnsupportedModelError: a model that the target cannot express.
+        """
+        ...
+
+    def candidates(
+        self, entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+    ) -> Sequence[Candidate]:
+        """Grids that a planned tensor may have instead, by bytes; what the runtime takes for the
+        tensor's role and row length.
+
+        Args:
+            entry: of a plan.
+            settings: the plan's; a format may leave out what its preferred hardware runs badly.
+            wanted: names of grids to choose among, some of ``grids()``; none: the format's choice.
+
+        Empty for what has one form only: norms, biases, computed tables.
+        """
+        ...
+
+    def file_bytes(self, plan: Plan, source: Source) -> int:
+        """``Artifact.nbytes`` of what ``write`` would make: graph, header and tokenizer are made
+        as for writing, without a weight being read.
+
+        Raises:
+            CheckpointError: no tokenizer, where it is part of the file.
+            UnsupportedModelError: a tokenizer that the target cannot express.
+            RuntimeMissingError: what writes the format is not installed.
         """
         ...
 

@@ -4,6 +4,7 @@
     graph.py      the decoder as a MIL program, operation by operation, from a DecoderConfig
     constants.py  placeholders for its constants, filled one at a time
     writer.py     the package, streamed; all that is private of coremltools
+    weight_file.py its arrays, written or only counted
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
     inspection.py what a package says of itself
     evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
-from compress.model import Artifact, Plan, Progress, Runtime, Weights
+from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
+from compress.sources import Source
 
-__all__ = ["describe", "grids", "open_runtime", "plan", "write"]
+__all__ = ["candidates", "describe", "file_bytes", "grids", "open_runtime", "plan", "write"]
 
 
 def grids() -> Sequence[str]:
@@ -30,11 +32,33 @@ def grids() -> Sequence[str]:
     return GRIDS
 
 
-def plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model") -> Plan:
+def plan(
+    config: DecoderConfig,
+    settings: Mapping[str, Any],
+    *,
+    model_name: str = "model",
+    choices: Mapping[str, str] | None = None,
+) -> Plan:
     """See ``exporters.coreml.planning.make_plan``."""
     from exporters.coreml.planning import make_plan
 
-    return make_plan(config, settings, model_name)
+    return make_plan(config, settings, model_name, choices)
+
+
+def candidates(
+    entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> Sequence[Candidate]:
+    """See ``exporters.coreml.planning.candidates``."""
+    from exporters.coreml import planning
+
+    return planning.candidates(entry, settings, wanted)
+
+
+def file_bytes(plan: Plan, source: Source) -> int:
+    """See ``exporters.coreml.writer.file_bytes``."""
+    from exporters.coreml import writer
+
+    return writer.file_bytes(plan, source)
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:

@@ -145,6 +145,16 @@ class LazyConstants:
         return stored
 
 
+class HollowConstants(LazyConstants):
+    """Constants that stay without values, to know how large a package will be."""
+
+    def fill(self, name: str) -> tuple[Array, str]:
+        """Zeros without memory, and the MIL dtype."""
+        part, _ = self._fills[name]
+        empty = np.zeros(1, self._storage[part.dtype])
+        return np.broadcast_to(empty, part.shape), part.dtype
+
+
 def as_stored(quantized: Quantized) -> dict[str, Array]:
     """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
     packed = quantized.pack()

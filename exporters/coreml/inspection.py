@@ -23,6 +23,7 @@ def describe(path: Path) -> dict[str, Any]:
     program = read_package(path)
     function = program.function(program.default_function)
     told = program.metadata.get("packlight.parameters")
+    kind = program.metadata.get("packlight.grid", "")
     tensors = list_tensors(function)
     counted = sum(tensor["weights"] for tensor in tensors)
     parameters = int(told) if told else counted
@@ -31,6 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
     shapes = {**function.inputs, **function.states, **function.outputs}
     return {
         "format": "coreml",
+        "type": kind if kind.startswith("mix-") else None,
         "name": path.stem,
         "architecture": program.metadata.get("co.huggingface.exporters.architecture", ""),
         "parameters": parameters or None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compress.arch import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
-from compress.model import Plan, PlanEntry
+from compress.model import Candidate, Plan, PlanEntry, mix_name
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -20,6 +20,9 @@ GRIDS = (
     *(f"lut{bits}-{g}" for bits in (1, 2, 3, 4, 6, 8) for g in ROW_GROUPS),
     "F16",
 )
+# What a budget chooses among. Palettes of fewer than eight rows are slow on the Neural Engine.
+PALETTES = ("lut2-g8", "lut3-g16", "lut3-g8", "lut4-g16", "lut4-g8", "lut6-g16", "lut6-g8")
+BLOCKS = ("int4-g128", "int4-g64", "int4-g32", "int4-g32-asym", "int8-channel", "int8-g32")
 DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18", "rotate": "none"}
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
@@ -71,7 +74,12 @@ def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     return Part("data", unsigned, shape), scale, Part("offset", unsigned, (rows, groups))
 
 
-def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
+def make_plan(
+    config: DecoderConfig,
+    settings: Mapping[str, Any],
+    model_name: str,
+    choices: Mapping[str, str] | None = None,
+) -> Plan:
     """Plan the Core ML artifact.
 
     Args:
@@ -81,6 +89,7 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
             KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
             that of the rotated weights).
         model_name: base of the package's name.
+        choices: entry name → grid, over the settings'.
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
@@ -97,11 +106,11 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
     chosen.setdefault("embedding", chosen["grid"])
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     _check(config, chosen)
-    entries = tuple(_entries(config, chosen))
+    entries = tuple(_entries(config, chosen, choices or {}))
     chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
     return Plan(
         format="coreml",
-        type_name=chosen["grid"],
+        type_name=mix_name(entries, config) if choices else chosen["grid"],
         model_name=model_name,
         entries=entries,
         settings=chosen,
@@ -150,7 +159,40 @@ def target_name(name: str) -> str:
     return name.replace("blocks.", "block_").replace(".", "_")
 
 
-def _entries(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[PlanEntry]:
+def candidates(
+    entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> list[Candidate]:
+    """See ``compress.model.Exporter.candidates``.
+
+    Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
+    integers, which it does not.
+    """
+    if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return []
+    shape = (entry.shape[0], entry.shape[1])
+    palettes = str(settings["grid"]).startswith("lut")
+    grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
+    if entry.name == "embed_tokens.weight":
+        grids.append("F16")
+    fitting = [grid for grid in wanted or grids if fitting_grid(grid, shape) == grid]
+    sizes = {grid: container_bytes(parts(grid, shape)) for grid in fitting}
+    return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
+
+
+def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
+    """A chosen grid, if Core ML stores that tensor on it.
+
+    Raises:
+        GridError: it does not.
+    """
+    if grid not in GRIDS or fitting_grid(grid, shape) != grid:
+        raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
+    return grid
+
+
+def _entries(
+    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str]
+) -> Iterator[PlanEntry]:
     shapes = WeightMap(config)
     table = (settings["context"], config.rope.rotary_dim // 2)
     for name in ("rope.cos", "rope.sin"):
@@ -160,6 +202,9 @@ def _entries(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[Pla
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
+            continue
+        if name in choices:
+            yield _entry(name, checked(name, choices[name], (shape[0], shape[1])), shape)
             continue
         asked = settings["embedding" if role == "embed_tokens" else "grid"]
         grid = fitting_grid(asked, (shape[0], shape[1]))
@@ -201,11 +246,13 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
     """Size of ``weight.bin``, exact but for the padding of its last array, which is not written."""
     arrays = [part for entry in entries for part in parts(entry.grid, entry.shape)]
     arrays += [Part("val", "fp16", (rows,)) for rows in zero_bias_sizes(config)]
-    size = ALIGNMENT
-    for part in arrays:
-        if math.prod(part.shape) >= IMMEDIATE:
-            size += ALIGNMENT + -(-part.nbytes // ALIGNMENT) * ALIGNMENT
-    return size
+    return ALIGNMENT + container_bytes(arrays)
+
+
+def container_bytes(arrays: Iterable[Part]) -> int:
+    """What arrays take in ``weight.bin``, each with its record, both aligned."""
+    sizes = (part.nbytes for part in arrays if math.prod(part.shape) >= IMMEDIATE)
+    return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -29,12 +29,14 @@ import numpy as np
 from compress import __version__
 from compress.arch import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
-from compress.grids import Array
+from compress.grids import Float32, Grid, Quantized
 from compress.model import Artifact, Plan, Progress, Weights
 from compress.side_files import write_side_files
-from exporters.coreml.constants import LazyConstants
+from compress.sources import Source
+from exporters.coreml.constants import HollowConstants, LazyConstants
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import IMMEDIATE, Part
+from exporters.coreml.planning import IMMEDIATE
+from exporters.coreml.weight_file import BlobFile, Blobs, CountedBlobs
 
 COREMLTOOLS = "9.0"
 SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
@@ -57,13 +59,12 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     (model_folder / WEIGHTS_FOLDER).mkdir(parents=True)
     config = weights.config
     constants = LazyConstants(tools.mb, tools.storage, plan, weights)
-    program = build_program(tools, config, plan.settings["context"], constants)
-    model = tools.export(program, constants, model_folder / WEIGHTS_FOLDER, counted(plan, progress))
+    blobs = tools.blob_file(model_folder / WEIGHTS_FOLDER / WEIGHT_FILE, counted(plan, progress))
+    model = make_model(tools, plan, weights, constants, blobs)
     _check_weight_file(plan, model_folder / WEIGHTS_FOLDER / WEIGHT_FILE)
-    add_metadata(model, plan, weights)
     # Without `deterministic`, protobuf's maps come out in the order of a random hash.
     (model_folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
-    write_manifest(package)
+    (package / "Manifest.json").write_text(manifest(), encoding="utf-8")
     write_side_files(config, weights.checkpoint, folder)
     return Artifact(
         format="coreml",
@@ -75,6 +76,31 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
         plan=plan,
         notes=plan.notes,
     )
+
+
+def file_bytes(plan: Plan, source: Source) -> int:
+    """See ``compress.model.Exporter.file_bytes``: the program as it will be, its arrays counted."""
+    tools = CoreMLTools()
+    weights = Weights(source, no_weights)
+    constants = HollowConstants(tools.mb, tools.storage, plan, weights)
+    blobs = CountedBlobs()
+    model = make_model(tools, plan, weights, constants, blobs)
+    return blobs.end + int(model.ByteSize()) + len(manifest())
+
+
+def no_weights(weight: Float32, grid: Grid, name: str) -> Quantized:
+    """The solver of ``file_bytes``, which asks for none."""
+    raise AssertionError(name)
+
+
+def make_model(
+    tools: CoreMLTools, plan: Plan, weights: Weights, constants: LazyConstants, blobs: Blobs
+) -> Any:
+    """The model (protobuf), its large arrays handed to ``blobs``."""
+    program = build_program(tools, weights.config, plan.settings["context"], constants)
+    model = tools.export(program, constants, blobs)
+    add_metadata(model, plan, weights)
+    return model
 
 
 def counted(plan: Plan, progress: Progress) -> Callable[[int], None]:
@@ -147,14 +173,14 @@ def add_metadata(model: Any, plan: Plan, weights: Weights) -> None:
     )
 
 
-def write_manifest(package: Path) -> None:
+def manifest() -> str:
     """``Manifest.json`` with identifiers made from the paths, instead of random ones."""
     items = {
         f"{AUTHOR}/{MODEL_FILE}": (MODEL_FILE, "CoreML Model Specification"),
         f"{AUTHOR}/{WEIGHTS_FOLDER}": (WEIGHTS_FOLDER, "CoreML Model Weights"),
     }
     names = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in items}
-    manifest = {
+    document = {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": {
             names[path]: {"author": AUTHOR, "description": text, "name": name, "path": path}
@@ -162,8 +188,7 @@ def write_manifest(package: Path) -> None:
         },
         "rootModelIdentifier": names[f"{AUTHOR}/{MODEL_FILE}"],
     }
-    text = json.dumps(manifest, indent=4, sort_keys=True)
-    (package / "Manifest.json").write_text(f"{text}\n", encoding="utf-8")
+    return json.dumps(document, indent=4, sort_keys=True) + "\n"
 
 
 def _check_weight_file(plan: Plan, file: Path) -> None:
@@ -223,20 +248,17 @@ class CoreMLTools:
             "uint8": np.dtype(np.uint8),
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
 
-    def export(
-        self,
-        program: Any,
-        constants: LazyConstants,
-        weights_folder: Path,
-        written: Callable[[int], None],
-    ) -> Any:
-        """The program as a Core ML model (protobuf); its arrays go to ``weight.bin``.
+    def blob_file(self, path: Path, written: Callable[[int], None]) -> BlobFile:
+        """A ``weight.bin`` to append to."""
+        return BlobFile(self._blob_writer, path, written)
+
+    def export(self, program: Any, constants: LazyConstants, blobs: Blobs) -> Any:
+        """The program as a Core ML model (protobuf); its arrays go to ``blobs``.
 
         coremltools' own passes are not run: one of them would merge all placeholders of equal
         shape, and the program is float16 already.
         """
         load, helper = self._load, self._helper
-        blobs = BlobFile(self._blob_writer, weights_folder / WEIGHT_FILE, written)
 
         class StreamingExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
             def get_milproto_value(self, var: Any) -> Any:
@@ -252,7 +274,7 @@ class CoreMLTools:
                     data_type=helper.types_to_proto_primitive(var.dtype),
                 )
 
-        proto = StreamingExporter(program, str(weights_folder), SPECIFICATION_VERSION).export()
+        proto = StreamingExporter(program, "", SPECIFICATION_VERSION).export()
         blobs.close()
         described = load.CoreMLProtoExporter(
             program,
@@ -265,28 +287,3 @@ class CoreMLTools:
             specification_version=SPECIFICATION_VERSION,
         )
         return described.export(SPECIFICATION_VERSION)
-
-
-class BlobFile:
-    """``weight.bin``, appended to. ``written`` is told the bytes of every array."""
-
-    def __init__(self, writer: Any, path: Path, written: Callable[[int], None]) -> None:
-        self._writer = writer(str(path))
-        self._written = written
-
-    def append(self, values: Array, dtype: str) -> int:
-        """Write one array; the offset of its record."""
-        flat = np.ascontiguousarray(values).reshape(-1)
-        if dtype == "fp16":
-            flat = flat.view(np.uint16)
-        kind = "float" if dtype == "fp32" else dtype
-        try:
-            offset: int = getattr(self._writer, f"write_{kind}_data")(flat)
-        except RuntimeError as error:
-            raise DiskFullError(f"weight.bin could not be written: {error}") from error
-        self._written(Part("", dtype, values.shape).nbytes)
-        return offset
-
-    def close(self) -> None:
-        """The C++ writer flushes when it goes."""
-        self._writer = None

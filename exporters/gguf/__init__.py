@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
-from compress.model import Artifact, Plan, Progress, Runtime, Weights
+from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
+from compress.sources import Source
 
-__all__ = ["describe", "grids", "open_runtime", "plan", "write"]
+__all__ = ["candidates", "describe", "file_bytes", "grids", "open_runtime", "plan", "write"]
 
 
 def grids() -> Sequence[str]:
@@ -30,11 +31,33 @@ def grids() -> Sequence[str]:
     return tuple(BLOCKS)
 
 
-def plan(config: DecoderConfig, settings: Mapping[str, Any], *, model_name: str = "model") -> Plan:
+def plan(
+    config: DecoderConfig,
+    settings: Mapping[str, Any],
+    *,
+    model_name: str = "model",
+    choices: Mapping[str, str] | None = None,
+) -> Plan:
     """See ``exporters.gguf.planning.make_plan``."""
     from exporters.gguf.planning import make_plan
 
-    return make_plan(config, settings, model_name)
+    return make_plan(config, settings, model_name, choices)
+
+
+def candidates(
+    entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> Sequence[Candidate]:
+    """See ``exporters.gguf.planning.candidates``."""
+    from exporters.gguf import planning
+
+    return planning.candidates(entry, wanted)
+
+
+def file_bytes(plan: Plan, source: Source) -> int:
+    """See ``exporters.gguf.writer.file_bytes``."""
+    from exporters.gguf import writer
+
+    return writer.file_bytes(plan, source)
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:

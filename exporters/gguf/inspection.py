@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from exporters.gguf.head import read_head
-from exporters.gguf.metadata import CONTEXT_KEY
+from exporters.gguf.metadata import CONTEXT_KEY, TYPE_KEY
 from exporters.gguf.mixes import MIXES
 
 # ``general.file_type`` → the type or mix that it stands for.
@@ -46,7 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
     parameters = whole_number(keys.get("packlight.parameter_count")) or counted
     return {
         "format": "gguf",
-        "type": TYPES.get(metadata.get("general.file_type", "")),
+        "type": metadata.get(TYPE_KEY) or TYPES.get(metadata.get("general.file_type", "")),
         "name": metadata.get("general.name", path.stem),
         "architecture": metadata.get("general.architecture", ""),
         "parameters": parameters,

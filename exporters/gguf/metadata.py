@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Positions up to which llama.cpp agrees with the float model, where that is not all of them.
 CONTEXT_KEY = "packlight.context"
+# What a chosen mix is called: ``general.file_type`` has numbers for llama.cpp's presets only.
+TYPE_KEY = "packlight.type"
 
 ARCHITECTURES: dict[str, str] = {
     "llama": "llama",

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compress.arch import DecoderConfig, WeightMap, split_name
-from compress.errors import UnsupportedModelError
-from compress.model import Plan, PlanEntry
+from compress.errors import GridError, UnsupportedModelError, did_you_mean
+from compress.model import Candidate, Plan, PlanEntry, mix_name
 from exporters.gguf.metadata import ROPE_TENSORS, architecture, rope_tensors, target_name
-from exporters.gguf.mixes import Mix, fitting, tensor_bytes
+from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
 
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
 
+# What a budget chooses among. Rows of 256s: the K-quants, which beat the older types at the same
+# bytes, and the codebook of IQ4_NL; other rows: what has blocks of 32.
+WIDE = (
+    "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+NARROW = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
-def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
+
+def make_plan(
+    config: DecoderConfig,
+    settings: Mapping[str, Any],
+    model_name: str,
+    choices: Mapping[str, str] | None = None,
+) -> Plan:
     """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
     ``importance``: whether the solver looks at inputs (default: no).
 
@@ -27,11 +39,11 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
     check_expressible(config)
     importance = bool(settings.get("importance", False))
     mix = Mix.parse(str(settings.get("type", "Q4_K_M")), importance=importance)
-    entries = tuple(plan_entries(config, mix))
+    entries = tuple(plan_entries(config, mix, choices or {}))
     context, caveats = context_limit(config)
     return Plan(
         format="gguf",
-        type_name=mix.name,
+        type_name=mix_name(entries, config) if choices else mix.name,
         model_name=model_name,
         entries=entries,
         settings={"type": mix.name, **({"importance": True} if importance else {})},
@@ -40,8 +52,14 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
     )
 
 
-def plan_entries(config: DecoderConfig, mix: Mix) -> Iterator[PlanEntry]:
-    """Every tensor of the file, in order of writing."""
+def plan_entries(
+    config: DecoderConfig, mix: Mix, choices: Mapping[str, str]
+) -> Iterator[PlanEntry]:
+    """Every tensor of the file, in order of writing.
+
+    Raises:
+        GridError: a choice that the tensor's rows cannot hold.
+    """
     weights = WeightMap(config)
     for name in tensor_names(config):
         if name in ROPE_TENSORS:
@@ -51,10 +69,41 @@ def plan_entries(config: DecoderConfig, mix: Mix) -> Iterator[PlanEntry]:
         grid, note = "F32", ""  # norms and biases
         if kind == "weight" and len(shape) == 2:
             grid, note = fitting(mix.wish(role, block or 0, config), shape[1])
+            if name in choices:
+                grid, note = choices[name], ""
+                check_choice(name, grid, shape[1])
         yield PlanEntry(name, target_name(name), grid, shape, tensor_bytes(grid, shape), note)
     for name, values in rope_tensors(config).items():
         shape = (len(values),)
         yield PlanEntry(name, ROPE_TENSORS[name], "F32", shape, tensor_bytes("F32", shape))
+
+
+def check_choice(name: str, grid: str, columns: int) -> None:
+    """Refuse a choice that rows of ``columns`` weights cannot hold.
+
+    Raises:
+        GridError: no type of ggml, or one of larger blocks.
+    """
+    if grid not in BLOCKS:
+        raise GridError(f"{name}: there is no GGUF type {grid!r}", hint=did_you_mean(grid, BLOCKS))
+    if columns % BLOCKS[grid][0]:
+        raise GridError(
+            f"{name}: rows of {columns} are not a multiple of {BLOCKS[grid][0]}, which {grid} needs"
+        )
+
+
+def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
+    """See ``compress.model.Exporter.candidates``: llama.cpp loads any type for any matrix."""
+    if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return []
+    columns = entry.shape[1]
+    grids = list(WIDE if columns % 256 == 0 else NARROW if columns % 32 == 0 else ("F16",))
+    if entry.name == "embed_tokens.weight":
+        grids.append("F16")
+    fitting = [grid for grid in wanted or dict.fromkeys(grids) if columns % BLOCKS[grid][0] == 0]
+    # Tensors start at multiples of the file's alignment.
+    sizes = {grid: -(-tensor_bytes(grid, entry.shape) // 32) * 32 for grid in fitting}
+    return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
 
 
 def tensor_names(config: DecoderConfig) -> Iterator[str]:

@@ -6,6 +6,8 @@ the data section is ours, because its writer wants whole tensors in memory.
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,19 @@ from numpy.typing import NDArray
 from compress.arch import DecoderConfig
 from compress.grids import get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
+from compress.sources import Source
 from exporters.gguf.metadata import (
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
     ROPE_TENSORS,
+    TYPE_KEY,
     architecture,
     display_name,
     permuted_heads,
     rope_tensors,
     write_architecture,
 )
-from exporters.gguf.mixes import Mix
+from exporters.gguf.mixes import file_type
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 
 ALIGNMENT = 32  # gguf's default, so no key says it
@@ -66,6 +70,20 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     )
 
 
+def file_bytes(plan: Plan, source: Source) -> int:
+    """See ``compress.model.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
+    vocabulary = read_vocabulary(source.checkpoint.path, source.config)
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
+        path = Path(folder) / "head.gguf"
+        write_head(path, plan, source.config, vocabulary)
+        return aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in plan.entries)
+
+
+def aligned(size: int) -> int:
+    """The next multiple of ``ALIGNMENT``."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabulary) -> None:
     """Everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
@@ -80,7 +98,12 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
-    writer.add_file_type(Mix.parse(plan.type_name).file_type)
+    sizes: Counter[str] = Counter()
+    for entry in plan.entries:
+        sizes[entry.grid] += entry.nbytes
+    writer.add_file_type(file_type(plan.type_name, sizes))
+    if plan.type_name.startswith("mix-"):
+        writer.add_string(TYPE_KEY, plan.type_name)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     write_vocabulary(writer, vocabulary)
     for entry in plan.entries:

@@ -17,7 +17,7 @@ from compress.arch import DecoderConfig
 from compress.model import Plan, PlanEntry
 from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
-from exporters.onnx.planning import CONTEXT_KEY
+from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY
 
 
 def build(
@@ -42,6 +42,8 @@ class _Decoder(GraphBuilder):
         super().__init__(data_name)
         self.config = config
         self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
+        mixed = plan.type_name.startswith("mix-")
+        self.told = {TYPE_KEY: plan.type_name} if mixed else {}
         self.accuracy_level = int(plan.settings["accuracy_level"])
         self.pieces = pieces
         self.casts: dict[str, ir.Value] = {}
@@ -62,7 +64,7 @@ class _Decoder(GraphBuilder):
         hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
         logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
         self.output(logits, [*sequence, c.vocab_size], first=True)
-        return self.model(c.model_type, {CONTEXT_KEY: str(c.max_context)})
+        return self.model(c.model_type, {CONTEXT_KEY: str(c.max_context), **self.told})
 
     # --- the decoder ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.config_json import json_or_empty
 from compress.errors import ArtifactError
-from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES
+from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
 
 def find_graph(path: Path) -> Path:
@@ -55,6 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     return {
         "format": "onnx",
+        "type": metadata.get(TYPE_KEY),
         "name": graph.stem,
         "architecture": (config.get("architectures") or [model.graph.name])[0],
         "parameters": parameters,

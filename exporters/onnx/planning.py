@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from compress.arch import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
-from compress.model import Plan, PlanEntry
+from compress.model import Candidate, Plan, PlanEntry, mix_name
+from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 GRIDS = (
@@ -21,6 +23,11 @@ GRIDS = (
     ),
     "F16",
 )
+# What a budget chooses among; groups of 16 take half again the bytes of scales and run slower.
+CHOICES = (
+    *(f"int4-g{group}{kind}" for group in (32, 64, 128, 256) for kind in ("", "-asym")),
+    *(f"int8-g{group}" for group in (32, 64, 128)),
+)
 DEFAULTS: dict[str, Any] = {
     "bits": 4,
     "group_size": 32,
@@ -29,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # In the model's metadata: positions that the tables of cos and sin hold.
 CONTEXT_KEY = "packlight.context"
+TYPE_KEY = "packlight.type"  # and what a chosen mix is called
 # The cache is float32: GroupQueryAttention computes in the type of its cache.
 KV_BYTES = 4
 FLOAT_BYTES = {"F16": 2, "F32": 4}
@@ -36,7 +44,12 @@ FLOAT_BYTES = {"F16": 2, "F32": 4}
 BROWSER_LIMIT = 2**31
 
 
-def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: str) -> Plan:
+def make_plan(
+    config: DecoderConfig,
+    settings: Mapping[str, Any],
+    model_name: str,
+    choices: Mapping[str, str] | None = None,
+) -> Plan:
     """Plan the ONNX artifact.
 
     Args:
@@ -45,6 +58,7 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
             ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both default to ``bits``),
             ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to int8).
         model_name: base name, for the report.
+        choices: entry name → grid, over the settings'.
 
     Returns:
         Entries in the order of writing. Besides the weights there are two tables of cos and sin,
@@ -64,10 +78,13 @@ def make_plan(config: DecoderConfig, settings: Mapping[str, Any], model_name: st
     chosen.setdefault("embedding_bits", chosen["bits"])
     chosen.setdefault("head_bits", chosen["bits"])
     _check_group_size(config, chosen["group_size"])
-    entries = tuple(_entries(config, chosen))
+    entries = tuple(_entries(config, chosen, choices or {}))
+    if choices:  # the graph's name tells the bits of its linears
+        linears = [e.grid for e in entries if candidates(e) and e.name != "embed_tokens.weight"]
+        chosen["bits"] = 4 if any(grid.startswith("int4") for grid in linears) else 8
     return Plan(
         format="onnx",
-        type_name=_grid_name(chosen, chosen["bits"]),
+        type_name=mix_name(entries, config) if choices else _grid_name(chosen, chosen["bits"]),
         model_name=model_name,
         entries=entries,
         settings=chosen,
@@ -111,7 +128,46 @@ def weight_names(config: DecoderConfig) -> Iterator[str]:
             yield f"{stem}.bias"
 
 
-def _entries(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[PlanEntry]:
+def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
+    """See ``compress.model.Exporter.candidates``."""
+    if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return []
+    embedding = entry.name == "embed_tokens.weight"
+    grids = [
+        grid
+        for grid in wanted or (*CHOICES, "F16")
+        if (embedding if grid == "F16" else entry.shape[1] % get_group(grid) == 0)
+    ]
+    sizes = {grid: layout_bytes(replace(entry, grid=grid)) for grid in grids}
+    return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
+
+
+def checked(name: str, grid: str, columns: int) -> str:
+    """A chosen grid, if the runtime takes it for that tensor.
+
+    Raises:
+        GridError: it does not.
+    """
+    if grid not in GRIDS or (grid == "F16" and name != "embed_tokens.weight"):
+        raise GridError(f"{name}: onnxruntime has no {grid} for it", hint=", ".join(CHOICES))
+    if grid != "F16" and columns % get_group(grid):
+        raise GridError(f"{name}: {grid} does not divide rows of {columns}")
+    return grid
+
+
+def get_group(grid: str) -> int:
+    """``int4-g32-asym`` → 32."""
+    return int(grid.split("-")[1].removeprefix("g"))
+
+
+def layout_bytes(entry: PlanEntry) -> int:
+    """Bytes of an entry's arrays in the data file, each up to the next multiple of 64."""
+    return sum(-(-piece.nbytes // ALIGNMENT) * ALIGNMENT for piece in layout([entry]).values())
+
+
+def _entries(
+    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str]
+) -> Iterator[PlanEntry]:
     shapes = WeightMap(config)
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
@@ -120,6 +176,8 @@ def _entries(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[Pla
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32", shape)
+        elif name in choices:
+            yield _entry(name, checked(name, choices[name], shape[1]), shape)
         elif name == "embed_tokens.weight":
             yield _entry(name, embedding, shape)
         elif name != "lm_head.weight":

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from compress.grids import Array, get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
+from compress.sources import Source
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, Piece, layout, pack
 
@@ -55,6 +56,18 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
         plan=plan,
         notes=plan.notes,
     )
+
+
+def file_bytes(plan: Plan, source: Source) -> int:
+    """See ``compress.model.Exporter.file_bytes``: the graph as it will be, and the data's end."""
+    import onnx_ir as ir
+
+    from exporters.onnx.graph import build
+
+    pieces = layout(plan.entries)
+    model = build(source.config, plan, pieces, Path(data_file(plan)).name)
+    graph = ir.serde.serialize_model(model)
+    return int(graph.ByteSize()) + max(piece.offset + piece.nbytes for piece in pieces.values())
 
 
 def write_data(

@@ -1,0 +1,118 @@
+"""What there is to choose: tensors, and the grids each may have, with their bytes in the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from compress.arch import FUSED, DecoderConfig, split_name
+from compress.errors import GridError
+from compress.model import Candidate, Exporter, Plan
+from compress.statistics import stored_block
+
+__all__ = ["Choice", "Rules", "bits_of", "choices_of"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a recipe says of the choice (``quantize``).
+
+    Attributes:
+        candidates: names of grids; none: each format's own choice.
+        keep: role (``lm_head``, ``down_proj``; a fused tensor counts for its parts) → the fewest
+            bits that it may have.
+    """
+
+    candidates: tuple[str, ...] = ()
+    keep: Mapping[str, int] = field(default_factory=dict)
+
+    def floor(self, roles: Sequence[str]) -> int:
+        """The fewest bits of a tensor that serves these roles; 0 where nothing is said."""
+        return max((self.keep.get(role, 0) for role in roles), default=0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision.
+
+    Attributes:
+        name: of the first entry.
+        names: entries of the plan that get the same grid: one, or the copies of a shared block.
+        roles: unfused; a tied embedding is ``embed_tokens`` and ``lm_head``.
+        shape: ``[rows, columns]`` of each.
+        options: grids with the bytes of all entries together, smallest first.
+        floor: fewest bits, from the recipe; options below it are not there.
+    """
+
+    names: tuple[str, ...]
+    roles: tuple[str, ...]
+    shape: tuple[int, int]
+    options: tuple[Candidate, ...]
+    floor: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def bits_of(grid: str) -> int:
+    """Bits of a code, by the grid's name: ``Q4_K`` → 4, ``lut6-g8`` → 6, ``F16`` → 16."""
+    found = re.search(r"\d+", grid)
+    return int(found[0]) if found else 0
+
+
+def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rules) -> list[Choice]:
+    """The choices of a target, in the order of its file.
+
+    Args:
+        plan: of the target, whatever its grids.
+        config: the model.
+        exporter: of the plan's format.
+        rules: the recipe's. Candidates of other formats are passed over; where none of the names
+            is this format's, it chooses among its own.
+
+    Raises:
+        GridError: the rules leave a tensor nothing.
+    """
+    known = set(exporter.grids())
+    wanted = tuple(name for name in rules.candidates if name in known)
+    groups: dict[str, list[str]] = {}
+    entries = {entry.name: entry for entry in plan.entries}
+    for entry in plan.entries:
+        if exporter.candidates(entry, plan.settings):
+            groups.setdefault(stored_name(config, entry.name), []).append(entry.name)
+    head = any(split_name(name)[1] == "lm_head" for name in groups)
+    found = []
+    for names in groups.values():
+        first = entries[names[0]]
+        roles = roles_of(first.name, tied=not head)
+        floor = rules.floor(roles)
+        options = tuple(
+            Candidate(option.grid, option.nbytes * len(names))
+            for option in exporter.candidates(first, plan.settings, wanted)
+            if bits_of(option.grid) >= floor
+        )
+        if not options:
+            raise GridError(
+                f"{plan.format}: no grid is left for {first.name} "
+                f"(rows of {first.shape[1]}, at least {floor} bits)",
+                hint="quantize.candidates and quantize.keep say what is left",
+            )
+        shape = (first.shape[0], first.shape[1])
+        found.append(Choice(tuple(names), roles, shape, options, floor))
+    return found
+
+
+def stored_name(config: DecoderConfig, name: str) -> str:
+    """The name of the first of the blocks that share a weight."""
+    block, role, kind = split_name(name)
+    return name if block is None else f"blocks.{stored_block(config, block)}.{role}.{kind}"
+
+
+def roles_of(name: str, *, tied: bool) -> tuple[str, ...]:
+    """What a tensor is there for."""
+    _, role, _ = split_name(name)
+    if role == "embed_tokens" and tied:
+        return ("embed_tokens", "lm_head")
+    return FUSED.get(role, (role,))

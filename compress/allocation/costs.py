@@ -1,0 +1,159 @@
+"""What each tensor costs on each grid: nats that the model's output is expected to move.
+
+``cost = relative error of the tensor on the grid × nats per unit of error`` (``tensor_error.py``,
+``sensitivity.py``). Codes are chosen by the recipe's own solver, with its statistics, so that a
+solver which makes up for its rounding is judged by what it really leaves.
+
+The table is kept beside the calibration's statistics and grows: another budget or another format
+measures what is not there yet, and nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from compress.allocation.sensitivity import Sensitivity, measure
+from compress.allocation.tensor_error import relative_error, sampled
+from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
+from compress.calibration import cache_folder
+from compress.calibration_set import CalibrationSet
+from compress.grids import Float32, Grid, get_grid
+from compress.model import Solver
+from compress.sources import Source
+from compress.statistics import Statistics, stored_block
+
+__all__ = ["CostTable", "measured", "members"]
+
+LAYOUT = 1  # of the file; part of its key
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class CostTable:
+    """Sensitivities and errors, by unfused name of a stored weight.
+
+    Attributes:
+        config: the model.
+        sensitivities: of every linear and the embedding.
+        errors: name → grid → relative error.
+    """
+
+    config: DecoderConfig
+    sensitivities: dict[str, Sensitivity] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def cost(self, name: str, grid: str, *, tied: bool = False) -> float:
+        """Expected KL, in nats per token, of a weight (fused or not) on a grid.
+
+        Args:
+            tied: an embedding that is the head too.
+        """
+        return sum(
+            self.sensitivities[member].slope * self.errors[member][grid]
+            for member in members(self.config, name, tied=tied)
+        )
+
+    def missing(self, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+        """Pairs of name and grid that are not there, by unfused name."""
+        found: dict[str, list[str]] = {}
+        for name, grid in wanted:
+            if grid not in self.errors.get(name, {}):
+                grids = found.setdefault(name, [])
+                if grid not in grids:
+                    grids.append(grid)
+        return found
+
+    @classmethod
+    def load(cls, config: DecoderConfig, path: Path) -> CostTable:
+        """What ``save`` left; an empty table where there is none, or a damaged one."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            told = {n: Sensitivity(**entry) for n, entry in document["sensitivities"].items()}
+            return cls(config, told, document["errors"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(config)
+
+    def save(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        document = {
+            "sensitivities": {name: asdict(entry) for name, entry in self.sensitivities.items()},
+            "errors": self.errors,
+        }
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        partial.replace(path)
+
+
+def members(config: DecoderConfig, name: str, *, tied: bool = False) -> list[str]:
+    """Unfused names of the stored weight that an entry of a plan holds."""
+    block, role, kind = split_name(name)
+    if block is None:
+        return [name, "lm_head.weight"] if tied else [name]
+    stem = f"blocks.{stored_block(config, block)}"
+    return [f"{stem}.{member}.{kind}" for member in FUSED.get(role, (role,))]
+
+
+def measured(
+    source: Source,
+    calibration: CalibrationSet,
+    statistics: Statistics,
+    solver: tuple[str, Solver],
+    wanted: Sequence[tuple[str, str]],
+    progress: Callable[[str], Progress],
+) -> CostTable:
+    """The table of a source with everything that is wanted, measured where it is not known.
+
+    Args:
+        source: the weights.
+        calibration: the windows, and what names them.
+        statistics: of the inputs.
+        solver: its name, and the solver with the statistics bound.
+        wanted: pairs of unfused name and grid.
+        progress: phase → ``progress(done, total)``.
+    """
+    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {solver[0]}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    path = cache_folder() / f"{key}-costs.json"
+    table = CostTable.load(source.config, path)
+    if not table.sensitivities:
+        told = progress("sensitivities")
+        table.sensitivities = measure(source, calibration.windows, statistics, told)
+        table.save(path)
+    if missing := table.missing(wanted):
+        measure_errors(source, statistics, solver[1], missing, table.errors, progress("errors"))
+        table.save(path)
+    return table
+
+
+def measure_errors(
+    source: Source,
+    statistics: Statistics,
+    solve: Solver,
+    missing: Mapping[str, Sequence[str]],
+    errors: dict[str, dict[str, float]],
+    progress: Progress,
+) -> None:
+    """Fill in the errors, one tensor in memory at a time."""
+    shapes = WeightMap(source.config)
+    tied = source.config.tie_word_embeddings
+    for done, (name, grids) in enumerate(missing.items()):
+        rows, columns = shapes.shape(name)
+        # A tied head has the embedding's codes.
+        stored = "embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        weight = sampled(lambda run, name=stored: source.read(name, run), rows, columns)  # type: ignore[misc]
+        for grid in map(get_grid, grids):
+            change = decoded(solve, weight, grid, stored) - weight
+            error = relative_error(weight, change, statistics.for_weight(name))
+            errors.setdefault(name, {})[grid.name] = error
+        progress(done + 1, len(missing))
+
+
+def decoded(solve: Solver, weight: Float32, grid: Grid, name: str) -> Float32:
+    """A weight as a runtime reconstructs it."""
+    return solve(weight, grid, name).decode()
