@@ -1,7 +1,8 @@
 """Our GGUF block grids against llama.cpp's quantizer: speed per core and error.
 
-    python benchmarks/kquant.py            # about a minute; writes kquant.json, prints the table
+    python benchmarks/kquant.py [TYPE ...]  # about a minute; writes kquant.json, prints the table
 
+With types given, their rows are measured anew and all others stay as they are.
 Speed is Mweights per CPU second on one thread, bytes of a GGUF tensor included on both sides, the
 best of five; compiling is not counted. Errors are ratios, ours to llama.cpp's (below 1: ours is
 smaller): `weighted` as llama.cpp itself weights the squares, `bare` by the importance alone
@@ -27,10 +28,10 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-from compress.grids import get_grid  # noqa: E402
-from compress.grids.kquant import TYPES  # noqa: E402
+from compress.grids import codebook, get_grid, kquant  # noqa: E402
 
 ROWS, COLUMNS, REPEATS = 256, 4096, 5
+TYPES = (*kquant.TYPES, "MXFP4", *codebook.TYPES)
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -103,7 +104,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     numba.config.NUMBA_NUM_THREADS = 1
     importance = np.exp(np.random.default_rng(1).standard_normal(COLUMNS)).astype(np.float32)
-    rows = [measure(name, given) for name in TYPES for given in (None, importance)]
+    names = sys.argv[1:] or TYPES
+    measured = [measure(name, given) for name in names for given in (None, importance)]
+    kept = json.loads((HERE / "kquant.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured + [row for row in kept if row["grid"] not in names]
+    rows.sort(key=lambda row: TYPES.index(row["grid"]))
     machine = f"{platform.machine()}, {numba.config.CPU_NAME or 'host CPU'}"
     result = {
         "machine": machine,
