@@ -142,6 +142,11 @@ def cli() -> None:
               help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
+@click.option("--prune", default="", metavar="METHOD:AMOUNT",
+              help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
+@click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
 @eval_option
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
@@ -173,6 +178,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         seed=options["seed"],
         imatrix=options["imatrix"],
         save_imatrix=options["save_imatrix"],
+        prune=options["prune"],
+        save_checkpoint=options["save_checkpoint"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],

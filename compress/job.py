@@ -14,6 +14,7 @@ from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.pruning.cut import Cut, plan_cut
 from compress.recipe import Recipe
 from compress.rotation import Rotated
 from compress.solvers import NEEDS
@@ -37,6 +38,7 @@ class Job:
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
         sources: ... except targets that have weights of their own; by format.
+        cut: how much of the float model is pruned, or None; plans are of what is left.
     """
 
     source: Source
@@ -46,15 +48,25 @@ class Job:
     context: int
     command: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
+    cut: Cut | None = None
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
         return self.sources.get(plan.format, self.source)
 
+    def on(self, source: Source) -> Job:
+        """The same job on other weights of the shape that it was planned for."""
+        return replace(self, source=source, sources=rotations(source, self.recipe))
+
     @property
     def checkpoint(self) -> Checkpoint:
         """The float model's."""
         return self.source.checkpoint
+
+    @property
+    def shape(self) -> DecoderConfig:
+        """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
+        return self.config if self.cut is None else self.cut.config
 
     @property
     def predicted_bytes(self) -> int:
@@ -98,9 +110,26 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    name = model_name(checkpoint.source)
-    stored = Stored(checkpoint, config)
-    rotated: dict[str, Rotated] = {}
+    whole = Stored(checkpoint, config)
+    plans = make_plans(whole, recipe, get_exporter, context)
+    cut = plan_cut(config, recipe.prune, plans)
+    if cut is not None:
+        plans = make_plans(Stored(checkpoint, cut.config), recipe, get_exporter, context)
+    positions = context or min(DEFAULT_CONTEXT, config.max_context)
+    sources = rotations(whole, recipe)
+    return Job(whole, config, recipe, plans, positions, command, sources, cut)
+
+
+def make_plans(
+    source: Source, recipe: Recipe, get_exporter: GetExporter, context: int | None
+) -> tuple[Plan, ...]:
+    """A plan for each target of the recipe, from the config of a source; nothing is read.
+
+    Raises:
+        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+    """
+    name = model_name(source.checkpoint.source)
+    rotated = rotations(source, recipe)
     plans = []
     for target, settings in recipe.targets.items():
         wanted = dict(settings)
@@ -108,15 +137,25 @@ def prepare(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
-        if wanted.get("rotate", "none") != "none":
-            rotated[target] = Rotated(stored, wanted["rotate"])
-        source = rotated.get(target, stored)
-        plan = get_exporter(target).plan(source.config, wanted, model_name=name)
+        config = rotated[target].config if target in rotated else source.config
+        plan = get_exporter(target).plan(config, wanted, model_name=name)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan)
-    positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(stored, config, recipe, tuple(plans), positions, command, rotated)
+    return tuple(plans)
+
+
+def rotations(source: Source, recipe: Recipe) -> dict[str, Rotated]:
+    """Targets whose weights are turned, by format.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be.
+    """
+    return {
+        target: Rotated(source, settings["rotate"])
+        for target, settings in recipe.targets.items()
+        if settings.get("rotate", "none") != "none"
+    }
 
 
 def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
@@ -146,14 +185,21 @@ def plan_document(job: Job) -> dict[str, Any]:
             "family": job.config.family,
             "parameters": job.config.num_parameters,
         },
+        **({"prune": prune_document(job)} if job.cut else {}),
         "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
         "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
     }
 
 
+def prune_document(job: Job) -> dict[str, Any]:
+    """``prune`` as the recipe's document has it, and how many parameters are left."""
+    return {**job.recipe.document["prune"], "parameters_left": job.shape.num_parameters}
+
+
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where the solver looks at inputs."""
-    return {"calibration": recipe.document["calibration"]} if recipe.solver in NEEDS else {}
+    """``calibration`` as the recipe's document has it, where anything looks at inputs."""
+    looks = recipe.solver in NEEDS or recipe.prunes
+    return {"calibration": recipe.document["calibration"]} if looks else {}
 
 
 def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
@@ -183,6 +229,9 @@ def print_plan(job: Job, console: Console) -> None:
     console.result(plan_document(job))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
+    if job.cut:
+        left = job.shape.num_parameters
+        console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
     rows = []
     for plan in job.plans:
         counts: dict[str, int] = {}
@@ -263,7 +312,7 @@ def adopt(
             if key == "vocab_size":
                 hint = "--baseline is the checkpoint that the artifact was made from"
                 raise UsageError(what, hint=hint)
-            console.warning(f"{what}: are they the same model?")
+            console.warning(f"{what}: pruned, or another model?")
     entries = tuple(
         PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
@@ -276,7 +325,13 @@ def adopt(
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    told = facts["config"]  # a pruned model keeps less
+    shape = replace(
+        config,
+        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+    )
+    cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
 

@@ -37,6 +37,8 @@ from compress.job import (
 from compress.machine import available_memory
 from compress.model import Artifact, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.pruning.options import check_save, prune_option, save_pruned
+from compress.pruning.step import prune
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.sources import Stored
@@ -65,6 +67,8 @@ class BuildSettings:
     seed: int | None = None
     imatrix: Path | None = None
     save_imatrix: Path | None = None
+    prune: str = ""
+    save_checkpoint: Path | None = None
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -114,11 +118,18 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         print_plan(job, console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    if settings.save_checkpoint:
+        check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
     # Before the work: a text that is too short, or no tokenizer, is told now.
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
+        pruned = prune(job, console, settings.threads)
+        if pruned is not None:
+            job = job.on(pruned.source)
+        if settings.save_checkpoint:
+            save_pruned(job, settings.save_checkpoint, console)
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
@@ -126,7 +137,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report["notes"] += calibration.notes()
+        report["notes"] += [*(pruned.notes if pruned else ()), *calibration.notes()]
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -198,6 +209,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
     if settings.seed is not None:
         overrides.append(f"calibration.seed={settings.seed}")
+    if settings.prune:
+        overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
 
 
@@ -222,6 +235,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:
         words += ["--seed", str(settings.seed)]
+    if settings.prune:
+        words += ["--prune", settings.prune]
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])

@@ -35,6 +35,7 @@ class Recipe:
         permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
+        prune: ``method`` and one amount; empty where nothing is pruned.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
         document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
@@ -47,9 +48,15 @@ class Recipe:
     sequence_length: int
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    prune: Mapping[str, Any] = field(default_factory=dict)
     fold: str = "none"
     permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return bool(self.prune) and self.prune["method"] != "none"
 
     @property
     def folds(self) -> bool:
@@ -148,6 +155,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
     fill_defaults(whole, schema)
+    check_prune(whole.get("prune", {}), source)
     verify = whole["verify"]
     calibration = dict(whole["calibration"])
     # What travels with an artifact names no place of this machine.
@@ -161,10 +169,42 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
+        prune=whole.get("prune", {}),
         fold=whole["quantize"]["fold"],
         permute=whole["quantize"]["permute"],
         document=whole,
     )
+
+
+# How much goes, by method: exactly one of these keys.
+AMOUNTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "depth": ("ratio", "blocks"),
+    "ffn": ("ratio", "width"),
+    "heads": ("ratio", "kv_heads"),
+}
+
+
+def check_prune(prune: Mapping[str, Any], source: str) -> None:
+    """Refuse a method without its amount, or with another's.
+
+    Raises:
+        RecipeError: with the keys that would do.
+    """
+    method = prune.get("method", "none")
+    keys = AMOUNTS[method]
+    given = [key for key in ("ratio", "blocks", "width", "kv_heads") if key in prune]
+    if strange := [key for key in given if key not in keys]:
+        raise RecipeError(
+            f"{source}: prune.{strange[0]} has no meaning with method {method}",
+            hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
+        )
+    if keys and len(given) != 1:
+        raise RecipeError(
+            f"{source}: prune.method {method} needs one of {' and '.join(keys)}, "
+            f"{'both are' if given else 'none is'} given",
+            hint=f"--set prune.{keys[0]}=0.1",
+        )
 
 
 def normalize(document: Mapping[str, Any]) -> dict[str, Any]:
