@@ -143,6 +143,16 @@ def cli() -> None:
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
 @eval_option
+@click.option("--budget", default="", metavar="SIZE",
+              help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
+                   "that serves the model best within them.")  # fmt: skip
+@click.option("--budget-memory", default="", metavar="SIZE",
+              help="The same for memory while running: file, KV cache at --context, "
+                   "activations.")  # fmt: skip
+@click.option("--device", default="", metavar="NAME", shell_complete=lambda *_: _device_names(),
+              help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
+              help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
 @threads_option
@@ -162,6 +172,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from exporters import SHIPYARD
 
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    if options["plan"] and any(options[key] for key in ("budget", "budget_memory", "device")):
+        raise UsageError("--plan and a budget exclude each other")
     settings = pipeline.BuildSettings(
         model=model,
         output=output,
@@ -173,6 +185,10 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         seed=options["seed"],
         imatrix=options["imatrix"],
         save_imatrix=options["save_imatrix"],
+        budget=options["budget"],
+        budget_memory=options["budget_memory"],
+        device=options["device"],
+        plan=options["plan"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],

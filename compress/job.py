@@ -80,6 +80,7 @@ def prepare(
     *,
     context: int | None = None,
     command: str = "",
+    choices: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -89,6 +90,7 @@ def prepare(
         get_exporter: format → its exporter.
         context: positions of KV caches, over the recipe's.
         command: for the report.
+        choices: format → entry name → grid, over the recipe's.
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
@@ -111,7 +113,8 @@ def prepare(
         if wanted.get("rotate", "none") != "none":
             rotated[target] = Rotated(stored, wanted["rotate"])
         source = rotated.get(target, stored)
-        plan = get_exporter(target).plan(source.config, wanted, model_name=name)
+        grids = (choices or {}).get(target)
+        plan = get_exporter(target).plan(source.config, wanted, model_name=name, choices=grids)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan)
@@ -135,8 +138,15 @@ def model_name(source: str) -> str:
     return safe or "model"
 
 
-def plan_document(job: Job) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
+def plan_document(
+    job: Job, budgets: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times.
+
+    Args:
+        job: the job.
+        budgets: format → what its budget says.
+    """
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -147,7 +157,10 @@ def plan_document(job: Job) -> dict[str, Any]:
             "parameters": job.config.num_parameters,
         },
         "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
-        "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
+        "targets": {
+            plan.format: plan_target(plan, job.config, (budgets or {}).get(plan.format))
+            for plan in job.plans
+        },
     }
 
 
@@ -156,13 +169,18 @@ def calibration_document(recipe: Recipe) -> dict[str, Any]:
     return {"calibration": recipe.document["calibration"]} if recipe.solver in NEEDS else {}
 
 
-def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
+def plan_target(
+    plan: Plan, config: DecoderConfig, budget: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """One target of ``plan.json``."""
     return {
         "type": plan.type_name,
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
+        **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
         "bits_per_weight": round(plan.weights_bytes * 8 / config.num_parameters, 4),
+        **expectation(plan),
+        **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
         "tensors": [
             {
@@ -178,9 +196,18 @@ def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def print_plan(job: Job, console: Console) -> None:
+def expectation(plan: Plan) -> dict[str, float]:
+    """What a cost table says of the plan, four digits, where there was one."""
+    if plan.expected_divergence is None:
+        return {}
+    return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
+
+
+def print_plan(
+    job: Job, console: Console, budgets: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job))
+    console.result(plan_document(job, budgets))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
     rows = []

@@ -9,9 +9,12 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compress.allocation.explain import describe, print_budgets
+from compress.allocation.step import Budgeted, locked, within_budget
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
@@ -65,6 +68,10 @@ class BuildSettings:
     seed: int | None = None
     imatrix: Path | None = None
     save_imatrix: Path | None = None
+    budget: str = ""
+    budget_memory: str = ""
+    device: str = ""
+    plan: Path | None = None
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -107,11 +114,32 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         console.warning(line)
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
     command = command_line(checkpoint, settings, output)
-    job = prepare(
-        checkpoint, recipe, shipyard.get_exporter, context=settings.context, command=command
-    )
+    get_exporter = shipyard.get_exporter
+
+    def prepared(choices: Mapping[str, Mapping[str, str]] | None = None) -> Job:
+        return prepare(
+            checkpoint,
+            recipe,
+            get_exporter,
+            context=settings.context,
+            command=command,
+            choices=choices,
+        )
+
+    job = prepared()
+    budgeted: list[Budgeted] = []
+    budgets: dict[str, dict[str, Any]] = {}
+    if settings.plan:
+        job, budgets = locked(settings.plan, job, get_exporter, prepared)
+    else:
+        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        free = partial(check_output, output, overwrite=settings.overwrite)
+        ready = None if settings.dry_run else free
+        job, budgeted = within_budget(calibration, get_exporter, prepared, ready)
+        budgets = {b.target.plan.format: describe(b) for b in budgeted}
     if settings.dry_run:
-        print_plan(job, console)
+        print_plan(job, console, budgets)
+        print_budgets(budgeted, console)
         return 0
     check_output(output, overwrite=settings.overwrite)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
@@ -122,7 +150,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
-        write_json(folder / "plan.json", plan_document(job))
+        write_json(folder / "plan.json", plan_document(job, budgets))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
@@ -198,6 +226,9 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
     if settings.seed is not None:
         overrides.append(f"calibration.seed={settings.seed}")
+    for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
+        if value := getattr(settings, option):
+            overrides.append(f"budget.{key}={value}")
     return overrides
 
 
@@ -218,6 +249,11 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--eval-text", settings.eval_text.name]
     for path in settings.calibration:
         words += ["--calibration", path.name]
+    for option in ("budget", "budget_memory", "device"):
+        if value := getattr(settings, option):
+            words += [f"--{option.replace('_', '-')}", value]
+    if settings.plan:
+        words += ["--plan", settings.plan.name]
     if settings.imatrix:
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:
@@ -364,6 +400,7 @@ def make_report(
         limits=limits,
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
+        budget_bytes=job.recipe.budget_bytes,
         notes=baseline_notes(job.config),
     )
 
