@@ -50,6 +50,11 @@ class Importance:
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and recipe.prunes:
+            raise UsageError(
+                "--imatrix counts inputs of the whole model, and the recipe prunes it",
+                hint="--calibration, or an imatrix of what --save-checkpoint writes",
+            )
         if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
             raise UsageError(
                 "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
@@ -57,12 +62,21 @@ class Importance:
             )
         if self.imatrix and NEEDS.get(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
-        looks = solver in NEEDS or bool(recipe.budget)
-        if not looks and self.imatrix:
+        if recipe.folds and solver not in NEEDS:
+            raise UsageError(
+                f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
+            )
+        if recipe.folds and self.imatrix:
+            raise UsageError(
+                "--imatrix has less than quantize.fold and quantize.permute need",
+                hint="leave it out: calibration texts have it",
+            )
+        if solver not in NEEDS and not recipe.budget and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        if not looks and calibration and not self.save:
+        looks = solver in NEEDS or recipe.prunes or bool(recipe.budget) or self.save is not None
+        if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
-        for path in texts_of(recipe) if looks or self.save else []:
+        for path in texts_of(recipe) if looks else []:
             if not path.is_file() and not self.imatrix:
                 raise UsageError(f"{path} does not exist", hint="a calibration text")
         if self.imatrix and not self.imatrix.is_file():
@@ -165,24 +179,35 @@ class CalibrationStep:
 
     @cached_property
     def _texts(self) -> CalibrationSet:
-        settings = self.job.recipe.calibration
-        return CalibrationSet.load(
-            settings["texts"],
-            Tokenizer(self.job.checkpoint.path),
-            tokens=settings["tokens"],
-            sequence_length=min(settings["sequence_length"], self.job.config.max_context),
-            seed=settings["seed"],
-        )
+        return read_texts(self.job)
 
     def _calibrate(self, source: Source) -> Statistics:
         """From the recipe's texts."""
         import torch
 
+        recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,
-                hessian=NEEDS.get(self.job.recipe.solver) == "hessian",
+                hessian=recipe.folds or NEEDS.get(recipe.solver) == "hessian",
                 progress=update,
             )
+
+
+def read_texts(job: Job) -> CalibrationSet:
+    """The recipe's calibration texts as windows of tokens.
+
+    Raises:
+        UsageError: texts that are not there or too short.
+        CheckpointError: no tokenizer.
+    """
+    settings = job.recipe.calibration
+    return CalibrationSet.load(
+        settings["texts"],
+        Tokenizer(job.checkpoint.path),
+        tokens=settings["tokens"],
+        sequence_length=min(settings["sequence_length"], job.config.max_context),
+        seed=settings["seed"],
+    )

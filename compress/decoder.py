@@ -107,14 +107,23 @@ class RopeTable:
 
 
 class Block:
-    """One decoder block with its weights in memory."""
+    """One decoder block with its weights in memory.
 
-    def __init__(self, config: DecoderConfig, index: int, read: Read) -> None:
+    Args:
+        config: the decoder.
+        index: of the block.
+        read: weights by name.
+        roles: only these weights, of the half that will be run; None for all.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, index: int, read: Read, roles: Sequence[str] | None = None
+    ) -> None:
         self.config = config
         self.index = index
         self._stem = f"blocks.{index}."
         self._weights: dict[str, Tensor] = {}
-        for role in (*config.norm_roles, *config.linear_roles):
+        for role in (*config.norm_roles, *config.linear_roles) if roles is None else roles:
             kinds = ("weight", "bias") if config.has_bias(role) else ("weight",)
             for kind in kinds:
                 name = f"{self._stem}{role}.{kind}"
@@ -129,11 +138,11 @@ class Block:
     ) -> Tensor:
         """``[n, hidden]`` → ``[n, hidden]``; with ``past``, the positions after those it holds."""
         normed = self._norm("input_layernorm", hidden)
-        attended = hidden + self._attention(normed, rope, past, on_input)
+        attended = hidden + self.attention(normed, rope, past, on_input)
         if self.config.parallel_residual:
-            return attended + self._mlp(normed, on_input)
+            return attended + self.mlp(normed, on_input)
         normed = self._norm("post_attention_layernorm", attended)
-        return attended + self._mlp(normed, on_input)
+        return attended + self.mlp(normed, on_input)
 
     def _linear(self, role: str, x: Tensor, on_input: OnInput | None) -> Tensor:
         if on_input is not None:
@@ -144,9 +153,14 @@ class Block:
         weight, bias = self._weights[f"{role}.weight"], self._weights.get(f"{role}.bias")
         return normalize(self.config, x, weight, bias)
 
-    def _attention(
-        self, x: Tensor, rope: RopeTable, past: Past | None, on_input: OnInput | None
+    def attention(
+        self,
+        x: Tensor,
+        rope: RopeTable,
+        past: Past | None = None,
+        on_input: OnInput | None = None,
     ) -> Tensor:
+        """What is added to the residual for one sequence ``x``, ``[n, hidden]``, normed."""
         c = self.config
         count, start = x.shape[0], past.length if past is not None else 0
         query, key, value = (
@@ -173,7 +187,8 @@ class Block:
         merged = mixed.reshape(c.num_attention_heads, count, c.head_dim).transpose(0, 1)
         return self._linear("o_proj", merged.reshape(count, -1), on_input)
 
-    def _mlp(self, x: Tensor, on_input: OnInput | None) -> Tensor:
+    def mlp(self, x: Tensor, on_input: OnInput | None = None) -> Tensor:
+        """Likewise; rows are independent."""
         if self.config.gated_mlp:
             gate = F.silu(self._linear("gate_proj", x, on_input))
             inner = gate * self._linear("up_proj", x, on_input)
@@ -287,7 +302,7 @@ class Decoder:
     def _bias(self, role: str) -> Tensor | None:
         return self._weight(f"{role}.bias") if self.config.has_bias(role) else None
 
-    def _head(self) -> Callable[[Tensor], Tensor]:
+    def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and head with their weights read: ``[n, hidden]`` → ``[n, vocab]``."""
         norm, norm_bias = self._weight("norm.weight"), self._bias("norm")
         head, head_bias = self._weight("lm_head.weight"), self._bias("lm_head")
@@ -333,7 +348,7 @@ class Decoder:
         for done, states in enumerate(self.walk(windows)):  # noqa: B007
             if progress is not None:
                 progress(done, total)
-        head = self._head()
+        head = self.head()
         for done, hidden in enumerate(states, self.config.num_hidden_layers + 1):
             yield head(hidden).numpy()
             if progress is not None:
@@ -368,7 +383,7 @@ class Decoder:
         (hidden,) = self.embed([tokens])
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
-        return self._head()(hidden[-1:])[0].numpy()
+        return self.head()(hidden[-1:])[0].numpy()
 
     def close(self) -> None:
         """Drop the weights that were kept and the cache."""

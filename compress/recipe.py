@@ -32,8 +32,11 @@ class Recipe:
         name: for reports.
         targets: format → settings.
         solver: how codes are chosen.
+        fold: ``awq`` scales channels before that, ``none`` does not.
+        permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
+        prune: ``method`` and one amount; empty where nothing is pruned.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
         candidates: grids that a budget chooses among; none: each format's own choice.
@@ -52,7 +55,20 @@ class Recipe:
     candidates: tuple[str, ...] = ()
     keep: Mapping[str, int] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    prune: Mapping[str, Any] = field(default_factory=dict)
+    fold: str = "none"
+    permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return bool(self.prune) and self.prune["method"] != "none"
+
+    @property
+    def folds(self) -> bool:
+        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
+        return self.fold != "none" or self.permute
 
     @property
     def budget_bytes(self) -> int | None:
@@ -151,6 +167,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
     fill_defaults(whole, schema)
+    check_prune(whole.get("prune", {}), source)
     verify = whole["verify"]
     calibration = dict(whole["calibration"])
     named = whole["quantize"].get("candidates", "auto")
@@ -169,6 +186,9 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         candidates=() if named == "auto" else tuple(named),
         keep={role: int(str(bits).lstrip(">= ")) for role, bits in kept.items()},
         budget=checked_budget(whole.get("budget", {}), source),
+        prune=whole.get("prune", {}),
+        fold=whole["quantize"]["fold"],
+        permute=whole["quantize"]["permute"],
         document=whole,
     )
 
@@ -186,6 +206,37 @@ def checked_budget(budget: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         except ValueError as error:
             raise RecipeError(f"{source}: budget.{key}: {error}") from error
     return budget
+
+
+# How much goes, by method: exactly one of these keys.
+AMOUNTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "depth": ("ratio", "blocks"),
+    "ffn": ("ratio", "width"),
+    "heads": ("ratio", "kv_heads"),
+}
+
+
+def check_prune(prune: Mapping[str, Any], source: str) -> None:
+    """Refuse a method without its amount, or with another's.
+
+    Raises:
+        RecipeError: with the keys that would do.
+    """
+    method = prune.get("method", "none")
+    keys = AMOUNTS[method]
+    given = [key for key in ("ratio", "blocks", "width", "kv_heads") if key in prune]
+    if strange := [key for key in given if key not in keys]:
+        raise RecipeError(
+            f"{source}: prune.{strange[0]} has no meaning with method {method}",
+            hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
+        )
+    if keys and len(given) != 1:
+        raise RecipeError(
+            f"{source}: prune.method {method} needs one of {' and '.join(keys)}, "
+            f"{'both are' if given else 'none is'} given",
+            hint=f"--set prune.{keys[0]}=0.1",
+        )
 
 
 def normalize(document: Mapping[str, Any]) -> dict[str, Any]:

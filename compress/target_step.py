@@ -7,10 +7,13 @@ statistics and the writing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.calibration_step import CalibrationStep
+from compress.console import Console
+from compress.errors import UsageError
+from compress.folding import Folded, fold_statistics
 from compress.model import Plan, Weights
 from compress.propagation import PropagatedWeights
 from compress.solvers import get_solver
@@ -33,20 +36,54 @@ class TargetInputs:
     notes: tuple[str, ...] = ()
 
 
-def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
+def prepare_target(plan: Plan, calibration: CalibrationStep, console: Console) -> TargetInputs:
     """Source and statistics of a target, just before it is written.
 
     Args:
         plan: of the target.
         calibration: of the job.
+        console: for progress.
 
     Raises:
         PacklightError: see ``CalibrationStep.gather``.
     """
     source = calibration.job.source_of(plan)
+    recipe = calibration.job.recipe
+    inputs = TargetInputs(source, None)
+    if recipe.folds or not calibration.propagates:
+        inputs = replace(inputs, statistics=calibration.gather(source, plan))
+    if recipe.folds:
+        inputs = fold(plan, inputs, calibration, console)
     if calibration.propagates:  # statistics come with the codes
-        return TargetInputs(source, None)
-    return TargetInputs(source, calibration.gather(source, plan))
+        inputs = replace(inputs, statistics=None)
+    return inputs
+
+
+def fold(
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, console: Console
+) -> TargetInputs:
+    """Scales and orders of channels that suit the target's grids (``compress.solvers.awq``)."""
+    from compress.solvers.awq import search
+
+    if inputs.statistics is None:
+        raise UsageError("quantize.fold and quantize.permute need a solver that looks at inputs")
+    recipe, config = calibration.job.recipe, inputs.source.config
+    with console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
+        found = search(
+            inputs.source,
+            inputs.statistics,
+            plan,
+            recipe.solver,
+            scale=recipe.fold == "awq",
+            order=recipe.permute,
+            length=len(calibration.windows()[0]),
+            progress=update,
+        )
+    return TargetInputs(
+        Folded(inputs.source, found.folds),
+        fold_statistics(config, inputs.statistics, found.folds),
+        (*inputs.notes, found.note()),
+    )
 
 
 def target_weights(

@@ -9,13 +9,13 @@ import pytest
 import tiny
 
 from compress.arch import FUSED, DecoderConfig, WeightMap
-from compress.calibration import walk
 from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.folding import Fold, Folded, channels_of, check, fold_statistics, uses
 from compress.sources import Stored
 from compress.statistics import LayerStats, Statistics, input_names
+from compress.walk import walk
 
 
 def open_source(folder: Path) -> Stored:

@@ -14,7 +14,8 @@ from compress.calibration_step import Importance
 from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
-from compress.job import Job, describe_model, plan_document, prepare
+from compress.job import Job, describe_model, prepare
+from compress.plan_file import plan_document
 from compress.model import Weights
 from compress.recipe import load
 from compress.rotation import Rotated

@@ -20,8 +20,9 @@ from compress.calibration_step import CalibrationStep
 from compress.job import Job
 from compress.model import Exporter, Plan
 from compress.solvers import get_solver
+from compress.sources import Stored
 
-__all__ = ["BudgetStep", "Budgeted", "locked", "within_budget"]
+__all__ = ["BudgetStep", "Budgeted", "check_budget", "locked", "within_budget"]
 
 Prepare = Callable[[Mapping[str, Mapping[str, str]]], Job]
 """Format → entry name → grid: the job with these grids."""
@@ -53,25 +54,10 @@ class BudgetStep:
     """
 
     def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
-        self.job = job = calibration.job
+        self.job = calibration.job
         self._calibration = calibration
-        self.targets = [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
+        self.targets = targets_of(self.job, get_exporter)
         self._tables: dict[str, CostTable] = {}
-
-    def limits(self) -> list[Limit]:
-        """One for each target.
-
-        Raises:
-            UsageError: the smallest file of some target is more; nothing was measured yet.
-        """
-        found = []
-        for target in self.targets:
-            limit = limit_of(self.job.recipe.budget, self.job, target.plan)
-            found.append(limit or Limit(target.largest_bytes))
-        pairs = [(target, limit.nbytes) for target, limit in zip(self.targets, found, strict=True)]
-        if refusal := infeasible(pairs):
-            raise refusal
-        return found
 
     def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
         """Measure what is not in the cost table yet, and choose for every target."""
@@ -107,16 +93,12 @@ class BudgetStep:
             )
         return self._tables[key]
 
-    @staticmethod
-    def settle(budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
+    def settle(self, budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""
         chosen = {b.target.plan.format: b for b in budgeted}
-        job = prepare(
-            {name: b.target.grids(b.allocation.options) for name, b in chosen.items()},
-        )
-        return replace(
-            job, plans=tuple(told(p, chosen[p.format].allocation.plan) for p in job.plans)
-        )
+        made = prepare({name: b.target.grids(b.allocation.options) for name, b in chosen.items()})
+        plans = (told(p, chosen[p.format].allocation.plan) for p in made.plans)
+        return replace(self.job, plans=tuple(plans))
 
 
 def told(plan: Plan, allocated: Plan) -> Plan:
@@ -128,30 +110,54 @@ def told(plan: Plan, allocated: Plan) -> Plan:
     )
 
 
+def check_budget(job: Job, get_exporter: GetExporter) -> None:
+    """Refuse an infeasible budget before any work.
+
+    Raises:
+        UsageError: the smallest file of some target is more than its limit.
+    """
+    if job.recipe.budget:
+        shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
+        limits_of(shaped, targets_of(shaped, get_exporter))
+
+
+def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
+    """The targets of a job, in its order."""
+    return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
+
+
+def limits_of(job: Job, targets: Sequence[Target]) -> list[Limit]:
+    """A limit for each target.
+
+    Raises:
+        UsageError: the smallest file of some target is more.
+    """
+    found = []
+    for target in targets:
+        limit = limit_of(job.recipe.budget, job, target.plan)
+        found.append(limit or Limit(target.largest_bytes))
+    pairs = [(target, limit.nbytes) for target, limit in zip(targets, found, strict=True)]
+    if refusal := infeasible(pairs):
+        raise refusal
+    return found
+
+
 def within_budget(
-    calibration: CalibrationStep,
-    get_exporter: GetExporter,
-    prepare: Prepare,
-    before: Callable[[], None] | None = None,
+    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
 ) -> tuple[Job, list[Budgeted]]:
-    """The job with grids chosen within its recipe's budget; as it is where there is none.
+    """The job with grids chosen within its recipe's budget.
 
     Args:
-        calibration: of the job.
+        calibration: of the job as its recipe has it without a budget, its weights as they are
+            written.
         get_exporter: format → its exporter.
         prepare: the job with other grids.
-        before: called when the budget is known to be feasible, before anything is measured.
 
     Raises:
         UsageError: an infeasible budget.
     """
-    if not calibration.job.recipe.budget:
-        return calibration.job, []
     step = BudgetStep(calibration, get_exporter)
-    limits = step.limits()
-    if before is not None:
-        before()
-    budgeted = step.allocate(limits)
+    budgeted = step.allocate(limits_of(step.job, step.targets))
     return step.settle(budgeted, prepare), budgeted
 
 
@@ -169,9 +175,10 @@ def locked(
         for plan in job.plans
     }
     settled = prepare({name: grids for name, grids in choices.items() if grids})
+    shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     plans = []
     for plan in settled.plans:
-        size = get_exporter(plan.format).file_bytes(plan, settled.source_of(plan))
+        size = get_exporter(plan.format).file_bytes(plan, shaped.source_of(plan))
         expected = locked_divergence(lock, plan.format)
         plans.append(replace(plan, file_bytes=size, expected_divergence=expected))
     return replace(settled, plans=tuple(plans)), locked_budgets(lock)

@@ -119,7 +119,7 @@ class BlockGrid:
         if len(shape) != 2 or shape[1] % self.block or shape[1] == 0:
             raise GridError(
                 f"{self.name}: rows of {shape[-1]} columns are not whole blocks of {self.block}",
-                hint="Q8_0, Q5_0, Q4_0, IQ4_NL need a multiple of 32; F16 takes any length",
+                hint="Q8_0, Q5_0, Q4_0, IQ4_NL, MXFP4 need a multiple of 32; F16 takes any length",
             )
 
     def nbytes(self, shape: tuple[int, int]) -> int:

@@ -5,7 +5,8 @@ columns that share parameters stay together, and whole such spans go by falling 
 columns of a span too. On entering a span its parameters are fitted to the weights as they are by
 then, with what earlier columns left over; K-quants' integer scales are fixed by that before a code
 is chosen. Where parameters belong to whole rows (channel scales, palettes) they are those of
-``scale_search``, and all columns go by falling importance.
+``scale_search``, and all columns go by falling importance. Codebook grids are rounded a word at a
+time (``gptq_words.py``), and the columns of a word stay beside each other.
 
 ``compress.solvers.hessian`` has the algebra.
 """
@@ -16,9 +17,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from compress.grids import Array, Float32, Grid, Lattice, LatticeGrid, Params, Quantized
+from compress.grids import (
+    Array,
+    Codebook,
+    CodebookGrid,
+    Float32,
+    Grid,
+    Lattice,
+    LatticeGrid,
+    Params,
+    Quantized,
+)
 from compress.grids.lanes import over_rows
 from compress.solvers.gptq_kernels import sweep
+from compress.solvers.gptq_words import sweep_words
 from compress.solvers.hessian import Factor, factors_of, output_errors
 from compress.solvers.scale_search import scale_search
 from compress.statistics import LayerStats
@@ -55,14 +67,15 @@ def gptq(
         empty or not a covariance.
     """
     searched = scale_search(weight, grid, stats)
-    if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid):
+    if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid | CodebookGrid):
         return searched
-    factors = factors_of(stats, grid.span, damping)
+    together = grid.together if isinstance(grid, CodebookGrid) else 1
+    factors = factors_of(stats, grid.span, damping, together)
     if not factors:
         return replace(searched, fallen=len(weight))
     rows = len(weight)
     codes, params = searched.codes.copy(), {k: v.copy() for k, v in searched.params.items()}
-    whole = None if grid.span else grid.lattice(params)
+    whole = grid.lattice(params) if isinstance(grid, LatticeGrid) and not grid.span else None
     decoded = searched.decode()
     fallen = 0
     for start in range(0, rows, ROWS):
@@ -110,14 +123,14 @@ class Whole:
 class Spans:
     """Parameters that are fitted a span of columns at a time, when the span is entered."""
 
-    def __init__(self, grid: LatticeGrid, columns: int) -> None:
+    def __init__(self, grid: LatticeGrid | CodebookGrid, columns: int) -> None:
         self.grid = grid
         self.span = grid.span
         self.fitted: list[Params] = [{}] * (columns // grid.span)
 
     def enter(
         self, weight: Float32, carried: Float32, factor: Factor, part: slice
-    ) -> tuple[Lattice, Array]:
+    ) -> tuple[Lattice | Codebook, Array]:
         """As ``Whole.enter``, fitted to the span's weights as they are now.
 
         Args:
@@ -134,8 +147,9 @@ class Spans:
         now = weight + carried @ settle
         params = self.grid.fit(now[:, place], factor.variances[part][place])
         self.fitted[first // self.span] = params
-        lattice = self.grid.lattice(params)
-        return lattice, (columns - first) * lattice.scale.shape[1] // self.span
+        grid = self.grid
+        values = grid.lattice(params) if isinstance(grid, LatticeGrid) else grid.codebook(params)
+        return values, (columns - first) * values.scale.shape[1] // self.span
 
     def params(self) -> Params:
         """What was fitted, joined along the columns."""
@@ -171,10 +185,9 @@ def round_columns(
             part = slice(start, min(start + step, last))
             carried = shares[:, part.start - first : part.stop - first]
             carried += left[:, first:start] @ factor.feedback[first:start, part]
-            lattice, run = fits.enter(weight[:, part], carried, factor, part)
-            feedback = np.ascontiguousarray(factor.feedback[part, part])
+            values, run = fits.enter(weight[:, part], carried, factor, part)
             round_piece(
-                weight[:, part], carried, feedback, lattice, run, codes[:, part], left[:, part]
+                weight[:, part], carried, factor, part, values, run, codes[:, part], left[:, part]
             )
     return codes, left
 
@@ -182,16 +195,27 @@ def round_columns(
 def round_piece(
     weight: Float32,
     carried: Float32,
-    feedback: Float32,
-    lattice: Lattice,
+    factor: Factor,
+    part: slice,
+    values: Lattice | Codebook,
     run: Array,
     codes: Array,
     left: Float32,
 ) -> None:
     """The kernel, over all rows; fills ``codes`` and ``left``."""
-    scale, offset, levels, even = lattice.scale, lattice.offset, lattice.levels, lattice.even
+    feedback = np.ascontiguousarray(factor.feedback[part, part])
+    variances, scale = factor.variances[part], values.scale
 
-    def work(begin: int, end: int) -> None:
+    def sweep_lattice(begin: int, end: int) -> None:
+        assert isinstance(values, Lattice)
+        offset, levels, even = values.offset, values.levels, values.even
         sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, left)
 
-    over_rows(work, len(weight))
+    def sweep_codebook(begin: int, end: int) -> None:
+        assert isinstance(values, Codebook)
+        book, even = (values.levels, values.starts, values.partners), values.even
+        sweep_words(
+            weight, carried, feedback, variances, run, scale, book, even, begin, end, codes, left
+        )
+
+    over_rows(sweep_lattice if isinstance(values, Lattice) else sweep_codebook, len(weight))

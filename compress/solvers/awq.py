@@ -1,0 +1,254 @@
+"""Folds that make rounding cost less, searched by half blocks: attention, then MLP; then the head.
+
+AWQ (Lin et al., arXiv 2306.00978): a column whose input is large is multiplied by ``s > 1`` before
+it is rounded, and its input divided by ``s``: its error shrinks, at the cost of those that share
+its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
+largest magnitude to the power of 1 - α. ``compress.folding`` has the places where that is exact.
+
+Channels may also change places where that is free. Where groups of columns share a scale they are
+sorted by the largest magnitude of what multiplies them, so that groups are of like columns; where
+rows share a palette, by the root mean square of the rows that make them.
+
+α is that of the least output error of the weights that multiply the input, estimated on some of
+their rows (``Estimate``). What counts is decided afterwards, on inputs that were held back from the
+Hessian: the half is run with the codes that the recipe's own solver chooses, and a change stays
+only if the half's output comes nearer to the float model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from compress.arch import DecoderConfig, Float32
+from compress.folding import Fold, columns_of, uses
+from compress.grids import Grid, LatticeGrid, get_grid
+from compress.model import Plan
+from compress.solvers import NEEDS
+from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
+from compress.solvers.hessian import factors_of, output_errors
+from compress.solvers.scale_search import scale_search
+from compress.sources import Source
+from compress.statistics import LayerStats, Statistics, input_of
+
+__all__ = ["Found", "search"]
+
+ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
+SAMPLE = 512  # rows of a weight that α is chosen by ...
+MARGIN = 0.01  # share by which an error must fall
+DAMPING = 0.01  # as gptq's
+SMALLEST = 1e-4  # of the largest scale of an input
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        folds: by input name.
+        errors: relative output error on held-back inputs of every half and of the head, before and
+            after.
+    """
+
+    folds: Mapping[str, Fold]
+    errors: tuple[tuple[float, float], ...]
+
+    def note(self) -> str:
+        """A line for the report."""
+        scaled = sum(fold.scale is not None for fold in self.folds.values())
+        moved = sum(fold.order is not None for fold in self.folds.values())
+        ratios = [after / before for before, after in self.errors]
+        drop = 1 - math.exp(sum(map(math.log, ratios)) / max(len(ratios), 1))
+        return (
+            f"Before rounding, the channels of {scaled} inputs were rescaled and those of {moved} "
+            f"reordered, which leaves the float model as it is: output error {100 * drop:.1f} % "
+            f"less, the mean of {len(ratios)} half blocks on inputs held back from calibration"
+        )
+
+
+def search(
+    source: Source,
+    statistics: Statistics,
+    plan: Plan,
+    solver: str,
+    *,
+    scale: bool,
+    order: bool,
+    length: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Found:
+    """Folds for one target, half a block in memory at a time.
+
+    Args:
+        source: the weights.
+        statistics: of their inputs; with Hessians and held-back inputs.
+        plan: the target's grids.
+        solver: what will choose the codes.
+        scale: look for scales.
+        order: look for orders.
+        length: tokens of a calibration window, of which whole ones were held back.
+        progress: ``progress(done, total)`` in stored blocks.
+
+    Raises:
+        UsageError: no inputs were held back.
+    """
+    config = source.config
+    folds: dict[str, Fold] = {}
+    errors = []
+    rounded = {
+        entry.name: get_grid(entry.grid)
+        for entry in plan.entries
+        if input_of(config, entry.name) and 8 * entry.nbytes < 16 * math.prod(entry.shape)
+    }
+    stored = range(0, config.num_hidden_layers, config.block_repeat)
+    for done, block in enumerate(stored, start=1):
+        entries = {n: grid for n, grid in rounded.items() if n.startswith(f"blocks.{block}.")}
+        for half in halves(config, block):
+            if not any(input_of(config, name) in half.sites for name in entries):
+                continue  # all of it stays float
+            trial = Trial(source, statistics, half, entries, solver, length)
+            errors.append(improve(trial, half.sites, folds, scale=scale, order=order))
+        progress(done, len(stored))
+    if not config.tie_word_embeddings and "lm_head.weight" in rounded:
+        head = HeadTrial(source, statistics, rounded["lm_head.weight"], solver)
+        errors.append(improve(head, ("lm_head",), folds, scale=scale, order=order))
+    return Found(folds, tuple(errors))
+
+
+def improve(
+    trial: Trial | HeadTrial,
+    sites: tuple[str, ...],
+    folds: dict[str, Fold],
+    *,
+    scale: bool,
+    order: bool,
+) -> tuple[float, float]:
+    """Add to ``folds`` what lowers the error of a half; its error before and after."""
+    kept: dict[str, Fold] = {}
+    before = best = trial.error(kept)
+    for site in sites:
+        for wanted, propose in ((scale, propose_scale), (order, propose_order)):
+            known = kept.get(site, Fold())
+            fold = propose(trial, site, known) if wanted else None
+            if fold is None:
+                continue
+            error = trial.error({**kept, site: fold})
+            if error < best * (1 - MARGIN):
+                best, kept[site] = error, fold
+    folds |= kept
+    return before, best
+
+
+# --- what is tried ----------------------------------------------------------------------------
+
+
+def propose_scale(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | None:
+    """The scale of the best α, or None where 1 is as good or nothing may be scaled."""
+    config = trial.source.config
+    if not trial.entries_of(site) or (site.endswith("down_proj") and not config.gated_mlp):
+        return None
+    estimate = Estimate(trial, site)
+    least, found = estimate.cost(None), None
+    for power in ALPHAS:
+        for widths in (np.float32(1), estimate.widths ** (1 - power)):
+            scale = normalized(estimate.sizes**power / widths)
+            cost = estimate.cost(scale)
+            if cost < least:
+                least, found = cost, replace(known, scale=scale)
+    return found
+
+
+class Estimate:
+    """Output error of the weights of one input under a scale, by some of their rows.
+
+    Codes are those of ``scale_search``, and the error is ``tr(E H Eᵀ)``. For ``gptq`` that would
+    say little: it makes up for what one column costs in others. There each column counts by what is
+    left of its variance when those that are rounded after it are given (``D`` of
+    ``compress.solvers.hessian``), which is what the rounding of one column costs gptq.
+
+    Attributes:
+        sizes: root mean square (gptq: of what is left) of each channel, float32 ``[channels]``.
+        widths: largest magnitude of the weights that multiply it, float32 ``[channels]``.
+    """
+
+    def __init__(self, trial: Trial | HeadTrial, site: str) -> None:
+        self._config, self._site = trial.source.config, site
+        stats = trial.stats(site)
+        entries = trial.entries_of(site)
+        self._weights = [
+            (some_rows(trial.source, name, grid, SAMPLE), grid) for name, grid in entries
+        ]
+        self._full = replace(stats, held_back=None)
+        self._diagonal = None
+        if NEEDS[trial.solver] == "hessian":
+            self._diagonal = left_over(stats, self._weights[0][1])
+        variances = stats.importance if self._diagonal is None else self._diagonal
+        largest = np.max([np.abs(weight).max(axis=0) for weight, _ in self._weights], axis=0)
+        self.sizes = by_channel(self._config, site, np.sqrt(variances))
+        self.widths = np.maximum(by_channel(self._config, site, largest), np.float32(1e-12))
+
+    def cost(self, scale: Float32 | None) -> float:
+        """Under ``scale``, float32 ``[channels]``."""
+        columns, _ = columns_of(self._config, self._site, Fold(scale))
+        columns = np.ones(1, np.float32) if columns is None else columns
+        total = 0.0
+        for weight, grid in self._weights:
+            scaled = weight * columns
+            if self._diagonal is None:
+                shares = self._full.importance / columns**2
+                codes = scale_search(scaled, grid, LayerStats(self._full.count, shares))
+                total += output_errors((scaled - codes.decode()) / columns, self._full).sum()
+            else:
+                codes = grid.quantize(scaled, self._diagonal / columns**2)
+                total += (((scaled - codes.decode()) / columns) ** 2 @ self._diagonal).sum()
+        return float(total)
+
+
+def left_over(stats: LayerStats, grid: Grid) -> Float32:
+    """Variance of each input, given those that gptq rounds after it; float32 ``[columns]``."""
+    span = grid.span if isinstance(grid, LatticeGrid) else 0
+    variances = stats.importance.copy()
+    for factor in factors_of(stats, span, DAMPING):
+        variances[factor.order] = factor.variances
+    return variances
+
+
+def propose_order(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | None:
+    """Channels sorted, or None where their order is not free or does not matter."""
+    config, entries = trial.source.config, trial.entries_of(site)
+    role = site.rpartition(".")[2]
+    stats = trial.stats(site)
+    if role not in ("o_proj", "down_proj") or not entries or len(stats.hessian or ()) > 1:
+        return None
+    span = config.head_dim if role == "o_proj" else config.intermediate_size
+    if any(isinstance(grid, LatticeGrid) and not grid.span for _, grid in entries):
+        makers = [made for made, use in uses(config).items() if use == role]
+        stem = site.removesuffix(role)
+        rows = [trial.source.read(f"{stem}{maker}.weight") for maker in makers]
+        sizes = np.prod([np.sqrt(np.mean(weight**2, axis=1)) for weight in rows], axis=0)
+    else:
+        columns = [np.abs(trial.source.read(name)).max(axis=0) for name, _ in entries]
+        sizes = by_channel(config, site, np.max(columns, axis=0))
+        if known.scale is not None:
+            sizes = sizes * known.scale
+    within = np.argsort(-sizes.reshape(-1, span), axis=1, kind="stable")
+    return replace(known, order=(within + span * np.arange(len(within))[:, None]).reshape(-1))
+
+
+def by_channel(config: DecoderConfig, site: str, values: Float32) -> Float32:
+    """From columns to channels: the largest of the query heads that share a key-value head."""
+    if not site.endswith("o_proj"):
+        return values
+    grouped = values.reshape(config.num_key_value_heads, -1, config.head_dim)
+    channels: Float32 = grouped.max(axis=1).reshape(-1)
+    return channels
+
+
+def normalized(scale: Float32) -> Float32:
+    """With 1 midway between its extremes, as AWQ has it; nothing below ``SMALLEST`` of the top."""
+    scale = np.maximum(scale, scale.max() * SMALLEST)
+    centred: Float32 = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
+    return centred

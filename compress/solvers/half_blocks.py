@@ -1,0 +1,210 @@
+"""What a change of weights before rounding does to the output of half a block, measured on inputs
+that were held back from calibration: attention runs whole windows, an MLP rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.arch import DecoderConfig, Float32, WeightMap
+from compress.decoder import Block, Decoder, as_tensor, reader
+from compress.errors import UsageError
+from compress.folding import Fold, Folded, fold_statistics
+from compress.grids import Grid
+from compress.solvers import get_solver
+from compress.solvers.hessian import output_errors
+from compress.sources import Source
+from compress.statistics import LayerStats, Statistics, input_of, input_roles
+
+__all__ = ["HeadTrial", "Trial", "halves", "some_rows"]
+
+RUN = 32  # rows that are sampled together, or whole palettes
+HEAD_ROWS = 4096  # rows of the head that it is measured on
+
+
+@dataclass(frozen=True)
+class Half:
+    """Attention or MLP of a stored block; both where they share their input (phi).
+
+    Attributes:
+        block: index of the block.
+        roles: of its weights.
+        sites: names of the inputs inside, its own first (``compress.statistics.input_names``).
+    """
+
+    block: int
+    roles: tuple[str, ...]
+    sites: tuple[str, ...]
+
+
+def halves(config: DecoderConfig, block: int) -> Iterator[Half]:
+    """The halves of a block in order of execution."""
+    roles = config.linear_roles
+    attention, mlp = roles[:4], roles[4:]
+    norms = ("q_norm", "k_norm") if config.qk_norm else ()
+    parts = [(*norms, *roles)] if config.parallel_residual else [(*norms, *attention), mlp]
+    for part in parts:
+        leaders = dict.fromkeys(input_roles(config)[role] for role in part if role in roles)
+        yield Half(block, part, tuple(f"blocks.{block}.{leader}" for leader in leaders))
+
+
+class Trial:
+    """Half a block, run with weights that were folded and rounded.
+
+    Args:
+        source: the float weights.
+        statistics: of their inputs.
+        half: which half.
+        entries: weights of the block that will be rounded, and their grids.
+        solver: what chooses the codes.
+        length: tokens of a window.
+
+    Raises:
+        UsageError: no inputs were held back.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        statistics: Statistics,
+        half: Half,
+        entries: Mapping[str, Grid],
+        solver: str,
+        length: int,
+    ) -> None:
+        self.source, self.solver = source, solver
+        self._statistics, self._half, self._length = statistics, half, length
+        self._entries = entries
+        self._wanted = self._outputs(source.read, held_back(statistics, half.sites[0]))
+
+    def stats(self, site: str) -> LayerStats:
+        """Statistics of an input."""
+        return known(self._statistics, site)
+
+    def entries_of(self, site: str) -> list[tuple[str, Grid]]:
+        """The weights that multiply an input and will be rounded."""
+        config = self.source.config
+        return [(n, grid) for n, grid in self._entries.items() if input_of(config, n) == site]
+
+    def error(self, folds: Mapping[str, Fold]) -> float:
+        """Mean squared error of the output over its mean square, under folds."""
+        config = self.source.config
+        folded = Folded(self.source, folds)
+        statistics = fold_statistics(config, self._statistics, folds)
+        solve = get_solver(self.solver, statistics)
+        weights = {
+            name: solve(folded.read(name), grid, name).decode()
+            for site in self._half.sites
+            for name, grid in self.entries_of(site)
+        }
+        rounded = reader(config, weights)
+
+        def read(name: str) -> Float32:
+            try:
+                return rounded(name)
+            except KeyError:  # a norm, a bias, a weight that stays float
+                return folded.read(name)
+
+        found = self._outputs(read, held_back(statistics, self._half.sites[0]))
+        return float(np.mean((found - self._wanted) ** 2) / np.mean(self._wanted**2))
+
+    def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
+        """What the half adds to the residual, float32 ``[rows, hidden]``."""
+        import torch
+
+        config, x = self.source.config, as_tensor(inputs)
+        block = Block(config, self._half.block, read, self._half.roles)
+        total = torch.zeros(len(x), config.hidden_size)
+        if "q_proj" in self._half.roles:
+            rope = Decoder(config, read).rope(self._length)
+            windows = torch.split(x, self._length)
+            total += torch.cat([block.attention(window, rope) for window in windows])
+        if "up_proj" in self._half.roles:
+            total += block.mlp(x)
+        outputs: Float32 = total.numpy()
+        return outputs
+
+
+class HeadTrial:
+    """The same for the head, on some of its rows.
+
+    Args:
+        source: the float weights.
+        statistics: of their inputs.
+        grid: of the head.
+        solver: what chooses the codes.
+    """
+
+    def __init__(self, source: Source, statistics: Statistics, grid: Grid, solver: str) -> None:
+        self.source, self.solver = source, solver
+        self._statistics, self._grid = statistics, grid
+        weight = some_rows(source, "lm_head.weight", grid, HEAD_ROWS)
+        self._wanted = output_errors(weight, self.stats("lm_head")).sum()
+        held_back(statistics, "lm_head")
+
+    def stats(self, site: str) -> LayerStats:
+        """As ``Trial``'s."""
+        return known(self._statistics, site)
+
+    def entries_of(self, site: str) -> list[tuple[str, Grid]]:
+        """As ``Trial``'s."""
+        return [("lm_head.weight", self._grid)]
+
+    def error(self, folds: Mapping[str, Fold]) -> float:
+        """As ``Trial``'s, of the logits."""
+        folded, name = Folded(self.source, folds), "lm_head.weight"
+        statistics = fold_statistics(self.source.config, self._statistics, folds)
+        weight = some_rows(folded, name, self._grid, HEAD_ROWS)
+        left = weight - get_solver(self.solver, statistics)(weight, self._grid, name).decode()
+        return float(output_errors(left, known(statistics, "lm_head")).sum() / self._wanted)
+
+
+def known(statistics: Statistics, site: str) -> LayerStats:
+    """Statistics of an input that must be there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    stats = statistics.for_weight(f"{site}.weight")
+    if stats is None:
+        raise UsageError(f"nothing is known of the input of {site}", hint="quantize.fold: none")
+    return stats
+
+
+def held_back(statistics: Statistics, site: str) -> Float32:
+    """Inputs that the Hessian has not seen, float32 ``[rows, columns]``.
+
+    Raises:
+        UsageError: there are none.
+    """
+    rows = known(statistics, site).held_back
+    if rows is None:
+        raise UsageError(
+            "too few calibration windows to keep any back, and folds are measured on those",
+            hint="16 windows or more: calibration.tokens, calibration.sequence_length",
+        )
+    return rows
+
+
+def some_rows(source: Source, name: str, grid: Grid, sample: int) -> Float32:
+    """Rows of a weight in evenly spread runs; all where they are few or make no whole runs.
+
+    Args:
+        source: has the weight.
+        name: of it.
+        grid: that it will be rounded to: palettes stay whole.
+        sample: how many, about.
+
+    Returns:
+        float32 ``[rows, columns]``.
+    """
+    rows = WeightMap(source.config).shape(name)[0]
+    run = math.lcm(RUN, getattr(grid, "group_rows", 0) or 1)
+    if rows <= sample or rows % run:
+        return source.read(name)
+    starts = np.linspace(0, rows // run - 1, max(1, sample // run)).round().astype(int) * run
+    return np.concatenate([source.read(name, slice(s, s + run)) for s in starts.tolist()])

@@ -1,0 +1,268 @@
+"""AWQ and permutations: what was spoilt on purpose is found, and nothing that does not help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from compress.arch import DecoderConfig, WeightMap
+from compress.calibration_step import CalibrationStep, Importance
+from compress.checkpoint import Checkpoint
+from compress.console import Console
+from compress.errors import UsageError
+from compress.folding import Fold, Folded, fold_statistics
+from compress.grids import get_grid
+from compress.job import prepare
+from compress.model import Plan, PlanEntry
+from compress.pipeline import write_artifacts
+from compress.recipe import load
+from compress.solvers import get_solver
+from compress.solvers.awq import Found, search
+from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
+from compress.sources import Source, Stored
+from compress.statistics import LayerStats, Statistics
+from compress.walk import walk
+from exporters import SHIPYARD
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """Source and statistics of a tiny model, by family; 32 windows, two of them held back."""
+    made: dict[str, tuple[Stored, dict[str, LayerStats]]] = {}
+
+    def get(family: str) -> tuple[Stored, Statistics]:
+        if family not in made:
+            folder = tiny.make(family, tmp_path_factory.mktemp(family), tokenizer=False)
+            checkpoint = Checkpoint.open(folder)
+            source = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+            windows = np.random.default_rng(0).integers(0, 480, (32, LENGTH)).tolist()
+            stats: dict[str, LayerStats] = {}
+            for found in walk(source.config, source.read, windows, hessian=True):
+                stats |= found
+            made[family] = source, stats
+        source, stats = made[family]
+        return source, Statistics.of(source.config, stats)
+
+    return get
+
+
+def plan_of(config: DecoderConfig, grid: str, *, blocks: int = 1) -> Plan:
+    """Every linear of the first blocks, and the head, on one grid."""
+    entries = []
+    for name in WeightMap(config).names():
+        shape = WeightMap(config).shape(name)
+        inside = name.startswith(tuple(f"blocks.{block}." for block in range(blocks)))
+        if len(shape) == 2 and (inside or name == "lm_head.weight"):
+            size = get_grid(grid).nbytes((shape[0], shape[1]))
+            entries.append(PlanEntry(name, name, grid, shape, size))
+    return Plan("test", grid, "tiny", tuple(entries))
+
+
+def spoil(source: Source, statistics: Statistics) -> tuple[Folded, Statistics]:
+    """The same function with columns of very different size."""
+    random = np.random.default_rng(1)
+    config = source.config
+
+    def scales(count: int) -> np.ndarray:
+        return (8.0 ** random.uniform(-1, 1, count)).astype(np.float32)
+
+    folds = {
+        "blocks.0.q_proj": Fold(scales(config.hidden_size)),
+        "blocks.0.o_proj": Fold(scales(config.num_key_value_heads * config.head_dim)),
+        "blocks.0.gate_proj": Fold(scales(config.hidden_size)),
+        "blocks.0.down_proj": Fold(scales(config.intermediate_size)),
+        "lm_head": Fold(scales(config.hidden_size)),
+    }
+    if config.tie_word_embeddings:
+        del folds["lm_head"]
+    return Folded(source, folds), fold_statistics(config, statistics, folds)
+
+
+def look(
+    source: Source, statistics: Statistics, plan: Plan, solver: str, scale: bool, order: bool
+) -> Found:
+    return search(source, statistics, plan, solver, scale=scale, order=order, length=LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("family", "solver"), [("llama", "scale_search"), ("llama", "gptq"), ("qwen3", "scale_search")]
+)
+def test_scales_that_were_spoilt_are_found(known, family, solver):
+    source, statistics = spoil(*known(family))
+    plan = plan_of(source.config, "int4-g64")
+    found = look(source, statistics, plan, solver, scale=True, order=False)
+    assert all(fold.order is None for fold in found.folds.values())
+    places = 4 + (not source.config.tie_word_embeddings)
+    assert len(found.folds) == places
+    for before, after in found.errors:
+        assert after < 0.6 * before
+    # The folds are what makes the difference: rounded with them, the head or the weight is nearer.
+    for name in ("blocks.0.gate_proj.weight", "blocks.0.o_proj.weight"):
+        folded = Folded(source, found.folds)
+        stats = fold_statistics(source.config, statistics, found.folds)
+        errors = []
+        for some, known_of in ((source, statistics), (folded, stats)):
+            weight = some.read(name)
+            codes = get_solver(solver, known_of)(weight, get_grid("int4-g64"), name)
+            left = weight - codes.decode()
+            held_back = known_of.for_weight(name).held_back
+            errors.append(np.mean((held_back @ left.T) ** 2))
+        assert errors[1] < 0.6 * errors[0]
+
+
+def test_an_order_that_was_spoilt_is_found(known):
+    """Columns of two sizes, mixed: sorted, no group has both."""
+    source, statistics = known("llama")
+    size = np.ones(512, np.float32)
+    size[np.random.default_rng(2).permutation(512)[:256]] = 100
+    folds = {"blocks.0.down_proj": Fold(size)}
+    source, stats = Folded(source, folds), fold_statistics(source.config, statistics, folds)
+    plan = plan_of(source.config, "int4-g128")
+    found = look(source, stats, plan, "scale_search", scale=False, order=True)
+    order = found.folds["blocks.0.down_proj"].order
+    assert set(size[order[:256]]) == {100} and set(size[order[256:]]) == {1}
+    before, after = found.errors[1]
+    assert after < 0.5 * before
+    assert all(fold.scale is None for fold in found.folds.values())
+
+
+def test_palettes_get_rows_of_one_size_together(known):
+    source, statistics = known("llama")
+    size = np.ones(512, np.float32)
+    size[np.random.default_rng(2).permutation(512)[:256]] = 30
+    folds = {"blocks.0.down_proj": Fold(size)}
+    source, stats = Folded(source, folds), fold_statistics(source.config, statistics, folds)
+    plan = plan_of(source.config, "lut4-g8")
+    found = look(source, stats, plan, "scale_search", scale=False, order=True)
+    assert set(size[found.folds["blocks.0.down_proj"].order[:256]]) == {1}
+    before, after = found.errors[1]
+    assert after < 0.7 * before
+
+
+def test_nothing_is_kept_that_does_not_help(known):
+    """At eight bits no margin is left to win, and what stays float is not even tried."""
+    source, statistics = known("llama")
+    found = look(source, statistics, plan_of(source.config, "F16"), "gptq", scale=True, order=True)
+    assert found.folds == {} and found.errors == () and "0.0 %" in found.note()
+    plan = plan_of(source.config, "int4-g32")
+    found = look(source, statistics, plan, "gptq", scale=True, order=True)
+    assert all(after <= before for before, after in found.errors)
+
+
+def test_a_half_is_measured_as_it_is_written_down(known):
+    source, statistics = known("llama")
+    config, grid = source.config, get_grid("int4-g32")
+    entries = {f"blocks.0.{role}.weight": grid for role in ("gate_up_proj", "down_proj", "q_proj")}
+    half = list(halves(config, 0))[1]
+    trial = Trial(source, statistics, half, entries, "scale_search", LENGTH)
+    x = statistics.for_weight("blocks.0.gate_proj.weight").held_back.astype(np.float64)
+
+    def mlp(read) -> np.ndarray:
+        gate, up, down = (read(f"blocks.0.{r}_proj.weight") for r in ("gate", "up", "down"))
+        inner = x @ gate.T
+        return (inner / (1 + np.exp(-inner)) * (x @ up.T)) @ down.T
+
+    def rounded(name: str) -> np.ndarray:
+        return get_solver("scale_search", statistics)(source.read(name), grid, name).decode()
+
+    expected = np.mean((mlp(rounded) - mlp(source.read)) ** 2) / np.mean(mlp(source.read) ** 2)
+    assert trial.error({}) == pytest.approx(expected, rel=1e-3)
+    # A fold without rounding errors to gain from is no change: all in float.
+    none = Trial(source, statistics, half, {}, "scale_search", LENGTH)
+    scale = np.linspace(0.5, 2, 512).astype(np.float32)
+    assert none.error({"blocks.0.down_proj": Fold(scale)}) < 1e-10
+    head = HeadTrial(source, statistics, grid, "scale_search")
+    x = statistics.for_weight("lm_head.weight").held_back
+    left = rounded("lm_head.weight") - source.read("lm_head.weight")
+    share = np.sum((x @ left.T) ** 2) / np.sum((x @ source.read("lm_head.weight").T) ** 2)
+    assert head.error({}) == pytest.approx(share, rel=1e-3)
+
+
+def test_a_parallel_block_is_one_half_with_one_input(known):
+    source, statistics = known("phi")
+    (half,) = halves(source.config, 1)
+    assert half.sites == ("blocks.1.q_proj", "blocks.1.o_proj", "blocks.1.down_proj")
+    plan = plan_of(source.config, "int4-g128")
+    found = look(source, statistics, plan, "scale_search", scale=True, order=True)
+    assert found.folds.get("blocks.0.down_proj", Fold()).scale is None  # GELU sits between
+    assert len(found.errors) == 2  # the half of block 0, and the head
+
+
+def test_rows_are_sampled_in_whole_palettes(known):
+    source, _ = known("llama")
+    weight = source.read("blocks.0.gate_proj.weight")
+    found = some_rows(source, "blocks.0.gate_proj.weight", get_grid("lut4-g64"), 128)
+    assert np.array_equal(found, np.concatenate([weight[:64], weight[-64:]]))
+    whole = some_rows(source, "blocks.0.gate_proj.weight", get_grid("int4-g32"), 512)
+    assert np.array_equal(whole, weight)
+
+
+def test_too_few_windows_are_told(known):
+    source, _ = known("llama")
+    windows = np.random.default_rng(0).integers(0, 480, (4, LENGTH)).tolist()
+    stats: dict[str, LayerStats] = {}
+    for found in walk(source.config, source.read, windows, hessian=True):
+        stats |= found
+    statistics = Statistics.of(source.config, stats)
+    with pytest.raises(UsageError, match="too few calibration windows"):
+        look(source, statistics, plan_of(source.config, "int4-g32"), "gptq", True, False)
+
+
+# --- in a build -------------------------------------------------------------------------------
+
+
+def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    folder = tiny.make("phi3", tmp_path / "model")
+    settings = ["quantize.solver=scale_search", "quantize.fold=awq", "quantize.permute=true"]
+    settings += ["calibration.tokens=1024", "calibration.sequence_length=32"]
+    written = []
+    for number in range(2):
+        recipe = load("phone-4bit", settings, ["gguf"])
+        job = prepare(Checkpoint.open(folder), recipe, SHIPYARD.get_exporter)
+        step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+        (tmp_path / str(number)).mkdir()
+        (artifact,) = write_artifacts(step, SHIPYARD, tmp_path / str(number), Console())
+        written.append(artifact.path.read_bytes())
+        assert sum("leaves the float model as it is" in note for note in artifact.notes) == 1
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "imatrix", "message"),
+    [
+        (["quantize.fold=awq"], None, "rtn does not"),
+        (["quantize.permute=true"], None, "rtn does not"),
+        (["quantize.solver=scale_search", "quantize.fold=awq"], Path("a.gguf"), "less than"),
+    ],
+)
+def test_what_folds_cannot_go_by_is_refused(settings, imatrix, message):
+    with pytest.raises(UsageError, match=message):
+        Importance(imatrix).check(load("phone-4bit", settings), [])
+
+
+def test_the_plan_tells_of_folds(tmp_path, capsys):
+    from compress.pipeline import BuildSettings, build
+
+    folder = tiny.make("llama", tmp_path / "model")
+    overrides = ["quantize.solver=gptq", "quantize.fold=awq"]
+    build(
+        BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
+        SHIPYARD,
+        Console(),
+    )
+    text = capsys.readouterr().out
+    assert "channels: rescaled (awq)" in text
+    build(
+        BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
+        SHIPYARD,
+        Console(mode="json"),
+    )
+    quantize = json.loads(capsys.readouterr().out)["quantize"]
+    assert quantize["fold"] == "awq" and quantize["permute"] is False
