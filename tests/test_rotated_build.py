@@ -101,6 +101,8 @@ def test_the_package_computes_the_float_model(tied, tmp_path):
     runtime = coreml.open_runtime(written.path, context=64, threads=1)
     found = runtime.logits(tokens)
     runtime.close()
+    told = coreml.describe(written.path)["parameters"]
+    assert told == stored.config.num_parameters  # not more for the head that is untied
     assert expected.std() > 1
     assert np.abs(found - expected).max() < 0.05
 
