@@ -15,8 +15,8 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
 from compress.job import Job, describe_model, prepare
-from compress.plan_file import plan_document
 from compress.model import Weights
+from compress.plan_file import plan_document
 from compress.recipe import load
 from compress.rotation import Rotated
 from compress.solvers.rtn import rtn
