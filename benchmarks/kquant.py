@@ -1,7 +1,8 @@
 """Our GGUF block grids against llama.cpp's quantizer: speed per core and error.
 
-    python benchmarks/kquant.py    # some minutes; writes kquant.json, kquant.md, prints the table
+    python benchmarks/kquant.py [TYPE ...]    # some minutes; writes kquant.json and kquant.md
 
+With types given, their rows are measured anew and all others stay as they are.
 Speed is Mweights per CPU second on one thread, bytes of a GGUF tensor included on both sides, the
 best of five, or of as many as fit ten seconds; compiling is not counted. The bar (issue 3): with
 an importance at most three times the CPU seconds of llama.cpp's encoder. Errors are ratios, ours
@@ -29,12 +30,11 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-from compress.grids import get_grid  # noqa: E402
-from exporters.gguf.mixes import BLOCKS  # noqa: E402
+from compress.grids import codebook, get_grid, kquant  # noqa: E402
 
 ROWS, COLUMNS, REPEATS, PATIENCE = 256, 4096, 5, 10.0
-TYPES = [name for name in BLOCKS if name not in ("F32", "F16", "BF16")]
 SLOWEST = 3.0  # times llama.cpp's seconds
+TYPES = (*kquant.TYPES, "MXFP4", *codebook.TYPES)
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -122,7 +122,11 @@ def bar(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     numba.config.NUMBA_NUM_THREADS = 1
     importance = np.exp(np.random.default_rng(1).standard_normal(COLUMNS)).astype(np.float32)
-    rows = [measure(name, given) for name in TYPES for given in (None, importance)]
+    names = sys.argv[1:] or TYPES
+    measured = [measure(name, given) for name in names for given in (None, importance)]
+    kept = json.loads((HERE / "kquant.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured + [row for row in kept if row["grid"] not in names]
+    rows.sort(key=lambda row: TYPES.index(row["grid"]))
     machine = f"{platform.machine()}, {numba.config.CPU_NAME or 'host CPU'}"
     result = {
         "machine": machine,
