@@ -6,6 +6,7 @@ needs none, and then nothing is read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ class Importance:
                 "--imatrix has less than quantize.fold and quantize.permute need",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and self.imatrix:
+        if solver not in NEEDS and not recipe.budget and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or self.save is not None
         if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
@@ -109,7 +110,7 @@ class CalibrationStep:
     ) -> None:
         self.job = job
         self._importance, self._shipyard = importance, shipyard
-        self._console, self._threads = console, threads
+        self.console, self._threads = console, threads
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -126,11 +127,22 @@ class CalibrationStep:
         solver = self.job.recipe.solver
         if self._importance.imatrix:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
-        method = method_of(plan.settings)
-        needs = {NEEDS.get(solver), MASK_NEEDS.get(method or "")}
-        if self.job.recipe.folds:
-            needs.add("hessian")
-        return self._calibrate(source, "hessian" in needs) if needs != {None} else None
+        mask = MASK_NEEDS.get(method_of(plan.settings) or "")
+        wanted = solver in NEEDS or mask is not None
+        return self._calibrate(source, hessian=mask == "hessian") if wanted else None
+
+    def for_costs(self, source: Source) -> tuple[Statistics, CalibrationSet, str]:
+        """What a cost table is measured with, whatever the solver: statistics of the inputs of the
+        float model, texts, and a name for where the statistics are from.
+
+        Raises:
+            As ``gather``.
+        """
+        given = self._importance.imatrix
+        if given:
+            name = hashlib.sha256(given.read_bytes()).hexdigest()
+            return self._shipyard.read_imatrix(given, source.config), self._texts, name
+        return self._calibrate(source), self._texts, ""
 
     @property
     def propagates(self) -> bool:
@@ -169,27 +181,26 @@ class CalibrationStep:
             return
         given = self._importance.imatrix
         statistics = (
-            self._shipyard.read_imatrix(given, source.config)
-            if given
-            else self._calibrate(source, NEEDS.get(self.job.recipe.solver) == "hessian")
+            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
         )
         self._shipyard.write_imatrix(path, source.config, statistics)
-        self._console.detail(f"importance: {path}")
+        self.console.detail(f"importance: {path}")
 
     @cached_property
     def _texts(self) -> CalibrationSet:
         return read_texts(self.job)
 
-    def _calibrate(self, source: Source, hessian: bool) -> Statistics:
-        """From the recipe's texts."""
+    def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
+        """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
         import torch
 
+        recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
-        with self._console.progress("calibrate", "windows") as update:
+        with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,
-                hessian=hessian,
+                hessian=hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian",
                 progress=update,
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.errors import UnsupportedModelError
+from compress.errors import UnsupportedModelError, UsageError
 from compress.grids.sparse import Pattern, pattern_of
 from compress.model import Plan
 from compress.recipe import Recipe
@@ -36,9 +36,15 @@ def check_zeros(target: str, recipe: Recipe) -> None:
 
     Raises:
         UnsupportedModelError: the format stores every zero, and the recipe does not allow that.
+        UsageError: a budget, too.
         GridError: a sparsity that is none.
     """
     pattern = pattern_for(recipe.targets[target])
+    if pattern is not None and recipe.budget:
+        raise UsageError(
+            f"a budget chooses among dense grids, and {target} asks for sparsity {pattern.name}",
+            hint=f"--set targets.{target}.sparsity=none, or no budget",
+        )
     if pattern is None or target in STORES_ZEROS or recipe.allow_dense:
         return
     raise UnsupportedModelError(

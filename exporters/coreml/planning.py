@@ -213,7 +213,10 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it does not.
     """
-    if grid not in GRIDS or fitting_grid(grid, shape) != grid:
+    inner = SPARSE.sub("", grid)
+    if inner != grid:
+        get_grid(grid).check(shape)
+    if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
     return grid
 
@@ -238,8 +241,7 @@ def _entries(
         grid = fitting_grid(asked, (shape[0], shape[1]))
         note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
         if block is not None and sparse_name(settings, grid) != grid:  # not embeddings and head
-            grid = sparse_name(settings, grid)
-            get_grid(grid).check((shape[0], shape[1]))
+            grid = checked(name, sparse_name(settings, grid), (shape[0], shape[1]))
         yield _entry(name, grid, shape, note)
 
 
