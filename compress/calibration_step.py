@@ -102,7 +102,7 @@ class CalibrationStep:
     ) -> None:
         self.job = job
         self._importance, self._shipyard = importance, shipyard
-        self._console, self._threads = console, threads
+        self.console, self._threads = console, threads
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -161,7 +161,7 @@ class CalibrationStep:
             self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
         )
         self._shipyard.write_imatrix(path, source.config, statistics)
-        self._console.detail(f"importance: {path}")
+        self.console.detail(f"importance: {path}")
 
     @cached_property
     def _texts(self) -> CalibrationSet:
@@ -173,7 +173,7 @@ class CalibrationStep:
 
         recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
-        with self._console.progress("calibrate", "windows") as update:
+        with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,

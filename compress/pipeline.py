@@ -248,7 +248,7 @@ def write_artifacts(
     """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
     for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration, console)
+        inputs = prepare_target(plan, calibration)
         target = folder / plan.format
         target.mkdir()
         with (

@@ -49,8 +49,8 @@ class Found:
 
     Attributes:
         folds: by input name.
-        errors: relative output error on held-back inputs of every half and of the head, before and
-            after.
+        errors: on held-back inputs, before and after: of every half the relative output error, of
+            the head the KL divergence.
     """
 
     folds: Mapping[str, Fold]
