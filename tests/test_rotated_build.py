@@ -14,8 +14,9 @@ from compress.calibration_step import Importance
 from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
-from compress.job import Job, describe_model, plan_document, prepare
+from compress.job import Job, describe_model, prepare
 from compress.model import Weights
+from compress.plan_file import plan_document
 from compress.recipe import load
 from compress.rotation import Rotated
 from compress.solvers.rtn import rtn
