@@ -25,7 +25,7 @@ import numpy as np
 
 from compress.arch import DecoderConfig, Float32
 from compress.folding import Fold, Folded, columns_of, uses
-from compress.grids import Grid, LatticeGrid, get_grid
+from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
 from compress.model import Plan
 from compress.solvers import NEEDS
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
@@ -209,9 +209,10 @@ class Estimate:
 
 def left_over(stats: LayerStats, grid: Grid) -> Float32:
     """Variance of each input, given those that gptq rounds after it; float32 ``[columns]``."""
-    span = grid.span if isinstance(grid, LatticeGrid) else 0
+    span = grid.span if isinstance(grid, LatticeGrid | CodebookGrid) else 0
+    together = grid.together if isinstance(grid, CodebookGrid) else 1
     variances = stats.importance.copy()
-    for factor in factors_of(stats, span, DAMPING):
+    for factor in factors_of(stats, span, DAMPING, together):
         variances[factor.order] = factor.variances
     return variances
 
