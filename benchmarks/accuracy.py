@@ -155,7 +155,7 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
         artifact = exporter.write(made, Weights(job.source, solve), folder, silent)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, calibration, Console())
+        inputs = prepare_target(made, calibration)
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             weights = target_weights(made, inputs, calibration, Path(work))
             artifact = exporter.write(made, weights, folder, silent)
