@@ -6,6 +6,7 @@ needs none, and then nothing is read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,9 +71,9 @@ class Importance:
                 "--imatrix has less than quantize.fold and quantize.permute need",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and self.imatrix:
+        if solver not in NEEDS and not recipe.budget and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        looks = solver in NEEDS or recipe.prunes or self.save is not None
+        looks = solver in NEEDS or recipe.prunes or bool(recipe.budget) or self.save is not None
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
         for path in texts_of(recipe) if looks else []:
@@ -120,6 +121,19 @@ class CalibrationStep:
         if self._importance.imatrix:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
         return self._calibrate(source) if solver in NEEDS else None
+
+    def for_costs(self, source: Source) -> tuple[Statistics, CalibrationSet, str]:
+        """What a cost table is measured with, whatever the solver: statistics of the inputs of the
+        float model, texts, and a name for where the statistics are from.
+
+        Raises:
+            As ``gather``.
+        """
+        given = self._importance.imatrix
+        if given:
+            name = hashlib.sha256(given.read_bytes()).hexdigest()
+            return self._shipyard.read_imatrix(given, source.config), self._texts, name
+        return self._calibrate(source), self._texts, ""
 
     @property
     def propagates(self) -> bool:

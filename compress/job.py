@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress import __version__
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
@@ -92,6 +91,7 @@ def prepare(
     *,
     context: int | None = None,
     command: str = "",
+    choices: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -101,6 +101,7 @@ def prepare(
         get_exporter: format → its exporter.
         context: positions of KV caches, over the recipe's.
         command: for the report.
+        choices: format → entry name → grid, over the recipe's.
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
@@ -113,17 +114,25 @@ def prepare(
     whole = Stored(checkpoint, config)
     plans = make_plans(whole, recipe, get_exporter, context)
     cut = plan_cut(config, recipe.prune, plans)
-    if cut is not None:
-        plans = make_plans(Stored(checkpoint, cut.config), recipe, get_exporter, context)
+    if cut is not None or choices:
+        shape = whole if cut is None else Stored(checkpoint, cut.config)
+        plans = make_plans(shape, recipe, get_exporter, context, choices)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     sources = rotations(whole, recipe)
     return Job(whole, config, recipe, plans, positions, command, sources, cut)
 
 
 def make_plans(
-    source: Source, recipe: Recipe, get_exporter: GetExporter, context: int | None
+    source: Source,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+    choices: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe, from the config of a source; nothing is read.
+
+    Args:
+        choices: format → entry name → grid, over the recipe's.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
@@ -138,7 +147,8 @@ def make_plans(
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         config = rotated[target].config if target in rotated else source.config
-        plan = get_exporter(target).plan(config, wanted, model_name=name)
+        grids = (choices or {}).get(target)
+        plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan)
@@ -172,87 +182,6 @@ def model_name(source: str) -> str:
     last = source.rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
-
-
-def plan_document(job: Job) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
-    return {
-        "schema_version": 1,
-        "tool": {"name": "packlight", "version": __version__},
-        "model": {
-            "source": job.checkpoint.source,
-            "revision": job.checkpoint.revision,
-            "family": job.config.family,
-            "parameters": job.config.num_parameters,
-        },
-        **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
-        "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
-    }
-
-
-def prune_document(job: Job) -> dict[str, Any]:
-    """``prune`` as the recipe's document has it, and how many parameters are left."""
-    return {**job.recipe.document["prune"], "parameters_left": job.shape.num_parameters}
-
-
-def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where anything looks at inputs."""
-    looks = recipe.solver in NEEDS or recipe.prunes
-    return {"calibration": recipe.document["calibration"]} if looks else {}
-
-
-def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
-    """One target of ``plan.json``."""
-    return {
-        "type": plan.type_name,
-        "settings": plan.settings,
-        "weights_bytes": plan.weights_bytes,
-        "bits_per_weight": round(plan.weights_bytes * 8 / config.num_parameters, 4),
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "name": entry.name,
-                "target_name": entry.target_name,
-                "grid": entry.grid,
-                "shape": list(entry.shape),
-                "bytes": entry.nbytes,
-                **({"note": entry.note} if entry.note else {}),
-            }
-            for entry in plan.entries
-        ],
-    }
-
-
-def print_plan(job: Job, console: Console) -> None:
-    """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job))
-    parameters = job.config.num_parameters
-    console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
-    if job.cut:
-        left = job.shape.num_parameters
-        console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
-    rows = []
-    for plan in job.plans:
-        counts: dict[str, int] = {}
-        for entry in plan.entries:
-            counts[entry.grid] = counts.get(entry.grid, 0) + 1
-        grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
-        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
-        rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
-    console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
-    if job.recipe.solver in NEEDS:
-        texts = job.recipe.document["calibration"]
-        what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
-        console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
-    else:
-        console.data(f"solver: {job.recipe.solver}")
-    if job.recipe.folds:
-        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
-        console.data(f"channels: {' and '.join(ways)} where that measures better")
-    for plan in job.plans:
-        for note in plan.notes:
-            console.data(f"note ({plan.format}): {note}")
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 import recipes
+from compress.console import parse_bytes
 from compress.errors import RecipeError, did_you_mean
 
 # Keys of one target that others do not have, and why.
@@ -38,6 +39,9 @@ class Recipe:
         prune: ``method`` and one amount; empty where nothing is pruned.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
+        candidates: grids that a budget chooses among; none: each format's own choice.
+        keep: role → the fewest bits that a budget may give it.
+        budget: ``weights``, ``memory`` (sizes) and ``device``; empty where there is none.
         document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
     """
 
@@ -48,6 +52,9 @@ class Recipe:
     sequence_length: int
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
+    keep: Mapping[str, int] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, Any] = field(default_factory=dict)
     fold: str = "none"
     permute: bool = False
@@ -62,6 +69,11 @@ class Recipe:
     def folds(self) -> bool:
         """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
         return self.fold != "none" or self.permute
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes of each target's file; None where only memory counts, or nothing does."""
+        return parse_bytes(str(self.budget["weights"])) if "weights" in self.budget else None
 
     def to_yaml(self) -> str:
         """The resolved recipe, as it can be read again."""
@@ -158,6 +170,8 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
     check_prune(whole.get("prune", {}), source)
     verify = whole["verify"]
     calibration = dict(whole["calibration"])
+    named = whole["quantize"].get("candidates", "auto")
+    kept = whole["quantize"].get("keep", {})
     # What travels with an artifact names no place of this machine.
     texts = [Path(text).name if Path(text).is_absolute() else text for text in calibration["texts"]]
     whole["calibration"]["texts"] = texts
@@ -169,11 +183,29 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
+        candidates=() if named == "auto" else tuple(named),
+        keep={role: int(str(bits).lstrip(">= ")) for role, bits in kept.items()},
+        budget=checked_budget(whole.get("budget", {}), source),
         prune=whole.get("prune", {}),
         fold=whole["quantize"]["fold"],
         permute=whole["quantize"]["permute"],
         document=whole,
     )
+
+
+def checked_budget(budget: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The recipe's budget, its sizes held to be sizes.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for key in ("weights", "memory"):
+        try:
+            if key in budget:
+                parse_bytes(str(budget[key]))
+        except ValueError as error:
+            raise RecipeError(f"{source}: budget.{key}: {error}") from error
+    return budget
 
 
 # How much goes, by method: exactly one of these keys.
@@ -236,8 +268,11 @@ def explain(error: Any, source: str) -> RecipeError:
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
     if error.validator == "pattern":
-        is_name = path == "name"
-        hint = "letters, digits, . _ -" if is_name else "such as int4-g32, int8-channel, lut4-g8"
+        hint = "such as int4-g32, int8-channel, lut4-g8"
+        if path == "name":
+            hint = "letters, digits, . _ -"
+        elif path.startswith("quantize.keep"):
+            hint = 'the fewest bits, such as ">=6"'
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")

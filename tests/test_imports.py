@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
      "compress.calibration_step", "compress.walk", "compress.target_step",
      "compress.propagation", "compress.summary",
      "compress.pruning", "compress.save"},
-    {"compress.allocation"},
+    {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},

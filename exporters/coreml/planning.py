@@ -126,7 +126,7 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
                 hint="int4-g32, int8-channel, int4-g128-asym, lut4-g8, lut6-tensor, F16 …",
             )
-    if settings["rotate"] != "none" and re.match(r"int\d-g", settings["grid"]):
+    if harmed(settings["grid"], settings):
         raise GridError(
             f"coreml: rotate {settings['rotate']} with {settings['grid']}: groups along the inputs "
             "hold outliers in already, and rotation spreads them",
@@ -143,6 +143,14 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             f"coreml: context {context} is not between 2 and the {config.max_context} positions "
             "of this model"
         )
+
+
+def harmed(grid: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the weights are rotated, and the grid has groups along the inputs, which lose by it.
+
+    See ``docs/solvers.md``.
+    """
+    return settings["rotate"] != "none" and re.match(r"int\d-g", grid) is not None
 
 
 def stored_names(config: DecoderConfig) -> Iterator[str]:
@@ -165,7 +173,7 @@ def candidates(
     """See ``compress.model.Exporter.candidates``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
-    integers, which it does not.
+    integers, which it does not; nor are there where they ask for a rotation.
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
@@ -174,7 +182,8 @@ def candidates(
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
     if entry.name == "embed_tokens.weight":
         grids.append("F16")
-    fitting = [grid for grid in wanted or grids if fitting_grid(grid, shape) == grid]
+    apt = [grid for grid in wanted or grids if not harmed(grid, settings)]
+    fitting = [grid for grid in apt if fitting_grid(grid, shape) == grid]
     sizes = {grid: container_bytes(parts(grid, shape)) for grid in fitting}
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
 
