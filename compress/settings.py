@@ -36,9 +36,11 @@ class BuildSettings:
     budget: str = ""
     budget_memory: str = ""
     device: str = ""
+    sweep: str = ""
     plan: Path | None = None
     prune: str = ""
     save_checkpoint: Path | None = None
+    allow_dense: bool = False
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -73,6 +75,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
     for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
         if value := getattr(settings, option):
             overrides.append(f"budget.{key}={value}")
+    if settings.allow_dense:
+        overrides.append("allow_dense=true")
     if settings.prune:
         overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
@@ -93,7 +97,7 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--eval-text", settings.eval_text.name]
     for path in settings.calibration:
         words += ["--calibration", path.name]
-    for option in ("budget", "budget_memory", "device"):
+    for option in ("budget", "budget_memory", "device", "sweep"):
         if value := getattr(settings, option):
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:
@@ -104,6 +108,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--seed", str(settings.seed)]
     if settings.prune:
         words += ["--prune", settings.prune]
+    if settings.allow_dense:
+        words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])
