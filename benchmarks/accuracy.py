@@ -257,7 +257,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 notes.append(f"{setting}, {name}: not run, it takes the whole file into memory")
                 continue
             try:
-                artifact, spent = build(job, peer, folder / str(len(built)))
+                artifact, spent = build(job, peer, folder / str(len(built) + len(notes)))
             except ValueError as error:
                 if peer is None:
                     raise
@@ -307,8 +307,8 @@ def main() -> None:
     parser.add_argument("--name", default="accuracy", help="of the two files")
     chosen = parser.parse_args()
     chosen.solver = chosen.solver or list(SOLVERS)
-    settings = chosen.setting or [s for s in SETTINGS if s[:4] != "GGUF" or s in GGUF_TYPES]
-    chosen.setting = list(dict.fromkeys([*settings, *(GGUF_TYPES if chosen.all_types else ())]))
+    settings = (*(chosen.setting or SETTINGS), *(GGUF_TYPES if chosen.all_types else ()))
+    chosen.setting = list(dict.fromkeys(settings))
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         document = measure(chosen, Path(folder))
     (chosen.out / f"{chosen.name}.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -1,11 +1,14 @@
 """Our GGUF block grids against llama.cpp's quantizer: speed per core and error.
 
-    python benchmarks/kquant.py            # about a minute; writes kquant.json, prints the table
+    python benchmarks/kquant.py [TYPE ...]    # some minutes; writes kquant.json and kquant.md
 
+With types given, their rows are measured anew and all others stay as they are.
 Speed is Mweights per CPU second on one thread, bytes of a GGUF tensor included on both sides, the
-best of five; compiling is not counted. Errors are ratios, ours to llama.cpp's (below 1: ours is
-smaller): `weighted` as llama.cpp itself weights the squares, `bare` by the importance alone
-(without one: the plain squared error), each on normal, Student-t5 and outlier-channel weights.
+best of five, or of as many as fit ten seconds; compiling is not counted. The bar (issue 3): with
+an importance at most three times the CPU seconds of llama.cpp's encoder. Errors are ratios, ours
+to llama.cpp's (below 1: ours is smaller): `weighted` as llama.cpp itself weights the squares,
+`bare` by the importance alone (without one: the plain squared error), each on normal, Student-t5
+and outlier-channel weights.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-from compress.grids import get_grid  # noqa: E402
-from compress.grids.kquant import TYPES  # noqa: E402
+from compress.grids import codebook, get_grid, kquant  # noqa: E402
 
-ROWS, COLUMNS, REPEATS = 256, 4096, 5
+ROWS, COLUMNS, REPEATS, PATIENCE = 256, 4096, 5, 10.0
+SLOWEST = 3.0  # times llama.cpp's seconds
+TYPES = (*kquant.TYPES, "MXFP4", *codebook.TYPES)
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -48,10 +52,14 @@ def speed(work: Callable[[], object]) -> float:
     """Mweights per CPU second."""
     work()
     best = float("inf")
+    spent = 0.0
     for _ in range(REPEATS):
         begin = time.process_time()
         work()
         best = min(best, time.process_time() - begin)
+        spent += best
+        if spent > PATIENCE:
+            break
     return ROWS * COLUMNS / best / 1e6
 
 
@@ -100,10 +108,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def bar(rows: list[dict[str, Any]]) -> str:
+    """Whether the slowest type is within the bar."""
+    weighted = [row for row in rows if row["importance"]]
+    slowest = min(weighted, key=lambda row: row["speedup"])
+    times = 1 / slowest["speedup"]
+    return (
+        f"Slowest beside llama.cpp with an importance: {slowest['grid']}, {times:.2f} times its "
+        f"CPU seconds (bar {SLOWEST:.0f}): {'pass' if times <= SLOWEST else '**fail**'}."
+    )
+
+
 def main() -> None:
     numba.config.NUMBA_NUM_THREADS = 1
     importance = np.exp(np.random.default_rng(1).standard_normal(COLUMNS)).astype(np.float32)
-    rows = [measure(name, given) for name in TYPES for given in (None, importance)]
+    names = sys.argv[1:] or TYPES
+    measured = [measure(name, given) for name in names for given in (None, importance)]
+    kept = json.loads((HERE / "kquant.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured + [row for row in kept if row["grid"] not in names]
+    rows.sort(key=lambda row: TYPES.index(row["grid"]))
     machine = f"{platform.machine()}, {numba.config.CPU_NAME or 'host CPU'}"
     result = {
         "machine": machine,
@@ -113,7 +136,9 @@ def main() -> None:
         "rows": rows,
     }
     (HERE / "kquant.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    text = f"{table(rows)}\n\n{bar(rows)}\n"
+    (HERE / "kquant.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

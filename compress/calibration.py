@@ -17,7 +17,7 @@ from compress.sources import Source
 from compress.statistics import Statistics, file_name, save
 from compress.walk import walk
 
-__all__ = ["collect"]
+__all__ = ["cache_folder", "collect"]
 
 LAYOUT = 2  # of the cache; part of its key
 
@@ -68,8 +68,9 @@ def collect(
     return Statistics.open(config, final, hessian=hessian)
 
 
-def cache_folder() -> Path:
-    """Where statistics are kept: ``PACKLIGHT_CACHE``, or below the Hub's assets.
+def cache_folder(kind: str = "calibration") -> Path:
+    """Where statistics, or another kind of work, are kept: ``PACKLIGHT_CACHE``, or below the Hub's
+    assets.
 
     Raises:
         UsageError: not writable.
@@ -79,12 +80,12 @@ def cache_folder() -> Path:
     chosen = os.environ.get("PACKLIGHT_CACHE")
     try:
         if not chosen:
-            return Path(cached_assets_path("packlight", namespace="calibration"))
-        folder = Path(chosen) / "calibration"
+            return Path(cached_assets_path("packlight", namespace=kind))
+        folder = Path(chosen) / kind
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except OSError as error:
         raise UsageError(
             f"cannot write to {error.filename}: {error.strerror}",
-            hint="set PACKLIGHT_CACHE to a folder for statistics",
+            hint="set PACKLIGHT_CACHE to a folder for such work",
         ) from error

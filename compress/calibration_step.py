@@ -6,6 +6,7 @@ needs none, and then nothing is read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,11 @@ class Importance:
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
             raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and recipe.prunes:
+            raise UsageError(
+                "--imatrix counts inputs of the whole model, and the recipe prunes it",
+                hint="--calibration, or an imatrix of what --save-checkpoint writes",
+            )
         if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
             raise UsageError(
                 "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
@@ -65,11 +71,12 @@ class Importance:
                 "--imatrix has less than quantize.fold and quantize.permute need",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and self.imatrix:
+        if solver not in NEEDS and not recipe.budget and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        if solver not in NEEDS and calibration and not self.save:
+        looks = solver in NEEDS or recipe.prunes or bool(recipe.budget) or self.save is not None
+        if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
-        for path in texts_of(recipe) if solver in NEEDS or self.save else []:
+        for path in texts_of(recipe) if looks else []:
             if not path.is_file() and not self.imatrix:
                 raise UsageError(f"{path} does not exist", hint="a calibration text")
         if self.imatrix and not self.imatrix.is_file():
@@ -96,7 +103,7 @@ class CalibrationStep:
     ) -> None:
         self.job = job
         self._importance, self._shipyard = importance, shipyard
-        self._console, self._threads = console, threads
+        self.console, self._threads = console, threads
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -114,6 +121,19 @@ class CalibrationStep:
         if self._importance.imatrix:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
         return self._calibrate(source) if solver in NEEDS else None
+
+    def for_costs(self, source: Source) -> tuple[Statistics, CalibrationSet, str]:
+        """What a cost table is measured with, whatever the solver: statistics of the inputs of the
+        float model, texts, and a name for where the statistics are from.
+
+        Raises:
+            As ``gather``.
+        """
+        given = self._importance.imatrix
+        if given:
+            name = hashlib.sha256(given.read_bytes()).hexdigest()
+            return self._shipyard.read_imatrix(given, source.config), self._texts, name
+        return self._calibrate(source), self._texts, ""
 
     @property
     def propagates(self) -> bool:
@@ -155,18 +175,11 @@ class CalibrationStep:
             self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
         )
         self._shipyard.write_imatrix(path, source.config, statistics)
-        self._console.detail(f"importance: {path}")
+        self.console.detail(f"importance: {path}")
 
     @cached_property
     def _texts(self) -> CalibrationSet:
-        settings = self.job.recipe.calibration
-        return CalibrationSet.load(
-            settings["texts"],
-            Tokenizer(self.job.checkpoint.path),
-            tokens=settings["tokens"],
-            sequence_length=min(settings["sequence_length"], self.job.config.max_context),
-            seed=settings["seed"],
-        )
+        return read_texts(self.job)
 
     def _calibrate(self, source: Source) -> Statistics:
         """From the recipe's texts."""
@@ -174,10 +187,27 @@ class CalibrationStep:
 
         recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self._threads, self.job.config))
-        with self._console.progress("calibrate", "windows") as update:
+        with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,
                 self._texts,
                 hessian=recipe.folds or NEEDS.get(recipe.solver) == "hessian",
                 progress=update,
             )
+
+
+def read_texts(job: Job) -> CalibrationSet:
+    """The recipe's calibration texts as windows of tokens.
+
+    Raises:
+        UsageError: texts that are not there or too short.
+        CheckpointError: no tokenizer.
+    """
+    settings = job.recipe.calibration
+    return CalibrationSet.load(
+        settings["texts"],
+        Tokenizer(job.checkpoint.path),
+        tokens=settings["tokens"],
+        sequence_length=min(settings["sequence_length"], job.config.max_context),
+        seed=settings["seed"],
+    )

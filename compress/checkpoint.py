@@ -15,7 +15,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,11 @@ from numpy.typing import NDArray
 from compress.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.hub import download
+from compress.safetensors_file import BYTES, TensorInfo, read_range, scan_safetensors
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
 
 Float32 = NDArray[np.float32]
-
-BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-MAX_HEADER = 100_000_000  # the limit of the safetensors reference implementation
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,25 +40,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as a shard header tells it.
-
-    Attributes:
-        dtype: ``F32``, ``F16`` or ``BF16``.
-        file: the shard.
-        offset: of the first byte in the file; -1 in a pickle.
-        nbytes: length.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
 
 
 class Checkpoint:
@@ -128,7 +106,7 @@ class Checkpoint:
     def _scan(self) -> dict[str, TensorInfo]:
         # The order in which transformers looks.
         for single, scan in (
-            ("model.safetensors", self._scan_safetensors),
+            ("model.safetensors", scan_safetensors),
             ("pytorch_model.bin", self._scan_pickle),
         ):
             file, index = self.path / single, self.path / f"{single}.index.json"
@@ -172,38 +150,6 @@ class Checkpoint:
             for name, info in tensors.items()
             if weight_map.get(name, shard) == shard
         }
-
-    def _scan_safetensors(self, file: Path) -> dict[str, TensorInfo]:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                lfs = prefix == b"version "
-                raise CheckpointError(
-                    f"{file.name} is not a safetensors file, or is truncated",
-                    hint="it is a Git LFS pointer: run git lfs pull" if lfs else "",
-                )
-            rows = _header_rows(file, stream.read(length))
-        start = 8 + length
-        tensors = {}
-        for name, dtype, shape, begin, end in rows:
-            if dtype not in BYTES:
-                raise CheckpointError(
-                    f"{file.name}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16",
-                    hint="packlight starts from float checkpoints, not from quantized ones",
-                )
-            whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
-            if not whole or begin < 0:
-                raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
-            if start + end > size:
-                raise CheckpointError(
-                    f"{file.name} is truncated: {short(name)} ends at byte {start + end}, "
-                    f"the file has {size}",
-                    hint="download it again",
-                )
-            tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-        return tensors
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
         warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
@@ -262,25 +208,9 @@ class Checkpoint:
             tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
             values: Float32 = tensor.float().numpy()
         else:
-            values = self._read_range(info, start, math.prod(shape))
+            values = read_range(info, start, math.prod(shape))
         check_finite(name, values)
         return values.reshape(shape if info.shape else ())
-
-    def _read_range(self, info: TensorInfo, start_row: int, count: int) -> Float32:
-        size = BYTES[info.dtype]
-        offset = info.offset + start_row * math.prod(info.shape[1:]) * size
-        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
-        try:
-            raw = np.fromfile(info.file, dtype=kind, count=count, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
-        if raw.size != count:
-            raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
-        if info.dtype == "BF16":
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32)
-        return raw.astype(np.float32, copy=False)
 
     # --- facts about the whole ---------------------------------------------------------------
 
@@ -318,20 +248,3 @@ def check_finite(name: str, values: Float32) -> None:
     bad = int(np.count_nonzero(~np.isfinite(values)))
     if bad:
         raise CheckpointError(f"{name} has {bad} NaN or Inf value(s)")
-
-
-def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """Name, dtype, shape, first and last byte of each tensor of a safetensors header."""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        rows = []
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            numbers = (*entry["shape"], begin, end)
-            if any(type(number) is not int for number in numbers):
-                raise ValueError(name)
-            rows.append((name, str(entry["dtype"]), tuple(entry["shape"]), begin, end))
-        return rows
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} has a damaged header") from error

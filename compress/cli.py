@@ -142,7 +142,22 @@ def cli() -> None:
               help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
+@click.option("--prune", default="", metavar="METHOD:AMOUNT",
+              help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
+@click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
 @eval_option
+@click.option("--budget", default="", metavar="SIZE",
+              help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
+                   "that serves the model best within them.")  # fmt: skip
+@click.option("--budget-memory", default="", metavar="SIZE",
+              help="The same for memory while running: file, KV cache at --context, "
+                   "activations.")  # fmt: skip
+@click.option("--device", default="", metavar="NAME", shell_complete=lambda *_: _device_names(),
+              help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
+              help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
 @threads_option
@@ -159,10 +174,13 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
     from compress import pipeline
+    from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
-    settings = pipeline.BuildSettings(
+    if options["plan"] and any(options[key] for key in ("budget", "budget_memory", "device")):
+        raise UsageError("--plan and a budget exclude each other")
+    settings = BuildSettings(
         model=model,
         output=output,
         recipe=options["recipe"],
@@ -173,6 +191,12 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         seed=options["seed"],
         imatrix=options["imatrix"],
         save_imatrix=options["save_imatrix"],
+        budget=options["budget"],
+        budget_memory=options["budget_memory"],
+        device=options["device"],
+        plan=options["plan"],
+        prune=options["prune"],
+        save_checkpoint=options["save_checkpoint"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],
@@ -194,10 +218,11 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     from compress import pipeline
     from compress.demo import model_path
+    from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
-    settings = pipeline.BuildSettings(
+    settings = BuildSettings(
         model=str(model_path()),
         source="packlight-demo",
         output=output,
@@ -228,10 +253,11 @@ def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
     from compress import pipeline
+    from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
-    settings = pipeline.VerifySettings(
+    settings = VerifySettings(
         artifact=artifact,
         baseline=options["baseline"],
         eval_text=options["eval_text"],

@@ -302,7 +302,7 @@ class Decoder:
     def _bias(self, role: str) -> Tensor | None:
         return self._weight(f"{role}.bias") if self.config.has_bias(role) else None
 
-    def _head(self) -> Callable[[Tensor], Tensor]:
+    def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and head with their weights read: ``[n, hidden]`` → ``[n, vocab]``."""
         norm, norm_bias = self._weight("norm.weight"), self._bias("norm")
         head, head_bias = self._weight("lm_head.weight"), self._bias("lm_head")
@@ -348,7 +348,7 @@ class Decoder:
         for done, states in enumerate(self.walk(windows)):  # noqa: B007
             if progress is not None:
                 progress(done, total)
-        head = self._head()
+        head = self.head()
         for done, hidden in enumerate(states, self.config.num_hidden_layers + 1):
             yield head(hidden).numpy()
             if progress is not None:
@@ -383,7 +383,7 @@ class Decoder:
         (hidden,) = self.embed([tokens])
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
-        return self._head()(hidden[-1:])[0].numpy()
+        return self.head()(hidden[-1:])[0].numpy()
 
     def close(self) -> None:
         """Drop the weights that were kept and the cache."""

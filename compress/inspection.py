@@ -144,11 +144,11 @@ def fit(
         )
         needs = []
         for plan in job.plans:
-            embedding = embedding_bytes(job.config, plan.entries)
+            embedding = embedding_bytes(job.shape, plan.entries)
             need = footprint(
-                job.config, plan.weights_bytes, embedding, job.context, plan.kv_bytes_per_value
+                job.shape, plan.weights_bytes, embedding, job.context, plan.kv_bytes_per_value
             )
-            needs.append((f"{plan.format} {plan.type_name}", job.config, need))
+            needs.append((f"{plan.format} {plan.type_name}", job.shape, need))
     rows = []
     for label, config, need in needs:
         if memory is not None:

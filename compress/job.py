@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress import __version__
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.pruning.cut import Cut, plan_cut
 from compress.recipe import Recipe
 from compress.rotation import Rotated
 from compress.solvers import NEEDS
@@ -37,6 +37,7 @@ class Job:
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
         sources: ... except targets that have weights of their own; by format.
+        cut: how much of the float model is pruned, or None; plans are of what is left.
     """
 
     source: Source
@@ -46,15 +47,25 @@ class Job:
     context: int
     command: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
+    cut: Cut | None = None
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
         return self.sources.get(plan.format, self.source)
 
+    def on(self, source: Source) -> Job:
+        """The same job on other weights of the shape that it was planned for."""
+        return replace(self, source=source, sources=rotations(source, self.recipe))
+
     @property
     def checkpoint(self) -> Checkpoint:
         """The float model's."""
         return self.source.checkpoint
+
+    @property
+    def shape(self) -> DecoderConfig:
+        """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
+        return self.config if self.cut is None else self.cut.config
 
     @property
     def predicted_bytes(self) -> int:
@@ -80,6 +91,7 @@ def prepare(
     *,
     context: int | None = None,
     command: str = "",
+    choices: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -89,6 +101,7 @@ def prepare(
         get_exporter: format → its exporter.
         context: positions of KV caches, over the recipe's.
         command: for the report.
+        choices: format → entry name → grid, over the recipe's.
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
@@ -98,9 +111,34 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    name = model_name(checkpoint.source)
-    stored = Stored(checkpoint, config)
-    rotated: dict[str, Rotated] = {}
+    whole = Stored(checkpoint, config)
+    plans = make_plans(whole, recipe, get_exporter, context)
+    cut = plan_cut(config, recipe.prune, plans)
+    if cut is not None or choices:
+        shape = whole if cut is None else Stored(checkpoint, cut.config)
+        plans = make_plans(shape, recipe, get_exporter, context, choices)
+    positions = context or min(DEFAULT_CONTEXT, config.max_context)
+    sources = rotations(whole, recipe)
+    return Job(whole, config, recipe, plans, positions, command, sources, cut)
+
+
+def make_plans(
+    source: Source,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+    choices: Mapping[str, Mapping[str, str]] | None = None,
+) -> tuple[Plan, ...]:
+    """A plan for each target of the recipe, from the config of a source; nothing is read.
+
+    Args:
+        choices: format → entry name → grid, over the recipe's.
+
+    Raises:
+        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+    """
+    name = model_name(source.checkpoint.source)
+    rotated = rotations(source, recipe)
     plans = []
     for target, settings in recipe.targets.items():
         wanted = dict(settings)
@@ -108,15 +146,26 @@ def prepare(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
-        if wanted.get("rotate", "none") != "none":
-            rotated[target] = Rotated(stored, wanted["rotate"])
-        source = rotated.get(target, stored)
-        plan = get_exporter(target).plan(source.config, wanted, model_name=name)
+        config = rotated[target].config if target in rotated else source.config
+        grids = (choices or {}).get(target)
+        plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan)
-    positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(stored, config, recipe, tuple(plans), positions, command, rotated)
+    return tuple(plans)
+
+
+def rotations(source: Source, recipe: Recipe) -> dict[str, Rotated]:
+    """Targets whose weights are turned, by format.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be.
+    """
+    return {
+        target: Rotated(source, settings["rotate"])
+        for target, settings in recipe.targets.items()
+        if settings.get("rotate", "none") != "none"
+    }
 
 
 def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
@@ -133,77 +182,6 @@ def model_name(source: str) -> str:
     last = source.rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
-
-
-def plan_document(job: Job) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
-    return {
-        "schema_version": 1,
-        "tool": {"name": "packlight", "version": __version__},
-        "model": {
-            "source": job.checkpoint.source,
-            "revision": job.checkpoint.revision,
-            "family": job.config.family,
-            "parameters": job.config.num_parameters,
-        },
-        "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
-        "targets": {plan.format: plan_target(plan, job.config) for plan in job.plans},
-    }
-
-
-def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where the solver looks at inputs."""
-    return {"calibration": recipe.document["calibration"]} if recipe.solver in NEEDS else {}
-
-
-def plan_target(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
-    """One target of ``plan.json``."""
-    return {
-        "type": plan.type_name,
-        "settings": plan.settings,
-        "weights_bytes": plan.weights_bytes,
-        "bits_per_weight": round(plan.weights_bytes * 8 / config.num_parameters, 4),
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "name": entry.name,
-                "target_name": entry.target_name,
-                "grid": entry.grid,
-                "shape": list(entry.shape),
-                "bytes": entry.nbytes,
-                **({"note": entry.note} if entry.note else {}),
-            }
-            for entry in plan.entries
-        ],
-    }
-
-
-def print_plan(job: Job, console: Console) -> None:
-    """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job))
-    parameters = job.config.num_parameters
-    console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
-    rows = []
-    for plan in job.plans:
-        counts: dict[str, int] = {}
-        for entry in plan.entries:
-            counts[entry.grid] = counts.get(entry.grid, 0) + 1
-        grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
-        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
-        rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
-    console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
-    if job.recipe.solver in NEEDS:
-        texts = job.recipe.document["calibration"]
-        what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
-        console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
-    else:
-        console.data(f"solver: {job.recipe.solver}")
-    if job.recipe.folds:
-        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
-        console.data(f"channels: {' and '.join(ways)} where that measures better")
-    for plan in job.plans:
-        for note in plan.notes:
-            console.data(f"note ({plan.format}): {note}")
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
@@ -263,7 +241,7 @@ def adopt(
             if key == "vocab_size":
                 hint = "--baseline is the checkpoint that the artifact was made from"
                 raise UsageError(what, hint=hint)
-            console.warning(f"{what}: are they the same model?")
+            console.warning(f"{what}: pruned, or another model?")
     entries = tuple(
         PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
         for row in facts["tensors"]
@@ -276,7 +254,13 @@ def adopt(
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    cache = config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    told = facts["config"]  # a pruned model keeps less
+    shape = replace(
+        config,
+        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+    )
+    cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
 

@@ -73,6 +73,8 @@ class Plan:
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
         max_context: positions up to which the artifact agrees with the float model.
         kv_bytes_per_value: of the KV cache as the runtime holds it: 2 for float16.
+        file_bytes: predicted bytes of the model files; 0 where nobody asked.
+        expected_divergence: KL from the float model that a cost table predicts, nats per token.
     """
 
     format: str
@@ -83,6 +85,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     max_context: int = 0
     kv_bytes_per_value: int = 2
+    file_bytes: int = 0
+    expected_divergence: float | None = None
 
     @property
     def weights_bytes(self) -> int:

@@ -5,13 +5,14 @@ What knows formats comes in as an argument, the ``Shipyard``: the workshop knows
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compress.allocation.explain import describe, print_budgets
+from compress.allocation.step import Budgeted, check_budget, locked, within_budget
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
@@ -28,65 +29,25 @@ from compress.job import (
     describe_model,
     find_artifacts,
     model_name,
-    plan_document,
     prepare,
-    print_plan,
     read_license,
     window_length,
 )
 from compress.machine import available_memory
 from compress.model import Artifact, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.plan_file import plan_document, print_plan
+from compress.pruning.options import check_save, save_pruned
+from compress.pruning.step import prune
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
+from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
 from compress.target_step import prepare_target, target_weights
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What ``packlight build`` was asked for; the options of the same names.
-
-    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
-    and ``cache_dir``.
-    """
-
-    model: str
-    output: Path | None = None
-    recipe: str = "phone-4bit"
-    overrides: Sequence[str] = ()
-    formats: Sequence[str] = ()
-    eval_text: Path | None = None
-    calibration: Sequence[Path] = ()
-    seed: int | None = None
-    imatrix: Path | None = None
-    save_imatrix: Path | None = None
-    context: int | None = None
-    threads: int = 0
-    dry_run: bool = False
-    overwrite: bool = False
-    verify: bool = True
-    source: str = ""
-    hub: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class VerifySettings:
-    """What ``packlight verify`` was asked for; the options of the same names."""
-
-    artifact: Path
-    baseline: str
-    eval_text: Path | None = None
-    tasks: Sequence[Path] = ()
-    gates: Sequence[str] = ()
-    windows: int = 16
-    sequence_length: int = 512
-    threads: int = 0
-    hub: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
@@ -107,26 +68,60 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         console.warning(line)
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
     command = command_line(checkpoint, settings, output)
-    job = prepare(
-        checkpoint, recipe, shipyard.get_exporter, context=settings.context, command=command
-    )
+    get_exporter = shipyard.get_exporter
+
+    def prepared(choices: Mapping[str, Mapping[str, str]] | None = None) -> Job:
+        return prepare(
+            checkpoint,
+            recipe,
+            get_exporter,
+            context=settings.context,
+            command=command,
+            choices=choices,
+        )
+
+    job = prepared()
+    budgets: dict[str, dict[str, Any]] = {}
+    if settings.plan:
+        job, budgets = locked(settings.plan, job, get_exporter, prepared)
+    else:
+        check_budget(job, get_exporter)
     if settings.dry_run:
-        print_plan(job, console)
+        budgeted: list[Budgeted] = []
+        if recipe.budget and not settings.plan:
+            pruned = prune(job, console, settings.threads)
+            job = job.on(pruned.source) if pruned else job
+            calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+            job, budgeted = within_budget(calibration, get_exporter, prepared)
+            budgets = {b.target.plan.format: describe(b) for b in budgeted}
+        print_plan(job, console, budgets)
+        print_budgets(budgeted, console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    if settings.save_checkpoint:
+        check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
     # Before the work: a text that is too short, or no tokenizer, is told now.
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
+        pruned = prune(job, console, settings.threads)
+        if pruned is not None:
+            job = job.on(pruned.source)
+        if settings.save_checkpoint:
+            save_pruned(job, settings.save_checkpoint, console)
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        if recipe.budget and not settings.plan:
+            job, budgeted = within_budget(calibration, get_exporter, prepared)
+            budgets = {b.target.plan.format: describe(b) for b in budgeted}
+            calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
-        write_json(folder / "plan.json", plan_document(job))
+        write_json(folder / "plan.json", plan_document(job, budgets))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report["notes"] += calibration.notes()
+        report["notes"] += [*(pruned.notes if pruned else ()), *calibration.notes()]
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -191,49 +186,13 @@ def read_text(path: Path | None) -> str:
     return text
 
 
-def recipe_overrides(settings: BuildSettings) -> list[str]:
-    """``--set``, and the options that stand for keys of the recipe."""
-    overrides = list(settings.overrides)
-    if settings.calibration:
-        overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
-    if settings.seed is not None:
-        overrides.append(f"calibration.seed={settings.seed}")
-    return overrides
-
-
-def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
-    """The command that makes this again, for the report: names instead of local paths."""
-    import shlex
-
-    if settings.source == "packlight-demo":
-        return "packlight demo"
-    words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
-    if revision := settings.hub.get("revision"):
-        words += ["--revision", revision]
-    for name in settings.formats:
-        words += ["-f", name]
-    for override in settings.overrides:
-        words += ["--set", override]
-    if settings.eval_text:
-        words += ["--eval-text", settings.eval_text.name]
-    for path in settings.calibration:
-        words += ["--calibration", path.name]
-    if settings.imatrix:
-        words += ["--imatrix", settings.imatrix.name]
-    if settings.seed is not None:
-        words += ["--seed", str(settings.seed)]
-    if settings.context:
-        words += ["--context", str(settings.context)]
-    return shlex.join([*words, "-o", output.name])
-
-
 def write_artifacts(
     calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
 ) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from its source."""
     artifacts = []
     for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration, console)
+        inputs = prepare_target(plan, calibration)
         target = folder / plan.format
         target.mkdir()
         with (
@@ -364,6 +323,7 @@ def make_report(
         limits=limits,
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
+        budget_bytes=job.recipe.budget_bytes,
         notes=baseline_notes(job.config),
     )
 

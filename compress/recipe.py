@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 import recipes
+from compress.console import parse_bytes
 from compress.errors import RecipeError, did_you_mean
 
 # Keys of one target that others do not have, and why.
@@ -35,8 +36,12 @@ class Recipe:
         permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
+        prune: ``method`` and one amount; empty where nothing is pruned.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
+        candidates: grids that a budget chooses among; none: each format's own choice.
+        keep: role → the fewest bits that a budget may give it.
+        budget: ``weights``, ``memory`` (sizes) and ``device``; empty where there is none.
         document: the whole as plain data; ``to_yaml`` writes it beside the artifacts.
     """
 
@@ -47,14 +52,28 @@ class Recipe:
     sequence_length: int
     gates: Mapping[str, str]
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
+    keep: Mapping[str, int] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    prune: Mapping[str, Any] = field(default_factory=dict)
     fold: str = "none"
     permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return bool(self.prune) and self.prune["method"] != "none"
+
+    @property
     def folds(self) -> bool:
         """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
         return self.fold != "none" or self.permute
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes of each target's file; None where only memory counts, or nothing does."""
+        return parse_bytes(str(self.budget["weights"])) if "weights" in self.budget else None
 
     def to_yaml(self) -> str:
         """The resolved recipe, as it can be read again."""
@@ -148,8 +167,11 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
     fill_defaults(whole, schema)
+    check_prune(whole.get("prune", {}), source)
     verify = whole["verify"]
     calibration = dict(whole["calibration"])
+    named = whole["quantize"].get("candidates", "auto")
+    kept = whole["quantize"].get("keep", {})
     # What travels with an artifact names no place of this machine.
     texts = [Path(text).name if Path(text).is_absolute() else text for text in calibration["texts"]]
     whole["calibration"]["texts"] = texts
@@ -161,10 +183,60 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
+        candidates=() if named == "auto" else tuple(named),
+        keep={role: int(str(bits).lstrip(">= ")) for role, bits in kept.items()},
+        budget=checked_budget(whole.get("budget", {}), source),
+        prune=whole.get("prune", {}),
         fold=whole["quantize"]["fold"],
         permute=whole["quantize"]["permute"],
         document=whole,
     )
+
+
+def checked_budget(budget: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The recipe's budget, its sizes held to be sizes.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for key in ("weights", "memory"):
+        try:
+            if key in budget:
+                parse_bytes(str(budget[key]))
+        except ValueError as error:
+            raise RecipeError(f"{source}: budget.{key}: {error}") from error
+    return budget
+
+
+# How much goes, by method: exactly one of these keys.
+AMOUNTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "depth": ("ratio", "blocks"),
+    "ffn": ("ratio", "width"),
+    "heads": ("ratio", "kv_heads"),
+}
+
+
+def check_prune(prune: Mapping[str, Any], source: str) -> None:
+    """Refuse a method without its amount, or with another's.
+
+    Raises:
+        RecipeError: with the keys that would do.
+    """
+    method = prune.get("method", "none")
+    keys = AMOUNTS[method]
+    given = [key for key in ("ratio", "blocks", "width", "kv_heads") if key in prune]
+    if strange := [key for key in given if key not in keys]:
+        raise RecipeError(
+            f"{source}: prune.{strange[0]} has no meaning with method {method}",
+            hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
+        )
+    if keys and len(given) != 1:
+        raise RecipeError(
+            f"{source}: prune.method {method} needs one of {' and '.join(keys)}, "
+            f"{'both are' if given else 'none is'} given",
+            hint=f"--set prune.{keys[0]}=0.1",
+        )
 
 
 def normalize(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,8 +268,11 @@ def explain(error: Any, source: str) -> RecipeError:
     if error.validator == "const":
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
     if error.validator == "pattern":
-        is_name = path == "name"
-        hint = "letters, digits, . _ -" if is_name else "such as int4-g32, int8-channel, lut4-g8"
+        hint = "such as int4-g32, int8-channel, lut4-g8"
+        if path == "name":
+            hint = "letters, digits, . _ -"
+        elif path.startswith("quantize.keep"):
+            hint = 'the fewest bits, such as ">=6"'
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")

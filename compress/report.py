@@ -79,7 +79,7 @@ def build_report(
         limits: the recipe's gates.
         folder: where the report will stand; artifact paths are relative to it.
         decode: the tokenizer's, for the text sample.
-        budget_bytes: of one artifact's weights, where the recipe has a budget.
+        budget_bytes: of one artifact's file, where the recipe has a budget.
         notes: sentences about the whole build.
     """
     parameters = int(model["parameters"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.calibration_step import CalibrationStep
-from compress.console import Console
 from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
 from compress.model import Plan, Weights
@@ -36,13 +35,12 @@ class TargetInputs:
     notes: tuple[str, ...] = ()
 
 
-def prepare_target(plan: Plan, calibration: CalibrationStep, console: Console) -> TargetInputs:
+def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
     """Source and statistics of a target, just before it is written.
 
     Args:
         plan: of the target.
         calibration: of the job.
-        console: for progress.
 
     Raises:
         PacklightError: see ``CalibrationStep.gather``.
@@ -53,22 +51,20 @@ def prepare_target(plan: Plan, calibration: CalibrationStep, console: Console) -
     if recipe.folds or not calibration.propagates:
         inputs = replace(inputs, statistics=calibration.gather(source, plan))
     if recipe.folds:
-        inputs = fold(plan, inputs, calibration, console)
+        inputs = fold(plan, inputs, calibration)
     if calibration.propagates:  # statistics come with the codes
         inputs = replace(inputs, statistics=None)
     return inputs
 
 
-def fold(
-    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, console: Console
-) -> TargetInputs:
+def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> TargetInputs:
     """Scales and orders of channels that suit the target's grids (``compress.solvers.awq``)."""
     from compress.solvers.awq import search
 
     if inputs.statistics is None:
         raise UsageError("quantize.fold and quantize.permute need a solver that looks at inputs")
     recipe, config = calibration.job.recipe, inputs.source.config
-    with console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
+    with calibration.console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
         found = search(
             inputs.source,
             inputs.statistics,

@@ -9,7 +9,7 @@ the previous blocks produce: those of the float model, or what the caller makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,7 @@ def walk(
     hessian: bool,
     carry: Callable[[str], Float32] | None = None,
     exact: bool = False,
+    roles: Collection[str] = (),
     work: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[dict[str, LayerStats]]:
@@ -102,6 +103,7 @@ def walk(
             embedding's come first; a block's are asked for once its statistics were given out;
             the final norm's last.
         exact: hidden states in float32 instead of bfloat16.
+        roles: of the inputs to listen to (``compress.statistics.input_roles``); all where empty.
         work: folder for the file that holds states beyond ``STATES_LIMIT``.
         progress: ``progress(done, total)`` in windows times blocks.
 
@@ -123,7 +125,8 @@ def walk(
     def listen(name: str, x: Tensor, position: int) -> None:
         key = input_of(config, name)
         # Linears of one input come with the same x; the first speaks for all.
-        if key is None or key.rpartition(".")[2] != split_name(name)[1]:
+        role = split_name(name)[1]
+        if key is None or key.rpartition(".")[2] != role or (roles and role not in roles):
             return
         if key not in sums:
             sums[key] = Accumulator(x.shape[1], hessian=hessian)

@@ -49,6 +49,20 @@ def test_what_inputs_tell_lowers_the_divergence_of_the_demo(cache, tmp_path):
     assert found["gptq"] < 0.7 * found["scale_search"]
 
 
+@pytest.mark.parametrize(("solver", "first"), [("rtn", "Q5_K"), ("gptq", "IQ4_XS")])
+def test_llama_cpps_presets_know_whether_codes_are_chosen_by_importance(solver, first, tmp_path):
+    source = tiny.make("llama", tmp_path / "model", num_hidden_layers=8)
+    done = packlight(
+        "build", source, "-f", "gguf", "--dry-run", "--json",
+        "--set", "targets.gguf.type=IQ4_XS", "--set", f"quantize.solver={solver}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tensors = json.loads(done.stdout)["targets"]["gguf"]["tensors"]
+    grids = {t["target_name"]: t["grid"] for t in tensors}
+    assert grids["blk.0.ffn_down.weight"] == first
+    assert grids["blk.1.ffn_down.weight"] == "IQ4_XS"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.make("phi3", tmp_path_factory.mktemp("models") / "tiny-phi3")

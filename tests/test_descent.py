@@ -9,7 +9,7 @@ import pytest
 from test_gptq import correlated, stats_of, weight_of
 
 from compress.grids import get_grid
-from compress.solvers.descent import best_factors, descend
+from compress.solvers.descent import best_factors, costs, descend, metric_of
 from compress.solvers.fits import FACTORS, Spans, Whole
 from compress.solvers.gptq import round_rows
 from compress.solvers.hessian import factors_of
@@ -28,9 +28,12 @@ def case(name: str, columns: int, blocks: int = 1):
     grid, weight = get_grid(name), weight_of(8, columns)
     stats = stats_of(correlated(columns, 4 * columns), blocks)
     everything = slice(0, len(weight))
-    whole = grid.lattice(scale_search(weight, grid, stats).params)
-    fits = Spans(grid, columns) if grid.span else Whole(whole, len(weight), everything)
-    codes, left = round_rows(weight, factors_of(stats, grid.span, 0.01), fits, 128)
+    if grid.span:
+        fits = Spans(grid, columns)
+    else:
+        fits = Whole(grid.lattice(scale_search(weight, grid, stats).params), 8, everything)
+    factors = factors_of(stats, grid.span, 0.01, getattr(grid, "together", 1))
+    codes, left = round_rows(weight, factors, fits, 128)
     return grid, weight, stats, codes, left, fits
 
 
@@ -105,7 +108,7 @@ def test_each_column_takes_the_best_code(name, columns):
     np.testing.assert_allclose(grid.decode(codes, params), weight - left, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "columns"), CASES)
+@pytest.mark.parametrize(("name", "columns"), [*CASES, ("IQ3_S", 512), ("IQ3_XXS", 256)])
 def test_the_error_only_falls(name, columns):
     _, weight, stats, codes, left, fits = case(name, columns)
     h = damped(stats)
@@ -115,6 +118,28 @@ def test_the_error_only_falls(name, columns):
         errors.append(output_error(left, h))
         assert (errors[-1] <= errors[-2] * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.995 * errors[0].sum()
+
+
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS"])
+def test_a_word_takes_what_is_best_beside_all_others(name):
+    """What the kernel minimizes is, but for a constant, the output error."""
+    grid, _, stats, _, left, _ = case(name, 256)
+    square, part = np.float32(damped(stats)), slice(0, 32)
+    pull = left[:, 32:] @ square[32:, part]
+    square = square[part, part]
+    feedback, variances, settle, later = metric_of(square, grid.together)
+    c = (pull + left[:, part] @ later) @ settle
+    draw = np.random.default_rng(1)
+    for first in range(0, 32, grid.together):
+        word, rest = slice(first, first + grid.together), left[:, part].copy()
+        c_word = c[:, word] + rest[:, :first] @ feedback[:first, word]
+        totals = []
+        for _ in range(2):
+            rest[:, word] = draw.standard_normal((8, grid.together)) * 0.01
+            z = c_word + rest[:, word] @ np.triu(feedback[word, word])
+            totals.append((costs(rest, square, pull), (z**2 * variances[word]).sum(axis=1)))
+        whole, mine = np.subtract(*totals)
+        np.testing.assert_allclose(mine, whole, rtol=2e-3, atol=1e-6 * np.abs(whole).max())
 
 
 def test_diagonal_blocks_are_looked_at_apart():

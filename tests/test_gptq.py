@@ -10,7 +10,7 @@ import pytest
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.demo import heldout_path, model_path
-from compress.grids import LatticeGrid, get_grid
+from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
 from compress.solvers import hessian
 from compress.solvers.descent import descend
@@ -23,7 +23,8 @@ from compress.walk import walk
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
-    "IQ4_XS", "MXFP4", "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
+    "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4",
+    "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
     "lut4-g8", "lut4-g16", "lut4-tensor", "lut2-g8", "lut6-g8",
 ]  # fmt: skip
 
@@ -105,7 +106,7 @@ def test_it_is_the_definition(name, columns):
 @pytest.mark.parametrize("name", GRIDS)
 def test_correlated_inputs_see_less_error(name):
     grid, weight, stats = get_grid(name), weight_of(64, 512), stats_of(correlated(512, 2048))
-    assert isinstance(grid, LatticeGrid)
+    assert isinstance(grid, LatticeGrid | CodebookGrid)
     found, searched = gptq(weight, grid, stats), scale_search(weight, grid, stats)
     fresh = stats_of(correlated(512, 1024, seed=1))  # inputs that neither has seen
 
@@ -148,7 +149,9 @@ def demo():
     return config, read, seen, fresh
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", "MXFP4", "int4-g32", "lut4-g8"])
+@pytest.mark.parametrize(
+    "name", ["Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4", "int4-g32", "lut4-g8"]
+)
 def test_every_linear_of_the_demo_is_better_off(demo, name):
     config, read, seen, fresh = demo
     roles = {"q_proj": "qkv_proj", "o_proj": "o_proj", "gate_proj": "gate_up_proj",
@@ -165,6 +168,60 @@ def test_every_linear_of_the_demo_is_better_off(demo, name):
             ratios[key] = errors[0] / errors[1]
     assert max(ratios.values()) < 0.9, ratios
     assert np.exp(np.mean(np.log(list(ratios.values())))) < 0.5, ratios
+
+
+# --- codebooks --------------------------------------------------------------------------------
+
+
+def least_cost(grid, scale, x, w, upper, variances, parity=None):
+    """Of four columns in one row: the word and signs of least ``Σ D_k z_k²``, by trying all (of
+    one parity of minus signs). Returns cost and values."""
+    patterns = 1 - 2 * ((np.arange(16)[:, None] >> np.arange(4)) & 1)
+    if parity is not None:
+        patterns = patterns[patterns.prod(axis=1) == parity]
+    q = (patterns[:, None] * grid.levels[grid.words] * scale).reshape(-1, 4)
+    z = x - q + (w - q) @ (upper - np.eye(4))
+    costs = (z**2 * variances).sum(axis=1)
+    best = int(costs.argmin())
+    return costs[best], q[best]
+
+
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS"])
+def test_words_are_rounded_to_the_best_that_there_is(name):
+    """Each word beside what trying all words and signs would find in its place; where eight
+    columns share a parity, each half so with either parity."""
+    grid, weight = get_grid(name), weight_of(6, 512)
+    assert isinstance(grid, CodebookGrid)
+    stats = stats_of(correlated(512, 2048))
+    (factor,) = factors_of(stats, grid.span, 0.01, grid.together)
+    assert (np.diff(factor.order.reshape(-1, grid.together)) == 1).all()
+    fits = Spans(grid, 512)
+    codes, left = round_rows(weight, (factor,), fits, 128)
+    np.testing.assert_allclose(weight - left, grid.decode(codes, fits.params()), atol=1e-6)
+    scales = np.repeat(grid.codebook(fits.params()).scale, 32, axis=1)
+    upper = np.triu(np.float64(factor.feedback))
+    ratios = []
+    for w, e, scale in zip(weight, np.float64(left), scales, strict=True):
+        w, e, scale = w[factor.order], e[factor.order], scale[factor.order]
+        z = e @ upper
+        for k in range(0, 512, grid.together):
+            part = slice(k, k + 4)
+            x = w[part] + e[:k] @ upper[:k, part]
+            inner, d = upper[part, part], factor.variances
+            if not grid.even:
+                least = least_cost(grid, scale[k], x, w[part], inner, d[part])[0]
+            else:
+                rest, ways = slice(k + 4, k + 8), []
+                for parity in (1, -1):
+                    cost, q = least_cost(grid, scale[k], x, w[part], inner, d[part], parity)
+                    y = w[rest] + e[:k] @ upper[:k, rest] + (w[part] - q) @ upper[part, rest]
+                    then = (w[rest], upper[rest, rest], d[rest], parity)
+                    ways.append(cost + least_cost(grid, scale[k], y, *then)[0])
+                least = min(ways)
+            whole = slice(k, k + grid.together)
+            ratios.append((z[whole] ** 2 * d[whole]).sum() / least)
+    assert np.quantile(ratios, 0.9) < 1.001  # nearly always the very best
+    assert np.mean(ratios) < 1.01, np.mean(ratios)
 
 
 # --- falling back -----------------------------------------------------------------------------
@@ -275,7 +332,7 @@ def test_the_factor(monkeypatch):
 # --- slabs, blocks, settings ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "int4-g32", "lut4-g8", "int4-channel"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S", "int4-g32", "lut4-g8", "int4-channel"])
 def test_slabs_of_rows_are_the_whole(name, monkeypatch):
     grid, weight, stats = get_grid(name), weight_of(136, 512), stats_of(correlated(512, 2048))
     whole = gptq(weight, grid, stats)

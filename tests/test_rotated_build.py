@@ -14,8 +14,9 @@ from compress.calibration_step import Importance
 from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
-from compress.job import Job, describe_model, plan_document, prepare
+from compress.job import Job, describe_model, prepare
 from compress.model import Weights
+from compress.plan_file import plan_document
 from compress.recipe import load
 from compress.rotation import Rotated
 from compress.solvers.rtn import rtn
@@ -100,6 +101,8 @@ def test_the_package_computes_the_float_model(tied, tmp_path):
     runtime = coreml.open_runtime(written.path, context=64, threads=1)
     found = runtime.logits(tokens)
     runtime.close()
+    told = coreml.describe(written.path)["parameters"]
+    assert told == stored.config.num_parameters  # not more for the head that is untied
     assert expected.std() > 1
     assert np.abs(found - expected).max() < 0.05
 

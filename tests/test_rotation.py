@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.errors import UnsupportedModelError
+from compress.grids import get_grid
 from compress.rotation import Rotated, Rotation, factors, hadamard_order
+from compress.solvers.rtn import rtn
 from compress.sources import Stored
 
 KINDS = ("r1", "r2", "r1r2")
@@ -109,6 +112,20 @@ def test_signs_are_drawn_once_for_all_and_differ_by_name():
     assert Rotation(64, "R1").signs.tolist() == Rotation(64, "R1").signs.tolist()
     assert Rotation(64, "R1").signs.tolist() != Rotation(64, "R2").signs.tolist()
     assert set(Rotation(64, "R1").signs.tolist()) == {-1.0, 1.0}
+
+
+def test_outliers_that_a_channel_s_scale_suffers_from_are_spread():
+    """What rotation is for."""
+    draws = np.random.default_rng(3)
+    weight = draws.standard_normal((64, 512)).astype(np.float32)
+    weight[:, draws.integers(0, 512, 4)] *= 20
+    turned = Rotation(512, "R1").columns(weight)
+
+    def error(values: Float32) -> float:
+        decoded = rtn(values, get_grid("int4-channel")).decode()
+        return float(np.square(decoded - values).mean())
+
+    assert error(turned) < 0.5 * error(weight)
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -231,3 +248,24 @@ def test_fingerprints_tell_rotations_apart(stored):
     prints = {source.fingerprint(), *(Rotated(source, kinds).fingerprint() for kinds in KINDS)}
     assert len(prints) == 4
     assert Rotated(source, "r1").fingerprint() == Rotated(source, "r1").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "copies"),
+    [
+        ("blocks.0.down_proj.weight", None, 3.5),
+        ("blocks.0.o_proj.weight", slice(0, 16), 3.5),
+        ("lm_head.weight", slice(0, 64), 0.5),
+    ],
+)
+def test_memory_is_a_few_copies_of_one_tensor(stored, name, rows, copies, monkeypatch):
+    """Of the rows asked for where rows stay apart, of the tensor where R1 mixes them."""
+    monkeypatch.setattr("compress.rotation.SLAB", 4096)
+    source = stored("llama")
+    whole = source.read(name).nbytes
+    rotated = Rotated(source, "r1r2")
+    tracemalloc.start()
+    rotated.read(name, rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < copies * whole

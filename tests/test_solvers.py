@@ -17,7 +17,8 @@ from compress.statistics import LayerStats, Statistics
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
-    "IQ4_XS", "MXFP4", "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
+    "IQ4_XS", "IQ3_S", "IQ3_XXS", "MXFP4",
+    "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
     "lut4-g8", "lut4-g16", "lut4-tensor", "lut2-g8", "lut6-g8",
 ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def walks(tmp_path: Path) -> int:
 def test_targets_of_one_source_share_its_walk(job, tmp_path):
     calibration = step(job)
     for plan in job.plans:
-        inputs = prepare_target(plan, calibration, Console())
+        inputs = prepare_target(plan, calibration)
         assert inputs.source is job.source
         assert inputs.statistics.for_weight("blocks.1.o_proj.weight").count == 256
         assert walks(tmp_path) == 1
@@ -66,7 +66,7 @@ def test_a_target_with_weights_of_its_own_has_their_statistics(job, tmp_path):
     louder = LouderNorms(job.checkpoint, job.config)
     job = replace(job, sources={"onnx": louder})
     calibration = step(job)
-    common, own = (prepare_target(plan, calibration, Console()) for plan in job.plans)
+    common, own = (prepare_target(plan, calibration) for plan in job.plans)
     assert (common.source, own.source) == (job.source, louder)
     assert walks(tmp_path) == 2
     quiet, loud = (

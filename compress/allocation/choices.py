@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from compress.arch import FUSED, DecoderConfig, split_name
 from compress.errors import GridError
+from compress.grids import get_grid
 from compress.model import Candidate, Exporter, Plan
 from compress.statistics import stored_block
 
@@ -73,8 +74,10 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rul
             is this format's, it chooses among its own.
 
     Raises:
-        GridError: the rules leave a tensor nothing.
+        GridError: the rules leave a tensor nothing, or name a grid that no format has.
     """
+    for name in rules.candidates:
+        get_grid(name)
     known = set(exporter.grids())
     wanted = tuple(name for name in rules.candidates if name in known)
     groups: dict[str, list[str]] = {}

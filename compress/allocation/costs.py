@@ -22,6 +22,7 @@ from compress.allocation.tensor_error import relative_error, sampled
 from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
 from compress.calibration import cache_folder
 from compress.calibration_set import CalibrationSet
+from compress.console import Console
 from compress.grids import Float32, Grid, get_grid
 from compress.model import Solver
 from compress.sources import Source
@@ -104,8 +105,9 @@ def measured(
     calibration: CalibrationSet,
     statistics: Statistics,
     solver: tuple[str, Solver],
+    origin: str,
     wanted: Sequence[tuple[str, str]],
-    progress: Callable[[str], Progress],
+    console: Console,
 ) -> CostTable:
     """The table of a source with everything that is wanted, measured where it is not known.
 
@@ -114,19 +116,21 @@ def measured(
         calibration: the windows, and what names them.
         statistics: of the inputs.
         solver: its name, and the solver with the statistics bound.
+        origin: names what the statistics are from, where that is not ``calibration``.
         wanted: pairs of unfused name and grid.
-        progress: phase → ``progress(done, total)``.
+        console: for progress.
     """
-    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {solver[0]}"
+    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {solver[0]} {origin}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}-costs.json"
     table = CostTable.load(source.config, path)
     if not table.sensitivities:
-        told = progress("sensitivities")
-        table.sensitivities = measure(source, calibration.windows, statistics, told)
+        with console.progress("measure sensitivities", "blocks") as told:
+            table.sensitivities = measure(source, calibration.windows, statistics, told)
         table.save(path)
     if missing := table.missing(wanted):
-        measure_errors(source, statistics, solver[1], missing, table.errors, progress("errors"))
+        with console.progress("measure grids", "tensors") as told:
+            measure_errors(source, statistics, solver[1], missing, table.errors, told)
         table.save(path)
     return table
 

@@ -25,7 +25,10 @@ Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Params = Mapping[str, Array]
 
-__all__ = ["Array", "Float32", "Grid", "Lattice", "LatticeGrid", "Params", "Quantized", "get_grid"]
+__all__ = [
+    "Array", "Codebook", "CodebookGrid", "Float32", "Grid", "Lattice", "LatticeGrid", "Params",
+    "Quantized", "get_grid",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -112,6 +115,51 @@ class LatticeGrid(Grid, Protocol):
 
     def lattice(self, params: Params) -> Lattice:
         """What ``decode`` computes, up to the last bit, for a solver that needs it by column."""
+        ...
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The values that four columns beside each other may take together, parameters being fixed.
+
+    ``w = ± scale * levels[code & 7]``, minus where ``code & 8``; the columns are cut into as many
+    equal runs as ``scale`` has columns. The four levels are a word of the codebook: the last two of
+    those whose first two are ``a = code_0 + 8 code_1`` are ``code_2 + 8 code_3``, one of
+    ``partners[starts[a] : starts[a + 1]]``.
+
+    Attributes:
+        scale: float32 ``[rows, runs]``, not negative.
+        levels: float32 ``[8]``, positive, ascending.
+        starts: int64 ``[65]``.
+        partners: int64, the same number more than once perhaps.
+        even: of eight columns beside each other, an even number is negative.
+    """
+
+    scale: Float32
+    levels: Float32
+    starts: Array
+    partners: Array
+    even: bool
+
+
+@runtime_checkable
+class CodebookGrid(Grid, Protocol):
+    """A grid whose columns can be rounded some at a time, on parameters fixed before.
+
+    Attributes:
+        span: see ``LatticeGrid``.
+        together: columns beside each other that are rounded together: 4, or 8 where those share
+            the parity of their signs.
+    """
+
+    @property
+    def span(self) -> int: ...
+
+    @property
+    def together(self) -> int: ...
+
+    def codebook(self, params: Params) -> Codebook:
+        """What ``decode`` computes, up to the last bit."""
         ...
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, Codebook, Float32, Params, Quantized
 from compress.grids.codebook_kernels import encode_words, fit_words
 from compress.grids.codebook_words import SUB
 from compress.grids.lanes import checked, normalized, over_rows
@@ -72,6 +72,16 @@ class WordGrid:
     even: bool
     plain: Search
     weighted: Search
+
+    @property
+    def span(self) -> int:
+        """A block is fitted on its own."""
+        return BLOCK
+
+    @property
+    def together(self) -> int:
+        """A word, or two that share the parity of their signs."""
+        return 2 * WORD if self.even else WORD
 
     @cached_property
     def levels(self) -> Float32:
@@ -171,6 +181,10 @@ class WordGrid:
         d = np.repeat(params["d"].astype(np.float32), BLOCK // SUB, axis=1)
         scale: Float32 = d * (2 * params["scales"] + 1).astype(np.float32)
         return scale
+
+    def codebook(self, params: Params) -> Codebook:
+        """``effective`` and the words; see ``compress.grids.CodebookGrid``."""
+        return Codebook(self.effective(params), *self._book, self.even)
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """Codes of the nearest words, all columns alike: uint8 ``[rows, columns]``, 0..15.

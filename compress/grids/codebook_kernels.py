@@ -121,8 +121,9 @@ def settle_scales(x, w, odd, book, work, cells, steps, s, unit, whole, sums):
     for the scale.
     """
     scale, multiple, centre = s[3], s[4], s[5]
-    sums[2] = WORST
-    centre[:] = whole
+    for lane in range(WIDE):
+        sums[2, lane] = WORST
+        centre[lane] = whole[lane]
     for step in range(-steps, steps + 1):
         for lane in range(WIDE):
             multiple[lane] = min(max(centre[lane] + f4(2 * step), f4(1.0)), LARGEST)
@@ -160,7 +161,7 @@ def fit_words(
     best_unit = np.empty(LANES, np.float32)
     best_whole = np.empty((subs, LANES), np.float32)
     wide_whole, wide_best = whole.reshape((pairs, WIDE)), best_whole.reshape((pairs, WIDE))
-    wide_unit = np.empty((2, LANES), np.float32)
+    wide_unit = np.empty(WIDE, np.float32)
     sums = np.empty((3, WIDE), np.float32)
     total = np.empty((3, LANES), np.float32)
     work = workspace()
@@ -181,14 +182,15 @@ def fit_words(
             choose_scales(wish, rest, stiff, units, unit, whole)
             error[:] = WORST
             for refit in range(refits + 1):
+                steps = min(refits - refit, 1)  # neighbours are tried but the last time
                 for lane in range(LANES):
                     unit[lane] = half(unit[lane])
-                wide_unit[:] = unit
+                    wide_unit[lane] = wide_unit[LANES + lane] = unit[lane]
                 total[:] = f4(0.0)
                 for pair in range(pairs):
                     settle_scales(
-                        x[pair], w[pair], odd[pair], book, work, cells[pair], refit == 0,
-                        s, wide_unit.reshape(WIDE), wide_whole[pair], sums,
+                        x[pair], w[pair], odd[pair], book, work, cells[pair], steps,
+                        s, wide_unit, wide_whole[pair], sums,
                     )  # fmt: skip
                     for k in range(3):
                         for lane in range(LANES):
@@ -199,10 +201,14 @@ def fit_words(
                 keep(total[2], total[2], error, error)
                 for lane in range(LANES):
                     unit[lane] += total[1, lane] / max(total[0, lane], NEARLY_ZERO)
+            # The words of the best once more.
+            for lane in range(LANES):
+                wide_unit[lane] = wide_unit[LANES + lane] = best_unit[lane]
             for pair in range(pairs):
-                for lane in range(WIDE):
-                    s[3, lane] = best_unit[lane % LANES] * wide_best[pair, lane]
-                round_words(x[pair], w[pair], odd[pair], s[3], book, work, cells[pair], s)
+                settle_scales(
+                    x[pair], w[pair], odd[pair], book, work, cells[pair], steps,
+                    s, wide_unit, wide_best[pair], sums,
+                )  # fmt: skip
             write_codes(cells, signs, row, end, column, codes)
             for lane in range(min(LANES, end - row)):
                 d[row + lane, block] = best_unit[lane]

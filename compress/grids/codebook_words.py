@@ -181,7 +181,8 @@ def round_words(x, w, odd, scale, book, work, cells, s):
                 cell[1, 0, lane] = cell[1, 1, lane] if two else cell[1, 0, lane]
         for word in range(2):
             found = cell[word, 0]
-            cells[eight // 4 + word] = found
+            for lane in range(WIDE):
+                cells[eight // 4 + word, lane] = found[lane]
             for i in range(4):
                 row = eight + 4 * word + i
                 for lane in range(WIDE):

@@ -119,7 +119,7 @@ class BlockGrid:
         if len(shape) != 2 or shape[1] % self.block or shape[1] == 0:
             raise GridError(
                 f"{self.name}: rows of {shape[-1]} columns are not whole blocks of {self.block}",
-                hint="Q8_0, Q5_0, Q4_0, IQ4_NL need a multiple of 32; F16 takes any length",
+                hint="Q8_0, Q5_0, Q4_0, IQ4_NL, MXFP4 need a multiple of 32; F16 takes any length",
             )
 
     def nbytes(self, shape: tuple[int, int]) -> int:
@@ -300,6 +300,7 @@ LEVELS_Q5 = (-16, -15, -17, -14, -13, -18, 12, -16.5)
 LEVELS_Q4 = (-8.125, -7.25, -9.25, 8.75, -6.5, -10.625, -7.75, -8.625)
 LEVELS_Q3 = (-4.25, -3.25, -5.375, 4.75, -3.875, 4, -6, -4.625)
 LEVELS_IQ4 = (-128, 115, -109, -140, 129, -122, 91, -91)
+LEVELS_IQ4_XS = (-133, 117, -123, -107, -143, 110, 129, 93, -150, -128)
 
 # name: block, sub, zero, top, limit, has_minimum
 SHAPES = {
@@ -331,7 +332,7 @@ SEARCHES = {
     "Q4_K": (Search(1, 1.0, 32, TRIES_Q4, 2, 6), Search(1, 2.0, 256, TRIES_Q4, 2, 6)),
     "Q5_K": (Search(1, 1.0, 32, TRIES_Q5, 2, 8), Search(1, 2.0, 256, TRIES_Q5, 2, 8)),
     "Q6_K": (Search(2, 2.0, 16, LEVELS_Q6, 1, 8), Search(0, 0.0, 32, LEVELS_Q6, 1, 8)),
-    "IQ4_XS": (Search(2, 2.0, 32, LEVELS_IQ4, 2, 8), Search(1, 2.0, 256, LEVELS_IQ4, 2, 8)),
+    "IQ4_XS": (Search(2, 2.0, 32, LEVELS_IQ4_XS, 2, 16), Search(1, 2.0, 256, LEVELS_IQ4_XS, 2, 16)),
 }
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.arch import DecoderConfig, Float32
-from compress.folding import Fold, columns_of, uses
-from compress.grids import Grid, LatticeGrid, get_grid
+from compress.folding import Fold, Folded, columns_of, uses
+from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
 from compress.model import Plan
 from compress.solvers import NEEDS
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
@@ -49,8 +49,8 @@ class Found:
 
     Attributes:
         folds: by input name.
-        errors: relative output error on held-back inputs of every half and of the head, before and
-            after.
+        errors: on held-back inputs, before and after: of every half the relative output error, of
+            the head the KL divergence.
     """
 
     folds: Mapping[str, Fold]
@@ -209,31 +209,37 @@ class Estimate:
 
 def left_over(stats: LayerStats, grid: Grid) -> Float32:
     """Variance of each input, given those that gptq rounds after it; float32 ``[columns]``."""
-    span = grid.span if isinstance(grid, LatticeGrid) else 0
+    span = grid.span if isinstance(grid, LatticeGrid | CodebookGrid) else 0
+    together = grid.together if isinstance(grid, CodebookGrid) else 1
     variances = stats.importance.copy()
-    for factor in factors_of(stats, span, DAMPING):
+    for factor in factors_of(stats, span, DAMPING, together):
         variances[factor.order] = factor.variances
     return variances
 
 
 def propose_order(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | None:
-    """Channels sorted, or None where their order is not free or does not matter."""
+    """Channels sorted, or None where their order is not free or does not matter.
+
+    A split Hessian is left alone: what an order would need of it is not known.
+    """
     config, entries = trial.source.config, trial.entries_of(site)
     role = site.rpartition(".")[2]
-    stats = trial.stats(site)
-    if role not in ("o_proj", "down_proj") or not entries or len(stats.hessian or ()) > 1:
+    if role not in ("o_proj", "down_proj") or not entries:
         return None
-    span = config.head_dim if role == "o_proj" else config.intermediate_size
-    if any(isinstance(grid, LatticeGrid) and not grid.span for _, grid in entries):
-        makers = [made for made, use in uses(config).items() if use == role]
+    if len(trial.stats(site).hessian or ()) > 1:
+        return None
+    folded = Folded(trial.source, {site: known})
+    if any(getattr(grid, "group_rows", 0) for _, grid in entries):
         stem = site.removesuffix(role)
-        rows = [trial.source.read(f"{stem}{maker}.weight") for maker in makers]
+        makers = [made for made, use in uses(config).items() if use == role]
+        rows = [folded.read(f"{stem}{maker}.weight") for maker in makers]
         sizes = np.prod([np.sqrt(np.mean(weight**2, axis=1)) for weight in rows], axis=0)
-    else:
-        columns = [np.abs(trial.source.read(name)).max(axis=0) for name, _ in entries]
+    elif any(getattr(grid, "span", 1) for _, grid in entries):
+        columns = [np.abs(folded.read(name)).max(axis=0) for name, _ in entries]
         sizes = by_channel(config, site, np.max(columns, axis=0))
-        if known.scale is not None:
-            sizes = sizes * known.scale
+    else:  # one scale or one palette for whole rows
+        return None
+    span = config.head_dim if role == "o_proj" else len(sizes)
     within = np.argsort(-sizes.reshape(-1, span), axis=1, kind="stable")
     return replace(known, order=(within + span * np.arange(len(within))[:, None]).reshape(-1))
 

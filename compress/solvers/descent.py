@@ -18,6 +18,7 @@ import numpy as np
 
 from compress.grids import Array, Float32
 from compress.solvers.fits import Spans, Whole
+from compress.solvers.hessian import factor_in_place
 from compress.solvers.rounding import PIECE, round_piece
 from compress.statistics import LayerStats
 
@@ -64,8 +65,7 @@ def descend_block(
     block: int,
 ) -> None:
     """As ``descend``, for the columns of one diagonal block, which begins at column ``start``."""
-    diagonal = np.diagonal(hessian)
-    diagonal = diagonal + np.float32(damping) * diagonal.mean()
+    damp = np.float32(damping) * np.diagonal(hessian).mean()
     step = fits.span or PIECE
     stride = max(block // step, 1) * step
     for first in range(0, len(hessian), stride):
@@ -74,25 +74,84 @@ def descend_block(
         for inner in range(tile.start, tile.stop, step):
             part = slice(inner, min(inner + step, tile.stop))
             place = slice(start + part.start, start + part.stop)
+            piece = weight[:, part], codes[:, part], left[:, part]
+            square = hessian[part, part]
             before = left[:, part].copy()
-            pull = pulls[:, part.start - first : part.stop - first] - before @ hessian[part, part]
-            square = hessian[part, part].copy()
-            np.fill_diagonal(square, diagonal[part])
-            feedback = square / diagonal[part]
-            carried = pull / diagonal[part] + before @ np.tril(feedback, -1)
-            lattice, run = fits.at(place)
-            round_piece(
-                weight[:, part], carried, feedback, lattice, run, codes[:, part], left[:, part]
+            pull = pulls[:, part.start - first : part.stop - first] - before @ square
+            descend_piece(
+                *piece, square + damp * np.eye(len(square), dtype="f4"), pull, fits, place
             )
-            rounded = weight[:, part] - left[:, part]
-            factors = best_factors(weight[:, part], rounded, square, pull)
-            if scaled := fits.scaled(place, codes[:, part], factors):
-                params, values = scaled
-                trial = weight[:, part] - values
-                lower = costs(trial, square, pull) < costs(left[:, part], square, pull)
-                fits.take(place, params, lower)
-                left[lower, part] = trial[lower]
             pulls += (left[:, part] - before) @ hessian[part, tile]
+
+
+def descend_piece(
+    weight: Float32,
+    codes: Array,
+    left: Float32,
+    square: Float32,
+    pull: Float32,
+    fits: Spans | Whole,
+    place: slice,
+) -> None:
+    """As ``descend``, for a few columns.
+
+    Args:
+        square: float32 ``[n, n]``, their part of the damped Hessian.
+        pull: float32 ``[rows, n]``: the errors of all other columns times the Hessian.
+        place: which columns of the weight they are.
+    """
+    feedback, variances, settle, later = metric_of(square, fits.together)
+    values, run = fits.at(place)
+    carried = (pull + left @ later) @ settle
+    found, rest = np.empty_like(codes), np.empty_like(left)
+    round_piece(weight, carried, feedback, variances, values, run, found, rest)
+    take_lower(found, rest, codes, left, square, pull)
+    if scaled := fits.scaled(place, codes, best_factors(weight, weight - left, square, pull)):
+        params, decoded = scaled
+        lower = take_lower(codes, weight - decoded, codes, left, square, pull)
+        fits.take(place, params, lower)
+
+
+def metric_of(square: Float32, together: int) -> tuple[Float32, Float32, Float32, Float32]:
+    """What the kernels of GPTQ need to round columns, or words of columns, given all others.
+
+    For a word ``w`` with ``H_ww = U D Uᵀ`` and a pull ``p`` of all others ``e H_ww eᵀ + 2 p eᵀ`` is
+    ``Σ_k D_k (c_k + Σ_{j<=k} e_j U_jk)²`` and a constant, where ``c = p U⁻ᵀ D⁻¹``.
+
+    Args:
+        square: float32 ``[n, n]``, positive definite.
+        together: columns of a word.
+
+    Returns:
+        ``feedback``: float32 ``[n, n]``, ``U`` within a word, and what an error adds to the ``c``
+        of later words. ``variances``: float32 ``[n]``, ``D``. ``settle``: float32 ``[n, n]``, the
+        ``U⁻ᵀ D⁻¹`` of each word. ``later``: float32 ``[n, n]``, ``square`` from later words to
+        earlier ones.
+    """
+    word = np.arange(len(square)) // together
+    unit, settle = np.eye(len(square), dtype=np.float32), np.zeros_like(square)
+    variances = np.diagonal(square).copy()
+    for first in range(0, len(square), together) if together > 1 else ():
+        part = slice(first, first + together)
+        upper = square[part, part].copy()
+        found = factor_in_place(upper)
+        if found is not None:
+            unit[part, part], variances[part] = np.triu(upper), found
+            settle[part, part] = np.linalg.inv(unit[part, part]).T / found
+    if together == 1:
+        settle = np.diag(1 / variances)
+    same = word[:, None] == word
+    feedback = np.where(same, unit, square @ settle)
+    return feedback, variances, settle, np.where(word[:, None] > word, square, np.float32(0))
+
+
+def take_lower(
+    codes: Array, errors: Float32, old: Array, left: Float32, square: Float32, pull: Float32
+) -> Array:
+    """Replace ``old`` codes and what they ``left`` in the rows where that costs less; which."""
+    lower: Array = costs(errors, square, pull) < costs(left, square, pull)
+    old[lower], left[lower] = codes[lower], errors[lower]
+    return lower
 
 
 def best_factors(weight: Float32, rounded: Float32, square: Float32, pull: Float32) -> Float32:

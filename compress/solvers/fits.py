@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids import Array, Float32, Lattice, LatticeGrid, Params
+from compress.grids import (
+    Array,
+    Codebook,
+    CodebookGrid,
+    Float32,
+    Lattice,
+    LatticeGrid,
+    Params,
+)
 from compress.solvers.hessian import Factor
 
 __all__ = ["Spans", "Whole"]
@@ -23,6 +31,7 @@ class Whole:
     """
 
     span = 0
+    together = 1
 
     def __init__(self, lattice: Lattice, rows: int, part: slice) -> None:
         table = np.arange(rows) * len(lattice.levels) // rows
@@ -56,14 +65,15 @@ class Whole:
 class Spans:
     """Parameters that are fitted a span of columns at a time, when the span is entered."""
 
-    def __init__(self, grid: LatticeGrid, columns: int) -> None:
+    def __init__(self, grid: LatticeGrid | CodebookGrid, columns: int) -> None:
         self.grid = grid
         self.span = grid.span
+        self.together = grid.together if isinstance(grid, CodebookGrid) else 1
         self.fitted: list[Params] = [{}] * (columns // grid.span)
 
     def enter(
         self, weight: Float32, carried: Float32, factor: Factor, part: slice
-    ) -> tuple[Lattice, Array]:
+    ) -> tuple[Lattice | Codebook, Array]:
         """As ``Whole.enter``, fitted to the span's weights as they are now.
 
         Args:
@@ -80,13 +90,17 @@ class Spans:
         now = weight + carried @ settle
         params = self.grid.fit(now[:, place], factor.variances[part][place])
         self.fitted[first // self.span] = params
-        lattice = self.grid.lattice(params)
-        return lattice, (columns - first) * lattice.scale.shape[1] // self.span
+        values = self._values(params)
+        return values, (columns - first) * values.scale.shape[1] // self.span
 
-    def at(self, part: slice) -> tuple[Lattice, Array]:
+    def at(self, part: slice) -> tuple[Lattice | Codebook, Array]:
         """As ``enter``, of a span that was entered before; ``part`` in the weight's order."""
-        lattice = self.grid.lattice(self.fitted[part.start // self.span])
-        return lattice, np.arange(self.span) * lattice.scale.shape[1] // self.span
+        values = self._values(self.fitted[part.start // self.span])
+        return values, np.arange(self.span) * values.scale.shape[1] // self.span
+
+    def _values(self, params: Params) -> Lattice | Codebook:
+        grid = self.grid
+        return grid.lattice(params) if isinstance(grid, LatticeGrid) else grid.codebook(params)
 
     def scaled(self, part: slice, codes: Array, factors: Float32) -> tuple[Params, Float32] | None:
         """A span's weights multiplied, as far as its float16 parameters can say it.

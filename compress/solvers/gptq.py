@@ -5,8 +5,9 @@ columns that share parameters stay together, and whole such spans go by falling 
 columns of a span too. On entering a span its parameters are fitted to the weights as they are by
 then, with what earlier columns left over; K-quants' integer scales are fixed by that before a code
 is chosen. Where parameters belong to whole rows (channel scales, palettes) they are those of
-``scale_search``, and all columns go by falling importance. When all codes are chosen, each is looked
-at again (``compress.solvers.descent``).
+``scale_search``, and all columns go by falling importance. Codebook grids are rounded a word at a
+time (``gptq_words.py``), and the columns of a word stay beside each other.
+When all codes are chosen, each is looked at again (``compress.solvers.descent``).
 
 ``compress.solvers.hessian`` has the algebra.
 """
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from compress.grids import Array, Float32, Grid, LatticeGrid, Quantized
+from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
 from compress.solvers.descent import descend
 from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import Factor, factors_of, output_errors
@@ -58,14 +59,15 @@ def gptq(
         empty or not a covariance.
     """
     searched = scale_search(weight, grid, stats)
-    if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid):
+    if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid | CodebookGrid):
         return searched
-    factors = factors_of(stats, grid.span, damping)
+    together = grid.together if isinstance(grid, CodebookGrid) else 1
+    factors = factors_of(stats, grid.span, damping, together)
     if not factors:
         return replace(searched, fallen=len(weight))
     rows = len(weight)
     codes, params = searched.codes.copy(), {k: v.copy() for k, v in searched.params.items()}
-    whole = None if grid.span else grid.lattice(params)
+    whole = grid.lattice(params) if isinstance(grid, LatticeGrid) and not grid.span else None
     decoded = searched.decode()
     fallen = 0
     for start in range(0, rows, ROWS):
@@ -111,9 +113,9 @@ def round_columns(
             part = slice(start, min(start + step, last))
             carried = shares[:, part.start - first : part.stop - first]
             carried += left[:, first:start] @ factor.feedback[first:start, part]
-            lattice, run = fits.enter(weight[:, part], carried, factor, part)
-            feedback = np.ascontiguousarray(factor.feedback[part, part])
+            values, run = fits.enter(weight[:, part], carried, factor, part)
+            metric = factor.feedback[part, part], factor.variances[part]
             round_piece(
-                weight[:, part], carried, feedback, lattice, run, codes[:, part], left[:, part]
+                weight[:, part], carried, *metric, values, run, codes[:, part], left[:, part]
             )
     return codes, left

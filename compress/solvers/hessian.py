@@ -40,33 +40,38 @@ class Factor:
     variances: Float32
 
 
-def factors_of(stats: LayerStats, span: int, damping: float) -> tuple[Factor, ...]:
+def factors_of(
+    stats: LayerStats, span: int, damping: float, together: int = 1
+) -> tuple[Factor, ...]:
     """The factors of a Hessian's diagonal blocks; those of the last call are kept.
 
     Args:
         stats: with a Hessian.
         span: columns that are fitted, and so rounded, together; 0 for columns in any order.
         damping: share of the diagonal's mean that is added to it.
+        together: columns that stay beside each other in the order of rounding.
 
     Returns:
         One for each block; none where the Hessian has no positive definite part to speak of (it
         is zero, not finite, or far from a covariance).
     """
     for known, settings, factors in _last:
-        if known() is stats and settings == (span, damping):
+        if known() is stats and settings == (span, damping, together):
             return factors
     _last.clear()  # before the next are made: they are large
-    factors = factorize(stats.hessian or (), span, damping)
-    _last.append((weakref.ref(stats, lambda _: _last.clear()), (span, damping), factors))
+    factors = factorize(stats.hessian or (), span, damping, together)
+    _last.append((weakref.ref(stats, lambda _: _last.clear()), (span, damping, together), factors))
     return factors
 
 
 # Row slabs of a tensor, and q, k and v, come one after the other with the same statistics; these
 # are let go with them.
-_last: list[tuple[weakref.ref[LayerStats], tuple[int, float], tuple[Factor, ...]]] = []
+_last: list[tuple[weakref.ref[LayerStats], tuple[int, float, int], tuple[Factor, ...]]] = []
 
 
-def factorize(hessian: tuple[Float32, ...], span: int, damping: float) -> tuple[Factor, ...]:
+def factorize(
+    hessian: tuple[Float32, ...], span: int, damping: float, together: int
+) -> tuple[Factor, ...]:
     """As ``factors_of``, anew."""
     factors = []
     start = 0
@@ -75,7 +80,7 @@ def factorize(hessian: tuple[Float32, ...], span: int, damping: float) -> tuple[
         damp = damping * float(diagonal.mean())
         if not (np.isfinite(damp) and damp > 0):
             return ()
-        order = rounding_order(diagonal, span)
+        order = rounding_order(diagonal, span, together)
         for repair in REPAIRS:
             damped = block[np.ix_(order, order)]
             np.fill_diagonal(damped, np.diagonal(damped) * (1 + repair) + damp)
@@ -89,16 +94,19 @@ def factorize(hessian: tuple[Float32, ...], span: int, damping: float) -> tuple[
     return tuple(factors)
 
 
-def rounding_order(diagonal: Array, span: int) -> Array:
-    """Columns by falling importance; whole spans by falling total, each sorted within.
+def rounding_order(diagonal: Array, span: int, together: int = 1) -> Array:
+    """Columns by falling importance; whole spans by falling total, each sorted within (whole
+    groups of columns that stay ``together``, by falling total).
 
     What is rounded early has the most columns left to make up for its error.
     """
     if not span:
         return np.argsort(-diagonal, kind="stable")
-    spans = diagonal.reshape(-1, span)
-    within = np.argsort(-spans, axis=1, kind="stable") + span * np.arange(len(spans))[:, None]
-    order: Array = within[np.argsort(-spans.sum(axis=1), kind="stable")].reshape(-1)
+    groups = diagonal.reshape(-1, span // together, together).sum(axis=2)
+    within = np.argsort(-groups, axis=1, kind="stable") * together
+    columns = (within[..., None] + np.arange(together)).reshape(-1, span)
+    spans = np.argsort(-groups.sum(axis=1), kind="stable")
+    order: Array = (columns + span * np.arange(len(groups))[:, None])[spans].reshape(-1)
     return order
 
 

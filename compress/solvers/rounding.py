@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from compress.grids import Array, Float32, Lattice
+import numpy as np
+
+from compress.grids import Array, Codebook, Float32, Lattice
 from compress.grids.lanes import over_rows
 from compress.solvers.gptq_kernels import sweep
+from compress.solvers.gptq_words import sweep_words
 
 __all__ = ["PIECE", "round_piece"]
 
@@ -15,15 +18,25 @@ def round_piece(
     weight: Float32,
     carried: Float32,
     feedback: Float32,
-    lattice: Lattice,
+    variances: Float32,
+    values: Lattice | Codebook,
     run: Array,
     codes: Array,
     left: Float32,
 ) -> None:
-    """Round as ``gptq_kernels.sweep`` does; fills ``codes`` and ``left``."""
-    scale, offset, levels, even = lattice.scale, lattice.offset, lattice.levels, lattice.even
+    """The kernel of a grid (see ``gptq_kernels``, ``gptq_words``); fills ``codes`` and ``left``."""
+    feedback, scale = np.ascontiguousarray(feedback), values.scale
 
-    def work(begin: int, end: int) -> None:
+    def sweep_lattice(begin: int, end: int) -> None:
+        assert isinstance(values, Lattice)
+        offset, levels, even = values.offset, values.levels, values.even
         sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, left)
 
-    over_rows(work, len(weight))
+    def sweep_codebook(begin: int, end: int) -> None:
+        assert isinstance(values, Codebook)
+        book, even = (values.levels, values.starts, values.partners), values.even
+        sweep_words(
+            weight, carried, feedback, variances, run, scale, book, even, begin, end, codes, left
+        )
+
+    over_rows(sweep_lattice if isinstance(values, Lattice) else sweep_codebook, len(weight))

@@ -143,6 +143,7 @@ def build_program(
 def add_metadata(model: Any, plan: Plan, weights: Weights) -> None:
     """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
     config, context = weights.config, plan.settings["context"]
+    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is told against
     described = model.description
     for feature, text in (
         (described.input[0], "Token ids, the new ones only"),
@@ -167,7 +168,7 @@ def add_metadata(model: Any, plan: Plan, weights: Weights) -> None:
             "packlight.version": __version__,
             "packlight.grid": plan.type_name,
             "packlight.context": str(context),
-            "packlight.parameters": str(config.num_parameters),
+            "packlight.parameters": str(floating.num_parameters),
             "com.github.apple.coremltools.version": COREMLTOOLS,
         }
     )

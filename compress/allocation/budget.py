@@ -1,0 +1,155 @@
+"""From a budget to a plan: what is feasible before any work, then the least cost within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from compress.allocation.choices import Choice, Rules, choices_of
+from compress.allocation.costs import CostTable, members
+from compress.allocation.solver import Option, solve
+from compress.console import format_bytes
+from compress.errors import UsageError
+from compress.job import Job
+from compress.model import Exporter, Plan
+
+__all__ = ["Allocation", "Target", "infeasible"]
+
+ROUNDS = 8  # of correcting the budget by what a graph or a header takes beside the tensors
+GOOD = 0.05  # nats per token that a recommended size stays below ...
+MARGIN = 0.8  # ... and below this share of the recipe's gate
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen for one target.
+
+    Attributes:
+        plan: with its file's bytes and expected divergence.
+        options: index of the option of each of the target's choices.
+    """
+
+    plan: Plan
+    options: tuple[int, ...]
+
+
+class Target:
+    """One target of a job and what there is to choose in it.
+
+    Attributes:
+        plan: as the recipe has it without a budget.
+        choices: in the order of the file.
+    """
+
+    def __init__(self, job: Job, plan: Plan, exporter: Exporter) -> None:
+        self.plan, self.source = plan, job.source_of(plan)
+        self._exporter = exporter
+        rules = Rules(job.recipe.candidates, job.recipe.keep)
+        self.choices = choices_of(plan, self.source.config, exporter, rules)
+
+    def grids(self, options: Sequence[int]) -> dict[str, str]:
+        """Entry name → grid."""
+        return {
+            name: choice.options[option].grid
+            for choice, option in zip(self.choices, options, strict=True)
+            for name in choice.names
+        }
+
+    def plan_of(self, options: Sequence[int]) -> Plan:
+        """The plan with these options, its file's bytes predicted."""
+        plan = self._exporter.plan(
+            self.source.config,
+            self.plan.settings,
+            model_name=self.plan.model_name,
+            choices=self.grids(options),
+        )
+        return replace(plan, file_bytes=self._exporter.file_bytes(plan, self.source))
+
+    @cached_property
+    def smallest_bytes(self) -> int:
+        """Bytes of the smallest file."""
+        return self.plan_of([0] * len(self.choices)).file_bytes
+
+    @cached_property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest."""
+        return self.plan_of([len(choice.options) - 1 for choice in self.choices]).file_bytes
+
+    @cached_property
+    def overhead(self) -> int:
+        """Bytes of the file beside what is chosen, where that is smallest."""
+        return self.smallest_bytes - sum(choice.options[0].nbytes for choice in self.choices)
+
+    def wanted(self) -> Iterator[tuple[str, str]]:
+        """What a cost table must have: unfused name and grid."""
+        for choice in self.choices:
+            for member in self._members(choice):
+                for option in choice.options:
+                    yield member, option.grid
+
+    def options(self, choice: Choice, table: CostTable) -> list[Option]:
+        """Bytes and costs of a choice."""
+        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
+        return [
+            Option(option.nbytes, table.cost(choice.name, option.grid, tied=tied))
+            for option in choice.options
+        ]
+
+    def allocate(self, budget: int, table: CostTable) -> Allocation:
+        """The least cost in a file of ``budget`` bytes.
+
+        Args:
+            budget: at least ``smallest_bytes``.
+            table: with everything of ``wanted``.
+        """
+        options = [self.options(choice, table) for choice in self.choices]
+        room = budget - self.overhead
+        for _ in range(ROUNDS):
+            picked = solve(options, room)
+            plan = self.plan_of(picked)
+            if plan.file_bytes <= budget:
+                break
+            # Zero points are nodes of their own in a graph, so some mixes have a larger one.
+            room -= plan.file_bytes - budget
+        cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+        return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
+
+    def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
+        """The smallest file that is expected to be good: within ``GOOD``, and within the recipe's
+        gate for KL with a margin; the largest file where none is.
+        """
+        goal = GOOD
+        if "kl_divergence" in gates:
+            goal = min(goal, MARGIN * float(gates["kl_divergence"].lstrip("<= ")))
+        options = [self.options(choice, table) for choice in self.choices]
+        low, high = self.smallest_bytes - self.overhead, self.largest_bytes - self.overhead
+        while high - low > max(4096, high // 500):
+            middle = (low + high) // 2
+            picked = solve(options, middle)
+            cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+            low, high = (low, middle) if cost <= goal else (middle, high)
+        return high + self.overhead
+
+    def _members(self, choice: Choice) -> list[str]:
+        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
+        return members(self.source.config, choice.name, tied=tied)
+
+
+def infeasible(targets: Sequence[tuple[Target, int]]) -> UsageError | None:
+    """The refusal, where the smallest file of some target is more than its limit.
+
+    Args:
+        targets: each with its limit in bytes.
+    """
+    if all(target.smallest_bytes <= limit for target, limit in targets):
+        return None
+    sizes = ", ".join(
+        f"{target.plan.format} {format_bytes(target.smallest_bytes)}" for target, _ in targets
+    )
+    target, limit = next((t, limit) for t, limit in targets if t.smallest_bytes > limit)
+    return UsageError(
+        f"{target.plan.format}: no choice of grids fits in {format_bytes(limit)} "
+        f"({limit:,} bytes; the smallest is {target.smallest_bytes:,})",
+        hint=f"smallest feasible sizes: {sizes}; quantize.keep and quantize.candidates raise them",
+    )

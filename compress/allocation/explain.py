@@ -1,0 +1,84 @@
+"""What a person wants to know of a choice of grids: sizes, quality to expect, what is kept high and
+why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from compress.allocation.step import Budgeted
+from compress.console import Console, format_bytes
+
+__all__ = ["describe", "print_budgets"]
+
+SHOWN = 5  # tensors that are told to be kept high
+HIGH = 1.15  # times the bits per weight of the whole
+
+
+def describe(budgeted: Budgeted) -> dict[str, Any]:
+    """``plan.json``'s ``budget`` of a target."""
+    target, limit = budgeted.target, budgeted.limit
+    return {
+        "limit_bytes": limit.nbytes,
+        **({"limit_is": limit.told} if limit.told else {}),
+        "smallest_bytes": target.smallest_bytes,
+        "recommended_bytes": budgeted.recommended,
+        "kept_high": kept_high(budgeted),
+    }
+
+
+def kept_high(budgeted: Budgeted) -> list[dict[str, str]]:
+    """The tensors with clearly more bits than the whole, the most costly ones first."""
+    target = budgeted.target
+    rows = []
+    for choice, picked in zip(target.choices, budgeted.allocation.options, strict=True):
+        options = target.options(choice, budgeted.table)
+        weights = math.prod(choice.shape) * len(choice.names)
+        rows.append((choice, picked, options, weights))
+    whole = sum(o[picked].nbytes for _, picked, o, _ in rows) / sum(row[3] for row in rows)
+    typical = median(options[0].cost / weights for _, _, options, weights in rows)
+    found = []
+    for choice, picked, options, weights in rows:
+        if options[picked].nbytes / weights < HIGH * whole:
+            continue
+        lowest = choice.options[0].grid
+        if picked == 0:
+            why = f"the recipe keeps it at {choice.floor} bits or more"
+        else:
+            times = options[0].cost / weights / typical if typical else 0.0
+            why = (
+                f"in {lowest} it alone would cost {options[0].cost:.3g} nats, "
+                f"{times:.2g} times the median tensor per weight"
+            )
+        grid = choice.options[picked].grid
+        found.append((options[0].cost, {"name": choice.name, "grid": grid, "why": why}))
+    found.sort(key=lambda row: -row[0])
+    return [row for _, row in found[:SHOWN]]
+
+
+def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
+    """The part of ``--dry-run`` that a budget adds."""
+    rows = []
+    for b in budgeted:
+        plan = b.allocation.plan
+        share = 100 * plan.file_bytes / b.limit.nbytes
+        rows.append(
+            [
+                plan.format,
+                format_bytes(b.limit.nbytes),
+                f"{format_bytes(plan.file_bytes)}, {share:.1f} %",
+                f"{plan.expected_divergence or 0:.4f}",
+                format_bytes(b.target.smallest_bytes),
+                format_bytes(b.recommended),
+            ]
+        )
+    headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
+    console.table(headers, rows)
+    for b in budgeted:
+        if b.limit.told:
+            console.data(f"{b.target.plan.format}: {b.limit.told}")
+        for row in kept_high(b):
+            console.data(f"{b.target.plan.format}: {row['name']} is {row['grid']}: {row['why']}")

@@ -1,0 +1,70 @@
+"""What a budget leaves for the file of a target: bytes said, or memory less what is not weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.console import format_bytes, parse_bytes
+from compress.errors import UsageError
+from compress.footprint import activation_bytes, get_device
+from compress.job import Job
+from compress.model import Plan
+
+__all__ = ["Limit", "limit_of"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes that the file of a target may have.
+
+    Attributes:
+        nbytes: the bytes.
+        told: where they come from, in words; empty for a plain budget of bytes.
+    """
+
+    nbytes: int
+    told: str = ""
+
+
+def limit_of(budget: Mapping[str, Any], job: Job, plan: Plan) -> Limit | None:
+    """The limit of a target; None where the recipe has no budget.
+
+    Args:
+        budget: the recipe's: ``weights`` (bytes of a file), ``memory`` (bytes while running),
+            ``device`` (whose limit for one app stands for ``memory`` where that is not said).
+        job: its context counts.
+        plan: of the target, for the bytes of its KV cache.
+
+    Raises:
+        UsageError: cache and activations alone are more than the memory.
+    """
+    found = []
+    if "weights" in budget:
+        found.append(Limit(parse_bytes(str(budget["weights"]))))
+    device = get_device(budget["device"]) if "device" in budget else None
+    memory = parse_bytes(str(budget["memory"])) if "memory" in budget else None
+    if memory is None and device is not None:
+        memory = device.app_limit
+    if memory is not None:
+        where = f" on {device.label}" if device else ""
+        found.append(memory_limit(memory, where, job, plan))
+    return min(found, key=lambda limit: limit.nbytes) if found else None
+
+
+def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
+    """What is left for weights of memory while running, at the job's context."""
+    config, context = job.source_of(plan).config, job.context
+    cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    activations = activation_bytes(config, context)
+    told = (
+        f"{format_bytes(memory)} of memory{where}: {format_bytes(cache)} KV cache at {context} "
+        f"positions, {format_bytes(activations)} activations and runtime"
+    )
+    left = memory - cache - activations
+    if left <= 0:
+        raise UsageError(
+            f"{plan.format}: nothing is left for weights of {told}", hint="a smaller --context"
+        )
+    return Limit(left, f"{told}, {format_bytes(left)} weights")

@@ -1,0 +1,184 @@
+"""The step of a build that turns a budget, or a plan made earlier, into grids for every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compress.allocation.budget import Allocation, Target, infeasible
+from compress.allocation.costs import CostTable, measured
+from compress.allocation.limits import Limit, limit_of
+from compress.allocation.lock import (
+    locked_budgets,
+    locked_choices,
+    locked_divergence,
+    read_lock,
+)
+from compress.calibration_step import CalibrationStep
+from compress.job import Job
+from compress.model import Exporter, Plan
+from compress.solvers import get_solver
+from compress.sources import Stored
+
+__all__ = ["BudgetStep", "Budgeted", "check_budget", "locked", "within_budget"]
+
+Prepare = Callable[[Mapping[str, Mapping[str, str]]], Job]
+"""Format → entry name → grid: the job with these grids."""
+
+GetExporter = Callable[[str], Exporter]
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """One target, its limit and what was chosen within it.
+
+    Attributes:
+        recommended: bytes of the smallest file that is expected to be good.
+    """
+
+    target: Target
+    limit: Limit
+    allocation: Allocation
+    table: CostTable = field(repr=False)
+    recommended: int = 0
+
+
+class BudgetStep:
+    """The budget of a job's recipe.
+
+    Args:
+        calibration: of the job as its recipe has it without a budget.
+        get_exporter: format → its exporter.
+    """
+
+    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+        self.job = calibration.job
+        self._calibration = calibration
+        self.targets = targets_of(self.job, get_exporter)
+        self._tables: dict[str, CostTable] = {}
+
+    def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
+        """Measure what is not in the cost table yet, and choose for every target."""
+        gates = self.job.recipe.gates
+        found = []
+        for target, limit in zip(self.targets, limits, strict=True):
+            table = self.table(target)
+            chosen = target.allocate(limit.nbytes, table)
+            recommended = target.recommended_bytes(table, gates)
+            found.append(Budgeted(target, limit, chosen, table, recommended))
+        return found
+
+    def table(self, target: Target) -> CostTable:
+        """The cost table of a target's source, for the candidates of all targets that have it."""
+        key = target.source.fingerprint()
+        if key not in self._tables:
+            wanted = [
+                pair
+                for other in self.targets
+                if other.source.fingerprint() == key
+                for pair in other.wanted()
+            ]
+            statistics, texts, origin = self._calibration.for_costs(target.source)
+            name = self.job.recipe.solver
+            self._tables[key] = measured(
+                target.source,
+                texts,
+                statistics,
+                (name, get_solver(name, statistics)),
+                origin,
+                wanted,
+                self._calibration.console,
+            )
+        return self._tables[key]
+
+    def settle(self, budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
+        """The job with the chosen grids; its plans know their files' bytes and what to expect."""
+        chosen = {b.target.plan.format: b for b in budgeted}
+        made = prepare({name: b.target.grids(b.allocation.options) for name, b in chosen.items()})
+        plans = (told(p, chosen[p.format].allocation.plan) for p in made.plans)
+        return replace(self.job, plans=tuple(plans))
+
+
+def told(plan: Plan, allocated: Plan) -> Plan:
+    """What the allocation knows of a plan."""
+    return replace(
+        plan,
+        file_bytes=allocated.file_bytes,
+        expected_divergence=allocated.expected_divergence,
+    )
+
+
+def check_budget(job: Job, get_exporter: GetExporter) -> None:
+    """Refuse an infeasible budget before any work.
+
+    Raises:
+        UsageError: the smallest file of some target is more than its limit.
+    """
+    if job.recipe.budget:
+        shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
+        limits_of(shaped, targets_of(shaped, get_exporter))
+
+
+def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
+    """The targets of a job, in its order."""
+    return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
+
+
+def limits_of(job: Job, targets: Sequence[Target]) -> list[Limit]:
+    """A limit for each target.
+
+    Raises:
+        UsageError: the smallest file of some target is more.
+    """
+    found = []
+    for target in targets:
+        limit = limit_of(job.recipe.budget, job, target.plan)
+        found.append(limit or Limit(target.largest_bytes))
+    pairs = [(target, limit.nbytes) for target, limit in zip(targets, found, strict=True)]
+    if refusal := infeasible(pairs):
+        raise refusal
+    return found
+
+
+def within_budget(
+    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
+) -> tuple[Job, list[Budgeted]]:
+    """The job with grids chosen within its recipe's budget.
+
+    Args:
+        calibration: of the job as its recipe has it without a budget, its weights as they are
+            written.
+        get_exporter: format → its exporter.
+        prepare: the job with other grids.
+
+    Raises:
+        UsageError: an infeasible budget.
+    """
+    step = BudgetStep(calibration, get_exporter)
+    budgeted = step.allocate(limits_of(step.job, step.targets))
+    return step.settle(budgeted, prepare), budgeted
+
+
+def locked(
+    path: Path, job: Job, get_exporter: GetExporter, prepare: Prepare
+) -> tuple[Job, dict[str, dict[str, Any]]]:
+    """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
+
+    Raises:
+        UsageError: not a plan, or one of another model.
+    """
+    lock = read_lock(path)
+    choices = {
+        plan.format: locked_choices(lock, plan, job.config, get_exporter(plan.format))
+        for plan in job.plans
+    }
+    settled = prepare({name: grids for name, grids in choices.items() if grids})
+    shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
+    plans = []
+    for plan in settled.plans:
+        size = get_exporter(plan.format).file_bytes(plan, shaped.source_of(plan))
+        expected = locked_divergence(lock, plan.format)
+        plans.append(replace(plan, file_bytes=size, expected_divergence=expected))
+    return replace(settled, plans=tuple(plans)), locked_budgets(lock)

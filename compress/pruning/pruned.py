@@ -1,0 +1,155 @@
+"""A pruned model as a ``Source``: what is read is what stayed.
+
+Rows that go are left out as they are read; weights that changed lie in the work folder, computed
+once, in the checkpoint's own dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compress.arch import FUSED, DecoderConfig, Float32, split_name
+from compress.checkpoint import Checkpoint
+from compress.grids import Array
+from compress.safetensors_file import TensorInfo, read_range, scan_safetensors
+from compress.sources import Source
+
+__all__ = ["Narrower", "Shallower", "kept_rows"]
+
+
+class Shallower:
+    """Some of the stored blocks of a source, in their order.
+
+    Args:
+        source: the whole model.
+        config: with as many blocks as ``kept``.
+        kept: ascending indices of stored blocks (a block that runs twice counts once).
+    """
+
+    def __init__(self, source: Source, config: DecoderConfig, kept: Sequence[int]) -> None:
+        self.config = config
+        self.kept = tuple(kept)
+        self._source = source
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self._source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        block, role, kind = split_name(name)
+        if block is not None:
+            stored, run = divmod(block, self.config.block_repeat)
+            name = f"blocks.{self.kept[stored] * self.config.block_repeat + run}.{role}.{kind}"
+        return self._source.read(name, rows)
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"blocks {self.kept} of {self._source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+class Narrower:
+    """A source with rows left out, and with linears whose columns were cut and updated.
+
+    Args:
+        source: the whole model.
+        config: with the smaller sizes.
+        folder: of ``step.py``: a file per stored block with its changed weight.
+        kept: first run of a stored block → rows that stay, by role (``kept_rows``).
+        name: of the folder's contents; part of the fingerprint.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DecoderConfig,
+        folder: Path,
+        kept: Mapping[int, Mapping[str, Array]],
+        name: str,
+    ) -> None:
+        self.config = config
+        self._source = source
+        self._kept = kept
+        self._name = name
+        self._changed: dict[str, TensorInfo] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self._changed |= scan_safetensors(file)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self._source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        block, role, kind = split_name(name)
+        if block is None:
+            return self._source.read(name, rows)
+        stored = block - block % self.config.block_repeat
+        changed = f"blocks.{stored}.{role}.{kind}"
+        if changed in self._changed:
+            return read_rows(self._changed[changed], rows)
+        index = self._rows(stored, role)
+        if index is None:
+            return self._source.read(name, rows)
+        index = index[rows or slice(None)]
+        if not len(index):
+            return self._source.read(name, slice(0, 0))
+        first = int(index.min())
+        values: Float32 = self._source.read(name, slice(first, int(index.max()) + 1))[index - first]
+        return values
+
+    def _rows(self, stored: int, role: str) -> Array | None:
+        """Rows of the source's weight that stay; None where all do."""
+        kept = self._kept[stored]
+        if role in kept:
+            return kept[role]
+        members = [member for member in FUSED.get(role, ()) if member in kept]
+        if not members:
+            return None
+        sizes = [self._source.config.weight_shape(member)[0] for member in members]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
+        rows: Array = np.concatenate(pieces)
+        return rows
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"{self._name} of {self._source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def read_rows(info: TensorInfo, rows: slice | None) -> Float32:
+    """A tensor of a file, or rows of it."""
+    start, stop, _ = (rows or slice(None)).indices(info.shape[0])
+    shape = (max(stop - start, 0), *info.shape[1:])
+    return read_range(info, start, math.prod(shape)).reshape(shape)
+
+
+def kept_rows(config: DecoderConfig, method: str, kept: Array) -> dict[str, Array]:
+    """Rows that stay of the linears before the one whose columns are cut.
+
+    Args:
+        config: the whole model.
+        method: ``ffn`` or ``heads``.
+        kept: channels, or key-value heads, ascending.
+    """
+    if method == "ffn":
+        roles = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+        return dict.fromkeys(roles, kept)
+    group = config.num_attention_heads // config.num_key_value_heads
+    values = spread(kept, config.head_dim)
+    return {"q_proj": spread(kept, group * config.head_dim), "k_proj": values, "v_proj": values}
+
+
+def spread(groups: Array, size: int) -> Array:
+    """The members of groups of equal size: ``[1, 3], 2`` → ``[2, 3, 6, 7]``."""
+    members: Array = (groups[:, None] * size + np.arange(size)).reshape(-1)
+    return members

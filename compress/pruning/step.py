@@ -1,0 +1,176 @@
+"""The step of a build before statistics and writing: the float model is seen pruned.
+
+What was found (which blocks, which channels, the updated weights) is kept in the cache, by the
+weights' fingerprint, the calibration windows and the cut: asked for again, nothing is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress import __version__
+from compress.arch import DecoderConfig
+from compress.calibration import cache_folder
+from compress.calibration_set import CalibrationSet
+from compress.calibration_step import read_texts
+from compress.config_json import read_json
+from compress.console import Console
+from compress.job import Job, choose_threads
+from compress.pruning.cut import Cut
+from compress.pruning.pruned import Narrower, Shallower, kept_rows
+from compress.sources import Source
+
+__all__ = ["Pruned", "prune", "prune_source"]
+
+LAYOUT = 1  # of the cache; part of its key
+RECORD = "packlight"  # the key of config.json under which a checkpoint says what was done to it
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned source, and what was done.
+
+    Attributes:
+        source: its config carries the record, under ``RECORD``.
+        notes: lines for the report.
+    """
+
+    source: Source
+    notes: tuple[str, ...]
+
+
+def prune(job: Job, console: Console, threads: int) -> Pruned | None:
+    """The job's weights, pruned as its recipe says; None where it prunes nothing.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+        CheckpointError: weights or a tokenizer that cannot be read.
+    """
+    import torch
+
+    if job.cut is None:
+        return None
+    torch.set_num_threads(choose_threads(threads, job.config))
+    return prune_source(job.source, job.cut, read_texts(job), console)
+
+
+def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
+    """A source without what its cut says, from the cache or after a walk.
+
+    Args:
+        source: the whole model.
+        cut: how much goes.
+        texts: what is measured on.
+        console: for progress.
+    """
+    facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    final = cache_folder("pruning") / key
+    if not final.is_dir():
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+            folder = Path(work) / "pruned"
+            folder.mkdir()
+            measure(source, cut, texts, folder, Path(work), console)
+            try:
+                folder.rename(final)
+            except OSError:  # another build was faster, with the same
+                if not final.is_dir():
+                    raise
+    found = read_json(final / "found.json")
+    config = with_record(cut.config, record(source, cut, texts, found))
+    notes = [size_note(source.config, cut), *measured_notes(cut, found)]
+    if cut.method == "depth":
+        return Pruned(Shallower(source, config, found["kept"]), tuple(notes))
+    kept = {
+        int(block): kept_rows(source.config, cut.method, np.array(rows))
+        for block, rows in found["kept"].items()
+    }
+    return Pruned(Narrower(source, config, final, kept, key), tuple(notes))
+
+
+def measure(
+    source: Source, cut: Cut, texts: CalibrationSet, folder: Path, work: Path, console: Console
+) -> None:
+    """Find out what goes; ``found.json``, and changed weights, come into ``folder``."""
+    from compress.pruning.depth import choose_blocks, measured_windows
+    from compress.pruning.width import narrow
+
+    if cut.method == "depth":
+        with console.progress("try without blocks", "blocks") as update:
+            gone = choose_blocks(source, texts.windows, cut.dropped, update)
+        kept = sorted(set(range(cut.total)) - {departure.block for departure in gone})
+        found: dict[str, Any] = {"kept": kept, "gone": [[d.block, d.kl] for d in gone]}
+        found["tokens"] = sum(map(len, measured_windows(texts.windows)))
+    else:
+        with console.progress(f"prune {cut.method}", "windows") as update:
+            found = narrow(source, cut, texts.windows, folder, work, update)
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def record(
+    source: Source, cut: Cut, texts: CalibrationSet, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One step of what was done to a checkpoint, as its ``config.json`` tells it."""
+    step: dict[str, Any] = {
+        "step": "prune",
+        "model": source.checkpoint.source,
+        "method": cut.method,
+        "kept": cut.kept,
+        "of": cut.total,
+        "parameters": {
+            "before": source.config.num_parameters,
+            "after": cut.config.num_parameters,
+        },
+        "calibration": {
+            "texts": list(texts.sources),
+            "tokens": found.get("tokens", texts.tokens),
+        },
+        "version": __version__,
+    }
+    if cut.method == "depth":
+        return step | {"dropped_blocks": sorted(block for block, _ in found["gone"])}
+    return step | {"least_squares_update": cut.update}
+
+
+def with_record(config: DecoderConfig, step: Mapping[str, Any]) -> DecoderConfig:
+    """The config with one more step in its record."""
+    before = config.raw.get(RECORD)
+    steps = before.get("steps", []) if isinstance(before, dict) else []
+    return replace(config, raw={**config.raw, RECORD: {"steps": [*steps, dict(step)]}})
+
+
+def size_note(config: DecoderConfig, cut: Cut) -> str:
+    """What went, and what is left."""
+    before, after = config.num_parameters, cut.config.num_parameters
+    return (
+        f"Pruned {cut.describe()}: {after:,} of {before:,} parameters are left "
+        f"({(after / before - 1) * 100:+.1f} %). Quality is compared with the unpruned float "
+        "model, and bits per weight count its parameters"
+    )
+
+
+def measured_notes(cut: Cut, found: Mapping[str, Any]) -> list[str]:
+    """What pruning alone cost, on the calibration text."""
+    if cut.method == "depth":
+        steps = ", ".join(f"{block} (KL {kl:.4f})" for block, kl in found["gone"])
+        return [
+            f"Blocks dropped, counted from 0, and the divergence from the float model after each, "
+            f"on {found['tokens']} tokens of calibration text, before quantization: {steps}"
+        ]
+    errors = [error for error in found["relative_errors"].values() if error is not None]
+    if not errors:
+        return []
+    how = "kept columns updated by least squares" if cut.update else "kept columns left as they are"
+    role = "down_proj" if cut.method == "ffn" else "o_proj"
+    return [
+        f"Error of {role}'s output on inputs that the update has not seen, {how}: "
+        f"{np.mean(errors) * 100:.2f} % of its energy on average, {max(errors) * 100:.2f} % at most"
+    ]

@@ -1,0 +1,162 @@
+"""The algebra of removing inputs of a linear, from the second moments of those inputs.
+
+A linear ``y = W x`` whose inputs are cut down to the columns ``K`` loses least when the weights of
+what stays make up for what goes: ``min ‖W x - W' x_K‖² + λ‖W' - W_K‖²`` has the solution
+``W' = W_K + W_P H_PK (H_KK + λI)⁻¹`` with ``H = E[x xᵀ]`` and ``P`` the columns that go. The ridge
+pulls towards the old weights, not to zero: with nothing removed nothing changes.
+
+Which columns go: those whose removal costs least after the others have made up for it,
+``W_P (H⁻¹_PP)⁻¹ W_Pᵀ`` (Optimal Brain Surgeon, Hassibi & Stork 1993; for whole structures ZipLM,
+Kurtić et al., arXiv 2302.04089), in rounds: after each, weights and inverse are those of what is
+left, so that of two channels that stand in for each other one stays. Without the update it is what
+their absence costs by itself, ``W_P H_PP W_Pᵀ``.
+
+A wide Hessian is known as diagonal blocks only (``compress.walk``); then columns make up for
+columns of their own block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from compress.grids import Array, Float32
+
+__all__ = ["choose", "compensate"]
+
+ROUNDS = 64  # in which columns go; the fewer at a time, the better they are chosen
+
+
+def diagonal_blocks(hessian: tuple[Float32, ...]) -> Iterator[tuple[slice, Float32]]:
+    """Each diagonal block with its columns."""
+    start = 0
+    for block in hessian:
+        yield slice(start, start + len(block)), block
+        start += len(block)
+
+
+def choose(
+    weight: Float32,
+    hessian: tuple[Float32, ...],
+    kept: int,
+    *,
+    size: int = 1,
+    damping: float = 0.01,
+    update: bool = True,
+) -> Array:
+    """The groups of columns that stay.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        hessian: diagonal blocks of ``E[x xᵀ]``, each of whole groups.
+        kept: groups that stay.
+        size: columns of a group: 1 for MLP channels, those of a key-value head for ``o_proj``.
+        damping: share of the diagonal's mean that is added to it.
+        update: whether the kept columns will be updated (``compensate``).
+
+    Returns:
+        int64 ``[kept]``, ascending indices of groups.
+    """
+    groups = weight.shape[1] // size
+    if not update:
+        pieces = [plain_costs(weight[:, s], block, size) for s, block in diagonal_blocks(hessian)]
+        return np.sort(np.argsort(-np.concatenate(pieces), kind="stable")[:kept])
+    parts = [Remaining(weight[:, s], block, size, damping) for s, block in diagonal_blocks(hessian)]
+    firsts = np.cumsum([0, *(len(part.alive) for part in parts)])
+    left = groups - kept
+    while left:
+        count = min(left, max(1, -(-(groups - kept) // ROUNDS)))
+        costs = np.concatenate([part.costs() for part in parts])
+        going = np.argsort(costs, kind="stable")[:count]
+        for part, first in zip(parts, firsts, strict=False):
+            inside = going[(going >= first) & (going < first + len(part.alive))] - first
+            if len(inside):
+                part.remove(inside)
+        left -= count
+    return np.flatnonzero(np.concatenate([part.alive for part in parts]))
+
+
+def plain_costs(weight: Float32, hessian: Float32, size: int) -> Array:
+    """What each group carries: ``tr(W_g H_gg W_gᵀ)``, float64 ``[groups]``."""
+    costs = np.empty(len(hessian) // size)
+    for group in range(len(costs)):
+        part = slice(group * size, (group + 1) * size)
+        costs[group] = np.einsum(
+            "ij,jk,ik->", weight[:, part], hessian[part, part], weight[:, part], optimize=True
+        )
+    return costs
+
+
+class Remaining:
+    """Weights and inverse Hessian of the columns that are left of one diagonal block.
+
+    Attributes:
+        alive: bool ``[groups]``.
+    """
+
+    def __init__(self, weight: Float32, hessian: Float32, size: int, damping: float) -> None:
+        self.size = size
+        self.alive = np.ones(weight.shape[1] // size, bool)
+        self._weight = weight.copy()
+        damped = hessian.copy()
+        ridge = damping * float(np.diagonal(hessian).mean())
+        np.fill_diagonal(damped, np.diagonal(damped) + max(ridge, 1e-12))
+        # Scaled to a unit diagonal, float32 is enough to invert it.
+        roots = np.sqrt(np.diagonal(damped))
+        damped /= roots
+        damped /= roots[:, None]
+        self._inverse = np.linalg.inv(damped)
+        self._inverse /= roots
+        self._inverse /= roots[:, None]
+
+    def costs(self) -> Array:
+        """What removing each group would cost, float64 ``[groups]``; infinite for those gone."""
+        costs = np.full(len(self.alive), np.inf)
+        if self.size == 1:
+            squares = np.einsum("ij,ij->j", self._weight, self._weight, dtype=np.float64)
+            variances = np.diagonal(self._inverse)
+            costs[self.alive] = squares[self.alive] / variances[self.alive]
+            return costs
+        for group in np.flatnonzero(self.alive):
+            part = slice(group * self.size, (group + 1) * self.size)
+            weight = self._weight[:, part].astype(np.float64)
+            solved = np.linalg.solve(self._inverse[part, part].astype(np.float64), weight.T)
+            costs[group] = np.einsum("ij,ji->", weight, solved)
+        return costs
+
+    def remove(self, groups: Array) -> None:
+        """Take groups away; what is left makes up for them."""
+        gone = (groups[:, None] * self.size + np.arange(self.size)).reshape(-1)
+        corner = self._inverse[np.ix_(gone, gone)].astype(np.float64)
+        shares = np.linalg.solve(corner, self._inverse[gone]).astype(np.float32)
+        self._weight -= self._weight[:, gone] @ shares
+        self._inverse -= self._inverse[:, gone] @ shares
+        self.alive[groups] = False
+
+
+def compensate(
+    weight: Float32, hessian: tuple[Float32, ...], columns: Array, *, damping: float = 0.01
+) -> Float32:
+    """The kept columns, updated by least squares; float32 ``[rows, len(columns)]``.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        hessian: diagonal blocks of ``E[x xᵀ]``.
+        columns: int64, ascending: those that stay.
+        damping: share of the diagonal's mean that pulls the weights to what they were.
+    """
+    pieces = []
+    for span, block in diagonal_blocks(hessian):
+        inside = columns[(columns >= span.start) & (columns < span.stop)] - span.start
+        gone = np.setdiff1d(np.arange(len(block)), inside, assume_unique=True)
+        part = weight[:, span]
+        stays = part[:, inside]
+        if len(inside) and len(gone):
+            system = block[np.ix_(inside, inside)].astype(np.float64)
+            ridge = damping * float(np.diagonal(block).mean())
+            np.fill_diagonal(system, np.diagonal(system) + max(ridge, 1e-12))
+            moved = part[:, gone] @ block[np.ix_(gone, inside)]
+            stays = stays + np.linalg.solve(system, moved.T.astype(np.float64)).T
+        pieces.append(stays.astype(np.float32))
+    return np.concatenate(pieces, axis=1)

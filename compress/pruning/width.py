@@ -1,0 +1,99 @@
+"""Which MLP channels or key-value heads go, in every block, and the update of what stays.
+
+One walk of the calibration text through the float model; a block's statistics come, its weight is
+cut and written, and both are dropped. Later blocks see what the float model's earlier blocks
+produce: on the demo model, inputs from pruned blocks chose no better (docs/pruning.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.arch import Float32, split_name
+from compress.errors import UnsupportedModelError
+from compress.grids import Array
+from compress.pruning.cut import Cut
+from compress.pruning.pruned import spread
+from compress.pruning.surgery import choose, compensate
+from compress.safetensors_file import round_to, write_safetensors
+from compress.save import stored_dtypes
+from compress.sources import Source
+from compress.statistics import LayerStats
+from compress.walk import walk
+
+__all__ = ["narrow"]
+
+ROLES = {"ffn": "down_proj", "heads": "o_proj"}
+
+
+def narrow(
+    source: Source,
+    cut: Cut,
+    windows: Sequence[Sequence[int]],
+    folder: Path,
+    work: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Cut ``down_proj`` or ``o_proj`` of every stored block.
+
+    Args:
+        source: the whole model.
+        cut: how much goes.
+        windows: calibration text, all of one length.
+        folder: gets a file per stored block with its changed weight.
+        work: for the walk's hidden states, where they are large.
+        progress: of the walk.
+
+    Returns:
+        By block as a string: ``kept``, the channels or heads that stay, and ``relative_errors``.
+
+    Raises:
+        UnsupportedModelError: heads that straddle the diagonal blocks of a Hessian this wide.
+    """
+    role = ROLES[cut.method]
+    size = source.config.weight_shape(role)[1] // cut.total
+    dtypes = stored_dtypes(source.checkpoint)
+    found: dict[str, list[int]] = {}
+    errors: dict[str, float | None] = {}
+    blocks = walk(
+        source.config, source.read, windows, hessian=True, roles=(role,), work=work,
+        progress=progress,
+    )  # fmt: skip
+    for stats in blocks:
+        for key, entry in stats.items():
+            hessian = entry.hessian or ()
+            if any(len(block) % size for block in hessian):
+                raise UnsupportedModelError(
+                    f"heads cannot be pruned: {size} columns of {role} belong to a key-value head, "
+                    "and its inputs are too many for one Hessian"
+                )
+            weight = source.read(f"{key}.weight")
+            kept = choose(weight, hessian, cut.kept, size=size, update=cut.update)
+            columns = spread(kept, size)
+            cutout = weight[:, columns]
+            changed = compensate(weight, hessian, columns) if cut.update else cutout
+            dtype = dtypes[role, "weight"]
+            headers = {f"{key}.weight": (dtype, changed.shape)}
+            write_safetensors(folder / f"{key}.safetensors", headers, [changed])
+            block = str(split_name(f"{key}.weight")[0])
+            found[block] = kept.tolist()
+            errors[block] = relative_error(weight, columns, round_to(changed, dtype), entry)
+    return {"kept": found, "relative_errors": errors}
+
+
+def relative_error(
+    weight: Float32, columns: Array, changed: Float32, stats: LayerStats
+) -> float | None:
+    """Squared output error over squared output, on inputs that the Hessian has not seen.
+
+    None where none were held back.
+    """
+    if stats.held_back is None:
+        return None
+    whole = stats.held_back @ weight.T
+    left = whole - stats.held_back[:, columns] @ changed.T
+    return float(np.square(left, dtype=np.float64).sum() / np.square(whole).sum(dtype=np.float64))

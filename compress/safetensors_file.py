@@ -1,0 +1,173 @@
+"""safetensors files, read by byte range and written one tensor at a time.
+
+The layout (8 bytes of header length, little-endian; JSON; data without gaps) is that of
+https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.config_json import short
+from compress.errors import CheckpointError
+
+__all__ = [
+    "BYTES",
+    "TensorInfo",
+    "read_range",
+    "round_to",
+    "scan_safetensors",
+    "write_safetensors",
+]
+
+Float32 = NDArray[np.float32]
+
+BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+MAX_HEADER = 100_000_000  # the limit of the safetensors reference implementation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a shard header tells it.
+
+    Attributes:
+        dtype: ``F32``, ``F16`` or ``BF16``.
+        file: the shard.
+        offset: of the first byte in the file; -1 in a pickle.
+        nbytes: length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file, from its header.
+
+    Raises:
+        CheckpointError: not such a file, truncated, or with numbers that are not float.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            lfs = prefix == b"version "
+            raise CheckpointError(
+                f"{file.name} is not a safetensors file, or is truncated",
+                hint="it is a Git LFS pointer: run git lfs pull" if lfs else "",
+            )
+        rows = _header_rows(file, stream.read(length))
+    start = 8 + length
+    tensors = {}
+    for name, dtype, shape, begin, end in rows:
+        if dtype not in BYTES:
+            raise CheckpointError(
+                f"{file.name}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16",
+                hint="packlight starts from float checkpoints, not from quantized ones",
+            )
+        whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
+        if not whole or begin < 0:
+            raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
+        if start + end > size:
+            raise CheckpointError(
+                f"{file.name} is truncated: {short(name)} ends at byte {start + end}, "
+                f"the file has {size}",
+                hint="download it again",
+            )
+        tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+    return tensors
+
+
+def read_range(info: TensorInfo, start_row: int, count: int) -> Float32:
+    """``count`` values from row ``start_row`` on, float32, flat; not checked for NaN.
+
+    Raises:
+        CheckpointError: a short read.
+    """
+    size = BYTES[info.dtype]
+    offset = info.offset + start_row * math.prod(info.shape[1:]) * size
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
+    try:
+        raw = np.fromfile(info.file, dtype=kind, count=count, offset=offset)
+    except OSError as error:
+        raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
+    if raw.size != count:
+        raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
+    if info.dtype == "BF16":
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape, first and last byte of each tensor of a safetensors header."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        rows = []
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            numbers = (*entry["shape"], begin, end)
+            if any(type(number) is not int for number in numbers):
+                raise ValueError(name)
+            rows.append((name, str(entry["dtype"]), tuple(entry["shape"]), begin, end))
+        return rows
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} has a damaged header") from error
+
+
+def write_safetensors(
+    path: Path,
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+    values: Iterable[Float32],
+) -> None:
+    """Write a file.
+
+    Args:
+        path: of the file.
+        headers: name → dtype (``F32``, ``F16``, ``BF16``) and shape, in the order of the data.
+        values: of each tensor in that order, float32; taken one at a time.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, (dtype, shape) in headers.items():
+        begin, end = end, end + math.prod(shape) * BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little"))
+        stream.write(header)
+        for (dtype, _), tensor in zip(headers.values(), values, strict=True):
+            encode(tensor, dtype).tofile(stream)
+
+
+def encode(values: Float32, dtype: str) -> NDArray[np.generic]:
+    """The numbers of a file: float32 or float16 as they are, bfloat16 as its 16 bits."""
+    if dtype == "F32":
+        return values.astype("<f4", copy=False)
+    if dtype == "F16":
+        return values.astype("<f2")
+    bits = np.ascontiguousarray(values, dtype="<f4").view(np.uint32)
+    # To nearest, ties to even.
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def round_to(values: Float32, dtype: str) -> Float32:
+    """Values as a file of ``dtype`` gives them back, float32."""
+    if dtype != "BF16":
+        return encode(values, dtype).astype(np.float32)
+    return (encode(values, dtype).astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,109 @@
+"""What a command was asked for: the recipe's overrides, and the command that does it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint import Checkpoint
+from compress.pruning.options import prune_option
+
+__all__ = ["BuildSettings", "VerifySettings", "command_line", "recipe_overrides"]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What ``packlight build`` was asked for; the options of the same names.
+
+    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
+    and ``cache_dir``.
+    """
+
+    model: str
+    output: Path | None = None
+    recipe: str = "phone-4bit"
+    overrides: Sequence[str] = ()
+    formats: Sequence[str] = ()
+    eval_text: Path | None = None
+    calibration: Sequence[Path] = ()
+    seed: int | None = None
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
+    budget: str = ""
+    budget_memory: str = ""
+    device: str = ""
+    plan: Path | None = None
+    prune: str = ""
+    save_checkpoint: Path | None = None
+    context: int | None = None
+    threads: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    source: str = ""
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What ``packlight verify`` was asked for; the options of the same names."""
+
+    artifact: Path
+    baseline: str
+    eval_text: Path | None = None
+    tasks: Sequence[Path] = ()
+    gates: Sequence[str] = ()
+    windows: int = 16
+    sequence_length: int = 512
+    threads: int = 0
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_overrides(settings: BuildSettings) -> list[str]:
+    """``--set``, and the options that stand for keys of the recipe."""
+    overrides = list(settings.overrides)
+    if settings.calibration:
+        overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
+    if settings.seed is not None:
+        overrides.append(f"calibration.seed={settings.seed}")
+    for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
+        if value := getattr(settings, option):
+            overrides.append(f"budget.{key}={value}")
+    if settings.prune:
+        overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
+    return overrides
+
+
+def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
+    """The command that makes this again, for the report: names instead of local paths."""
+    if settings.source == "packlight-demo":
+        return "packlight demo"
+    words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
+    if revision := settings.hub.get("revision"):
+        words += ["--revision", revision]
+    for name in settings.formats:
+        words += ["-f", name]
+    for override in settings.overrides:
+        words += ["--set", override]
+    if settings.eval_text:
+        words += ["--eval-text", settings.eval_text.name]
+    for path in settings.calibration:
+        words += ["--calibration", path.name]
+    for option in ("budget", "budget_memory", "device"):
+        if value := getattr(settings, option):
+            words += [f"--{option.replace('_', '-')}", value]
+    if settings.plan:
+        words += ["--plan", settings.plan.name]
+    if settings.imatrix:
+        words += ["--imatrix", settings.imatrix.name]
+    if settings.seed is not None:
+        words += ["--seed", str(settings.seed)]
+    if settings.prune:
+        words += ["--prune", settings.prune]
+    if settings.context:
+        words += ["--context", str(settings.context)]
+    return shlex.join([*words, "-o", output.name])

@@ -1,0 +1,283 @@
+"""Costs of tensors on grids against plain calculation, and builds within a budget."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from commands import packlight, refused
+
+from compress.allocation import sensitivity
+from compress.allocation.costs import CostTable, measure_errors, members
+from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
+from compress.allocation.tensor_error import relative_error, sample_rows
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.decoder import Decoder
+from compress.demo import model_path
+from compress.grids import Float32, get_grid
+from compress.job import describe_model
+from compress.solvers import get_solver
+from compress.sources import Stored
+from compress.statistics import LayerStats, Statistics
+from compress.verify.baseline import log_softmax
+
+DEMO = model_path()
+ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
+
+
+@cache
+def source(family: str, **options: Any) -> Stored:
+    folder = tempfile.mkdtemp(dir=ROOM.name)
+    checkpoint = Checkpoint.open(str(tiny.make(family, folder, **options)))
+    return Stored(checkpoint, describe_model(checkpoint))
+
+
+def kl(config: DecoderConfig, read: Any, changed: Any, windows: list[list[int]]) -> float:
+    """Mean KL of the model with changed weights, by the whole decoder."""
+    pairs = zip(
+        Decoder(config, read).stream_logits(windows),
+        Decoder(config, changed).stream_logits(windows),
+        strict=True,
+    )
+    found = []
+    for logits, others in pairs:
+        log_p, log_q = log_softmax(logits), log_softmax(others)
+        found.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+    return float(np.concatenate(found).mean())
+
+
+WINDOWS = [[int(t) for t in np.random.default_rng(i).integers(3, 450, 24)] for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("phi", {}), ("qwen3", {}), ("mobilellm", {"layer_sharing": True})]
+)
+def test_sensitivity_is_the_divergence_of_the_model_with_noise(
+    family: str, options: dict[str, Any]
+) -> None:
+    weights = source(family, **options)
+    config = weights.config
+    found = measure(weights, WINDOWS, Statistics.of(config, {}))
+    last = config.num_hidden_layers - config.block_repeat
+    for name in ("blocks.0.q_proj.weight", f"blocks.{last}.down_proj.weight", "lm_head.weight"):
+        noise = noise_like(weights.read(name), name, 0)
+
+        def changed(asked: str, name: str = name, noise: Float32 = noise) -> Float32:
+            block, _, rest = asked.partition(".")[2].partition(".")
+            if asked.startswith("blocks."):
+                stored = int(block) - int(block) % config.block_repeat
+                asked_stored = f"blocks.{stored}.{rest}"
+            else:
+                asked_stored = asked
+            values = weights.read(asked)
+            return values + noise if asked_stored == name else values
+
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # the decoder reads the embedding for it
+        expected = kl(config, weights.read, changed, WINDOWS)
+        assert found[name].divergence == pytest.approx(expected, rel=0.02)
+        assert found[name].error == pytest.approx(LEVEL**2, rel=0.2)
+    assert all(entry.divergence > 0 for entry in found.values())
+
+
+def test_shared_variants_divide_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = source("phi3")
+    alone = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
+    monkeypatch.setattr(sensitivity, "WORK", 1e6)
+    parts, tokens = partition(weights.config, 48)
+    assert len(parts) == 1
+    assert tokens == 48  # never fewer than there are, up to 256
+    shared = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
+    assert shared.keys() == alone.keys()
+    for name, entry in alone.items():
+        assert shared[name].divergence == pytest.approx(entry.divergence, rel=0.2)
+
+
+def test_large_models_are_looked_at_less() -> None:
+    raw = {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "vocab_size": 32064,
+        "hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "intermediate_size": 8192, "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    config = DecoderConfig.from_hf(raw)
+    parts, tokens = partition(config, 16384)
+    assert len(parts) < 7
+    assert 256 <= tokens <= 1024
+
+
+def test_relative_error_is_that_of_the_outputs() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((4000, 48)) @ rng.standard_normal((48, 48))).astype(np.float32)
+    weight = rng.standard_normal((16, 48)).astype(np.float32)
+    change = (weight * rng.uniform(-0.1, 0.1, weight.shape)).astype(np.float32)
+    outputs = float(np.square(x @ change.T).sum() / np.square(x @ weight.T).sum())
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    stats = LayerStats(len(x), np.diagonal(hessian).copy(), hessian=(hessian,))
+    assert relative_error(weight, change, stats) == pytest.approx(outputs, rel=1e-4)
+    split = LayerStats(len(x), stats.importance, hessian=(hessian[:32, :32], hessian[32:, 32:]))
+    assert relative_error(weight, change, split) != pytest.approx(outputs, rel=1e-4)
+    plain = LayerStats(len(x), stats.importance)
+    by_column = np.square(change) @ plain.importance
+    expected = by_column.sum() / (np.square(weight) @ plain.importance).sum()
+    assert relative_error(weight, change, plain) == pytest.approx(float(expected), rel=1e-5)
+    unweighted = float(np.square(change).sum() / np.square(weight).sum())
+    assert relative_error(weight, change, None) == pytest.approx(unweighted, rel=1e-5)
+    assert relative_error(np.zeros_like(weight), change, None) == 0.0
+
+
+def test_sampled_rows() -> None:
+    assert sample_rows(256, 768) == [slice(0, 256)]
+    runs = sample_rows(32064, 3072)
+    assert sum(run.stop - run.start for run in runs) * 3072 <= 1 << 19
+    assert len(runs) > 3
+    assert all(run.start % 32 == 0 and run.stop - run.start == 32 for run in runs)
+    assert runs[-1].stop == 32064
+
+
+def test_costs_add_up_over_fused_tensors() -> None:
+    config = source("phi3").config
+    assert members(config, "blocks.1.qkv_proj.weight") == [
+        f"blocks.1.{role}.weight" for role in ("q_proj", "k_proj", "v_proj")
+    ]
+    names = members(config, "blocks.1.gate_up_proj.weight")
+    table = CostTable(
+        config,
+        {names[0]: Sensitivity(0.02, 0.01), names[1]: Sensitivity(0.01, 0.01)},
+        {names[0]: {"Q4_K": 0.005}, names[1]: {"Q4_K": 0.004}},
+    )
+    assert table.cost("blocks.1.gate_up_proj.weight", "Q4_K") == pytest.approx(0.014)
+    wanted = [(names[0], "Q4_K"), (names[0], "Q6_K"), (names[0], "Q6_K")]
+    assert table.missing(wanted) == {names[0]: ["Q6_K"]}
+
+
+def test_errors_are_those_of_the_solver() -> None:
+    weights = source("llama3")  # tied
+    errors: dict[str, dict[str, float]] = {}
+    statistics = Statistics.of(weights.config, {})
+    names = ("blocks.0.down_proj.weight", "lm_head.weight")
+    measure_errors(
+        weights, statistics, get_solver("rtn"), {n: ["Q4_K", "int4-g32"] for n in names}, errors,
+        lambda done, total: None,
+    )  # fmt: skip
+    for name in names:
+        weight = weights.read(name)
+        change = get_grid("Q4_K").quantize(weight).decode() - weight
+        expected = float(np.square(change).sum() / np.square(weight).sum())
+        assert errors[name]["Q4_K"] == pytest.approx(expected, rel=1e-4)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+# Few, so that the cost table is soon measured.
+FEW = "quantize.candidates=[Q2_K, Q4_K, Q6_K, Q8_0, int4-g32, int4-g128, int4-g256, int8-g32]"
+
+
+def build(folder: Path, *options: object) -> Any:
+    return packlight(
+        "build", DEMO, "-o", folder, "--no-verify", "--set", FEW, *options,
+        env={"PACKLIGHT_CACHE": ROOM.name},
+    )  # fmt: skip
+
+
+def test_a_budget_is_filled_and_its_plan_builds_the_same(tmp_path: Path) -> None:
+    formats = ("-f", "gguf", "-f", "onnx")
+    done = build(tmp_path / "a", "--budget", "3.5MB", *formats)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "a" / "plan.json").read_text())
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["budget_bytes"] == 3_500_000
+    for artifact in report["artifacts"]:
+        assert 0.99 * 3_500_000 < artifact["bytes"] <= 3_500_000
+        target = plan["targets"][artifact["format"]]
+        assert artifact["bytes"] == target["file_bytes"]
+        assert target["type"] == artifact["type"]
+        assert target["type"].startswith("mix-4.")
+        assert 0 < target["expected_kl_divergence"] < 0.1
+        assert len({row["grid"] for row in target["tensors"]}) > 2
+    locked = build(tmp_path / "b", "--plan", tmp_path / "a" / "plan.json", *formats)
+    assert locked.returncode == 0, locked.stderr
+    for name in (
+        "plan.json",
+        f"gguf/model-{plan['targets']['gguf']['type']}.gguf",
+        "onnx/onnx/model_q4.onnx",
+        "onnx/onnx/model_q4.onnx_data",
+    ):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_dry_run_tells_the_plan(tmp_path: Path) -> None:
+    done = build(
+        tmp_path / "x", "--budget", "3.5MB", "-f", "gguf", "--dry-run",
+        "--set", 'quantize.keep={lm_head: ">=8"}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "x").exists()
+    assert "expected KL" in done.stdout
+    assert "smallest" in done.stdout
+    assert "recommended" in done.stdout
+    assert "lm_head.weight is Q8_0: the recipe keeps it at 8 bits or more" in done.stdout
+
+
+def test_an_infeasible_budget_names_the_smallest_sizes(tmp_path: Path) -> None:
+    told = refused(build(tmp_path / "x", "--budget", "1MB", "-f", "gguf", "-f", "onnx"))
+    assert "gguf: no choice of grids fits in 1.00 MB" in told
+    assert "smallest feasible sizes: gguf 2.08 MB (1.99 MiB), onnx 3.31 MB" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_budgets_say_which_part_is_which(tmp_path: Path) -> None:
+    options = ("--context", 256, "-f", "gguf", "--dry-run")
+    done = build(tmp_path / "x", "--budget-memory", "20MB", *options)
+    assert done.returncode == 0, done.stderr
+    # 6 layers, 4 heads of 64, keys and values in float16
+    assert f"{6 * 2 * 256 * 2 * 256 / 1e6:.2f} MB" in done.stdout
+    assert "KV cache at 256 positions" in done.stdout
+    assert "activations" in done.stdout
+    told = refused(build(tmp_path / "x", "--budget-memory", "2MB", *options))
+    assert "nothing is left for weights of 2.00 MB" in told
+    told = refused(build(tmp_path / "x", "--device", "iphone-1", *options))
+    assert "unknown device 'iphone-1'" in told
+
+
+def test_plans_that_do_not_belong(tmp_path: Path) -> None:
+    made = build(tmp_path / "a", "-f", "gguf")
+    assert made.returncode == 0, made.stderr
+    plan = tmp_path / "a" / "plan.json"
+    assert "the plan has no onnx" in refused(build(tmp_path / "b", "--plan", plan))
+    document = json.loads(plan.read_text())
+    document["model"]["parameters"] += 1
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    told = refused(build(tmp_path / "b", "--plan", other, "-f", "gguf"))
+    assert "for a model of 6,163,713 parameters" in told
+    other.write_text("{}")
+    assert "not a plan of packlight" in refused(build(tmp_path / "b", "--plan", other))
+    assert "is not JSON" in refused(build(tmp_path / "b", "--plan", DEMO / "README.md"))
+    again = build(tmp_path / "c", "--plan", plan, "-f", "gguf")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "c" / "gguf" / "model-Q4_K_M.gguf").exists()  # a preset keeps its name
+    told = refused(build(tmp_path / "b", "--plan", plan, "--budget", "4MB"))
+    assert "exclude each other" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.weights=lots", "budget.weights: 'lots' is not a size"),
+        ("quantize.keep.lm_heat='>=6'", "unknown key quantize.keep.lm_heat"),
+        ("quantize.keep.lm_head='>=60'", "quantize.keep.lm_head: '>=60' is not allowed"),
+        ("quantize.candidates=[Q9_K]", "there is no grid 'Q9_K'"),
+    ],
+)
+def test_bad_keys_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    options = ("--budget", "4MB") if "candidates" in override else ()
+    assert message in refused(build(tmp_path / "x", "--set", override, *options))
