@@ -16,8 +16,10 @@ from compress.calibration import collect
 from compress.calibration_set import BUILTIN, CalibrationSet
 from compress.console import Console
 from compress.errors import UsageError
-from compress.job import Job, choose_threads
+from compress.job import Job, choose_threads, looks_at_inputs
 from compress.model import Plan, Shipyard
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import method_of
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
 from compress.sources import Source
@@ -73,7 +75,12 @@ class Importance:
             )
         if solver not in NEEDS and not recipe.budget and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        looks = solver in NEEDS or recipe.prunes or bool(recipe.budget) or self.save is not None
+        looks = looks_at_inputs(recipe) or self.save is not None
+        if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
+            raise UsageError(
+                "--imatrix has less than sparsegpt needs",
+                hint="texts, or --set targets.coreml.sparsity_method=wanda",
+            )
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
         for path in texts_of(recipe) if looks else []:
@@ -120,7 +127,9 @@ class CalibrationStep:
         solver = self.job.recipe.solver
         if self._importance.imatrix:
             return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
-        return self._calibrate(source) if solver in NEEDS else None
+        mask = MASK_NEEDS.get(method_of(plan.settings) or "")
+        wanted = solver in NEEDS or mask is not None
+        return self._calibrate(source, hessian=mask == "hessian") if wanted else None
 
     def for_costs(self, source: Source) -> tuple[Statistics, CalibrationSet, str]:
         """What a cost table is measured with, whatever the solver: statistics of the inputs of the
@@ -181,8 +190,8 @@ class CalibrationStep:
     def _texts(self) -> CalibrationSet:
         return read_texts(self.job)
 
-    def _calibrate(self, source: Source) -> Statistics:
-        """From the recipe's texts."""
+    def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
+        """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
         import torch
 
         recipe = self.job.recipe
@@ -191,7 +200,7 @@ class CalibrationStep:
             return collect(
                 source,
                 self._texts,
-                hessian=recipe.folds or NEEDS.get(recipe.solver) == "hessian",
+                hessian=hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian",
                 progress=update,
             )
 

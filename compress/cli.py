@@ -147,6 +147,8 @@ def cli() -> None:
                    "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
+@click.option("--allow-dense", is_flag=True,
+              help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
 @click.option("--budget", default="", metavar="SIZE",
               help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
@@ -197,6 +199,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         plan=options["plan"],
         prune=options["prune"],
         save_checkpoint=options["save_checkpoint"],
+        allow_dense=options["allow_dense"],
         context=options["context"],
         threads=options["threads"],
         dry_run=options["dry_run"],

@@ -14,6 +14,8 @@ from compress.errors import UsageError
 from compress.machine import available_cpus
 from compress.model import Artifact, Exporter, Plan, PlanEntry
 from compress.pruning.cut import Cut, plan_cut
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import check_zeros, method_of, plan_zeros
 from compress.recipe import Recipe
 from compress.rotation import Rotated
 from compress.solvers import NEEDS
@@ -146,12 +148,13 @@ def make_plans(
             wanted["context"] = context
         if target == "gguf" and recipe.solver in NEEDS:
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
+        check_zeros(target, recipe)
         config = rotated[target].config if target in rotated else source.config
         grids = (choices or {}).get(target)
         plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
-        plans.append(plan)
+        plans.append(plan_zeros(plan, settings))
     return tuple(plans)
 
 
@@ -182,6 +185,13 @@ def model_name(source: str) -> str:
     last = source.rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
+
+
+def looks_at_inputs(recipe: Recipe) -> bool:
+    """Whether anything of a build goes by calibration texts."""
+    methods = {method_of(settings) for settings in recipe.targets.values()}
+    masks = bool(methods & set(MASK_NEEDS))
+    return recipe.solver in NEEDS or recipe.prunes or bool(recipe.budget) or masks
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from compress import __version__
 from compress.arch import DecoderConfig
 from compress.console import Console, format_bytes
-from compress.job import Job
+from compress.job import Job, looks_at_inputs
 from compress.model import Plan
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
@@ -50,7 +50,7 @@ def prune_document(job: Job) -> dict[str, Any]:
 
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
     """``calibration`` as the recipe's document has it, where anything looks at inputs."""
-    looks = recipe.solver in NEEDS or recipe.prunes
+    looks = looks_at_inputs(recipe)
     return {"calibration": recipe.document["calibration"]} if looks else {}
 
 

@@ -37,6 +37,7 @@ class Recipe:
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         prune: ``method`` and one amount; empty where nothing is pruned.
+        allow_dense: zeros also in formats that store them like other weights.
         windows, sequence_length: how much text is scored.
         gates: metric → limit such as ``"<=0.06"``.
         candidates: grids that a budget chooses among; none: each format's own choice.
@@ -56,6 +57,7 @@ class Recipe:
     keep: Mapping[str, int] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     prune: Mapping[str, Any] = field(default_factory=dict)
+    allow_dense: bool = False
     fold: str = "none"
     permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
@@ -187,6 +189,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         keep={role: int(str(bits).lstrip(">= ")) for role, bits in kept.items()},
         budget=checked_budget(whole.get("budget", {}), source),
         prune=whole.get("prune", {}),
+        allow_dense=whole.get("allow_dense", False),
         fold=whole["quantize"]["fold"],
         permute=whole["quantize"]["permute"],
         document=whole,

@@ -39,6 +39,7 @@ class BuildSettings:
     plan: Path | None = None
     prune: str = ""
     save_checkpoint: Path | None = None
+    allow_dense: bool = False
     context: int | None = None
     threads: int = 0
     dry_run: bool = False
@@ -73,6 +74,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
     for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
         if value := getattr(settings, option):
             overrides.append(f"budget.{key}={value}")
+    if settings.allow_dense:
+        overrides.append("allow_dense=true")
     if settings.prune:
         overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
@@ -104,6 +107,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--seed", str(settings.seed)]
     if settings.prune:
         words += ["--prune", settings.prune]
+    if settings.allow_dense:
+        words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([*words, "-o", output.name])

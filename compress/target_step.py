@@ -15,6 +15,8 @@ from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
 from compress.model import Plan, Weights
 from compress.propagation import PropagatedWeights
+from compress.pruning.sparse import Sparsified
+from compress.pruning.zeros import method_of, pattern_for
 from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import Statistics
@@ -48,13 +50,34 @@ def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
     source = calibration.job.source_of(plan)
     recipe = calibration.job.recipe
     inputs = TargetInputs(source, None)
-    if recipe.folds or not calibration.propagates:
+    method = method_of(plan.settings)
+    if recipe.folds or method or not calibration.propagates:
         inputs = replace(inputs, statistics=calibration.gather(source, plan))
+    if method:
+        inputs = thin(plan, inputs, method, permute=recipe.permute)
     if recipe.folds:
         inputs = fold(plan, inputs, calibration)
     if calibration.propagates:  # statistics come with the codes
         inputs = replace(inputs, statistics=None)
     return inputs
+
+
+def thin(plan: Plan, inputs: TargetInputs, method: str, *, permute: bool) -> TargetInputs:
+    """The source with the zeros that the plan's settings ask for.
+
+    Raises:
+        UsageError: columns that are to change places, and zeros that count on their neighbours.
+    """
+    pattern = pattern_for(plan.settings)
+    assert pattern is not None
+    if permute and pattern.of:
+        raise UsageError(
+            f"quantize.permute would break {pattern.name}: it moves columns",
+            hint="--set quantize.permute=false, or a share such as 0.5",
+        )
+    note = f"zeros chosen by {method} ({pattern.name}) in the blocks' linears"
+    source = Sparsified(inputs.source, inputs.statistics, pattern, method)
+    return TargetInputs(source, inputs.statistics, (*inputs.notes, note))
 
 
 def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> TargetInputs:

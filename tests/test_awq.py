@@ -226,11 +226,13 @@ def test_too_few_windows_are_told(known):
 # --- in a build -------------------------------------------------------------------------------
 
 
-def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("propagate", ["float", "quantized"])
+def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propagate):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("phi3", tmp_path / "model")
     settings = ["quantize.solver=scale_search", "quantize.fold=awq", "quantize.permute=true"]
     settings += ["calibration.tokens=1024", "calibration.sequence_length=32"]
+    settings += [f"calibration.propagate={propagate}"]
     written = []
     for number in range(2):
         recipe = load("phone-4bit", settings, ["gguf"])

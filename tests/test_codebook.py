@@ -118,9 +118,11 @@ def test_words_are_the_nearest_of_all(name: str) -> None:
     params = grid.fit(weight)
     given = importance()[:512]
     quantized = grid.quantize(weight, given)
+    squares = ggml_oracle.mean_squares(weight.astype(np.float64), 256)
+    weights = given * np.sqrt(weight**2 + grid.weighted.spread * squares)
     cases = [
         (moved, grid.encode(moved, params), params, np.ones_like(weight)),
-        (weight, quantized.codes, quantized.params, ggml_oracle.error_weights(name, weight, given)),
+        (weight, quantized.codes, quantized.params, weights),
     ]
     for values, codes, used, w in cases:
         errors = w * (values.astype(np.float64) - grid.decode(codes, used)) ** 2

@@ -65,6 +65,18 @@ def test_groups_along_the_inputs_are_refused(tied, grid):
     assert "lut4-g8" in (caught.value.hint or "")
 
 
+def test_a_budget_chooses_no_such_groups_either(tied):
+    """Neither of itself nor where the recipe names them."""
+    (rotated,) = plan(tied, "grid=int4-channel", "rotate=r1").plans
+    (entry,) = (entry for entry in rotated.entries if entry.name == "blocks.0.up_proj.weight")
+    wanted = ("lut4-g8", "int4-g32", "int8-channel")
+    found = [coreml.candidates(entry, rotated.settings, names) for names in ((), wanted)]
+    assert {option.grid for option in found[1]} == {"lut4-g8", "int8-channel"}
+    assert not {option.grid for option in found[0]} & {"int4-g32", "int4-g128", "int8-g32"}
+    (plain,) = plan(tied, "grid=int4-channel").plans
+    assert "int4-g32" in {option.grid for option in coreml.candidates(entry, plain.settings, ())}
+
+
 def test_layernorm_is_refused(tmp_path):
     model = tiny.make("phi", tmp_path / "tiny-phi")
     with pytest.raises(UnsupportedModelError, match="LayerNorm") as caught:

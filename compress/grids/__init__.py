@@ -206,6 +206,7 @@ GRIDS: dict[str, str] = {
     r"MXFP4": "compress.grids.mxfp4",
     r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
+    r"(?:\d+of\d+|s\d+)-(?:int[48]-.+|lut\d-.+|F16)": "compress.grids.sparse",
 }
 
 

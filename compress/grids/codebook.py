@@ -283,17 +283,19 @@ def _cells(words: Array) -> Array:
     return cells
 
 
+# With an importance, a spread of 8 where llama.cpp has 2: on the demo model's inputs that is 1 %
+# less output error by scale_search, 0.5 % less by gptq.
 TRIES = (15.0, 13.0, 17.0, 11.0, 19.0)
 UNITS = (31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 32, 33, 34)
 
 TYPES = {
     "IQ3_S": WordGrid(
         "IQ3_S", 110, False,
-        Search(2, 1.5, 32, TRIES, UNITS, 1), Search(1, 2.0, 256, TRIES, UNITS, 1),
+        Search(2, 1.5, 32, TRIES, UNITS, 1), Search(1, 8.0, 256, TRIES, UNITS, 1),
     ),
     "IQ3_XXS": WordGrid(
         "IQ3_XXS", 98, True,
-        Search(2, 1.5, 32, TRIES, UNITS, 1), Search(1, 2.0, 256, TRIES, UNITS, 1),
+        Search(2, 1.5, 32, TRIES, UNITS, 1), Search(1, 8.0, 256, TRIES, UNITS, 1),
     ),
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ class Found:
         return (
             f"Before rounding, the channels of {scaled} inputs were rescaled and those of {moved} "
             f"reordered, which leaves the float model as it is: output error {100 * drop:.1f} % "
-            f"less, the mean of {len(ratios)} half blocks on inputs held back from calibration"
+            f"less, the mean of {len(ratios)} parts on inputs held back from calibration"
         )
 
 

@@ -16,10 +16,16 @@ from numpy.typing import NDArray
 
 from compress.arch import split_name
 from compress.grids import Array, Quantized, get_grid
+from compress.grids.sparse import SparseGrid
 from compress.model import Plan, PlanEntry, Weights
-from exporters.coreml.planning import Part, parts
+from exporters.coreml.planning import SPARSE_NAMES, Part, parts
 
-OPERATIONS = {"data": "constexpr_blockwise_shift_scale", "indices": "constexpr_lut_to_dense"}
+OPERATIONS = {
+    "data": "constexpr_blockwise_shift_scale",
+    "indices": "constexpr_lut_to_dense",
+    "data_mask": "constexpr_sparse_blockwise_shift_scale",
+    "indices_mask": "constexpr_lut_to_sparse",
+}
 # A larger tensor is quantized in slabs of rows: the solver's temporaries are several times the
 # float32 weight, the codes a quarter of it.
 SLAB = 1 << 23
@@ -87,18 +93,29 @@ class LazyConstants:
             )
             for part in pieces
         }
-        operation = getattr(self._mb, OPERATIONS[pieces[0].name])
-        return operation(**inputs, name=entry.target_name)
+        if pieces[0].name in OPERATIONS:
+            operation = getattr(self._mb, OPERATIONS[pieces[0].name])
+            if not pieces[0].name.endswith("_mask"):
+                return operation(**inputs, name=entry.target_name)
+            mask, values = operation(**inputs, name=f"{entry.target_name}_sparse")
+            inputs = {"mask": mask, "nonzero_data": values}
+        return self._mb.constexpr_sparse_to_dense(**inputs, name=entry.target_name)
 
     def _constant(self, name: str, part: Part, make: Callable[[], Array]) -> Var:
         if name not in self._vars:
-            dtype = self._storage[part.dtype]
-            empty = np.lib.stride_tricks.as_strided(
-                np.zeros(1, dtype), part.shape, (0,) * len(part.shape)
-            )
-            self._vars[name] = self._mb.const(val=empty, name=name)
+            self._vars[name] = self._mb.const(val=self._hollow(part), name=name)
             self._fills[name] = (part, make)
         return self._vars[name]
+
+    def _hollow(self, part: Part) -> NDArray[Any]:
+        """An array of the part's shape and type that takes the memory of a row at most."""
+        dtype = self._storage[part.dtype]
+        if part.name.endswith("mask"):  # coremltools counts its ones
+            row = (np.arange(part.shape[1]) < part.ones).astype(dtype)
+            return np.lib.stride_tricks.as_strided(row, part.shape, (0, row.itemsize))
+        return np.lib.stride_tricks.as_strided(
+            np.zeros(1, dtype), part.shape, (0,) * len(part.shape)
+        )
 
     # --- what the writer asks for -------------------------------------------------------------
 
@@ -157,13 +174,31 @@ class HollowConstants(LazyConstants):
 
 def as_stored(quantized: Quantized) -> dict[str, Array]:
     """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
+    if isinstance(quantized.grid, SparseGrid):
+        return sparse_as_stored(quantized, quantized.grid)
+    return dense_as_stored(quantized.pack(), quantized.grid.name)
+
+
+def sparse_as_stored(quantized: Quantized, grid: SparseGrid) -> dict[str, Array]:
+    """The mask, and what is there as on the inner grid."""
     packed = quantized.pack()
+    mask = packed.pop("mask")
+    if grid.inner.name == "F16":
+        return {"mask": mask, "nonzero_data": packed["codes"]}
+    stored = dense_as_stored(packed, grid.inner.name)
+    codes = "indices" if "indices" in stored else "data"
+    mask_name, values_name = SPARSE_NAMES[codes]
+    return {mask_name: mask, values_name: stored.pop(codes), **stored}
+
+
+def dense_as_stored(packed: dict[str, Array], grid: str) -> dict[str, Array]:
+    """Codes, scales and tables under Core ML's names."""
     codes = packed["codes"]
     if "lut" in packed:
         groups, levels = packed["lut"].shape
         return {"indices": codes, "lut": packed["lut"].reshape(groups, 1, levels, 1)}
-    if quantized.grid.name.endswith("-asym"):
+    if grid.endswith("-asym"):
         return {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
     # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps around.
-    middle = np.uint8(8 if quantized.grid.name.startswith("int4") else 128)
+    middle = np.uint8(8 if grid.startswith("int4") else 128)
     return {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}

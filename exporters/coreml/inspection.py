@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from exporters.coreml.mil import Function, Operation, read_package
 
 SCALED = "constexpr_blockwise_shift_scale"
 PALETTE = "constexpr_lut_to_dense"
+SPARSE = "constexpr_sparse_to_dense"
+# What makes the values of a sparse constant: the dense operation, its codes, their mask.
+JOINT = {
+    "constexpr_lut_to_sparse": (PALETTE, "indices_nonzero_data", "indices_mask"),
+    "constexpr_sparse_blockwise_shift_scale": (SCALED, "nonzero_data", "data_mask"),
+}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -63,7 +70,13 @@ def cache_slots(function: Function) -> int:
 def list_tensors(function: Function) -> list[dict[str, Any]]:
     """Name, shape, grid, bytes and number of weights of every stored array of the program."""
     tensors = []
+    joint = {op.outputs[0][0]: op for op in function.operations if op.kind in JOINT}
     for operation in function.operations:
+        if operation.kind in JOINT:  # told with the constant that is made of it
+            continue
+        if operation.kind == SPARSE:
+            tensors.append(describe_sparse(operation, joint))
+            continue
         stored = [part for part in operation.literals.values() if isinstance(part, Packed)]
         if isinstance(operation.value, Packed) and operation.value.dtype.startswith("fp"):
             stored = [operation.value]
@@ -85,6 +98,30 @@ def list_tensors(function: Function) -> list[dict[str, Any]]:
     return tensors
 
 
+def describe_sparse(operation: Operation, joint: Mapping[str, Operation]) -> dict[str, Any]:
+    """A sparse constant, as ``list_tensors`` tells it.
+
+    Its grid says what share is zero: a pattern such as 2of4 cannot be seen without reading.
+    """
+    name, declared = operation.outputs[0]
+    maker = operation
+    if "mask" in operation.inputs:
+        maker = joint[operation.inputs["mask"][0]]
+    parts = {key: part for key, part in maker.literals.items() if isinstance(part, Packed)}
+    inner, values, mask = JOINT.get(maker.kind, ("", "nonzero_data", "mask"))
+    share = round(100 * (1 - parts[values].size / parts[mask].size))
+    grid = {"fp16": "F16"}.get(parts[values].dtype, parts[values].dtype)
+    if inner:
+        grid = compressed_grid(inner, parts, parts[mask].shape, parts[values].dtype)
+    return {
+        "name": name,
+        "shape": [size or 0 for size in declared.shape],
+        "grid": f"s{share}-{grid}",
+        "bytes": sum(part.raw.size for part in parts.values()),
+        "weights": int(parts[mask].size),
+    }
+
+
 def is_table(name: str) -> bool:
     """Not of the checkpoint: rotary tables, biases of zeros."""
     return name.startswith(("rope_", "zeros_"))
@@ -95,13 +132,23 @@ def grid_name(operation: Operation) -> str:
     parts = {key: part for key, part in operation.literals.items() if isinstance(part, Packed)}
     if operation.kind == "const" and isinstance(operation.value, Packed):
         return {"fp16": "F16", "fp32": "F32"}.get(operation.value.dtype, operation.value.dtype)
-    if operation.kind == PALETTE and len(parts["lut"].shape) == len(parts["indices"].shape) + 2:
-        groups, rows = parts["lut"].shape[0], parts["indices"].shape[0]
-        bits = parts["indices"].dtype.removeprefix("uint")
-        return f"lut{bits}-" + ("tensor" if groups == 1 else f"g{rows // groups}")
-    if operation.kind == SCALED and len(parts["data"].shape) == 2:
-        groups, columns = parts["scale"].shape[1], parts["data"].shape[1]
-        bits = parts["data"].dtype.removeprefix("u")
-        group = "channel" if groups == 1 else f"g{columns // groups}"
-        return f"{bits}-{group}" + ("-asym" if "offset" in parts else "")
-    return operation.kind
+    codes = parts.get("indices") or parts.get("data")
+    plain = codes is not None and len(codes.shape) == 2
+    if operation.kind == PALETTE and "lut" in parts:
+        plain = plain and len(parts["lut"].shape) == 4
+    if codes is None or not plain or operation.kind not in (PALETTE, SCALED):
+        return operation.kind
+    return compressed_grid(operation.kind, parts, codes.shape, codes.dtype)
+
+
+def compressed_grid(
+    kind: str, parts: Mapping[str, Packed], shape: tuple[int, ...], dtype: str
+) -> str:
+    """The grid of codes in a matrix of ``shape``."""
+    if kind == PALETTE:
+        groups = parts["lut"].shape[0]
+        group = "tensor" if groups == 1 else f"g{shape[0] // groups}"
+        return f"lut{dtype.removeprefix('uint')}-{group}"
+    groups = parts["scale"].shape[1]
+    group = "channel" if groups == 1 else f"g{shape[1] // groups}"
+    return f"{dtype.removeprefix('u')}-{group}" + ("-asym" if "offset" in parts else "")

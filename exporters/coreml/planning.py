@@ -10,6 +10,8 @@ from typing import Any
 
 from compress.arch import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
+from compress.grids import get_grid
+from compress.grids.sparse import Pattern, pattern_of
 from compress.model import Candidate, Plan, PlanEntry, mix_name
 from exporters.coreml.blobs import BITS
 
@@ -31,6 +33,15 @@ IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools it
 NEURAL_ENGINE_MULTIPLE = 32
 
 
+# A sparse grid is a pattern and a grid of the weights that are there.
+SPARSE = re.compile(r"(\d+of\d+|s\d+)-")
+SPARSE_NAMES = {
+    "val": ("mask", "nonzero_data"),
+    "indices": ("indices_mask", "indices_nonzero_data"),
+    "data": ("data_mask", "nonzero_data"),
+}
+
+
 @dataclass(frozen=True)
 class Part:
     """One array of a stored tensor.
@@ -39,11 +50,13 @@ class Part:
         name: its parameter in the MIL operation: ``data``, ``scale``, ``offset``, ``indices``,
             ``lut``; ``val`` for a plain constant.
         dtype: MIL's: ``int4``, ``uint3``, ``fp16`` …
+        ones: in each row of a mask.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    ones: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +73,8 @@ def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     if grid in ("F16", "F32"):
         return (Part("val", "fp16" if grid == "F16" else "fp32", shape),)
     rows, columns = shape
+    if found := SPARSE.match(grid):
+        return sparse_parts(found[1], grid[found.end() :], (rows, columns))
     kind, *group = grid.split("-")
     bits = kind.removeprefix("int").removeprefix("lut")
     if kind.startswith("lut"):
@@ -72,6 +87,19 @@ def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return Part("data", f"int{bits}", shape), scale
     unsigned = f"uint{bits}"
     return Part("data", unsigned, shape), scale, Part("offset", unsigned, (rows, groups))
+
+
+def sparse_parts(pattern: str, grid: str, shape: tuple[int, int]) -> tuple[Part, ...]:
+    """``parts`` of a sparse grid: a bit for every weight, and the codes of those that are there.
+
+    The parameters are those of ``constexpr_sparse_to_dense``, ``constexpr_lut_to_sparse`` and
+    ``constexpr_sparse_blockwise_shift_scale``.
+    """
+    codes, *others = parts(grid, shape)
+    count = Pattern.parse(pattern).count(shape[1])
+    mask, values = SPARSE_NAMES[codes.name]
+    there = Part(values, codes.dtype, (shape[0] * count,))
+    return Part(mask, "uint1", shape, count), there, *others
 
 
 def make_plan(
@@ -87,7 +115,7 @@ def make_plan(
         settings: ``grid`` (default ``int4-g32``), ``embedding`` (default: as ``grid``; the
             head's too where it is tied), ``deployment`` (``iOS18``), ``context`` (slots of the
             KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
-            that of the rotated weights).
+            that of the rotated weights), ``sparsity`` of the blocks' linears (``none``).
         model_name: base of the package's name.
         choices: entry name → grid, over the settings'.
 
@@ -110,11 +138,11 @@ def make_plan(
     chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
     return Plan(
         format="coreml",
-        type_name=mix_name(entries, config) if choices else chosen["grid"],
+        type_name=mix_name(entries, config) if choices else sparse_name(chosen, chosen["grid"]),
         model_name=model_name,
         entries=entries,
         settings=chosen,
-        notes=tuple(_notes(config, chosen)),
+        notes=(*_notes(config, chosen), *sparse_notes(entries)),
         max_context=chosen["context"],
     )
 
@@ -126,7 +154,7 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
                 hint="int4-g32, int8-channel, int4-g128-asym, lut4-g8, lut6-tensor, F16 …",
             )
-    if settings["rotate"] != "none" and re.match(r"int\d-g", settings["grid"]):
+    if harmed(settings["grid"], settings):
         raise GridError(
             f"coreml: rotate {settings['rotate']} with {settings['grid']}: groups along the inputs "
             "hold outliers in already, and rotation spreads them",
@@ -143,6 +171,14 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             f"coreml: context {context} is not between 2 and the {config.max_context} positions "
             "of this model"
         )
+
+
+def harmed(grid: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the weights are rotated, and the grid has groups along the inputs, which lose by it.
+
+    See ``docs/solvers.md``.
+    """
+    return settings["rotate"] != "none" and re.match(r"int\d-g", grid) is not None
 
 
 def stored_names(config: DecoderConfig) -> Iterator[str]:
@@ -165,7 +201,7 @@ def candidates(
     """See ``compress.model.Exporter.candidates``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
-    integers, which it does not.
+    integers, which it does not; nor are there where they ask for a rotation.
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
@@ -174,7 +210,8 @@ def candidates(
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
     if entry.name == "embed_tokens.weight":
         grids.append("F16")
-    fitting = [grid for grid in wanted or grids if fitting_grid(grid, shape) == grid]
+    apt = [grid for grid in wanted or grids if not harmed(grid, settings)]
+    fitting = [grid for grid in apt if fitting_grid(grid, shape) == grid]
     sizes = {grid: container_bytes(parts(grid, shape)) for grid in fitting}
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
 
@@ -185,7 +222,10 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it does not.
     """
-    if grid not in GRIDS or fitting_grid(grid, shape) != grid:
+    inner = SPARSE.sub("", grid)
+    if inner != grid:
+        get_grid(grid).check(shape)
+    if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
     return grid
 
@@ -198,7 +238,7 @@ def _entries(
     for name in ("rope.cos", "rope.sin"):
         yield _entry(name, "F16", table)
     for name in stored_names(config):
-        _, role, _ = split_name(name)
+        block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
@@ -209,6 +249,8 @@ def _entries(
         asked = settings["embedding" if role == "embed_tokens" else "grid"]
         grid = fitting_grid(asked, (shape[0], shape[1]))
         note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
+        if block is not None and sparse_name(settings, grid) != grid:  # not embeddings and head
+            grid = checked(name, sparse_name(settings, grid), (shape[0], shape[1]))
         yield _entry(name, grid, shape, note)
 
 
@@ -272,3 +314,25 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
             f"heads of {config.head_dim} are not a multiple of 32, which the Neural "
             "Engine is reported to refuse for states; CPU and GPU take them"
         )
+
+
+def sparse_name(settings: Mapping[str, Any], grid: str) -> str:
+    """The grid of a block's linear under ``settings``: ``2of4-lut4-g8``, or as it is."""
+    pattern = pattern_of(settings.get("sparsity", "none"))
+    return f"{pattern.name}-{grid}" if pattern else grid
+
+
+def sparse_notes(entries: Iterable[PlanEntry]) -> Iterator[str]:
+    """What zeros save, and what they do not."""
+    sparse = [entry for entry in entries if SPARSE.match(entry.grid)]
+    if not sparse:
+        return
+    weights = sum(math.prod(entry.shape) for entry in sparse)
+    dense = sum(_entry(e.name, SPARSE.sub("", e.grid), e.shape).nbytes for e in sparse)
+    now, before = (8 * n / weights for n in (sum(e.nbytes for e in sparse), dense))
+    saved = "" if now < before else ": nothing is saved"
+    yield (
+        f"sparse linears take {now:.3f} bits per weight, {before:.3f} without zeros{saved}. The "
+        "file has a mask bit for every weight, so the break-even is a quarter of zeros at 4 bits, "
+        "an eighth at 8; whether zeros save time is up to the device"
+    )

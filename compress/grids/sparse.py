@@ -1,0 +1,192 @@
+"""Sparse grids: in every row some weights are zero, the others are on a grid of their own.
+
+    2of4-lut4-g8     of every 4 neighbours the 2 largest stay, in a 4-bit palette
+    s50-int4-g32     half of every row goes, the rest are 4-bit integers in groups
+    s75-F16          a quarter of every row stays, as float16
+
+A file keeps a bit for every weight (is it there?) and the codes of those that are. So at 4 bits
+a quarter of zeros saves nothing: ``1 + 0.75 * 4 = 4`` bits a weight. Every row keeps the same
+number of weights, so that the bytes are known before a weight is read (Wanda, Sun et al., arXiv
+2306.11695, compares within rows too).
+
+Which weights stay is decided by magnitude here; where something knows better
+(``compress.pruning.sparse``), the others are zero already when they come.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.errors import GridError
+from compress.grids import Array, Float32, Grid, Params, Quantized, get_grid
+
+__all__ = ["Pattern", "SparseGrid", "make", "pattern_of"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How many weights of a row stay.
+
+    Attributes:
+        kept, of: ``kept`` of every ``of`` neighbours; ``of`` is 0 where they may be anywhere ...
+        percent: ... and this share of the row goes.
+    """
+
+    name: str
+    kept: int = 0
+    of: int = 0
+    percent: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Pattern:
+        """``2of4`` or ``s50``.
+
+        Raises:
+            GridError: neither, or one that keeps nothing or everything.
+        """
+        if found := re.fullmatch(r"([1-9]\d?)of([1-9]\d?)", name):
+            kept, of = map(int, found.groups())
+            if kept < of:
+                return cls(name, kept=kept, of=of)
+        elif (found := re.fullmatch(r"s([1-9]\d?)", name)) is not None:
+            return cls(name, percent=int(found[1]))
+        raise GridError(
+            f"there is no sparsity {name!r}", hint="2of4 or 4of8; s50 for half of a row"
+        )
+
+    def check(self, columns: int) -> None:
+        """Raise GridError where the row does not divide."""
+        if self.of and columns % self.of:
+            raise GridError(f"{self.name}: {columns} columns are not a multiple of {self.of}")
+
+    def count(self, columns: int) -> int:
+        """Weights of a row that stay."""
+        return (
+            columns // self.of * self.kept if self.of else columns - columns * self.percent // 100
+        )
+
+    def mask(self, scores: Array, count: int | None = None) -> Array:
+        """The highest scores of each row, or of each group of neighbours.
+
+        Args:
+            scores: float ``[rows, columns]``; of equals the first stay.
+            count: how many of a row, over ``Pattern.count``; not for groups.
+
+        Returns:
+            bool ``[rows, columns]``.
+        """
+        rows, columns = scores.shape
+        if self.of:
+            scores = scores.reshape(rows * (columns // self.of), self.of)
+        kept = self.kept if self.of else self.count(columns) if count is None else count
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
+        mask = np.zeros(scores.shape, bool)
+        np.put_along_axis(mask, order, True, axis=1)
+        return mask.reshape(rows, columns)
+
+
+def pattern_of(sparsity: str | float) -> Pattern | None:
+    """A recipe's ``sparsity``: ``none``, ``2of4``, or the share of each row that goes.
+
+    Raises:
+        GridError: another word, or a share that is not whole percents.
+    """
+    if sparsity == "none":
+        return None
+    if isinstance(sparsity, str):
+        return Pattern.parse(sparsity)
+    percent = round(100 * sparsity)
+    if abs(percent - 100 * sparsity) > 1e-6:
+        raise GridError(f"sparsity {sparsity} is not in whole percents")
+    return Pattern.parse(f"s{percent}")
+
+
+def make(name: str) -> SparseGrid:
+    """``2of4-lut4-g8``, ``s50-int4-g32`` …
+
+    Raises:
+        GridError: no such pattern or inner grid.
+    """
+    pattern, _, inner = name.partition("-")
+    return SparseGrid(Pattern.parse(pattern), get_grid(inner))
+
+
+@dataclass(frozen=True)
+class SparseGrid:
+    """See the module and ``compress.grids.Grid``.
+
+    Attributes:
+        pattern: how many stay.
+        inner: the grid of those.
+    """
+
+    pattern: Pattern
+    inner: Grid
+
+    @property
+    def name(self) -> str:
+        return f"{self.pattern.name}-{self.inner.name}"
+
+    @property
+    def _bits(self) -> int:
+        found = re.match(r"(?:int|lut|F)(\d+)", self.inner.name)
+        assert found is not None
+        return int(found[1])
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise GridError when the pattern or the inner grid does not fit."""
+        self.pattern.check(shape[1])
+        self.inner.check(shape)
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """The mask, the codes that are there, and the inner grid's scales or tables."""
+        rows, columns = shape
+        dense = (rows * columns * self._bits + 7) // 8
+        there = (rows * self.pattern.count(columns) * self._bits + 7) // 8
+        return (rows * columns + 7) // 8 + self.inner.nbytes(shape) - dense + there
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Zeros count as weights."""
+        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
+
+    def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        """``mask``, bool ``[rows, columns]``, and the parameters of the inner grid.
+
+        A palette spends no entry on the zeros; its columns, which no longer stand below each
+        other, are weighted alike.
+        """
+        self.pattern.check(weight.shape[1])
+        mask = self.pattern.mask(np.abs(weight))
+        if self.inner.name.startswith("lut"):
+            params = self.inner.fit(weight[mask].reshape(len(weight), -1))
+        else:
+            params = self.inner.fit(np.where(mask, weight, np.float32(0)), importance)
+        return {**params, "mask": mask}
+
+    def encode(self, weight: Float32, params: Params) -> Array:
+        """The inner grid's codes; those of zeros mean nothing."""
+        return self.inner.encode(weight, _inner(params))
+
+    def decode(self, codes: Array, params: Params) -> Float32:
+        """float32 ``[rows, columns]``, zero where nothing is."""
+        weight = self.inner.decode(codes, _inner(params))
+        weight[~params["mask"]] = 0
+        return weight
+
+    def pack(self, codes: Array, params: Params) -> dict[str, Array]:
+        """``mask`` uint8 ``[rows, columns]``, ``codes`` one-dimensional, row by row, and what the
+        inner grid has besides."""
+        mask = params["mask"]
+        return {**_inner(params), "mask": mask.astype(np.uint8), "codes": codes[mask]}
+
+    def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
+        params = self.fit(weight, importance)
+        shape = (weight.shape[0], weight.shape[1])
+        return Quantized(self.encode(weight, params), params, self, shape)
+
+
+def _inner(params: Params) -> dict[str, Array]:
+    return {name: values for name, values in params.items() if name != "mask"}

@@ -1,0 +1,156 @@
+"""Which single weights become zero, for formats that store them as nothing (Core ML).
+
+    magnitude   the smallest of a row
+    wanda       the least |w| · sqrt(E[x²]) (Sun et al., arXiv 2306.11695)
+    sparsegpt   column by column, those whose absence costs least once later columns make up for it,
+                which they then do (Frantar & Alistarh, arXiv 2301.00774), on the factor of the
+                Hessian that GPTQ uses (``compress.solvers.hessian``)
+
+Rows do not depend on each other, so a ``Sparsified`` source computes them when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from compress.arch import FUSED, DecoderConfig, Float32, split_name
+from compress.checkpoint import Checkpoint
+from compress.errors import UsageError
+from compress.grids.sparse import Pattern
+from compress.pruning.surgery import diagonal_blocks
+from compress.solvers.hessian import REPAIRS, factor_in_place
+from compress.sources import Source
+from compress.statistics import LayerStats, Statistics
+
+__all__ = ["MASK_NEEDS", "Sparsified", "sparsegpt", "sparsify"]
+
+# What of the statistics a choice goes by.
+MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
+
+BLOCK = 128  # columns whose mask is chosen together, and whose errors later ones take up at once
+
+
+class Sparsified:
+    """A source whose blocks' linears are sparse; embeddings, head and norms are as they were.
+
+    Args:
+        source: the weights.
+        statistics: of their inputs; None where the method needs none.
+        pattern: how many weights of a row stay.
+        method: ``magnitude``, ``wanda`` or ``sparsegpt``.
+    """
+
+    def __init__(
+        self, source: Source, statistics: Statistics | None, pattern: Pattern, method: str
+    ) -> None:
+        self._source, self._statistics = source, statistics
+        self._pattern, self._method = pattern, method
+        roles = source.config.linear_roles
+        self._roles = {*roles, *(fused for fused, members in FUSED.items() if members[0] in roles)}
+
+    @property
+    def config(self) -> DecoderConfig:
+        """See ``Source.config``."""
+        return self._source.config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self._source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``.
+
+        Raises:
+            UsageError: no statistics for a weight whose method needs them.
+        """
+        weight = self._source.read(name, rows)
+        block, role, kind = split_name(name)
+        if block is None or kind != "weight" or role not in self._roles or not len(weight):
+            return weight
+        stats = self._statistics.for_weight(name) if self._statistics is not None else None
+        return sparsify(weight, stats, self._pattern, self._method)
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``. The calibration text is not part of it."""
+        facts = f"{self._pattern.name} by {self._method} of {self._source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def sparsify(weight: Float32, stats: LayerStats | None, pattern: Pattern, method: str) -> Float32:
+    """A weight with the zeros of a pattern.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        stats: of its input; None for ``magnitude``.
+        pattern: how many of a row stay.
+        method: see the module.
+
+    Raises:
+        UsageError: statistics that lack what the method needs.
+    """
+    need = MASK_NEEDS.get(method)
+    if need and (stats is None or (need == "hessian" and stats.hessian is None)):
+        raise UsageError(f"{method} needs calibration texts (an imatrix has no second moments)")
+    if stats is None or need is None:
+        scores = np.abs(weight)
+    elif need == "importance":
+        scores = np.abs(weight) * np.sqrt(stats.importance)
+    else:
+        return sparsegpt(weight, stats.hessian or (), pattern)
+    return np.where(pattern.mask(scores), weight, np.float32(0))
+
+
+def sparsegpt(
+    weight: Float32, hessian: tuple[Float32, ...], pattern: Pattern, *, damping: float = 0.01
+) -> Float32:
+    """Zeros by the cost of their absence, and the other weights updated for it.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        hessian: diagonal blocks of ``E[x xᵀ]``.
+        pattern: how many of a row stay.
+        damping: share of the diagonal's mean that is added to it.
+    """
+    found = np.empty_like(weight)
+    given = 0  # weights of a row that stay, in the columns before
+    for span, block in diagonal_blocks(hessian):
+        feedback, variances = factor(block, damping)
+        left = np.zeros((len(weight), len(block)), np.float32)
+        part = weight[:, span]
+        for first in range(0, len(block), BLOCK):
+            last = min(first + BLOCK, len(block))
+            until = pattern.count(weight.shape[1]) * (span.start + last) // weight.shape[1]
+            now = part[:, first:last] + left[:, :first] @ feedback[:first, first:last]
+            count = None if pattern.of else until - given
+            given = until
+            mask = pattern.mask(now**2 * variances[first:last], count)
+            for k in range(last - first):
+                if pattern.of and k % pattern.of == 0 and k:
+                    group = slice(k, k + pattern.of)
+                    cost = now[:, group] ** 2 * variances[first:last][group]
+                    mask[:, group] = pattern.mask(cost)
+                value = np.where(mask[:, k], now[:, k], np.float32(0))
+                error = part[:, first + k] - value
+                found[:, span.start + first + k] = value
+                left[:, first + k] = error
+                now[:, k + 1 :] += error[:, None] * feedback[first + k, first + k + 1 : last]
+    return found
+
+
+def factor(hessian: Float32, damping: float) -> tuple[Float32, Float32]:
+    """``U`` and ``D`` of ``U D Uᵀ`` in the order of the columns (``compress.solvers.hessian``).
+
+    Where the Hessian is empty or no covariance, that of uncorrelated inputs.
+    """
+    damp = damping * float(np.diagonal(hessian).mean())
+    for repair in REPAIRS if np.isfinite(damp) and damp > 0 else ():
+        damped = hessian.copy()
+        np.fill_diagonal(damped, np.diagonal(damped) * (1 + repair) + damp)
+        variances = factor_in_place(damped)
+        if variances is not None:
+            return damped, variances
+    size = len(hessian)
+    return np.eye(size, dtype=np.float32), np.ones(size, np.float32)
