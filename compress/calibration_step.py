@@ -39,12 +39,13 @@ class Importance:
     imatrix: Path | None = None
     save: Path | None = None
 
-    def check(self, recipe: Recipe, calibration: Sequence[Path]) -> None:
+    def check(self, recipe: Recipe, calibration: Sequence[Path], *, measures: bool = False) -> None:
         """Refuse options that would have no effect, and files that are not there.
 
         Args:
             recipe: its solver and, where that looks at inputs, its texts count.
             calibration: ``--calibration``.
+            measures: whether grids are chosen by measurement, which looks at inputs too.
 
         Raises:
             UsageError: with what to type instead.
@@ -73,9 +74,9 @@ class Importance:
                 "--imatrix has less than quantize.fold and quantize.permute need",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and not recipe.budget and self.imatrix:
+        if solver not in NEEDS and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
-        looks = looks_at_inputs(recipe) or self.save is not None
+        looks = looks_at_inputs(recipe) or measures or self.save is not None
         if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
             raise UsageError(
                 "--imatrix has less than sparsegpt needs",

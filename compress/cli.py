@@ -154,10 +154,12 @@ def cli() -> None:
               help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
                    "that serves the model best within them.")  # fmt: skip
 @click.option("--budget-memory", default="", metavar="SIZE",
-              help="The same for memory while running: file, KV cache at --context, "
-                   "activations.")  # fmt: skip
+              help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
 @click.option("--device", default="", metavar="NAME", shell_complete=lambda *_: _device_names(),
               help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
+@click.option("--sweep", default="", metavar="SIZES|auto",
+              help="Several budgets at once, e.g. 1.6GiB,1.8GiB,2.0GiB: a curve of size and "
+                   "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
@@ -180,8 +182,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from exporters import SHIPYARD
 
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
-    if options["plan"] and any(options[key] for key in ("budget", "budget_memory", "device")):
-        raise UsageError("--plan and a budget exclude each other")
+    budget = any(options[key] for key in ("budget", "budget_memory", "device"))
+    if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
+        raise UsageError("a budget, --sweep and --plan exclude each other")
     settings = BuildSettings(
         model=model,
         output=output,
@@ -196,6 +199,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         budget=options["budget"],
         budget_memory=options["budget_memory"],
         device=options["device"],
+        sweep=options["sweep"],
         plan=options["plan"],
         prune=options["prune"],
         save_checkpoint=options["save_checkpoint"],

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.explain import describe, print_budgets
-from compress.allocation.step import Budgeted, check_budget, locked, within_budget
+from compress.allocation.chosen import Chosen, choose_grids, locked_plan
+from compress.allocation.step import check_budget
+from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
@@ -34,9 +35,9 @@ from compress.job import (
     window_length,
 )
 from compress.machine import available_memory
-from compress.model import Artifact, Shipyard
+from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
-from compress.plan_file import plan_document, print_plan
+from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune
 from compress.recipe import Recipe, load
@@ -58,7 +59,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     """
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
-    importance.check(recipe, settings.calibration)
+    measures = not settings.plan and bool(recipe.budget or settings.sweep)
+    importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
@@ -81,21 +83,25 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         )
 
     job = prepared()
-    budgets: dict[str, dict[str, Any]] = {}
+    chosen = Chosen(job)
     if settings.plan:
-        job, budgets = locked(settings.plan, job, get_exporter, prepared)
+        chosen = locked_plan(settings.plan, job, get_exporter, prepared)
+        job = chosen.job
+    elif settings.sweep:
+        check_sweep(settings.sweep, job, get_exporter)
     else:
         check_budget(job, get_exporter)
+
+    def choose(calibration: CalibrationStep) -> Chosen:
+        return choose_grids(settings.sweep, calibration, get_exporter, prepared)
+
     if settings.dry_run:
-        budgeted: list[Budgeted] = []
-        if recipe.budget and not settings.plan:
+        if measures:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
-            calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
-            job, budgeted = within_budget(calibration, get_exporter, prepared)
-            budgets = {b.target.plan.format: describe(b) for b in budgeted}
-        print_plan(job, console, budgets)
-        print_budgets(budgeted, console)
+            chosen = choose(CalibrationStep(job, importance, shipyard, console, settings.threads))
+        print_plan(chosen.job, console, chosen.budgets)
+        chosen.print(console)
         return 0
     check_output(output, overwrite=settings.overwrite)
     if settings.save_checkpoint:
@@ -111,16 +117,19 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         if settings.save_checkpoint:
             save_pruned(job, settings.save_checkpoint, console)
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
-        if recipe.budget and not settings.plan:
-            job, budgeted = within_budget(calibration, get_exporter, prepared)
-            budgets = {b.target.plan.format: describe(b) for b in budgeted}
+        if measures:
+            chosen = choose(calibration)
+            job = chosen.job
             calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
-        write_json(folder / "plan.json", plan_document(job, budgets))
+        for name, document in chosen.documents(job).items():
+            write_json(folder / name, document)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+        if chosen.curve:
+            report["curve"] = curve_rows(chosen.curve, report["artifacts"])
         report["notes"] += [*(pruned.notes if pruned else ()), *calibration.notes()]
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
@@ -193,7 +202,7 @@ def write_artifacts(
     artifacts = []
     for plan in calibration.job.plans:
         inputs = prepare_target(plan, calibration)
-        target = folder / plan.format
+        target = folder / target_folder(plan, calibration.job)
         target.mkdir()
         with (
             tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
@@ -205,6 +214,12 @@ def write_artifacts(
         notes = artifact.notes + inputs.notes + weights.notes()
         artifacts.append(replace(artifact, notes=notes))
     return artifacts
+
+
+def target_folder(plan: Plan, job: Job) -> str:
+    """Folder of a target; a sweep has several of one format."""
+    alone = sum(other.format == plan.format for other in job.plans) == 1
+    return plan.format if alone else f"{plan.format}-{plan.type_name}"
 
 
 class Scorer:

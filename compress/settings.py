@@ -36,6 +36,7 @@ class BuildSettings:
     budget: str = ""
     budget_memory: str = ""
     device: str = ""
+    sweep: str = ""
     plan: Path | None = None
     prune: str = ""
     save_checkpoint: Path | None = None
@@ -96,7 +97,7 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--eval-text", settings.eval_text.name]
     for path in settings.calibration:
         words += ["--calibration", path.name]
-    for option in ("budget", "budget_memory", "device"):
+    for option in ("budget", "budget_memory", "device", "sweep"):
         if value := getattr(settings, option):
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:

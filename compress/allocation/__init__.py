@@ -6,6 +6,9 @@ float model says.
     costs.py        the error of each tensor on each grid, times that; kept for the next budget
     solver.py       the least cost within the bytes
     budget.py       from a budget to a plan
+    limits.py       what a budget leaves for a file
+    step.py         the step of a build; sweep.py: several budgets at once
+    explain.py      what is told of it
     lock.py         plan.json, and back
 
 None of them knows a format: what a tensor may be stored as comes from its exporter.

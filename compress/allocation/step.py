@@ -59,11 +59,13 @@ class BudgetStep:
         self.targets = targets_of(self.job, get_exporter)
         self._tables: dict[str, CostTable] = {}
 
-    def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target."""
+    def allocate(
+        self, limits: Sequence[Limit], targets: Sequence[Target] | None = None
+    ) -> list[Budgeted]:
+        """Measure what is not in the cost table yet, and choose for every target (or these)."""
         gates = self.job.recipe.gates
         found = []
-        for target, limit in zip(self.targets, limits, strict=True):
+        for target, limit in zip(targets or self.targets, limits, strict=True):
             table = self.table(target)
             chosen = target.allocate(limit.nbytes, table)
             recommended = target.recommended_bytes(table, gates)
@@ -97,7 +99,9 @@ class BudgetStep:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""
         chosen = {b.target.plan.format: b for b in budgeted}
         made = prepare({name: b.target.grids(b.allocation.options) for name, b in chosen.items()})
-        plans = (told(p, chosen[p.format].allocation.plan) for p in made.plans)
+        plans = (
+            told(p, chosen[p.format].allocation.plan) for p in made.plans if p.format in chosen
+        )
         return replace(self.job, plans=tuple(plans))
 
 

@@ -1,0 +1,86 @@
+"""What was chosen for a build, however it came about: by a budget, a sweep, an earlier plan, or not
+at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.allocation.explain import describe, print_budgets
+from compress.allocation.step import Budgeted, GetExporter, Prepare, locked, within_budget
+from compress.allocation.sweep import Sweep, sweep
+from compress.calibration_step import CalibrationStep
+from compress.console import Console, format_bytes
+from compress.job import Job
+from compress.plan_file import plan_document
+
+__all__ = ["Chosen", "choose_grids", "locked_plan"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The job with its grids, and what is told of them.
+
+    Attributes:
+        job: with the plans to build.
+        budgets: format → ``plan.json``'s ``budget``.
+        budgeted: the choices of a budget.
+        swept: the choices of a sweep.
+    """
+
+    job: Job
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgeted: tuple[Budgeted, ...] = ()
+    swept: Sweep | None = None
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """Points of a sweep."""
+        return self.swept.rows if self.swept else []
+
+    def documents(self, job: Job) -> dict[str, dict[str, Any]]:
+        """File name → plan: ``plan.json``, or one for every budget of a sweep."""
+        if self.swept is None:
+            return {"plan.json": plan_document(job, self.budgets)}
+        return {
+            f"plan-{name}.json": plan_document(made, budgets)
+            for name, (made, budgets) in self.swept.plans.items()
+        }
+
+    def print(self, console: Console) -> None:
+        """What ``--dry-run`` adds."""
+        if self.budgeted:
+            print_budgets(self.budgeted, console)
+        rows = [
+            [
+                row["format"],
+                format_bytes(row["budget_bytes"]),
+                format_bytes(row["bytes"]),
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['expected_kl_divergence']:.4f}",
+            ]
+            for row in self.curve
+        ]
+        if rows:
+            console.table(["format", "budget", "file", "bits per weight", "expected KL"], rows)
+
+
+def choose_grids(
+    sizes: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
+) -> Chosen:
+    """Within the recipe's budget, or for every one of a sweep's ``sizes``."""
+    if sizes:
+        swept = sweep(sizes, calibration, get_exporter, prepare)
+        return Chosen(swept.job, swept=swept)
+    job, budgeted = within_budget(calibration, get_exporter, prepare)
+    budgets = {b.target.plan.format: describe(b) for b in budgeted}
+    return Chosen(job, budgets, tuple(budgeted))
+
+
+def locked_plan(path: Path, job: Job, get_exporter: GetExporter, prepare: Prepare) -> Chosen:
+    """As a ``plan.json`` has it."""
+    settled, budgets = locked(path, job, get_exporter, prepare)
+    return Chosen(settled, budgets)
