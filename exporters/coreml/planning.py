@@ -201,12 +201,9 @@ def candidates(
     """See ``compress.model.Exporter.candidates``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
-    integers, which it does not; nor are there where they ask for a rotation. Tensors that are to
-    be sparse stay as they are.
+    integers, which it does not; nor are there where they ask for a rotation.
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
-        return []
-    if settings.get("sparsity", "none") != "none" and entry.name.startswith("blocks."):
         return []
     shape = (entry.shape[0], entry.shape[1])
     palettes = str(settings["grid"]).startswith("lut")
