@@ -441,10 +441,10 @@ def test_three_artifacts_of_a_pruned_model_run(method, tmp_path):
 
 
 def test_the_float_baseline_is_the_unpruned_model(tmp_path):
-    model = tiny.make("phi3", tmp_path / "m", num_hidden_layers=3)
+    model = tiny.make("phi3", tmp_path / "m", num_hidden_layers=6)
     (tmp_path / "text.txt").write_text(tiny.TEXT * 3)
     done = packlight(
-        "build", "m", "-f", "gguf", "-o", "a", "--prune", "depth:1", "--json", *QUICK,
+        "build", "m", "-r", "prune-depth-10", "-f", "gguf", "-o", "a", "--json", *QUICK,
         "--eval-text", "text.txt", "--calibration", "text.txt", "--threads", 1,
         "--set", "verify.gates={}", "--set", "targets.gguf.type=F16", cwd=tmp_path,
     )  # fmt: skip
@@ -454,7 +454,7 @@ def test_the_float_baseline_is_the_unpruned_model(tmp_path):
     assert report["baseline"]["parameters"] == source.config.num_parameters
     assert report["artifacts"][0]["kl_divergence"]["mean"] > 0.01  # in F16: of the pruning alone
     assert report["artifacts"][0]["kv_cache_bytes_per_token"] == (
-        source.config.kv_cache_bytes_per_token() * 2 // 3
+        source.config.kv_cache_bytes_per_token() * 5 // 6
     )
     done = packlight("verify", "a", "--baseline", "m", "--eval-text", "text.txt", "--windows", 2,
                      "--sequence-length", 32, "--json", cwd=tmp_path)  # fmt: skip

@@ -16,7 +16,8 @@ def test_shipped_recipes_validate_and_survive_a_round_trip(name, tmp_path):
     file = tmp_path / "again.yaml"
     file.write_text(loaded.to_yaml())
     assert recipe.load(str(file)) == loaded
-    assert set(loaded.targets) == {"gguf", "onnx", "coreml"}
+    only = {"sparse-2of4-coreml": {"coreml"}}  # what the format is for
+    assert set(loaded.targets) == only.get(name, {"gguf", "onnx", "coreml"})
 
 
 def test_defaults_are_filled_in_from_the_schema(tmp_path):

@@ -281,9 +281,8 @@ def model(tmp_path) -> Path:
 
 def test_a_sparse_package_is_built_and_run(model, tmp_path):
     done = packlight(
-        "build", "m", "-f", "coreml", "-o", "out", "--json", "--threads", 1, *SHORT,
+        "build", "m", "-r", "sparse-2of4-coreml", "-o", "out", "--json", "--threads", 1, *SHORT,
         "--calibration", "text.txt", "--eval-text", "text.txt",
-        "--set", "targets.coreml={grid: lut4-g8, sparsity: 2of4}",
         "--set", "verify={windows: 2, sequence_length: 32, gates: {}}",
         cwd=tmp_path, env={"PACKLIGHT_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
@@ -304,6 +303,9 @@ def test_other_formats_refuse_zeros(model, target, tmp_path):
     assert "--allow-dense writes it all the same" in told
     recipe = load("phone-4bit", [f"targets.{target}.sparsity=0.5", "allow_dense=true"])
     check_zeros(target, recipe)
+    budget = load("phone-4bit", [f"targets.{target}.sparsity=0.5", "budget.weights=1MB"])
+    with pytest.raises(UsageError, match="a budget chooses among dense grids"):
+        check_zeros(target, budget)
     with pytest.raises(UnsupportedModelError):
         check_zeros(target, load("phone-4bit", [f"targets.{target}.sparsity=0.5"]))
 

@@ -29,7 +29,12 @@ __all__ = ["MASK_NEEDS", "Sparsified", "sparsegpt", "sparsify"]
 # What of the statistics a choice goes by.
 MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
 
+DAMPING = 0.01
 BLOCK = 128  # columns whose mask is chosen together, and whose errors later ones take up at once
+
+
+Factors = list[tuple[slice, Float32, Float32]]
+"""Columns of each diagonal block, and its ``U`` and ``D``."""
 
 
 class Sparsified:
@@ -47,6 +52,7 @@ class Sparsified:
     ) -> None:
         self._source, self._statistics = source, statistics
         self._pattern, self._method = pattern, method
+        self._last: tuple[LayerStats | None, Factors] = (None, [])
         roles = source.config.linear_roles
         self._roles = {*roles, *(fused for fused, members in FUSED.items() if members[0] in roles)}
 
@@ -71,6 +77,11 @@ class Sparsified:
         if block is None or kind != "weight" or role not in self._roles or not len(weight):
             return weight
         stats = self._statistics.for_weight(name) if self._statistics is not None else None
+        if self._method == "sparsegpt" and stats is not None and stats.hessian is not None:
+            if self._last[0] is not stats:  # row slabs, and q, k and v, come one after the other
+                self._last = (None, [])  # before the next is made: it is large
+                self._last = (stats, factors(stats.hessian, DAMPING))
+            return sweep(weight, self._last[1], self._pattern)
         return sparsify(weight, stats, self._pattern, self._method)
 
     def fingerprint(self) -> str:
@@ -104,7 +115,7 @@ def sparsify(weight: Float32, stats: LayerStats | None, pattern: Pattern, method
 
 
 def sparsegpt(
-    weight: Float32, hessian: tuple[Float32, ...], pattern: Pattern, *, damping: float = 0.01
+    weight: Float32, hessian: tuple[Float32, ...], pattern: Pattern, *, damping: float = DAMPING
 ) -> Float32:
     """Zeros by the cost of their absence, and the other weights updated for it.
 
@@ -114,14 +125,23 @@ def sparsegpt(
         pattern: how many of a row stay.
         damping: share of the diagonal's mean that is added to it.
     """
+    return sweep(weight, factors(hessian, damping), pattern)
+
+
+def factors(hessian: tuple[Float32, ...], damping: float) -> Factors:
+    """``factor`` of every diagonal block."""
+    return [(span, *factor(block, damping)) for span, block in diagonal_blocks(hessian)]
+
+
+def sweep(weight: Float32, factors: Factors, pattern: Pattern) -> Float32:
+    """``sparsegpt``, the Hessian factored before."""
     found = np.empty_like(weight)
     given = 0  # weights of a row that stay, in the columns before
-    for span, block in diagonal_blocks(hessian):
-        feedback, variances = factor(block, damping)
-        left = np.zeros((len(weight), len(block)), np.float32)
+    for span, feedback, variances in factors:
+        left = np.zeros((len(weight), len(variances)), np.float32)
         part = weight[:, span]
-        for first in range(0, len(block), BLOCK):
-            last = min(first + BLOCK, len(block))
+        for first in range(0, len(variances), BLOCK):
+            last = min(first + BLOCK, len(variances))
             until = pattern.count(weight.shape[1]) * (span.start + last) // weight.shape[1]
             now = part[:, first:last] + left[:, :first] @ feedback[:first, first:last]
             count = None if pattern.of else until - given
