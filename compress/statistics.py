@@ -44,6 +44,8 @@ class LayerStats:
             to save memory. None where no solver asked for it.
         held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
             seen: to measure on. None without a Hessian, or with too few windows to spare any.
+        drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
+            the Hessian's. None where ``x`` is the float model's; never kept on disk.
     """
 
     count: int
@@ -51,6 +53,7 @@ class LayerStats:
     mean: Float32 | None = None
     hessian: tuple[Float32, ...] | None = None
     held_back: Float32 | None = None
+    drift: tuple[Float32, ...] | None = None
 
 
 class Statistics:

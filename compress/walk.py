@@ -2,8 +2,8 @@
 its statistics behind (``compress.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
-``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what
-the previous blocks produce: those of the float model, or what the caller makes of them (``carry``).
+``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
+float model produce (``walk``), or what other weights make of them (``walk_beside``).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.arch import DecoderConfig, Float32, split_name
-from compress.statistics import LayerStats, input_of
+from compress.statistics import LayerStats, input_of, stored_block
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["walk"]
+__all__ = ["walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
@@ -41,9 +41,15 @@ class Accumulator:
         self.squares = torch.zeros(columns, dtype=torch.float64)
         self.spans = hessian_spans(columns) if hessian else []
         self.products = [torch.zeros(s.stop - s.start, s.stop - s.start) for s in self.spans]
+        self.drifts: list[Tensor] = []
 
-    def add(self, x: Tensor, *, hold_back: bool) -> None:
-        """Rows ``[n, columns]`` of the input; those held back are not for the Hessian."""
+    def add(self, x: Tensor, *, hold_back: bool, beside: Tensor | None = None) -> None:
+        """Rows ``[n, columns]`` of the input; those held back are not for the Hessian.
+
+        ``beside``: what the float model has there.
+        """
+        import torch
+
         self.count += x.shape[0]
         self.sums += x.sum(0)
         self.squares += (x * x).sum(0)
@@ -54,6 +60,10 @@ class Accumulator:
         for span, product in zip(self.spans, self.products, strict=True):
             part = x[:, span]
             product.addmm_(part.T, part)
+        if beside is not None:
+            self.drifts = self.drifts or [torch.zeros_like(product) for product in self.products]
+            for span, drift in zip(self.spans, self.drifts, strict=True):
+                drift.addmm_((beside[:, span] - x[:, span]).T, x[:, span])
 
     def finish(self) -> LayerStats:
         """The means."""
@@ -70,6 +80,7 @@ class Accumulator:
             mean=mean(self.sums, self.count),
             hessian=tuple(mean(p, self.hessian_count) for p in self.products) or None,
             held_back=torch.cat(self.held_back).float().numpy() if self.held_back else None,
+            drift=tuple(mean(d, self.hessian_count) for d in self.drifts) or None,
         )
 
 
@@ -80,30 +91,89 @@ def hessian_spans(columns: int) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
+class Listener:
+    """Gathers the inputs of linears, each under the name of its input.
+
+    Args:
+        config: the model.
+        windows: token ids, all of the same length.
+        hessian: also the means of ``x xᵀ``.
+        roles: of the inputs to listen to (``compress.statistics.input_roles``); all where empty.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        windows: Sequence[Sequence[int]],
+        *,
+        hessian: bool,
+        roles: Collection[str] = (),
+    ) -> None:
+        self._config, self._hessian, self._roles = config, hessian, roles
+        self._every = max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
+        self._sums: dict[str, Accumulator] = {}
+
+    def key(self, name: str) -> str | None:
+        """Input name of a linear that speaks for its input; None for the others.
+
+        Linears of one input come with the same x; the first speaks for all.
+        """
+        key, role = input_of(self._config, name), split_name(name)[1]
+        if (
+            key is None
+            or key.rpartition(".")[2] != role
+            or (self._roles and role not in self._roles)
+        ):
+            return None
+        return key
+
+    def hear(self, name: str, x: Tensor, position: int, floats: list[Tensor] | None = None) -> None:
+        """An ``OnInput`` of the window at ``position``.
+
+        Args:
+            floats: what ``remember`` kept of the float model at this window; taken from the front.
+        """
+        key = self.key(name)
+        if key is None:
+            return
+        if key not in self._sums:
+            self._sums[key] = Accumulator(x.shape[1], hessian=self._hessian)
+        beside = floats.pop(0) if floats is not None else None
+        held = position % self._every == self._every - 1
+        self._sums[key].add(x, hold_back=held, beside=beside)
+
+    def remember(self, name: str, x: Tensor, seen: list[Tensor]) -> None:
+        """An ``OnInput`` that only keeps the inputs, in the order of their coming."""
+        if self.key(name) is not None:
+            seen.append(x)
+
+    def finish(self) -> dict[str, LayerStats]:
+        """What was heard since the last call."""
+        done = {key: entry.finish() for key, entry in self._sums.items()}
+        self._sums.clear()
+        return done
+
+
 def walk(
     config: DecoderConfig,
     read: Callable[[str], Float32],
     windows: Sequence[Sequence[int]],
     *,
     hessian: bool,
-    carry: Callable[[str], Float32] | None = None,
     exact: bool = False,
     roles: Collection[str] = (),
     work: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[dict[str, LayerStats]]:
-    """All windows through one block after the other.
+    """All windows through one block of the float model after the other.
 
     Args:
         config: the model.
         read: weights by name, float32.
         windows: token ids, all of the same length.
         hessian: also the means of ``x xᵀ``.
-        carry: the weights that carry the states on, where they are not those of ``read``. The
-            embedding's come first; a block's are asked for once its statistics were given out;
-            the final norm's last.
         exact: hidden states in float32 instead of bfloat16.
-        roles: of the inputs to listen to (``compress.statistics.input_roles``); all where empty.
+        roles: see ``Listener``.
         work: folder for the file that holds states beyond ``STATES_LIMIT``.
         progress: ``progress(done, total)`` in windows times blocks.
 
@@ -111,68 +181,108 @@ def walk(
     """
     import torch
 
-    from compress.decoder import Block, Decoder, as_tensor, normalize
+    from compress.decoder import Block, Decoder
 
-    read_on = carry or read
-    decoder = Decoder(config, read_on)
+    decoder = Decoder(config, read)
     rope = decoder.rope(len(windows[0]))
     dtype = torch.float32 if exact else torch.bfloat16
     states = hidden_states(decoder.embed(windows), dtype, work)
-    sums: dict[str, Accumulator] = {}
-
-    every = max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
-
-    def listen(name: str, x: Tensor, position: int) -> None:
-        key = input_of(config, name)
-        # Linears of one input come with the same x; the first speaks for all.
-        role = split_name(name)[1]
-        if key is None or key.rpartition(".")[2] != role or (roles and role not in roles):
-            return
-        if key not in sums:
-            sums[key] = Accumulator(x.shape[1], hessian=hessian)
-        sums[key].add(x, hold_back=position % every == every - 1)
-
-    def finish() -> dict[str, LayerStats]:
-        done = {key: entry.finish() for key, entry in sums.items()}
-        sums.clear()
-        return done
-
-    runs = range(config.block_repeat)  # of a stored block, one after the other
+    listener = Listener(config, windows, hessian=hessian, roles=roles)
     total = len(windows) * (config.num_hidden_layers + 1)
+    for index in range(config.num_hidden_layers):
+        if index and stored_block(config, index) == index:
+            yield listener.finish()
+        block = Block(config, index, read)
+        for position in range(len(windows)):
+            heard = partial(listener.hear, position=position)
+            states[position] = block(states[position].float(), rope, on_input=heard)
+            progress(index * len(windows) + position + 1, total)
+        del block
+    yield listener.finish()
+    normed = final_norm(config, read)
+    for position in range(len(windows)):
+        listener.hear("lm_head.weight", normed(states[position].float()), position)
+        progress(total - len(windows) + position + 1, total)
+    yield listener.finish()
+
+
+def walk_beside(
+    config: DecoderConfig,
+    read: Callable[[str], Float32],
+    carry: Callable[[str], Float32],
+    windows: Sequence[Sequence[int]],
+    *,
+    exact: bool = False,
+    work: Path | None = None,
+) -> Iterator[dict[str, LayerStats]]:
+    """All windows through one block after the other, of the float model and of another beside it.
+
+    Statistics are of the inputs that the float block has where the other model's blocks come
+    before it; ``LayerStats.drift`` says how far they are from the float model's.
+
+    Args:
+        config: of both.
+        read: weights by name, float32.
+        carry: those of the other model. The embedding's are asked for first; a block's once its
+            statistics were given out; the final norm's last.
+        windows, exact, work: as ``walk``.
+
+    Yields as ``walk``, with Hessians.
+    """
+    import torch
+
+    from compress.decoder import Block, Decoder
+
+    decoder = Decoder(config, read)
+    rope = decoder.rope(len(windows[0]))
+    dtype = torch.float32 if exact else torch.bfloat16
+    floats = hidden_states(decoder.embed(windows), dtype, work, "floats.bin")
+    states = hidden_states(Decoder(config, carry).embed(windows), dtype, work)
+    listener = Listener(config, windows, hessian=True)
+    runs = range(config.block_repeat)  # of a stored block, one after the other
     for index in range(0, config.num_hidden_layers, config.block_repeat):
         block = Block(config, index, read)
         for position in range(len(windows)):
-            heard = partial(listen, position=position)
+            seen: list[Tensor] = []
+            remember = partial(listener.remember, seen=seen)
+            heard = partial(listener.hear, position=position, floats=seen)
             hidden = states[position]
             for _ in runs:
+                floats[position] = block(floats[position].float(), rope, on_input=remember)
                 hidden = block(hidden.float(), rope, on_input=heard).to(dtype)
-            if carry is None:
-                states[position] = hidden
-            progress((index + len(runs) - 1) * len(windows) + position + 1, total)
         del block
-        yield finish()
-        for run in runs if carry is not None else ():
-            block = Block(config, index + run, read_on)
+        yield listener.finish()
+        for run in runs:
+            block = Block(config, index + run, carry)
             for position in range(len(windows)):
                 states[position] = block(states[position].float(), rope)
             del block
-    norm = as_tensor(read_on("norm.weight"))
-    bias = as_tensor(read_on("norm.bias")) if config.has_bias("norm") else None
+    normed, other = final_norm(config, read), final_norm(config, carry)
     for position in range(len(windows)):
-        final = normalize(config, states[position].float(), norm, bias)
-        listen("lm_head.weight", final, position)
-        progress(total - len(windows) + position + 1, total)
-    yield finish()
+        seen = [normed(floats[position].float())]
+        listener.hear("lm_head.weight", other(states[position].float()), position, seen)
+    yield listener.finish()
 
 
-def hidden_states(embedded: Sequence[Tensor], dtype: Any, work: Path | None) -> Tensor:
+def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callable[[Tensor], Tensor]:
+    """The norm before the head with its weights read: ``[n, hidden]`` → ``[n, hidden]``."""
+    from compress.decoder import as_tensor, normalize
+
+    norm = as_tensor(read("norm.weight"))
+    bias = as_tensor(read("norm.bias")) if config.has_bias("norm") else None
+    return lambda hidden: normalize(config, hidden, norm, bias)
+
+
+def hidden_states(
+    embedded: Sequence[Tensor], dtype: Any, work: Path | None, name: str = "states.bin"
+) -> Tensor:
     """The states of all windows, ``[windows, length, hidden]``, mapped to a file when large."""
     import torch
 
     shape = (len(embedded), *embedded[0].shape)
     size = math.prod(shape)
     if work is not None and size * dtype.itemsize > STATES_LIMIT:
-        path = str(work / "states.bin")
+        path = str(work / name)
         states = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
     else:
         states = torch.empty(shape, dtype=dtype)

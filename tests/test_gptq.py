@@ -13,6 +13,7 @@ from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
 from compress.solvers import hessian
+from compress.solvers.descent import descend
 from compress.solvers.gptq import Spans, Whole, gptq, round_rows
 from compress.solvers.hessian import factor_in_place, factors_of, output_errors
 from compress.solvers.scale_search import scale_search
@@ -49,12 +50,14 @@ def weight_of(rows: int, columns: int, seed: int = 7) -> np.ndarray:
     return (draw.standard_normal((rows, columns)) * 0.05).astype(np.float32)
 
 
-def compensated(weight, grid, stats):
+def compensated(weight, grid, stats, descents=0):
     """Without the falling back: codes, what they leave of the weight, and their parameters."""
     whole = grid.lattice(scale_search(weight, grid, stats).params)
     everything = slice(0, len(weight))
     fits = Spans(grid, weight.shape[1]) if grid.span else Whole(whole, len(weight), everything)
     codes, left = round_rows(weight, factors_of(stats, grid.span, 0.01), fits, 128)
+    for _ in range(descents):
+        descend(weight, codes, left, fits, stats, damping=module.DAMPING, block=128)
     return codes, left, fits.params()
 
 
@@ -239,7 +242,7 @@ def test_rows_that_measure_worse_on_held_back_inputs_fall_back():
     def errors(left) -> np.ndarray:
         return ((left @ x.T) ** 2).mean(1)
 
-    trial = errors(compensated(weight, grid, stats)[1])
+    trial = errors(compensated(weight, grid, stats, module.DESCENTS)[1])
     plain = errors(weight - searched.decode())
     np.testing.assert_allclose(errors(weight - found.decode()), np.minimum(trial, plain), rtol=1e-3)
     fallen = int((trial > plain).sum())

@@ -7,6 +7,7 @@ then, with what earlier columns left over; K-quants' integer scales are fixed by
 is chosen. Where parameters belong to whole rows (channel scales, palettes) they are those of
 ``scale_search``, and all columns go by falling importance. Codebook grids are rounded a word at a
 time (``gptq_words.py``), and the columns of a word stay beside each other.
+When all codes are chosen, each is looked at again (``compress.solvers.descent``).
 
 ``compress.solvers.hessian`` has the algebra.
 """
@@ -17,28 +18,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from compress.grids import (
-    Array,
-    Codebook,
-    CodebookGrid,
-    Float32,
-    Grid,
-    Lattice,
-    LatticeGrid,
-    Params,
-    Quantized,
-)
-from compress.grids.lanes import over_rows
-from compress.solvers.gptq_kernels import sweep
-from compress.solvers.gptq_words import sweep_words
+from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
+from compress.solvers.descent import descend
+from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import Factor, factors_of, output_errors
+from compress.solvers.rounding import PIECE, round_piece
 from compress.solvers.scale_search import scale_search
 from compress.statistics import LayerStats
 
 __all__ = ["gptq"]
 
+DESCENTS = 2  # times that every code is looked at again ...
+DAMPING = 0.03  # ... with this share of the diagonal's mean added to it
 ROWS = 2048  # worked on at a time; temporaries are a few float32 matrices of ROWS x columns
-PIECE = 32  # columns rounded by one call of the kernel where no span says how many
 
 
 def gptq(
@@ -82,6 +74,8 @@ def gptq(
         part = slice(start, min(start + ROWS, rows))
         fits = Spans(grid, weight.shape[1]) if whole is None else Whole(whole, rows, part)
         trial, left = round_rows(weight[part], factors, fits, block)
+        for _ in range(DESCENTS):
+            descend(weight[part], trial, left, fits, stats, damping=DAMPING, block=block)
         before = weight[part] - decoded[part]
         better = output_errors(left, stats) <= output_errors(before, stats)
         codes[part][better] = trial[better]
@@ -89,72 +83,6 @@ def gptq(
             params[key][part][better] = values[better]
         fallen += len(better) - int(better.sum())
     return Quantized(codes, params, grid, searched.shape, fallen)
-
-
-class Whole:
-    """Parameters of whole rows (channel scales, palettes), known before.
-
-    Args:
-        lattice: of the tensor.
-        rows: of the tensor.
-        part: the rows that are rounded.
-    """
-
-    span = 0
-
-    def __init__(self, lattice: Lattice, rows: int, part: slice) -> None:
-        table = np.arange(rows) * len(lattice.levels) // rows
-        scale, offset = lattice.scale, lattice.offset
-        if len(scale) > 1:
-            scale, offset = scale[part], offset[part]
-        self.lattice = Lattice(scale, offset, lattice.levels[table[part]], lattice.even)
-
-    def enter(
-        self, weight: Float32, carried: Float32, factor: Factor, part: slice
-    ) -> tuple[Lattice, Array]:
-        """The lattice of some columns, and the run of it that each is of."""
-        return self.lattice, np.zeros(weight.shape[1], np.int64)
-
-    def params(self) -> Params:
-        """What was fitted: nothing."""
-        return {}
-
-
-class Spans:
-    """Parameters that are fitted a span of columns at a time, when the span is entered."""
-
-    def __init__(self, grid: LatticeGrid | CodebookGrid, columns: int) -> None:
-        self.grid = grid
-        self.span = grid.span
-        self.fitted: list[Params] = [{}] * (columns // grid.span)
-
-    def enter(
-        self, weight: Float32, carried: Float32, factor: Factor, part: slice
-    ) -> tuple[Lattice | Codebook, Array]:
-        """As ``Whole.enter``, fitted to the span's weights as they are now.
-
-        Args:
-            weight: float32 ``[rows, span]``.
-            carried: float32 ``[rows, span]``: errors of earlier columns times ``feedback``.
-            factor: of those columns ...
-            part: ... which are these of its order.
-        """
-        columns = factor.order[part]
-        first, place = int(columns.min()), np.argsort(columns)
-        # Shared out over all columns left, and not only up to each column's own turn, an error e
-        # moves them by e H_sr H_rr^-1, which in terms of the factor is e U_sr U_rr^-1.
-        settle = np.linalg.inv(np.triu(factor.feedback[part, part])).astype(np.float32)
-        now = weight + carried @ settle
-        params = self.grid.fit(now[:, place], factor.variances[part][place])
-        self.fitted[first // self.span] = params
-        grid = self.grid
-        values = grid.lattice(params) if isinstance(grid, LatticeGrid) else grid.codebook(params)
-        return values, (columns - first) * values.scale.shape[1] // self.span
-
-    def params(self) -> Params:
-        """What was fitted, joined along the columns."""
-        names = self.fitted[0]
-        return {name: np.concatenate([p[name] for p in self.fitted], axis=1) for name in names}
 
 
 def round_rows(
@@ -186,36 +114,8 @@ def round_columns(
             carried = shares[:, part.start - first : part.stop - first]
             carried += left[:, first:start] @ factor.feedback[first:start, part]
             values, run = fits.enter(weight[:, part], carried, factor, part)
+            metric = factor.feedback[part, part], factor.variances[part]
             round_piece(
-                weight[:, part], carried, factor, part, values, run, codes[:, part], left[:, part]
+                weight[:, part], carried, *metric, values, run, codes[:, part], left[:, part]
             )
     return codes, left
-
-
-def round_piece(
-    weight: Float32,
-    carried: Float32,
-    factor: Factor,
-    part: slice,
-    values: Lattice | Codebook,
-    run: Array,
-    codes: Array,
-    left: Float32,
-) -> None:
-    """The kernel, over all rows; fills ``codes`` and ``left``."""
-    feedback = np.ascontiguousarray(factor.feedback[part, part])
-    variances, scale = factor.variances[part], values.scale
-
-    def sweep_lattice(begin: int, end: int) -> None:
-        assert isinstance(values, Lattice)
-        offset, levels, even = values.offset, values.levels, values.even
-        sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, left)
-
-    def sweep_codebook(begin: int, end: int) -> None:
-        assert isinstance(values, Codebook)
-        book, even = (values.levels, values.starts, values.partners), values.even
-        sweep_words(
-            weight, carried, feedback, variances, run, scale, book, even, begin, end, codes, left
-        )
-
-    over_rows(sweep_lattice if isinstance(values, Lattice) else sweep_codebook, len(weight))
