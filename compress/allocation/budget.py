@@ -84,15 +84,14 @@ class Target:
     def wanted(self) -> Iterator[tuple[str, str]]:
         """What a cost table must have: unfused name and grid."""
         for choice in self.choices:
-            for member in self._members(choice):
+            for member in members(self.source.config, choice.name, tied=choice.tied):
                 for option in choice.options:
                     yield member, option.grid
 
     def options(self, choice: Choice, table: CostTable) -> list[Option]:
         """Bytes and costs of a choice."""
-        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
         return [
-            Option(option.nbytes, table.cost(choice.name, option.grid, tied=tied))
+            Option(option.nbytes, table.cost(choice.name, option.grid, tied=choice.tied))
             for option in choice.options
         ]
 
@@ -112,7 +111,7 @@ class Target:
                 break
             # Zero points are nodes of their own in a graph, so some mixes have a larger one.
             room -= plan.file_bytes - budget
-        cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+        cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 
     def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
@@ -127,13 +126,9 @@ class Target:
         while high - low > max(4096, high // 500):
             middle = (low + high) // 2
             picked = solve(options, middle)
-            cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+            cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
             low, high = (low, middle) if cost <= goal else (middle, high)
         return high + self.overhead
-
-    def _members(self, choice: Choice) -> list[str]:
-        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
-        return members(self.source.config, choice.name, tied=tied)
 
 
 def infeasible(targets: Sequence[tuple[Target, int]]) -> UsageError | None:
