@@ -111,7 +111,11 @@ class CalibrationStep:
     ) -> None:
         self.job = job
         self._importance, self._shipyard = importance, shipyard
-        self.console, self._threads = console, threads
+        self.console, self.threads = console, threads
+
+    def on(self, job: Job) -> CalibrationStep:
+        """The same for another job."""
+        return CalibrationStep(job, self._importance, self._shipyard, self.console, self.threads)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -160,7 +164,7 @@ class CalibrationStep:
         """
         import torch
 
-        torch.set_num_threads(choose_threads(self._threads, self.job.config))
+        torch.set_num_threads(choose_threads(self.threads, self.job.config))
         return self._texts.windows
 
     def notes(self) -> list[str]:
@@ -196,7 +200,7 @@ class CalibrationStep:
         import torch
 
         recipe = self.job.recipe
-        torch.set_num_threads(choose_threads(self._threads, self.job.config))
+        torch.set_num_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.chosen import Chosen, choose_grids, locked_plan
-from compress.allocation.step import check_budget
+from compress.allocation.ladder import check_budget
 from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
@@ -39,7 +39,7 @@ from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
-from compress.pruning.step import prune
+from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
@@ -72,7 +72,9 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     command = command_line(checkpoint, settings, output)
     get_exporter = shipyard.get_exporter
 
-    def prepared(choices: Mapping[str, Mapping[str, str]] | None = None) -> Job:
+    def prepared(
+        choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
+    ) -> Job:
         return prepare(
             checkpoint,
             recipe,
@@ -90,7 +92,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     elif settings.sweep:
         check_sweep(settings.sweep, job, get_exporter)
     else:
-        check_budget(job, get_exporter)
+        check_budget(job, get_exporter, prepared)
 
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
@@ -120,7 +122,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         if measures:
             chosen = choose(calibration)
             job = chosen.job
-            calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        job, pruned_notes = prune_targets(job, console, settings.threads)
+        calibration = calibration.on(job)
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
         for name, document in chosen.documents(job).items():
@@ -130,7 +133,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if chosen.curve:
             report["curve"] = curve_rows(chosen.curve, report["artifacts"])
-        report["notes"] += [*(pruned.notes if pruned else ()), *calibration.notes()]
+        report["notes"] += [*(pruned.notes if pruned else ()), *pruned_notes, *calibration.notes()]
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress import __version__
-from compress.arch import DecoderConfig
 from compress.console import Console, format_bytes
 from compress.job import Job, looks_at_inputs
 from compress.model import Plan
@@ -37,7 +36,7 @@ def plan_document(
         **({"prune": prune_document(job)} if job.cut else {}),
         "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
         "targets": {
-            plan.format: plan_target(plan, job.config, (budgets or {}).get(plan.format))
+            plan.format: plan_target(plan, job, (budgets or {}).get(plan.format))
             for plan in job.plans
         },
     }
@@ -54,16 +53,16 @@ def calibration_document(recipe: Recipe) -> dict[str, Any]:
     return {"calibration": recipe.document["calibration"]} if looks else {}
 
 
-def plan_target(
-    plan: Plan, config: DecoderConfig, budget: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """One target of ``plan.json``."""
+def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One target of ``plan.json``; ``prune`` where it has a shape of its own."""
+    cut = job.cuts.get(plan.format)
     return {
         "type": plan.type_name,
+        **({"prune": cut.settings} if cut else {}),
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
-        "bits_per_weight": round(plan.weights_bytes * 8 / config.num_parameters, 4),
+        "bits_per_weight": round(plan.weights_bytes * 8 / job.config.num_parameters, 4),
         **expectation(plan),
         **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
@@ -98,6 +97,9 @@ def print_plan(
     if job.cut:
         left = job.shape.num_parameters
         console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
+    for name, cut in job.cuts.items():
+        left = cut.config.num_parameters
+        console.data(f"pruned ({name}): {cut.describe()}, {left:,} parameters are left")
     rows = []
     for plan in job.plans:
         counts: dict[str, int] = {}

@@ -114,13 +114,21 @@ class Target:
         cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 
-    def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
+    def recommended_bytes(
+        self, table: CostTable, gates: Mapping[str, str], spent: float = 0.0
+    ) -> int:
         """The smallest file that is expected to be good: within ``GOOD``, and within the recipe's
         gate for KL with a margin; the largest file where none is.
+
+        Args:
+            table: as ``allocate`` takes it.
+            gates: the recipe's.
+            spent: nats that pruning costs already.
         """
         goal = GOOD
         if "kl_divergence" in gates:
             goal = min(goal, MARGIN * float(gates["kl_divergence"].lstrip("<= ")))
+        goal -= spent
         options = [self.options(choice, table) for choice in self.choices]
         low, high = self.smallest_bytes - self.overhead, self.largest_bytes - self.overhead
         while high - low > max(4096, high // 500):

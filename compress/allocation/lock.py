@@ -1,17 +1,60 @@
-"""``plan.json`` read back: the same grids again, without measuring anything."""
+"""``plan.json`` read back: the same grids and shapes again, without measuring grids."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compress.allocation.ladder import Replan, alone
+from compress.allocation.step import GetExporter
+from compress.allocation.weigh import noted
 from compress.arch import DecoderConfig
 from compress.errors import UsageError
+from compress.job import Job
 from compress.model import Exporter, Plan
+from compress.recipe import AMOUNTS
+from compress.sources import Stored
 
-__all__ = ["locked_budgets", "locked_choices", "locked_divergence", "read_lock"]
+__all__ = ["locked", "read_lock"]
+
+
+def locked(
+    path: Path, job: Job, get_exporter: GetExporter, prepare: Replan
+) -> tuple[Job, dict[str, dict[str, Any]]]:
+    """``--plan``: the job with the grids and shapes of a ``plan.json``, and what that says of its
+    budgets. Targets with a shape of their own are not pruned yet.
+
+    Raises:
+        UsageError: not a plan, or one of another model, or one that prunes where the recipe does.
+    """
+    lock = read_lock(path)
+    plans, cuts, budgets = [], {}, locked_budgets(lock)
+    for name in job.recipe.targets:
+        prune = locked_prune(lock, name)
+        if prune and job.cut:
+            raise UsageError(
+                f"{name}: the plan prunes {prune['method']}, and the recipe prunes too",
+                hint="leave --prune out",
+            )
+        recipe = alone(job.recipe, name, prune or job.recipe.prune)
+        (plan,) = prepare(recipe=recipe).plans
+        exporter = get_exporter(name)
+        grids = locked_choices(lock, plan, job.config, exporter)
+        made = prepare({name: grids} if grids else None, recipe)
+        shaped = made.on(Stored(made.checkpoint, made.shape)) if made.cut else made
+        (plan,) = made.plans
+        plan = replace(
+            plan,
+            file_bytes=exporter.file_bytes(plan, shaped.source_of(plan)),
+            expected_divergence=locked_divergence(lock, name),
+        )
+        plans.append(noted(plan, budgets.get(name, {}).get("weighed", ())))
+        if prune and made.cut:
+            cuts[name] = made.cut
+    return replace(job, plans=tuple(plans), cuts=cuts), budgets
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -69,6 +112,21 @@ def locked_choices(
         raise UsageError(f"the plan says nothing of {missing[0]}", hint="it is another model's")
     found = {name: grids[name] for name in free if name in grids}
     return {} if found == free else found
+
+
+def locked_prune(lock: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The recipe's ``prune`` for a target with a shape of its own; empty where it has none.
+
+    Raises:
+        UsageError: damaged.
+    """
+    try:
+        found = dict(lock["targets"].get(name, {}).get("prune") or {})
+        if found and not isinstance(found[AMOUNTS[found["method"]][1]], int):
+            raise TypeError("prune counts whole things")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+    return found
 
 
 def locked_divergence(lock: Mapping[str, Any], format: str) -> float | None:

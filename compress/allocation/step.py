@@ -1,28 +1,20 @@
-"""The step of a build that turns a budget, or a plan made earlier, into grids for every tensor."""
+"""The step of a build that turns a budget into grids for every tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from compress.allocation.budget import Allocation, Target, infeasible
 from compress.allocation.costs import CostTable, measured
 from compress.allocation.limits import Limit, limit_of
-from compress.allocation.lock import (
-    locked_budgets,
-    locked_choices,
-    locked_divergence,
-    read_lock,
-)
 from compress.calibration_step import CalibrationStep
 from compress.job import Job
 from compress.model import Exporter, Plan
 from compress.solvers import get_solver
-from compress.sources import Stored
 
-__all__ = ["BudgetStep", "Budgeted", "check_budget", "locked", "within_budget"]
+__all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
 
 Prepare = Callable[[Mapping[str, Mapping[str, str]]], Job]
 """Format → entry name → grid: the job with these grids."""
@@ -36,6 +28,7 @@ class Budgeted:
 
     Attributes:
         recommended: bytes of the smallest file that is expected to be good.
+        weighed: the shapes that were weighed, as ``weigh.py`` tells them; none: nothing was.
     """
 
     target: Target
@@ -43,6 +36,7 @@ class Budgeted:
     allocation: Allocation
     table: CostTable = field(repr=False)
     recommended: int = 0
+    weighed: tuple[Mapping[str, Any], ...] = ()
 
 
 class BudgetStep:
@@ -114,17 +108,6 @@ def told(plan: Plan, allocated: Plan) -> Plan:
     )
 
 
-def check_budget(job: Job, get_exporter: GetExporter) -> None:
-    """Refuse an infeasible budget before any work.
-
-    Raises:
-        UsageError: the smallest file of some target is more than its limit.
-    """
-    if job.recipe.budget:
-        shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
-        limits_of(shaped, targets_of(shaped, get_exporter))
-
-
 def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
     """The targets of a job, in its order."""
     return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
@@ -136,14 +119,16 @@ def limits_of(job: Job, targets: Sequence[Target]) -> list[Limit]:
     Raises:
         UsageError: the smallest file of some target is more.
     """
-    found = []
-    for target in targets:
-        limit = limit_of(job.recipe.budget, job, target.plan)
-        found.append(limit or Limit(target.largest_bytes))
+    found = [limit_for(job, target) for target in targets]
     pairs = [(target, limit.nbytes) for target, limit in zip(targets, found, strict=True)]
     if refusal := infeasible(pairs):
         raise refusal
     return found
+
+
+def limit_for(job: Job, target: Target) -> Limit:
+    """The limit of one target; its largest file, where the recipe has no budget."""
+    return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
 def within_budget(
@@ -163,26 +148,3 @@ def within_budget(
     step = BudgetStep(calibration, get_exporter)
     budgeted = step.allocate(limits_of(step.job, step.targets))
     return step.settle(budgeted, prepare), budgeted
-
-
-def locked(
-    path: Path, job: Job, get_exporter: GetExporter, prepare: Prepare
-) -> tuple[Job, dict[str, dict[str, Any]]]:
-    """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
-
-    Raises:
-        UsageError: not a plan, or one of another model.
-    """
-    lock = read_lock(path)
-    choices = {
-        plan.format: locked_choices(lock, plan, job.config, get_exporter(plan.format))
-        for plan in job.plans
-    }
-    settled = prepare({name: grids for name, grids in choices.items() if grids})
-    shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
-    plans = []
-    for plan in settled.plans:
-        size = get_exporter(plan.format).file_bytes(plan, shaped.source_of(plan))
-        expected = locked_divergence(lock, plan.format)
-        plans.append(replace(plan, file_bytes=size, expected_divergence=expected))
-    return replace(settled, plans=tuple(plans)), locked_budgets(lock)

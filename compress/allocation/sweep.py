@@ -68,8 +68,10 @@ def check_sweep(text: str, job: Job, get_exporter: GetExporter) -> None:
     """Refuse an infeasible sweep before any work.
 
     Raises:
-        UsageError: see ``sizes_of``.
+        UsageError: see ``sizes_of``; or the recipe weighs pruning, which is done for one budget.
     """
+    if job.recipe.weighs:
+        raise UsageError("--sweep and prune auto exclude each other", hint="one --budget at a time")
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     for target in targets_of(shaped, get_exporter):
         sizes_of(text, target)

@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.decoder import Decoder
 from compress.sources import Source
 
-__all__ = ["Departure", "choose_blocks", "measured_windows"]
+__all__ = ["Departure", "choose_blocks", "measured_windows", "model_divergence"]
 
 TOKENS = 2048  # that candidates are measured on
 CANDIDATES = 8  # of a deep model are measured; or twice as many as go, where that is more
@@ -73,6 +73,41 @@ def choose_blocks(
 def measured_windows(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
     """The windows that candidates are measured on: the first ``TOKENS`` tokens, at least one."""
     return windows[: max(1, TOKENS // len(windows[0]))]
+
+
+def model_divergence(
+    source: Source,
+    other: Source,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean KL(source ‖ other) of the logits, nats a token; both models walk, one after the other.
+
+    Args:
+        other: with the same head and final norm.
+        windows: token ids.
+        progress: ``progress(done, total)`` in blocks of both.
+    """
+    last: list[States] = []
+    total = source.config.num_hidden_layers + other.config.num_hidden_layers
+    done = 0
+    for model in (source, other):
+        states: States = []
+        for block, states in enumerate(Decoder(model.config, model.read).walk(windows)):  # noqa: B007
+            progress(done + block, total)
+        done += model.config.num_hidden_layers
+        last.append(states)
+    return divergence(last[0], last[1], Decoder(source.config, source.read).head())
+
+
+def divergence(final: States, states: States, head: Callable[[Tensor], Tensor]) -> float:
+    """Mean KL divergence of the logits that one head makes of two models' last states."""
+    total, count = 0.0, 0
+    for expected, found in zip(final, states, strict=True):
+        p, q = F.log_softmax(head(expected), -1), F.log_softmax(head(found), -1)
+        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+        count += len(expected)
+    return total / count
 
 
 class Walks:
@@ -142,13 +177,7 @@ class Walks:
 
     def _divergence(self, final: States, states: States) -> float:
         """Mean KL divergence of the logits, nats a token."""
-        head = self._decoder.head()
-        total, count = 0.0, 0
-        for expected, found in zip(final, states, strict=True):
-            p, q = F.log_softmax(head(expected), -1), F.log_softmax(head(found), -1)
-            total += float((p.exp() * (p - q)).sum(-1).double().sum())
-            count += len(expected)
-        return total / count
+        return divergence(final, states, self._decoder.head())
 
     def _tick(self) -> None:
         self._done += 1

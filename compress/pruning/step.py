@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +24,12 @@ from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
 from compress.console import Console
-from compress.job import Job, choose_threads
+from compress.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import Narrower, Shallower, kept_rows
 from compress.sources import Source
 
-__all__ = ["Pruned", "prune", "prune_source"]
+__all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
 
 LAYOUT = 1  # of the cache; part of its key
 RECORD = "packlight"  # the key of config.json under which a checkpoint says what was done to it
@@ -62,6 +63,49 @@ def prune(job: Job, console: Console, threads: int) -> Pruned | None:
     return prune_source(job.source, job.cut, read_texts(job), console)
 
 
+def prune_targets(job: Job, console: Console, threads: int) -> tuple[Job, list[str]]:
+    """The job with the pruned weights of those targets that have a shape of their own, and lines
+    for the report.
+
+    Raises:
+        As ``prune``.
+    """
+    sources, notes = dict(job.sources), []
+    for name, cut in job.cuts.items():
+        pruned = prune(replace(job, cut=cut), console, threads)
+        assert pruned is not None
+        sources[name] = rotations(pruned.source, job.recipe).get(name, pruned.source)
+        notes += [f"{name}: {note}" for note in pruned.notes]
+    return replace(job, sources=sources), notes
+
+
+def pruning_divergence(job: Job, console: Console, threads: int) -> float:
+    """Mean KL divergence of the pruned float model from the whole one, in nats per token, on
+    the calibration tokens that blocks are tried on; kept in the cache.
+
+    Raises:
+        As ``prune``.
+    """
+    pruned = prune(job, console, threads)
+    if pruned is None or job.cut is None:
+        return 0.0
+    texts = read_texts(job)
+    folder = kept_in(job.source, job.cut, texts)
+    if job.cut.method == "depth":
+        return float(read_json(folder / "found.json")["gone"][-1][1])
+    path = folder / "divergence.json"
+    if not path.is_file():
+        from compress.pruning.depth import measured_windows, model_divergence
+
+        windows = measured_windows(texts.windows)
+        with console.progress(f"judge {job.cut.method}", "steps") as update:
+            found = model_divergence(job.source, pruned.source, windows, update)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
+        partial.replace(path)
+    return float(read_json(path)["kl"])
+
+
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
     """A source without what its cut says, from the cache or after a walk.
 
@@ -71,9 +115,8 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         texts: what is measured on.
         console: for progress.
     """
-    facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    final = cache_folder("pruning") / key
+    final = kept_in(source, cut, texts)
+    key = final.name
     if not final.is_dir():
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
             folder = Path(work) / "pruned"
@@ -94,6 +137,12 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         for block, rows in found["kept"].items()
     }
     return Pruned(Narrower(source, config, final, kept, key), tuple(notes))
+
+
+def kept_in(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
+    """The cache's folder for what is found of a cut."""
+    facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
+    return cache_folder("pruning") / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def measure(

@@ -1,0 +1,191 @@
+"""Pruning against lower bits, by measured loss: for each target the shape whose file is expected to
+say most what the float model says, within its bytes.
+
+``total = KL of the pruned float model + cost of the grids chosen for it``, both on calibration
+texts, in nats per token. The unpruned shape is weighed first. A chain of shapes is followed only
+while pruning alone costs less than the best total so far: grids cost nothing at the least, and what
+a chain prunes later costs more. So where bits suffice, no more than the first shape of each chain
+is pruned; where every tensor has its largest grid already, none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compress.allocation.ladder import Ladder, Replan, Rung
+from compress.allocation.step import Budgeted, BudgetStep, GetExporter
+from compress.calibration_step import CalibrationStep
+from compress.job import Job
+from compress.model import Plan
+from compress.pruning.cut import Cut
+from compress.pruning.step import prune, pruning_divergence
+
+__all__ = ["Outcome", "noted", "outcome_of", "weigh", "weighed_note"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a shape comes to.
+
+    Attributes:
+        rung: the shape.
+        step: the budget of its job, its weights as they are written.
+        budgeted: what was chosen in it; the plan's expected divergence is the total.
+        pruning: nats that pruning alone costs.
+    """
+
+    rung: Rung
+    step: BudgetStep
+    budgeted: Budgeted
+    pruning: float
+
+    @property
+    def total(self) -> float:
+        """Nats per token."""
+        return self.budgeted.allocation.plan.expected_divergence or 0.0
+
+
+def weigh(
+    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Replan
+) -> tuple[Job, list[Budgeted]]:
+    """The job with a shape for each target, and grids chosen within its recipe's budget.
+
+    Args:
+        calibration: of the unpruned job.
+        get_exporter: format → its exporter.
+        prepare: the command's job by another recipe or with other grids.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+    """
+    job = calibration.job
+    plans, budgeted = [], []
+    sources, cuts = dict(job.sources), dict[str, Cut]()
+    for plan in job.plans:
+        ladder = Ladder(job, plan, get_exporter, prepare)
+        best, rows = best_of(ladder, calibration, get_exporter)
+        made = best.step.settle([best.budgeted], ladder.alone(best.rung))
+        plans.append(noted(made.plans[0], rows))
+        budgeted.append(replace(best.budgeted, weighed=tuple(rows)))
+        if made.cut:
+            cuts[plan.format] = made.cut
+            sources[plan.format] = made.source_of(plan)
+    return replace(job, plans=tuple(plans), sources=sources, cuts=cuts), budgeted
+
+
+def best_of(
+    ladder: Ladder, calibration: CalibrationStep, get_exporter: GetExporter
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """The shape with the least total, and a row for each that was looked at."""
+    outcomes: list[Outcome] = []
+    rows: list[tuple[Rung, Outcome | None, float | None]] = []
+
+    def take(rung: Rung, pruning: float) -> None:
+        outcomes.append(outcome_of(rung, pruning, calibration, get_exporter))
+        rows.append((rung, outcomes[-1], pruning))
+
+    whole = ladder.unpruned
+    if whole.fits:
+        take(whole, 0.0)
+    else:
+        rows.append((whole, None, None))
+    if whole.target.largest_bytes > whole.limit.nbytes:  # else there is nothing that bytes buy
+        for chain in ladder.chains():
+            for rung in chain:
+                if not rung.fits:
+                    rows.append((rung, None, None))
+                    continue
+                pruning = pruning_divergence(rung.job, calibration.console, calibration.threads)
+                if outcomes and pruning >= min(outcome.total for outcome in outcomes):
+                    rows.append((rung, None, pruning))
+                    break
+                take(rung, pruning)
+    best = min(outcomes, key=lambda outcome: outcome.total)
+    return best, [row_of(*row, chosen=row[1] is best) for row in rows]
+
+
+def outcome_of(
+    rung: Rung, pruning: float, calibration: CalibrationStep, get_exporter: GetExporter
+) -> Outcome:
+    """Prune (from the cache), measure what is not known yet, and choose grids.
+
+    Args:
+        rung: one that fits.
+        pruning: nats that its pruning costs.
+        calibration: of the unpruned job.
+    """
+    job = rung.job
+    if pruned := prune(job, calibration.console, calibration.threads):
+        job = job.on(pruned.source)
+    step = BudgetStep(calibration.on(job), get_exporter)
+    (found,) = step.allocate([rung.limit])
+    plan = found.allocation.plan
+    total = pruning + (plan.expected_divergence or 0.0)
+    allocation = replace(found.allocation, plan=replace(plan, expected_divergence=total))
+    recommended = found.target.recommended_bytes(found.table, job.recipe.gates, pruning)
+    return Outcome(
+        rung, step, replace(found, allocation=allocation, recommended=recommended), pruning
+    )
+
+
+def row_of(
+    rung: Rung, outcome: Outcome | None, pruning: float | None, *, chosen: bool
+) -> dict[str, Any]:
+    """One shape as ``plan.json`` tells it; four digits."""
+    row: dict[str, Any] = {
+        "prune": rung.job.cut.settings if rung.job.cut else {"method": "none"},
+        "what": rung.what,
+        "smallest_bytes": rung.target.smallest_bytes,
+        "outcome": "chosen" if chosen else "loses",
+    }
+    if pruning is not None:
+        row["pruning_kl_divergence"] = digits(pruning)
+    if not rung.fits:
+        return row | {"outcome": "does not fit"}
+    if outcome is None:
+        return row | {"outcome": "cannot win: pruning alone costs as much as the best in all"}
+    return row | {
+        "bytes": outcome.budgeted.allocation.plan.file_bytes,
+        "expected_kl_divergence": digits(outcome.total),
+    }
+
+
+def digits(value: float) -> float:
+    """Four of them."""
+    return float(f"{value:.4g}")
+
+
+def noted(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan:
+    """The plan with a note that says which won, and against what."""
+    return replace(plan, notes=(*plan.notes, weighed_note(rows))) if rows else plan
+
+
+def weighed_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which won, pruning or lower bits, in a sentence.
+
+    Args:
+        rows: the ``weighed`` of a target's budget in ``plan.json``.
+    """
+    whole = rows[0]
+    (best,) = (row for row in rows if row["outcome"] == "chosen")
+    total = best["expected_kl_divergence"]
+    if best is not whole:
+        parts = (
+            f"an expected KL of {total:.4f}, {best['pruning_kl_divergence']:.4f} of it by pruning"
+        )
+        if "expected_kl_divergence" in whole:
+            return (
+                f"Pruning won against lower bits alone: {best['what']} go, with {parts}; "
+                f"unpruned, {whole['expected_kl_divergence']:.4f} was expected"
+            )
+        return f"Pruned because nothing else fits: {best['what']} go, with {parts}"
+    if len(rows) == 1:
+        return "Nothing is pruned: within the budget every tensor has its largest grid"
+    told = f"Nothing is pruned: lower bits alone won, with an expected KL of {total:.4f}"
+    lost = [row for row in rows if row["outcome"] == "loses"]
+    if not lost:
+        return f"{told}; pruning alone would cost more, or not fit"
+    near = min(lost, key=lambda row: row["expected_kl_divergence"])
+    return f"{told}; without {near['what']} {near['expected_kl_divergence']:.4f} was expected"
