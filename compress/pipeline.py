@@ -60,7 +60,9 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
-    importance.check(recipe, settings.calibration, measures=measures)
+    # A plan may prune, which looks at inputs whatever the solver.
+    looks = measures or settings.plan is not None
+    importance.check(recipe, settings.calibration, measures=looks)
     limits = gates.parse(recipe.gates)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
