@@ -11,6 +11,7 @@ from commands import packlight, refused
 
 from compress.demo import model_path
 
+FAST = ("-r", "int4-fast")
 SOLVER = ("--set", "quantize.solver=scale_search")
 
 
@@ -87,7 +88,7 @@ def test_an_imatrix_gives_the_bytes_of_its_own_statistics(model, demo_text, cach
     assert report["recipe"]["calibration"]["texts"] == ["docs.txt"]  # no place of this machine
     assert "--calibration docs.txt --seed 5" in report["tool"]["command"]
     assert str(demo_text.parent) not in (tmp_path / "a" / "recipe.yaml").read_text()
-    done = packlight("build", model, "-f", "gguf", "--no-verify", "-o", "c", cwd=tmp_path)
+    done = packlight("build", model, "-f", "gguf", "--no-verify", *FAST, "-o", "c", cwd=tmp_path)
     plain = (tmp_path / "c" / "gguf" / "tiny-phi3-Q4_K_M.gguf").read_bytes()
     assert plain != (tmp_path / "a" / "gguf" / "tiny-phi3-Q4_K_M.gguf").read_bytes()
 
@@ -101,12 +102,12 @@ def test_dry_run_tells_the_solver(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--imatrix", "im.gguf"), "--imatrix has no effect: the solver is rtn"),
-        (("--calibration", "a.txt"), "--calibration has no effect: the solver is rtn"),
+        ((*FAST, "--imatrix", "im.gguf"), "--imatrix has no effect: the solver is rtn"),
+        ((*FAST, "--calibration", "a.txt"), "--calibration has no effect: the solver is rtn"),
         ((*SOLVER, "--calibration", "a.txt"), "a.txt does not exist"),
         ((*SOLVER, "--imatrix", "im.gguf"), "im.gguf does not exist"),
         ((*SOLVER, "--imatrix", "x", "--calibration", "y"), "exclude each other"),
-        (("--set", "quantize.solver=gptq", "--imatrix", "x"), "less than gptq needs"),
+        (("--imatrix", "x"), "less than gptq needs"),
         (("--set", "calibration.tokens=0"), "calibration.tokens"),
         (("--set", "calibration.text=builtin"), "did you mean texts"),
     ],

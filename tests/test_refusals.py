@@ -96,7 +96,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def run(folder: Path, output: Path, *more: str) -> int:
-    return cli.run(["build", str(folder), "-o", str(output), "--no-verify", *more])
+    return cli.run(
+        ["build", str(folder), "-o", str(output), "--no-verify", "-r", "int4-fast", *more]
+    )
 
 
 def assert_one_line(talk: str) -> None:

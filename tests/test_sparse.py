@@ -266,6 +266,11 @@ def test_the_plan_tells_the_break_even():
     assert "break-even is a quarter of zeros at 4 bits" in half.notes[-1]
     assert "nothing is saved" not in half.notes[-1]
     assert half.type_name == "2of4-lut4-g8"
+    # What a plan.json says is taken again.
+    choices = {entry.name: entry.grid for entry in half.entries if len(entry.shape) == 2}
+    choices = {name: grid for name, grid in choices.items() if not name.startswith("rope")}
+    again = coreml.plan(config, {"grid": "lut4-g8", "sparsity": "2of4"}, choices=choices)
+    assert again.entries == half.entries
 
 
 # --- builds -----------------------------------------------------------------------------------

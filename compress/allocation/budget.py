@@ -16,7 +16,7 @@ from compress.model import Exporter, Plan
 
 __all__ = ["Allocation", "Target", "infeasible"]
 
-ROUNDS = 8  # of correcting the budget by what a graph or a header takes beside the tensors
+ROUNDS = 16  # of correcting the budget by what a graph or a header takes beside the tensors
 GOOD = 0.05  # nats per token that a recommended size stays below ...
 MARGIN = 0.8  # ... and below this share of the recipe's gate
 
@@ -84,15 +84,14 @@ class Target:
     def wanted(self) -> Iterator[tuple[str, str]]:
         """What a cost table must have: unfused name and grid."""
         for choice in self.choices:
-            for member in self._members(choice):
+            for member in members(self.source.config, choice.name, tied=choice.tied):
                 for option in choice.options:
                     yield member, option.grid
 
     def options(self, choice: Choice, table: CostTable) -> list[Option]:
         """Bytes and costs of a choice."""
-        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
         return [
-            Option(option.nbytes, table.cost(choice.name, option.grid, tied=tied))
+            Option(option.nbytes, table.cost(choice.name, option.grid, tied=choice.tied))
             for option in choice.options
         ]
 
@@ -105,14 +104,16 @@ class Target:
         """
         options = [self.options(choice, table) for choice in self.choices]
         room = budget - self.overhead
-        for _ in range(ROUNDS):
+        smallest = sum(choice.options[0].nbytes for choice in self.choices)
+        for attempt in range(ROUNDS):
             picked = solve(options, room)
             plan = self.plan_of(picked)
             if plan.file_bytes <= budget:
                 break
-            # Zero points are nodes of their own in a graph, so some mixes have a larger one.
-            room -= plan.file_bytes - budget
-        cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+            # Zero points are nodes of their own in a graph, offsets are longer behind more bytes:
+            # some mixes have a larger graph.
+            room = max(room - (plan.file_bytes - budget) - (32 << attempt), smallest)
+        cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 
     def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
@@ -127,13 +128,9 @@ class Target:
         while high - low > max(4096, high // 500):
             middle = (low + high) // 2
             picked = solve(options, middle)
-            cost = sum(table_[i].cost for table_, i in zip(options, picked, strict=True))
+            cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
             low, high = (low, middle) if cost <= goal else (middle, high)
         return high + self.overhead
-
-    def _members(self, choice: Choice) -> list[str]:
-        tied = len(choice.roles) > 1 and choice.roles[0] == "embed_tokens"
-        return members(self.source.config, choice.name, tied=tied)
 
 
 def infeasible(targets: Sequence[tuple[Target, int]]) -> UsageError | None:

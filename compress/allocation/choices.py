@@ -38,7 +38,6 @@ class Choice:
     """One decision.
 
     Attributes:
-        name: of the first entry.
         names: entries of the plan that get the same grid: one, or the copies of a shared block.
         roles: unfused; a tied embedding is ``embed_tokens`` and ``lm_head``.
         shape: ``[rows, columns]`` of each.
@@ -55,6 +54,11 @@ class Choice:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is an embedding that is the head too."""
+        return self.roles == ("embed_tokens", "lm_head")
 
 
 def bits_of(grid: str) -> int:
