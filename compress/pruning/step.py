@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
 from compress.console import Console
+from compress.errors import CheckpointError
 from compress.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import Narrower, Shallower, kept_rows
@@ -90,20 +92,23 @@ def pruning_divergence(job: Job, console: Console, threads: int) -> float:
     if pruned is None or job.cut is None:
         return 0.0
     texts = read_texts(job)
-    folder = kept_in(job.source, job.cut, texts)
+    folder = cut_folder(job.source, job.cut, texts)
     if job.cut.method == "depth":
         return float(read_json(folder / "found.json")["gone"][-1][1])
     path = folder / "divergence.json"
-    if not path.is_file():
-        from compress.pruning.depth import measured_windows, model_divergence
+    try:
+        return float(read_json(path)["kl"])
+    except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
+        pass
+    from compress.pruning.depth import measured_windows, model_divergence
 
-        windows = measured_windows(texts.windows)
-        with console.progress(f"judge {job.cut.method}", "steps") as update:
-            found = model_divergence(job.source, pruned.source, windows, update)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
-        partial.replace(path)
-    return float(read_json(path)["kl"])
+    windows = measured_windows(texts.windows)
+    with console.progress(f"judge {job.cut.method}", "steps") as update:
+        found = model_divergence(job.source, pruned.source, windows, update)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
+    partial.replace(path)
+    return found
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
@@ -115,19 +120,33 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         texts: what is measured on.
         console: for progress.
     """
-    final = kept_in(source, cut, texts)
+    final = cut_folder(source, cut, texts)
     key = final.name
-    if not final.is_dir():
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
-            folder = Path(work) / "pruned"
-            folder.mkdir()
-            measure(source, cut, texts, folder, Path(work), console)
-            try:
-                folder.rename(final)
-            except OSError:  # another build was faster, with the same
-                if not final.is_dir():
-                    raise
-    found = read_json(final / "found.json")
+    try:
+        return kept_in(final, source, cut, texts)
+    except CheckpointError:  # not there, or damaged
+        shutil.rmtree(final, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+        folder = Path(work) / "pruned"
+        folder.mkdir()
+        measure(source, cut, texts, folder, Path(work), console)
+        try:
+            folder.rename(final)
+        except OSError:  # another build was faster, with the same
+            if not final.is_dir():
+                raise
+    return kept_in(final, source, cut, texts)
+
+
+def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
+    """A pruned source from its folder in the cache.
+
+    Raises:
+        CheckpointError: the folder is not there or damaged.
+    """
+    found = read_json(folder / "found.json")
+    if cut.method != "depth" and len(list(folder.glob("*.safetensors"))) != len(found["kept"]):
+        raise CheckpointError(f"changed weights are missing in {folder}")
     config = with_record(cut.config, record(source, cut, texts, found))
     notes = [size_note(source.config, cut), *measured_notes(cut, found)]
     if cut.method == "depth":
@@ -136,10 +155,10 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         int(block): kept_rows(source.config, cut.method, np.array(rows))
         for block, rows in found["kept"].items()
     }
-    return Pruned(Narrower(source, config, final, kept, key), tuple(notes))
+    return Pruned(Narrower(source, config, folder, kept, folder.name), tuple(notes))
 
 
-def kept_in(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
+def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
     """The cache's folder for what is found of a cut."""
     facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
     return cache_folder("pruning") / hashlib.sha256(facts.encode()).hexdigest()[:16]
