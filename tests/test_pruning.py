@@ -388,6 +388,23 @@ def test_found_once_then_read(tmp_path, monkeypatch):
     assert cut.describe() == "128 of 512 MLP channels in every layer"
 
 
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    source = stored(tiny.make("llama", tmp_path / "m"))
+    _, first = pruned(source, **METHODS["ffn"])
+    weight = first.source.read("blocks.1.down_proj.weight")
+    damages = {
+        "found.json": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        "blocks.0.down_proj.safetensors": lambda file: file.unlink(),
+        "blocks.1.down_proj.safetensors": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    }
+    for name, damage in damages.items():
+        (file,) = (tmp_path / "cache").rglob(name)
+        damage(file)
+        _, again = pruned(source, **METHODS["ffn"])
+        np.testing.assert_array_equal(again.source.read("blocks.1.down_proj.weight"), weight)
+
+
 def test_large_checkpoints_are_saved_in_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("compress.save.SHARD", 300_000)
     source = stored(tiny.make("qwen2", tmp_path / "whole"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
 from compress.console import Console
+from compress.errors import CheckpointError
 from compress.job import Job, choose_threads
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import Narrower, Shallower, kept_rows
@@ -74,17 +76,31 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
     facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     final = cache_folder("pruning") / key
-    if not final.is_dir():
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
-            folder = Path(work) / "pruned"
-            folder.mkdir()
-            measure(source, cut, texts, folder, Path(work), console)
-            try:
-                folder.rename(final)
-            except OSError:  # another build was faster, with the same
-                if not final.is_dir():
-                    raise
-    found = read_json(final / "found.json")
+    try:
+        return kept_in(final, source, cut, texts)
+    except CheckpointError:  # not there, or damaged
+        shutil.rmtree(final, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+        folder = Path(work) / "pruned"
+        folder.mkdir()
+        measure(source, cut, texts, folder, Path(work), console)
+        try:
+            folder.rename(final)
+        except OSError:  # another build was faster, with the same
+            if not final.is_dir():
+                raise
+    return kept_in(final, source, cut, texts)
+
+
+def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
+    """A pruned source from its folder in the cache.
+
+    Raises:
+        CheckpointError: the folder is not there or damaged.
+    """
+    found = read_json(folder / "found.json")
+    if cut.method != "depth" and len(list(folder.glob("*.safetensors"))) != len(found["kept"]):
+        raise CheckpointError(f"changed weights are missing in {folder}")
     config = with_record(cut.config, record(source, cut, texts, found))
     notes = [size_note(source.config, cut), *measured_notes(cut, found)]
     if cut.method == "depth":
@@ -93,7 +109,7 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         int(block): kept_rows(source.config, cut.method, np.array(rows))
         for block, rows in found["kept"].items()
     }
-    return Pruned(Narrower(source, config, final, kept, key), tuple(notes))
+    return Pruned(Narrower(source, config, folder, kept, folder.name), tuple(notes))
 
 
 def measure(
