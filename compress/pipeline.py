@@ -118,8 +118,6 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         pruned = prune(job, console, settings.threads)
         if pruned is not None:
             job = job.on(pruned.source)
-        if settings.save_checkpoint:
-            save_pruned(job, settings.save_checkpoint, console)
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         if measures:
             chosen = choose(calibration)
@@ -138,6 +136,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
+        if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
+            save_pruned(job, settings.save_checkpoint, console)
     finish(report, output, console)
     return 1 if report["verdict"] == "failed" else 0
 

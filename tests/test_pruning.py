@@ -500,6 +500,17 @@ def test_refusals(options, words, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_build_that_fails_late_saves_no_checkpoint(tmp_path):
+    tiny.make("llama", tmp_path / "m")
+    done = packlight(
+        "build", "m", "-f", "onnx", "--no-verify", "-o", "out", "--set", "calibration.tokens=512",
+        "--set", "quantize.fold=awq", "--prune", "depth:1", "--save-checkpoint", "saved",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "windows" in refused(done)  # of which the search for folds has too few
+    assert not (tmp_path / "saved").exists() and not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_plans_what_is_left(tmp_path):
     tiny.make("llama", tmp_path / "m", num_hidden_layers=4)
     command = ("build", "m", "-f", "gguf", "--dry-run", "--json")
