@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from compress.calibration_step import read_texts
 from compress.config_json import read_json
 from compress.console import Console
 from compress.job import Job, choose_threads
-from compress.pruning.cut import Cut
-from compress.pruning.pruned import Narrower, Shallower, kept_rows
+from compress.pruning.cut import Cut, Healing
+from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
 from compress.sources import Source
 
 __all__ = ["Pruned", "prune", "prune_source"]
 
+FOUND = "found.json"  # what was measured, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
 RECORD = "packlight"  # the key of config.json under which a checkpoint says what was done to it
 
@@ -73,27 +74,102 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
     """
     facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def compute(folder: Path, work: Path) -> None:
+        measure(source, cut, texts, folder, work, console)
+
+    final = computed_once(key, compute)
+    found = read_json(final / FOUND)
+    config = with_record(cut.config, record(source, cut, texts, found))
+    notes = (size_note(source.config, cut), *measured_notes(cut, found))
+    if cut.method == "depth":
+        kept_blocks = found["kept"]
+        pruned = Pruned(Shallower(source, config, kept_blocks), notes)
+    else:
+        kept = {
+            int(block): kept_rows(source.config, cut.method, np.array(rows))
+            for block, rows in found["kept"].items()
+        }
+        kept_blocks = range(source.config.num_hidden_layers // source.config.block_repeat)
+        pruned = Pruned(Narrower(source, config, final, kept, key), notes)
+    if cut.healing is None:
+        return pruned
+    return healed(source, pruned, kept_blocks, cut.healing, texts, console)
+
+
+def healed(
+    whole: Source,
+    pruned: Pruned,
+    kept: Sequence[int],
+    healing: Healing,
+    texts: CalibrationSet,
+    console: Console,
+) -> Pruned:
+    """A pruned source after ``heal.py``, from the cache or after training.
+
+    Args:
+        whole: the float model.
+        pruned: what is left of it.
+        kept: the stored blocks that are.
+        healing: for how long.
+        texts: to train and measure on.
+        console: for progress.
+    """
+    source = pruned.source
+    facts = f"{LAYOUT} heal {source.fingerprint()} {texts.digest()} {healing}"
+
+    def compute(folder: Path, work: Path) -> None:
+        from compress.pruning.heal import heal
+
+        with console.progress("heal", "blocks") as update:
+            found = heal(whole, source, kept, healing, texts.windows, folder, work, update)
+        (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
+
+    final = computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute)
+    found = read_json(final / FOUND)
+    step: dict[str, Any] = {
+        "step": "heal",
+        **{key: value for key, value in asdict(healing).items() if value is not None},
+        "steps_by_block": found["steps"],
+        "held_back_error": {"before": found["before"], "after": found["after"]},
+        "calibration": {"texts": list(texts.sources), "tokens": texts.tokens},
+        "version": __version__,
+    }
+    config = with_record(source.config, step)
+    return Pruned(
+        Healed(source, config, final, found["digest"]), (*pruned.notes, heal_note(healing, found))
+    )
+
+
+def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
+    """How much was trained, and what it brought."""
+    steps = found["steps"]
+    before, after = (np.mean(found[key]) * 100 for key in ("before", "after"))
+    better = sum(a < b for a, b in zip(found["after"], found["before"], strict=True))
+    done = f"{min(steps)} to {max(steps)}" if min(steps) < max(steps) else f"{steps[0]}"
+    by_clock = "" if healing.minutes is None else " (another machine does more or fewer)"
+    return (
+        f"Healed for {healing.describe()} on calibration text: {done} steps a block{by_clock}. "
+        "Error of a block's output, on text that trained nothing and inputs from the healed blocks "
+        f"before it: {before:.2f} % of its energy before, {after:.2f} % after, on average; "
+        f"{better} of {len(steps)} blocks got better, the others are as pruning left them"
+    )
+
+
+def computed_once(key: str, compute: Callable[[Path, Path], None]) -> Path:
+    """A folder of the cache; ``compute(folder, work)`` fills it where it is not there."""
     final = cache_folder("pruning") / key
     if not final.is_dir():
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
             folder = Path(work) / "pruned"
             folder.mkdir()
-            measure(source, cut, texts, folder, Path(work), console)
+            compute(folder, Path(work))
             try:
                 folder.rename(final)
             except OSError:  # another build was faster, with the same
                 if not final.is_dir():
                     raise
-    found = read_json(final / "found.json")
-    config = with_record(cut.config, record(source, cut, texts, found))
-    notes = [size_note(source.config, cut), *measured_notes(cut, found)]
-    if cut.method == "depth":
-        return Pruned(Shallower(source, config, found["kept"]), tuple(notes))
-    kept = {
-        int(block): kept_rows(source.config, cut.method, np.array(rows))
-        for block, rows in found["kept"].items()
-    }
-    return Pruned(Narrower(source, config, final, kept, key), tuple(notes))
+    return final
 
 
 def measure(
@@ -112,7 +188,7 @@ def measure(
     else:
         with console.progress(f"prune {cut.method}", "windows") as update:
             found = narrow(source, cut, texts.windows, folder, work, update)
-    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
 
 def record(
