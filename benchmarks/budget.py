@@ -204,7 +204,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         others = [r for r in rows if r["group"] == row["group"] and r is not row]
         peers = [r for r in others if r["kind"] == "peer" and r["bytes"] >= row["bytes"]]
         if row["group"] == "gguf":
-            rivals = sorted(peers, key=lambda r: r["bytes"])[:1]
+            rivals = sorted(peers, key=lambda r: (r["bytes"], r["kl_mean"]))[:1]
         else:
             rivals = [r for r in others if r["kind"] == "fixed"]
         for rival in rivals:

@@ -14,7 +14,7 @@ from pathlib import Path
 from compress.calibration_set import CalibrationSet
 from compress.errors import UsageError
 from compress.sources import Source
-from compress.statistics import Statistics, file_name, save
+from compress.statistics import Statistics, file_name, is_whole, save
 from compress.walk import walk
 
 __all__ = ["cache_folder", "collect"]
@@ -42,7 +42,9 @@ def collect(
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     full, light = place / f"{key}-hessian", place / key
     for folder in (full,) if hessian else (light, full):
-        if folder.is_dir():
+        if folder.is_dir() and not is_whole(config, folder):
+            shutil.rmtree(folder)
+        elif folder.is_dir():
             return Statistics.open(config, folder, hessian=hessian)
     final = full if hessian else light
     with tempfile.TemporaryDirectory(dir=place, prefix=f"{final.name}.partial-") as work:

@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from compress.errors import UsageError
 from compress.tokenizer import Tokenizer
@@ -66,18 +68,18 @@ class CalibrationSet:
         for source in sources:
             paths = builtin_paths() if source == BUILTIN else [Path(source)]
             parts = [windows_of(path, tokenizer, sequence_length, seed) for path in paths]
-            streams.append(take_turns(parts))
+            stream = take_turns(parts)
+            first = next(stream, None)
+            if first is None:
+                raise UsageError(
+                    f"{source} does not fill one window of {sequence_length} tokens",
+                    hint="a longer text, or --set calibration.sequence_length=128",
+                )
+            streams.append(chain([first], stream))
         count = max(1, tokens // sequence_length)
-        windows = []
-        for window, _ in zip(take_turns(streams), range(count), strict=False):
-            windows.append(tuple(window))
-        if not windows:
-            raise UsageError(
-                f"the calibration texts do not fill one window of {sequence_length} tokens",
-                hint="longer texts, or --set calibration.sequence_length=128",
-            )
+        windows = tuple(tuple(window) for window in islice(take_turns(streams), count))
         names = tuple(s if s == BUILTIN else Path(s).name for s in sources)
-        return cls(tuple(windows), names)
+        return cls(windows, names)
 
 
 def builtin_paths() -> list[Path]:
@@ -124,7 +126,7 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
     JSONL file as texts.
 
     Raises:
-        UsageError: not there, not UTF-8, or a line without ``text`` and ``messages``.
+        UsageError: not there, not UTF-8, empty, or a line without ``text`` and ``messages``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -136,8 +138,10 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty", hint="a few hundred KB of the model's kind of text")
     if path.suffix == ".jsonl":
-        rows = enumerate(text.splitlines(), start=1)
+        rows = enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold a U+2028
         return [read_row(f"{path} line {n}", row, tokenizer) for n, row in rows if row.strip()]
     passages, piece, size = [], [], 0
     for line in text.splitlines(keepends=True):
@@ -159,9 +163,9 @@ def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
     try:
         record = json.loads(row)
         if "messages" not in record:
-            return str(record["text"])
+            return checked(record["text"])
         messages = [
-            {"role": str(turn["role"]), "content": str(turn["content"])}
+            {"role": checked(turn["role"]), "content": checked(turn["content"])}
             for turn in record["messages"]
         ]
     except (ValueError, KeyError, TypeError) as error:
@@ -173,3 +177,10 @@ def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
     if tokenizer.has_chat_template:
         return tokenizer.render_chat(messages, add_generation_prompt=False)
     return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
+
+
+def checked(value: Any) -> str:
+    """A string of JSON; anything else (null, a list of parts) is a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value

@@ -86,7 +86,8 @@ class Importance:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
         for path in texts_of(recipe) if looks else []:
             if not path.is_file() and not self.imatrix:
-                raise UsageError(f"{path} does not exist", hint="a calibration text")
+                what = "is not a file" if path.exists() else "does not exist"
+                raise UsageError(f"{path} {what}", hint="a calibration text: .txt or .jsonl")
         if self.imatrix and not self.imatrix.is_file():
             raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
 

@@ -19,7 +19,7 @@ from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.job import (
     DEFAULT_CONTEXT,
     GENERATED_ROOM,
@@ -29,6 +29,7 @@ from compress.job import (
     choose_threads,
     describe_model,
     find_artifacts,
+    looks_at_inputs,
     model_name,
     prepare,
     read_license,
@@ -46,6 +47,7 @@ from compress.settings import BuildSettings, VerifySettings, command_line, recip
 from compress.sources import Stored
 from compress.summary import finish
 from compress.target_step import prepare_target, target_weights
+from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
@@ -108,14 +110,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
     # Before the work: a text that is too short, or no tokenizer, is told now.
+    if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
+        check_tokenizer(checkpoint)
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
         if pruned is not None:
             job = job.on(pruned.source)
-        if settings.save_checkpoint:
-            save_pruned(job, settings.save_checkpoint, console)
         calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
         if measures:
             chosen = choose(calibration)
@@ -134,6 +136,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
+        if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
+            save_pruned(job, settings.save_checkpoint, console)
     finish(report, output, console)
     return 1 if report["verdict"] == "failed" else 0
 
@@ -220,6 +224,20 @@ def target_folder(plan: Plan, job: Job) -> str:
     """Folder of a target; a sweep has several of one format."""
     alone = sum(other.format == plan.format for other in job.plans) == 1
     return plan.format if alone else f"{plan.format}-{plan.type_name}"
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot read the texts a build wants.
+
+    Raises:
+        CheckpointError: no tokenizer.
+    """
+    if not has_tokenizer(checkpoint.path):
+        raise CheckpointError(
+            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
+            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
+            "text, with -f onnx or -f coreml",
+        )
 
 
 class Scorer:

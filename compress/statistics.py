@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.arch import DecoderConfig, split_name
+from compress.errors import CheckpointError, one_line
 
 __all__ = ["LayerStats", "Statistics", "input_names", "input_of"]
 
@@ -168,7 +170,27 @@ def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
 
 
 def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
-    """Read one input; None where the file does not have it."""
+    """Read one input; None where the file does not have it.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        return read(path, key, hessian=hessian)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {one_line(error)}",
+            hint=f"delete {path.parent}, a cache that will be made again",
+        ) from error
+
+
+def is_whole(config: DecoderConfig, folder: Path) -> bool:
+    """Whether a folder has every file, each to its end; what is inside them is not read."""
+    return all(is_zipfile(folder / file_name(key)) for key in input_names(config))
+
+
+def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
+    """What ``load`` reads, in the words of NumPy and zipfile where it cannot be."""
     with np.load(path) as arrays:
         if f"{key}.count" not in arrays:
             return None

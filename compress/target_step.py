@@ -54,7 +54,7 @@ def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
     if recipe.folds or method or not calibration.propagates:
         inputs = replace(inputs, statistics=calibration.gather(source, plan))
     if method:
-        inputs = thin(plan, inputs, method, permute=recipe.permute)
+        inputs = thin(plan, inputs, method)
     if recipe.folds:
         inputs = fold(plan, inputs, calibration)
     if calibration.propagates:  # statistics come with the codes
@@ -62,19 +62,10 @@ def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
     return inputs
 
 
-def thin(plan: Plan, inputs: TargetInputs, method: str, *, permute: bool) -> TargetInputs:
-    """The source with the zeros that the plan's settings ask for.
-
-    Raises:
-        UsageError: columns that are to change places, and zeros that count on their neighbours.
-    """
+def thin(plan: Plan, inputs: TargetInputs, method: str) -> TargetInputs:
+    """The source with the zeros that the plan's settings ask for."""
     pattern = pattern_for(plan.settings)
     assert pattern is not None
-    if permute and pattern.of:
-        raise UsageError(
-            f"quantize.permute would break {pattern.name}: it moves columns",
-            hint="--set quantize.permute=false, or a share such as 0.5",
-        )
     note = f"zeros chosen by {method} ({pattern.name}) in the blocks' linears"
     source = Sparsified(inputs.source, inputs.statistics, pattern, method)
     return TargetInputs(source, inputs.statistics, (*inputs.notes, note))

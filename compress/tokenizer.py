@@ -34,10 +34,10 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # advice to programmers, of no use to a command line
         folder = Path(path)
-        if not any((folder / name).exists() for name in _VOCABULARIES):
+        if not has_tokenizer(folder):
             raise CheckpointError(
                 f"no tokenizer in {folder}",
-                hint=f"expected one of {', '.join(_VOCABULARIES)}",
+                hint=f"expected one of {', '.join(VOCABULARIES)}",
             )
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(
@@ -114,7 +114,12 @@ class Tokenizer:
 
 MARGIN = 64  # tokens before a cut that the cut may have changed
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder has a vocabulary at all."""
+    return any((folder / name).exists() for name in VOCABULARIES)
 
 
 def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from commands import packlight, refused
 from jsonschema import validate
 
 from compress.allocation import sensitivity
+from compress.allocation.budget import Target
 from compress.allocation.costs import CostTable, measure_errors, members
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
@@ -23,12 +24,14 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.grids import Float32, get_grid
-from compress.job import describe_model
+from compress.job import describe_model, prepare
+from compress.recipe import load
 from compress.report import schema
 from compress.solvers import get_solver
 from compress.sources import Stored
 from compress.statistics import LayerStats, Statistics
 from compress.verify.baseline import log_softmax
+from exporters import get_exporter
 
 DEMO = model_path()
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
@@ -174,6 +177,25 @@ def test_errors_are_those_of_the_solver() -> None:
         change = get_grid("Q4_K").quantize(weight).decode() - weight
         expected = float(np.square(change).sum() / np.square(weight).sum())
         assert errors[name]["Q4_K"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
+def test_no_file_is_larger_than_its_budget(format: str) -> None:
+    """Every byte counts: the graph of a mix is not always that of the smallest file."""
+    weights = source("phi3")
+    exporter = get_exporter(format)
+    recipe = load("phone-4bit", [], [format])
+    job = prepare(weights.checkpoint, recipe, get_exporter)
+    target = Target(job, job.plans[0], exporter)
+    rng = np.random.default_rng(0)
+    table = CostTable(weights.config)
+    for name, grid in target.wanted():
+        table.sensitivities[name] = Sensitivity(float(rng.random()), 1.0)
+        table.errors.setdefault(name, {})[grid] = float(rng.random())
+    span = target.largest_bytes - target.smallest_bytes
+    for share in (0.0, 0.1, 0.3331, 0.5, 0.75):
+        budget = target.smallest_bytes + int(share * span)
+        assert target.allocate(budget, table).plan.file_bytes <= budget
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ def test_dry_run_tells_the_solver(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_tokenizer_the_way_out_is_told(cache, tmp_path):
+    tiny.make("llama", tmp_path / "m", tokenizer=False)
+    build = ("build", "m", "-o", "out", "-f", "onnx")
+    for options in ((), ("--no-verify",), FAST):
+        told = refused(packlight(*build, *options, cwd=tmp_path, env=cache))
+        assert "no tokenizer in m" in told and "-r int4-fast --no-verify" in told
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    done = packlight(*build, *FAST, "--no-verify", cwd=tmp_path, env=cache)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

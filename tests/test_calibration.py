@@ -13,7 +13,7 @@ from hooked import Model, distance, draw_windows, hooked
 from compress import walk as walking
 from compress.calibration import collect
 from compress.calibration_set import CalibrationSet
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.sources import Stored
 from compress.statistics import (
     LayerStats,
@@ -191,6 +191,24 @@ def test_statistics_are_kept_and_found_again(models, cache):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_damaged_statistics_are_made_again(models, cache):
+    model, windows = models("llama"), draw_windows(2)
+    first = calibrated(model, windows, hessian=True).for_weight("blocks.1.o_proj.weight")
+    (folder,) = cache.iterdir()
+    for damage in (lambda p: p.write_bytes(p.read_bytes()[:-1000]), lambda p: p.unlink()):
+        damage(folder / "blocks.1.npz")
+        again = calibrated(model, windows, hessian=True).for_weight("blocks.1.o_proj.weight")
+        assert (again.hessian[0] == first.hessian[0]).all()
+    raw = bytearray((folder / "blocks.1.npz").read_bytes())
+    raw[len(raw) // 2 : len(raw) // 2 + 64] = bytes(64)
+    (folder / "blocks.1.npz").write_bytes(raw)
+    found = calibrated(model, windows, hessian=True)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.npz cannot be read") as caught:
+        for role in ("q_proj", "o_proj", "gate_proj", "down_proj"):
+            found.for_weight(f"blocks.1.{role}.weight")
+    assert str(folder) in caught.value.hint
+
+
 class Interrupted(Stored):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         if name.startswith("blocks.1"):
@@ -274,12 +292,15 @@ def test_the_built_in_set_fills_the_default(tokenizer):
     ("name", "content", "message"),
     [
         ("missing.txt", None, "does not exist"),
-        ("short.txt", "a few words", "do not fill one window"),
+        ("short.txt", "a few words", "short.txt does not fill one window"),
+        ("empty.txt", "\n", "empty.txt is empty"),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text, see byte 3"),
         ("rows.jsonl", '{"prompt": "x"}\n', "line 1 is not a calibration text"),
         ("rows.jsonl", '{"text": "ok"}\nnot json\n', "line 2 is not a calibration text"),
         ("rows.jsonl", '{"messages": "hello"}\n', "line 1 is not a calibration text"),
         ("rows.jsonl", "[1, 2]\n", "line 1 is not a calibration text"),
+        ("rows.jsonl", '{"text": null}\n', "line 1 is not a calibration text"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}\n', "line 1 is not a"),
     ],
 )
 def test_texts_that_are_refused(tokenizer, tmp_path, name, content, message):
@@ -288,6 +309,17 @@ def test_texts_that_are_refused(tokenizer, tmp_path, name, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message):
         drawn(tokenizer, path, sequence_length=64)
+
+
+def test_every_text_must_give_something(tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UsageError, match=r"empty\.txt is empty"):
+        drawn(tokenizer, "builtin", tmp_path / "empty.txt")
+
+
+def test_lines_of_jsonl_end_where_json_says(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one\u2028line of words"}\r\n' * 60)
+    assert drawn(tokenizer, tmp_path / "rows.jsonl").tokens == 128
 
 
 def test_a_folder_is_no_text(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,38 @@ def test_importance_weighs_the_error(shape: tuple[int, int]) -> None:
     assert weighted < 0.9 * squared_error(weight, grid.quantize(weight).decode(), importance)
     zeros = grid.quantize(weight, np.zeros(shape[1], np.float32))  # nothing was measured
     assert np.array_equal(zeros.decode(), grid.quantize(weight).decode())
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "outlier"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_weighted_error_is_the_optimum(bits: int, kind: str) -> None:
+    weight = sample(kind, (8, 256))
+    importance = np.random.default_rng(bits).lognormal(0, 2, 256).astype(np.float32)
+    best = optimum(weight.ravel(), np.tile(importance, 8), 1 << bits)
+    grid = get_grid(f"lut{bits}-g8")
+    found = squared_error(weight, grid.quantize(weight, importance).decode(), importance)
+    plain = squared_error(weight, grid.quantize(weight).decode(), importance)
+    assert found <= 1.005 * best
+    assert found <= plain
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("bits", "columns"), [(1, 9), (2, 7)])
+def test_no_assignment_of_a_few_values_is_better(bits: int, columns: int, seed: int) -> None:
+    """Every way to give each value a table entry, each entry the weighted mean of its values."""
+    draw = np.random.default_rng(seed)
+    weight = draw.standard_normal((1, columns)).astype(np.float32)
+    importance = draw.gamma(0.5, size=columns).astype(np.float32) + np.float32(1e-3)
+    x, w = weight[0].astype(np.float64), importance.astype(np.float64)
+    ways = np.array(list(product(range(1 << bits), repeat=columns)))
+    total = np.zeros(len(ways))
+    for entry in range(1 << bits):
+        mass, first, second = (np.where(ways == entry, m, 0).sum(1) for m in (w, w * x, w * x * x))
+        total += second - first**2 / np.maximum(mass, 1e-12)
+    found = get_grid(f"lut{bits}-g1").quantize(weight, importance)
+    error = squared_error(weight, found.decode(), importance)
+    rounding = (w * (2.0**-11 * np.abs(x)) ** 2).sum()  # of the table to float16
+    assert total.min() - 1e-9 <= error <= total.min() + 2 * rounding + 1e-9
 
 
 def test_groups_have_their_own_tables() -> None:

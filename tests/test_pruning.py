@@ -388,6 +388,23 @@ def test_found_once_then_read(tmp_path, monkeypatch):
     assert cut.describe() == "128 of 512 MLP channels in every layer"
 
 
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    source = stored(tiny.make("llama", tmp_path / "m"))
+    _, first = pruned(source, **METHODS["ffn"])
+    weight = first.source.read("blocks.1.down_proj.weight")
+    damages = {
+        "found.json": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        "blocks.0.down_proj.safetensors": lambda file: file.unlink(),
+        "blocks.1.down_proj.safetensors": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    }
+    for name, damage in damages.items():
+        (file,) = (tmp_path / "cache").rglob(name)
+        damage(file)
+        _, again = pruned(source, **METHODS["ffn"])
+        np.testing.assert_array_equal(again.source.read("blocks.1.down_proj.weight"), weight)
+
+
 def test_large_checkpoints_are_saved_in_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("compress.save.SHARD", 300_000)
     source = stored(tiny.make("qwen2", tmp_path / "whole"))
@@ -481,6 +498,17 @@ def test_refusals(options, words, tmp_path):
     done = packlight("build", "m", "--no-verify", "-o", "out", *options, cwd=tmp_path)
     assert words in refused(done)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_build_that_fails_late_saves_no_checkpoint(tmp_path):
+    tiny.make("llama", tmp_path / "m")
+    done = packlight(
+        "build", "m", "-f", "onnx", "--no-verify", "-o", "out", "--set", "calibration.tokens=512",
+        "--set", "quantize.fold=awq", "--prune", "depth:1", "--save-checkpoint", "saved",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "windows" in refused(done)  # of which the search for folds has too few
+    assert not (tmp_path / "saved").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_plans_what_is_left(tmp_path):

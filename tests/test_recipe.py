@@ -16,7 +16,14 @@ def test_shipped_recipes_validate_and_survive_a_round_trip(name, tmp_path):
     file = tmp_path / "again.yaml"
     file.write_text(loaded.to_yaml())
     assert recipe.load(str(file)) == loaded
-    only = {"sparse-2of4-coreml": {"coreml"}}  # what the format is for
+    only = {  # what the recipe is for
+        "sparse-2of4-coreml": {"coreml"},
+        "phi3-mini-iphone": {"coreml"},
+        "phone-1.8GB": {"gguf", "coreml"},
+        "phone-1.8GiB": {"gguf", "coreml"},
+        "phi2-laptop": {"gguf", "onnx"},
+        "llama3-8b-16gb": {"gguf", "onnx"},
+    }
     assert set(loaded.targets) == only.get(name, {"gguf", "onnx", "coreml"})
 
 

@@ -16,7 +16,7 @@ from compress.model import Exporter, Plan
 
 __all__ = ["Allocation", "Target", "infeasible"]
 
-ROUNDS = 8  # of correcting the budget by what a graph or a header takes beside the tensors
+ROUNDS = 16  # of correcting the budget by what a graph or a header takes beside the tensors
 GOOD = 0.05  # nats per token that a recommended size stays below ...
 MARGIN = 0.8  # ... and below this share of the recipe's gate
 
@@ -104,13 +104,15 @@ class Target:
         """
         options = [self.options(choice, table) for choice in self.choices]
         room = budget - self.overhead
-        for _ in range(ROUNDS):
+        smallest = sum(choice.options[0].nbytes for choice in self.choices)
+        for attempt in range(ROUNDS):
             picked = solve(options, room)
             plan = self.plan_of(picked)
             if plan.file_bytes <= budget:
                 break
-            # Zero points are nodes of their own in a graph, so some mixes have a larger one.
-            room -= plan.file_bytes - budget
+            # Zero points are nodes of their own in a graph, offsets are longer behind more bytes:
+            # some mixes have a larger graph.
+            room = max(room - (plan.file_bytes - budget) - (32 << attempt), smallest)
         cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
 from compress.console import Console
+from compress.errors import CheckpointError
 from compress.job import Job, choose_threads
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
@@ -78,23 +80,36 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
     def compute(folder: Path, work: Path) -> None:
         measure(source, cut, texts, folder, work, console)
 
-    final = computed_once(key, compute)
-    found = read_json(final / FOUND)
+    def load(folder: Path) -> Pruned:
+        return kept_in(folder, source, cut, texts)
+
+    pruned = computed_once(key, compute, load)
+    if cut.healing is None:
+        return pruned
+    kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
+    if isinstance(pruned.source, Shallower):
+        kept = pruned.source.kept
+    return healed(source, pruned, kept, cut.healing, texts, console)
+
+
+def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
+    """A pruned source from its folder in the cache.
+
+    Raises:
+        CheckpointError: the folder is not there or damaged.
+    """
+    found = read_json(folder / FOUND)
+    if cut.method != "depth" and len(list(folder.glob("*.safetensors"))) != len(found["kept"]):
+        raise CheckpointError(f"changed weights are missing in {folder}")
     config = with_record(cut.config, record(source, cut, texts, found))
     notes = (size_note(source.config, cut), *measured_notes(cut, found))
     if cut.method == "depth":
-        kept_blocks = found["kept"]
-        pruned = Pruned(Shallower(source, config, kept_blocks), notes)
-    else:
-        kept = {
-            int(block): kept_rows(source.config, cut.method, np.array(rows))
-            for block, rows in found["kept"].items()
-        }
-        kept_blocks = range(source.config.num_hidden_layers // source.config.block_repeat)
-        pruned = Pruned(Narrower(source, config, final, kept, key), notes)
-    if cut.healing is None:
-        return pruned
-    return healed(source, pruned, kept_blocks, cut.healing, texts, console)
+        return Pruned(Shallower(source, config, found["kept"]), notes)
+    kept = {
+        int(block): kept_rows(source.config, cut.method, np.array(rows))
+        for block, rows in found["kept"].items()
+    }
+    return Pruned(Narrower(source, config, folder, kept, folder.name), notes)
 
 
 def healed(
@@ -125,8 +140,22 @@ def healed(
             found = heal(whole, source, kept, healing, texts.windows, folder, work, update)
         (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
-    final = computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute)
-    found = read_json(final / FOUND)
+    def load(folder: Path) -> Pruned:
+        return healed_in(folder, pruned, healing, texts)
+
+    return computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
+
+
+def healed_in(folder: Path, pruned: Pruned, healing: Healing, texts: CalibrationSet) -> Pruned:
+    """A healed source from its folder in the cache.
+
+    Raises:
+        CheckpointError: the folder is not there or damaged.
+    """
+    found = read_json(folder / FOUND)
+    better = sum(a < b for a, b in zip(found["after"], found["before"], strict=True))
+    if len(list(folder.glob("*.safetensors"))) != better:
+        raise CheckpointError(f"healed weights are missing in {folder}")
     step: dict[str, Any] = {
         "step": "heal",
         **{key: value for key, value in asdict(healing).items() if value is not None},
@@ -135,10 +164,9 @@ def healed(
         "calibration": {"texts": list(texts.sources), "tokens": texts.tokens},
         "version": __version__,
     }
-    config = with_record(source.config, step)
-    return Pruned(
-        Healed(source, config, final, found["digest"]), (*pruned.notes, heal_note(healing, found))
-    )
+    config = with_record(pruned.source.config, step)
+    source = Healed(pruned.source, config, folder, found["digest"])
+    return Pruned(source, (*pruned.notes, heal_note(healing, found)))
 
 
 def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
@@ -156,20 +184,31 @@ def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
     )
 
 
-def computed_once(key: str, compute: Callable[[Path, Path], None]) -> Path:
-    """A folder of the cache; ``compute(folder, work)`` fills it where it is not there."""
+def computed_once(
+    key: str, compute: Callable[[Path, Path], None], load: Callable[[Path], Pruned]
+) -> Pruned:
+    """What a folder of the cache holds.
+
+    Args:
+        key: the folder's name.
+        compute: ``compute(folder, work)`` fills it, where it is not there or is damaged.
+        load: reads it; raises CheckpointError where it cannot.
+    """
     final = cache_folder("pruning") / key
-    if not final.is_dir():
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
-            folder = Path(work) / "pruned"
-            folder.mkdir()
-            compute(folder, Path(work))
-            try:
-                folder.rename(final)
-            except OSError:  # another build was faster, with the same
-                if not final.is_dir():
-                    raise
-    return final
+    try:
+        return load(final)
+    except CheckpointError:  # not there, or damaged
+        shutil.rmtree(final, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+        folder = Path(work) / "pruned"
+        folder.mkdir()
+        compute(folder, Path(work))
+        try:
+            folder.rename(final)
+        except OSError:  # another build was faster, with the same
+            if not final.is_dir():
+                raise
+    return load(final)
 
 
 def measure(
