@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,11 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
     return overrides
 
 
+def without_folders(text: str) -> str:
+    """An override without the folders of absolute paths in it, which are this machine's."""
+    return re.sub(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+", "", text)
+
+
 def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
     """The command that makes this again, for the report: names instead of local paths."""
     if settings.source == "packlight-demo":
@@ -92,7 +98,7 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
     for name in settings.formats:
         words += ["-f", name]
     for override in settings.overrides:
-        words += ["--set", override]
+        words += ["--set", without_folders(override)]
     if settings.eval_text:
         words += ["--eval-text", settings.eval_text.name]
     for path in settings.calibration:

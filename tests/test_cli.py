@@ -16,6 +16,7 @@ from commands import packlight, refused
 
 import compress
 from compress import cli, pipeline
+from compress.settings import without_folders
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
 
@@ -339,3 +340,19 @@ def test_an_interrupted_build_leaves_nothing(model, tmp_path, ending):
     assert process.returncode == (130 if ending == signal.SIGINT else 143), talk
     assert list(tmp_path.iterdir()) == []
     assert "Traceback" not in talk
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "calibration.texts=[/home/me/texts/a.jsonl, builtin]",
+            "calibration.texts=[a.jsonl, builtin]",
+        ),
+        ('calibration.texts=["/home/me/a.txt","/b/c.txt"]', 'calibration.texts=["a.txt","c.txt"]'),
+        ("calibration.texts=[texts/a.txt]", "calibration.texts=[texts/a.txt]"),
+        ("name=n/a", "name=n/a"),
+    ],
+)
+def test_the_reported_command_names_no_place_of_this_machine(override, told):
+    assert without_folders(override) == told
