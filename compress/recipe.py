@@ -221,7 +221,7 @@ AMOUNTS: dict[str, tuple[str, ...]] = {
 
 
 def check_prune(prune: Mapping[str, Any], source: str) -> None:
-    """Refuse a method without its amount, or with another's.
+    """Refuse a method without its amount, or with another's, and healing of nothing.
 
     Raises:
         RecipeError: with the keys that would do.
@@ -233,6 +233,11 @@ def check_prune(prune: Mapping[str, Any], source: str) -> None:
         raise RecipeError(
             f"{source}: prune.{strange[0]} has no meaning with method {method}",
             hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
+        )
+    if not keys and "heal" in prune:
+        raise RecipeError(
+            f"{source}: prune.heal has no effect: nothing is pruned",
+            hint="--prune ffn:25%, or prune.method and an amount",
         )
     if keys and len(given) != 1:
         raise RecipeError(
@@ -277,6 +282,8 @@ def explain(error: Any, source: str) -> RecipeError:
         elif path.startswith("quantize.keep"):
             hint = 'the fewest bits, such as ">=6"'
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
+    if error.validator == "maxProperties":
+        return RecipeError(f"{where}: name only one of {', '.join(known)}")
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")
     return RecipeError(f"{where}: {error.message}")
