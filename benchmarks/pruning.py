@@ -2,6 +2,7 @@
 
     python benchmarks/pruning.py                   the bundled demo model
     python benchmarks/pruning.py MODEL --windows 8
+    python benchmarks/pruning.py --heal 100        before and after so many steps a block
 
 Prints the table of docs/pruning.md. Nothing is quantized here.
 """
@@ -12,6 +13,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,13 @@ CASES = (
     {"method": "heads", "ratio": 0.25, "update": False},
     {"method": "heads", "ratio": 0.25},
 )
+HEALED = (
+    {"method": "depth", "blocks": 1},
+    {"method": "depth", "blocks": 2},
+    {"method": "ffn", "ratio": 0.25},
+    {"method": "ffn", "ratio": 0.50},
+    {"method": "heads", "ratio": 0.25},
+)  # with --heal
 COLUMNS = ("pruned", "update", "parameters", "mean KL", "perplexity", "÷ float", "top-1", "CPU s")
 
 
@@ -49,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(model_path()))
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--heal", type=int, default=0, metavar="STEPS")
     options = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(options.model)
@@ -59,7 +69,11 @@ def main() -> None:
     windows = eval_windows(text, tokenizer, 512, options.windows)
     whole = perplexity(source, windows, source)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for case in CASES:
+    cases: list[dict[str, Any]] = list(CASES)
+    if options.heal:
+        steps = {"heal": {"steps": options.heal}}
+        cases = [case | heal for case in HEALED for heal in ({}, steps)]
+    for case in cases:
         cut = plan_cut(source.config, case)
         assert cut is not None
         start = time.process_time()
@@ -68,6 +82,7 @@ def main() -> None:
         kl, value, top1 = perplexity(source, windows, found)
         change = cut.config.num_parameters / source.config.num_parameters - 1
         update = "–" if cut.method == "depth" else "least squares" if cut.update else "none"
+        update += f", {cut.healing.describe()}" if cut.healing else ""
         cells = (
             cut.describe(), update, f"{change * 100:+.1f} %", f"{kl:.4f}", f"{value:.2f}",
             f"{value / whole[1]:.4f}", f"{top1 * 100:.1f} %", f"{seconds:.0f}",

@@ -114,6 +114,9 @@ class Block:
         index: of the block.
         read: weights by name.
         roles: only these weights, of the half that will be run; None for all.
+
+    Attributes:
+        weights: by role and kind (``q_proj.weight``), float32; healing puts others in their place.
     """
 
     def __init__(
@@ -122,12 +125,12 @@ class Block:
         self.config = config
         self.index = index
         self._stem = f"blocks.{index}."
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         for role in (*config.norm_roles, *config.linear_roles) if roles is None else roles:
             kinds = ("weight", "bias") if config.has_bias(role) else ("weight",)
             for kind in kinds:
                 name = f"{self._stem}{role}.{kind}"
-                self._weights[f"{role}.{kind}"] = as_tensor(read(name))
+                self.weights[f"{role}.{kind}"] = as_tensor(read(name))
 
     def __call__(
         self,
@@ -147,10 +150,10 @@ class Block:
     def _linear(self, role: str, x: Tensor, on_input: OnInput | None) -> Tensor:
         if on_input is not None:
             on_input(f"{self._stem}{role}.weight", x)
-        return F.linear(x, self._weights[f"{role}.weight"], self._weights.get(f"{role}.bias"))
+        return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
     def _norm(self, role: str, x: Tensor) -> Tensor:
-        weight, bias = self._weights[f"{role}.weight"], self._weights.get(f"{role}.bias")
+        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
         return normalize(self.config, x, weight, bias)
 
     def attention(

@@ -228,7 +228,8 @@ AMOUNTS: dict[str, tuple[str, ...]] = {
 
 
 def check_prune(prune: Mapping[str, Any], source: str, *, budget: bool) -> None:
-    """Refuse a method without its amount, or with another's, and ``auto`` without a budget.
+    """Refuse a method without its amount, or with another's, ``auto`` without a budget, and healing
+    of nothing.
 
     Raises:
         RecipeError: with the keys that would do.
@@ -245,6 +246,16 @@ def check_prune(prune: Mapping[str, Any], source: str, *, budget: bool) -> None:
         raise RecipeError(
             f"{source}: prune.method auto weighs pruning within a budget, and there is none",
             hint="--budget 1.8GiB",
+        )
+    if method == "auto" and "heal" in prune:
+        raise RecipeError(
+            f"{source}: prune.heal goes with an amount, not with auto, which weighs unhealed shapes",
+            hint="prune.method and an amount",
+        )
+    if not keys and "heal" in prune:
+        raise RecipeError(
+            f"{source}: prune.heal has no effect: nothing is pruned",
+            hint="--prune ffn:25%, or prune.method and an amount",
         )
     if keys and len(given) != 1:
         raise RecipeError(
@@ -289,6 +300,8 @@ def explain(error: Any, source: str) -> RecipeError:
         elif path.startswith("quantize.keep"):
             hint = 'the fewest bits, such as ">=6"'
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)
+    if error.validator == "maxProperties":
+        return RecipeError(f"{where}: name only one of {', '.join(known)}")
     if error.validator == "minProperties":
         return RecipeError(f"{where}: name at least one of {', '.join(known)}")
     return RecipeError(f"{where}: {error.message}")

@@ -69,6 +69,8 @@ class VerifySettings:
 def recipe_overrides(settings: BuildSettings) -> list[str]:
     """``--set``, and the options that stand for keys of the recipe."""
     overrides = list(settings.overrides)
+    if settings.prune:  # first, so that --set prune.heal adds to it
+        overrides.insert(0, f"prune={json.dumps(prune_option(settings.prune))}")
     if settings.calibration:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
     if settings.seed is not None:
@@ -78,8 +80,6 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
             overrides.append(f"budget.{key}={value}")
     if settings.allow_dense:
         overrides.append("allow_dense=true")
-    if settings.prune:
-        overrides.append(f"prune={json.dumps(prune_option(settings.prune))}")
     return overrides
 
 

@@ -16,12 +16,29 @@ from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.model import Plan
 
-__all__ = ["Cut", "plan_cut", "width_step"]
+__all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 
 STEP = 32  # channels: the least block of every 4-bit format
 WIDEST_STEP = 256  # of the K-quants, and the widest group of ONNX and Core ML
 
 WHAT = {"depth": "blocks", "ffn": "MLP channels", "heads": "key-value heads"}
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How long what is left is trained, block by block (``heal.py``); one of the two.
+
+    Attributes:
+        minutes: for all blocks together.
+        steps: for each stored block.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def describe(self) -> str:
+        """``2 minutes``, ``100 steps a block``."""
+        return f"{self.minutes:g} minutes" if self.steps is None else f"{self.steps} steps a block"
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,7 @@ class Cut:
         kept: ... and after.
         config: the pruned model's, ``raw`` included.
         update: whether the kept columns of ``down_proj`` and ``o_proj`` make up for the others.
+        healing: what follows, or None.
     """
 
     method: str
@@ -41,6 +59,7 @@ class Cut:
     kept: int
     config: DecoderConfig
     update: bool
+    healing: Healing | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,7 +89,7 @@ def plan_cut(
     Args:
         config: the float model.
         settings: ``method`` and one amount: ``ratio`` of any, ``blocks`` to drop (depth), ``width``
-            to keep (ffn), ``kv_heads`` to keep (heads); ``update``.
+            to keep (ffn), ``kv_heads`` to keep (heads); ``update``; ``heal``.
         plans: of the float model, for the multiples of channels that its formats like.
 
     Raises:
@@ -81,12 +100,13 @@ def plan_cut(
     if method in ("none", "auto"):
         return None
     update = bool(settings.get("update", True))
+    healing = Healing(**settings["heal"]) if "heal" in settings else None
     ratio = settings.get("ratio")
     if method == "depth":
         total = config.num_hidden_layers // config.block_repeat
         kept = total - (settings["blocks"] if ratio is None else round(ratio * total))
         check(kept, total, "depth", f"1 to {total - 1} blocks can go")
-        return Cut(method, total, kept, with_layers(config, kept), update)
+        return Cut(method, total, kept, with_layers(config, kept), update, healing)
     if method == "ffn":
         total, step = config.intermediate_size, width_step(config, plans)
         kept = settings["width"] if ratio is None else step * round((1 - ratio) * total / step)
@@ -99,7 +119,7 @@ def plan_cut(
                 hint=f"{max(kept // step * step, step)} or {min(-(-kept // step) * step, below)}",
             )
         shrunk = with_sizes(config, intermediate_size=kept)
-        return Cut(method, total, kept, shrunk, update)
+        return Cut(method, total, kept, shrunk, update, healing)
     if config.rope.kind == "longrope":
         raise UnsupportedModelError(
             "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
@@ -116,7 +136,7 @@ def plan_cut(
         num_key_value_heads=kept,
         head_dim=config.head_dim,
     )
-    return Cut(method, total, kept, shrunk, update)
+    return Cut(method, total, kept, shrunk, update, healing)
 
 
 def check(kept: int, total: int, method: str, range_text: str) -> None:

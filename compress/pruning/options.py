@@ -82,10 +82,17 @@ def card(job: Job) -> str:
     head |= {"pipeline_tag": "text-generation", "tags": ["pruned", "packlight"]}
     before, after = job.config.num_parameters, job.shape.num_parameters
     what = job.cut.describe() if job.cut else ""
+    healing = job.cut.healing if job.cut else None
+    trained = (
+        f"Its blocks were healed one by one ({healing.describe()}) to give what they gave before; "
+        "the whole was not trained afterwards."
+        if healing
+        else "Not trained afterwards."
+    )
     steps = json.dumps(job.source.config.raw[RECORD], indent=2)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
         f"# Pruned: {job.checkpoint.source}\n\n"
-        f"Without {what}: {after:,} of {before:,} parameters. Not trained afterwards. "
+        f"Without {what}: {after:,} of {before:,} parameters. {trained} "
         f"`config.json` has the record under `{RECORD}`:\n\n```json\n{steps}\n```\n"
     )

@@ -19,7 +19,7 @@ from compress.grids import Array
 from compress.safetensors_file import TensorInfo, read_range, scan_safetensors
 from compress.sources import Source
 
-__all__ = ["Narrower", "Shallower", "kept_rows"]
+__all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 
 
 class Shallower:
@@ -119,6 +119,55 @@ class Narrower:
         pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
         rows: Array = np.concatenate(pieces)
         return rows
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"{self._name} of {self._source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+class Healed:
+    """A pruned source, some of whose blocks were trained (``heal.py``).
+
+    Args:
+        source: the pruned model.
+        config: its own, with what was done in its record.
+        folder: a file for each block that got better, with all of its weights, unfused.
+        name: of the folder's contents; part of the fingerprint.
+    """
+
+    def __init__(self, source: Source, config: DecoderConfig, folder: Path, name: str) -> None:
+        self.config = config
+        self._source = source
+        self._name = name
+        self._healed: dict[str, TensorInfo] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self._healed |= scan_safetensors(file)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self._source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        block, role, kind = split_name(name)
+        if block is None:
+            return self._source.read(name, rows)
+        stem = f"blocks.{block - block % self.config.block_repeat}"
+        names = [f"{stem}.{member}.{kind}" for member in FUSED.get(role, (role,))]
+        if names[0] not in self._healed:
+            return self._source.read(name, rows)
+        parts = [self._healed[part] for part in names]
+        if len(parts) == 1:
+            return read_rows(parts[0], rows)
+        first, last, _ = (rows or slice(None)).indices(sum(part.shape[0] for part in parts))
+        pieces, start = [], 0
+        for part in parts:
+            pieces.append(read_rows(part, slice(max(first - start, 0), max(last - start, 0))))
+            start += part.shape[0]
+        whole: Float32 = np.concatenate(pieces)
+        return whole
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

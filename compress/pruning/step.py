@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from compress.config_json import read_json
 from compress.console import Console
 from compress.errors import CheckpointError
 from compress.job import Job, choose_threads, rotations
-from compress.pruning.cut import Cut
-from compress.pruning.pruned import Narrower, Shallower, kept_rows
+from compress.pruning.cut import Cut, Healing
+from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
 from compress.sources import Source
 
 __all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
 
+FOUND = "found.json"  # what was measured, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
 RECORD = "packlight"  # the key of config.json under which a checkpoint says what was done to it
 
@@ -94,7 +95,7 @@ def pruning_divergence(job: Job, console: Console, threads: int) -> float:
     texts = read_texts(job)
     folder = cut_folder(job.source, job.cut, texts)
     if job.cut.method == "depth":
-        return float(read_json(folder / "found.json")["gone"][-1][1])
+        return float(read_json(folder / FOUND)["gone"][-1][1])
     path = folder / "divergence.json"
     try:
         return float(read_json(path)["kl"])
@@ -120,22 +121,21 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         texts: what is measured on.
         console: for progress.
     """
-    final = cut_folder(source, cut, texts)
-    key = final.name
-    try:
-        return kept_in(final, source, cut, texts)
-    except CheckpointError:  # not there, or damaged
-        shutil.rmtree(final, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
-        folder = Path(work) / "pruned"
-        folder.mkdir()
-        measure(source, cut, texts, folder, Path(work), console)
-        try:
-            folder.rename(final)
-        except OSError:  # another build was faster, with the same
-            if not final.is_dir():
-                raise
-    return kept_in(final, source, cut, texts)
+    key = cut_folder(source, cut, texts).name
+
+    def compute(folder: Path, work: Path) -> None:
+        measure(source, cut, texts, folder, work, console)
+
+    def load(folder: Path) -> Pruned:
+        return kept_in(folder, source, cut, texts)
+
+    pruned = computed_once(key, compute, load)
+    if cut.healing is None:
+        return pruned
+    kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
+    if isinstance(pruned.source, Shallower):
+        kept = pruned.source.kept
+    return healed(source, pruned, kept, cut.healing, texts, console)
 
 
 def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
@@ -144,18 +144,117 @@ def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pr
     Raises:
         CheckpointError: the folder is not there or damaged.
     """
-    found = read_json(folder / "found.json")
+    found = read_json(folder / FOUND)
     if cut.method != "depth" and len(list(folder.glob("*.safetensors"))) != len(found["kept"]):
         raise CheckpointError(f"changed weights are missing in {folder}")
     config = with_record(cut.config, record(source, cut, texts, found))
-    notes = [size_note(source.config, cut), *measured_notes(cut, found)]
+    notes = (size_note(source.config, cut), *measured_notes(cut, found))
     if cut.method == "depth":
-        return Pruned(Shallower(source, config, found["kept"]), tuple(notes))
+        return Pruned(Shallower(source, config, found["kept"]), notes)
     kept = {
         int(block): kept_rows(source.config, cut.method, np.array(rows))
         for block, rows in found["kept"].items()
     }
-    return Pruned(Narrower(source, config, folder, kept, folder.name), tuple(notes))
+    return Pruned(Narrower(source, config, folder, kept, folder.name), notes)
+
+
+def healed(
+    whole: Source,
+    pruned: Pruned,
+    kept: Sequence[int],
+    healing: Healing,
+    texts: CalibrationSet,
+    console: Console,
+) -> Pruned:
+    """A pruned source after ``heal.py``, from the cache or after training.
+
+    Args:
+        whole: the float model.
+        pruned: what is left of it.
+        kept: the stored blocks that are.
+        healing: for how long.
+        texts: to train and measure on.
+        console: for progress.
+    """
+    source = pruned.source
+    facts = f"{LAYOUT} heal {source.fingerprint()} {texts.digest()} {healing}"
+
+    def compute(folder: Path, work: Path) -> None:
+        from compress.pruning.heal import heal
+
+        with console.progress("heal", "blocks") as update:
+            found = heal(whole, source, kept, healing, texts.windows, folder, work, update)
+        (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
+
+    def load(folder: Path) -> Pruned:
+        return healed_in(folder, pruned, healing, texts)
+
+    return computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
+
+
+def healed_in(folder: Path, pruned: Pruned, healing: Healing, texts: CalibrationSet) -> Pruned:
+    """A healed source from its folder in the cache.
+
+    Raises:
+        CheckpointError: the folder is not there or damaged.
+    """
+    found = read_json(folder / FOUND)
+    better = sum(a < b for a, b in zip(found["after"], found["before"], strict=True))
+    if len(list(folder.glob("*.safetensors"))) != better:
+        raise CheckpointError(f"healed weights are missing in {folder}")
+    step: dict[str, Any] = {
+        "step": "heal",
+        **{key: value for key, value in asdict(healing).items() if value is not None},
+        "steps_by_block": found["steps"],
+        "held_back_error": {"before": found["before"], "after": found["after"]},
+        "calibration": {"texts": list(texts.sources), "tokens": texts.tokens},
+        "version": __version__,
+    }
+    config = with_record(pruned.source.config, step)
+    source = Healed(pruned.source, config, folder, found["digest"])
+    return Pruned(source, (*pruned.notes, heal_note(healing, found)))
+
+
+def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
+    """How much was trained, and what it brought."""
+    steps = found["steps"]
+    before, after = (np.mean(found[key]) * 100 for key in ("before", "after"))
+    better = sum(a < b for a, b in zip(found["after"], found["before"], strict=True))
+    done = f"{min(steps)} to {max(steps)}" if min(steps) < max(steps) else f"{steps[0]}"
+    by_clock = "" if healing.minutes is None else " (another machine does more or fewer)"
+    return (
+        f"Healed for {healing.describe()} on calibration text: {done} steps a block{by_clock}. "
+        "Error of a block's output, on text that trained nothing and inputs from the healed blocks "
+        f"before it: {before:.2f} % of its energy before, {after:.2f} % after, on average; "
+        f"{better} of {len(steps)} blocks got better, the others are as pruning left them"
+    )
+
+
+def computed_once(
+    key: str, compute: Callable[[Path, Path], None], load: Callable[[Path], Pruned]
+) -> Pruned:
+    """What a folder of the cache holds.
+
+    Args:
+        key: the folder's name.
+        compute: ``compute(folder, work)`` fills it, where it is not there or is damaged.
+        load: reads it; raises CheckpointError where it cannot.
+    """
+    final = cache_folder("pruning") / key
+    try:
+        return load(final)
+    except CheckpointError:  # not there, or damaged
+        shutil.rmtree(final, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+        folder = Path(work) / "pruned"
+        folder.mkdir()
+        compute(folder, Path(work))
+        try:
+            folder.rename(final)
+        except OSError:  # another build was faster, with the same
+            if not final.is_dir():
+                raise
+    return load(final)
 
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
@@ -180,7 +279,7 @@ def measure(
     else:
         with console.progress(f"prune {cut.method}", "windows") as update:
             found = narrow(source, cut, texts.windows, folder, work, update)
-    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
 
 def record(

@@ -1,0 +1,304 @@
+"""Healing: what is left of each block learns to do what was there before.
+
+Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
+its output comes near the float model's hidden states at the same place, on inputs that the pruned
+and healed blocks before it produce. After dropped blocks the place is the next kept block's input,
+so that a kept block learns to stand in for those that followed it. (Block-wise reconstruction as in
+BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
+
+In memory are one block's weights, their gradients and Adam's two moments in float32, activations of
+one window, and the hidden states of all windows twice, in bfloat16 (in a mapped file where they are
+many). One window in sixteen trains nothing: on those, weights are measured as a file of the
+checkpoint's dtype holds them, and the best are kept; a block that does not get better stays as it
+was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.arch import FUSED
+from compress.decoder import Block, Decoder, RopeTable
+from compress.errors import UsageError
+from compress.pruning.cut import Healing
+from compress.pruning.pruned import Healed
+from compress.safetensors_file import write_safetensors
+from compress.save import stored_dtypes
+from compress.sources import Source
+from compress.walk import HELD_BACK, hidden_states
+
+__all__ = ["Adam", "heal"]
+
+BATCH = 4  # windows a step
+RATE = 0.002  # of a tensor's root mean square; the first step's size
+ROUNDING = 2.0**-18  # relative squared error that bfloat16 states have by themselves
+MEASURES = 8  # times that a block is measured on its way
+
+
+class Adam:
+    """Adam (Kingma & Ba, arXiv 1412.6980) with steps relative to each tensor's size, in place.
+
+    A step of ``rate`` changes a weight by about ``rate`` times the root mean square that its tensor
+    had at the start, so that norms around 1 and linears around 0.02 move alike.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        self._weights = weights
+        self._betas = betas
+        self._sizes = [max(float(w.detach().square().mean().sqrt()), 1e-3) for w in weights]
+        self._moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move against the gradients, and drop them."""
+        self._steps += 1
+        first, second = self._betas
+        mean_scale, square_scale = 1 - first**self._steps, 1 - second**self._steps
+        for weight, size, (mean, square) in zip(
+            self._weights, self._sizes, self._moments, strict=True
+        ):
+            assert weight.grad is not None
+            mean.lerp_(weight.grad, 1 - first)
+            square.mul_(second).addcmul_(weight.grad, weight.grad, value=1 - second)
+            weight.grad.copy_(square).div_(square_scale).sqrt_().add_(1e-12)
+            weight.addcdiv_(mean, weight.grad, value=-rate * size / mean_scale)
+            weight.grad = None
+
+
+class Ward:
+    """The hidden states of all windows: those that a block gets, and those that it should give.
+
+    Args:
+        whole: the float model.
+        pruned: what is left of it.
+        windows: of one length, two at least.
+        work: folder for the states, where they are large.
+    """
+
+    def __init__(
+        self, whole: Source, pruned: Source, windows: Sequence[Sequence[int]], work: Path
+    ) -> None:
+        decoder = Decoder(whole.config, whole.read)
+        embedded = decoder.embed(windows)
+        self.rope: RopeTable = decoder.rope(len(windows[0]))
+        self.goals = hidden_states(embedded, torch.bfloat16, work, "floats.bin")
+        self.states = hidden_states(embedded, torch.bfloat16, work)
+        every = min(HELD_BACK, len(windows))
+        self.held = [i for i in range(len(windows)) if i % every == every - 1]
+        self.trained = [i for i in range(len(windows)) if i % every != every - 1]
+        self._whole, self._pruned = whole, pruned
+        self._repeat = whole.config.block_repeat
+
+    def advance_goals(self, stored: int) -> None:
+        """The float model's states, through one of its stored blocks."""
+        config = self._whole.config
+        self._advance(self.goals, Block(config, stored * self._repeat, self._whole.read))
+
+    def advance_states(self, block: Block) -> None:
+        """The pruned model's states, through a block that is done."""
+        self._advance(self.states, block)
+
+    def _advance(self, states: Tensor, block: Block) -> None:
+        for position in range(len(states)):
+            states[position] = self.run(block, states[position].float())
+
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """A stored block, as often as it runs in a row: ``[n, hidden]`` → ``[n, hidden]``."""
+        for _ in range(self._repeat):
+            hidden = block(hidden, self.rope)
+        return hidden
+
+    def misfit(self, block: Block, position: int) -> Tensor:
+        """Squared error of one window over the goal's square, token by token, in the mean.
+
+        Relative, because the next norm divides each token by its size: first tokens are often a
+        hundred times larger than the rest.
+        """
+        goal = self.goals[position].float()
+        error = self.run(block, self.states[position].float()) - goal
+        return (error.square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).mean()
+
+    def held_error(self, block: Block) -> float:
+        """The same, of the windows that train nothing."""
+        with torch.no_grad():
+            return sum(float(self.misfit(block, i)) for i in self.held) / len(self.held)
+
+    def batches(self, seed: int) -> Iterator[list[int]]:
+        """Windows to train on, without end; each comes once before any comes again."""
+        order, shuffle = list(self.trained), random.Random(seed)
+        size = min(BATCH, len(order))
+        while True:
+            shuffle.shuffle(order)
+            for start in range(0, len(order) - size + 1, size):
+                yield order[start : start + size]
+
+
+def heal(
+    whole: Source,
+    pruned: Source,
+    kept: Sequence[int],
+    healing: Healing,
+    windows: Sequence[Sequence[int]],
+    folder: Path,
+    work: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Train every stored block of a pruned model.
+
+    Args:
+        whole: the float model.
+        pruned: the model to heal.
+        kept: the float model's stored block of each of the pruned model's, ascending.
+        healing: minutes for all blocks together, or steps for each.
+        windows: calibration text, all of one length.
+        folder: gets a safetensors file for each block that got better.
+        work: for files on the way, on the same disk.
+        progress: in blocks.
+        clock: seconds.
+
+    Returns:
+        Lists by block: ``steps`` done, held-back error ``before`` and ``after``; and ``digest`` of
+        the new weights.
+
+    Raises:
+        UsageError: fewer than two windows.
+    """
+    if len(windows) < 2:
+        raise UsageError(
+            "healing needs two windows of calibration text, one to train on and one to measure",
+            hint="more calibration.tokens, or a smaller calibration.sequence_length",
+        )
+    ward = Ward(whole, pruned, windows, work)
+    shares = Shares(healing, len(kept), clock)
+    ends = [*kept[1:], whole.config.num_hidden_layers // whole.config.block_repeat]
+    found: dict[str, Any] = {"steps": [], "before": [], "after": []}
+    digest = hashlib.sha256()
+    reached = 0
+    for number, end in enumerate(ends):
+        shares.next_block()
+        for stored in range(reached, end):
+            ward.advance_goals(stored)
+        reached = end
+        index = number * pruned.config.block_repeat
+        file = folder / f"blocks.{index}.safetensors"
+        shares.begin()
+        steps, before, after = heal_block(ward, pruned, index, shares.done, file, work)
+        for key, value in (("steps", steps), ("before", before), ("after", after)):
+            found[key].append(value)
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(
+                    f"{index} {hashlib.file_digest(stream, 'sha256').hexdigest()} ".encode()
+                )
+        ward.advance_states(healed_block(pruned, index, folder))
+        progress(number + 1, len(ends))
+    return found | {"digest": digest.hexdigest()}
+
+
+class Shares:
+    """How far the healing of a block is, from 0 to 1: by its steps, or by its part of the minutes.
+
+    What a block leaves of its time, or takes beyond it, the blocks after it share.
+    """
+
+    def __init__(self, healing: Healing, blocks: int, clock: Callable[[], float]) -> None:
+        self._steps, self._blocks, self._clock = healing.steps, blocks, clock
+        self._end = clock() + 60 * (healing.minutes or 0)
+        self._start = self._limit = 0.0
+
+    def next_block(self) -> None:
+        """A block's time runs, its goals and measures included."""
+        now = self._clock()
+        self._limit = now + (self._end - now) / self._blocks
+        self._blocks -= 1
+
+    def begin(self) -> None:
+        """The first step is next."""
+        self._start = self._clock()
+
+    def done(self, steps: int) -> float:
+        """The share that is done after so many steps; 1 ends it, between steps."""
+        if self._steps is not None:
+            return min(1.0, steps / self._steps)
+        left = self._limit - self._start
+        return min(1.0, (self._clock() - self._start) / left) if left > 0 else 1.0
+
+
+def heal_block(
+    ward: Ward,
+    pruned: Source,
+    index: int,
+    done: Callable[[int], float],
+    file: Path,
+    work: Path,
+) -> tuple[int, float, float]:
+    """Train one stored block; ``file`` is there afterwards if it got better.
+
+    Args:
+        ward: its states and goals, those of this block.
+        pruned: its weights.
+        index: of its first run.
+        done: steps → the share of the healing that is done.
+        file: of the new weights, in the checkpoint's dtype.
+        work: for weights that are being measured.
+
+    Returns:
+        Steps done, held-back error before and after.
+    """
+    block = Block(pruned.config, index, pruned.read)
+    before = best = ward.held_error(block)
+    if before <= ROUNDING:  # nothing is lost
+        return 0, before, best
+    for name, weight in block.weights.items():
+        block.weights[name] = weight.clone().requires_grad_()
+    adam = Adam(list(block.weights.values()))
+    dtypes = stored_dtypes(pruned.checkpoint)
+    trial = work / "trial"
+    trial.mkdir(exist_ok=True)
+    batches = ward.batches(index)
+    steps = measured = 0
+    while (share := done(steps)) < 1:
+        batch = next(batches)
+        for position in batch:
+            (ward.misfit(block, position) / len(batch)).backward()  # type: ignore[no-untyped-call]
+        adam.step(RATE * (1 + math.cos(math.pi * share)) / 2)
+        steps += 1
+        if int(done(steps) * MEASURES) > measured:
+            measured = int(done(steps) * MEASURES)
+            save_block(block, dtypes, trial / file.name)
+            error = ward.held_error(healed_block(pruned, index, trial))
+            if error < best:
+                best = error
+                (trial / file.name).replace(file)
+    return steps, before, best
+
+
+def healed_block(pruned: Source, index: int, folder: Path) -> Block:
+    """A block with the weights that a folder has for it, or else as it was."""
+    return Block(pruned.config, index, Healed(pruned, pruned.config, folder, "").read)
+
+
+def save_block(block: Block, dtypes: Mapping[tuple[str, str], str], file: Path) -> None:
+    """Write a block's weights, unfused, each in the dtype that the checkpoint has for it."""
+    unfused = {
+        f"{member}.{kind}": dtype
+        for (role, kind), dtype in dtypes.items()
+        for member in FUSED.get(role, (role,))
+    }
+    headers = {
+        f"blocks.{block.index}.{name}": (unfused[name], tuple(weight.shape))
+        for name, weight in block.weights.items()
+    }
+    values = (weight.detach().numpy() for weight in block.weights.values())
+    write_safetensors(file, headers, values)
