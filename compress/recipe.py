@@ -249,7 +249,7 @@ def check_prune(prune: Mapping[str, Any], source: str, *, budget: bool) -> None:
         )
     if method == "auto" and "heal" in prune:
         raise RecipeError(
-            f"{source}: prune.heal goes with an amount, not with auto, which weighs unhealed shapes",
+            f"{source}: prune.heal goes with an amount, not with auto: it weighs unhealed shapes",
             hint="prune.method and an amount",
         )
     if not keys and "heal" in prune:
