@@ -255,7 +255,7 @@ def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propag
 )
 def test_what_folds_cannot_go_by_is_refused(settings, imatrix, message):
     with pytest.raises(UsageError, match=message):
-        Importance(imatrix).check(load("phone-4bit", settings), [])
+        Importance(imatrix).check(load("int4-fast", settings), [])
 
 
 def test_the_plan_tells_of_folds(tmp_path, capsys):
