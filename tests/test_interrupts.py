@@ -21,6 +21,12 @@ atexit.register(interrupts.uninstall)
 """
 
 
+def hear_all() -> None:
+    """A suite in the background or under nohup ignores signals, and so would its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def interrupted(tmp_path: Path, body: str, *signals: int) -> tuple[int, list[str]]:
     """Exit code and stdout of a program that says "ready" and is sent signals then."""
     process = subprocess.Popen(
@@ -30,7 +36,7 @@ def interrupted(tmp_path: Path, body: str, *signals: int) -> tuple[int, list[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_all,
     )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
