@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.config_json import write_json
-from compress.console import Console, format_bytes
+from compress.console import Console
 from compress.errors import CheckpointError, UsageError
 from compress.job import (
     DEFAULT_CONTEXT,
@@ -36,7 +35,7 @@ from compress.job import (
     window_length,
 )
 from compress.machine import available_memory
-from compress.model import Artifact, Plan, Shipyard
+from compress.model import Artifact, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
@@ -46,11 +45,11 @@ from compress.report import Baseline, build_report, model_facts
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
-from compress.target_step import prepare_target, target_weights
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
+from compress.writing import write_artifacts
 
 
 def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
@@ -202,33 +201,6 @@ def read_text(path: Path | None) -> str:
     if not text.strip():
         raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
     return text
-
-
-def write_artifacts(
-    calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
-) -> list[Artifact]:
-    """Write every target into ``folder/<format>/``, streaming from its source."""
-    artifacts = []
-    for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration)
-        target = folder / target_folder(plan, calibration.job)
-        target.mkdir()
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(f"write {plan.format} {plan.type_name}") as update,
-        ):
-            weights = target_weights(plan, inputs, calibration, Path(work))
-            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
-        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-        notes = artifact.notes + inputs.notes + weights.notes()
-        artifacts.append(replace(artifact, notes=notes))
-    return artifacts
-
-
-def target_folder(plan: Plan, job: Job) -> str:
-    """Folder of a target; a sweep has several of one format."""
-    alone = sum(other.format == plan.format for other in job.plans) == 1
-    return plan.format if alone else f"{plan.format}-{plan.type_name}"
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
