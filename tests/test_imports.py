@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor"},
     {"exporters"},
+    {"compress.commands"},
     {"compress.cli", "compress.__main__"},
 ]  # fmt: skip
 
