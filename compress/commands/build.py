@@ -1,0 +1,137 @@
+"""``packlight build``, and ``packlight demo``: the same on the bundled checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.commands.options import (
+    device_names,
+    eval_option,
+    format_option,
+    hub_of,
+    hub_options,
+    make_console,
+    output_options,
+    recipe_option,
+    set_option,
+    threads_option,
+)
+from compress.errors import UsageError
+
+
+@click.command()
+@click.argument("model")
+@recipe_option
+@format_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder to make; default ./MODEL-RECIPE.")  # fmt: skip
+@set_option
+@click.option("--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Text or JSONL for solvers that look at inputs; may be repeated; default: the "
+                   "recipe's.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N",
+              help="Of the choice of calibration passages.")  # fmt: skip
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
+@click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the importance as llama.cpp reads it.")  # fmt: skip
+@click.option("--prune", default="", metavar="METHOD:AMOUNT|auto",
+              help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads; auto: as a "
+                   "budget needs.")  # fmt: skip
+@click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
+@click.option("--allow-dense", is_flag=True,
+              help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
+@eval_option
+@click.option("--budget", default="", metavar="SIZE",
+              help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
+                   "that serves the model best within them.")  # fmt: skip
+@click.option("--budget-memory", default="", metavar="SIZE",
+              help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
+@click.option("--device", default="", metavar="NAME", shell_complete=device_names,
+              help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
+@click.option("--sweep", default="", metavar="SIZES|auto",
+              help="Several budgets at once, e.g. 1.6GiB,1.8GiB,2.0GiB: a curve of size and "
+                   "quality, its ends built.")  # fmt: skip
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
+              help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
+@click.option("--context", type=click.IntRange(32), metavar="N",
+              help="Positions of the KV cache that memory is told for.")  # fmt: skip
+@threads_option
+@click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
+@click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@hub_options
+@output_options
+def build(model: str, output: Path | None, **options: Any) -> int:
+    """Make verified artifacts from MODEL, a local folder or a Hub id.
+
+    \b
+    packlight build ./my-checkpoint -o out
+    packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
+    """
+    from compress import pipeline
+    from compress.settings import BuildSettings
+    from exporters import SHIPYARD
+
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    budget = any(options[key] for key in ("budget", "budget_memory", "device"))
+    if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
+        raise UsageError("a budget, --sweep and --plan exclude each other")
+    settings = BuildSettings(
+        model=model,
+        output=output,
+        recipe=options["recipe"],
+        overrides=options["overrides"],
+        formats=options["formats"],
+        eval_text=options["eval_text"],
+        calibration=options["calibration"],
+        seed=options["seed"],
+        imatrix=options["imatrix"],
+        save_imatrix=options["save_imatrix"],
+        budget=options["budget"],
+        budget_memory=options["budget_memory"],
+        device=options["device"],
+        sweep=options["sweep"],
+        plan=options["plan"],
+        prune=options["prune"],
+        save_checkpoint=options["save_checkpoint"],
+        allow_dense=options["allow_dense"],
+        context=options["context"],
+        threads=options["threads"],
+        dry_run=options["dry_run"],
+        overwrite=options["overwrite"],
+        verify=not options["no_verify"],
+        hub=hub_of(options),
+    )
+    return pipeline.build(settings, SHIPYARD, console)
+
+
+@click.command(short_help="Build and verify all three formats from the bundled checkpoint.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("packlight-demo"),
+              show_default=True, metavar="DIR", help="Folder to make.")  # fmt: skip
+@format_option
+@threads_option
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
+@output_options
+def demo(output: Path, **options: Any) -> int:
+    """Build and verify all three formats from the small bundled checkpoint."""
+    from compress import pipeline
+    from compress.demo import model_path
+    from compress.settings import BuildSettings
+    from exporters import SHIPYARD
+
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    settings = BuildSettings(
+        model=str(model_path()),
+        source="packlight-demo",
+        output=output,
+        formats=options["formats"],
+        threads=options["threads"],
+        overwrite=options["overwrite"],
+    )
+    return pipeline.build(settings, SHIPYARD, console)

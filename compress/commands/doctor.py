@@ -1,0 +1,19 @@
+"""``packlight doctor``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from compress.commands.options import make_console, output_options
+
+
+@click.command()
+@output_options
+def doctor(**options: Any) -> int:
+    """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
+    from compress import doctor as checks
+
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    return checks.doctor(console)

@@ -1,0 +1,76 @@
+"""``packlight inspect`` and ``packlight fit``: what is in it, and will it fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from compress.commands.options import (
+    device_names,
+    format_option,
+    hub_of,
+    hub_options,
+    make_console,
+    output_options,
+    recipe_option,
+    set_option,
+)
+from compress.console import parse_bytes
+from compress.errors import UsageError
+
+
+@click.command(short_help="Show what a checkpoint or an artifact holds; no weight is read.")
+@click.argument("target", metavar="MODEL|ARTIFACT")
+@hub_options
+@output_options
+def inspect(target: str, **options: Any) -> int:
+    """Show what a checkpoint or an artifact holds, without reading its weights."""
+    from compress import inspection
+    from exporters import get_exporter
+
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    hub = hub_of(options)
+    return inspection.inspect(target, get_exporter, hub, console)
+
+
+@click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
+@click.argument("target", metavar="MODEL|ARTIFACT")
+@click.option("--device", metavar="NAME", shell_complete=device_names,
+              help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Any other limit, e.g. 3GiB.")
+@click.option("--context", type=click.IntRange(1), metavar="N",
+              help="Positions in the KV cache; default 2048 or the model's limit.")  # fmt: skip
+@recipe_option
+@set_option
+@format_option
+@hub_options
+@output_options
+def fit(target: str, device: str | None, memory: str | None, **options: Any) -> int:
+    """Will it fit on a phone, and how fast can it be: arithmetic, nothing is run.
+
+    Counts weights, KV cache and an allowance for activations; the speed is the bound that memory
+    bandwidth sets. Exit code 1 when nothing fits.
+    """
+    from compress import inspection
+    from exporters import get_exporter
+
+    if device and memory:
+        raise UsageError("--device and --memory exclude each other")
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    try:
+        limit = parse_bytes(memory) if memory else None
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from error
+    return inspection.fit(
+        target,
+        get_exporter,
+        console,
+        device=device,
+        memory=limit,
+        context=options["context"],
+        recipe=options["recipe"],
+        overrides=options["overrides"],
+        formats=options["formats"],
+        hub=hub_of(options),
+    )

@@ -1,0 +1,85 @@
+"""Options that several commands share, and what they are turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from compress.console import Console
+from compress.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+FORMATS = ("gguf", "onnx", "coreml")
+
+
+def output_options(command: F) -> F:
+    """``--json``, ``-q``, ``-v``: shared by the commands that print results."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="Print paths only."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def hub_options(command: F) -> F:
+    """Where a Hub id is looked up; ``HF_*`` variables are honoured too."""
+    for option in (
+        click.option("--cache-dir", metavar="DIR", help="Hub cache; default HF_HUB_CACHE."),
+        click.option("--token", help="Hub token; default HF_TOKEN or the stored login."),
+        click.option("--revision", help="Branch, tag or commit of a Hub model."),
+    ):
+        command = option(command)
+    return command
+
+
+def hub_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``hub_options`` were given, as ``compress.hub`` takes it."""
+    return {key: options[key] for key in ("revision", "token", "cache_dir")}
+
+
+def recipe_names(*_: Any) -> list[str]:
+    """Shipped recipes, for shell completion."""
+    import recipes
+
+    return recipes.names()
+
+
+def device_names(*_: Any) -> list[str]:
+    """Devices of the table, for shell completion."""
+    from compress.footprint import devices
+
+    return list(devices())
+
+
+def make_console(as_json: bool, quiet: bool, verbose: bool) -> Console:
+    """The console that ``output_options`` ask for."""
+    if as_json and quiet:
+        raise UsageError("--json and --quiet exclude each other")
+    return Console("json" if as_json else "quiet" if quiet else "human", verbose)
+
+
+recipe_option = click.option(
+    "-r", "--recipe", default="phone-4bit", show_default=True, metavar="NAME|FILE",
+    shell_complete=recipe_names, help="A shipped recipe or a YAML file.",
+)  # fmt: skip
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Override a key of the recipe, e.g. targets.gguf.type=Q5_K_M.",
+)  # fmt: skip
+format_option = click.option(
+    "-f", "--format", "formats", multiple=True, type=click.Choice(FORMATS),
+    help="Only this target; may be repeated.",
+)  # fmt: skip
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, metavar="N",
+    help="CPU threads; default: what the process may use.",
+)  # fmt: skip
+eval_option = click.option(
+    "--eval-text", type=click.Path(path_type=Path), metavar="FILE",
+    help="UTF-8 text to score on; default: a built-in held-out text.",
+)  # fmt: skip
