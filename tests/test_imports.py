@@ -34,10 +34,10 @@ FLOORS: list[set[str]] = [
      "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor"},
+    {"compress.inspection", "compress.doctor", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
-    {"compress.cli", "compress.__main__"},
+    {"compress.cli", "compress.__main__", "compress.batch.child"},
 ]  # fmt: skip
 
 

@@ -26,6 +26,8 @@ __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
 
 # Options whose values are files, and so relative to the jobs file.
 PATHS = ("eval-text", "imatrix", "plan")
+# Those that stand in the command line as they are.
+WORDS = ("budget", "budget-memory", "device", "prune", "context", "seed", "threads")
 GLOB = "*?["
 
 
@@ -54,10 +56,9 @@ class BatchJob:
     def settings(self, output: Path) -> BuildSettings:
         """What ``build`` is asked for."""
         options = self.options
-        paths = {key.replace("-", "_"): Path(options[key]) for key in PATHS if key in options}
-        words = {
-            key.replace("-", "_"): options[key]
-            for key in ("budget", "budget-memory", "device", "prune", "context", "seed", "threads")
+        words: dict[str, Any] = {
+            key.replace("-", "_"): Path(options[key]) if key in PATHS else options[key]
+            for key in (*PATHS, *WORDS)
             if key in options
         }
         return BuildSettings(
@@ -70,7 +71,6 @@ class BatchJob:
             allow_dense=options.get("allow-dense", False),
             verify=options.get("verify", True),
             hub={"revision": self.revision or None},
-            **paths,
             **words,
         )
 
@@ -94,11 +94,10 @@ def arguments(settings: BuildSettings) -> list[str]:
         words += ["--set", override]
     for text in settings.calibration:
         words += ["--calibration", str(text)]
-    for key in ("eval_text", "imatrix", "plan", "budget", "budget_memory", "device", "prune",
-                "context", "seed"):  # fmt: skip
-        value = getattr(settings, key)
-        if value not in (None, ""):
-            words += [f"--{key.replace('_', '-')}", str(value)]
+    for key in (*PATHS, *WORDS):
+        value = getattr(settings, key.replace("-", "_"))
+        if value not in (None, "", 0) or (key == "seed" and value == 0):
+            words += [f"--{key}", str(value)]
     if settings.allow_dense:
         words.append("--allow-dense")
     if not settings.verify:
@@ -163,7 +162,9 @@ def check(document: Mapping[str, Any], source: str) -> None:
 def every_options(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """All mappings of options in a file."""
     sections = [document, *document["models"], *document.get("overrides", ())]
-    yield from (part["options"] for part in sections if isinstance(part, dict) and "options" in part)
+    yield from (
+        part["options"] for part in sections if isinstance(part, dict) and "options" in part
+    )
 
 
 def expand(document: Mapping[str, Any], home: Path) -> Iterator[BatchJob]:
