@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    ci_options,
     device_names,
     eval_option,
     format_option,
@@ -65,6 +66,7 @@ from compress.errors import UsageError
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@ci_options
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
@@ -75,6 +77,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
@@ -106,6 +109,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
         verify=not options["no_verify"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.build(settings, SHIPYARD, console)
