@@ -19,6 +19,7 @@ HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens
 
 def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
     """The table, the verdict and where things are."""
+    console.end()
     console.result(report)
     console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
     if tasks := task_rows(report):
