@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
      "compress.machine", "compress.safetensors_file"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
+     "compress.remote",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
      "compress.calibration_texts", "compress.calibration_set", "compress.sources",
