@@ -112,6 +112,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         chosen.print(console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    settings.ci_files.check(output)
     if settings.save_checkpoint:
         check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
@@ -146,6 +147,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         write_checksums(folder)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
+    settings.ci_files.write(report)
     finish(report, output, console)
     return 1 if report["verdict"] == "failed" else 0
 
@@ -153,6 +155,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
     console.begin("read headers")
+    settings.ci_files.check(settings.artifact)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
@@ -183,6 +186,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    settings.ci_files.write(report)
     finish(report, None, console)
     return 1 if report["verdict"] == "failed" else 0
 

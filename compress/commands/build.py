@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    ci_options,
     device_names,
     eval_option,
     format_option,
@@ -67,6 +68,7 @@ from compress.errors import UsageError
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
 @progress_option
+@ci_options
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
@@ -81,6 +83,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     )
     console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
@@ -111,6 +114,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
         verify=not options["no_verify"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.build(settings, SHIPYARD, console)

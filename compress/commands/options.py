@@ -27,6 +27,19 @@ def output_options(command: F) -> F:
     return command
 
 
+def ci_options(command: F) -> F:
+    """``--junit`` and ``--summary``: what a CI job shows of a result."""
+    for option in (
+        click.option("--summary", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Append the table and the verdict as Markdown, e.g. to "
+                          "$GITHUB_STEP_SUMMARY."),
+        click.option("--junit", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Write the gates as JUnit XML."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def hub_options(command: F) -> F:
     """Where a Hub id is looked up; ``HF_*`` variables are honoured too."""
     for option in (

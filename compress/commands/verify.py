@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    ci_options,
     eval_option,
     hub_of,
     hub_options,
@@ -33,6 +34,7 @@ from compress.commands.options import (
               help="Tokens in a window.")  # fmt: skip
 @threads_option
 @progress_option
+@ci_options
 @hub_options
 @output_options
 def verify(artifact: Path, **options: Any) -> int:
@@ -43,6 +45,7 @@ def verify(artifact: Path, **options: Any) -> int:
     )
     console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
@@ -55,6 +58,7 @@ def verify(artifact: Path, **options: Any) -> int:
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.verify(settings, SHIPYARD, console)
