@@ -35,15 +35,27 @@ NOT_BEGUN, AT_END = -1.0, math.inf
 LOOK_UP = 0.5  # seconds; a signal that another thread was given wakes the main one no sooner
 
 
-def in_lockstep(sources: Sequence[Source], write: Callable[[int, Source], T]) -> list[T]:
-    """``[write(0, source), write(1, source), …]``, all in step.
+def in_lockstep(
+    sources: Sequence[Source],
+    write: Callable[[int, Source], T],
+    let_go: Callable[[int], None] = lambda index: None,
+) -> list[T]:
+    """``[write(0, source), write(1, source), …]``, all in step; one alone is just called.
 
-    Each ``write`` is called once, in a thread of its own, with its index and with its source as one
-    that waits for the others. The first exception that one of them raises is raised here, after the
-    others were ended; so is an interruption of the caller. A writer is ended by an exception at the
-    next weight that it asks for, so ``finally`` clauses are at work as usual.
+    Args:
+        sources: the weights of each target.
+        write: called once for each, in a thread of its own, with its index and with its source as
+            one that waits for the others.
+        let_go: called with the index of one that others need the room of: it waits, or is done.
+
+    Raises:
+        BaseException: the first that one of them raises, or an interruption of the caller, after
+            all were ended. They are ended by an exception out of the source when they ask for a
+            weight, so that their ``finally`` clauses are at work as usual.
     """
-    relay = Relay(len(sources))
+    if len(sources) == 1:
+        return [write(0, sources[0])]
+    relay = Relay(len(sources), let_go)
     results: dict[int, T] = {}
 
     def run(index: int) -> None:
@@ -99,11 +111,16 @@ class Relay:
     The baton is a lock for each runner, free when it is that runner's turn: taking it is waiting,
     and only who runs frees another's.
 
+    Args:
+        count: of runners.
+        let_go: called with one who is going to wait, or has come to the end.
+
     Attributes:
         error: the first that a runner ended with.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, let_go: Callable[[int], None]) -> None:
+        self._let_go = let_go
         self.error: BaseException | None = None
         self._reached = [NOT_BEGUN] * count  # the group that each runner is at
         self._turns = [held_lock() for _ in range(count)]
@@ -136,8 +153,9 @@ class Relay:
         """
         if group > self._reached[runner]:
             self._reached[runner] = group
-            next_one = self._furthest_behind(runner)
+            next_one = self._furthest_behind()
             if next_one != runner:
+                self._let_go(runner)
                 self._turns[next_one].release()
                 self._turns[runner].acquire()
         if self._ended:
@@ -151,22 +169,22 @@ class Relay:
         try:
             if not self._ended:
                 work(runner)
+                self._let_go(runner)
         except Ended:
             pass
         except BaseException as error:
             self._ended = True
             self.error = self.error or error
         self._reached[runner] = AT_END
-        next_one = self._furthest_behind(runner)
+        next_one = self._furthest_behind()
         if self._reached[next_one] == AT_END:
             self._over.release()
         else:
             self._turns[next_one].release()
 
-    def _furthest_behind(self, runner: int) -> int:
-        """Who shall run next; the one who runs if no other is further behind."""
-        runners = range(len(self._reached))
-        return min(runners, key=lambda other: (self._reached[other], other != runner))
+    def _furthest_behind(self) -> int:
+        """Who shall run next: of several that are at the same group, the first."""
+        return min(range(len(self._reached)), key=self._reached.__getitem__)
 
     def _wait(self) -> None:
         while not self._over.acquire(timeout=LOOK_UP):

@@ -15,9 +15,9 @@ from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
 from compress.model import Plan, Weights
 from compress.propagation import PropagatedWeights
-from compress.pruning.sparse import MASK_NEEDS, Sparsified
+from compress.pruning.sparse import Sparsified
 from compress.pruning.zeros import method_of, pattern_for
-from compress.solvers import NEEDS, get_solver
+from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import Statistics
 
@@ -62,16 +62,6 @@ def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
     return inputs
 
 
-def holds_moments(calibration: CalibrationStep) -> bool:
-    """Whether a target that is being written keeps second moments of inputs in memory, hundreds of
-    megabytes of a large model: only one target at a time should then.
-    """
-    job = calibration.job
-    zeros = (MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans)
-    solver = job.recipe.solver
-    return "hessian" in (NEEDS.get(solver), *zeros) or job.recipe.folds or calibration.propagates
-
-
 def thin(plan: Plan, inputs: TargetInputs, method: str) -> TargetInputs:
     """The source with the zeros that the plan's settings ask for."""
     pattern = pattern_for(plan.settings)
@@ -99,6 +89,7 @@ def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> Targ
             length=len(calibration.windows()[0]),
             progress=update,
         )
+    inputs.statistics.forget()  # from here on by the folded ones
     return TargetInputs(
         Folded(inputs.source, found.folds),
         fold_statistics(config, inputs.statistics, found.folds),

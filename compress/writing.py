@@ -1,4 +1,4 @@
-"""Writing the artifacts of a build: what each is made of, and all of them together."""
+"""Writing the artifacts of a build, each from its own weights and all beside each other."""
 
 from __future__ import annotations
 
@@ -14,55 +14,68 @@ from compress.job import Job
 from compress.lockstep import in_lockstep
 from compress.model import Artifact, Plan, Progress, Shipyard
 from compress.sources import Source
-from compress.target_step import TargetInputs, holds_moments, prepare_target, target_weights
+from compress.target_step import prepare_target, target_weights
+
+__all__ = ["write_artifacts"]
 
 
 def write_artifacts(
     calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
 ) -> list[Artifact]:
-    """Write every target into ``folder/<format>/``, streaming from its source; in lockstep
-    (``compress.lockstep``) where none keeps anything large in memory.
+    """Write every target into ``folder/<format>/``, streaming from its source.
+
+    All go together, unless each has to carry the hidden states of the calibration texts through
+    its own quantized blocks: those are large, and so is the work beside that of reading.
     """
     plans = calibration.job.plans
-    if len(plans) > 1 and not holds_moments(calibration):
-        inputs = [prepare_target(plan, calibration) for plan in plans]
-        formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
-        with console.progress(f"write {formats}") as update:
-            updates = added_up(update, [plan.weights_bytes for plan in plans])
-
-            def write(index: int, source: Source) -> Artifact:
-                target = replace(inputs[index], source=source)
-                args = plans[index], target, calibration, shipyard, folder
-                return write_target(*args, updates[index])
-
-            artifacts = in_lockstep([target.source for target in inputs], write)
-    else:
-        artifacts = []
-        for plan in plans:
-            target = prepare_target(plan, calibration)
-            with console.progress(f"write {plan.format} {plan.type_name}") as update:
-                args = plan, target, calibration, shipyard, folder
-                artifacts.append(write_target(*args, update))
-    for artifact in artifacts:
-        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
+    groups = [(plan,) for plan in plans] if calibration.propagates else [plans]
+    artifacts: list[Artifact] = []
+    for group in groups:
+        artifacts += write_together(group, calibration, shipyard, folder, console)
     return artifacts
 
 
-def write_target(
-    plan: Plan,
-    inputs: TargetInputs,
+def write_together(
+    plans: Sequence[Plan],
     calibration: CalibrationStep,
     shipyard: Shipyard,
     folder: Path,
-    update: Progress,
-) -> Artifact:
-    """Write one target into ``folder/<format>/``."""
-    target = folder / target_folder(plan, calibration.job)
-    target.mkdir()
-    with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-        weights = target_weights(plan, inputs, calibration, Path(work))
-        artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
-    return replace(artifact, notes=artifact.notes + inputs.notes + weights.notes())
+    console: Console,
+) -> list[Artifact]:
+    """Write some targets in lockstep (``compress.lockstep``), or one as it is."""
+    inputs = [prepare_target(plan, calibration) for plan in plans]
+    formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
+    what = formats if len(plans) > 1 else f"{formats} {plans[0].type_name}"
+    with (
+        tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
+        console.progress(f"write {what}") as update,
+    ):
+        weights = [
+            target_weights(plan, mine, calibration, Path(work))
+            for plan, mine in zip(plans, inputs, strict=True)
+        ]
+        updates = added_up(update, [plan.weights_bytes for plan in plans])
+
+        def write(index: int, source: Source) -> Artifact:
+            plan, pulled = plans[index], weights[index]
+            pulled.source = source
+            target = folder / target_folder(plan, calibration.job)
+            target.mkdir()
+            artifact = shipyard.get_exporter(plan.format).write(
+                plan, pulled, target, updates[index]
+            )
+            notes = artifact.notes + inputs[index].notes + pulled.notes()
+            return replace(artifact, notes=notes)
+
+        def let_go(index: int) -> None:
+            statistics = inputs[index].statistics
+            if statistics is not None:
+                statistics.forget()
+
+        artifacts = in_lockstep([mine.source for mine in inputs], write, let_go)
+    for artifact in artifacts:
+        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
+    return artifacts
 
 
 def added_up(update: Progress, totals: Sequence[int]) -> list[Progress]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiny
 from commands import packlight, refused
 from test_interrupts import interrupted
 
+from compress import statistics
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.console import Console
@@ -23,6 +25,7 @@ from compress.job import describe_model, prepare
 from compress.lockstep import in_lockstep
 from compress.recipe import load
 from compress.sources import Source, Stored
+from compress.statistics import LayerStats, input_names
 from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
@@ -32,6 +35,7 @@ CALIBRATED = (
     "calibration.tokens=256",
     "calibration.sequence_length=64",
 )
+GPTQ = ("quantize.solver=gptq", *CALIBRATED[1:])
 
 
 class SmallMemory(Checkpoint):
@@ -108,9 +112,16 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
         CALIBRATED,
         ("targets.coreml.grid=lut4-g8", "targets.coreml.rotate=r1r2"),
         ("targets.onnx.embedding_bits=8",),
-        ("quantize.solver=gptq", *CALIBRATED[1:], "calibration.propagate=quantized"),
+        GPTQ,
+        (*GPTQ, "calibration.propagate=quantized"),
+        (
+            *CALIBRATED[:1],
+            "calibration.tokens=512",
+            "calibration.sequence_length=32",
+            "quantize.fold=awq",
+        ),
     ],
-    ids=["plain", "calibrated", "rotated", "tied head apart", "propagated"],
+    ids=["plain", "calibrated", "rotated", "tied head apart", "gptq", "propagated", "folded"],
 )
 def test_the_bytes_are_those_of_builds_of_one_target(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
@@ -121,6 +132,26 @@ def test_the_bytes_are_those_of_builds_of_one_target(settings, tmp_path, monkeyp
         mine = tuple(s for s in settings if not s.startswith("targets.") or name in s)
         apart |= write(Checkpoint.open(model), tmp_path / name, (name,), *mine)
     assert together == apart
+
+
+def test_targets_that_wait_hold_no_hessian(tmp_path, monkeypatch):
+    """Whatever a statistic is read for, it is let go before another one is."""
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    read: list[weakref.ref[LayerStats]] = []
+    still_there: list[int] = []
+
+    def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
+        still_there.append(sum(one() is not None for one in read))
+        found = statistics.read(path, key, hessian=hessian)
+        assert found is not None and found.hessian is not None
+        read.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(statistics, "load", load)
+    checkpoint = Checkpoint.open(tiny.make("llama", tmp_path / "model"))
+    write(checkpoint, tmp_path / "out", FORMATS, *GPTQ)
+    inputs = len(list(input_names(describe_model(checkpoint))))
+    assert still_there == [0] * (3 * inputs)
 
 
 # --- the relay --------------------------------------------------------------------------------
