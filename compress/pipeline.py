@@ -35,7 +35,7 @@ from compress.job import (
     read_license,
     window_length,
 )
-from compress.machine import available_memory
+from compress.machine import available_memory, use_threads
 from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder, write_checksums
 from compress.plan_file import print_plan
@@ -60,6 +60,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         PacklightError: it could not be done; nothing was left behind.
     """
     console.begin("plan")
+    use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
@@ -156,6 +157,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
     console.begin("read headers")
     settings.ci_files.check(settings.artifact)
+    use_threads(settings.threads)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
