@@ -17,6 +17,7 @@ from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
+from compress.checksums import write_checksums
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import CheckpointError, UsageError
@@ -37,7 +38,7 @@ from compress.job import (
 )
 from compress.machine import available_memory
 from compress.model import Artifact, Plan, Shipyard
-from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.output import check_disk, check_output, work_folder
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
@@ -49,6 +50,7 @@ from compress.summary import finish
 from compress.target_step import prepare_target, target_weights
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
+from compress.verify.against import Previous
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
 
@@ -66,6 +68,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     looks = measures or settings.plan is not None
     importance.check(recipe, settings.calibration, measures=looks)
     limits = gates.parse(recipe.gates)
+    previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
     if settings.source:
@@ -117,6 +120,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    if previous and scorer:
+        previous.check_text(text_name(settings.eval_text), scorer.windows)
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
@@ -138,6 +143,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         if chosen.curve:
             report["curve"] = curve_rows(chosen.curve, report["artifacts"])
         report["notes"] += [*(pruned.notes if pruned else ()), *pruned_notes, *calibration.notes()]
+        if previous:
+            previous.apply(report, console)
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
@@ -150,6 +157,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    previous = Previous.read(settings.against, settings.max_regression)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
     found = find_artifacts(settings.artifact)
@@ -174,11 +182,15 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
     scorer = Scorer(job, text, settings.threads, console, tasks)
+    if previous:
+        previous.check_text(text_name(settings.eval_text), scorer.windows)
     verified = scorer.verify(artifacts, shipyard, None)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    if previous:
+        previous.apply(report, console)
     finish(report, None, console)
     return 1 if report["verdict"] == "failed" else 0
 
@@ -202,6 +214,11 @@ def read_text(path: Path | None) -> str:
     if not text.strip():
         raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
     return text
+
+
+def text_name(path: Path | None) -> str:
+    """How reports call a text to score on."""
+    return path.name if path else "built-in"
 
 
 def write_artifacts(
@@ -343,7 +360,7 @@ def make_report(
         bytes=job.checkpoint.nbytes,
         dtype=", ".join(dtypes),
         runtime=scorer.runtime if scorer else "",
-        text=eval_text.name if eval_text else "built-in",
+        text=text_name(eval_text),
         speed=scorer.speed if scorer else None,
     )
     return build_report(
