@@ -9,11 +9,13 @@ import click
 
 from compress.commands.options import (
     against_option,
+    ci_options,
     eval_option,
     hub_of,
     hub_options,
     make_console,
     output_options,
+    progress_option,
     regression_option,
     threads_option,
 )
@@ -39,17 +41,19 @@ from compress.errors import UsageError
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@progress_option
+@ci_options
 @hub_options
 @output_options
 def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
-    from compress import checksums, pipeline
-    from compress.settings import VerifySettings
-    from exporters import SHIPYARD
-
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
     if options["checksums"]:
+        from compress import checksums
+
         whole = checksums.verify(artifact, console)
         if not whole or not options["baseline"]:
             return 0 if whole else 1
@@ -58,6 +62,12 @@ def verify(artifact: Path, **options: Any) -> int:
             "--baseline is missing: the checkpoint that ARTIFACT was made from",
             hint="or --checksums, which only looks at the files",
         )
+    console.begin("load libraries")  # takes seconds
+    from compress import pipeline
+    from compress.ci_files import CiFiles
+    from compress.settings import VerifySettings
+    from exporters import SHIPYARD
+
     settings = VerifySettings(
         artifact=artifact,
         baseline=options["baseline"],
@@ -69,6 +79,7 @@ def verify(artifact: Path, **options: Any) -> int:
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.verify(settings, SHIPYARD, console)
