@@ -20,9 +20,8 @@ FLOORS: list[set[str]] = [
     {"compress.errors", "compress.interrupts", "compress.markdown",
      "compress.progress"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
-     "compress.machine", "compress.safetensors_file"},
+     "compress.machine", "compress.cache", "compress.remote", "compress.safetensors_file"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
-     "compress.remote",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
      "compress.calibration_texts", "compress.calibration_set", "compress.sources",
@@ -35,10 +34,10 @@ FLOORS: list[set[str]] = [
      "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor"},
+    {"compress.inspection", "compress.doctor", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
-    {"compress.cli", "compress.__main__"},
+    {"compress.cli", "compress.__main__", "compress.batch.child"},
 ]  # fmt: skip
 
 
