@@ -41,7 +41,8 @@ def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: st
     found: list[tuple[int, int, list[Step]]] = []
     for index, (plan, source) in enumerate(zip(plans, weights, strict=True)):
         costs: dict[str, float] = {}
-        part, steps = -1, []
+        part = -1
+        steps: list[Step] = []
         for entry in plan.entries:
             reached = part_of(source, entry, part)
             if reached != part:

@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
      "compress.calibration_step", "compress.walk", "compress.target_step",
      "compress.propagation", "compress.summary", "compress.junit", "compress.ci_files",
-     "compress.pruning", "compress.save"},
+     "compress.pace", "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor", "compress.batch"},
