@@ -35,6 +35,7 @@ from compress.job import (
 )
 from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder
+from compress.pace import expected_steps
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
@@ -207,12 +208,13 @@ def write_artifacts(
         inputs = prepare_target(plan, calibration)
         target = folder / target_folder(plan, calibration.job)
         target.mkdir()
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(f"write {plan.format} {plan.type_name}") as update,
-        ):
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
             weights = target_weights(plan, inputs, calibration, Path(work))
-            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
+            label = f"write {plan.format} {plan.type_name}"
+            console.begin(f"{label}: estimate")
+            steps = expected_steps([plan], [weights], calibration.job.recipe.solver)
+            with console.progress(label, "bytes", steps) as update:
+                artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()
         artifacts.append(replace(artifact, notes=notes))
