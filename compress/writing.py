@@ -13,6 +13,7 @@ from compress.console import Console, format_bytes
 from compress.job import Job
 from compress.lockstep import in_lockstep
 from compress.model import Artifact, Plan, Progress, Shipyard
+from compress.pace import expected_steps
 from compress.sources import Source
 from compress.target_step import prepare_target, target_weights
 
@@ -45,25 +46,19 @@ def write_together(
     """Write some targets in lockstep (``compress.lockstep``), or one as it is."""
     inputs = [prepare_target(plan, calibration) for plan in plans]
     formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
-    what = formats if len(plans) > 1 else f"{formats} {plans[0].type_name}"
-    with (
-        tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-        console.progress(f"write {what}") as update,
-    ):
+    label = f"write {formats}" if len(plans) > 1 else f"write {formats} {plans[0].type_name}"
+    with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
         weights = [
             target_weights(plan, mine, calibration, Path(work))
             for plan, mine in zip(plans, inputs, strict=True)
         ]
-        updates = added_up(update, [plan.weights_bytes for plan in plans])
 
         def write(index: int, source: Source) -> Artifact:
-            plan, pulled = plans[index], weights[index]
+            plan, pulled, tell = plans[index], weights[index], updates[index]
             pulled.source = source
             target = folder / target_folder(plan, calibration.job)
             target.mkdir()
-            artifact = shipyard.get_exporter(plan.format).write(
-                plan, pulled, target, updates[index]
-            )
+            artifact = shipyard.get_exporter(plan.format).write(plan, pulled, target, tell)
             notes = artifact.notes + inputs[index].notes + pulled.notes()
             return replace(artifact, notes=notes)
 
@@ -72,7 +67,11 @@ def write_together(
             if statistics is not None:
                 statistics.forget()
 
-        artifacts = in_lockstep([mine.source for mine in inputs], write, let_go)
+        console.begin(f"{label}: estimate")
+        steps = expected_steps(plans, weights, calibration.job.recipe.solver)
+        with console.progress(label, "bytes", steps) as update:
+            updates = added_up(update, [plan.weights_bytes for plan in plans])
+            artifacts = in_lockstep([mine.source for mine in inputs], write, let_go)
     for artifact in artifacts:
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
     return artifacts
