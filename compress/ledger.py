@@ -1,5 +1,5 @@
-"""What is written of one target: its finished tensors, a line each, so that a build that was cut off
-goes on behind them.
+"""What is written of one target: its finished tensors, a line each, so that a build that was cut
+off goes on behind them.
 
 A line is appended when the tensor's bytes are in the target's file. What a process wrote outlives
 it, even after kill -9; it need not outlive the machine. So the file is synced every few seconds,
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "has_finished"]
 
 SYNC_EVERY = 5.0  # seconds of work that a loss of power may cost
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere every start is taken for new
@@ -107,6 +107,11 @@ class Ledger:
         if self._path is not None:
             with self._path.open("ab", buffering=0) as stream:
                 stream.write(json.dumps(row).encode() + b"\n")
+
+
+def has_finished(path: Path) -> bool:
+    """Whether a ledger's file tells of any tensor."""
+    return any("done" in row for row, _ in read_lines(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[Row, int]]:

@@ -12,16 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import ledger
 from compress.config_json import json_or_empty, write_json
 from compress.console import format_bytes
 from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
-
 
 STATE = "state"
 
@@ -143,24 +143,40 @@ class Resume:
         """
         record = partial / STATE / "build.json"
         known = json_or_empty(record)
-        finished = list((partial / STATE).glob("*.ledger"))
         if self.wanted and known and known != self.identity:
             raise UsageError(
                 f"{partial.name} is of another build: {difference(known, self.identity)}",
-                hint="the same options again; or without --resume, and --overwrite to begin afresh",
+                hint="the same options again, or leave --resume out to begin afresh",
             )
+        ledgers = list((partial / STATE).glob("*.ledger"))
+        finished = any(ledger.has_finished(path) for path in ledgers)
         if not self.wanted and not self.afresh and known == self.identity and finished:
             raise UsageError(
                 f"{partial.name} holds what an interrupted build has finished",
                 hint="--resume to continue it, --overwrite to begin afresh",
             )
-        if not self.wanted or not known:
-            shutil.rmtree(partial, ignore_errors=True)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        if not known or not self.wanted:
-            whole = record.with_suffix(".partial")
-            write_json(whole, self.identity)
-            whole.replace(record)
+        if self.wanted and known:
+            clear(partial, {record, partial / "new", *ledgers})
+            clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        record.parent.mkdir(parents=True)
+        whole = record.with_suffix(".partial")
+        write_json(whole, self.identity)
+        whole.replace(record)
+
+
+def clear(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what is in a folder but these, and what is in them."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path in kept:
+            continue
+        if any(path in other.parents for other in kept):
+            clear(path, kept)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ class BuildSettings:
     threads: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    resume: bool = False
     verify: bool = True
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)

@@ -103,9 +103,7 @@ class LazyConstants:
             inputs = {"mask": mask, "nonzero_data": values}
         return self._mb.constexpr_sparse_to_dense(**inputs, name=entry.target_name)
 
-    def _constant(
-        self, name: str, part: Part, make: Callable[[], Array], weight: str = ""
-    ) -> Var:
+    def _constant(self, name: str, part: Part, make: Callable[[], Array], weight: str = "") -> Var:
         if name not in self._vars:
             self._vars[name] = self._mb.const(val=self._hollow(part), name=name)
             self._fills[name] = (part, make)

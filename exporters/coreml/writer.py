@@ -250,9 +250,7 @@ class CoreMLTools:
             "uint8": np.dtype(np.uint8),
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
 
-    def blob_file(
-        self, path: Path, weights: Weights, written: Callable[[int], None]
-    ) -> BlobFile:
+    def blob_file(self, path: Path, weights: Weights, written: Callable[[int], None]) -> BlobFile:
         """A ``weight.bin`` to append to."""
         return BlobFile(self._blob_writer, path, weights, written)
 
