@@ -67,6 +67,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
+    console.begin("plan")
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
@@ -114,10 +115,12 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
             chosen = choose(CalibrationStep(job, importance, shipyard, console, settings.threads))
+        console.end()
         print_plan(chosen.job, console, chosen.budgets)
         chosen.print(console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    settings.ci_files.check(output)
     if settings.save_checkpoint:
         check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
@@ -146,6 +149,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             write_json(folder / name, document)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
+        console.begin("write the report")  # and checksums of all that was written
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if chosen.curve:
             report["curve"] = curve_rows(chosen.curve, report["artifacts"])
@@ -155,12 +159,15 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         write_checksums(folder)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
+    settings.ci_files.write(report)
     finish(report, output, console)
     return 1 if report["verdict"] == "failed" else 0
 
 
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
+    console.begin("read headers")
+    settings.ci_files.check(settings.artifact)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
@@ -191,6 +198,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    settings.ci_files.write(report)
     finish(report, None, console)
     return 1 if report["verdict"] == "failed" else 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import Checkpoint
+from compress.ci_files import CiFiles
 from compress.pruning.options import prune_option
 
 __all__ = ["BuildSettings", "VerifySettings", "command_line", "recipe_overrides"]
@@ -48,6 +49,7 @@ class BuildSettings:
     overwrite: bool = False
     resume: bool = False
     verify: bool = True
+    ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,6 +66,7 @@ class VerifySettings:
     windows: int = 16
     sequence_length: int = 512
     threads: int = 0
+    ci_files: CiFiles = field(default_factory=CiFiles)
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,7 +1,8 @@
 """The command line in processes that can be killed: one loads its libraries and forks for each
 command line that it reads (a JSON list), so that a build starts at once.
 
-Says the child's pid, then its exit status (-9: killed). Its stderr goes to the file named first.
+Says the child's pid and, after another line, its exit status (-9: killed). What the child says goes
+to the file named first.
 """
 
 from __future__ import annotations
@@ -10,22 +11,18 @@ import json
 import os
 import sys
 
+LIBRARIES = (
+    "coremltools", "gguf", "numba", "onnx_ir", "onnxruntime", "tokenizers", "torch",
+    "compress.pipeline", "compress.solvers.scale_search", "exporters.coreml.writer",
+    "exporters.gguf.writer", "exporters.onnx.writer", "exporters.onnx.graph",
+)  # fmt: skip
+
 
 def main() -> None:
-    import coremltools
-    import gguf
-    import numba
-    import onnx_ir
-    import onnxruntime
-    import tokenizers
-    import torch
-    import transformers
 
-    from compress import cli, interrupts, pipeline
-    from compress.solvers import scale_search
-    from exporters import SHIPYARD
+    from compress import cli, interrupts
 
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         log, *arguments = json.loads(line)
         child = os.fork()
         if child == 0:
@@ -38,6 +35,7 @@ def main() -> None:
             finally:
                 os._exit(code)
         print(child, flush=True)
+        sys.stdin.readline()  # until then the pid is the child's own, even if it has ended
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -17,10 +17,12 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors", "compress.interrupts"},
+    {"compress.errors", "compress.interrupts", "compress.markdown",
+     "compress.progress"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
      "compress.machine", "compress.safetensors_file", "compress.ledger"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
+     "compress.remote",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
      "compress.calibration_texts", "compress.calibration_set", "compress.sources",
@@ -29,15 +31,15 @@ FLOORS: list[set[str]] = [
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
      "compress.calibration_step", "compress.walk", "compress.target_step",
-     "compress.propagation", "compress.summary",
+     "compress.propagation", "compress.summary", "compress.junit", "compress.ci_files",
      "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.resume"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor"},
+    {"compress.inspection", "compress.doctor", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
-    {"compress.cli", "compress.__main__"},
+    {"compress.cli", "compress.__main__", "compress.batch.child"},
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    ci_options,
     device_names,
     eval_option,
     format_option,
@@ -15,6 +16,7 @@ from compress.commands.options import (
     hub_options,
     make_console,
     output_options,
+    progress_option,
     recipe_option,
     set_option,
     threads_option,
@@ -68,6 +70,8 @@ from compress.errors import UsageError
               help="Continue what this build left when it was cut off; keep it if that happens "
                    "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@progress_option
+@ci_options
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
@@ -77,11 +81,15 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     packlight build ./my-checkpoint -o out
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     budget = any(options[key] for key in ("budget", "budget_memory", "device"))
     if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
         raise UsageError("a budget, --sweep and --plan exclude each other")
@@ -110,6 +118,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overwrite=options["overwrite"],
         resume=options["resume"],
         verify=not options["no_verify"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.build(settings, SHIPYARD, console)
@@ -124,12 +133,13 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 @output_options
 def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.demo import model_path
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = BuildSettings(
         model=str(model_path()),
         source="packlight-demo",

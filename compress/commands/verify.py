@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    ci_options,
     eval_option,
     hub_of,
     hub_options,
     make_console,
     output_options,
+    progress_option,
     threads_option,
 )
 
@@ -31,16 +33,22 @@ from compress.commands.options import (
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@progress_option
+@ci_options
 @hub_options
 @output_options
 def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = VerifySettings(
         artifact=artifact,
         baseline=options["baseline"],
@@ -50,6 +58,7 @@ def verify(artifact: Path, **options: Any) -> int:
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.verify(settings, SHIPYARD, console)
