@@ -45,6 +45,7 @@ from compress.output import (
     work_folder,
     write_checksums,
 )
+from compress.pace import expected_steps
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
@@ -234,14 +235,15 @@ def write_artifacts(
         target = folder / target_folder(plan, calibration.job)
         target.mkdir(exist_ok=True)
         ledger = state_folder(folder) / f"{target.name}.ledger"
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(f"write {plan.format} {plan.type_name}") as update,
-        ):
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
             weights = target_weights(plan, inputs, calibration, Path(work), ledger)
             if weights.ledger:
                 console.detail(f"{target.name}: {len(weights.ledger)} arrays were written before")
-            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
+            label = f"write {plan.format} {plan.type_name}"
+            console.begin(f"{label}: estimate")
+            steps = expected_steps([plan], [weights], calibration.job.recipe.solver)
+            with console.progress(label, "bytes", steps) as update:
+                artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()
         artifacts.append(replace(artifact, notes=notes))

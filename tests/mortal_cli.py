@@ -38,6 +38,8 @@ def fork(log: str, arguments: list[str]) -> int:
     try:
         interrupts.install()
         code = run(log, arguments)
+    except SystemExit as ending:
+        code = int(ending.code or 0)
     finally:
         os._exit(code)
 

@@ -75,7 +75,7 @@ from compress.errors import UsageError
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
-    """Make verified artifacts from MODEL, a local folder or a Hub id.
+    """Make verified artifacts from MODEL, a local folder, a Hub id or a URL.
 
     \b
     packlight build ./my-checkpoint -o out
