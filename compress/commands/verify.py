@@ -10,6 +10,7 @@ import click
 from compress.commands.options import (
     ci_options,
     eval_option,
+    gate_option,
     hub_of,
     hub_options,
     make_console,
@@ -25,8 +26,7 @@ from compress.commands.options import (
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Multiple-choice questions, one JSON object a line with question, choices and "
                    "answer (an index from 0); may be repeated.")  # fmt: skip
-@click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
-              help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
+@gate_option
 @click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
               help="Windows of text to score.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
