@@ -59,6 +59,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
+    console.begin("plan")
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
@@ -106,6 +107,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
             chosen = choose(CalibrationStep(job, importance, shipyard, console, settings.threads))
+        console.end()
         print_plan(chosen.job, console, chosen.budgets)
         chosen.print(console)
         return 0
@@ -135,6 +137,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             write_json(folder / name, document)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
+        console.begin("write the report")  # and checksums of all that was written
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if chosen.curve:
             report["curve"] = curve_rows(chosen.curve, report["artifacts"])
@@ -151,6 +154,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
 
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
+    console.begin("read headers")
     settings.ci_files.check(settings.artifact)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     text = read_text(settings.eval_text)

@@ -21,6 +21,7 @@ CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
     """The table, the verdict and where things are."""
+    console.end()
     console.result(report)
     console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
     if tasks := task_rows(report):

@@ -17,7 +17,8 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors", "compress.interrupts", "compress.markdown"},
+    {"compress.errors", "compress.interrupts", "compress.markdown",
+     "compress.progress"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
      "compress.machine", "compress.safetensors_file"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
@@ -34,10 +35,10 @@ FLOORS: list[set[str]] = [
      "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor"},
+    {"compress.inspection", "compress.doctor", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
-    {"compress.cli", "compress.__main__"},
+    {"compress.cli", "compress.__main__", "compress.batch.child"},
 ]  # fmt: skip
 
 

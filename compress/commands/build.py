@@ -17,6 +17,7 @@ from compress.commands.options import (
     hub_options,
     make_console,
     output_options,
+    progress_option,
     recipe_option,
     set_option,
     threads_option,
@@ -68,6 +69,7 @@ from compress.errors import UsageError
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@progress_option
 @ci_options
 @hub_options
 @output_options
@@ -78,12 +80,15 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     packlight build ./my-checkpoint -o out
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     budget = any(options[key] for key in ("budget", "budget_memory", "device"))
     if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
         raise UsageError("a budget, --sweep and --plan exclude each other")
@@ -127,12 +132,13 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 @output_options
 def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.demo import model_path
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = BuildSettings(
         model=str(model_path()),
         source="packlight-demo",

@@ -10,6 +10,7 @@ import click
 
 from compress.console import Console
 from compress.errors import UsageError
+from compress.progress import ProgressFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("gguf", "onnx", "coreml")
@@ -69,11 +70,20 @@ def device_names(*_: Any) -> list[str]:
     return list(devices())
 
 
-def make_console(as_json: bool, quiet: bool, verbose: bool) -> Console:
-    """The console that ``output_options`` ask for."""
+def make_console(
+    as_json: bool, quiet: bool, verbose: bool, progress_file: Path | None = None
+) -> Console:
+    """The console that ``output_options`` and ``progress_option`` ask for, until the command ends.
+
+    Raises:
+        UsageError: two modes at once, or a file that cannot be written.
+    """
     if as_json and quiet:
         raise UsageError("--json and --quiet exclude each other")
-    return Console("json" if as_json else "quiet" if quiet else "human", verbose)
+    mode = "json" if as_json else "quiet" if quiet else "human"
+    console = Console(mode, verbose, ProgressFile(progress_file) if progress_file else None)
+    click.get_current_context().call_on_close(console.abandon)
+    return console
 
 
 recipe_option = click.option(
@@ -99,4 +109,8 @@ threads_option = click.option(
 eval_option = click.option(
     "--eval-text", type=click.Path(path_type=Path), metavar="FILE",
     help="UTF-8 text to score on; default: a built-in held-out text.",
+)  # fmt: skip
+progress_option = click.option(
+    "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
+    help="Append how far the work is, as JSON lines for another program.",
 )  # fmt: skip

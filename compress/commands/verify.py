@@ -15,6 +15,7 @@ from compress.commands.options import (
     hub_options,
     make_console,
     output_options,
+    progress_option,
     threads_option,
 )
 
@@ -32,18 +33,22 @@ from compress.commands.options import (
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@progress_option
 @ci_options
 @hub_options
 @output_options
 def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.ci_files import CiFiles
     from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = VerifySettings(
         artifact=artifact,
         baseline=options["baseline"],
