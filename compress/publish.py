@@ -2,13 +2,14 @@
 
 Through huggingface_hub's own client: ``HF_TOKEN`` or ``hf auth login``, ``HF_ENDPOINT``,
 ``HF_HUB_OFFLINE``. What is uploaded are the files that ``SHA256SUMS`` lists, each with the digest
-that stands there, and ``SHA256SUMS``. Large files go first, and then all appear in one commit: after
-an interruption the repository is as before, and the next run uploads only what is missing.
+that stands there, and ``SHA256SUMS``. Large files go first, then all appear in one commit: after an
+interruption the repository is as before, and the next run uploads only what is missing.
 """
 
 from __future__ import annotations
 
-import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checksums import NAME, files_in, read_checksums
 from compress.config_json import read_json
 from compress.console import Console, format_bytes
-from compress.errors import ArtifactError, PacklightError, PublishError, UsageError, one_line
+from compress.errors import ArtifactError, PublishError, UsageError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -37,6 +38,7 @@ class PushSettings:
     private: bool = False
     revision: str = ""
     create_pr: bool = False
+    card: Path | None = None
     message: str = ""
     allow_failed: bool = False
     dry_run: bool = False
@@ -50,13 +52,27 @@ def push(settings: PushSettings, console: Console) -> int:
         ArtifactError: files that are not as ``SHA256SUMS`` has them.
         PublishError: the Hub cannot be reached or does not take it.
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     report = read_report(settings)
     operations = checked_operations(settings.folder, console)
+    if settings.card is not None:
+        operations = with_card(operations, settings.card)
+    elif "/" not in report["model"]["source"]:
+        console.warning(
+            f"the card's base model is {report['model']['source']}, a folder's name; "
+            "--card uploads another card"
+        )
     total = sum(operation.upload_info.size for operation in operations)
     what = f"{len(operations)} files, {format_bytes(total)}"
     url = ""
     if not settings.dry_run:
-        url = upload(settings, operations, report)
+        if console.mode != "human" or not sys.stderr.isatty():
+            disable_progress_bars()
+        with warnings.catch_warnings(record=True) as caught:
+            url = upload(settings, operations, report)
+        for warning in caught:  # what the Hub has to say about the card, among others
+            console.warning(" ".join(str(warning.message).split()))
     console.result(
         {
             "repo_id": settings.repo_id,
@@ -128,6 +144,28 @@ def checked_operations(folder: Path, console: Console) -> list[CommitOperationAd
     return [*operations, CommitOperationAdd(NAME, folder / NAME)]
 
 
+def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[CommitOperationAdd]:
+    """The same with another ``README.md``, and its digest in ``SHA256SUMS``.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    by_name = {operation.path_in_repo: operation for operation in operations}
+    try:
+        text = card.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--card {card}: {error.strerror}") from error
+    old = by_name["README.md"].upload_info.sha256.hex()
+    by_name["README.md"] = CommitOperationAdd("README.md", text)
+    new = by_name["README.md"].upload_info.sha256.hex()
+    with by_name[NAME].as_file() as stream:
+        sums = stream.read().replace(f"{old}  README.md\n".encode(), f"{new}  README.md\n".encode())
+    by_name[NAME] = CommitOperationAdd(NAME, sums)
+    return list(by_name.values())
+
+
 def upload(
     settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Mapping[str, Any]
 ) -> str:
@@ -136,15 +174,15 @@ def upload(
     Raises:
         PublishError: the Hub cannot be reached or does not take it.
     """
-    import requests
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
     api = HfApi(library_name="packlight", library_version=report["tool"]["version"])
     try:
         return commit(api, settings, operations, report)
-    # What the client raises: HTTP errors, a name that is none or a card that the Hub refuses
-    # (ValueError), a large file that did not get through (RuntimeError around an HTTP error).
-    except (requests.RequestException, errors.OfflineModeIsEnabled, ValueError, RuntimeError) as error:
+    # What the client raises: HTTP and connection errors (OSErrors), a name that is none or a card
+    # that the Hub refuses (ValueError), a large file that did not get through (RuntimeError around
+    # an HTTP error).
+    except (OSError, ValueError, RuntimeError) as error:
         raise explain(error, settings) from error
 
 
@@ -171,47 +209,33 @@ def commit(
     return done.pr_url or str(done.commit_url)
 
 
-def explain(error: Exception, settings: PushSettings) -> PacklightError:
+# Status → what the Hub says with it, and what to do.
+ANSWERS = {
+    401: ("the Hub does not accept the token", "set HF_TOKEN, or hf auth login"),
+    403: ("the token may not write there", "a token with write access to that account"),
+    404: ("the Hub has no such account, repository or branch", "check the name"),
+}
+AGAIN = "run it again; what was uploaded is not uploaded twice"
+
+
+def explain(error: Exception, settings: PushSettings) -> PublishError:
     """One clear line for what the client raised."""
     import requests
     from huggingface_hub import errors, get_token
 
-    where = settings.repo_id
-    cause = error.__cause__ if isinstance(error, RuntimeError) else error
-    if isinstance(error, errors.OfflineModeIsEnabled) or is_offline():
-        return PublishError(f"cannot push to {where}: HF_HUB_OFFLINE is set", hint="unset it")
-    if isinstance(cause, requests.ConnectionError | requests.Timeout):
-        return PublishError(
-            f"cannot push to {where}: no connection to the Hub",
-            hint="run it again; what was uploaded is not uploaded twice",
-        )
-    response = getattr(cause, "response", None)
-    if response is None:
-        return PublishError(f"cannot push to {where}: {one_line(error)}")
-    status = response.status_code
-    if status == 401:
-        known = "the Hub does not accept the token" if get_token() else "no token was found"
-        return PublishError(f"cannot push to {where}: {known}", hint="set HF_TOKEN, or hf auth login")
-    if status == 403:
-        return PublishError(
-            f"cannot push to {where}: the token may not write there",
-            hint="a token with write access to that account",
-        )
-    if status == 404:
-        revision = f" or no branch {settings.revision}" if settings.revision else ""
-        return PublishError(
-            f"cannot push to {where}: the Hub has no such account or repository{revision}",
-            hint="check the name; USER/NAME or ORGANIZATION/NAME",
-        )
-    if status >= 500 or status == 429:
-        file = f" ({error})" if error is not cause else ""
-        return PublishError(
-            f"cannot push to {where}: the Hub answered {status}{file}",
-            hint="run it again; what was uploaded is not uploaded twice",
-        )
-    return PublishError(f"cannot push to {where}: {one_line(cause or error)}")
-
-
-def is_offline() -> bool:
-    """Whether the user forbade the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        why, hint = "HF_HUB_OFFLINE is set", "unset it"
+    elif isinstance(cause, requests.ConnectionError | requests.Timeout):
+        why, hint = "no connection to the Hub", AGAIN
+    elif status == 401 and not get_token():
+        why, hint = "the Hub wants to know who you are", ANSWERS[401][1]
+    elif status in ANSWERS:
+        why, hint = ANSWERS[status]
+    elif status is not None and (status >= 500 or status == 429):
+        why, hint = f"the Hub answered {status}", AGAIN
+        why += f" ({one_line(error)})" if error is not cause else ""
+    else:
+        why, hint = one_line(cause), ""
+    return PublishError(f"cannot push to {settings.repo_id}: {why}", hint=hint)

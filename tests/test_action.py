@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,6 +15,8 @@ import tiny
 import yaml
 from action_runner import Result, Runner
 from container import copy_sources
+
+from compress.verify.gates import parse_option
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
@@ -66,6 +69,16 @@ def test_every_input_is_explained_and_used():
         assert spec["description"]
         assert f"inputs.{name}" in text
         assert f"`{name}`" in docs
+
+
+def test_the_workflow_of_the_docs_gives_what_the_action_takes():
+    docs = (ROOT / "docs" / "ci.md").read_text("utf-8")
+    (block,) = re.findall(r"<!-- workflow:begin -->\n```yaml\n(.*?)```", docs, re.DOTALL)
+    (job,) = yaml.safe_load(block)["jobs"].values()
+    (step,) = [step for step in job["steps"] if step["uses"].startswith("packlight/")]
+    assert set(step["with"]) <= set(ACTION["inputs"])
+    for gate in step["with"]["gates"].splitlines():
+        parse_option(gate)
 
 
 def test_a_good_build_is_installed_built_verified_and_uploaded(model, environment, tmp_path):

@@ -17,6 +17,8 @@ from compress.commands.options import make_console, output_options
 @click.option("--revision", default="", metavar="BRANCH",
               help="Branch to commit to, made if it is not there; default main.")  # fmt: skip
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--card", type=click.Path(path_type=Path), metavar="FILE",
+              help="Model card to upload in place of DIR's README.md.")  # fmt: skip
 @click.option("-m", "--message", default="", metavar="TEXT", help="Of the commit.")
 @click.option("--allow-failed", is_flag=True,
               help="Although a gate failed, or nothing was verified.")  # fmt: skip
@@ -38,6 +40,7 @@ def push(folder: Path, repo_id: str, **options: Any) -> int:
         private=options["private"],
         revision=options["revision"],
         create_pr=options["create_pr"],
+        card=options["card"],
         message=options["message"],
         allow_failed=options["allow_failed"],
         dry_run=options["dry_run"],
