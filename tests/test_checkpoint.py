@@ -469,3 +469,21 @@ def test_damaged_pickles(copy: Path):
     ):
         torch.save(state, file)
         refused(lambda: Checkpoint.open(copy), message)
+
+
+def test_urls_are_opened_through_fsspec(tmp_path, monkeypatch):
+    """A folder behind a URL is copied to the cache; file:// is the folder itself."""
+    from compress.remote import open_url
+
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    folder = tiny.make("llama", tmp_path / "tiny-llama")
+    fs, root = open_url("memory://bucket/tiny-llama")
+    fs.makedirs(root)
+    for path in folder.iterdir():
+        fs.put_file(str(path), f"{root}/{path.name}")
+    local, remote = Checkpoint.open(folder), Checkpoint.open("memory://bucket/tiny-llama")
+    assert remote.source == "memory://bucket/tiny-llama"
+    assert remote.tensors.keys() == local.tensors.keys()
+    name = next(iter(local.tensors))
+    np.testing.assert_array_equal(remote.read(name), local.read(name))
+    assert Checkpoint.open(f"file://{folder}").path == folder
