@@ -96,7 +96,7 @@ def test_a_good_build_is_installed_built_verified_and_uploaded(model, environmen
     done = use(
         tmp_path, offline, source,
         model=str(model), formats="onnx", set=SHORT,
-        gates="bytes < 1GB\n\nperplexity_ratio<=9\ntop1_agreement>=0.01\n",
+        gates="bytes < 1GB\n\nperplexity_ratio<=9\nkl_divergence<9\ntop1_agreement>=0.01\n",
     )  # fmt: skip
     assert done.outcomes == {
         "Set up Python": "success",

@@ -55,12 +55,7 @@ def test_its_script_leaves_what_it_says(gate, code, tmp_path):
     )
     job = JOBS["packlight"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
-        "MODEL": str(model),
-        "RECIPE": recipe.name,
-    }
+    variables = {"MODEL": str(model), "RECIPE": recipe.name}
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", "\n".join(job["script"])],
         cwd=tmp_path,
