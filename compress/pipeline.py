@@ -33,8 +33,10 @@ from compress.job import (
     prepare,
     read_license,
 )
+from compress.machine import use_threads
 from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder
+from compress.pace import expected_steps
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
@@ -57,6 +59,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         PacklightError: it could not be done; nothing was left behind.
     """
     console.begin("plan")
+    use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
@@ -158,6 +161,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
     console.begin("read headers")
     settings.ci_files.check(settings.artifact)
+    use_threads(settings.threads)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     previous = Previous.read(settings.against, settings.max_regression)
     text = read_text(settings.eval_text)
@@ -207,12 +211,13 @@ def write_artifacts(
         inputs = prepare_target(plan, calibration)
         target = folder / target_folder(plan, calibration.job)
         target.mkdir()
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(f"write {plan.format} {plan.type_name}") as update,
-        ):
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
             weights = target_weights(plan, inputs, calibration, Path(work))
-            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
+            label = f"write {plan.format} {plan.type_name}"
+            console.begin(f"{label}: estimate")
+            steps = expected_steps([plan], [weights], calibration.job.recipe.solver)
+            with console.progress(label, "bytes", steps) as update:
+                artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()
         artifacts.append(replace(artifact, notes=notes))
