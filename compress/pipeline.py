@@ -39,6 +39,7 @@ from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
+from compress.resume import resuming
 from compress.scorer import Scorer, check_tokenizer, read_text, text_name
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
@@ -120,12 +121,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
-    with work_folder(output) as folder:
+    with work_folder(output, resuming(job, settings)) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
         if pruned is not None:
             job = job.on(pruned.source)
-        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        calibration = CalibrationStep(
+            job, importance, shipyard, console, settings.threads, keep=settings.resume
+        )
         if measures:
             chosen = choose(calibration)
             job = chosen.job

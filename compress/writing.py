@@ -13,6 +13,7 @@ from compress.console import Console, format_bytes
 from compress.job import Job
 from compress.lockstep import in_lockstep
 from compress.model import Artifact, Plan, Progress, Shipyard
+from compress.output import state_folder
 from compress.pace import expected_steps
 from compress.sources import Source
 from compress.target_step import prepare_target, target_weights
@@ -45,20 +46,22 @@ def write_together(
 ) -> list[Artifact]:
     """Write some targets in lockstep (``compress.lockstep``), or one as it is."""
     inputs = [prepare_target(plan, calibration) for plan in plans]
+    places = [folder / target_folder(plan, calibration.job) for plan in plans]
     formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
     label = f"write {formats}" if len(plans) > 1 else f"write {formats} {plans[0].type_name}"
     with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-        weights = [
-            target_weights(plan, mine, calibration, Path(work))
-            for plan, mine in zip(plans, inputs, strict=True)
-        ]
+        weights = []
+        for plan, mine, place in zip(plans, inputs, places, strict=True):
+            place.mkdir(exist_ok=True)
+            ledger = state_folder(folder) / f"{place.name}.ledger"
+            weights.append(target_weights(plan, mine, calibration, Path(work), ledger))
+            if found := len(weights[-1].ledger):
+                console.detail(f"{place.name}: {found} arrays were written before")
 
         def write(index: int, source: Source) -> Artifact:
             plan, pulled, tell = plans[index], weights[index], updates[index]
             pulled.source = source
-            target = folder / target_folder(plan, calibration.job)
-            target.mkdir()
-            artifact = shipyard.get_exporter(plan.format).write(plan, pulled, target, tell)
+            artifact = shipyard.get_exporter(plan.format).write(plan, pulled, places[index], tell)
             notes = artifact.notes + inputs[index].notes + pulled.notes()
             return replace(artifact, notes=notes)
 

@@ -82,7 +82,8 @@ def write(
     folder.mkdir()
     step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
     write_artifacts(step, SHIPYARD, folder, Console())
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    places = (folder / name for name in formats)  # not what --resume would go by
+    files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
