@@ -79,7 +79,8 @@ def write(
 ) -> dict[str, bytes]:
     """Every file that a build of these targets writes."""
     job = prepare(checkpoint, load("int4-fast", settings, formats), SHIPYARD.get_exporter)
-    folder.mkdir()
+    folder /= "work"
+    folder.mkdir(parents=True)
     step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
     write_artifacts(step, SHIPYARD, folder, Console())
     places = (folder / name for name in formats)  # not what --resume would go by
