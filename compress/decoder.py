@@ -26,8 +26,11 @@ from torch import Tensor
 
 from compress.arch import FUSED, DecoderConfig, split_name
 from compress.errors import UsageError
+from compress.machine import available_memory
 
 Float32 = NDArray[np.float32]
+
+STATES_SHARE = 1 / 8  # of the memory that may be taken, for the hidden states of a batch
 
 Read = Callable[[str], Float32]
 """``read(name)``: a weight under our names, e.g. ``Weights.read`` or ``reader(config, dict)``."""
@@ -341,21 +344,37 @@ class Decoder:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Float32]:
-        """Logits of each window, float32 ``[len, vocab]``, in order; every weight is read once.
+        """Logits of each window, float32 ``[len, vocab]``, in order.
+
+        Every weight is read once for each of ``batches``, which is one where memory allows.
 
         Args:
             progress: ``progress(done, total)`` after each block and each window.
         """
-        total = self.config.num_hidden_layers + len(windows)
-        states: list[Tensor] = []
-        for done, states in enumerate(self.walk(windows)):  # noqa: B007
-            if progress is not None:
-                progress(done, total)
-        head = self.head()
-        for done, hidden in enumerate(states, self.config.num_hidden_layers + 1):
-            yield head(hidden).numpy()
-            if progress is not None:
-                progress(done, total)
+        batches = self.batches(windows)
+        total = len(batches) * self.config.num_hidden_layers + len(windows)
+        done = 0
+        for batch in batches:
+            states: list[Tensor] = []
+            for step, states in enumerate(self.walk(batch)):  # noqa: B007
+                if progress is not None:
+                    progress(done + step, total)
+            done += self.config.num_hidden_layers
+            head = self.head()
+            for hidden in states:
+                yield head(hidden).numpy()
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            del head, hidden
+
+    def batches(self, windows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+        """Windows that go through the model together: as many as ``STATES_SHARE`` of the memory
+        holds the hidden states of, at least one."""
+        room = int(available_memory() * STATES_SHARE)
+        longest = max((len(tokens) for tokens in windows), default=1)
+        count = max(room // (4 * self.config.hidden_size * longest), 1)
+        return [windows[start : start + count] for start in range(0, len(windows), count)]
 
     # --- Runtime -----------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from compress.job import (
     read_license,
 )
 from compress.machine import use_threads
+from compress.memory import check_memory
 from compress.model import Artifact, Plan, Shipyard
 from compress.output import check_disk, check_output, work_folder
 from compress.pace import expected_steps
@@ -103,6 +104,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
+    check_memory(job, get_exporter, console, limit=settings.max_memory, verify=settings.verify)
     if settings.dry_run:
         if measures:
             pruned = prune(job, console, settings.threads)
@@ -187,6 +189,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
+    check_memory(job, None, console, limit=settings.max_memory, verify=True)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
@@ -264,7 +267,7 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=baseline_notes(job.config),
+        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
     )
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.checkpoint import Checkpoint
-from compress.console import Console
+from compress.console import Console, format_bytes
 from compress.errors import CheckpointError, UsageError
 from compress.job import GENERATED_ROOM, Job, choose_threads, window_length
-from compress.machine import available_memory
+from compress.machine import available_memory, resident_memory
+from compress.memory import embedding_bytes
 from compress.model import Artifact, Shipyard
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
@@ -61,12 +62,16 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
+FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
+
+
 class Scorer:
     """Scores artifacts on one text against the float model, which is computed once.
 
     Attributes:
         speed: of the float model with its weights in memory; None when they would not fit.
         runtime: what computed the float logits.
+        notes: lines for the report.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Scorer:
         self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
+        self.notes: list[str] = []
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
@@ -135,10 +141,24 @@ class Scorer:
         if self.task_set.tasks:
             with self._console.progress("ask the float model", "sequences") as update:
                 self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-        if 4 * job.config.num_parameters < available_memory() // 4:
-            # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
+        self._measure_speed(stored)
+        return store
+
+    def _measure_speed(self, stored: Stored) -> None:
+        """Only to tell the ratio of speeds: not of a model too large for it."""
+        from compress.decoder import Decoder
+
+        config = self._job.config
+        needed = 4 * config.num_parameters + embedding_bytes(config)
+        allowed = min(available_memory(), max(FLOAT_MEMORY - resident_memory(), 0))
+        if needed > allowed:
+            self.notes.append(
+                f"The float model's speed was not measured: its weights take {format_bytes(needed)}"
+                f" in memory, more than {format_bytes(FLOAT_MEMORY)} or than there is room for."
+            )
+            return
+        with self._console.progress("time the float model", ""):
+            resident = Decoder(config, stored.read, threads=self._threads, resident=True)
             prompt = self.windows[0][: self.length // 2]
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()
-        return store

@@ -2,7 +2,7 @@
 its statistics behind (``compress.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
-``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
+``states_limit`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
 float model produce (``walk``), or what other weights make of them (``walk_beside``).
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.arch import DecoderConfig, Float32, split_name
+from compress.machine import available_memory
 from compress.statistics import LayerStats, input_of, stored_block
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["walk", "walk_beside"]
 
-STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
+STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where that is less ...
+STATES_SHARE = 1 / 8  # ... this share of what may be taken
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
 HELD_BACK = 16  # of so many windows one is kept out of the Hessian, to measure solvers on ...
 HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
@@ -174,7 +176,7 @@ def walk(
         hessian: also the means of ``x xᵀ``.
         exact: hidden states in float32 instead of bfloat16.
         roles: see ``Listener``.
-        work: folder for the file that holds states beyond ``STATES_LIMIT``.
+        work: folder for the file that holds states beyond ``states_limit``.
         progress: ``progress(done, total)`` in windows times blocks.
 
     Yields the statistics of each stored block by input name, and at last those of ``lm_head``.
@@ -273,6 +275,11 @@ def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callabl
     return lambda hidden: normalize(config, hidden, norm, bias)
 
 
+def states_limit() -> int:
+    """Bytes of hidden states that stay in memory."""
+    return min(STATES_LIMIT, int(available_memory() * STATES_SHARE))
+
+
 def hidden_states(
     embedded: Sequence[Tensor], dtype: Any, work: Path | None, name: str = "states.bin"
 ) -> Tensor:
@@ -281,7 +288,7 @@ def hidden_states(
 
     shape = (len(embedded), *embedded[0].shape)
     size = math.prod(shape)
-    if work is not None and size * dtype.itemsize > STATES_LIMIT:
+    if work is not None and size * dtype.itemsize > states_limit():
         path = str(work / name)
         states = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
     else:

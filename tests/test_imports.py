@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
      "compress.calibration_step", "compress.walk", "compress.target_step",
      "compress.propagation", "compress.summary", "compress.checksums",
      "compress.scorer", "compress.junit", "compress.ci_files",
-     "compress.pace", "compress.pruning", "compress.save"},
+     "compress.pace", "compress.memory", "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor", "compress.batch"},
