@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compress.arch import FUSED, DecoderConfig, split_name
 from compress.errors import UsageError
+from compress.kv_cache import Past
 from compress.machine import available_memory
 
 Float32 = NDArray[np.float32]
@@ -66,30 +67,6 @@ def reader(config: DecoderConfig, weights: Mapping[str, Float32]) -> Read:
         raise KeyError(name)
 
     return read
-
-
-class Past:
-    """Keys and values of one block, ``[kv heads, positions, head_dim]`` each; grows by doubling."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys = self._values = torch.empty(0, 0, 0)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions; returns views of all of them."""
-        heads, count, size = keys.shape
-        end = self.length + count
-        if end > self._keys.shape[1]:
-            room = max(64, 2 * end)
-            grown = [torch.empty(heads, room, size) for _ in range(2)]
-            if self.length:
-                grown[0][:, : self.length] = self._keys[:, : self.length]
-                grown[1][:, : self.length] = self._values[:, : self.length]
-            self._keys, self._values = grown
-        self._keys[:, self.length : end] = keys
-        self._values[:, self.length : end] = values
-        self.length = end
-        return self._keys[:, :end], self._values[:, :end]
 
 
 @dataclass(frozen=True)
@@ -372,7 +349,7 @@ class Decoder:
         """Windows that go through the model together: as many as ``STATES_SHARE`` of the memory
         holds the hidden states of, at least one."""
         room = int(available_memory() * STATES_SHARE)
-        longest = max((len(tokens) for tokens in windows), default=1)
+        longest = max([1, *map(len, windows)])
         count = max(room // (4 * self.config.hidden_size * longest), 1)
         return [windows[start : start + count] for start in range(0, len(windows), count)]
 
