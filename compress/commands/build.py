@@ -8,16 +8,19 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    against_option,
     ci_options,
     device_names,
     eval_option,
     format_option,
+    gate_option,
     hub_of,
     hub_options,
     make_console,
     output_options,
     progress_option,
     recipe_option,
+    regression_option,
     set_option,
     threads_option,
 )
@@ -49,6 +52,7 @@ from compress.errors import UsageError
 @click.option("--allow-dense", is_flag=True,
               help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
+@gate_option
 @click.option("--budget", default="", metavar="SIZE",
               help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
                    "that serves the model best within them.")  # fmt: skip
@@ -63,9 +67,14 @@ from compress.errors import UsageError
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
+@against_option
+@regression_option
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
+@click.option("--resume", is_flag=True,
+              help="Continue what this build left when it was cut off; keep it if that happens "
+                   "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
 @progress_option
 @ci_options
@@ -97,6 +106,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        gates=options["gates"],
+        against=options["against"],
+        max_regression=options["max_regression"],
         calibration=options["calibration"],
         seed=options["seed"],
         imatrix=options["imatrix"],
@@ -113,6 +125,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         threads=options["threads"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
+        resume=options["resume"],
         verify=not options["no_verify"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
