@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_node_dies_and_every_job_ends_once_with_the_same_bytes(cluster, tmp_pa
     for name in names:
         assert sums(tmp_path / "ray" / name) == sums(tmp_path / "local" / name)
         assert not list((tmp_path / "ray").glob(f"{name}.*partial"))
+
+
+def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
+    """Nodes that share no disk: each copies its folder to the URL, and reports come back."""
+    model = tiny.make("llama", tmp_path / "llama")
+    url = f"file://{tmp_path}/store"
+    jobs = [build(tmp_path / "here", model, f"job{n}") for n in range(2)]
+    jobs.append(work(tmp_path / "here", "missing", "build", "/nowhere", "-o", "out"))
+    engine = RayEngine(cluster.address, url, tmp_path / "tree")
+    codes = {outcome.name: outcome.code for outcome in Seen().of(engine, jobs).ended}
+    assert codes == {"job0": 0, "job1": 0, "missing": 2}
+    for name in ("job0", "job1"):
+        there, told = tmp_path / "store" / name, tmp_path / "tree" / name
+        assert (
+            subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=there).returncode == 0
+        )
+        assert sums(told) == sums(there)
+        assert (told / "report.json").read_bytes() == (there / "report.json").read_bytes()
+        assert not (told / "gguf").exists()
+    assert not (tmp_path / "store" / "missing").exists()
+    assert not (tmp_path / "here" / "job0").exists()
 
 
 def test_a_command_that_fails_is_not_repeated(cluster, tmp_path):

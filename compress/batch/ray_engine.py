@@ -13,9 +13,11 @@ import logging
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from compress import __version__
+from compress.batch.away import bring_back, run_away
 from compress.batch.engine import Outcome, Watch, Work, in_order, run_work
 from compress.console import format_bytes
 from compress.errors import RuntimeMissingError, UsageError, one_line
@@ -32,11 +34,12 @@ class RayEngine:
     Args:
         address: ``HOST:PORT`` or ``auto`` of a cluster; empty for that of ``RAY_ADDRESS``, or else
             one that Ray starts on this machine and ends afterwards.
-        settings: of the local one, as ``ray.init`` takes them (``num_cpus``, ``_memory``).
+        url: of an output tree that nodes copy their folders to; empty where they share the tree.
+        tree: then, what this machine has of it.
     """
 
-    def __init__(self, address: str = "", **settings: Any) -> None:
-        self._address, self._settings = address, settings
+    def __init__(self, address: str = "", url: str = "", tree: Path | None = None) -> None:
+        self._address, self._url, self._tree = address, url, tree
 
     def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
         """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted.
@@ -45,7 +48,7 @@ class RayEngine:
             RuntimeMissingError: Ray is not installed.
             UsageError: the cluster cannot be reached.
         """
-        with connected(self._address, self._settings) as ray:
+        with connected(self._address) as ray:
             task = ray.remote(run_on_node)
             waiting = in_order(works)
             running: dict[Any, Work] = {}
@@ -62,7 +65,7 @@ class RayEngine:
                         options = {"num_cpus": work.threads, "memory": work.memory}
                         stream = task.options(
                             **options, max_retries=RETRIES, name=work.name, num_returns="streaming"
-                        ).remote(work, __version__)
+                        ).remote(work, __version__, self._url)
                         running[stream] = work
                     if not running:
                         return
@@ -74,6 +77,8 @@ class RayEngine:
                             watch.started(running[stream])
                         else:
                             del running[stream]
+                            if self._tree and word.code in (0, 1):
+                                bring_back(self._url, word.name, self._tree)
                             yield word
                     if not watch.wanted():
                         for stream in [s for s, work in running.items() if work.name not in begun]:
@@ -85,14 +90,14 @@ class RayEngine:
                     ray.cancel(stream, force=True)
 
 
-def run_on_node(work: Work, version: str) -> Iterator[Outcome | None]:
+def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
     """The task: None when the job starts, then how it ended."""
     if version != __version__:
         reason = f"this node has packlight {__version__}, the batch {version}"
         yield Outcome(work.name, 2, 0.0, error=reason, hint="install the same on all nodes")
         return
     yield None
-    yield run_work(work)
+    yield run_away(work, url) if url else run_work(work)
 
 
 def take(ray: Any, stream: Any, work: Work) -> Outcome | None:
@@ -127,7 +132,7 @@ def misfit(ray: Any, work: Work) -> str:
 
 
 @contextmanager
-def connected(address: str, settings: dict[str, Any]) -> Iterator[Any]:
+def connected(address: str) -> Iterator[Any]:
     """The ``ray`` module, connected; what was started here is ended.
 
     Raises:
@@ -147,7 +152,6 @@ def connected(address: str, settings: dict[str, Any]) -> Iterator[Any]:
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **({} if address else settings),
         )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(
