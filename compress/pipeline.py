@@ -37,12 +37,20 @@ from compress.job import (
 )
 from compress.machine import available_memory
 from compress.model import Artifact, Plan, Shipyard
-from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.output import (
+    Resume,
+    check_disk,
+    check_output,
+    state_folder,
+    work_folder,
+    write_checksums,
+)
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
+from compress.resume import identity
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
@@ -120,12 +128,16 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
-    with work_folder(output) as folder:
+    afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+    resume = Resume(identity(job, settings), settings.resume, afresh)
+    with work_folder(output, resume) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
         if pruned is not None:
             job = job.on(pruned.source)
-        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        calibration = CalibrationStep(
+            job, importance, shipyard, console, settings.threads, keep=settings.resume
+        )
         if measures:
             chosen = choose(calibration)
             job = chosen.job
@@ -220,12 +232,15 @@ def write_artifacts(
     for plan in calibration.job.plans:
         inputs = prepare_target(plan, calibration)
         target = folder / target_folder(plan, calibration.job)
-        target.mkdir()
+        target.mkdir(exist_ok=True)
+        ledger = state_folder(folder) / f"{target.name}.ledger"
         with (
             tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
             console.progress(f"write {plan.format} {plan.type_name}") as update,
         ):
-            weights = target_weights(plan, inputs, calibration, Path(work))
+            weights = target_weights(plan, inputs, calibration, Path(work), ledger)
+            if weights.ledger:
+                console.detail(f"{target.name}: {len(weights.ledger)} arrays were written before")
             artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()
