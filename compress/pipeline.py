@@ -57,6 +57,7 @@ from compress.summary import finish
 from compress.target_step import prepare_target, target_weights
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, gates, verify_artifact
+from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet, read_task
 
@@ -127,7 +128,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
-    scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    kept = settings.keep_baseline
+    scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
     resume = Resume(identity(job, settings), settings.resume, afresh)
     with work_folder(output, resume) as folder:
@@ -277,9 +279,18 @@ class Scorer:
     """
 
     def __init__(
-        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
+        self,
+        job: Job,
+        text: str,
+        threads: int,
+        console: Console,
+        tasks: Sequence[Task] = (),
+        kept: Path | None = None,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
+
+        Args:
+            kept: where the float model's answers are kept for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -287,7 +298,7 @@ class Scorer:
         """
         from compress.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._console = job, console
+        self._job, self._console, self._baselines = job, console, kept
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
@@ -336,6 +347,10 @@ class Scorer:
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
+        kept = self._kept_baseline(stored.fingerprint())
+        if kept and (found := kept.borrow(folder)):
+            store, self.speed = found
+            return store
         with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)
@@ -348,7 +363,16 @@ class Scorer:
             prompt = self.windows[0][: self.length // 2]
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()
+        if kept:
+            kept.keep(folder, self.speed)
         return store
+
+    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+        """Where other builds find these answers; tasks have more to ask."""
+        if not self._baselines or self.task_set.tasks:
+            return None
+        asked = f"{self.runtime}, {self._threads} threads"
+        return KeptBaseline.of(self._baselines, fingerprint, self.windows, asked)
 
 
 def make_report(

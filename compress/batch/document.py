@@ -132,7 +132,8 @@ def short(count: float) -> str:
 
 def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: int) -> None:
     """``--dry-run``: every job with its predicted bytes, memory and time."""
-    rows, jobs = [], []
+    rows: list[list[str]] = []
+    jobs: list[dict[str, Any]] = []
     for one in planned:
         found = one.prediction
         jobs.append({"name": one.name, "error": one.error, "hint": one.hint})

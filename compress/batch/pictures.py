@@ -1,4 +1,4 @@
-"""The pictures of ``batch.html``: many artifacts side by side, in the hand of ``compress.charts``."""
+"""The pictures of ``batch.html``: many artifacts side by side, drawn as in ``charts``."""
 
 from __future__ import annotations
 

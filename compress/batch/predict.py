@@ -118,7 +118,7 @@ def block_bytes(config: DecoderConfig) -> int:
 def calibration_memory(job: Job) -> float:
     """Bytes of a walk: a block, hidden states before and after it, second moments."""
     config, texts = job.config, job.recipe.calibration
-    states = 8 * texts["tokens"] * config.hidden_size
+    states: int = 8 * texts["tokens"] * config.hidden_size
     memory = block_bytes(config) + states
     if NEEDS.get(job.recipe.solver) == "hessian" or job.recipe.budget or job.recipe.prunes:
         memory += 8 * (config.intermediate_size**2 + 3 * config.hidden_size**2)

@@ -69,6 +69,10 @@ class State:
         folder = self.folder_of(name)
         return folder.with_name(f"{folder.name}.partial")
 
+    def baselines(self, model: str) -> Path:
+        """Where the float answers of a model are while it has jobs."""
+        return self.folder / model / "baselines"
+
     def file(self, name: str, kind: str) -> Path:
         """``NAME.json``, ``NAME.log`` or ``NAME.progress``."""
         return self.folder / f"{name}.{kind}"

@@ -8,6 +8,7 @@ in every batch, so that there is nothing to retry until its files have changed.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -146,11 +147,19 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
     """Run jobs, and keep a record of each start and end."""
     jobs = {one.name: one for one in todo}
     leaders = first_of_models(todo)
-    works = [make_work(one, state, leaders[one.job.model_name]) for one in todo]
+    models = Counter(one.job.model_name for one in todo)  # jobs that are to come
+    works = [
+        make_work(one, state, leaders[model], shared=models[model] > 1)
+        for one in todo
+        for model in [one.job.model_name]
+    ]
     with board, closing(engine.run(works, board)) as outcomes:
         for outcome in outcomes:
             one = jobs[outcome.name]
             board.settle(one, state.end(one.name, outcome))
+            models[one.job.model_name] -= 1
+            if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
+                shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
 
 
 def first_of_models(todo: Sequence[Planned]) -> dict[str, str]:
@@ -169,11 +178,12 @@ def seconds_of(one: Planned) -> float:
     return one.prediction.seconds if one.prediction else 0.0
 
 
-def make_work(one: Planned, state: State, leader: str) -> Work:
+def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     """The command of a job. What another build left is cleared away, what this one did, continued.
 
     Args:
         leader: of the jobs of its model.
+        shared: whether there are other jobs of its model.
     """
     assert one.prediction is not None
     record = state.read(one.name)
@@ -187,6 +197,8 @@ def make_work(one: Planned, state: State, leader: str) -> Work:
     progress.parent.mkdir(parents=True, exist_ok=True)
     progress.unlink(missing_ok=True)
     state.folder_of(one.name).parent.mkdir(parents=True, exist_ok=True)
+    if one.settings.verify and shared:
+        words += ["--keep-baseline", str(state.baselines(one.job.model_name))]
     words += ["--resume", "--threads", str(one.prediction.threads)]
     words += ["--progress-file", str(progress)]
     return Work(
@@ -203,9 +215,7 @@ def make_work(one: Planned, state: State, leader: str) -> Work:
 class Planner:
     """Plans jobs; a model is opened (and a Hub id fetched) once for all its jobs."""
 
-    def __init__(
-        self, shipyard: Shipyard, output: Path, memory: int, cpus: int, jobs: int
-    ) -> None:
+    def __init__(self, shipyard: Shipyard, output: Path, memory: int, cpus: int, jobs: int) -> None:
         self._shipyard, self._output = shipyard, output
         self._memory, self._cpus, self._jobs = memory, cpus, jobs
         self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}

@@ -166,9 +166,7 @@ class Board:
 
         done = [record.status for record in self.records.values()]
         words = [f"{len(done)} of {len(self._planned)} done"]
-        words += [
-            f"{done.count(status)} {WORDS[status][0]}" for status in WORDS if status in done
-        ]
+        words += [f"{done.count(status)} {WORDS[status][0]}" for status in WORDS if status in done]
         words += [f"{len(self._started)} running", f"{waiting} queued", clock_time(self.seconds)]
         return Text("  ".join(words), "dim")
 

@@ -15,7 +15,7 @@ from compress.commands.options import make_console, output_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
               help="The output tree; default: as the file says.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="PATTERN",
-              help="These jobs: a model, MODEL/RECIPE, or a pattern of them; may be repeated.")  # fmt: skip
+              help="These jobs: MODEL, MODEL/RECIPE or a pattern; may be repeated.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True,
               help="Also the jobs that were killed or could not run before.")  # fmt: skip
 @click.option("--keep-going/--fail-fast", default=True, show_default=True,
