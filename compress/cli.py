@@ -32,7 +32,8 @@ def run(arguments: list[str]) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
-        if not tell_kept(ending, "interrupted; "):
+        # Click makes an Abort of a KeyboardInterrupt.
+        if not tell_kept(ending.__cause__ or ending, "interrupted; "):
             click.echo("interrupted; nothing half-written was left behind", err=True)
         return 130
     except SystemExit as ending:

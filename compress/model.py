@@ -194,7 +194,7 @@ class Weights:
     ``gate_up_proj``) and their parts are both readable, however the checkpoint stores them.
 
     Attributes:
-        fallen: rows by weight name for which the solver fell back on a simpler one.
+        fallen: rows by weight name for which the solver fell back on a simpler one, in this run.
         ledger: what the writer has finished, in this run or before: it need not ask for that.
     """
 
@@ -203,9 +203,7 @@ class Weights:
         self.checkpoint = source.checkpoint
         self.config = source.config
         self.ledger = Ledger() if ledger is None else ledger
-        self.fallen: dict[str, int] = {
-            row["weight"]: row["fallen"] for row in self.ledger if row["fallen"]
-        }
+        self.fallen: dict[str, int] = {}
         self._solve = solve
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -238,13 +236,15 @@ class Weights:
 
     def notes(self) -> tuple[str, ...]:
         """A line for the report, where rows fell back."""
-        if not self.fallen:
+        told = {row["weight"]: row["fallen"] for row in self.ledger}
+        fallen = {name: rows for name, rows in (self.fallen | told).items() if rows}
+        if not fallen:
             return ()
-        worst = max(self.fallen, key=lambda name: self.fallen[name])
+        worst = max(sorted(fallen), key=lambda name: fallen[name])
         return (
-            f"{sum(self.fallen.values()):,} rows of {len(self.fallen)} tensors are as scale_search "
+            f"{sum(fallen.values()):,} rows of {len(fallen)} tensors are as scale_search "
             "leaves them, which measured better on inputs held back from calibration; most in "
-            f"{worst}: {self.fallen[worst]:,}",
+            f"{worst}: {fallen[worst]:,}",
         )
 
 

@@ -1,9 +1,10 @@
 """How far a phase is, how fast, and how long it will take: arithmetic, and one line of JSON.
 
 The time left is told by kinds of work. A tensor on a costly grid takes longer than one of as many
-bytes on a cheap one, so a phase may come with its ``Step`` s, and an ``Estimate`` learns the
-seconds per unit of each kind as it comes by. A kind that has not been seen goes by what was
-expected of it, times what the seen ones took over what was expected of them.
+bytes on a cheap one, so a phase may come with its ``Step`` s and what is expected of them, and an
+``Estimate`` corrects that by the seconds that each kind took: all kinds by what came by in all, and
+each by what came by of it. What came by has its say by its share of the work, so that the hiccup
+of one small tensor does not decide about the whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from compress.errors import UsageError
 __all__ = ["Estimate", "ProgressFile", "Step", "clock_time"]
 
 EVERY = 0.4  # seconds between two lines of a progress file
+TRUST = 0.02  # share of all expected seconds that must come by to count as much as expectation
+TRUST_KIND = 0.005  # the same for what one kind takes, beside what all take
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Step:
     Attributes:
         units: of the phase's ``done`` and ``total``: bytes, windows, blocks.
         kind: what costs the same per unit goes by the same name.
-        cost: expected seconds per unit, up to a factor that all steps of the phase share.
+        cost: expected seconds per unit.
         paid_first: all its time goes by before its first unit is done.
     """
 
@@ -62,8 +65,8 @@ class Estimate:
         self.begun = self._last = clock()
         self.done = self.total = 0
         self._position = 0  # units paid for
-        self._units: Counter[str] = Counter()
-        self._seconds: dict[str, float] = {}
+        self._expected: dict[str, float] = {}  # seconds of what came by, by kind ...
+        self._took: dict[str, float] = {}  # ... and what it took
         # What came by until the first news: it also paid for imports and compiled kernels.
         self._first: tuple[Counter[str], float] | None = None
 
@@ -122,24 +125,28 @@ class Estimate:
 
     def _learn(self, passed: Counter[str], seconds: float) -> None:
         """Share seconds out to the kinds that went by, as was expected of them."""
-        costs = {kind: units * self._costs[kind] for kind, units in passed.items()}
-        whole = sum(costs.values()) or 1.0
-        for kind, cost in costs.items():
-            self._units[kind] += passed[kind]
-            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds * cost / whole
+        expected = {kind: units * self._costs[kind] for kind, units in passed.items()}
+        whole = sum(expected.values())
+        for kind, cost in expected.items():
+            self._expected[kind] = self._expected.get(kind, 0.0) + cost
+            self._took[kind] = self._took.get(kind, 0.0) + seconds * cost / whole
 
     def _rate(self, kind: str) -> float:
         """Seconds per unit."""
-        assert self._first is not None
-        units, seconds = self._units[kind], self._seconds.get(kind, 0.0)
-        begun, took = self._first
-        if units and units >= begun[kind]:
-            return seconds / units
-        all_units, all_seconds = self._units + begun, sum(self._seconds.values()) + took
-        if self._units.total() >= begun.total():
-            all_units, all_seconds = self._units, sum(self._seconds.values())
-        expected = sum(count * self._costs[name] for name, count in all_units.items())
-        return self._costs[kind] * all_seconds / expected
+        cost, expected, took = self._costs[kind], sum(self._expected.values()), self._took
+        if len(self._costs) == 1:
+            assert self._first is not None
+            passed, seconds = self._first
+            if expected < passed.total() * cost:
+                expected, seconds = expected + passed.total() * cost, sum(took.values()) + seconds
+            else:
+                seconds = took[kind]
+            return cost * seconds / expected
+        whole = sum(step.units * step.cost for step in self._steps)
+        pace = (sum(took.values()) + TRUST * whole) / (expected + TRUST * whole)
+        known = TRUST_KIND * whole
+        own = (took.get(kind, 0.0) + known * pace) / (self._expected.get(kind, 0.0) + known)
+        return cost * own
 
 
 class ProgressFile:

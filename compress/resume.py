@@ -11,9 +11,16 @@ from typing import Any
 from compress import __version__
 from compress.calibration_step import texts_of
 from compress.job import Job, choose_threads, looks_at_inputs
+from compress.output import Resume
 from compress.settings import BuildSettings
 
-__all__ = ["identity"]
+__all__ = ["identity", "resuming"]
+
+
+def resuming(job: Job, settings: BuildSettings) -> Resume:
+    """What a build's work folder must know; arguments and errors as ``identity``."""
+    afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+    return Resume(identity(job, settings), settings.resume, afresh)
 
 
 def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class BuildSettings:
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
     eval_text: Path | None = None
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
     calibration: Sequence[Path] = ()
     seed: int | None = None
     imatrix: Path | None = None
@@ -64,6 +66,8 @@ class VerifySettings:
     eval_text: Path | None = None
     tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
     windows: int = 16
     sequence_length: int = 512
     threads: int = 0

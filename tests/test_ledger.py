@@ -185,5 +185,5 @@ def test_a_ledger_tells_of_rows_that_fell_back(source, tmp_path, data):
     assert json.loads(ledger.read_text().splitlines()[-1])["fallen"] == 6
     again = Weights(source, Falls(), Ledger(ledger, "t"))
     assert again.notes() == weights.notes() != ()
-    again.quantize(name, grid, slice(0, 8))
-    assert again.fallen == {name: 3}
+    again.quantize(name, grid, slice(0, 8))  # as a trial does, to know how long it takes
+    assert again.notes() == weights.notes()

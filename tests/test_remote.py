@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from compress.checkpoint import Checkpoint
+from compress.checksums import write_checksums
 from compress.errors import CheckpointError, UnsupportedModelError, UsageError
-from compress.output import write_checksums
 from compress.remote import (
     fetch,
     fingerprint,

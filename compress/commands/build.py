@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    against_option,
     ci_options,
     device_names,
     eval_option,
@@ -18,6 +19,7 @@ from compress.commands.options import (
     output_options,
     progress_option,
     recipe_option,
+    regression_option,
     set_option,
     threads_option,
 )
@@ -63,6 +65,8 @@ from compress.errors import UsageError
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
+@against_option
+@regression_option
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
@@ -78,7 +82,7 @@ from compress.errors import UsageError
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
-    """Make verified artifacts from MODEL, a local folder or a Hub id.
+    """Make verified artifacts from MODEL, a local folder, a Hub id or a URL.
 
     \b
     packlight build ./my-checkpoint -o out
@@ -103,6 +107,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        against=options["against"],
+        max_regression=options["max_regression"],
         calibration=options["calibration"],
         seed=options["seed"],
         imatrix=options["imatrix"],

@@ -102,6 +102,15 @@ threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N",
     help="CPU threads; default: what the process may use.",
 )  # fmt: skip
+against_option = click.option(
+    "--against", type=click.Path(path_type=Path), metavar="REPORT",
+    help="An earlier report.json: a gate on what got worse since.",
+)  # fmt: skip
+regression_option = click.option(
+    "--max-regression", multiple=True, metavar="METRIC=AMOUNT,…",
+    help="With --against, how much worse at most: a share (kl=5%) or an amount (bytes=10MB); "
+         "default kl=5%,bytes=1%.",
+)  # fmt: skip
 eval_option = click.option(
     "--eval-text", type=click.Path(path_type=Path), metavar="FILE",
     help="UTF-8 text to score on; default: a built-in held-out text.",

@@ -20,7 +20,7 @@ import numpy as np
 
 from compress import __version__
 from compress.arch import DecoderConfig
-from compress.calibration import cache_folder
+from compress.cache import cache_folder
 from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
