@@ -128,10 +128,10 @@ def test_what_fails_takes_nothing_with_it(shelf):
     }
     errors = {job["name"]: job["error"] for job in document["jobs"] if job["status"] == "error"}
     assert "truncated" in errors["cut/plain"]
-    assert "t5" in errors["strange/plain"]
+    assert "T5Model" in errors["strange/plain"]
     assert "could not run  cut/plain  " in output
     assert not (shop / "tree" / "cut").exists()
-    assert not list((shop / "tree").glob("*/*.lock"))
+    assert sorted(path.name for path in (shop / "tree" / "llama").iterdir()) == ["plain", "scaled"]
 
 
 def test_work_of_one_model_is_done_once(shelf):
@@ -197,7 +197,6 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
     assert started(again.stderr) == ["llama/plain"]
     for name in ("llama/plain", "llama/scaled"):
         assert artifacts(shop / "second" / name) == artifacts(shop / "tree" / name)
-    assert [path.name for path in (shop / "second" / "llama").iterdir()] != []
     assert not list((shop / "second").glob("*/*.partial"))
 
 
