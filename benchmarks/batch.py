@@ -184,14 +184,14 @@ def whole_shelf(work: Path, options: list[str]) -> dict[str, Any]:
 
 def wait_for(folder: Path, name: str) -> psutil.Process:
     """A job's process, once its build is writing."""
+    output = str(folder / "jobs" / name)
     while True:
         for process in psutil.process_iter():
-            try:
+            with suppress(psutil.Error):
                 words = process.cmdline()
-            except psutil.Error:
-                continue
-            if "compress.batch.child" in words and str(folder / "jobs" / name) in words:
-                if (folder / "jobs" / f"{name}.partial").exists():
+                if {"compress.batch.child", output} <= set(words) and Path(
+                    f"{output}.partial"
+                ).exists():
                     return process
         time.sleep(0.05)
 
@@ -259,34 +259,59 @@ def killed_batch(work: Path, options: list[str]) -> dict[str, Any]:
 def page(figures: dict[str, Any]) -> str:
     """benchmarks/batch.md."""
     one, two, three = figures["shelf"], figures["bad_shelf"], figures["killed_batch"]
-    errors = "\n".join(f"  - {name}: {error}" for name, error in two["errors"].items())
-    return f"""# A shelf of models
+    retried = two["retry_failed"]
+    lines = [
+        "# A shelf of models",
+        "",
+        "`python benchmarks/batch.py WORK --max-memory 3GB`: 12 tiny checkpoints of six families",
+        f"({', '.join(FAMILIES)}; 2 and 3 blocks) × 2 recipes (rounded to nearest; calibrated",
+        "`scale_search` with a Core ML palette) × 3 formats. A job is a model with a recipe; its three",
+        f"formats are one `build`. {one['cores']} cores, load {one['load_before']} before the start.",
+        "",
+        "## All of them",
+        "",
+        f"- {one['jobs']} jobs, {one['artifacts']} artifacts, {one['verified']} of them run in their"
+        " runtimes and compared with the float model;",
+        f"  {one['passed']} jobs passed, {one['killed']} were killed; exit code {one['exit_code']}.",
+        f"- {one['seconds']:.0f} s, which is {one['ratio']:.3f} × the sum of the jobs' times"
+        f" ({one['job_seconds']:.0f} s) ÷ {one['cores']} cores; the bar is 1.15.",
+        f"  {one['cpu_seconds']:.0f} CPU seconds.",
+        f"- Memory of all processes together: {gigabytes(one['memory_peak'])} at most, of"
+        f" {gigabytes(one['memory_limit'])} (proportional set size, four looks a second).",
+        f"  {gigabytes(one['memory_predicted_per_job'])} were predicted for a job, the largest single"
+        f" process had {gigabytes(one['memory_measured_per_process'])}.",
+        "",
+        "## One truncated checkpoint, one unknown architecture, one job killed with SIGKILL",
+        "",
+        f"- {told(two['counts'])} of {two['jobs']} jobs, {two['good_artifacts']} good artifacts; exit"
+        f" code {two['exit_code']}. A bad checkpoint costs both of its",
+        "  jobs, so that three causes are five jobs:",
+        *(f"  - {name}: {error}" for name, error in two["errors"].items()),
+        f"- Run again: started {', '.join(two['again']['started']) or 'nothing'}; exit code"
+        f" {two['again']['exit_code']}.",
+        f"- `--retry-failed`: started {', '.join(retried['started'])}; then {told(retried['counts'])};"
+        f" exit code {retried['exit_code']}.",
+        f"- Bytes of all good artifacts equal to those of the whole shelf: {two['bytes_equal']}.",
+        "",
+        "## The batch itself killed with SIGKILL",
+        "",
+        f"- {three['done_before']} jobs were done. Run again, it started the other"
+        f" {three['started_after']}, {len(three['done_twice'])} of them a second time; finished folders"
+        f" untouched: {three['untouched']}.",
+        f"  {three['passed']} passed; exit code {three['exit_code']}.",
+        f"- Bytes equal to those of the whole shelf: {three['bytes_equal']}.",
+        "",
+    ]
+    return "\n".join(lines)
 
-`python benchmarks/batch.py WORK --max-memory 3GB`: 12 tiny checkpoints of six families
-({", ".join(FAMILIES)}; 2 and 3 blocks) × 2 recipes (rounded to nearest; calibrated `scale_search`
-with a Core ML palette) × 3 formats. A job is a model with a recipe; its three formats are one
-`build`. Machine: {one["cores"]} cores, load {one["load_before"]} before the start.
 
-## All of them
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
-- {one["jobs"]} jobs, {one["artifacts"]} artifacts, {one["verified"]} run in their runtimes and compared, {one["passed"]} jobs passed, {one["killed"]} killed; exit code {one["exit_code"]}.
-- {one["seconds"]:.0f} s, {one["ratio"]:.3f} × the sum of the jobs' times ({one["job_seconds"]:.0f} s) ÷ {one["cores"]} cores; {one["cpu_seconds"]:.0f} CPU seconds. (The bar is 1.15.)
-- Memory of all processes together: {one["memory_peak"] / 1e9:.2f} GB at most, of {one["memory_limit"] / 1e9:.2f} GB (proportional set size, four looks a second). Predicted {one["memory_predicted_per_job"] / 1e9:.2f} GB for a job; the largest single process had {one["memory_measured_per_process"] / 1e9:.2f} GB.
 
-## One truncated checkpoint, one unknown architecture, one job killed with SIGKILL
-
-- Exit code {two["exit_code"]}; {two["counts"]} of {two["jobs"]} jobs, {two["good_artifacts"]} good artifacts. A bad checkpoint costs
-  both of its jobs, so that three causes are five failed jobs:
-{errors}
-- Run again: exit code {two["again"]["exit_code"]}, started {two["again"]["started"] or "nothing"}.
-- `--retry-failed`: started {", ".join(two["retry_failed"]["started"])}; {two["retry_failed"]["counts"]}, exit code {two["retry_failed"]["exit_code"]}.
-- Bytes equal to those of the whole shelf: {two["bytes_equal"]}.
-
-## The batch itself killed with SIGKILL
-
-- {three["done_before"]} jobs were done; run again it started the other {three["started_after"]}, did {len(three["done_twice"])} twice, touched none that was done ({three["untouched"]}), and {three["passed"]} passed; exit code {three["exit_code"]}.
-- Bytes equal to those of the whole shelf: {three["bytes_equal"]}.
-"""
+def told(counts: dict[str, int]) -> str:
+    """``19 passed, 4 error, 1 killed``."""
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def main() -> None:
