@@ -260,45 +260,47 @@ def page(figures: dict[str, Any]) -> str:
     """benchmarks/batch.md."""
     one, two, three = figures["shelf"], figures["bad_shelf"], figures["killed_batch"]
     retried = two["retry_failed"]
+    retried_jobs = ", ".join(retried["started"])
     lines = [
         "# A shelf of models",
         "",
         "`python benchmarks/batch.py WORK --max-memory 3GB`: 12 tiny checkpoints of six families",
-        f"({', '.join(FAMILIES)}; 2 and 3 blocks) × 2 recipes (rounded to nearest; calibrated",
-        "`scale_search` with a Core ML palette) × 3 formats. A job is a model with a recipe; its three",
-        f"formats are one `build`. {one['cores']} cores, load {one['load_before']} before the start.",
+        f"({', '.join(FAMILIES)}; 2 and 3 blocks) × 2 recipes (rounded to nearest;",
+        "calibrated `scale_search` with a Core ML palette) × 3 formats. A job is a model with a",
+        f"recipe; its three formats are one `build`. {one['cores']} cores,",
+        f"load {one['load_before']} before the start.",
         "",
         "## All of them",
         "",
-        f"- {one['jobs']} jobs, {one['artifacts']} artifacts, {one['verified']} of them run in their"
-        " runtimes and compared with the float model;",
-        f"  {one['passed']} jobs passed, {one['killed']} were killed; exit code {one['exit_code']}.",
-        f"- {one['seconds']:.0f} s, which is {one['ratio']:.3f} × the sum of the jobs' times"
-        f" ({one['job_seconds']:.0f} s) ÷ {one['cores']} cores; the bar is 1.15.",
+        f"- {one['jobs']} jobs, {one['artifacts']} artifacts, {one['verified']} of them run in",
+        f"  their runtimes and compared with the float model; {one['passed']} jobs passed,",
+        f"  {one['killed']} were killed; exit code {one['exit_code']}.",
+        f"- {one['seconds']:.0f} s: {one['ratio']:.3f} × the sum of the jobs' times",
+        f"  ({one['job_seconds']:.0f} s) ÷ {one['cores']} cores; the bar is 1.15.",
         f"  {one['cpu_seconds']:.0f} CPU seconds.",
-        f"- Memory of all processes together: {gigabytes(one['memory_peak'])} at most, of"
-        f" {gigabytes(one['memory_limit'])} (proportional set size, four looks a second).",
-        f"  {gigabytes(one['memory_predicted_per_job'])} were predicted for a job, the largest single"
-        f" process had {gigabytes(one['memory_measured_per_process'])}.",
+        f"- Memory of all processes together: {gigabytes(one['memory_peak'])} at most, of",
+        f"  {gigabytes(one['memory_limit'])} (proportional set size, four looks a second).",
+        f"  Predicted for a job: {gigabytes(one['memory_predicted_per_job'])}; the largest single",
+        f"  process had {gigabytes(one['memory_measured_per_process'])}.",
         "",
         "## One truncated checkpoint, one unknown architecture, one job killed with SIGKILL",
         "",
-        f"- {told(two['counts'])} of {two['jobs']} jobs, {two['good_artifacts']} good artifacts; exit"
-        f" code {two['exit_code']}. A bad checkpoint costs both of its",
-        "  jobs, so that three causes are five jobs:",
+        f"- {told(two['counts'])} of {two['jobs']} jobs; {two['good_artifacts']} good artifacts;",
+        f"  exit code {two['exit_code']}. A bad checkpoint costs both of its jobs, so that three",
+        "  causes are five jobs:",
         *(f"  - {name}: {error}" for name, error in two["errors"].items()),
-        f"- Run again: started {', '.join(two['again']['started']) or 'nothing'}; exit code"
-        f" {two['again']['exit_code']}.",
-        f"- `--retry-failed`: started {', '.join(retried['started'])}; then {told(retried['counts'])};"
-        f" exit code {retried['exit_code']}.",
+        f"- Run again: started {', '.join(two['again']['started']) or 'nothing'}; exit code",
+        f"  {two['again']['exit_code']}.",
+        f"- `--retry-failed`: started {retried_jobs}; then {told(retried['counts'])};",
+        f"  exit code {retried['exit_code']}.",
         f"- Bytes of all good artifacts equal to those of the whole shelf: {two['bytes_equal']}.",
         "",
         "## The batch itself killed with SIGKILL",
         "",
-        f"- {three['done_before']} jobs were done. Run again, it started the other"
-        f" {three['started_after']}, {len(three['done_twice'])} of them a second time; finished folders"
-        f" untouched: {three['untouched']}.",
-        f"  {three['passed']} passed; exit code {three['exit_code']}.",
+        f"- {three['done_before']} jobs were done. Run again, it started the other",
+        f"  {three['started_after']}, {len(three['done_twice'])} of them a second time; finished",
+        f"  folders untouched: {three['untouched']}. {three['passed']} passed; exit code",
+        f"  {three['exit_code']}.",
         f"- Bytes equal to those of the whole shelf: {three['bytes_equal']}.",
         "",
     ]
