@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress.allocation.budget import Allocation, Target, infeasible
-from compress.allocation.costs import CostTable, measured
+from compress.allocation.choices import Choice
+from compress.allocation.costs import CostTable, measured, members
+from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration_step import CalibrationStep
 from compress.job import Job
@@ -76,18 +78,25 @@ class BudgetStep:
                 if other.source.fingerprint() == key
                 for pair in other.wanted()
             ]
-            statistics, texts, origin = self._calibration.for_costs(target.source)
-            name = self.job.recipe.solver
+            effort = effort_for(self.job.config, self.job.recipe.solver)
+            statistics, texts, origin = self._calibration.for_costs(target.source, effort.tokens)
             self._tables[key] = measured(
                 target.source,
                 texts,
                 statistics,
-                (name, get_solver(name, statistics)),
+                get_solver(effort.solver, statistics),
+                effort,
                 origin,
                 wanted,
                 self._calibration.console,
             )
         return self._tables[key]
+
+    def adopt(self, table: CostTable) -> None:
+        """Take a table in the place of measuring; grids that it does not know are no options."""
+        for target in self.targets:
+            target.choices = [known_options(choice, table) for choice in target.choices]
+            self._tables[target.source.fingerprint()] = table
 
     def settle(self, budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""
@@ -97,6 +106,18 @@ class BudgetStep:
             told(p, chosen[p.format].allocation.plan) for p in made.plans if p.format in chosen
         )
         return replace(self.job, plans=tuple(plans))
+
+
+def known_options(choice: Choice, table: CostTable) -> Choice:
+    """A choice among what a table knows."""
+    unknown = {
+        grid
+        for member in members(table.config, choice.name, tied=choice.tied)
+        for grid in (option.grid for option in choice.options)
+        if grid not in table.errors.get(member, {})
+    }
+    options = tuple(option for option in choice.options if option.grid not in unknown)
+    return replace(choice, options=options)
 
 
 def told(plan: Plan, allocated: Plan) -> Plan:
