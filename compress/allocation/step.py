@@ -29,14 +29,15 @@ class Budgeted:
     """One target, its limit and what was chosen within it.
 
     Attributes:
-        recommended: bytes of the smallest file that is expected to be good.
+        table: what was measured; None where the largest file fits, and nothing had to be.
+        recommended: bytes of the smallest file that is expected to be good; 0 without a table.
         weighed: the shapes that were weighed, as ``weigh.py`` tells them; none: nothing was.
     """
 
     target: Target
     limit: Limit
     allocation: Allocation
-    table: CostTable = field(repr=False)
+    table: CostTable | None = field(repr=False)
     recommended: int = 0
     weighed: tuple[Mapping[str, Any], ...] = ()
 
@@ -56,12 +57,26 @@ class BudgetStep:
         self._tables: dict[str, CostTable] = {}
 
     def allocate(
-        self, limits: Sequence[Limit], targets: Sequence[Target] | None = None
+        self,
+        limits: Sequence[Limit],
+        targets: Sequence[Target] | None = None,
+        *,
+        expect: bool = False,
     ) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target (or these)."""
+        """Measure what is not in the cost table yet, and choose for every target (or these).
+
+        Args:
+            limits: of each.
+            targets: some of ``targets``.
+            expect: whether a divergence is wanted where the largest file fits, too; else nothing
+                is measured there.
+        """
         gates = self.job.recipe.gates
         found = []
         for target, limit in zip(targets or self.targets, limits, strict=True):
+            if target.largest_bytes <= limit.nbytes and not expect:
+                found.append(Budgeted(target, limit, target.largest, None))
+                continue
             table = self.table(target)
             chosen = target.allocate(limit.nbytes, table)
             recommended = target.recommended_bytes(table, gates)

@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def total(self) -> float:
-        """Nats per token."""
+        """Nats per token; 0 where nothing was measured."""
         return self.budgeted.allocation.plan.expected_divergence or 0.0
 
 
@@ -188,7 +188,9 @@ def outcome_of(rung: Rung, step: BudgetStep, pruning: float) -> Outcome:
         step: the budget of its job.
         pruning: nats that its pruning costs.
     """
-    (found,) = step.allocate([rung.limit])
+    (found,) = step.allocate([rung.limit], expect=rung.job.cut is not None)
+    if found.table is None:  # the whole model's largest file fits
+        return Outcome(rung, step, found, pruning)
     plan = found.allocation.plan
     total = pruning + (plan.expected_divergence or 0.0)
     allocation = replace(found.allocation, plan=replace(plan, expected_divergence=total))
@@ -214,10 +216,10 @@ def row_of(
         return row | {"outcome": "does not fit"}
     if outcome is None:
         return row | {"outcome": "cannot win: pruning alone costs as much as the best in all"}
-    return row | {
-        "bytes": outcome.budgeted.allocation.plan.file_bytes,
-        "expected_kl_divergence": digits(outcome.total),
-    }
+    row["bytes"] = outcome.budgeted.allocation.plan.file_bytes
+    if outcome.budgeted.table is None:
+        return row
+    return row | {"expected_kl_divergence": digits(outcome.total)}
 
 
 def digits(value: float) -> float:
@@ -238,6 +240,8 @@ def weighed_note(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     whole = rows[0]
     (best,) = (row for row in rows if row["outcome"] == "chosen")
+    if len(rows) == 1:
+        return "Nothing is pruned: within the budget every tensor has its largest grid"
     total = best["expected_kl_divergence"]
     if best is not whole:
         parts = (
@@ -249,8 +253,6 @@ def weighed_note(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"unpruned, {whole['expected_kl_divergence']:.4f} was expected"
             )
         return f"Pruned because nothing else fits: {best['what']} go, with {parts}"
-    if len(rows) == 1:
-        return "Nothing is pruned: within the budget every tensor has its largest grid"
     told = f"Nothing is pruned: lower bits alone won, with an expected KL of {total:.4f}"
     lost = [row for row in rows if row["outcome"] == "loses"]
     if not lost:
