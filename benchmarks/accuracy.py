@@ -36,8 +36,8 @@ from compress.demo import model_path
 from compress.grids import get_grid
 from compress.job import Job, prepare
 from compress.model import Artifact, Plan, Solver, Weights
-from compress.pipeline import Scorer, read_text
 from compress.recipe import load
+from compress.scorer import Scorer, read_text
 from compress.solvers import NEEDS, get_solver
 from compress.statistics import Statistics
 from compress.target_step import prepare_target, target_weights

@@ -47,10 +47,11 @@ OUTLIERS = 6  # channels of the residual stream that stand out
 THREADS = 2
 
 
-def make(model: str, folder: Path, *, seed: int = 0, weights: bool = True) -> Path:
+def make(model: str, folder: Path, *, seed: int = 0, layers: int = 0, weights: bool = True) -> Path:
     """Write the checkpoint of ``model``, a key of ``published.MODELS``; returns the folder.
 
     Args:
+        layers: only so many blocks; 0 for all.
         weights: False makes shards of the right headers and sizes without a byte in them (sparse
             files, all zeros): enough for plans and dry runs of models that no disk here holds.
     """
@@ -62,6 +63,8 @@ def make(model: str, folder: Path, *, seed: int = 0, weights: bool = True) -> Pa
     ids = save_tokenizer(tokenizer, folder, text=text, pieces=pieces)
     stops = ids.pop("stops", ids.get("eos_token_id"))
     keys = keys | ids | {"torch_dtype": "bfloat16"}
+    if layers:
+        keys["num_hidden_layers"] = layers
     write_json(folder / "config.json", keys)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})
     config = DecoderConfig.from_hf(keys)
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=sorted(MODELS), metavar="MODEL")
     parser.add_argument("-o", "--output", type=Path, help="folder; MODEL where none is given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=0, help="only so many blocks")
     parser.add_argument("--no-weights", action="store_true", help="sparse shards, for dry runs")
     parser.add_argument("--list", action="store_true", help="what can be made")
     wanted = parser.parse_args()
@@ -203,7 +207,8 @@ def main() -> None:
         return
     begin = time.perf_counter()
     folder = wanted.output or Path(wanted.model)
-    make(wanted.model, folder, seed=wanted.seed, weights=not wanted.no_weights)
+    weights = not wanted.no_weights
+    make(wanted.model, folder, seed=wanted.seed, layers=wanted.layers, weights=weights)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{folder}: {size / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s")
 

@@ -31,6 +31,7 @@ from published import MODELS  # noqa: E402
 
 from compress.arch import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
+from compress.machine import use_threads  # noqa: E402
 from compress.solvers import NEEDS, get_solver  # noqa: E402
 from compress.statistics import Statistics, file_name, save  # noqa: E402
 from compress.walk import walk  # noqa: E402
@@ -123,10 +124,9 @@ def child(arguments: list[str], folder: Path, tokens: int) -> dict[str, Any]:
 
 def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
     """Measure, and print what it took."""
-    import numba
     import torch
 
-    numba.config.NUMBA_NUM_THREADS = 1
+    use_threads(1)
     torch.set_num_threads(1)
     what = arguments[0]
     if what == "walk":

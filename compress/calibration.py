@@ -5,19 +5,18 @@ whose statistics then stand in the cache.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from compress.cache import cache_folder
 from compress.calibration_set import CalibrationSet
-from compress.errors import UsageError
 from compress.sources import Source
 from compress.statistics import Statistics, file_name, is_whole, save
 from compress.walk import walk
 
-__all__ = ["cache_folder", "collect"]
+__all__ = ["collect"]
 
 LAYOUT = 2  # of the cache; part of its key
 
@@ -68,26 +67,3 @@ def collect(
     if hessian:  # they serve both, so the lesser ones may go
         shutil.rmtree(light, ignore_errors=True)
     return Statistics.open(config, final, hessian=hessian)
-
-
-def cache_folder(kind: str = "calibration") -> Path:
-    """Where statistics, or another kind of work, are kept: ``PACKLIGHT_CACHE``, or below the Hub's
-    assets.
-
-    Raises:
-        UsageError: not writable.
-    """
-    from huggingface_hub import cached_assets_path
-
-    chosen = os.environ.get("PACKLIGHT_CACHE")
-    try:
-        if not chosen:
-            return Path(cached_assets_path("packlight", namespace=kind))
-        folder = Path(chosen) / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {error.filename}: {error.strerror}",
-            hint="set PACKLIGHT_CACHE to a folder for such work",
-        ) from error

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.cache import cache_folder
 from compress.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.hub import download
+from compress.remote import fetch, is_url
 from compress.safetensors_file import BYTES, TensorInfo, read_range, scan_safetensors
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
@@ -77,7 +79,8 @@ class Checkpoint:
         token: str | None = None,
         cache_dir: str | None = None,
     ) -> Checkpoint:
-        """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured).
+        """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
+        a URL through fsspec.
 
         Raises:
             UsageError: neither a folder nor something that can be a Hub id.
@@ -90,12 +93,16 @@ class Checkpoint:
         folder = Path(os.path.expanduser(name))
         if folder.is_dir():
             return cls(folder)
+        if name.startswith("file://"):
+            return cls.open(name.removeprefix("file://"))
+        if is_url(name):
+            return cls(fetch(name, cache_folder("checkpoints")), source=name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
         if looks_local or folder.exists():
             raise UsageError(
                 f"{name} is not a folder with a checkpoint",
-                hint="give a folder that holds config.json and *.safetensors, or a Hub id "
-                "such as microsoft/Phi-3-mini-4k-instruct",
+                hint="give a folder that holds config.json and *.safetensors, a Hub id "
+                "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
         path = download(name, revision=revision, token=token, cache_dir=cache_dir)
         # Hub snapshots live in folders named after the commit.

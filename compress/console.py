@@ -12,11 +12,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compress.errors import PacklightError
+from compress.progress import Estimate, ProgressFile, Step, clock_time
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Update = Callable[[int, int], None]
 
@@ -27,11 +32,16 @@ class Console:
     Args:
         mode: ``human``, ``json`` or ``quiet``.
         verbose: also show ``detail`` lines.
+        progress_file: where to tell another program how far the work is.
     """
 
-    def __init__(self, mode: str = "human", verbose: bool = False) -> None:
+    def __init__(
+        self, mode: str = "human", verbose: bool = False, progress_file: ProgressFile | None = None
+    ) -> None:
         self.mode = mode
         self.verbose = verbose
+        self._progress_file = progress_file
+        self._phase: Phase | None = None
 
     # --- data, to stdout ---------------------------------------------------------------------
 
@@ -78,36 +88,138 @@ class Console:
             click.echo(f"{mark}  {text}", err=True, color=color())
 
     @contextmanager
-    def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
-        """A bar with time left for one phase: ``with … as update: update(done, total)``."""
-        if self.mode != "human" or not sys.stderr.isatty():
-            self.detail(phase)
-            yield lambda done, total: None
-            return
-        from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.table import Column
+    def progress(
+        self, phase: str, unit: str = "bytes", steps: Sequence[Step] = ()
+    ) -> Iterator[Update]:
+        """One phase of the work, with a bar where a person looks on, what is done per second and
+        the time left: ``with … as update: update(done, total)``.
 
-        whole = Column(no_wrap=True)  # in a narrow terminal it is the bar that gives way
-        in_bytes = DownloadColumn(binary_units=True, table_column=whole)
-        amount = in_bytes if unit == "bytes" else TaskProgressColumn(table_column=whole)
-        bar = Progress(
-            TextColumn("{task.description:<25}", table_column=Column(no_wrap=True)),
-            BarColumn(table_column=Column(ratio=1)),
-            amount,
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            console=RichConsole(stderr=True),
-        )
-        with bar:
-            task = bar.add_task(phase, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        Args:
+            phase: its name.
+            unit: what ``done`` and ``total`` count.
+            steps: its tensors in their order, where it has some that cost more than others.
+        """
+        self.begin(phase, unit, steps)
+        begun = self._phase
+        assert begun is not None
+        yield begun.update
+        if self._phase is begun:
+            self.end()
+
+    def begin(self, phase: str, unit: str = "", steps: Sequence[Step] = ()) -> None:
+        """A phase that lasts until the next one begins, or ``end``."""
+        self.end()
+        self.detail(phase)
+        shown = self.mode == "human" and sys.stderr.isatty()
+        self._phase = Phase(phase, unit, Estimate(steps), self._progress_file, shown=shown)
+
+    def end(self) -> None:
+        """The phase is over, whether or not it came to its end."""
+        phase, self._phase = self._phase, None
+        if phase is not None:
+            phase.close()
+            self.detail(f"{phase.name}: {clock_time(phase.estimate.seconds)}")
+
+    def abandon(self) -> None:
+        """The command is over, perhaps by an error: take the bar off the screen."""
+        phase, self._phase = self._phase, None
+        if phase is not None:
+            phase.hide()
+        if self._progress_file is not None:
+            self._progress_file.close()
+
+
+class Phase:
+    """A phase that is under way.
+
+    Args:
+        name: what a person is told.
+        unit: what it counts.
+        estimate: of its time.
+        file: told of everything, too.
+        shown: as a bar on stderr.
+    """
+
+    def __init__(
+        self, name: str, unit: str, estimate: Estimate, file: ProgressFile | None, *, shown: bool
+    ) -> None:
+        self.name, self.estimate = name, estimate
+        self._unit, self._file = unit, file
+        self._bar: Progress | None = None
+        if shown:
+            told = partial(describe_progress, estimate, unit)
+            self._bar = make_bar(told, passing=not unit)
+            self._task = self._bar.add_task(name, total=None)
+            self._bar.start()
+        if file:
+            file.tell(name, unit, estimate, begun=True)
+
+    def update(self, done: int, total: int) -> None:
+        """So many units of so many are done."""
+        self.estimate.update(done, total)
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total)
+        if self._file:
+            self._file.tell(self.name, self._unit, self.estimate)
+
+    def close(self) -> None:
+        """It came to its end."""
+        self.hide()
+        if self._file:
+            self._file.tell(self.name, self._unit, self.estimate, ended=True)
+
+    def hide(self) -> None:
+        """No more bar; what it came to stays on the screen, where it counted something."""
+        if self._bar:
+            self._bar.stop()
+
+
+def make_bar(describe: Callable[[], str], *, passing: bool) -> Progress:
+    """A bar on stderr, with a line of text beside it that is asked for as it is drawn.
+
+    ``passing``: it leaves nothing on the screen.
+    """
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Told(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(describe())
+
+    whole = Column(no_wrap=True)  # in a narrow terminal it is the bar that gives way
+    return Progress(
+        TextColumn("{task.description:<25}", table_column=whole),
+        BarColumn(table_column=Column(ratio=1)),
+        Told(table_column=Column(no_wrap=True)),
+        console=RichConsole(stderr=True),
+        redirect_stdout=False,  # data is not talk
+        transient=passing,
+    )
+
+
+def describe_progress(estimate: Estimate, unit: str) -> str:
+    """``0.12/0.40 GB  17/290 tensors  31.0 MB/s  0:09 left``."""
+    if not estimate.total:
+        return clock_time(estimate.seconds)
+    words = []
+    if unit == "bytes":
+        size, name = next((s, n) for s, n in SIZES if estimate.total >= s or s == 1)
+        words.append(f"{estimate.done / size:.2f}/{estimate.total / size:.2f} {name}")
+        done, count = estimate.steps_done
+        if count > 1:
+            words.append(f"{done}/{count} tensors")
+        words.append(f"{estimate.done / max(estimate.seconds, 1e-9) / 1e6:.1f} MB/s")
+    else:
+        words.append(f"{estimate.done}/{estimate.total} {unit}")
+    left = estimate.seconds_left
+    if left is not None and estimate.done < estimate.total:
+        words.append(f"{clock_time(left)} left")
+    return "  ".join(words)
+
+
+SIZES = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
 def print_error(error: PacklightError) -> None:

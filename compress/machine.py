@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 PROC = Path("/proc/self")
@@ -23,6 +25,39 @@ def available_cpus() -> int:
     else:
         count = os.cpu_count() or 1
     return max(1, min([count, *map(math.ceil, cpu_quotas())]))
+
+
+@cache
+def default_threads() -> int:
+    """CPUs that the process may run on, or fewer where ``OMP_NUM_THREADS`` says so."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(available_cpus(), int(wanted) if wanted.isdigit() and int(wanted) else 1 << 30)
+
+
+_wanted_threads = 0
+
+
+def use_threads(count: int) -> None:
+    """Have reading and packing take ``count`` threads from now on; 0 for the default."""
+    global _wanted_threads
+    _wanted_threads = count
+
+
+def worker_threads() -> int:
+    """Threads that reading and packing take."""
+    return min(_wanted_threads, available_cpus()) or default_threads()
+
+
+def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
+    """``work(begin, end)`` over ``range(count)``, at least ``least`` of them to a thread."""
+    threads = min(worker_threads(), count // least)
+    if threads <= 1:
+        work(0, count)
+        return
+    step = -(-count // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        begins = range(0, count, step)
+        list(pool.map(lambda begin: work(begin, min(begin + step, count)), begins))
 
 
 def available_memory() -> int:

@@ -1,11 +1,10 @@
-"""The output folder: refused, locked, written as ``.partial``, checksummed, renamed.
+"""The output folder: refused, locked, written as ``.partial``, renamed.
 
 Nothing half-written ever stands under the final name, whatever stops a build.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -181,14 +180,3 @@ def take_lock(handle: int, lock: Path) -> None:
             f"another build is writing to {lock.with_suffix('')}",
             hint="wait for it, or another --output",
         )
-
-
-def write_checksums(folder: Path) -> None:
-    """``SHA256SUMS`` of every file but itself, sorted; ``sha256sum -c`` reads it."""
-    lines = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "SHA256SUMS":
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")

@@ -17,40 +17,39 @@ from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
+from compress.checksums import write_checksums
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
-from compress.errors import CheckpointError, UsageError
+from compress.errors import UsageError
 from compress.job import (
     DEFAULT_CONTEXT,
-    GENERATED_ROOM,
     Job,
     adopt,
     baseline_bytes,
-    choose_threads,
     describe_model,
     find_artifacts,
     looks_at_inputs,
     model_name,
     prepare,
     read_license,
-    window_length,
 )
-from compress.machine import available_memory
+from compress.machine import use_threads
 from compress.model import Artifact, Plan, Shipyard
-from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.output import check_disk, check_output, work_folder
+from compress.pace import expected_steps
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
+from compress.scorer import Scorer, check_tokenizer, read_text, text_name
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
 from compress.target_step import prepare_target, target_weights
-from compress.tokenizer import VOCABULARIES, has_tokenizer
-from compress.verify import BaselineStore, Verified, gates, verify_artifact
-from compress.verify.resources import Speed, measure_speed
-from compress.verify.tasks import Task, TaskSet, read_task
+from compress.verify import Verified, gates
+from compress.verify.against import Previous
+from compress.verify.tasks import read_task
 
 
 def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
@@ -59,6 +58,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
+    console.begin("plan")
+    use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)
@@ -66,6 +67,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     looks = measures or settings.plan is not None
     importance.check(recipe, settings.calibration, measures=looks)
     limits = gates.parse(recipe.gates)
+    previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text)
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
     if settings.source:
@@ -106,10 +108,12 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
             chosen = choose(CalibrationStep(job, importance, shipyard, console, settings.threads))
+        console.end()
         print_plan(chosen.job, console, chosen.budgets)
         chosen.print(console)
         return 0
     check_output(output, overwrite=settings.overwrite)
+    settings.ci_files.check(output)
     if settings.save_checkpoint:
         check_save(settings.save_checkpoint, output, job)
     check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
@@ -117,6 +121,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
     scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    if previous and scorer:
+        previous.check_text(text_name(settings.eval_text), scorer.windows)
     with work_folder(output) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
@@ -134,22 +140,30 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             write_json(folder / name, document)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
+        console.begin("write the report")  # and checksums of all that was written
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if chosen.curve:
             report["curve"] = curve_rows(chosen.curve, report["artifacts"])
         report["notes"] += [*(pruned.notes if pruned else ()), *pruned_notes, *calibration.notes()]
+        if previous:
+            previous.apply(report, console)
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
         write_checksums(folder)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
+    settings.ci_files.write(report)
     finish(report, output, console)
     return 1 if report["verdict"] == "failed" else 0
 
 
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
+    console.begin("read headers")
+    settings.ci_files.check(settings.artifact)
+    use_threads(settings.threads)
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    previous = Previous.read(settings.against, settings.max_regression)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
     found = find_artifacts(settings.artifact)
@@ -174,34 +188,18 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
     scorer = Scorer(job, text, settings.threads, console, tasks)
+    if previous:
+        previous.check_text(text_name(settings.eval_text), scorer.windows)
     verified = scorer.verify(artifacts, shipyard, None)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    if previous:
+        previous.apply(report, console)
+    settings.ci_files.write(report)
     finish(report, None, console)
     return 1 if report["verdict"] == "failed" else 0
-
-
-def read_text(path: Path | None) -> str:
-    """The text to score on: the user's, or the built-in held-out text.
-
-    Raises:
-        UsageError: not there, not UTF-8, or empty.
-    """
-    from compress.demo import heldout_path
-
-    try:
-        text = (path or heldout_path()).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
-    if not text.strip():
-        raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
-    return text
 
 
 def write_artifacts(
@@ -213,12 +211,13 @@ def write_artifacts(
         inputs = prepare_target(plan, calibration)
         target = folder / target_folder(plan, calibration.job)
         target.mkdir()
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(f"write {plan.format} {plan.type_name}") as update,
-        ):
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
             weights = target_weights(plan, inputs, calibration, Path(work))
-            artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
+            label = f"write {plan.format} {plan.type_name}"
+            console.begin(f"{label}: estimate")
+            steps = expected_steps([plan], [weights], calibration.job.recipe.solver)
+            with console.progress(label, "bytes", steps) as update:
+                artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
         console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
         notes = artifact.notes + inputs.notes + weights.notes()
         artifacts.append(replace(artifact, notes=notes))
@@ -229,103 +228,6 @@ def target_folder(plan: Plan, job: Job) -> str:
     """Folder of a target; a sweep has several of one format."""
     alone = sum(other.format == plan.format for other in job.plans) == 1
     return plan.format if alone else f"{plan.format}-{plan.type_name}"
-
-
-def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that cannot read the texts a build wants.
-
-    Raises:
-        CheckpointError: no tokenizer.
-    """
-    if not has_tokenizer(checkpoint.path):
-        raise CheckpointError(
-            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
-            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
-            "text, with -f onnx or -f coreml",
-        )
-
-
-class Scorer:
-    """Scores artifacts on one text against the float model, which is computed once.
-
-    Attributes:
-        speed: of the float model with its weights in memory; None when they would not fit.
-        runtime: what computed the float logits.
-    """
-
-    def __init__(
-        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
-    ) -> None:
-        """Cut the text into windows, and the tasks into requests.
-
-        Raises:
-            UsageError: the text gives fewer than two windows, or a question is too long.
-            CheckpointError: no tokenizer.
-        """
-        from compress.tokenizer import Tokenizer, eval_windows
-
-        self._job, self._console = job, console
-        self._threads = choose_threads(threads, job.config)
-        self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
-        self.tokenizer = Tokenizer(job.checkpoint.path)
-        self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)
-        room = window_length(job.config, job.plans, job.context)
-        self.task_set = TaskSet(tasks, self.tokenizer, room)
-        self.speed: Speed | None = None
-        self.runtime = ""
-        if len(self.windows) < 2:
-            raise UsageError(
-                f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
-                hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
-            )
-
-    def verify(
-        self, artifacts: Sequence[Artifact], shipyard: Shipyard, folder: Path | None
-    ) -> list[Verified | None]:
-        """The float model, then every artifact in its runtime, each in a child process.
-
-        The float logits lie in ``folder`` meanwhile, or where ``TMPDIR`` says.
-        """
-        found: list[Verified | None] = []
-        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as scratch:
-            store = self._score_baseline(Path(scratch))
-            for artifact in artifacts:
-                room = max(self._job.context, self.length + GENERATED_ROOM)
-                label = f"verify {artifact.format} {artifact.type_name}"
-                with self._console.progress(label, "windows") as update:
-                    result = verify_artifact(
-                        shipyard.probe,
-                        artifact.path,
-                        artifact.format,
-                        store,
-                        context=min(room, artifact.plan.max_context or room),
-                        threads=self._threads,
-                        task_set=self.task_set,
-                        progress=update,
-                    )
-                found.append(result)
-        return found
-
-    def _score_baseline(self, folder: Path) -> BaselineStore:
-        from compress.decoder import Decoder
-
-        job = self._job
-        stored = Stored(job.checkpoint, job.config)
-        decoder = Decoder(job.config, stored.read, threads=self._threads)
-        self.runtime = decoder.name
-        with self._console.progress("score the float model", "steps") as update:
-            logits = decoder.stream_logits(self.windows, progress=update)
-            store = BaselineStore.write(folder, self.windows, logits)
-        if self.task_set.tasks:
-            with self._console.progress("ask the float model", "sequences") as update:
-                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-        if 4 * job.config.num_parameters < available_memory() // 4:
-            # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
-            prompt = self.windows[0][: self.length // 2]
-            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
-            resident.close()
-        return store
 
 
 def make_report(
@@ -343,7 +245,7 @@ def make_report(
         bytes=job.checkpoint.nbytes,
         dtype=", ".join(dtypes),
         runtime=scorer.runtime if scorer else "",
-        text=eval_text.name if eval_text else "built-in",
+        text=text_name(eval_text),
         speed=scorer.speed if scorer else None,
     )
     return build_report(

@@ -127,8 +127,14 @@ def read(source: str) -> str:
         raise RecipeError(f"{source} cannot be read: {why}") from error
 
 
-def parse(text: str, source: str) -> dict[str, Any]:
-    """YAML to a mapping."""
+def parse(
+    text: str, source: str, what: str = "a recipe", hint: str = "see `packlight recipes show`"
+) -> dict[str, Any]:
+    """YAML to a mapping.
+
+    Raises:
+        RecipeError: not YAML, or something else than a mapping, which ``what`` is.
+    """
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -137,7 +143,7 @@ def parse(text: str, source: str) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not YAML"
         raise RecipeError(f"{source}:{where} {problem}") from error
     if not isinstance(document, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping", hint="see `packlight recipes show`")
+        raise RecipeError(f"{source}: {what} is a mapping", hint=hint)
     return document
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from compress.config_json import short
 from compress.errors import CheckpointError
+from compress.machine import in_threads
 
 __all__ = [
     "BYTES",
@@ -30,6 +32,8 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+CHUNK = 1 << 16  # values widened at once: what is stored and what is made stay in a core's cache
+PIECE = 1 << 20  # values that are worth a thread
 MAX_HEADER = 100_000_000  # the limit of the safetensors reference implementation
 
 
@@ -93,23 +97,64 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
 def read_range(info: TensorInfo, start_row: int, count: int) -> Float32:
     """``count`` values from row ``start_row`` on, float32, flat; not checked for NaN.
 
+    The system is told that as many bytes behind them will be wanted next, so that it fetches them
+    from the disk meanwhile.
+
     Raises:
         CheckpointError: a short read.
     """
     size = BYTES[info.dtype]
     offset = info.offset + start_row * math.prod(info.shape[1:]) * size
-    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
+    values = np.empty(count, np.float32)
+
+    def fill(begin: int, end: int) -> None:
+        _read_into(info, offset + begin * size, values[begin:end])
+
     try:
-        raw = np.fromfile(info.file, dtype=kind, count=count, offset=offset)
+        in_threads(fill, count, PIECE)
+        _ask_ahead(info.file, offset + count * size, count * size)
     except OSError as error:
         raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
-    if raw.size != count:
-        raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
-    if info.dtype == "BF16":
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return raw.astype(np.float32, copy=False)
+    return values
+
+
+def _read_into(info: TensorInfo, offset: int, values: Float32) -> None:
+    """Fill ``values`` from byte ``offset`` on.
+
+    Raises:
+        CheckpointError: a short read.
+        OSError: none at all.
+    """
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
+    raw = np.empty(min(CHUNK, values.size), kind)
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        for start in range(0, values.size, CHUNK):
+            part = values[start : start + CHUNK]
+            stored = raw[: part.size]
+            read = 0
+            while read < stored.nbytes:
+                got = stream.readinto(stored.view(np.uint8)[read:].data)
+                if not got:
+                    raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
+                read += got
+            if info.dtype == "BF16":
+                bits = part.view(np.uint32)
+                bits[:] = stored
+                bits <<= 16
+            else:
+                part[:] = stored
+
+
+def _ask_ahead(file: Path, offset: int, nbytes: int) -> None:
+    """Have bytes of a file fetched; where the system knows no such wish, nothing."""
+    if not hasattr(os, "posix_fadvise") or not nbytes:
+        return
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(handle)
 
 
 def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import Checkpoint
+from compress.ci_files import CiFiles
 from compress.pruning.options import prune_option
 
 __all__ = ["BuildSettings", "VerifySettings", "command_line", "recipe_overrides"]
@@ -30,6 +31,8 @@ class BuildSettings:
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
     eval_text: Path | None = None
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
     calibration: Sequence[Path] = ()
     seed: int | None = None
     imatrix: Path | None = None
@@ -47,6 +50,7 @@ class BuildSettings:
     dry_run: bool = False
     overwrite: bool = False
     verify: bool = True
+    ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,9 +64,12 @@ class VerifySettings:
     eval_text: Path | None = None
     tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
     windows: int = 16
     sequence_length: int = 512
     threads: int = 0
+    ci_files: CiFiles = field(default_factory=CiFiles)
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 

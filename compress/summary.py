@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.console import Console, format_bytes
-from compress.report import TASK_HEADERS, task_rows
+from compress.markdown import pipe_table, sentence
+from compress.report import TASK_HEADERS, artifact_label, task_rows
 
 # Logits closer than this many of their standard deviations are a tie that the order of summation
 # decides, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02 of
@@ -15,10 +16,12 @@ from compress.report import TASK_HEADERS, task_rows
 TIE = 0.1
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
+CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 
 def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
     """The table, the verdict and where things are."""
+    console.end()
     console.result(report)
     console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
     if tasks := task_rows(report):
@@ -26,24 +29,45 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
     for artifact in report["artifacts"]:
         for gate in artifact["gates"]:
             if not gate["passed"]:
-                console.warning(
-                    f"{artifact['format']}: {gate['name']} is {gate_value(gate)}, "
-                    f"the gate is {gate['limit']}"
-                )
+                console.warning(f"{artifact['format']}: {gate_failure(gate)}")
         if cache_changes_text(artifact):
-            console.warning(
-                f"{artifact['format']}: greedy tokens differ with and without the KV cache"
-            )
+            console.warning(f"{artifact['format']}: {CACHE_CHANGES_TEXT}")
         if output is not None:
             console.path(output / artifact["path"])
-    if report["verdict"] == "not verified":
-        console.say("not verified")
-    elif report["verdict"] == "passed" and not any(a["gates"] for a in report["artifacts"]):
-        console.say("measured; no gate was set")
+    if talk := no_verdict(report):
+        console.say(talk)
     else:
         console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
     if output is not None:
         console.say(f"report: {output / 'report.html'}")
+
+
+def markdown_summary(report: Mapping[str, Any]) -> str:
+    """The same as Markdown, for a CI job's page: verdict, table, what failed."""
+    name = f"{sentence(report['model']['name'])}, recipe {sentence(report['recipe']['name'])}"
+    passed = "✅ **passed**" if report["verdict"] == "passed" else "❌ **failed**"
+    parts = [f"### packlight: {name}", no_verdict(report) or passed]
+    rows = [[sentence(cell) for cell in table_row(found)] for found in report["artifacts"]]
+    parts.append(pipe_table(HEADERS, rows, left=2))
+    if tasks := task_rows(report):
+        rows = [[sentence(cell) for cell in row] for row in tasks]
+        parts.append(pipe_table(TASK_HEADERS, rows, left=2))
+    lines = []
+    for artifact in report["artifacts"]:
+        label = artifact_label(artifact)
+        told = [gate_failure(gate) for gate in artifact["gates"] if not gate["passed"]]
+        told += [CACHE_CHANGES_TEXT] if cache_changes_text(artifact) else []
+        lines += [f"- {sentence(f'{label}: {line}')}" for line in told]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def no_verdict(report: Mapping[str, Any]) -> str:
+    """Why nothing was judged, or ``""`` where something was."""
+    if report["verdict"] == "not verified":
+        return "not verified"
+    if report["verdict"] == "passed" and not any(a["gates"] for a in report["artifacts"]):
+        return "measured; no gate was set"
+    return ""
 
 
 def cache_changes_text(artifact: Mapping[str, Any]) -> bool:
@@ -52,6 +76,11 @@ def cache_changes_text(artifact: Mapping[str, Any]) -> bool:
         return False
     sample = artifact["generation"]
     return bool(sample["gap"] > TIE * sample["spread"])
+
+
+def gate_failure(gate: Mapping[str, Any]) -> str:
+    """What was measured beside what was allowed."""
+    return f"{gate['name']} is {gate_value(gate)}, the gate is {gate['limit']}"
 
 
 def gate_value(gate: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from compress.console import format_bytes
+from compress.markdown import fenced, pipe_table, sentence
 from compress.report import artifact_label, decimals
 
 Json = Mapping[str, Any]
@@ -85,7 +86,7 @@ def table(report: Json) -> str:
     """The measured figures, one artifact a line; a dash for what was not measured."""
     columns = ("artifact", "file", "size", "bits per weight", "perplexity", "÷ float",
                "KL divergence", "same top token", "decode, tokens/s", "peak memory")  # fmt: skip
-    rows = [columns, ("---", "---", *["---:"] * 8)]
+    rows: list[tuple[str, ...]] = []
     for found in report["artifacts"]:
         kl = found["kl_divergence"] or {"mean": None, "se": None}
         rows.append(
@@ -115,7 +116,7 @@ def table(report: Json) -> str:
             "–",
         )
     )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pipe_table(columns, rows, left=2)
 
 
 def measured(report: Json) -> str:
@@ -193,16 +194,3 @@ def figure(
         return f"{value * times:.4g}{unit}"
     places = decimals(error * times)
     return f"{value * times:.{places}f} ± {error * times:.{places}f}{unit}"
-
-
-def sentence(text: str) -> str:
-    """Text that Markdown shows as it is, on one line and within one table cell."""
-    line = " ".join(text.split())
-    return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
-
-
-def fenced(code: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code}\n{fence}"

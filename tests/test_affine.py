@@ -169,12 +169,12 @@ def test_codes_and_parameters_are_what_the_files_hold(name: str) -> None:
 
 
 def test_same_bytes_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba import config
+    from compress.grids import lanes
 
     weight = weights(700, 128)
 
     def run(name: str, threads: int) -> tuple[np.ndarray, Params]:
-        monkeypatch.setattr(config, "NUMBA_NUM_THREADS", threads)
+        monkeypatch.setattr(lanes, "worker_threads", lambda: threads)
         quantized = grid_of(name).quantize(weight)
         return quantized.codes, quantized.params
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+from compress import machine, safetensors_file
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError, PacklightError, UsageError
@@ -80,6 +81,21 @@ def test_values_are_those_of_the_safetensors_package(dtype: str, tmp_path: Path)
             assert np.array_equal(checkpoint.read(name, slice(5, 9)), tensor[5:9].float().numpy())
             assert checkpoint.read(name, slice(9, 5)).shape == (0, found.shape[1])
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in expected.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_are_the_same_in_chunks_and_threads(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = Checkpoint.open(tiny.make("phi", tmp_path, dtype=dtype, tokenizer=False))
+    expected = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    monkeypatch.setattr(machine, "worker_threads", lambda: 3)
+    monkeypatch.setattr(safetensors_file, "PIECE", 10)
+    monkeypatch.setattr(safetensors_file, "CHUNK", 7)
+    for name, values in expected.items():
+        assert np.array_equal(checkpoint.read(name), values)
+        if values.ndim == 2:
+            assert np.array_equal(checkpoint.read(name, slice(3, 8)), values[3:8])
 
 
 @pytest.mark.parametrize("layout", ["sharded", "pickle", "sharded pickle", "old pickle"])
@@ -469,3 +485,21 @@ def test_damaged_pickles(copy: Path):
     ):
         torch.save(state, file)
         refused(lambda: Checkpoint.open(copy), message)
+
+
+def test_urls_are_opened_through_fsspec(tmp_path, monkeypatch):
+    """A folder behind a URL is copied to the cache; file:// is the folder itself."""
+    from compress.remote import open_url
+
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    folder = tiny.make("llama", tmp_path / "tiny-llama")
+    fs, root = open_url("memory://bucket/tiny-llama")
+    fs.makedirs(root)
+    for path in folder.iterdir():
+        fs.put_file(str(path), f"{root}/{path.name}")
+    local, remote = Checkpoint.open(folder), Checkpoint.open("memory://bucket/tiny-llama")
+    assert remote.source == "memory://bucket/tiny-llama"
+    assert remote.tensors.keys() == local.tensors.keys()
+    name = next(iter(local.tensors))
+    np.testing.assert_array_equal(remote.read(name), local.read(name))
+    assert Checkpoint.open(f"file://{folder}").path == folder

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import ggml_oracle
 import gguf
-import numba
 import numpy as np
 import pytest
 from test_kquant import COLUMNS, ROWS, TENSORS, bits, importance, weighted
 
 from compress.errors import GridError
-from compress.grids import get_grid
+from compress.grids import get_grid, lanes
 from compress.grids.codebook import WordGrid, make
 
 NAMES = ["IQ3_S", "IQ3_XXS"]
@@ -151,7 +150,7 @@ def test_rows_depend_on_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch)
     grid = get_grid(name)
     packed = {}
     for threads in (1, 2):
-        monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", threads)
+        monkeypatch.setattr(lanes, "worker_threads", lambda count=threads: count)
         packed[threads] = grid.quantize(weight, importance()[:512]).pack()["blocks"]
     assert np.array_equal(packed[1], packed[2])
     part = grid.quantize(weight[45:82], importance()[:512]).pack()["blocks"]

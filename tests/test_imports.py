@@ -17,9 +17,10 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors", "compress.interrupts"},
+    {"compress.errors", "compress.interrupts", "compress.markdown",
+     "compress.progress"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
-     "compress.machine", "compress.safetensors_file"},
+     "compress.machine", "compress.cache", "compress.remote", "compress.safetensors_file"},
     {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
      "compress.demo"},
     {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
@@ -29,14 +30,15 @@ FLOORS: list[set[str]] = [
     {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
      "compress.charts", "compress.output", "compress.job", "compress.calibration",
      "compress.calibration_step", "compress.walk", "compress.target_step",
-     "compress.propagation", "compress.summary",
-     "compress.pruning", "compress.save"},
+     "compress.propagation", "compress.summary", "compress.checksums",
+     "compress.scorer", "compress.junit", "compress.ci_files",
+     "compress.pace", "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor"},
+    {"compress.inspection", "compress.doctor", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
-    {"compress.cli", "compress.__main__"},
+    {"compress.cli", "compress.__main__", "compress.batch.child"},
 ]  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_rows_depend_on_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch)
     grid = get_grid(name)
     packed = {}
     for threads in (1, 2):
-        monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", threads)
+        monkeypatch.setattr(lanes, "worker_threads", lambda count=threads: count)
         packed[threads] = grid.quantize(weight, importance()).pack()["blocks"]
     assert np.array_equal(packed[1], packed[2])
     part = grid.quantize(weight[45:82], importance()).pack()["blocks"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from compress import machine
 from compress.machine import available_cpus, available_memory, cpu_quotas, memory_left
 
 
@@ -67,3 +68,30 @@ def test_quotas_limit_threads(monkeypatch, quotas, most):
 def test_here():
     assert available_cpus() >= 1
     assert available_memory() > 0
+
+
+@pytest.mark.parametrize(("wanted", "omp", "threads"), [(0, "", 8), (3, "1", 3), (0, "2", 2),
+                                                        (99, "", 8), (0, "none", 8)])  # fmt: skip
+def test_threads_are_the_users_then_the_environments_then_all(
+    monkeypatch: pytest.MonkeyPatch, wanted: int, omp: str, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setattr(machine, "available_cpus", lambda: 8)
+    machine.default_threads.cache_clear()
+    try:
+        machine.use_threads(wanted)
+        assert machine.worker_threads() == threads
+    finally:
+        machine.use_threads(0)
+        machine.default_threads.cache_clear()
+
+
+def test_in_threads_covers_the_range_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(machine, "worker_threads", lambda count=threads: count)
+        for count in (0, 1, 9, 10, 100):
+            parts: list[tuple[int, int]] = []
+            machine.in_threads(lambda *part: parts.append(part), count, 10)  # noqa: B023
+            covered = [i for begin, end in sorted(parts) for i in range(begin, end)]
+            assert covered == list(range(count))
+            assert len(parts) == max(1, min(threads, count // 10))

@@ -10,7 +10,8 @@ from typing import Any
 import sample_report
 import yaml
 
-from exporters.model_card import fenced, figure, model_card, sentence
+from compress.markdown import fenced, sentence
+from exporters.model_card import figure, model_card
 
 
 def parse_head(card: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from compress.checksums import write_checksums
 from compress.errors import DiskFullError, OutputExistsError, UsageError
-from compress.output import check_disk, check_output, work_folder, write_checksums
+from compress.output import check_disk, check_output, work_folder
 
 
 def ours(folder: Path) -> Path:

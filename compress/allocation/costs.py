@@ -21,7 +21,7 @@ from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
 from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
-from compress.calibration import cache_folder
+from compress.cache import cache_folder
 from compress.calibration_set import CalibrationSet
 from compress.console import Console
 from compress.grids import Float32, Grid, get_grid

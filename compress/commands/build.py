@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    against_option,
+    ci_options,
     device_names,
     eval_option,
     format_option,
@@ -15,7 +17,9 @@ from compress.commands.options import (
     hub_options,
     make_console,
     output_options,
+    progress_option,
     recipe_option,
+    regression_option,
     set_option,
     threads_option,
 )
@@ -61,24 +65,32 @@ from compress.errors import UsageError
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
+@against_option
+@regression_option
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@progress_option
+@ci_options
 @hub_options
 @output_options
 def build(model: str, output: Path | None, **options: Any) -> int:
-    """Make verified artifacts from MODEL, a local folder or a Hub id.
+    """Make verified artifacts from MODEL, a local folder, a Hub id or a URL.
 
     \b
     packlight build ./my-checkpoint -o out
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     budget = any(options[key] for key in ("budget", "budget_memory", "device"))
     if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
         raise UsageError("a budget, --sweep and --plan exclude each other")
@@ -89,6 +101,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        against=options["against"],
+        max_regression=options["max_regression"],
         calibration=options["calibration"],
         seed=options["seed"],
         imatrix=options["imatrix"],
@@ -106,6 +120,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
         verify=not options["no_verify"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.build(settings, SHIPYARD, console)
@@ -120,12 +135,13 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 @output_options
 def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.demo import model_path
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = BuildSettings(
         model=str(model_path()),
         source="packlight-demo",

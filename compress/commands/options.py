@@ -10,6 +10,7 @@ import click
 
 from compress.console import Console
 from compress.errors import UsageError
+from compress.progress import ProgressFile
 
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = ("gguf", "onnx", "coreml")
@@ -22,6 +23,19 @@ def output_options(command: F) -> F:
         click.option("-q", "--quiet", is_flag=True, help="Print paths only."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     ):
+        command = option(command)
+    return command
+
+
+def ci_options(command: F) -> F:
+    """``--junit`` and ``--summary``: what a CI job shows of a result."""
+    for option in (
+        click.option("--summary", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Append the table and the verdict as Markdown, e.g. to "
+                          "$GITHUB_STEP_SUMMARY."),
+        click.option("--junit", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Write the gates as JUnit XML."),
+    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -56,11 +70,20 @@ def device_names(*_: Any) -> list[str]:
     return list(devices())
 
 
-def make_console(as_json: bool, quiet: bool, verbose: bool) -> Console:
-    """The console that ``output_options`` ask for."""
+def make_console(
+    as_json: bool, quiet: bool, verbose: bool, progress_file: Path | None = None
+) -> Console:
+    """The console that ``output_options`` and ``progress_option`` ask for, until the command ends.
+
+    Raises:
+        UsageError: two modes at once, or a file that cannot be written.
+    """
     if as_json and quiet:
         raise UsageError("--json and --quiet exclude each other")
-    return Console("json" if as_json else "quiet" if quiet else "human", verbose)
+    mode = "json" if as_json else "quiet" if quiet else "human"
+    console = Console(mode, verbose, ProgressFile(progress_file) if progress_file else None)
+    click.get_current_context().call_on_close(console.abandon)
+    return console
 
 
 recipe_option = click.option(
@@ -79,7 +102,20 @@ threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N",
     help="CPU threads; default: what the process may use.",
 )  # fmt: skip
+against_option = click.option(
+    "--against", type=click.Path(path_type=Path), metavar="REPORT",
+    help="An earlier report.json: a gate on what got worse since.",
+)  # fmt: skip
+regression_option = click.option(
+    "--max-regression", multiple=True, metavar="METRIC=AMOUNT,…",
+    help="With --against, how much worse at most: a share (kl=5%) or an amount (bytes=10MB); "
+         "default kl=5%,bytes=1%.",
+)  # fmt: skip
 eval_option = click.option(
     "--eval-text", type=click.Path(path_type=Path), metavar="FILE",
     help="UTF-8 text to score on; default: a built-in held-out text.",
+)  # fmt: skip
+progress_option = click.option(
+    "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
+    help="Append how far the work is, as JSON lines for another program.",
 )  # fmt: skip

@@ -8,48 +8,78 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    against_option,
+    ci_options,
     eval_option,
     hub_of,
     hub_options,
     make_console,
     output_options,
+    progress_option,
+    regression_option,
     threads_option,
 )
+from compress.errors import UsageError
 
 
 @click.command(short_help="Run an artifact in its runtime and compare it with the float model.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--baseline", required=True, metavar="MODEL", help="The float checkpoint.")
+@click.option("--baseline", metavar="MODEL", help="The float checkpoint.")
 @eval_option
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Multiple-choice questions, one JSON object a line with question, choices and "
                    "answer (an index from 0); may be repeated.")  # fmt: skip
 @click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
               help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
+@against_option
+@regression_option
+@click.option("--checksums", is_flag=True,
+              help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
+                   "--baseline nothing else is done.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
               help="Windows of text to score.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@progress_option
+@ci_options
 @hub_options
 @output_options
 def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
+    console = make_console(
+        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
+    )
+    if options["checksums"]:
+        from compress import checksums
+
+        whole = checksums.verify(artifact, console)
+        if not whole or not options["baseline"]:
+            return 0 if whole else 1
+    if not options["baseline"]:
+        raise UsageError(
+            "--baseline is missing: the checkpoint that ARTIFACT was made from",
+            hint="or --checksums, which only looks at the files",
+        )
+    console.begin("load libraries")  # takes seconds
     from compress import pipeline
+    from compress.ci_files import CiFiles
     from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
     settings = VerifySettings(
         artifact=artifact,
         baseline=options["baseline"],
         eval_text=options["eval_text"],
         tasks=options["tasks"],
         gates=options["gates"],
+        against=options["against"],
+        max_regression=options["max_regression"],
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
     return pipeline.verify(settings, SHIPYARD, console)

@@ -132,14 +132,20 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
 
 @kernel
 def encode(weight, n, top, scale, zero, begin, end, codes):
-    """uint8 codes 0..top of rows begin..end: ``round(w / scale) + zero``, clipped."""
+    """uint8 codes 0..top of rows begin..end: ``round(w / scale) + zero``, clipped.
+
+    Slices and the int32 in between let the loop become SIMD.
+    """
+    limit = f4(top)
     for row in range(begin, end):
         for group in range(scale.shape[1]):
             step, shift = scale[row, group], zero[row, group]
             inverse = inverse_of(step)
-            for column in range(group * n, group * n + n):
-                q = np.floor(weight[row, column] * inverse + f4(0.5)) + shift
-                codes[row, column] = np.uint8(min(max(q, f4(0.0)), f4(top)))
+            values = weight[row, group * n : group * n + n]
+            out = codes[row, group * n : group * n + n]
+            for i in range(n):
+                q = np.floor(values[i] * inverse + f4(0.5)) + shift
+                out[i] = np.uint8(np.int32(min(max(q, f4(0.0)), limit)))
 
 
 @kernel

@@ -259,7 +259,15 @@ class BlockGrid:
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """``blocks``: uint8 ``[rows, bytes_per_row]``, a GGUF tensor's data."""
-        return {"blocks": pack(self.name, self.block, codes, params)}
+        rows, columns = codes.shape
+        blocks = np.empty((rows, columns // self.block * block_bytes(self.name)), np.uint8)
+
+        def work(begin: int, end: int) -> None:
+            some = {name: values[begin:end] for name, values in params.items()}
+            blocks[begin:end] = pack(self.name, self.block, codes[begin:end], some)
+
+        over_rows(work, rows)
+        return {"blocks": blocks}
 
     def unpack(self, blocks: Array) -> tuple[Array, Params]:
         """Codes and parameters of packed blocks, the inverse of ``pack``."""

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from numba import njit
 
 from compress.errors import GridError
 from compress.grids import Float32
+from compress.machine import worker_threads
 
 f4 = np.float32
 
@@ -102,14 +103,14 @@ def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
 
 
 def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) -> None:
-    """``work(begin, end)`` over all rows, in as many threads as numba is configured for.
+    """``work(begin, end)`` over all rows, in as many threads as there are for it.
 
     Each call gets whole units of rows; there are too few for a thread below four of them.
     The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
     when two callers come at once (workqueue) or hang after a fork (OpenMP).
     """
     tiles = -(-rows // unit)
-    threads = min(config.NUMBA_NUM_THREADS, tiles // 4)
+    threads = min(worker_threads(), tiles // 4)
     if threads <= 1:
         work(0, rows)
         return

@@ -20,7 +20,7 @@ import numpy as np
 
 from compress import __version__
 from compress.arch import DecoderConfig
-from compress.calibration import cache_folder
+from compress.cache import cache_folder
 from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
@@ -58,10 +58,10 @@ def prune(job: Job, console: Console, threads: int) -> Pruned | None:
         UsageError: calibration texts that are not there or too short.
         CheckpointError: weights or a tokenizer that cannot be read.
     """
-    import torch
-
     if job.cut is None:
         return None
+    import torch
+
     torch.set_num_threads(choose_threads(threads, job.config))
     return prune_source(job.source, job.cut, read_texts(job), console)
 

@@ -1,0 +1,350 @@
+"""Bars, tables and the picture of ``full_size.py``'s measurements.
+
+MB and GB are powers of ten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from compress.charts import element, line, text, ticks
+
+MB, GB = 1e6, 1e9
+PEER = "llama.cpp:f16"  # what all of llama.cpp's types begin with
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scaling.svg"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's measurements; a missing row is a KeyError."""
+
+    name: str
+    facts: Mapping[str, Any]
+
+    def __call__(self, row: str, what: str) -> float:
+        return float(self.facts["rows"][row][what])
+
+    def cpu(self, *rows: str) -> float:
+        """CPU seconds of some rows together."""
+        return sum(self(row, "cpu_seconds") for row in rows)
+
+    def wall(self, *rows: str) -> float:
+        """Wall seconds of some rows together."""
+        return sum(self(row, "wall_seconds") for row in rows)
+
+    def whole_gptq(self, what: str) -> float:
+        """Of all blocks, from checkpoints of one and of two: each further block costs the same."""
+        first, second = self("gptq:1", what), self("gptq:2", what)
+        return first + (self.facts["blocks"] - 1) * (second - first)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit of issue 5.
+
+    Attributes:
+        value: of a family, in the unit.
+        rows: that it is computed from.
+        goal: better than the limit; 0: none.
+    """
+
+    what: str
+    value: Callable[[Family], float]
+    rows: tuple[str, ...]
+    limit: float
+    unit: str = "×"
+    goal: float = 0.0
+
+
+def part_of_peer(kind: str, limit: float, goal: float) -> Bar:
+    """CPU of ours over CPU of converting and quantizing."""
+    ours, peers = f"gguf:{kind}", (PEER, f"llama.cpp:{kind}")
+    return Bar(
+        f"GGUF {kind}: CPU, ours / llama.cpp's convert + quantize",
+        lambda f: f.cpu(ours) / f.cpu(*peers),
+        (ours, *peers),
+        limit,
+        goal=goal,
+    )
+
+
+def part_of_gguf(row: str, limit: float) -> Bar:
+    """CPU of a format over that of our Q4_K_M."""
+    return Bar(
+        f"{row}: CPU / our Q4_K_M",
+        lambda f: f.cpu(row) / f.cpu("gguf:Q4_K_M"),
+        (row, "gguf:Q4_K_M"),
+        limit,
+    )
+
+
+def peak(row: str, what: str, limit: float, unit: str = "MB") -> Bar:
+    """A peak of memory."""
+    kinds = {"peak_anonymous": "anonymous", "peak_resident": "resident", "main_resident": "float"}
+    scale = {"MB": MB, "GB": GB}[unit]
+    return Bar(f"{row}: {kinds[what]} peak", lambda f: f(row, what) / scale, (row,), limit, unit)
+
+
+def seconds_of_sum(what: str) -> Bar:
+    """Three targets at once beside one after the other."""
+    single = ("gguf:Q4_K_M", "onnx:int4-g32", "coreml:int4-g32")
+    name = {"cpu_seconds": "CPU", "wall_seconds": "wall"}[what]
+
+    def value(f: Family) -> float:
+        return f("all", what) / (sum(f(row, what) for row in single) - 2 * f("read", what))
+
+    return Bar(
+        f"three in one build: {name} / (sum - 2 reads)", value, ("all", *single, "read"), 1.15
+    )
+
+
+GGUF = ("gguf:Q4_0", "gguf:Q4_K_M", "gguf:IQ4_XS")
+ONNX = ("onnx:int4-g32", "onnx:int4-g128")
+COREML = ("coreml:int4-g32", "coreml:lut4-g16")
+BARS = (
+    part_of_peer("Q4_K_M", 1 / 3.5, 1 / 5),
+    part_of_peer("IQ4_XS", 1 / 8, 1 / 12),
+    part_of_peer("Q4_0", 1 / 1.3, 1 / 2),
+    *(
+        Bar(f"{row}: wall / CPU", lambda f, r=row: f.wall(r) / f.cpu(r), (row,), 0.65)
+        for row in GGUF
+    ),
+    *(peak(row, "peak_anonymous", 400) for row in GGUF),
+    *(peak(row, "peak_resident", 1.0, "GB") for row in GGUF),
+    *(part_of_gguf(row, 0.5) for row in ONNX),
+    *(peak(row, "peak_anonymous", 350) for row in ONNX),
+    part_of_gguf("coreml:int4-g32", 0.8),
+    part_of_gguf("coreml:lut4-g16", 2.5),
+    *(peak(row, "peak_anonymous", 700) for row in COREML),
+    *(
+        Bar(
+            f"{row}: disk while writing / disk at the end",
+            lambda f, r=row: f(r, "peak_disk") / f(r, "final_disk"),
+            (row,),
+            1.01,
+        )
+        for row in COREML
+    ),
+    Bar(
+        "three in one build: bytes read / bytes of the checkpoint (less those of checksums)",
+        lambda f: (f("all", "read") - f("all", "bytes")) / f.facts["checkpoint_bytes"],
+        ("all",),
+        1.05,
+    ),
+    seconds_of_sum("cpu_seconds"),
+    seconds_of_sum("wall_seconds"),
+    peak("verify", "main_resident", 2.5, "GB"),
+    peak("calibrated", "peak_resident", 2.5, "GB"),
+    Bar("calibrated: wall", lambda f: f.wall("calibrated") / 60, ("calibrated",), 45, "min"),
+    peak("gptq:2", "peak_resident", 3.0, "GB"),
+    Bar(
+        "gptq: wall, all blocks from one and two",
+        lambda f: f.whole_gptq("wall_seconds") / 3600,
+        ("gptq:1", "gptq:2"),
+        3,
+        "h",
+    ),
+)
+
+
+def judged(family: Family) -> list[dict[str, Any]]:
+    """The bars whose rows have been measured."""
+    found = []
+    for bar in BARS:
+        try:
+            value = bar.value(family)
+        except KeyError:
+            continue
+        runs = {family.facts["rows"][row]["run"] for row in bar.rows}
+        found.append(
+            {
+                "what": bar.what,
+                "value": round(value, 3),
+                "limit": round(bar.limit, 3),
+                "goal": round(bar.goal, 3),
+                "unit": bar.unit,
+                "passed": value <= bar.limit,
+                "one_run": len(runs) == 1,
+            }
+        )
+    return found
+
+
+# --- Markdown ---------------------------------------------------------------------------------
+
+HEAD = """# Full-size checkpoints: what packing takes
+
+Written by `benchmarks/full_size.py`; how to run it, where the time goes and what the limits are is
+in docs/performance.md. Checkpoints of `make_checkpoint.py`, bf16, random weights. {processor},
+{cores} cores, {memory:.0f} GB. MB and GB are powers of ten; *anonymous* and *resident* are peaks
+over all processes, *read* and *written* count bytes of system calls whether the disk saw them or
+not, *disk* is the most room taken at a time. *Load* is that of the machine when the row began: at
+2 or more, wall time is an upper bound and CPU time wanders by some 20 %.
+"""
+ROW_HEAD = (
+    "row", "CPU s", "ns per weight", "wall s", "anonymous MB", "resident MB", "read GB",
+    "written GB", "disk GB", "files GB", "load", "run",
+)  # fmt: skip
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """All families: rows as measured, then the bars."""
+    machine = document["machine"]
+    lines = [
+        HEAD.format(
+            processor=machine["processor"],
+            cores=machine["cores"],
+            memory=machine["memory_bytes"] / GB,
+        )
+    ]
+    for name, facts in document["families"].items():
+        family = Family(name, facts)
+        sparse = "; sparse shards of zeros, whose time is that of zeros" if facts["sparse"] else ""
+        lines += [
+            f"## {name}",
+            "",
+            f"{facts['parameters'] / 1e9:.2f} billion parameters, "
+            f"{facts['checkpoint_bytes'] / GB:.2f} GB in {facts['shards']} file(s){sparse}.",
+            "",
+            *table(ROW_HEAD, [shown(family, key) for key in facts["rows"]]),
+            "",
+        ]
+        if bars := judged(family):
+            rows = [
+                (
+                    bar["what"] + ("" if bar["one_run"] else " (of several runs)"),
+                    f"{number(bar['value'])} {bar['unit']}",
+                    f"{number(bar['limit'])}",
+                    number(bar["goal"]) if bar["goal"] else "",
+                    "pass" if bar["passed"] else "**fail**",
+                )
+                for bar in bars
+            ]
+            lines += [*table(("bar", "measured", "limit", "goal", ""), rows), ""]
+    return "\n".join(lines)
+
+
+def shown(family: Family, key: str) -> tuple[str, ...]:
+    """A row of the first table."""
+    row = family.facts["rows"][key]
+    per_weight = (
+        ""
+        if key.startswith("gptq")
+        else f"{1e9 * row['cpu_seconds'] / family.facts['parameters']:.1f}"
+    )
+    gigabytes = (f"{row[size] / GB:.2f}" for size in ("read", "written", "peak_disk", "bytes"))
+    return (
+        key,
+        f"{row['cpu_seconds']:.1f}",
+        per_weight,
+        f"{row['wall_seconds']:.1f}",
+        f"{row['peak_anonymous'] / MB:.0f}",
+        f"{row['peak_resident'] / MB:.0f}",
+        *gigabytes,
+        f"{row['load']}",
+        row["run"],
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = ["|" + " | ".join(head) + "|", "|---|" + "--:|" * (len(head) - 1)]
+    return lines + ["|" + " | ".join(row) + "|" for row in rows]
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+# --- the picture ------------------------------------------------------------------------------
+
+SERIES = {  # rows whose CPU seconds add up; their memory is the largest
+    "llama.cpp Q4_K_M": ((PEER, "llama.cpp:Q4_K_M"), "#8a8a8a"),
+    "GGUF Q4_K_M": (("gguf:Q4_K_M",), "#1f6feb"),
+    "ONNX int4-g32": (("onnx:int4-g32",), "#d9730d"),
+    "Core ML int4-g32": (("coreml:int4-g32",), "#2da44e"),
+}
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 400, 250, 46, 30, 36
+STYLE = "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}polyline{fill:none;stroke-width:2}"
+
+
+def picture(families: Sequence[Family]) -> Markup:
+    """CPU time per weight and peak memory against the number of weights."""
+
+    def cpu(family: Family, rows: Sequence[str]) -> float:
+        return 1e9 * family.cpu(*rows) / family.facts["parameters"]
+
+    def memory(family: Family, rows: Sequence[str]) -> float:
+        return max(family(row, "peak_anonymous") for row in rows) / MB
+
+    parts = [
+        element("style", Markup(STYLE)),
+        element("rect", width=2 * WIDTH, height=HEIGHT + 24, fill="#fff"),
+        panel(families, cpu, "CPU, ns per weight", 0),
+        panel(families, memory, "anonymous memory, MB", WIDTH),
+        *(legend(index, name) for index, name in enumerate(SERIES)),
+    ]
+    title = "CPU time per weight and peak memory of packing, by size of the model"
+    size = f"0 0 {2 * WIDTH} {HEIGHT + 24}"
+    return element(
+        "svg", element("title", title), *parts, xmlns="http://www.w3.org/2000/svg", viewBox=size
+    )
+
+
+def panel(
+    families: Sequence[Family],
+    value: Callable[[Family, Sequence[str]], float],
+    heading: str,
+    shift: int,
+) -> Markup:
+    """One diagram: weights on a logarithmic axis."""
+    sizes = [family.facts["parameters"] / 1e9 for family in families]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, (rows, _) in SERIES.items():
+        for family, size in zip(families, sizes, strict=True):
+            if all(row in family.facts["rows"] for row in rows):
+                lines.setdefault(name, []).append((size, value(family, rows)))
+    marks = ticks(0.0, max(y for points in lines.values() for _, y in points))
+    low, high = math.log(min(sizes) * 0.8), math.log(max(sizes) * 1.25)
+
+    def across(size: float) -> float:
+        return LEFT + (math.log(size) - low) / (high - low) * (WIDTH - LEFT - 10)
+
+    def down(y: float) -> float:
+        return HEIGHT - BOTTOM - y / marks[-1] * (HEIGHT - BOTTOM - TOP)
+
+    drawn = [text(LEFT, 16, heading)]
+    for mark in marks:
+        drawn.append(line(LEFT, down(mark), WIDTH - 10, down(mark), "grid"))
+        drawn.append(text(LEFT - 5, down(mark) + 4, f"{mark:g}", "end"))
+    drawn += [text(across(size), HEIGHT - 18, f"{size:.1f} B", "middle") for size in sizes]
+    for name, points in lines.items():
+        places = [(across(size), down(y)) for size, y in points]
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        drawn.append(element("polyline", points=joined, stroke=SERIES[name][1]))
+        drawn += [element("circle", cx=x, cy=y, r=3, fill=SERIES[name][1]) for x, y in places]
+    return element("g", *drawn, transform=f"translate({shift} 0)")
+
+
+def legend(index: int, name: str) -> Markup:
+    """A colour and what it stands for, below both diagrams."""
+    x = LEFT + index * 180
+    mark = element("rect", x=x, y=HEIGHT + 2, width=12, height=12, fill=SERIES[name][1])
+    return element("g", mark, text(x + 18, HEIGHT + 12, name))
+
+
+def write_pages(document: Mapping[str, Any], folder: Path) -> None:
+    """The Markdown beside the JSON, and the picture into docs/."""
+    (folder / "full_size.md").write_text(page(document), encoding="utf-8")
+    families = [Family(name, facts) for name, facts in document["families"].items()]
+    measured = [family for family in families if "gguf:Q4_K_M" in family.facts["rows"]]
+    if len(measured) > 1:
+        measured.sort(key=lambda family: float(family.facts["parameters"]))
+        PICTURE.write_text(str(picture(measured)) + "\n", encoding="utf-8")

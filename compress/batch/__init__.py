@@ -1,0 +1,11 @@
+"""Many models, many artifacts, nobody watching: ``packlight batch JOBS.yaml``.
+
+jobs.py      what to build: models × recipes × formats from a YAML file (schema.json)
+predict.py   what one job will take: bytes, memory, threads, time
+state.py     what was done before: a record per job in the output tree
+engine.py    where jobs run: ``Work`` in, ``Outcome`` out; ``LocalEngine`` on this machine
+child.py     one job's process, which dies with the batch
+table.py     what a person sees meanwhile
+document.py  ``batch.json``; page.py and pictures.py make ``batch.html`` of it
+story.py     all of it, in order
+"""

@@ -1,0 +1,169 @@
+"""``SHA256SUMS``: written with every build, and held against its folder.
+
+The format is that of GNU ``sha256sum``: 64 hexadecimal digits, a space, a space or ``*`` (binary),
+and the name; in a line that begins with a backslash, line ends and backslashes of the name are
+escaped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from compress.console import Console
+from compress.errors import ArtifactError, UsageError
+
+__all__ = [
+    "NAME",
+    "Findings",
+    "check_folder",
+    "read_checksums",
+    "sha256_of",
+    "verify",
+    "write_checksums",
+]
+
+NAME = "SHA256SUMS"
+HARMLESS = ".DS_Store"  # macOS leaves it wherever a folder was looked at
+ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A folder beside its ``SHA256SUMS``; names relative to it, sorted.
+
+    Attributes:
+        files: how many are listed.
+        changed: listed and there, with other bytes.
+        missing: listed and not there.
+        extra: there and not listed.
+    """
+
+    files: int
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the folder is as it was written."""
+        return not (self.changed or self.missing or self.extra)
+
+    def lines(self) -> list[str]:
+        """One for each file that is not as listed."""
+        return [
+            *(f"{name}: its bytes are not those that were written" for name in self.changed),
+            *(f"{name}: missing" for name in self.missing),
+            *(f"{name}: not in {NAME}" for name in self.extra),
+        ]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits; streaming."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """``SHA256SUMS`` of every file but itself, sorted; ``sha256sum -c`` reads it."""
+    lines = []
+    for name in files_in(folder):
+        escaped = "".join(ESCAPES.get(char, char) for char in name)
+        mark = "\\" if escaped != name else ""
+        lines.append(f"{mark}{sha256_of(folder / name)}  {escaped}\n")
+    (folder / NAME).write_text("".join(lines), encoding="utf-8", newline="")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the files below a folder but its ``SHA256SUMS``, in the order of their paths."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(folder).as_posix() for path in paths if path != folder / NAME]
+
+
+def read_checksums(file: Path) -> dict[str, str]:
+    """Name → digest, in the order of the file.
+
+    Raises:
+        UsageError: not there, or not readable.
+        ArtifactError: damaged: a line that is none, a name that leads elsewhere or comes twice.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise UsageError(
+            f"{file}: {error.strerror}", hint="--checksums takes the folder of a build"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{file} is damaged: byte {error.start} is not UTF-8") from error
+    if lines.pop() or not lines:
+        raise ArtifactError(f"{file} is damaged: it does not end with a line")
+    found: dict[str, str] = {}
+    marks = set()
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"(\\?)([0-9a-f]{64}) ([ *])(.+)", line)
+        name = unescape(match[4]) if match and match[1] else match[4] if match else ""
+        place = PurePosixPath(name)
+        if not match or not name or place.is_absolute() or ".." in place.parts or name in found:
+            raise ArtifactError(f"{file} is damaged: line {number}")
+        marks.add(match[3])
+        found[name] = match[2]
+    if len(marks) > 1:  # sha256sum writes one kind; a flipped byte would go unnoticed otherwise
+        raise ArtifactError(f"{file} is damaged: text and binary lines")
+    return found
+
+
+def unescape(text: str) -> str:
+    """A name as it is; empty for a stray backslash."""
+    if not re.fullmatch(r"(?:[^\\]|\\[\\nr])*", text):
+        return ""
+    back = {escaped: char for char, escaped in ESCAPES.items()}
+    return re.sub(r"\\[\\nr]", lambda match: back[match[0]], text)
+
+
+def verify(folder: Path, console: Console) -> bool:
+    """``packlight verify --checksums``: whether a folder is as it was written; tells what is not.
+
+    Raises:
+        UsageError, ArtifactError: see ``read_checksums``.
+    """
+    with console.progress("read checksums") as update:
+        findings = check_folder(folder, update)
+    console.result({**asdict(findings), "verdict": "passed" if findings.whole else "failed"})
+    for line in findings.lines():
+        console.warning(line)
+    console.verdict(findings.whole, f"{findings.files} files as in {folder / NAME}")
+    return findings.whole
+
+
+def check_folder(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Findings:
+    """Hold every file of a folder against its ``SHA256SUMS``.
+
+    Args:
+        folder: of a build.
+        progress: ``progress(done, total)`` in bytes.
+
+    Raises:
+        UsageError, ArtifactError: see ``read_checksums``.
+    """
+    listed = read_checksums(folder / NAME)
+    there = files_in(folder)
+    present = [name for name in listed if (folder / name).is_file()]
+    total = sum((folder / name).stat().st_size for name in present)
+    changed, done = [], 0
+    for name in present:
+        if sha256_of(folder / name) != listed[name]:
+            changed.append(name)
+        done += (folder / name).stat().st_size
+        progress(done, total)
+    strangers = [n for n in there if n not in listed and PurePosixPath(n).name != HARMLESS]
+    return Findings(
+        files=len(listed),
+        changed=tuple(sorted(changed)),
+        missing=tuple(sorted(set(listed) - set(present))),
+        extra=tuple(sorted(strangers)),
+    )

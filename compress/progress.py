@@ -1,0 +1,210 @@
+"""How far a phase is, how fast, and how long it will take: arithmetic, and one line of JSON.
+
+The time left is told by kinds of work. A tensor on a costly grid takes longer than one of as many
+bytes on a cheap one, so a phase may come with its ``Step`` s and what is expected of them, and an
+``Estimate`` corrects that by the seconds that each kind took: all kinds by what came by in all, and
+each by what came by of it. What came by has its say by its share of the work, so that the hiccup
+of one small tensor does not decide about the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from compress.errors import UsageError
+
+__all__ = ["Estimate", "ProgressFile", "Step", "clock_time"]
+
+EVERY = 0.4  # seconds between two lines of a progress file
+TRUST = 0.02  # share of all expected seconds that must come by to count as much as expectation
+TRUST_KIND = 0.005  # the same for what one kind takes, beside what all take
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stretch of a phase whose units cost alike, such as a tensor.
+
+    Attributes:
+        units: of the phase's ``done`` and ``total``: bytes, windows, blocks.
+        kind: what costs the same per unit goes by the same name.
+        cost: expected seconds per unit.
+        paid_first: all its time goes by before its first unit is done.
+    """
+
+    units: int
+    kind: str = ""
+    cost: float = 1.0
+    paid_first: bool = False
+
+
+class Estimate:
+    """Seconds left of one phase, from what its units took so far.
+
+    Args:
+        steps: in their order; where there are none, every unit costs the same.
+        clock: seconds.
+
+    Attributes:
+        done, total: units, as last told; ``total`` 0 until the first is told.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._steps, self._clock = list(steps), clock
+        self._ends = list(accumulate(step.units for step in self._steps))
+        self._costs = {step.kind: step.cost for step in self._steps}
+        self.begun = self._last = clock()
+        self.done = self.total = 0
+        self._position = 0  # units paid for
+        self._expected: dict[str, float] = {}  # seconds of what came by, by kind ...
+        self._took: dict[str, float] = {}  # ... and what it took
+        # What came by until the first news: it also paid for imports and compiled kernels.
+        self._first: tuple[Counter[str], float] | None = None
+
+    def update(self, done: int, total: int) -> None:
+        """So many units of so many are done by now."""
+        if not self._steps or self._ends[-1] != total:
+            # Not what was announced, so that nothing is known of its kinds.
+            self._steps, self._ends, self._costs = [Step(total)], [total], {"": 1.0}
+        now, position = self._clock(), self._paid(done)
+        passed = self._between(self._position, position)
+        if passed:
+            seconds = now - self._last
+            if self._first is None:
+                self._first = passed, seconds
+            else:
+                self._learn(passed, seconds)
+            self._last, self._position = now, position
+        self.done, self.total = done, total
+
+    @property
+    def seconds(self) -> float:
+        """Since the phase began."""
+        return self._clock() - self.begun
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None as long as nothing is known."""
+        if self._first is None:
+            return None
+        ahead = self._between(self._position, self._ends[-1])
+        left = sum(units * self._rate(kind) for kind, units in ahead.items())
+        return max(left - (self._clock() - self._last), 0.0)
+
+    @property
+    def steps_done(self) -> tuple[int, int]:
+        """Steps that are done, and all of them."""
+        return bisect_left(self._ends, self.done + 1), len(self._steps)
+
+    def _paid(self, done: int) -> int:
+        """Units that the time until now has paid for."""
+        index = bisect_left(self._ends, done)
+        if index < len(self._steps) and self._steps[index].paid_first:
+            begun = self._ends[index] - self._steps[index].units
+            return self._ends[index] if done > begun else done
+        return done
+
+    def _between(self, start: int, end: int) -> Counter[str]:
+        """Units by kind from one position to another."""
+        found: Counter[str] = Counter()
+        index = bisect_left(self._ends, start + 1)
+        while start < end and index < len(self._steps):
+            stop = min(self._ends[index], end)
+            found[self._steps[index].kind] += stop - start
+            start, index = stop, index + 1
+        return found
+
+    def _learn(self, passed: Counter[str], seconds: float) -> None:
+        """Share seconds out to the kinds that went by, as was expected of them."""
+        expected = {kind: units * self._costs[kind] for kind, units in passed.items()}
+        whole = sum(expected.values())
+        for kind, cost in expected.items():
+            self._expected[kind] = self._expected.get(kind, 0.0) + cost
+            self._took[kind] = self._took.get(kind, 0.0) + seconds * cost / whole
+
+    def _rate(self, kind: str) -> float:
+        """Seconds per unit."""
+        cost, expected, took = self._costs[kind], sum(self._expected.values()), self._took
+        if len(self._costs) == 1:
+            assert self._first is not None
+            passed, seconds = self._first
+            if expected < passed.total() * cost:
+                expected, seconds = expected + passed.total() * cost, sum(took.values()) + seconds
+            else:
+                seconds = took[kind]
+            return cost * seconds / expected
+        whole = sum(step.units * step.cost for step in self._steps)
+        pace = (sum(took.values()) + TRUST * whole) / (expected + TRUST * whole)
+        known = TRUST_KIND * whole
+        own = (took.get(kind, 0.0) + known * pace) / (self._expected.get(kind, 0.0) + known)
+        return cost * own
+
+
+class ProgressFile:
+    """``--progress-file``: how far a command is, for the program that started it.
+
+    JSON lines are appended, one object each with exactly these keys::
+
+        {"phase": "write gguf Q4_K_M", "done": 8388608, "total": 397807104, "unit": "bytes",
+         "eta_s": 41.2}
+
+    ``phase`` (str) is what a person is shown; ``unit`` (str) is what ``done`` and ``total`` (int)
+    count: bytes, windows, blocks, steps, tensors. ``total`` and ``eta_s`` (float, seconds until
+    the end of this phase) are null while unknown. There is one line when a phase begins, with
+    ``done`` 0, at most one in ``EVERY`` seconds after that, and one when it ends, with ``done`` at
+    ``total`` (0 and null for a phase that counts nothing) and ``eta_s`` 0. A phase that fails has
+    no end. Phases do not overlap; the last line is where the command is. Every line is one
+    ``write``, so that a reader sees whole lines but perhaps a last one without its line break.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending.
+
+        Raises:
+            UsageError: cannot be written to.
+        """
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(
+                f"--progress-file: cannot write to {path}: {error.strerror}"
+            ) from error
+        self._told = 0.0
+
+    def tell(
+        self, phase: str, unit: str, estimate: Estimate, *, begun: bool = False, ended: bool = False
+    ) -> None:
+        """A line, where it is due."""
+        now = time.monotonic()
+        if not (begun or ended or now > self._told + EVERY):
+            return
+        self._told = now
+        left = 0.0 if ended else estimate.seconds_left
+        line = {
+            "phase": phase,
+            "done": estimate.total if ended else estimate.done,
+            "total": estimate.total or None,
+            "unit": unit,
+            "eta_s": None if left is None else round(left, 1),
+        }
+        os.write(self._file, (json.dumps(line) + "\n").encode())
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._file)
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as people read a clock: ``0:07``, ``12:40``, ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

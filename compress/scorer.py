@@ -1,0 +1,144 @@
+"""Scoring on a text: the float model once, then every artifact in its runtime, against it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.checkpoint import Checkpoint
+from compress.console import Console
+from compress.errors import CheckpointError, UsageError
+from compress.job import GENERATED_ROOM, Job, choose_threads, window_length
+from compress.machine import available_memory
+from compress.model import Artifact, Shipyard
+from compress.sources import Stored
+from compress.tokenizer import VOCABULARIES, has_tokenizer
+from compress.verify import BaselineStore, Verified, verify_artifact
+from compress.verify.resources import Speed, measure_speed
+from compress.verify.tasks import Task, TaskSet
+
+__all__ = ["Scorer", "check_tokenizer", "read_text", "text_name"]
+
+
+def read_text(path: Path | None) -> str:
+    """The text to score on: the user's, or the built-in held-out text.
+
+    Raises:
+        UsageError: not there, not UTF-8, or empty.
+    """
+    from compress.demo import heldout_path
+
+    try:
+        text = (path or heldout_path()).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
+    return text
+
+
+def text_name(path: Path | None) -> str:
+    """How reports call a text to score on."""
+    return path.name if path else "built-in"
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot read the texts a build wants.
+
+    Raises:
+        CheckpointError: no tokenizer.
+    """
+    if not has_tokenizer(checkpoint.path):
+        raise CheckpointError(
+            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
+            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
+            "text, with -f onnx or -f coreml",
+        )
+
+
+class Scorer:
+    """Scores artifacts on one text against the float model, which is computed once.
+
+    Attributes:
+        speed: of the float model with its weights in memory; None when they would not fit.
+        runtime: what computed the float logits.
+    """
+
+    def __init__(
+        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
+    ) -> None:
+        """Cut the text into windows, and the tasks into requests.
+
+        Raises:
+            UsageError: the text gives fewer than two windows, or a question is too long.
+            CheckpointError: no tokenizer.
+        """
+        from compress.tokenizer import Tokenizer, eval_windows
+
+        self._job, self._console = job, console
+        self._threads = choose_threads(threads, job.config)
+        self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
+        self.tokenizer = Tokenizer(job.checkpoint.path)
+        self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)
+        room = window_length(job.config, job.plans, job.context)
+        self.task_set = TaskSet(tasks, self.tokenizer, room)
+        self.speed: Speed | None = None
+        self.runtime = ""
+        if len(self.windows) < 2:
+            raise UsageError(
+                f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
+                hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
+            )
+
+    def verify(
+        self, artifacts: Sequence[Artifact], shipyard: Shipyard, folder: Path | None
+    ) -> list[Verified | None]:
+        """The float model, then every artifact in its runtime, each in a child process.
+
+        The float logits lie in ``folder`` meanwhile, or where ``TMPDIR`` says.
+        """
+        found: list[Verified | None] = []
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as scratch:
+            store = self._score_baseline(Path(scratch))
+            for artifact in artifacts:
+                room = max(self._job.context, self.length + GENERATED_ROOM)
+                label = f"verify {artifact.format} {artifact.type_name}"
+                with self._console.progress(label, "windows") as update:
+                    result = verify_artifact(
+                        shipyard.probe,
+                        artifact.path,
+                        artifact.format,
+                        store,
+                        context=min(room, artifact.plan.max_context or room),
+                        threads=self._threads,
+                        task_set=self.task_set,
+                        progress=update,
+                    )
+                found.append(result)
+        return found
+
+    def _score_baseline(self, folder: Path) -> BaselineStore:
+        from compress.decoder import Decoder
+
+        job = self._job
+        stored = Stored(job.checkpoint, job.config)
+        decoder = Decoder(job.config, stored.read, threads=self._threads)
+        self.runtime = decoder.name
+        with self._console.progress("score the float model", "steps") as update:
+            logits = decoder.stream_logits(self.windows, progress=update)
+            store = BaselineStore.write(folder, self.windows, logits)
+        if self.task_set.tasks:
+            with self._console.progress("ask the float model", "sequences") as update:
+                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
+        if 4 * job.config.num_parameters < available_memory() // 4:
+            # Only to tell the ratio of speeds; a model too large for this is not measured.
+            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return store

@@ -1,0 +1,188 @@
+"""Rates and the time left, on a clock that the test turns; the file for other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from compress.console import Console, describe_progress
+from compress.errors import UsageError
+from compress.progress import Estimate, ProgressFile, Step, clock_time
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(steps: list[Step], seconds: dict[str, float], until: float, startup: float = 0.0):
+    """Work off a share of all units, one by one; the estimate, and what is really left."""
+    clock = Clock()
+    estimate = Estimate(steps, clock)
+    clock.now += startup
+    total, done = sum(step.units for step in steps), 0
+    left = sum(step.units * seconds[step.kind] for step in steps)
+    for step in steps:
+        for _ in range(step.units):
+            if done >= until * total:
+                return estimate, left
+            clock.now += seconds[step.kind]
+            left -= seconds[step.kind]
+            done += 1
+            estimate.update(done, total)
+    return estimate, left
+
+
+def test_one_kind_of_work_is_a_rate():
+    estimate, left = run([Step(1000)], {"": 0.5}, until=0.1)
+    assert estimate.seconds_left == pytest.approx(left)
+    estimate, _ = run([Step(1000)], {"": 0.5}, until=1.0)
+    assert estimate.seconds_left == 0
+
+
+def test_nothing_is_told_before_something_is_known():
+    estimate = Estimate()
+    assert estimate.seconds_left is None
+    estimate.update(0, 10)
+    assert estimate.seconds_left is None
+
+
+def test_kinds_that_were_not_seen_go_by_what_was_expected():
+    # The embedding first, on a grid that takes six times as long per byte, on a machine that is
+    # four times as slow as when it was tried.
+    steps = [Step(200, "Q6_K", 0.3), *(Step(60, "Q4_K", 0.05) for _ in range(30))]
+    estimate, left = run(steps, {"Q6_K": 1.2, "Q4_K": 0.2}, until=0.1)
+    assert estimate.seconds_left == pytest.approx(left, rel=0.3)
+    plain, left = run([Step(2000)], {"": 1.2}, until=0.1)
+    assert plain.seconds_left > 4 * (1800 * 0.2)  # which is what expectations are for
+
+
+def test_wrong_expectations_are_corrected_by_what_is_seen():
+    steps = [Step(50, kind, 1.0) for _ in range(20) for kind in ("a", "b")]
+    estimate, left = run(steps, {"a": 1.0, "b": 9.0}, until=0.1)
+    assert estimate.seconds_left == pytest.approx(left, rel=0.3)
+    estimate, left = run(steps, {"a": 1.0, "b": 9.0}, until=0.5)
+    assert estimate.seconds_left == pytest.approx(left, rel=0.1)
+
+
+def test_a_small_tensor_that_takes_long_does_not_decide():
+    steps = [Step(1, "float", 0.01), Step(1, "float", 0.01), Step(1000, "grid", 0.1)]
+    clock = Clock()
+    estimate = Estimate(steps, clock)
+    for done in (1, 2):
+        clock.now += 3
+        estimate.update(done, 1002)
+    assert estimate.seconds_left == pytest.approx(100 * (3 + 2) / 2, rel=0.02)
+    clock.now += 20
+    estimate.update(202, 1002)
+    assert estimate.seconds_left == pytest.approx(80, rel=0.15)
+
+
+def test_the_first_news_also_paid_for_the_start():
+    estimate, left = run([Step(1000)], {"": 0.01}, until=0.1, startup=30)
+    assert estimate.seconds_left == pytest.approx(left)
+
+
+def test_work_that_is_paid_for_at_the_beginning_of_its_step():
+    clock = Clock()
+    steps = [Step(100, "block", paid_first=True) for _ in range(10)]
+    estimate = Estimate(steps, clock)
+    for block in range(3):
+        clock.now += 10
+        for part in (5, 60, 100):
+            estimate.update(100 * block + part, 1000)
+    assert estimate.seconds_left == pytest.approx(70)
+    clock.now += 4  # no news, but time goes by
+    assert estimate.seconds_left == pytest.approx(66)
+
+
+def test_a_total_that_was_not_announced_counts_alike():
+    clock = Clock()
+    estimate = Estimate([Step(10, "a"), Step(10, "b", 9.0)], clock)
+    for done in (10, 20, 30):
+        clock.now += 10
+        estimate.update(done, 100)
+    assert estimate.seconds_left == pytest.approx(70)
+    assert estimate.steps_done == (0, 1)
+
+
+def test_what_a_person_is_told():
+    estimate, _ = run([Step(50, "a"), Step(50, "a")], {"a": 2.0}, until=0.5)
+    assert estimate.steps_done == (1, 2)
+    assert (
+        describe_progress(estimate, "bytes") == "50.00/100.00 B  1/2 tensors  0.0 MB/s  1:40 left"
+    )
+    assert describe_progress(estimate, "windows") == "50/100 windows  1:40 left"
+    assert clock_time(3725) == "1:02:05"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_file_tells_begin_progress_and_end(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    console = Console("json", progress_file=ProgressFile(path))
+    console.begin("load")
+    with console.progress("write", "bytes") as update:
+        for done in range(10_000):
+            update(done + 1, 10_000)
+    console.abandon()
+    told = lines(path)
+    assert told[0] == {"phase": "load", "done": 0, "total": None, "unit": "", "eta_s": None}
+    assert told[1] == {"phase": "load", "done": 0, "total": None, "unit": "", "eta_s": 0.0}
+    assert told[2] == {"phase": "write", "done": 0, "total": None, "unit": "bytes", "eta_s": None}
+    end = {"phase": "write", "done": 10_000, "total": 10_000, "unit": "bytes", "eta_s": 0.0}
+    assert told[-1] == end
+    assert len(told) < 10  # a few per second
+
+
+def test_a_phase_that_fails_has_no_end(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    console = Console("quiet", progress_file=ProgressFile(path))
+    with pytest.raises(KeyError), console.progress("write") as update:
+        update(5, 10)
+        raise KeyError
+    console.abandon()
+    assert {line["eta_s"] for line in lines(path)} == {None}
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(UsageError, match="--progress-file: cannot write"):
+        ProgressFile(tmp_path / "nowhere" / "progress.jsonl")
+
+
+def test_phases_with_their_duration_in_verbose_talk(capsys):
+    console = Console("human", verbose=True)
+    console.begin("plan")
+    with console.progress("write"):
+        pass
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["plan", "plan: 0:00", "write", "write: 0:00"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_phase_tensors_rate_and_time_left(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    console = Console("human")
+    console.begin("load libraries")
+    assert "load libraries" in terminal.getvalue()  # at once
+    steps = [Step(2_000_000, "a"), Step(2_000_000, "b")]
+    with console.progress("write gguf Q4_K_M", "bytes", steps) as update:
+        update(2_000_000, 4_000_000)
+        update(4_000_000, 4_000_000)
+    shown = terminal.getvalue()
+    assert "write gguf Q4_K_M" in shown
+    assert "4.00/4.00 MB  2/2 tensors" in shown
+    assert "MB/s" in shown
