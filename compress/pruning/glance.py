@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.arch import split_name
-from compress.calibration import cache_folder
+from compress.cache import cache_folder
 from compress.config_json import read_json
 from compress.console import Console
 from compress.errors import CheckpointError
