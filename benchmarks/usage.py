@@ -32,6 +32,7 @@ class Usage:
         main_resident: RSS of the first process.
         child_resident: RSS of the largest other one; 0 where there is none.
         read: by system calls, from the page cache or not; without what is mapped.
+        from_disk: read from the disk, mapped or not; what the page cache had is not in it.
         written: to files, whether it has reached the disk or not.
         peak_disk: room taken below the watched folder.
     """
@@ -43,6 +44,7 @@ class Usage:
     main_resident: int
     child_resident: int
     read: int
+    from_disk: int
     written: int
     peak_disk: int
 
@@ -91,6 +93,7 @@ def measure(
         main_resident=sampler.main,
         child_resident=sampler.child,
         read=sum(sampler.read.values()),
+        from_disk=BLOCK * usage.ru_inblock,
         written=BLOCK * usage.ru_oublock,
         peak_disk=sampler.disk,
     )
@@ -139,6 +142,16 @@ class Sampler(threading.Thread):
             self.read[pid] = fields(Path(f"/proc/{pid}/io")).get("rchar", self.read.get(pid, 0))
         self.anonymous = max(self.anonymous, anonymous)
         self.resident = max(self.resident, resident)
+
+
+def evict(folder: Path) -> None:
+    """Have the page cache forget the files of a folder, so that a command reads them from disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)  # what is not on disk yet cannot be forgotten
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
 
 
 def family(pid: int) -> Iterator[int]:

@@ -360,7 +360,9 @@ def test_plan_refusals() -> None:
             coreml.plan(config, {"grid": grid})
     with pytest.raises(UnsupportedModelError, match="iOS16"):
         coreml.plan(config, {"deployment": "iOS16"})
-    with pytest.raises(UsageError, match="context 257 is not between 2 and the 256 positions") as refusal:
+    with pytest.raises(
+        UsageError, match="context 257 is not between 2 and the 256 positions"
+    ) as refusal:
         coreml.plan(config, {"context": 257})
     assert refusal.value.hint.startswith("--context 256")
 

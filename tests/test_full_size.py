@@ -44,6 +44,16 @@ def test_usage_counts_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 40 * MB <= found.read < 45 * MB
 
 
+def test_evicted_files_come_from_disk(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(30_000_000))
+    command = [sys.executable, "-c", "import sys; open(sys.argv[1], 'rb').read()", "file"]
+    command[-1] = str(tmp_path / "file")
+    cached = usage.measure(command, watch=tmp_path, log=tmp_path / "log").from_disk
+    usage.evict(tmp_path)
+    cold = usage.measure(command, watch=tmp_path, log=tmp_path / "log").from_disk
+    assert cold >= cached + 29_000_000
+
+
 def test_failed_command_tells_its_last_lines(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     assert usage.measure(command, watch=tmp_path, log=tmp_path / "log").wall_seconds > 0  # code 1
@@ -55,8 +65,8 @@ def test_failed_command_tells_its_last_lines(tmp_path: Path) -> None:
 def rows(**cpu: float) -> dict[str, Any]:
     """Measurements of given CPU seconds; wall is 0.6 of them, memory 100 MB."""
     row = {"peak_anonymous": 100 * MB, "peak_resident": 200 * MB, "main_resident": 2600 * MB,
-           "peak_disk": 10, "final_disk": 10, "read": 7 * MB, "bytes": 2 * MB, "written": 2 * MB,
-           "load": 0.1}  # fmt: skip
+           "peak_disk": 10, "final_disk": 10, "from_disk": 5 * MB, "bytes": 2 * MB,
+           "written": 2 * MB, "load": 0.1}  # fmt: skip
     return {
         key.replace("__", ":").replace("llama", "llama.cpp").replace("int4_", "int4-"): row
         | {"cpu_seconds": seconds, "wall_seconds": 0.6 * seconds, "run": "once"}
@@ -81,12 +91,12 @@ def test_bars_are_ratios_of_what_was_measured() -> None:
     assert bars["onnx:int4-g32: CPU / our Q4_K_M"] == (0.6, False)
     assert bars["three in one build: CPU / (sum - 2 reads)"] == (round(24 / 21, 3), True)
     assert bars["three in one build: wall / (sum - 2 reads)"] == (round(24 / 21, 3), True)
-    read = "three in one build: bytes read / bytes of the checkpoint (less those of checksums)"
+    read = "three in one build: bytes read from disk / bytes of the checkpoint"
     assert bars[read] == (1.0, True)
     assert bars["verify: float peak"] == (2.6, False)
-    # 36 s of wall for one block, 216 for two: 180 for each further one.
-    hours = (36 + 31 * 180) / 3600
-    assert bars["gptq: wall, all blocks from one and two"] == (round(hours, 3), True)
+    # 60 s for one block, 360 for two: 300 for each further one.
+    hours = (60 + 31 * 300) / 2 / 3600
+    assert bars["gptq: CPU on two cores, all blocks from one and two"] == (round(hours, 3), True)
     assert not any("IQ4_XS" in what for what in bars)  # was not measured
 
 

@@ -13,6 +13,7 @@ from compress.commands.options import (
     device_names,
     eval_option,
     format_option,
+    gate_option,
     hub_of,
     hub_options,
     make_console,
@@ -51,6 +52,7 @@ from compress.errors import UsageError
 @click.option("--allow-dense", is_flag=True,
               help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
+@gate_option
 @click.option("--budget", default="", metavar="SIZE",
               help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
                    "that serves the model best within them.")  # fmt: skip
@@ -70,7 +72,13 @@ from compress.errors import UsageError
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
+@click.option("--resume", is_flag=True,
+              help="Continue what this build left when it was cut off; keep it if that happens "
+                   "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep the float model's answers there, for other builds of the same "
+                   "model.")  # fmt: skip
 @progress_option
 @ci_options
 @hub_options
@@ -101,6 +109,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        gates=options["gates"],
         against=options["against"],
         max_regression=options["max_regression"],
         calibration=options["calibration"],
@@ -119,7 +128,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         threads=options["threads"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
+        resume=options["resume"],
         verify=not options["no_verify"],
+        keep_baseline=options["keep_baseline"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
