@@ -34,7 +34,7 @@ def test_a_job_from_start_to_end(tmp_path):
     assert begun is not None
     assert (begun.status, begun.threads, begun.finished) == ("running", 2, False)
     finish(state, "m/r", "failed")
-    ended = state.end("m/r", Outcome("m/r", 1, 3.0, 2.0, 500))
+    ended = state.end("m/r", "f", 2, Outcome("m/r", 1, 3.0, 2.0, 500))
     assert ended == state.read("m/r")
     assert (ended.status, ended.fingerprint, ended.peak_memory) == ("failed", "f", 500)
     assert ended.finished
@@ -107,7 +107,7 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     for name in ("m/done", "m/runs"):
         board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
     finish(state, "m/done")
-    board.settle(jobs[0], state.end("m/done", Outcome("m/done", 0, 75.0)))
+    board.settle(jobs[0], state.end("m/done", "f", 1, Outcome("m/done", 0, 75.0)), fresh=True)
     line = {"phase": "write gguf", "done": 43, "total": 100, "unit": "bytes", "eta_s": 12.4}
     state.file("m/runs", "progress").write_text(f"{json.dumps(line)}\n{{half")
     console = RichConsole(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -118,7 +118,7 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     assert "write gguf  43 %  0:12 left" in text
     assert ["m/waits", "queued"] in [line.split() for line in text.splitlines()]
     assert "2 of 4 done  1 passed  1 could not run  1 running  1 queued" in text
-    board.settle(jobs[2], state.end("m/runs", Outcome("m/runs", -9, 1.0)))
+    board.settle(jobs[2], state.end("m/runs", "f", 1, Outcome("m/runs", -9, 1.0)), fresh=True)
     assert not board.wanted()
     assert board.fresh == ["m/done", "m/runs"]
 
