@@ -49,6 +49,7 @@ class BuildSettings:
     threads: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    resume: bool = False
     verify: bool = True
     ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
