@@ -10,7 +10,7 @@ import os
 import click
 
 from compress import __version__
-from compress.commands import build, doctor, inspect, recipes, verify
+from compress.commands import build, doctor, inspect, push, recipes, verify
 from compress.console import print_error
 from compress.errors import PacklightError
 
@@ -85,6 +85,7 @@ for command in (
     verify.verify,
     inspect.inspect,
     inspect.fit,
+    push.push,
     recipes.recipes,
     doctor.doctor,
 ):

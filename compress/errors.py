@@ -9,6 +9,7 @@
     ├── GridError                 a tensor that a number format cannot hold
     ├── RuntimeMissingError       a package that would execute the artifact is not installed
     ├── ArtifactError             an artifact that its own runtime refuses or that cannot be read
+    ├── PublishError              the Hub cannot be reached, or does not take an upload
     └── DiskFullError             no room left, before or while writing
 
 A failed gate is not an error: the work was done and the verdict is "failed" (exit code 1).
@@ -27,6 +28,7 @@ __all__ = [
     "GridError",
     "OutputExistsError",
     "PacklightError",
+    "PublishError",
     "RecipeError",
     "RuntimeMissingError",
     "UnsupportedModelError",
@@ -84,6 +86,10 @@ class RuntimeMissingError(PacklightError):
 
 class ArtifactError(PacklightError):
     """An artifact that cannot be read, or that its runtime refuses."""
+
+
+class PublishError(PacklightError):
+    """The Hub cannot be reached, or does not take an upload."""
 
 
 class DiskFullError(PacklightError):

@@ -100,6 +100,7 @@ class Ledger:
     def _begin(self) -> None:
         self._rows = {}
         if self._path is not None:
+            self._path.parent.mkdir(exist_ok=True)
             self._path.unlink(missing_ok=True)
         self._append({"target": self._target, "boot": boot_id()})
 

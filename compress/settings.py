@@ -13,6 +13,7 @@ from typing import Any
 from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
 from compress.pruning.options import prune_option
+from compress.verify.gates import parse_option
 
 __all__ = ["BuildSettings", "VerifySettings", "command_line", "recipe_overrides"]
 
@@ -31,6 +32,7 @@ class BuildSettings:
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
     eval_text: Path | None = None
+    gates: Sequence[str] = ()
     against: Path | None = None
     max_regression: Sequence[str] = ()
     calibration: Sequence[Path] = ()
@@ -88,6 +90,8 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
             overrides.append(f"budget.{key}={value}")
     if settings.allow_dense:
         overrides.append("allow_dense=true")
+    for name, limit in map(parse_option, settings.gates):
+        overrides.append(f"verify.gates.{name}={json.dumps(limit)}")
     return overrides
 
 
@@ -109,6 +113,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--set", without_folders(override)]
     if settings.eval_text:
         words += ["--eval-text", settings.eval_text.name]
+    for gate in settings.gates:
+        words += ["--gate", gate]
     for path in settings.calibration:
         words += ["--calibration", path.name]
     for option in ("budget", "budget_memory", "device", "sweep"):

@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
     {"compress.allocation", "compress.settings", "compress.plan_file"},
     {"compress.resume"},
     {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor", "compress.batch"},
+    {"compress.inspection", "compress.doctor", "compress.publish", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
     {"compress.cli", "compress.__main__", "compress.batch.child"},

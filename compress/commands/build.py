@@ -13,6 +13,7 @@ from compress.commands.options import (
     device_names,
     eval_option,
     format_option,
+    gate_option,
     hub_of,
     hub_options,
     make_console,
@@ -51,6 +52,7 @@ from compress.errors import UsageError
 @click.option("--allow-dense", is_flag=True,
               help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
+@gate_option
 @click.option("--budget", default="", metavar="SIZE",
               help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
                    "that serves the model best within them.")  # fmt: skip
@@ -104,6 +106,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overrides=options["overrides"],
         formats=options["formats"],
         eval_text=options["eval_text"],
+        gates=options["gates"],
         against=options["against"],
         max_regression=options["max_regression"],
         calibration=options["calibration"],

@@ -98,6 +98,10 @@ format_option = click.option(
     "-f", "--format", "formats", multiple=True, type=click.Choice(FORMATS),
     help="Only this target; may be repeated.",
 )  # fmt: skip
+gate_option = click.option(
+    "--gate", "gates", multiple=True, metavar="KEY=VALUE",
+    help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.',
+)  # fmt: skip
 threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N",
     help="CPU threads; default: what the process may use.",

@@ -11,6 +11,7 @@ from compress.commands.options import (
     against_option,
     ci_options,
     eval_option,
+    gate_option,
     hub_of,
     hub_options,
     make_console,
@@ -29,8 +30,7 @@ from compress.errors import UsageError
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Multiple-choice questions, one JSON object a line with question, choices and "
                    "answer (an index from 0); may be repeated.")  # fmt: skip
-@click.option("--gate", "gates", multiple=True, metavar="KEY=VALUE",
-              help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.')  # fmt: skip
+@gate_option
 @against_option
 @regression_option
 @click.option("--checksums", is_flag=True,

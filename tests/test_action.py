@@ -1,0 +1,160 @@
+"""action.yml: its steps are run on a tiny checkpoint, from an installation of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from action_runner import Result, Runner
+from container import copy_sources
+
+from compress.verify.gates import parse_option
+
+ROOT = Path(__file__).resolve().parents[1]
+ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
+
+# Major versions that run on Node 24, the only one of GitHub's runners, and inputs that they have.
+KNOWN = {
+    "actions/setup-python@v6": {"python-version", "cache", "architecture"},
+    "actions/cache@v5": {"path", "key", "restore-keys", "lookup-only"},
+    "actions/upload-artifact@v7": {"name", "path", "if-no-files-found", "retention-days"},
+}
+SHORT = "verify.windows=2\nverify.sequence_length=32\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.make("llama", tmp_path_factory.mktemp("models") / "tiny llama")
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Of a runner without a network whose `packlight` is this tree's."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("GITHUB_", "PIP_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def use(folder: Path, environment: dict[str, str], source: Path = ROOT, **inputs: str) -> Result:
+    given = {key.replace("_", "-"): value for key, value in inputs.items()}
+    return Runner(source, folder, {"recipe": "int4-fast"} | given, environment).run()
+
+
+def test_inputs_reach_the_shell_through_env_only():
+    for step in ACTION["runs"]["steps"]:
+        assert "${{" not in step.get("run", ""), step["name"]
+        for name, value in step.get("env", {}).items():
+            assert f"${name}" in step["run"] or f"${{{name}" in step["run"], (name, value)
+
+
+def test_other_actions_and_what_they_are_given_exist():
+    used = [step for step in ACTION["runs"]["steps"] if "uses" in step]
+    assert len(used) == 4
+    for step in used:
+        assert set(step["with"]) <= KNOWN[step["uses"]]
+
+
+def test_every_input_is_explained_and_used():
+    text = (ROOT / "action.yml").read_text("utf-8")
+    docs = (ROOT / "docs" / "ci.md").read_text("utf-8")
+    for name, spec in ACTION["inputs"].items():
+        assert spec["description"]
+        assert f"inputs.{name}" in text
+        assert f"`{name}`" in docs
+
+
+def test_the_workflow_of_the_docs_gives_what_the_action_takes():
+    docs = (ROOT / "docs" / "ci.md").read_text("utf-8")
+    (block,) = re.findall(r"<!-- workflow:begin -->\n```yaml\n(.*?)```", docs, re.DOTALL)
+    (job,) = yaml.safe_load(block)["jobs"].values()
+    (step,) = [step for step in job["steps"] if step["uses"].startswith("packlight/")]
+    assert set(step["with"]) <= set(ACTION["inputs"])
+    for gate in step["with"]["gates"].splitlines():
+        parse_option(gate)
+
+
+def test_a_good_build_is_installed_built_verified_and_uploaded(model, environment, tmp_path):
+    source = copy_sources(tmp_path / "source")  # what the container's Dockerfile copies is enough
+    (source / "action.yml").write_bytes((ROOT / "action.yml").read_bytes())
+    packages = Path(yaml.__file__).parents[1]
+    offline = environment | {
+        # The dependencies are those of this environment; packlight's own wheel is made and
+        # installed, with the constraints held against what is there.
+        "PYTHONPATH": str(packages),
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads "no isolation: 0" as "isolation: 0"
+        "PYTHONSAFEPATH": "1",
+    }
+    done = use(
+        tmp_path, offline, source,
+        model=str(model), formats="onnx", set=SHORT,
+        gates="bytes < 1GB\n\nperplexity_ratio<=9\nkl_divergence<9\ntop1_agreement>=0.01\n",
+    )  # fmt: skip
+    assert done.outcomes == {
+        "Set up Python": "success",
+        "Install packlight": "success",
+        "Restore caches": "success",
+        "Build and run the artifacts": "success",
+        "Verify what will be uploaded": "success",
+        "Upload the artifacts": "success",
+        "Upload the reports": "success",
+        "Push to the Hub": "skipped",
+    }, done.log
+    assert (tmp_path / "_temp" / "packlight" / "bin" / "packlight").is_file()
+    assert done.outputs == {"verdict": "passed", "folder": "packlight-out"}
+    assert done.step("Restore caches").given["key"] == f"packlight-Linux-{model}--int4-fast"
+    assert done.step("Upload the artifacts").given["path"] == "packlight-out"
+    for path in done.step("Upload the reports").given["path"].split():
+        assert (tmp_path / path).is_file()
+    report = json.loads((tmp_path / "packlight-out" / "report.json").read_text())
+    (artifact,) = report["artifacts"]
+    limits = {gate["name"]: gate["limit"] for gate in artifact["gates"]}
+    assert (artifact["format"], limits["bytes"]) == ("onnx", "< 1GB")
+    assert limits["top1_agreement"] == ">=0.01"  # in place of the recipe's
+    assert "**passed**" in done.summary
+    assert "| onnx | int4-g32 |" in done.summary
+
+
+def test_a_failed_gate_fails_the_job_and_is_told(model, environment, tmp_path):
+    done = use(
+        tmp_path, environment, model=str(model), formats="gguf, onnx", set=SHORT, install="false",
+        gates="kl_divergence<=0.000001", push_to="someone/model",
+    )  # fmt: skip
+    assert done.outcomes == {
+        "Set up Python": "skipped",
+        "Install packlight": "skipped",
+        "Restore caches": "success",
+        "Build and run the artifacts": "failure",
+        "Verify what will be uploaded": "success",
+        "Upload the artifacts": "skipped",
+        "Upload the reports": "success",
+        "Push to the Hub": "skipped",
+    }, done.log
+    assert done.outputs["verdict"] == "failed"
+    assert "**failed**" in done.summary
+    assert "kl_divergence is" in done.summary
+    junit = ET.parse(tmp_path / "packlight-junit.xml").getroot()
+    gates = [suite.find("testcase[@name='kl_divergence <=0.000001']/failure") for suite in junit]
+    assert len(gates) == 2 and None not in gates
+
+
+@pytest.mark.parametrize("names", ["formats model", "model gates set against budget revision"])
+def test_inputs_are_never_code_and_an_error_is_told(names, environment, tmp_path):
+    hostile = '"; touch pwned; $(touch pwned) `touch pwned` #'
+    inputs = dict.fromkeys(names.split(), hostile)
+    done = use(tmp_path, environment, install="false", cache="false", **inputs)
+    outcomes = done.outcomes
+    assert outcomes.pop("Build and run the artifacts") == "failure", done.log
+    assert set(outcomes.values()) == {"skipped"}
+    assert done.outputs["verdict"] == "error"
+    assert "could not build, exit code 2" in done.summary
+    assert not list(tmp_path.rglob("pwned*"))
+    assert "Traceback" not in done.log

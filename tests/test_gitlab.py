@@ -1,0 +1,71 @@
+"""examples/gitlab-ci.yml: keywords that GitLab has, and scripts that run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "examples" / "gitlab-ci.yml").read_text("utf-8")
+JOBS: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)
+STAGES = JOBS.pop("stages")
+VARIABLES = JOBS.pop("variables")
+
+# https://docs.gitlab.com/ci/yaml/
+KEYWORDS = {
+    "extends", "stage", "image", "before_script", "script", "cache", "artifacts", "needs", "rules",
+}  # fmt: skip
+
+
+def test_it_has_keywords_and_names_that_gitlab_knows():
+    for name, job in JOBS.items():
+        assert set(job) <= KEYWORDS, name
+        assert job.get("stage", "build") in STAGES
+        assert job.get("extends", ".packlight") in JOBS
+        assert set(job.get("needs", [])) <= set(JOBS)
+        assert all(isinstance(line, str) for key in ("before_script", "script") for line in
+                   job.get(key, []))  # fmt: skip
+    assert set(JOBS["packlight"]["artifacts"]) == {"when", "paths", "reports"}
+    assert JOBS["packlight"]["artifacts"]["when"] == "always"
+    used = set(re.findall(r"\$(\w+)", TEXT))
+    assert used <= {*VARIABLES, "CI_PROJECT_DIR", "CI_COMMIT_TAG", "PUSH_TO"}
+
+
+def test_its_image_is_that_of_the_container():
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert f"FROM {JOBS['.packlight']['image']}\n" in dockerfile
+
+
+@pytest.mark.parametrize(("gate", "code"), [("bytes: '<1GB'", 0), ("bytes: '<1kB'", 1)])
+def test_its_script_leaves_what_it_says(gate, code, tmp_path):
+    model = tiny.make("llama", tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "schema: 1\nname: ci\nquantize: {solver: rtn}\ntargets: {onnx: {bits: 4}}\n"
+        f"verify: {{windows: 2, sequence_length: 32, gates: {{{gate}}}}}\n"
+    )
+    job = JOBS["packlight"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {"MODEL": str(model), "RECIPE": recipe.name}
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", "\n".join(job["script"])],
+        cwd=tmp_path,
+        env=os.environ | variables | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    for name in job["artifacts"]["paths"]:
+        assert (tmp_path / name).exists(), name
+    junit = ET.parse(tmp_path / job["artifacts"]["reports"]["junit"]).getroot()
+    assert junit.attrib["failures"] == str(code)
