@@ -44,6 +44,8 @@ class BuildSettings:
     device: str = ""
     sweep: str = ""
     plan: Path | None = None
+    locked: bool = False
+    provenance: bool = False
     prune: str = ""
     save_checkpoint: Path | None = None
     allow_dense: bool = False
@@ -53,6 +55,7 @@ class BuildSettings:
     overwrite: bool = False
     resume: bool = False
     verify: bool = True
+    keep_baseline: Path | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +125,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:
         words += ["--plan", settings.plan.name]
+    if settings.locked:
+        words.append("--locked")
     if settings.imatrix:
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:

@@ -360,8 +360,11 @@ def test_plan_refusals() -> None:
             coreml.plan(config, {"grid": grid})
     with pytest.raises(UnsupportedModelError, match="iOS16"):
         coreml.plan(config, {"deployment": "iOS16"})
-    with pytest.raises(UsageError, match="context 257 is not between 2 and the 256 positions"):
+    with pytest.raises(
+        UsageError, match="context 257 is not between 2 and the 256 positions"
+    ) as refusal:
         coreml.plan(config, {"context": 257})
+    assert refusal.value.hint.startswith("--context 256")
 
 
 def test_notes_tell_what_a_user_should_know() -> None:
