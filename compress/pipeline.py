@@ -15,7 +15,7 @@ from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
-from compress.checksums import write_checksums
+from compress.checksums import folder_digests, write_checksums
 from compress.config_json import write_json
 from compress.console import Console
 from compress.errors import UsageError
@@ -32,9 +32,13 @@ from compress.job import (
     read_license,
 )
 from compress.machine import use_threads
+from compress.memory import check_memory
 from compress.model import Artifact, Shipyard
+from compress.origin import lock_build
 from compress.output import check_disk, check_output, work_folder
 from compress.plan_file import print_plan
+from compress.provenance import NAME as PROVENANCE
+from compress.provenance import statement
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
@@ -101,7 +105,10 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
+    check_memory(job, get_exporter, console, limit=settings.max_memory, verify=settings.verify)
     if settings.dry_run:
+        if settings.locked:
+            lock_build(job, chosen, importance, settings, console)
         if measures:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
@@ -118,9 +125,11 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
-    scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    kept = settings.keep_baseline
+    scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
+    lock = lock_build(job, chosen, importance, settings, console)
     with work_folder(output, resuming(job, settings)) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
@@ -137,7 +146,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
         for name, document in chosen.documents(job).items():
-            write_json(folder / name, document)
+            write_json(folder / name, {**document, "lock": lock})
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
         console.begin("write the report")  # and checksums of all that was written
@@ -149,7 +158,10 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             previous.apply(report, console)
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
-        write_checksums(folder)
+        digests = folder_digests(folder)
+        if stated := statement(job, lock, digests):
+            write_json(folder / PROVENANCE, stated)
+        write_checksums(folder, digests)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
     settings.ci_files.write(report)
@@ -187,6 +199,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
+    check_memory(job, None, console, limit=settings.max_memory, verify=True)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
@@ -236,7 +249,7 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=baseline_notes(job.config),
+        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
     )
 
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.checkpoint import Checkpoint
-from compress.console import Console
+from compress.console import Console, format_bytes
 from compress.errors import CheckpointError, UsageError
 from compress.job import GENERATED_ROOM, Job, choose_threads, window_length
-from compress.machine import available_memory
+from compress.machine import available_memory, resident_memory
+from compress.memory import embedding_bytes
 from compress.model import Artifact, Shipyard
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, verify_artifact
+from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
 
@@ -61,18 +63,31 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
+FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
+
+
 class Scorer:
     """Scores artifacts on one text against the float model, which is computed once.
 
     Attributes:
         speed: of the float model with its weights in memory; None when they would not fit.
         runtime: what computed the float logits.
+        notes: lines for the report.
     """
 
     def __init__(
-        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
+        self,
+        job: Job,
+        text: str,
+        threads: int,
+        console: Console,
+        tasks: Sequence[Task] = (),
+        kept: Path | None = None,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
+
+        Args:
+            kept: where the float model's answers are kept for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -80,7 +95,7 @@ class Scorer:
         """
         from compress.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._console = job, console
+        self._job, self._console, self._kept = job, console, kept
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
@@ -89,6 +104,7 @@ class Scorer:
         self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
+        self.notes: list[str] = []
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
@@ -129,16 +145,45 @@ class Scorer:
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
-        with self._console.progress("score the float model", "steps") as update:
-            logits = decoder.stream_logits(self.windows, progress=update)
-            store = BaselineStore.write(folder, self.windows, logits)
-        if self.task_set.tasks:
-            with self._console.progress("ask the float model", "sequences") as update:
-                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-        if 4 * job.config.num_parameters < available_memory() // 4:
-            # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
-            prompt = self.windows[0][: self.length // 2]
-            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
-            resident.close()
+        kept = self._kept_baseline(stored.fingerprint())
+        if kept and (found := kept.borrow(folder)):
+            store, self.speed = found
+        else:
+            with self._console.progress("score the float model", "steps") as update:
+                logits = decoder.stream_logits(self.windows, progress=update)
+                store = BaselineStore.write(folder, self.windows, logits)
+            if self.task_set.tasks:
+                with self._console.progress("ask the float model", "sequences") as update:
+                    self.task_set.ask_baseline(folder, decoder.stream_logits, update)
+            self.speed = self._measure_speed(stored)
+            if kept:
+                kept.keep(folder, self.speed)
+        if self.speed is None:
+            self.notes.append(
+                f"The float model's speed was not measured: its weights take "
+                f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
+                f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
+            )
         return store
+
+    def _measure_speed(self, stored: Stored) -> Speed | None:
+        """Only to tell the ratio of speeds: not of a model too large for it."""
+        from compress.decoder import Decoder
+
+        config = self._job.config
+        needed = 4 * config.num_parameters + embedding_bytes(config)
+        if needed > min(available_memory(), FLOAT_MEMORY - resident_memory()):
+            return None
+        with self._console.progress("time the float model", ""):
+            resident = Decoder(config, stored.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return speed
+
+    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+        """Where other builds find these answers; tasks have more to ask."""
+        if not self._kept or self.task_set.tasks:
+            return None
+        asked = f"{self.runtime}, {self._threads} threads"
+        return KeptBaseline.of(self._kept, fingerprint, self.windows, asked)

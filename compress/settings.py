@@ -44,15 +44,19 @@ class BuildSettings:
     device: str = ""
     sweep: str = ""
     plan: Path | None = None
+    locked: bool = False
+    provenance: bool = False
     prune: str = ""
     save_checkpoint: Path | None = None
     allow_dense: bool = False
     context: int | None = None
     threads: int = 0
+    max_memory: int | None = None
     dry_run: bool = False
     overwrite: bool = False
     resume: bool = False
     verify: bool = True
+    keep_baseline: Path | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +76,7 @@ class VerifySettings:
     windows: int = 16
     sequence_length: int = 512
     threads: int = 0
+    max_memory: int | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,6 +127,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:
         words += ["--plan", settings.plan.name]
+    if settings.locked:
+        words.append("--locked")
     if settings.imatrix:
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:

@@ -17,6 +17,7 @@ from compress.commands.options import (
     hub_of,
     hub_options,
     make_console,
+    max_memory_option,
     output_options,
     progress_option,
     recipe_option,
@@ -65,17 +66,27 @@ from compress.errors import UsageError
                    "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
+@click.option("--locked", is_flag=True,
+              help="Refuse unless versions, checkpoint and recipe are those of the plan: --plan, "
+                   "or the output's own plan.json.")  # fmt: skip
+@click.option("--provenance", is_flag=True,
+              help="Hash every file of the checkpoint, however large, for provenance.json and "
+                   "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
 @against_option
 @regression_option
 @threads_option
+@max_memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--resume", is_flag=True,
               help="Continue what this build left when it was cut off; keep it if that happens "
                    "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep the float model's answers there, for other builds of the same "
+                   "model.")  # fmt: skip
 @progress_option
 @ci_options
 @hub_options
@@ -99,6 +110,11 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     budget = any(options[key] for key in ("budget", "budget_memory", "device"))
     if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
         raise UsageError("a budget, --sweep and --plan exclude each other")
+    plan = options["plan"]
+    if options["locked"] and plan is None:
+        if output is None or budget or options["sweep"]:
+            raise UsageError("--locked needs a plan", hint="--plan plan.json of an earlier build")
+        plan = output / "plan.json"
     settings = BuildSettings(
         model=model,
         output=output,
@@ -117,16 +133,20 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         budget_memory=options["budget_memory"],
         device=options["device"],
         sweep=options["sweep"],
-        plan=options["plan"],
+        plan=plan,
+        locked=options["locked"],
+        provenance=options["provenance"],
         prune=options["prune"],
         save_checkpoint=options["save_checkpoint"],
         allow_dense=options["allow_dense"],
         context=options["context"],
         threads=options["threads"],
+        max_memory=options["max_memory"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
         resume=options["resume"],
         verify=not options["no_verify"],
+        keep_baseline=options["keep_baseline"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
