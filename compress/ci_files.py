@@ -54,7 +54,7 @@ class CiFiles:
     def write(self, report: Mapping[str, Any]) -> None:
         """Write what was asked for, whatever the verdict."""
         if self.junit is not None:
-            self.junit.write_bytes(junit_xml([report]))
+            self.junit.write_bytes(junit_xml({report["model"]["name"]: report}))
         if self.summary is not None:
             with self.summary.open("a", encoding="utf-8") as stream:
                 stream.write(markdown_summary(report) + "\n")
