@@ -1,5 +1,8 @@
 """Statistics of a source's inputs on a set of windows: from the cache, or from a walk (``walk.py``)
 whose statistics then stand in the cache.
+
+A walk that is killed leaves there what it has found, and the next one with the same weights and
+windows goes on with the block that it was at.
 """
 
 from __future__ import annotations
@@ -7,14 +10,18 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from compress.cache import cache_folder
 from compress.calibration_set import CalibrationSet
+from compress.errors import UsageError
+from compress.ledger import sync
+from compress.output import locked
 from compress.sources import Source
 from compress.statistics import Statistics, file_name, is_whole, save
-from compress.walk import walk
+from compress.walk import Boundary, walk
 
 __all__ = ["collect"]
 
@@ -26,6 +33,7 @@ def collect(
     calibration: CalibrationSet,
     *,
     hessian: bool,
+    keep: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Statistics from the cache, or from a walk whose statistics then stand in the cache.
@@ -34,6 +42,7 @@ def collect(
         source: the weights; equal ones (``Source.fingerprint``) share their statistics.
         calibration: windows.
         hessian: whether Hessians are wanted; statistics that have them serve without, too.
+        keep: leave what was found, too, where the walk ends by an exception.
         progress: of the walk.
     """
     place, config = cache_folder(), source.config
@@ -46,19 +55,22 @@ def collect(
         elif folder.is_dir():
             return Statistics.open(config, folder, hessian=hessian)
     final = full if hessian else light
-    with tempfile.TemporaryDirectory(dir=place, prefix=f"{final.name}.partial-") as work:
-        folder = Path(work) / "statistics"
-        folder.mkdir()
+    with walk_folder(final, keep=keep) as work:
+        folder = work / "statistics"
+        folder.mkdir(exist_ok=True)
         blocks = walk(
             config,
             source.read,
             calibration.windows,
             hessian=hessian,
-            work=Path(work),
+            work=work,
+            boundary=Boundary(work / "boundary"),
             progress=progress,
         )
         for stats in blocks:
-            save(folder / file_name(next(iter(stats))), stats)
+            file = folder / file_name(next(iter(stats)))
+            save(file, stats)
+            sync(file)
         try:
             folder.rename(final)
         except OSError:  # another build was faster, with the same
@@ -67,3 +79,31 @@ def collect(
     if hessian:  # they serve both, so the lesser ones may go
         shutil.rmtree(light, ignore_errors=True)
     return Statistics.open(config, final, hessian=hessian)
+
+
+@contextmanager
+def walk_folder(final: Path, *, keep: bool) -> Iterator[Path]:
+    """Where a walk works: ``FINAL.partial``, or what another one left there; removed at the end.
+
+    Args:
+        final: where its statistics will be.
+        keep: leave it where the walk ends by an exception.
+
+    While another process is in there, a folder that goes with this one in any case.
+    """
+    partial = final.with_name(final.name + ".partial")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(partial))
+        except UsageError:
+            other = tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{partial.name}-")
+            yield Path(stack.enter_context(other))
+            return
+        partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+        except BaseException:
+            if not keep:
+                shutil.rmtree(partial)
+            raise
+        shutil.rmtree(partial)

@@ -99,7 +99,7 @@ def texts_of(recipe: Recipe) -> list[Path]:
 
 class CalibrationStep:
     """Statistics for the targets of one job; texts are tokenized once, and equal sources walked
-    once.
+    once. ``keep``: leave what a walk has found where it ends by an exception.
     """
 
     def __init__(
@@ -109,14 +109,17 @@ class CalibrationStep:
         shipyard: Shipyard,
         console: Console,
         threads: int = 0,
+        keep: bool = False,
     ) -> None:
-        self.job = job
+        self.job, self._keep = job, keep
         self._importance, self._shipyard = importance, shipyard
         self.console, self.threads = console, threads
 
     def on(self, job: Job) -> CalibrationStep:
         """The same for another job."""
-        return CalibrationStep(job, self._importance, self._shipyard, self.console, self.threads)
+        return CalibrationStep(
+            job, self._importance, self._shipyard, self.console, self.threads, self._keep
+        )
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -207,6 +210,7 @@ class CalibrationStep:
                 source,
                 self._texts,
                 hessian=hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian",
+                keep=self._keep,
                 progress=update,
             )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compress.arch import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
+from compress.ledger import Ledger
 from compress.sources import Source
 from compress.statistics import Statistics
 
@@ -193,13 +194,15 @@ class Weights:
     ``gate_up_proj``) and their parts are both readable, however the checkpoint stores them.
 
     Attributes:
-        fallen: rows by weight name for which the solver fell back on a simpler one.
+        fallen: rows by weight name for which the solver fell back on a simpler one, in this run.
+        ledger: what the writer has finished, in this run or before: it need not ask for that.
     """
 
-    def __init__(self, source: Source, solve: Solver) -> None:
+    def __init__(self, source: Source, solve: Solver, ledger: Ledger | None = None) -> None:
         self.source = source
         self.checkpoint = source.checkpoint
         self.config = source.config
+        self.ledger = Ledger() if ledger is None else ledger
         self.fallen: dict[str, int] = {}
         self._solve = solve
 
@@ -213,20 +216,35 @@ class Weights:
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
+        if rows is None or rows.start == 0:
+            self.fallen.pop(name, None)  # begun anew
         found = self._solve(self.read(name, rows), grid, name)
         if found.fallen:
             self.fallen[name] = self.fallen.get(name, 0) + found.fallen
         return found
 
+    def finish(self, target_name: str, name: str, file: Path, end: int, **facts: Any) -> None:
+        """Note that a tensor is written; see ``Ledger.add``.
+
+        Args:
+            target_name: of the tensor, in the artifact.
+            name: of the weight that it holds.
+            file, end, facts: as ``Ledger.add``.
+        """
+        fallen = self.fallen.get(name, 0)
+        self.ledger.add(target_name, file, end, weight=name, fallen=fallen, **facts)
+
     def notes(self) -> tuple[str, ...]:
         """A line for the report, where rows fell back."""
-        if not self.fallen:
+        told = {row["weight"]: row["fallen"] for row in self.ledger}
+        fallen = {name: rows for name, rows in (self.fallen | told).items() if rows}
+        if not fallen:
             return ()
-        worst = max(self.fallen, key=lambda name: self.fallen[name])
+        worst = max(sorted(fallen), key=lambda name: fallen[name])
         return (
-            f"{sum(self.fallen.values()):,} rows of {len(self.fallen)} tensors are as scale_search "
+            f"{sum(fallen.values()):,} rows of {len(fallen)} tensors are as scale_search "
             "leaves them, which measured better on inputs held back from calibration; most in "
-            f"{worst}: {self.fallen[worst]:,}",
+            f"{worst}: {fallen[worst]:,}",
         )
 
 
@@ -306,10 +324,11 @@ class Exporter(Protocol):
         ...
 
     def write(self, plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-        """Write the artifact into ``folder`` (which exists and is empty), streaming.
+        """Write the artifact into ``folder``, streaming.
 
-        ``folder`` is a ``.partial`` work folder of the caller, who renames it when all is well.
-        Calls ``progress(done_bytes, total_bytes)`` as it goes.
+        ``folder`` is in a ``.partial`` work folder of the caller, who renames it when all is well.
+        It exists, and is empty or what an earlier call left there that was cut off: tensors in
+        ``weights.ledger`` are in it. Calls ``progress(done_bytes, total_bytes)`` as it goes.
         """
         ...
 

@@ -1,18 +1,28 @@
 """The output folder: refused, locked, written as ``.partial``, renamed.
 
 Nothing half-written ever stands under the final name, whatever stops a build.
+
+    OUTPUT.partial/new/      what will be OUTPUT
+    OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
+                             ledger for each target (``compress.ledger``)
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from compress import ledger
+from compress.config_json import json_or_empty, write_json
 from compress.console import format_bytes
 from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
+
+STATE = "state"
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -72,7 +82,7 @@ def find_stranger(folder: Path) -> str:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """See a full disk before the work starts.
+    """See a full disk before the work starts. What a killed build left will be gone or be used.
 
     Raises:
         DiskFullError: fewer bytes free than the artifacts will take.
@@ -80,7 +90,7 @@ def check_disk(output: Path, needed: int) -> None:
     folder = real_path(output).parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + disk_bytes(partial_folder(real_path(output)))
     if free < needed:
         raise DiskFullError(
             f"not enough room in {folder}: the artifacts take {format_bytes(needed)}, "
@@ -89,36 +99,154 @@ def check_disk(output: Path, needed: int) -> None:
         )
 
 
+def partial_folder(output: Path) -> Path:
+    """Where a build of an output (see ``real_path``) works."""
+    return output.with_name(output.name + ".partial")
+
+
+def retired_folder(output: Path) -> Path:
+    """Where an output that is being replaced is for a moment."""
+    return output.with_name(output.name + ".old.partial")
+
+
+def state_folder(folder: Path) -> Path:
+    """Where the build that works in ``folder`` (see ``work_folder``) keeps what it goes on with."""
+    return folder.parent / STATE
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes on the disk of everything in a folder, which may be missing; holes take none."""
+    found = (path.lstat() for path in folder.rglob("*"))
+    return sum(stat.st_blocks * 512 for stat in found)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Whether a build may be continued.
+
+    Attributes:
+        identity: what decides over its bytes; a build with another does not go on with them.
+        wanted: continue what is there, and leave what there will be, whatever stops it.
+        afresh: where it is not wanted: throw away what could be continued, unasked.
+    """
+
+    identity: Mapping[str, Any]
+    wanted: bool
+    afresh: bool = False
+
+    def begin(self, partial: Path) -> None:
+        """Take over a work folder, or empty it.
+
+        Raises:
+            UsageError: another build's is there, or one that should be continued.
+        """
+        record = partial / STATE / "build.json"
+        known = json_or_empty(record)
+        if self.wanted and known and known != self.identity:
+            raise UsageError(
+                f"{partial.name} is of another build: {difference(known, self.identity)}",
+                hint="the same options again, or leave --resume out to begin afresh",
+            )
+        ledgers = list((partial / STATE).glob("*.ledger"))
+        finished = any(ledger.has_finished(path) for path in ledgers)
+        if not self.wanted and not self.afresh and known == self.identity and finished:
+            raise UsageError(
+                f"{partial.name} holds what an interrupted build has finished",
+                hint="--resume to continue it, --overwrite to begin afresh",
+            )
+        if self.wanted and known:
+            clear(partial, {record, partial / "new", *ledgers})
+            clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        record.parent.mkdir(parents=True)
+        whole = record.with_suffix(".partial")
+        write_json(whole, self.identity)
+        whole.replace(record)
+
+
+def clear(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what is in a folder but these, and what is in them."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path in kept:
+            continue
+        if any(path in other.parents for other in kept):
+            clear(path, kept)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first key in which two builds differ, in words."""
+    for key in (*wanted, *known):
+        then, now = known.get(key), wanted.get(key)
+        if then != now and isinstance(then, Mapping) and isinstance(now, Mapping):
+            return f"{key}.{difference(then, now)}"
+        if then != now:
+            return f"{key} is {brief(now)}, was {brief(then)}"
+    return ""
+
+
+def brief(value: Any) -> str:
+    """A value for one line: what is long (a digest, a list of grids) is only said to be another."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
 @contextmanager
-def work_folder(output: Path) -> Iterator[Path]:
-    """``OUTPUT.partial``, renamed to ``OUTPUT`` on success and deleted on any failure.
+def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
+    """``OUTPUT.partial/new``, renamed to ``OUTPUT`` on success and deleted on any failure.
+
+    Args:
+        output: to make.
+        resume: on a failure the folder stays, if this wants it.
 
     Raises:
         DiskFullError: the device ran full meanwhile.
-        UsageError: another build writes to the same output, or the place is not writable.
+        UsageError: another build writes to the same output, or the place is not writable; see
+            ``Resume.begin``.
     """
     place = real_path(output)
-    partial = place.with_name(place.name + ".partial")
+    partial = partial_folder(place)
+    keeps = resume is not None and resume.wanted
     with locked(place):
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed build
+        bring_back(place)
+        if resume is None:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed build
+        else:
+            resume.begin(partial)
         try:
-            partial.mkdir()
-            yield partial
-            replace(place, partial)
-        except OSError as error:
-            if is_disk_full(error):
+            (partial / "new").mkdir(parents=True, exist_ok=True)
+            yield partial / "new"
+            replace(place, partial / "new")
+            keeps = False
+        except BaseException as error:
+            if keeps:
+                error.add_note(f"what is finished stays in {partial.name}: --resume continues it")
+            if isinstance(error, OSError) and is_disk_full(error):
+                left = "what is finished stays" if keeps else "nothing was left behind"
                 raise DiskFullError(
                     f"the disk ran full while writing to {output.parent} ({error.strerror})",
-                    hint="nothing was left behind; free some space and run it again",
+                    hint=f"{left}; free some space and run it again",
                 ) from error
             raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not keeps:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def bring_back(output: Path) -> None:
+    """The old output, where a build was killed in the moment of replacing it."""
+    retired = retired_folder(output)
+    if retired.is_dir() and not output.exists():
+        retired.rename(output)
 
 
 def replace(output: Path, partial: Path) -> None:
     """Put ``partial`` in the place of ``output``; on a failure, the old output is still there."""
-    retired = output.with_name(output.name + ".old.partial")
+    retired = retired_folder(output)
     shutil.rmtree(retired, ignore_errors=True)
     if not output.exists():
         partial.rename(output)

@@ -35,13 +35,14 @@ from compress.job import (
 )
 from compress.machine import use_threads
 from compress.model import Artifact, Plan, Shipyard
-from compress.output import check_disk, check_output, work_folder
+from compress.output import check_disk, check_output, state_folder, work_folder
 from compress.pace import expected_steps
 from compress.plan_file import print_plan
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
+from compress.resume import resuming
 from compress.scorer import Scorer, check_tokenizer, read_text, text_name
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
@@ -120,15 +121,18 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
-    scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    kept = settings.keep_baseline
+    scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
-    with work_folder(output) as folder:
+    with work_folder(output, resuming(job, settings)) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
         if pruned is not None:
             job = job.on(pruned.source)
-        calibration = CalibrationStep(job, importance, shipyard, console, settings.threads)
+        calibration = CalibrationStep(
+            job, importance, shipyard, console, settings.threads, keep=settings.resume
+        )
         if measures:
             chosen = choose(calibration)
             job = chosen.job
@@ -210,9 +214,12 @@ def write_artifacts(
     for plan in calibration.job.plans:
         inputs = prepare_target(plan, calibration)
         target = folder / target_folder(plan, calibration.job)
-        target.mkdir()
+        target.mkdir(exist_ok=True)
+        ledger = state_folder(folder) / f"{target.name}.ledger"
         with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-            weights = target_weights(plan, inputs, calibration, Path(work))
+            weights = target_weights(plan, inputs, calibration, Path(work), ledger)
+            if weights.ledger:
+                console.detail(f"{target.name}: {len(weights.ledger)} arrays were written before")
             label = f"write {plan.format} {plan.type_name}"
             console.begin(f"{label}: estimate")
             steps = expected_steps([plan], [weights], calibration.job.recipe.solver)

@@ -51,7 +51,9 @@ class BuildSettings:
     threads: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    resume: bool = False
     verify: bool = True
+    keep_baseline: Path | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)

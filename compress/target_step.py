@@ -7,12 +7,14 @@ statistics and the writing.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.calibration_step import CalibrationStep
 from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
+from compress.ledger import Ledger
 from compress.model import Plan, Weights
 from compress.propagation import PropagatedWeights
 from compress.pruning.sparse import Sparsified
@@ -97,15 +99,19 @@ def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> Targ
 
 
 def target_weights(
-    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path, ledger_file: Path
 ) -> Weights:
-    """What the writer of a target pulls from.
+    """What the writer of a target pulls from, and its ledger.
+
+    Where each block is solved with what the quantized blocks before it produce, the walk has to go
+    through all of them, so that the target is written from its start.
 
     Args:
         plan: of the target.
         inputs: as ``prepare_target`` made them.
         calibration: of the job.
         work: an empty folder that stays until the target is written.
+        ledger_file: of the target.
 
     Raises:
         UsageError: calibration texts that are not there or too short.
@@ -114,4 +120,6 @@ def target_weights(
     if calibration.propagates:
         windows = calibration.windows()
         return PropagatedWeights(inputs.source, plan, solver, windows, work=work)
-    return Weights(inputs.source, get_solver(solver, inputs.statistics))
+    made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
+    ledger = Ledger(ledger_file, made_of)
+    return Weights(inputs.source, get_solver(solver, inputs.statistics), ledger)

@@ -9,6 +9,7 @@ float model produce (``walk``), or what other weights make of them (``walk_besid
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from compress.statistics import LayerStats, input_of, stored_block
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["walk", "walk_beside"]
+__all__ = ["Boundary", "walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
@@ -89,6 +90,47 @@ def hessian_spans(columns: int) -> list[slice]:
     count = math.ceil(columns / WIDEST_HESSIAN)
     width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+class Boundary:
+    """The hidden states before a block, in a folder of their own: where a walk goes on that was cut
+    off. One file, ``block-3.bin``, replaced as a whole; another while it is being written.
+
+    Attributes:
+        index: of the block; 0 where nothing is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        kept = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
+        self.index = max(kept, default=0)
+
+    def load(self, states: Tensor) -> Tensor:
+        """Fill ``states``, which are of the shape that was kept."""
+        import torch
+
+        raw = states.view(torch.uint8).numpy()
+        with self._file(self.index).open("rb") as stream:
+            stream.readinto(raw.data)
+        return states
+
+    def keep(self, index: int, states: Tensor) -> None:
+        """Keep the states before block ``index``, and no earlier ones."""
+        import torch
+
+        partial = self._folder / "partial"
+        with partial.open("wb") as stream:
+            stream.write(states.view(torch.uint8).numpy().data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(self._file(index))
+        if self.index:
+            self._file(self.index).unlink()
+        self.index = index
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"block-{index}.bin"
 
 
 class Listener:
@@ -163,6 +205,7 @@ def walk(
     exact: bool = False,
     roles: Collection[str] = (),
     work: Path | None = None,
+    boundary: Boundary | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[dict[str, LayerStats]]:
     """All windows through one block of the float model after the other.
@@ -175,9 +218,12 @@ def walk(
         exact: hidden states in float32 instead of bfloat16.
         roles: see ``Listener``.
         work: folder for the file that holds states beyond ``STATES_LIMIT``.
+        boundary: where to go on; the states before each block are kept there once the statistics
+            of the blocks before it were given out and another is asked for.
         progress: ``progress(done, total)`` in windows times blocks.
 
-    Yields the statistics of each stored block by input name, and at last those of ``lm_head``.
+    Yields the statistics of each stored block by input name, and at last those of ``lm_head``;
+    of blocks behind the boundary only.
     """
     import torch
 
@@ -186,19 +232,29 @@ def walk(
     decoder = Decoder(config, read)
     rope = decoder.rope(len(windows[0]))
     dtype = torch.float32 if exact else torch.bfloat16
-    states = hidden_states(decoder.embed(windows), dtype, work)
+    first = boundary.index if boundary else 0
+    if boundary and first:
+        shape = (len(windows), len(windows[0]), config.hidden_size)
+        states = boundary.load(empty_states(shape, dtype, work))
+    else:
+        states = hidden_states(decoder.embed(windows), dtype, work)
     listener = Listener(config, windows, hessian=hessian, roles=roles)
     total = len(windows) * (config.num_hidden_layers + 1)
-    for index in range(config.num_hidden_layers):
-        if index and stored_block(config, index) == index:
+    for index in range(first, config.num_hidden_layers):
+        if index > first and stored_block(config, index) == index:
             yield listener.finish()
+            if boundary:
+                boundary.keep(index, states)
         block = Block(config, index, read)
         for position in range(len(windows)):
             heard = partial(listener.hear, position=position)
             states[position] = block(states[position].float(), rope, on_input=heard)
             progress(index * len(windows) + position + 1, total)
         del block
-    yield listener.finish()
+    if first < config.num_hidden_layers:
+        yield listener.finish()
+        if boundary:
+            boundary.keep(config.num_hidden_layers, states)
     normed = final_norm(config, read)
     for position in range(len(windows)):
         listener.hear("lm_head.weight", normed(states[position].float()), position)
@@ -277,15 +333,19 @@ def hidden_states(
     embedded: Sequence[Tensor], dtype: Any, work: Path | None, name: str = "states.bin"
 ) -> Tensor:
     """The states of all windows, ``[windows, length, hidden]``, mapped to a file when large."""
-    import torch
-
-    shape = (len(embedded), *embedded[0].shape)
-    size = math.prod(shape)
-    if work is not None and size * dtype.itemsize > STATES_LIMIT:
-        path = str(work / name)
-        states = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
-    else:
-        states = torch.empty(shape, dtype=dtype)
+    states = empty_states((len(embedded), *embedded[0].shape), dtype, work, name)
     for position, hidden in enumerate(embedded):
         states[position] = hidden
     return states
+
+
+def empty_states(
+    shape: tuple[int, ...], dtype: Any, work: Path | None, name: str = "states.bin"
+) -> Tensor:
+    """Room for hidden states, mapped to a file when large."""
+    import torch
+
+    size = math.prod(shape)
+    if work is None or size * dtype.itemsize <= STATES_LIMIT:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(work / name), shared=True, size=size, dtype=dtype).view(shape)

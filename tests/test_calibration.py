@@ -11,8 +11,10 @@ import tiny
 from hooked import Model, distance, draw_windows, hooked
 
 from compress import walk as walking
+from compress.arch import DecoderConfig
 from compress.calibration import collect
 from compress.calibration_set import CalibrationSet
+from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError, UsageError
 from compress.sources import Stored
 from compress.statistics import (
@@ -222,6 +224,56 @@ def test_an_interrupted_walk_leaves_nothing(models, cache):
     with pytest.raises(KeyboardInterrupt):
         collect(Interrupted(model.checkpoint, model.config), chosen, hessian=False)
     assert list(cache.iterdir()) == []
+
+
+class Mortal(Stored):
+    """A source whose reader dies at the n-th weight that it is asked for, and counts."""
+
+    def __init__(self, model: Stored, life: int) -> None:
+        super().__init__(model.checkpoint, model.config)
+        self.left, self.readings = life, 0
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.readings += 1
+        return super().read(name, rows)
+
+
+@pytest.mark.parametrize("family", ["phi3", "mobilellm"])
+def test_a_walk_goes_on_with_the_block_that_it_was_at(family, cache, tmp_path, monkeypatch):
+    options = {"layer_sharing": True} if family == "mobilellm" else {}
+    path = tiny.make(family, tmp_path / "model", num_hidden_layers=4, **options)
+    checkpoint = Checkpoint.open(path)
+    model = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+    chosen = CalibrationSet(tuple(map(tuple, draw_windows(3))), ("test",))
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "whole"))
+    alone = Mortal(model, -1)
+    whole = collect(alone, chosen, hessian=True)
+
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "resumed"))
+    if family == "phi3":
+        monkeypatch.setattr(walking, "STATES_LIMIT", 0)  # states in a file
+    total, deaths = 0, 0
+    for life in (1, 5, 12, 12, 12, 3, 40, 60, -1):
+        mortal = Mortal(model, life)
+        try:
+            found = collect(mortal, chosen, hessian=True, keep=True)
+            break
+        except KeyboardInterrupt:
+            deaths += 1
+        finally:
+            total += mortal.readings
+    assert deaths >= 5
+    for name in input_names(model.config):
+        first, second = whole.for_weight(f"{name}.weight"), found.for_weight(f"{name}.weight")
+        assert (first.importance == second.importance).all()
+        for a, b in zip(first.hessian, second.hessian, strict=True):
+            assert (a == b).all()
+    assert len(list((tmp_path / "resumed" / "calibration").iterdir())) == 1
+    # Each death costs the reading of the block that it was at, or of the embedding.
+    assert total <= alone.readings + deaths * 12
 
 
 # --- texts ------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, mo
 
     monkeypatch.setattr(pipeline, "verify_artifact", spy)
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
-    assert seen == [tmp_path / "out.partial"]
+    assert seen == [tmp_path / "out.partial" / "new"]
     assert not list((tmp_path / "out").glob("packlight-*"))
 
 

@@ -72,7 +72,13 @@ from compress.errors import UsageError
 @threads_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
+@click.option("--resume", is_flag=True,
+              help="Continue what this build left when it was cut off; keep it if that happens "
+                   "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep the float model's answers there, for other builds of the same "
+                   "model.")  # fmt: skip
 @progress_option
 @ci_options
 @hub_options
@@ -122,7 +128,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         threads=options["threads"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
+        resume=options["resume"],
         verify=not options["no_verify"],
+        keep_baseline=options["keep_baseline"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )

@@ -52,6 +52,7 @@ class LazyConstants:
         self._entries = {entry.name: entry for entry in plan.entries}
         self._vars: dict[str, Var] = {}
         self._fills: dict[str, tuple[Part, Callable[[], Array]]] = {}
+        self._sources: dict[str, str] = {}  # constant → weight
         self._held: tuple[str, dict[str, Array]] = ("", {})
 
     # --- what the graph asks for --------------------------------------------------------------
@@ -67,7 +68,7 @@ class LazyConstants:
         """A norm weight or a bias."""
         entry = self._entries[self._stored(name)]
         (part,) = parts(entry.grid, entry.shape)
-        return self._constant(entry.target_name, part, self._reader(entry))
+        return self._constant(entry.target_name, part, self._reader(entry), entry.name)
 
     def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
         """A float16 constant that the program needs and no checkpoint has."""
@@ -84,12 +85,13 @@ class LazyConstants:
     def _matrix(self, entry: PlanEntry) -> Var:
         pieces = parts(entry.grid, entry.shape)
         if len(pieces) == 1:
-            return self._constant(entry.target_name, pieces[0], self._reader(entry))
+            return self._constant(entry.target_name, pieces[0], self._reader(entry), entry.name)
         inputs = {
             part.name: self._constant(
                 f"{entry.target_name}_{part.name}",
                 part,
                 partial(self._packed_part, entry, part.name),
+                entry.name,
             )
             for part in pieces
         }
@@ -101,10 +103,11 @@ class LazyConstants:
             inputs = {"mask": mask, "nonzero_data": values}
         return self._mb.constexpr_sparse_to_dense(**inputs, name=entry.target_name)
 
-    def _constant(self, name: str, part: Part, make: Callable[[], Array]) -> Var:
+    def _constant(self, name: str, part: Part, make: Callable[[], Array], weight: str = "") -> Var:
         if name not in self._vars:
             self._vars[name] = self._mb.const(val=self._hollow(part), name=name)
             self._fills[name] = (part, make)
+            self._sources[name] = weight
         return self._vars[name]
 
     def _hollow(self, part: Part) -> NDArray[Any]:
@@ -122,6 +125,14 @@ class LazyConstants:
     def is_lazy(self, name: str) -> bool:
         """Whether the constant of that name is a placeholder."""
         return name in self._fills
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a constant."""
+        return self._fills[name][0].shape
+
+    def weight_of(self, name: str) -> str:
+        """Our name of the weight that a constant is of; empty for what no checkpoint has."""
+        return self._sources[name]
 
     def fill(self, name: str) -> tuple[Array, str]:
         """The values of a constant, in its shape, and their MIL dtype."""

@@ -56,12 +56,13 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     tools = CoreMLTools()
     package = folder / f"{plan.model_name}.mlpackage"
     model_folder = package / "Data" / AUTHOR
-    (model_folder / WEIGHTS_FOLDER).mkdir(parents=True)
+    weight_file = model_folder / WEIGHTS_FOLDER / WEIGHT_FILE
+    weight_file.parent.mkdir(parents=True, exist_ok=True)
     config = weights.config
     constants = LazyConstants(tools.mb, tools.storage, plan, weights)
-    blobs = tools.blob_file(model_folder / WEIGHTS_FOLDER / WEIGHT_FILE, counted(plan, progress))
+    blobs = tools.blob_file(weight_file, weights, counted(plan, progress))
     model = make_model(tools, plan, weights, constants, blobs)
-    _check_weight_file(plan, model_folder / WEIGHTS_FOLDER / WEIGHT_FILE)
+    _check_weight_file(plan, weight_file)
     # Without `deterministic`, protobuf's maps come out in the order of a random hash.
     (model_folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
     (package / "Manifest.json").write_text(manifest(), encoding="utf-8")
@@ -193,7 +194,7 @@ def manifest() -> str:
 
 
 def _check_weight_file(plan: Plan, file: Path) -> None:
-    """coremltools' C++ writer does not report a short write; the plan knows the size."""
+    """The plan knows the size."""
     expected = plan.weights_bytes + plan.settings["container_bytes"]
     found = file.stat().st_size
     if not expected - 64 < found <= expected:
@@ -249,9 +250,9 @@ class CoreMLTools:
             "uint8": np.dtype(np.uint8),
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
 
-    def blob_file(self, path: Path, written: Callable[[int], None]) -> BlobFile:
+    def blob_file(self, path: Path, weights: Weights, written: Callable[[int], None]) -> BlobFile:
         """A ``weight.bin`` to append to."""
-        return BlobFile(self._blob_writer, path, written)
+        return BlobFile(self._blob_writer, path, weights, written)
 
     def export(self, program: Any, constants: LazyConstants, blobs: Blobs) -> Any:
         """The program as a Core ML model (protobuf); its arrays go to ``blobs``.
@@ -263,20 +264,23 @@ class CoreMLTools:
 
         class StreamingExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
             def get_milproto_value(self, var: Any) -> Any:
-                if not constants.is_lazy(var.op.name):
+                name = var.op.name
+                if not constants.is_lazy(name):
                     return super().get_milproto_value(var)
-                values, dtype = constants.fill(var.op.name)
-                if values.size < IMMEDIATE:
-                    return helper.create_tensor_value(values)
+                offset = blobs.find(name)
+                if offset is None:
+                    values, dtype = constants.fill(name)
+                    if values.size < IMMEDIATE:
+                        return helper.create_tensor_value(values)
+                    offset = blobs.append(name, values, dtype, constants.weight_of(name))
                 return helper.create_file_value_tensor(
                     file_name=f"@model_path/{WEIGHTS_FOLDER}/{WEIGHT_FILE}",
-                    offset=blobs.append(values, dtype),
-                    dim=values.shape,
+                    offset=offset,
+                    dim=constants.shape(name),
                     data_type=helper.types_to_proto_primitive(var.dtype),
                 )
 
         proto = StreamingExporter(program, "", SPECIFICATION_VERSION).export()
-        blobs.close()
         described = load.CoreMLProtoExporter(
             program,
             proto,

@@ -48,16 +48,22 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     config = weights.config
     vocabulary = read_vocabulary(weights.checkpoint.path, config)
     path = folder / f"{plan.model_name}-{plan.type_name}.gguf"
-    write_head(path, plan, config, vocabulary)
+    if not weights.ledger.cut(path):
+        write_head(path, plan, config, vocabulary)
     done = 0
     with path.open("ab") as stream:
         pad(stream)
         for entry in plan.entries:
+            if entry.target_name in weights.ledger:
+                done += entry.nbytes
+                continue
             for block in tensor_data(entry, weights):
                 stream.write(block.data)
                 done += block.nbytes
                 progress(done, plan.weights_bytes)
             pad(stream)
+            stream.flush()
+            weights.finish(entry.target_name, entry.name, path, stream.tell())
     return Artifact(
         format="gguf",
         type_name=plan.type_name,

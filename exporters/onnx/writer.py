@@ -27,7 +27,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     Args:
         plan: from ``make_plan``; grids of single entries may have been changed.
         weights: the checkpoint's.
-        folder: exists and is empty.
+        folder: exists; empty but for what ``weights.ledger`` tells of.
         progress: called with bytes of the data file.
 
     Returns:
@@ -42,7 +42,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     pieces = layout(plan.entries)
     graph_path = folder / graph_file(plan)
     data_path = folder / data_file(plan)
-    graph_path.parent.mkdir()
+    graph_path.parent.mkdir(exist_ok=True)
     write_data(plan, weights, pieces, data_path, progress)
     ir.save(build(config, plan, pieces, data_path.name), graph_path)
     write_folder(plan, config, weights.checkpoint, folder)
@@ -76,12 +76,17 @@ def write_data(
     """Every piece at its offset; the gaps of alignment are zeros."""
     total = plan.weights_bytes
     done = 0
-    with path.open("wb") as file:
+    with path.open("r+b" if weights.ledger.cut(path) else "wb") as file:
         for entry in plan.entries:
+            if entry.target_name in weights.ledger:
+                done += entry.nbytes
+                continue
             for name, row, values in _slabs(entry, weights):
                 _put(file, pieces[name], row, values)
                 done += values.nbytes
                 progress(done, total)
+            file.flush()
+            weights.finish(entry.target_name, entry.name, path, file.tell())
         file.flush()
         os.fsync(file.fileno())
 

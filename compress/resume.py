@@ -1,0 +1,66 @@
+"""Which build it is that left a work folder: everything that decides over the artifacts' bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.calibration_step import texts_of
+from compress.job import Job, choose_threads, looks_at_inputs
+from compress.output import Resume
+from compress.settings import BuildSettings
+
+__all__ = ["identity", "resuming"]
+
+
+def resuming(job: Job, settings: BuildSettings) -> Resume:
+    """What a build's work folder must know; arguments and errors as ``identity``."""
+    afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+    return Resume(identity(job, settings), settings.resume, afresh)
+
+
+def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
+    """What two builds must share for one to go on with what the other left.
+
+    Verification has no part in it: what a build left for want of memory there can be continued
+    with ``--no-verify``. Threads have, where inputs are looked at: sums over them are rounded in
+    the order in which threads add.
+
+    Args:
+        job: as it is before grids are chosen and weights changed; those follow from it.
+        settings: what the command was asked for.
+
+    Raises:
+        CheckpointError: files of the checkpoint that cannot be read.
+    """
+    recipe = {key: value for key, value in job.recipe.document.items() if key != "verify"}
+    looks = looks_at_inputs(job.recipe) or bool(settings.sweep or settings.plan)
+    texts = texts_of(job.recipe) if looks and not settings.imatrix else []
+    document = {
+        "packlight": __version__,
+        "model": job.checkpoint.source,
+        "checkpoint": job.checkpoint.fingerprint(),
+        "tokenizer": digest(job.checkpoint.tokenizer_files()),
+        "recipe": recipe,
+        "texts": digest(texts),
+        "context": settings.context,
+        "sweep": settings.sweep,
+        "plan": digest([settings.plan] if settings.plan else []),
+        "imatrix": digest([settings.imatrix] if settings.imatrix else []),
+        "threads": choose_threads(settings.threads, job.config) if looks else None,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
+def digest(files: Sequence[Path]) -> str | None:
+    """SHA-256 of some files; None for none."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest() if files else None

@@ -1,0 +1,189 @@
+"""The ledger of finished tensors, and writers that go on where one was cut off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+import compress.ledger
+from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
+from compress.grids import get_grid
+from compress.ledger import Ledger
+from compress.model import Plan, Weights
+from compress.solvers.rtn import rtn
+from compress.sources import Stored
+from exporters import get_exporter
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(100))
+    return path
+
+
+def test_a_ledger_remembers(tmp_path, data):
+    path = tmp_path / "ledger"
+    first = Ledger(path, "Q4_0")
+    first.add("a", data, 10, offset=3)
+    first.add("b", data, 20)
+    again = Ledger(path, "Q4_0")
+    assert ("a" in again, "c" in again, len(again)) == (True, False, 2)
+    assert again["a"] == {"done": "a", "end": 10, "offset": 3}
+    assert [row["end"] for row in again] == [10, 20]
+    assert again.cut(data)
+    assert data.stat().st_size == 20
+    assert len(Ledger(path, "Q8_0")) == 0  # something else is written now
+    assert len(Ledger(path, "Q4_0")) == 0
+
+
+def test_a_ledger_without_a_file_is_empty_at_first(data):
+    ledger = Ledger()
+    assert not ledger.cut(data)
+    ledger.add("a", data, 10)
+    assert "a" in ledger
+
+
+def test_every_torn_end_is_left_out(tmp_path, data):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path, "t")
+    ledger.add("a", data, 10)
+    whole = path.stat().st_size
+    ledger.add("b", data, 20)
+    written = path.read_bytes()
+    for end in range(len(written)):
+        path.write_bytes(written[:end])
+        again = Ledger(path, "t")
+        assert len(again) == (end >= whole)
+        again.add("c", data, 30)
+        assert len(Ledger(path, "t")) == len(again)
+    path.write_bytes(written[:whole] + bytes(40))  # pages that never came to the disk
+    assert len(Ledger(path, "t")) == 1
+
+
+def test_a_file_shorter_than_its_ledger_is_written_anew(tmp_path, data):
+    ledger = Ledger(tmp_path / "ledger", "t")
+    ledger.add("a", data, 101)
+    assert not ledger.cut(data)
+    assert len(ledger) == 0
+    assert len(Ledger(tmp_path / "ledger", "t")) == 0
+    ledger.add("a", data, 10)
+    data.unlink()
+    assert not Ledger(tmp_path / "ledger", "t").cut(data)
+
+
+def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data, monkeypatch):
+    boot = tmp_path / "boot_id"
+    boot.write_text("one\n")
+    monkeypatch.setattr(compress.ledger, "BOOT_ID", boot)
+    path = tmp_path / "ledger"
+    ledger = Ledger(path, "t")
+    ledger.add("a", data, 10)
+    monkeypatch.setattr(compress.ledger, "SYNC_EVERY", -1.0)
+    ledger.add("b", data, 20)
+    monkeypatch.setattr(compress.ledger, "SYNC_EVERY", 1e9)
+    ledger.add("c", data, 30)
+    assert len(Ledger(path, "t")) == 3
+    boot.write_text("two\n")
+    assert [row["done"] for row in Ledger(path, "t")] == ["a", "b"]
+    Ledger(path, "t").add("c", data, 30)
+    assert len(Ledger(path, "t")) == 3
+    boot.unlink()  # a system that does not say
+    assert len(Ledger(path, "t")) == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+class Mortal:
+    """A solver that dies at its n-th call, and counts."""
+
+    def __init__(self, life: int) -> None:
+        self.left, self.calls = life, 0
+
+    def __call__(self, weight, grid, name):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        self.calls += 1
+        return rtn(weight, grid)
+
+
+SETTINGS = {
+    "gguf": {"type": "Q4_K_M"},
+    "onnx": {"bits": 4, "group_size": 32},
+    "coreml": {"grid": "lut4-g16", "context": 64},
+}
+SLABS = {  # small ones, so that a tensor has several
+    "gguf": ("exporters.gguf.writer.SLAB", 1 << 16),
+    "onnx": ("exporters.onnx.writer.SLAB", 1 << 16),
+    "coreml": ("exporters.coreml.constants.SLAB", 1 << 16),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Stored:
+    checkpoint = Checkpoint.open(tiny.make("phi3", tmp_path_factory.mktemp("m") / "tiny"))
+    return Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+
+
+@pytest.mark.parametrize("format", SETTINGS)
+def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(*SLABS[format])
+    exporter = get_exporter(format)
+    plan: Plan = exporter.plan(source.config, SETTINGS[format], model_name="m")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    counted = Mortal(-1)
+    expected = exporter.write(plan, Weights(source, counted), whole, lambda done, total: None)
+
+    folder, ledger = tmp_path / "resumed", tmp_path / "ledger"
+    folder.mkdir()
+    calls, finished, told = 0, [0], []
+    for life in (0, 1, 2, 6, 8, 5, 8, -1):
+        solver = Mortal(life)
+        weights = Weights(source, solver, Ledger(ledger, plan.type_name))
+        try:
+            artifact = exporter.write(plan, weights, folder, lambda *seen: told.append(seen))
+        except Killed:
+            for name in ("*.gguf", "**/weight.bin", "**/*_data"):  # half a tensor more
+                for file in folder.glob(name):
+                    file.write_bytes(file.read_bytes() + b"half a tensor")
+            with ledger.open("ab") as stream:
+                stream.write(b'{"done": "torn')
+        calls += solver.calls
+        finished.append(len(Ledger(ledger, plan.type_name)))
+    assert artifact.nbytes == expected.nbytes
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    for file in files:
+        assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
+    # What was finished was not solved again: at most one tensor each time, of a few slabs.
+    assert finished == sorted(finished) and finished[-2] > 3
+    slabs = (1 << 18) // SLABS[format][1]  # of gate_up_proj, the largest
+    assert calls <= counted.calls + 7 * (slabs - 1)
+    assert told[-1][0] == told[-1][1] == plan.weights_bytes
+
+
+def test_a_ledger_tells_of_rows_that_fell_back(source, tmp_path, data):
+    class Falls:
+        def __call__(self, weight, grid, name):
+            return replace(rtn(weight, grid), fallen=3)
+
+    name, grid = "blocks.0.o_proj.weight", get_grid("Q8_0")
+    ledger = tmp_path / "ledger"
+    weights = Weights(source, Falls(), Ledger(ledger, "t"))
+    for rows in (slice(0, 8), slice(8, 16)):
+        weights.quantize(name, grid, rows)
+    weights.finish("o", name, data, 10)
+    assert json.loads(ledger.read_text().splitlines()[-1])["fallen"] == 6
+    again = Weights(source, Falls(), Ledger(ledger, "t"))
+    assert again.notes() == weights.notes() != ()
+    again.quantize(name, grid, slice(0, 8))  # as a trial does, to know how long it takes
+    assert again.notes() == weights.notes()
