@@ -163,7 +163,8 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
     with board, closing(engine.run(works, board)) as outcomes:
         for outcome in outcomes:
             one = jobs[outcome.name]
-            board.settle(one, state.end(one.name, outcome))
+            threads = one.prediction.threads if one.prediction else 0
+            board.settle(one, state.end(one.name, one.fingerprint, threads, outcome), fresh=True)
             models[one.job.model_name] -= 1
             if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
