@@ -34,6 +34,7 @@ from compress.job import (
     read_license,
 )
 from compress.machine import use_threads
+from compress.memory import check_memory
 from compress.model import Artifact, Plan, Shipyard
 from compress.origin import lock_build
 from compress.output import check_disk, check_output, state_folder, work_folder
@@ -107,6 +108,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
+    check_memory(job, get_exporter, console, limit=settings.max_memory, verify=settings.verify)
     if settings.dry_run:
         if settings.locked:
             lock_build(job, chosen, importance, settings, console)
@@ -200,6 +202,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
+    check_memory(job, None, console, limit=settings.max_memory, verify=True)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
@@ -280,7 +283,7 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=baseline_notes(job.config),
+        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
     )
 
 
