@@ -17,7 +17,11 @@ from compress.charts import element, line, text, ticks
 
 MB, GB = 1e6, 1e9
 PEER = "llama.cpp:f16"  # what all of llama.cpp's types begin with
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "scaling.svg"
+HERE = Path(__file__).resolve().parent
+PICTURE = HERE.parent / "docs" / "scaling.svg"
+DOCS = HERE.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+TOLD = "phi-3-mini-4k"  # whose bars these are
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ over all processes; every row begins with the checkpoint out of the page cache, 
 came from there; *disk* is the most room taken at a time. *Load* is that of the machine when the
 row began: at 2 or more, wall time is an upper bound and CPU time wanders by some 20 %.
 """
+BAR_HEAD = ("bar", "measured", "limit", "goal", "")
 ROW_HEAD = (
     "row", "CPU s", "ns per weight", "wall s", "anonymous MB", "resident MB", "from disk GB",
     "written GB", "disk GB", "files GB", "load", "run",
@@ -219,19 +224,32 @@ def page(document: Mapping[str, Any]) -> str:
             *table(ROW_HEAD, [shown(family, key) for key in facts["rows"]]),
             "",
         ]
-        if bars := judged(family):
-            rows = [
-                (
-                    bar["what"] + ("" if bar["one_run"] else " (of several runs)"),
-                    f"{number(bar['value'])} {bar['unit']}",
-                    f"{number(bar['limit'])}",
-                    number(bar["goal"]) if bar["goal"] else "",
-                    "pass" if bar["passed"] else "**fail**",
-                )
-                for bar in bars
-            ]
-            lines += [*table(("bar", "measured", "limit", "goal", ""), rows), ""]
+        if rows := judged_rows(family):
+            lines += [*table(BAR_HEAD, rows), ""]
     return "\n".join(lines)
+
+
+def digest(family: Family) -> str:
+    """The family of the bars in short, for docs/performance.md."""
+    keys = [key for key in family.facts["rows"] if not key.startswith("gptq")]
+    columns = (0, 1, 3, 4, 5, 9)
+    rows = [[shown(family, key)[column] for column in columns] for key in keys]
+    head = [ROW_HEAD[column] for column in columns]
+    return "\n".join([*table(head, rows), "", *table(BAR_HEAD, judged_rows(family))])
+
+
+def judged_rows(family: Family) -> list[tuple[str, ...]]:
+    """``judged`` as a table."""
+    return [
+        (
+            bar["what"] + ("" if bar["one_run"] else " (of several runs)"),
+            f"{number(bar['value'])} {bar['unit']}",
+            f"{number(bar['limit'])}",
+            number(bar["goal"]) if bar["goal"] else "",
+            "pass" if bar["passed"] else "**fail**",
+        )
+        for bar in judged(family)
+    ]
 
 
 def shown(family: Family, key: str) -> tuple[str, ...]:
@@ -345,10 +363,17 @@ def legend(index: int, name: str) -> Markup:
 
 
 def write_pages(document: Mapping[str, Any], folder: Path) -> None:
-    """The Markdown beside the JSON, and the picture into docs/."""
+    """The Markdown beside the JSON; the picture and the table of docs/performance.md."""
     (folder / "full_size.md").write_text(page(document), encoding="utf-8")
     families = [Family(name, facts) for name, facts in document["families"].items()]
+    told = [family for family in families if family.name == TOLD]
+    if told and folder == HERE:
+        text_now = DOCS.read_text(encoding="utf-8")
+        before, _, rest = text_now.partition(BEGIN)
+        after = rest.partition(END)[2]
+        new = f"{before}{BEGIN}\n{digest(told[0])}\n{END}{after}"
+        DOCS.write_text(new, encoding="utf-8")
     measured = [family for family in families if "gguf:Q4_K_M" in family.facts["rows"]]
-    if len(measured) > 1:
+    if len(measured) > 1 and folder == HERE:
         measured.sort(key=lambda family: float(family.facts["parameters"]))
         PICTURE.write_text(str(picture(measured)) + "\n", encoding="utf-8")

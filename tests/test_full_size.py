@@ -113,6 +113,21 @@ def test_page_shows_rows_bars_and_other_runs() -> None:
     shown = full_size_page.page({"machine": machine, "families": {"some": some}})
     assert "|gguf:Q4_K_M | 10.0 | 10.0 | 6.0 | 100 | 200 |" in shown
     assert "convert + quantize (of several runs) | 0.167 × | 0.286 | 0.2 | pass|" in shown
+    short = full_size_page.digest(full_size_page.Family("some", some))
+    assert "|row | CPU s | wall s | anonymous MB | resident MB | files GB|" in short
+    assert "|gguf:Q4_K_M | 10.0 | 6.0 | 100 | 200 | 0.00|" in short
+
+
+def test_picture_has_a_line_for_what_was_measured_everywhere() -> None:
+    small = facts(gguf__Q4_K_M=10, llama__f16=30, llama__Q4_K_M=30)
+    large = facts(gguf__Q4_K_M=80) | {"parameters": 8 * 10**9}
+    families = [full_size_page.Family("small", small), full_size_page.Family("large", large)]
+    drawn = str(full_size_page.picture(families))
+    # GGUF has two points in both diagrams, llama.cpp one; ONNX and Core ML none.
+    assert drawn.count("<circle") == 6
+    assert drawn.count("<polyline") == 4
+    assert "1.0 B" in drawn
+    assert "8.0 B" in drawn
 
 
 def test_a_row_is_measured_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
