@@ -24,6 +24,7 @@ from compress.recipe import Recipe
 from compress.solvers import NEEDS
 from compress.sources import Source
 from compress.statistics import Statistics
+from compress.steady import set_threads
 from compress.tokenizer import Tokenizer
 
 
@@ -166,9 +167,7 @@ class CalibrationStep:
         Raises:
             UsageError: texts that are not there or too short.
         """
-        import torch
-
-        torch.set_num_threads(choose_threads(self.threads, self.job.config))
+        set_threads(choose_threads(self.threads, self.job.config))
         return self._texts.windows
 
     def notes(self) -> list[str]:
@@ -201,10 +200,8 @@ class CalibrationStep:
 
     def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
         """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
-        import torch
-
         recipe = self.job.recipe
-        torch.set_num_threads(choose_threads(self.threads, self.job.config))
+        set_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
             return collect(
                 source,
