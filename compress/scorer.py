@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.checkpoint import Checkpoint
-from compress.console import Console
+from compress.console import Console, format_bytes
 from compress.errors import CheckpointError, UsageError
 from compress.job import GENERATED_ROOM, Job, choose_threads, window_length
-from compress.machine import available_memory
+from compress.machine import available_memory, resident_memory
+from compress.memory import embedding_bytes
 from compress.model import Artifact, Shipyard
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
@@ -62,12 +63,16 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
+FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
+
+
 class Scorer:
     """Scores artifacts on one text against the float model, which is computed once.
 
     Attributes:
         speed: of the float model with its weights in memory; None when they would not fit.
         runtime: what computed the float logits.
+        notes: lines for the report.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class Scorer:
         self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
+        self.notes: list[str] = []
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
@@ -142,22 +148,38 @@ class Scorer:
         kept = self._kept_baseline(stored.fingerprint())
         if kept and (found := kept.borrow(folder)):
             store, self.speed = found
-            return store
-        with self._console.progress("score the float model", "steps") as update:
-            logits = decoder.stream_logits(self.windows, progress=update)
-            store = BaselineStore.write(folder, self.windows, logits)
-        if self.task_set.tasks:
-            with self._console.progress("ask the float model", "sequences") as update:
-                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-        if 4 * job.config.num_parameters < available_memory() // 4:
-            # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
-            prompt = self.windows[0][: self.length // 2]
-            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
-            resident.close()
-        if kept:
-            kept.keep(folder, self.speed)
+        else:
+            with self._console.progress("score the float model", "steps") as update:
+                logits = decoder.stream_logits(self.windows, progress=update)
+                store = BaselineStore.write(folder, self.windows, logits)
+            if self.task_set.tasks:
+                with self._console.progress("ask the float model", "sequences") as update:
+                    self.task_set.ask_baseline(folder, decoder.stream_logits, update)
+            self.speed = self._measure_speed(stored)
+            if kept:
+                kept.keep(folder, self.speed)
+        if self.speed is None:
+            self.notes.append(
+                f"The float model's speed was not measured: its weights take "
+                f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
+                f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
+            )
         return store
+
+    def _measure_speed(self, stored: Stored) -> Speed | None:
+        """Only to tell the ratio of speeds: not of a model too large for it."""
+        from compress.decoder import Decoder
+
+        config = self._job.config
+        needed = 4 * config.num_parameters + embedding_bytes(config)
+        if needed > min(available_memory(), FLOAT_MEMORY - resident_memory()):
+            return None
+        with self._console.progress("time the float model", ""):
+            resident = Decoder(config, stored.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return speed
 
     def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
         """Where other builds find these answers; tasks have more to ask."""

@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compress.batch import document, page
@@ -21,6 +21,7 @@ from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
 from compress.checkpoint import Checkpoint
+from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes, parse_bytes
 from compress.errors import PacklightError, UsageError
@@ -47,6 +48,7 @@ class BatchSettings:
     max_memory: str = ""
     jobs: int = 0
     dry_run: bool = False
+    ci_files: CiFiles = field(default_factory=CiFiles)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def batch(
         PacklightError: the jobs file is not valid, another batch writes to the same tree, or there
             is no room on the disk; nothing was started.
     """
+    settings.ci_files.check()
     file = read_jobs(settings.file)
     output = (settings.output or file.output).resolve()
     memory, cpus = memory_limit(settings.max_memory), available_cpus()
@@ -114,6 +117,10 @@ def batch(
             told = document.batch_document(file.path, planned, board, state, memory, cpus)
             write_json(output / "batch.json", told)
             (output / "batch.html").write_text(page.render(told), encoding="utf-8")
+            reports = {
+                job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]
+            }
+            settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
     document.finish(told, output, console)
     return int(told["exit_code"])
 

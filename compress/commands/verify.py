@@ -15,6 +15,7 @@ from compress.commands.options import (
     hub_of,
     hub_options,
     make_console,
+    max_memory_option,
     output_options,
     progress_option,
     regression_option,
@@ -41,6 +42,7 @@ from compress.errors import UsageError
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@max_memory_option
 @progress_option
 @ci_options
 @hub_options
@@ -79,6 +81,7 @@ def verify(artifact: Path, **options: Any) -> int:
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        max_memory=options["max_memory"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )
