@@ -12,9 +12,17 @@ import math
 from dataclasses import dataclass
 
 from compress.arch import DecoderConfig, WeightMap
-from compress.job import GENERATED_ROOM, Job, choose_threads, looks_at_inputs, window_length
+from compress.job import (
+    GENERATED_ROOM,
+    Job,
+    choose_threads,
+    looks_at_inputs,
+    window_count,
+    window_length,
+)
 from compress.model import Plan
 from compress.solvers import NEEDS
+from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -37,11 +45,7 @@ START = 6.0  # imports of all processes, report
 WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing, per weight
 PALETTE = 26e-9  # Core ML's palettes, per weight
 SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
-# Per token and parameter: the float decoder, and each runtime's prefill.
-FLOAT = 3.1e-11
-RUN = {"gguf": 9e-12, "onnx": 7.5e-12, "coreml": 6.2e-11}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
-MEASURED = 2000  # tokens of speed measurements and samples, beside the windows
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def baseline_memory(job: Job) -> float:
     """Bytes of the float model's answers: a block, hidden states, logits of one window."""
     config, recipe = job.config, job.recipe
     length = window_length(config, job.plans, recipe.sequence_length)
-    states = 8 * recipe.windows * length * config.hidden_size
+    count = window_count(config, recipe.windows)
+    states = 8 * count * length * config.hidden_size
     return block_bytes(config) + states + 12 * length * config.vocab_size
 
 
@@ -160,7 +165,6 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         seconds += weights * recipe.calibration["tokens"] * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
-        tokens = recipe.windows * length
-        seconds += weights * tokens * FLOAT
-        seconds += sum(weights * (tokens + MEASURED) * RUN[plan.format] for plan in job.plans)
+        count = window_count(job.config, recipe.windows)
+        seconds += verification_seconds(job.config, job.plans, count, length)
     return seconds
