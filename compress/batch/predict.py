@@ -17,11 +17,13 @@ from compress.job import (
     Job,
     choose_threads,
     looks_at_inputs,
+    window_count,
     window_length,
 )
 from compress.memory import smallest_memory
 from compress.model import Plan
 from compress.solvers import NEEDS
+from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -42,11 +44,7 @@ START = 6.0  # imports of all processes, report
 WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing, per weight
 PALETTE = 26e-9  # Core ML's palettes, per weight
 SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
-# Per token and parameter: the float decoder, and each runtime's prefill.
-FLOAT = 3.1e-11
-RUN = {"gguf": 9e-12, "onnx": 7.5e-12, "coreml": 6.2e-11}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
-MEASURED = 2000  # tokens of speed measurements and samples, beside the windows
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         seconds += weights * recipe.calibration["tokens"] * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
-        tokens = recipe.windows * length
-        seconds += weights * tokens * FLOAT
-        seconds += sum(weights * (tokens + MEASURED) * RUN[plan.format] for plan in job.plans)
+        count = window_count(job.config, recipe.windows)
+        seconds += verification_seconds(job.config, job.plans, count, length)
     return seconds
