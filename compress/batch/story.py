@@ -208,6 +208,7 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     if one.settings.verify and shared:
         words += ["--keep-baseline", str(state.baselines(one.job.model_name))]
     words += ["--resume", "--threads", str(one.prediction.threads)]
+    words += ["--max-memory", str(one.prediction.memory)]
     words += ["--progress-file", str(progress)]
     return Work(
         name=one.name,
@@ -245,7 +246,7 @@ class Planner:
         plans = prepare(checkpoint, recipe, get_exporter, context=settings.context)
         threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(plans, verify=settings.verify, threads=threads)
+        found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
