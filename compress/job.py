@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.machine import available_cpus
-from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.model import Artifact, Exporter, Plan, PlanEntry, mix_name
 from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import check_zeros, method_of, plan_zeros
@@ -24,6 +24,7 @@ from compress.sources import Source, Stored
 GetExporter = Callable[[str], Exporter]
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -120,7 +121,7 @@ def prepare(
     cut = plan_cut(config, recipe.prune, plans)
     if cut is not None or choices:
         shape = whole if cut is None else Stored(checkpoint, cut.config)
-        plans = make_plans(shape, recipe, get_exporter, context, choices)
+        plans = make_plans(shape, recipe, get_exporter, context, choices, whole=config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     sources = rotations(whole, recipe)
     return Job(whole, config, recipe, plans, positions, command, sources, cut)
@@ -132,11 +133,14 @@ def make_plans(
     get_exporter: GetExporter,
     context: int | None,
     choices: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    whole: DecoderConfig | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe, from the config of a source; nothing is read.
 
     Args:
         choices: format → entry name → grid, over the recipe's.
+        whole: the float model, where the source is a pruned one: mixes go by its parameters.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
@@ -154,6 +158,8 @@ def make_plans(
         config = rotated[target].config if target in rotated else source.config
         grids = (choices or {}).get(target)
         plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
+        if grids and whole:
+            plan = replace(plan, type_name=mix_name(plan.entries, whole))
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan_zeros(plan, settings))
@@ -202,10 +208,16 @@ def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> 
     return min(wanted, config.max_context, *limits)
 
 
+def window_count(config: DecoderConfig, wanted: int) -> int:
+    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
+
+
 def baseline_bytes(job: Job) -> int:
     """Disk that the float logits take while artifacts are compared: two bytes per logit."""
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
-    return 2 * job.recipe.windows * length * job.config.vocab_size
+    count = window_count(job.config, job.recipe.windows)
+    return 2 * count * length * job.config.vocab_size
 
 
 def find_artifacts(path: Path) -> list[tuple[str, Path]]:

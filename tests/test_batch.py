@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import tiny
 from commands import packlight
 
+from compress.batch.document import errors, markdown
 from compress.batch.page import render
 
 RECIPE = """
@@ -222,8 +224,13 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
         "options": {"set": {"verify.windows": 2}},
     }
     (shop / "strict-jobs.yaml").write_text(json.dumps(jobs))
-    done = packlight("batch", "strict-jobs.yaml", "--fail-fast", "--jobs", "1", cwd=shop)
+    files = ["--junit", "junit.xml", "--summary", "summary.md"]
+    done = packlight("batch", "strict-jobs.yaml", "--fail-fast", "--jobs", "1", *files, cwd=shop)
     assert done.returncode == 1, done.stderr
+    (suite,) = ET.parse(shop / "junit.xml").getroot()
+    assert suite.attrib["name"] == "llama/strict GGUF Q4_0"
+    assert suite.attrib["failures"] == "1"
+    assert "- llama/strict, gguf: kl_divergence is" in (shop / "summary.md").read_text()
     document = told(shop, "strict-jobs")
     assert statuses(document) == {"llama/strict": "failed", "llama/plain": "not run"}
     page = (shop / "strict-jobs" / "batch.html").read_text()
@@ -269,6 +276,17 @@ def test_the_page_stands_alone_and_its_links_lead_somewhere(shelf):
     words = render(document)
     assert "cut/plain</strong>: model.safetensors" in words
     assert "✕ Not every job could run" in words
+
+
+def test_the_summary_has_every_job_and_every_reason(shelf):
+    _, document, _ = shelf
+    text = markdown(document).replace("\\", "")
+    for job in document["jobs"]:
+        assert f"| {job['name']} |" in text
+    listed = dict(re.findall(r"^- (\S+): (.*)$", text, re.MULTILINE))
+    assert listed == errors(document)
+    assert listed["qwen/plain"] == "killed"
+    assert "truncated" in listed["cut/plain"] and "T5Model" in listed["strange/plain"]
 
 
 def test_the_page_escapes_what_a_model_calls_itself(shelf):
