@@ -298,8 +298,8 @@ def page(figures: dict[str, Any]) -> str:
         "",
         "## The batch itself killed with SIGKILL",
         "",
-        f"- {three['done_before']} of {three['jobs']} jobs (of four models) were done. Run again, it"
-        " started the other",
+        f"- Four models, {three['jobs']} jobs, of which {three['done_before']} were done. Run again,",
+        "  it started the other",
         f"  {three['started_after']}, {len(three['done_twice'])} of them a second time; finished",
         f"  folders untouched: {three['untouched']}. {three['passed']} passed; exit code",
         f"  {three['exit_code']}.",
