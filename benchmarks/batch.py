@@ -298,7 +298,7 @@ def page(figures: dict[str, Any]) -> str:
         "",
         "## The batch itself killed with SIGKILL",
         "",
-        f"- Four models, {three['jobs']} jobs, of which {three['done_before']} were done. Run again,",
+        f"- Four models, {three['jobs']} jobs; {three['done_before']} were done. Run again,",
         "  it started the other",
         f"  {three['started_after']}, {len(three['done_twice'])} of them a second time; finished",
         f"  folders untouched: {three['untouched']}. {three['passed']} passed; exit code",
