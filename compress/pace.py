@@ -23,6 +23,7 @@ __all__ = ["expected_steps"]
 SMALLEST = 1 << 26  # weights below which there is nothing to foresee
 TRIED = 1 << 17  # weights of a trial: some hundredths of a second
 FLOAT = 4e-9  # seconds for a weight that only changes its type, or was solved before
+MOVED = 4e-9  # seconds for a weight to be read, and for its code to be written
 SEARCHED = 1e-7  # seconds for a weight whose scale is searched for ...
 FED_BACK = 1e-9  # ... and for each column of its row, where errors are made up for there
 
@@ -41,6 +42,7 @@ def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: st
     found: list[tuple[int, int, list[Step]]] = []
     for index, (plan, source) in enumerate(zip(plans, weights, strict=True)):
         costs: dict[str, float] = {}
+        written = {row["weight"] for row in source.ledger}  # by a build that was cut off
         part = -1
         steps: list[Step] = []
         for entry in plan.entries:
@@ -48,7 +50,10 @@ def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: st
             if reached != part:
                 part, steps = reached, []
                 found.append((part, index, steps))
-            steps.append(expected_step(plan, entry, source, solver, steps, costs))
+            if entry.name in written:
+                steps.append(Step(entry.nbytes, "written", 0.0))
+            else:
+                steps.append(expected_step(plan, entry, source, solver, steps, costs))
     found.sort(key=lambda group: group[:2])
     return [step for _, _, steps in found for step in steps]
 
@@ -97,7 +102,7 @@ def tried(entry: PlanEntry, weights: Weights) -> float:
         begin = time.perf_counter()
         weights.quantize(entry.name, grid, some).pack()
         seconds = time.perf_counter() - begin
-    return seconds / (some.stop * columns)
+    return MOVED + seconds / (some.stop * columns)
 
 
 def part_of(weights: Weights, entry: PlanEntry, before: int) -> int:
