@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 import tiny
 from test_batch_engine import GIB, Seen, gone, until, work
 
-from compress.batch.engine import LocalEngine, Work
+from compress.batch.engine import LocalEngine, Outcome, Work
 from compress.errors import UsageError
 
 ray = pytest.importorskip("ray")  # the extra packlight[ray]
-from compress.batch.ray_engine import RayEngine  # noqa: E402
+from compress.batch.ray_engine import RayEngine, connected  # noqa: E402
 
 STORE = {"object_store_memory": 80 * 2**20}
 
@@ -53,6 +52,11 @@ def job_on(node: Any) -> psutil.Process | None:
     return None
 
 
+def on(cluster: Any, works: list[Work], seen: Seen, url: str = "", tree: Path = Path()) -> Seen:
+    with connected(cluster.address) as connection:
+        return seen.of(RayEngine(connection, url, tree), works)
+
+
 def sums(folder: Path) -> str:
     return (folder / "SHA256SUMS").read_text(encoding="utf-8")
 
@@ -65,13 +69,18 @@ def test_a_node_dies_and_every_job_ends_once_with_the_same_bytes(cluster, tmp_pa
         return [build(folder, models[n % 2], name) for n, name in enumerate(names)]
 
     killed: list[psutil.Process] = []
-    seen, lost = Seen(), cluster.nodes[1]
-    with closing(RayEngine(cluster.address).run(works(tmp_path / "ray"), seen)) as outcomes:
-        for outcome in outcomes:
-            seen.ended.append(outcome)
+    lost = cluster.nodes[1]
+
+    class Killing(list[Outcome]):
+        def append(self, outcome: Outcome) -> None:
+            super().append(outcome)
             if not killed:
                 killed.append(until(lambda: job_on(lost)))
                 cluster.remove_node(lost, allow_graceful=False)
+
+    seen = Seen()
+    seen.ended = Killing()
+    on(cluster, works(tmp_path / "ray"), seen)
     assert sorted(outcome.name for outcome in seen.ended) == names
     assert [outcome.code for outcome in seen.ended] == [0] * 4, seen.ended
     assert gone(killed[0].pid)
@@ -90,8 +99,8 @@ def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
     url = f"file://{tmp_path}/store"
     jobs = [build(tmp_path / "here", model, f"job{n}") for n in range(2)]
     jobs.append(work(tmp_path / "here", "missing", "build", "/nowhere", "-o", "out"))
-    engine = RayEngine(cluster.address, url, tmp_path / "tree")
-    codes = {outcome.name: outcome.code for outcome in Seen().of(engine, jobs).ended}
+    seen = on(cluster, jobs, Seen(), url, tmp_path / "tree")
+    codes = {outcome.name: outcome.code for outcome in seen.ended}
     assert codes == {"job0": 0, "job1": 0, "missing": 2}
     for name in ("job0", "job1"):
         there, told = tmp_path / "store" / name, tmp_path / "tree" / name
@@ -107,7 +116,7 @@ def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
 
 def test_a_command_that_fails_is_not_repeated(cluster, tmp_path):
     missing = work(tmp_path, "missing", "build", str(tmp_path / "nothing"))
-    seen = Seen().of(RayEngine(cluster.address), [missing, work(tmp_path, "good")])
+    seen = on(cluster, [missing, work(tmp_path, "good")], Seen())
     codes = {outcome.name: outcome.code for outcome in seen.ended}
     assert codes == {"missing": 2, "good": 0}
     (failed,) = (outcome for outcome in seen.ended if outcome.name == "missing")
@@ -118,13 +127,13 @@ def test_a_command_that_fails_is_not_repeated(cluster, tmp_path):
 def test_a_job_waits_for_the_one_before_it(cluster, tmp_path):
     first = work(tmp_path, "first")
     second = work(tmp_path, "second", seconds=9.0, after="first")
-    seen = Seen().of(RayEngine(cluster.address), [second, first])
+    seen = on(cluster, [second, first], Seen())
     assert seen.names == ["first", "second"]
     assert seen.most == 1
 
 
 def test_a_job_larger_than_every_node_is_told(cluster, tmp_path):
-    seen = Seen().of(RayEngine(cluster.address), [work(tmp_path, "huge", memory=64 * GIB)])
+    seen = on(cluster, [work(tmp_path, "huge", memory=64 * GIB)], Seen())
     (outcome,) = seen.ended
     assert outcome.code == 2 and "no node can hold it" in outcome.error
     assert seen.names == []
@@ -132,7 +141,7 @@ def test_a_job_larger_than_every_node_is_told(cluster, tmp_path):
 
 def test_nothing_more_starts_when_no_more_is_wanted(cluster, tmp_path):
     works = [work(tmp_path, f"job{n}") for n in range(5)]
-    seen = Seen(limit=1).of(RayEngine(cluster.address), works)
+    seen = on(cluster, works, Seen(limit=1))
     assert 1 <= len(seen.ended) < 5
     assert sorted(seen.names) == sorted(outcome.name for outcome in seen.ended)
 
@@ -141,7 +150,7 @@ def test_nothing_more_starts_when_no_more_is_wanted(cluster, tmp_path):
     ("address", "why"),
     [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1"), ("ray://here:1a", "is not the address")],
 )
-def test_no_cluster_is_one_clear_line(address, why, tmp_path):
+def test_no_cluster_is_one_clear_line(address, why):
     with pytest.raises(UsageError) as caught:
-        Seen().of(RayEngine(address), [work(tmp_path, "job")])
+        connected(address).__enter__()
     assert why in caught.value.message
