@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+from commands import packlight, refused
 from test_batch_engine import GIB, Seen, gone, until, work
 
-from compress.batch.engine import LocalEngine, Outcome, Work
+from compress import __version__
+from compress.batch.engine import LocalEngine, Outcome, Work, run_work
 from compress.errors import UsageError
 
 ray = pytest.importorskip("ray")  # the extra packlight[ray]
-from compress.batch.ray_engine import RayEngine, connected  # noqa: E402
+from compress.batch.ray_engine import RayEngine, connected, run_on_node  # noqa: E402
 
 STORE = {"object_store_memory": 80 * 2**20}
 
@@ -93,6 +96,23 @@ def test_a_node_dies_and_every_job_ends_once_with_the_same_bytes(cluster, tmp_pa
         assert not list((tmp_path / "ray").glob(f"{name}.*partial"))
 
 
+def test_a_job_that_ended_with_its_node_is_not_done_again(tmp_path):
+    """Its folder was renamed, then the node was lost: the retry finds it finished."""
+    job = build(tmp_path, tiny.make("llama", tmp_path / "llama"), "job")
+    first = run_work(job)
+    assert first.code == 0
+    before = (tmp_path / "job" / "SHA256SUMS").stat().st_mtime_ns
+    started, outcome = run_on_node(job, __version__, "")
+    assert started is None and outcome is not None
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "job" / "SHA256SUMS").stat().st_mtime_ns == before
+
+
+def test_a_node_with_another_version_refuses(tmp_path):
+    (outcome,) = run_on_node(work(tmp_path, "job"), "0.0.1", "")
+    assert outcome is not None and outcome.code == 2 and "0.0.1" in outcome.error
+
+
 def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
     """Nodes that share no disk: each copies its folder to the URL, and reports come back."""
     model = tiny.make("llama", tmp_path / "llama")
@@ -112,6 +132,37 @@ def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
         assert not (told / "gguf").exists()
     assert not (tmp_path / "store" / "missing").exists()
     assert not (tmp_path / "here" / "job0").exists()
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_command_with_models_and_a_tree_behind_urls(engine, cluster, tmp_path):
+    """`packlight batch` as typed: the same tree from both engines; what is there is left out."""
+    tiny.make("llama", tmp_path / "shelf" / "llama")
+    (tmp_path / "jobs.yaml").write_text(
+        f"schema: 1\noutput: file://{tmp_path}/store\nmodels: ['file://{tmp_path}/shelf/*']\n"
+        "recipes: [int4-fast]\nformats: [gguf]\noptions: {verify: false}\n"
+    )
+    options = {"local": ("--jobs", "1"), "ray": ("--engine", "ray", "--address", cluster.address)}
+    command = ("batch", tmp_path / "jobs.yaml", *options[engine])
+    environment = {"PACKLIGHT_CACHE": str(tmp_path / "cache")}
+    done = packlight(*command, "-q", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"file://{tmp_path}/store/llama/int4-fast\n"
+    folder = tmp_path / "store" / "llama" / "int4-fast"
+    assert list((folder / "gguf").glob("*.gguf"))
+    assert (tmp_path / "store" / "batch.html").is_file()
+    before = (folder / "SHA256SUMS").stat().st_mtime_ns
+    again = packlight(*command, "--json", env=environment)
+    assert again.returncode == 0, again.stderr
+    (job,) = json.loads(again.stdout)["jobs"]
+    assert job["status"] == "written" and not job["now"]
+    assert (folder / "SHA256SUMS").stat().st_mtime_ns == before
+
+
+def test_options_of_one_engine_are_refused_with_the_other(tmp_path):
+    (tmp_path / "jobs.yaml").write_text("schema: 1\nmodels: [org/model]\n")
+    for options in (("--engine", "ray", "--jobs", "2"), ("--address", "auto")):
+        assert "hint:" in refused(packlight("batch", tmp_path / "jobs.yaml", *options))
 
 
 def test_a_command_that_fails_is_not_repeated(cluster, tmp_path):

@@ -20,9 +20,11 @@ from typing import Any
 from compress import __version__
 from compress.batch.away import bring_back, run_away
 from compress.batch.engine import PATIENCE, Outcome, Watch, Work, in_order, run_work
+from compress.config_json import json_or_empty
 from compress.console import format_bytes
 from compress.errors import RuntimeMissingError, UsageError, one_line
 from compress.output import locked
+from compress.remote import SUMS
 
 __all__ = ["RayEngine"]
 
@@ -96,9 +98,20 @@ def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
     if url:
         yield run_away(work, url)
         return
-    if "-o" in work.arguments:
-        await_lock(Path(work.arguments[work.arguments.index("-o") + 1]))
-    yield run_work(work)
+    yield finished_before(work) or run_work(work)
+
+
+def finished_before(work: Work) -> Outcome | None:
+    """How a job ended on a node that was lost before it could tell; None where it did not."""
+    if "-o" not in work.arguments:
+        return None
+    output = Path(work.arguments[work.arguments.index("-o") + 1])
+    await_lock(output)
+    # What stood there before the batch is overwritten, so it says nothing.
+    if "--overwrite" in work.arguments or not (output / SUMS).is_file():
+        return None
+    failed = json_or_empty(output / "report.json").get("verdict") == "failed"
+    return Outcome(work.name, int(failed), 0.0)
 
 
 def await_lock(output: Path) -> None:
