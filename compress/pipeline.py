@@ -44,7 +44,7 @@ from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.resume import resuming
-from compress.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.scorer import Scorer, check_tokenizer, forecast, read_text, text_name
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
@@ -116,6 +116,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         console.end()
         print_plan(chosen.job, console, chosen.budgets)
         chosen.print(console)
+        if settings.verify:
+            console.data(forecast(job, chosen.job.plans, settings.threads)[1])
         return 0
     check_output(output, overwrite=settings.overwrite)
     settings.ci_files.check(output)

@@ -73,7 +73,7 @@ class VerifySettings:
     gates: Sequence[str] = ()
     against: Path | None = None
     max_regression: Sequence[str] = ()
-    windows: int = 16
+    windows: int = 0
     sequence_length: int = 512
     threads: int = 0
     max_memory: int | None = None

@@ -7,6 +7,7 @@ in every batch, so that there is nothing to retry until its files have changed.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
-from compress.errors import PacklightError, UsageError
+from compress.errors import PacklightError, UsageError, one_line
 from compress.job import prepare
 from compress.model import Shipyard
 from compress.output import check_disk, locked
@@ -204,6 +205,7 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     if one.settings.verify and shared:
         words += ["--keep-baseline", str(state.baselines(one.job.model_name))]
     words += ["--resume", "--threads", str(one.prediction.threads)]
+    words += ["--max-memory", str(one.prediction.memory)]
     words += ["--progress-file", str(progress)]
     return Work(
         name=one.name,
@@ -231,6 +233,10 @@ class Planner:
             return self._plan(job, settings)
         except PacklightError as error:
             return Planned(job, settings, error=error.message, hint=error.hint)
+        except Exception as error:  # a checkpoint that nobody thought of must not stop the others
+            if os.environ.get("PACKLIGHT_DEBUG"):
+                raise
+            return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
 
     def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
         checkpoint = self._open(job)
@@ -241,7 +247,7 @@ class Planner:
         plans = prepare(checkpoint, recipe, get_exporter, context=settings.context)
         threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(plans, verify=settings.verify, threads=threads)
+        found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:

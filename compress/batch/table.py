@@ -116,7 +116,7 @@ class Board:
             plain = RichConsole(stderr=True, no_color=color() is False)
             self._live = Live(
                 get_renderable=self.table, console=plain, refresh_per_second=4,
-                redirect_stdout=False, vertical_overflow="ellipsis",
+                redirect_stdout=False, transient=True, vertical_overflow="ellipsis",
             )  # fmt: skip
             self._live.start()
         return self

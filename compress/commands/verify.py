@@ -37,8 +37,9 @@ from compress.errors import UsageError
 @click.option("--checksums", is_flag=True,
               help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
                    "--baseline nothing else is done.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
-              help="Windows of text to score.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(2), default=0, metavar="N",
+              help="Windows of text to score; default: 16, from a billion parameters on 8, from "
+                   "three billion on 4.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
