@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from compress.machine import available_memory, resident_memory
 from compress.memory import embedding_bytes
 from compress.model import Artifact, Plan, Shipyard
 from compress.progress import rough_time
+from compress.scratch import scratch_folder
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, verify_artifact
@@ -149,8 +149,8 @@ class Scorer:
         seconds, told = forecast(self._job, plans, self._threads, len(self.windows))
         if seconds > 60:
             self._console.say(told)
-        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as scratch:
-            store = self._score_baseline(Path(scratch))
+        with scratch_folder(folder) as scratch:
+            store = self._score_baseline(scratch)
             for artifact in artifacts:
                 room = max(self._job.context, self.length + GENERATED_ROOM)
                 label = f"verify {artifact.format} {artifact.type_name}"

@@ -18,10 +18,11 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from commands import packlight
+from commands import packlight, refused
 
 from compress.batch.document import errors, markdown
 from compress.batch.page import render
+from compress.output import locked
 
 RECIPE = """
 schema: 1
@@ -236,6 +237,27 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
     page = (shop / "strict-jobs" / "batch.html").read_text()
     assert "A gate failed" in page
     assert "llama/strict, GGUF: kl_divergence is" in page
+
+
+def test_two_batches_into_one_tree(shop):
+    with locked((shop / "busy").resolve()):
+        done = packlight("batch", "jobs.yaml", "-o", "busy", "--only", "llama", cwd=shop)
+    assert "busy" in refused(done)
+
+
+def test_a_checkpoint_that_nobody_thought_of_stops_no_other(shop):
+    """What planning trips over is told of its own jobs."""
+    odd = shop / "odd" / "model"
+    shutil.copytree(shop / "shelf" / "qwen", odd)
+    config = odd / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": [2]}))
+    jobs = {"schema": 1, "models": ["odd/model", "shelf/qwen"], "recipes": ["plain.yaml"]}
+    (shop / "odd.yaml").write_text(json.dumps(jobs))
+    done = packlight("batch", "odd.yaml", "--dry-run", "--json", cwd=shop)
+    assert done.returncode == 2
+    first, second = json.loads(done.stdout)["jobs"]
+    assert first["error"] and "predicted" not in first
+    assert second["predicted"]["seconds"] > 0
 
 
 def test_dry_run_tells_every_job(shop):
