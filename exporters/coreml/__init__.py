@@ -4,7 +4,7 @@
     graph.py      the decoder as a MIL program, operation by operation, from a DecoderConfig
     constants.py  placeholders for its constants, filled one at a time
     writer.py     the package, streamed; all that is private of coremltools
-    weight_file.py its arrays, written or only counted
+    weight_file.py its arrays, written slab by slab or only counted
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
     inspection.py what a package says of itself
     evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts
@@ -22,7 +22,16 @@ from compress.arch import DecoderConfig
 from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 from compress.sources import Source
 
-__all__ = ["candidates", "describe", "file_bytes", "grids", "open_runtime", "plan", "write"]
+__all__ = [
+    "candidates",
+    "describe",
+    "file_bytes",
+    "grids",
+    "open_runtime",
+    "plan",
+    "write",
+    "writing_memory",
+]
 
 
 def grids() -> Sequence[str]:
@@ -66,6 +75,11 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     from exporters.coreml import writer
 
     return writer.write(plan, weights, folder, progress)
+
+
+def writing_memory(plan: Plan) -> int:
+    """coremltools with its program, and the widest table, which is appended whole."""
+    return (360 << 20) + 2 * max(entry.nbytes for entry in plan.entries)
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
