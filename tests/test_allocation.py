@@ -202,7 +202,7 @@ def test_errors_are_those_of_the_solver() -> None:
 def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a large model; an embedding has no inputs that a solver could go by."""
+    """Of a large model: it moves expectations, and no choice."""
     monkeypatch.setattr(effort, "LARGE", 0)
     weights = source("llama3")  # tied
     columns = weights.config.hidden_size

@@ -184,11 +184,10 @@ def measure_errors(
             return source.read(name, run)
 
         weight = sampled(read, rows, columns, effort.sample)
-        left = 1.0 if statistics.for_weight(stored) is None else effort.left
         for grid in map(get_grid, grids):
             change = decoded(solve, weight, grid, stored) - weight
             error = relative_error(weight, change, statistics.for_weight(name))
-            errors.setdefault(name, {})[grid.name] = left * error
+            errors.setdefault(name, {})[grid.name] = effort.left * error
         progress(done + 1, len(missing))
 
 

@@ -2,10 +2,10 @@
 of a large one, whose plan shall take minutes too.
 
 A large model's inputs are known by their mean squares on a few windows. Where the recipe says
-``gptq``, its codes are those of ``scale_search``, and a fixed share of their errors is taken for
-what ``gptq`` leaves; embeddings, which have no inputs to go by, keep theirs. What pruning costs is
-looked at once, without the update of what stays (``compress.pruning.glance``). What that is worth
-on the demo model: docs/budgets.md.
+``gptq``, its codes are those of ``scale_search``, and one share of all their errors is taken for
+what ``gptq`` leaves: that moves expectations, and no choice. What pruning costs is looked at once,
+without the update of what stays (``compress.pruning.glance``). What that is worth on the demo
+model: docs/budgets.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Effort:
         tokens: of the calibration texts that statistics are from; 0: all of them.
         noisy: tokens that noise walks with, at most.
         sample: weights of a tensor that are tried on every grid.
-        left: share of the errors of linears that counts.
+        left: share of the errors that counts.
         sampled: whether this is less than the recipe has.
     """
 
