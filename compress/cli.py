@@ -10,7 +10,7 @@ import os
 import click
 
 from compress import __version__
-from compress.commands import build, doctor, inspect, push, recipes, verify
+from compress.commands import batch, build, doctor, inspect, push, recipes, verify
 from compress.console import print_error
 from compress.errors import PacklightError
 
@@ -82,6 +82,7 @@ def cli() -> None:
 for command in (
     build.build,
     build.demo,
+    batch.batch,
     verify.verify,
     inspect.inspect,
     inspect.fit,

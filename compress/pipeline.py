@@ -121,7 +121,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
-    scorer = Scorer(job, text, settings.threads, console) if settings.verify else None
+    kept = settings.keep_baseline
+    scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
     with work_folder(output, resuming(job, settings)) as folder:

@@ -15,6 +15,7 @@ from compress.model import Artifact, Shipyard
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Verified, verify_artifact
+from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
 
@@ -70,9 +71,18 @@ class Scorer:
     """
 
     def __init__(
-        self, job: Job, text: str, threads: int, console: Console, tasks: Sequence[Task] = ()
+        self,
+        job: Job,
+        text: str,
+        threads: int,
+        console: Console,
+        tasks: Sequence[Task] = (),
+        kept: Path | None = None,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
+
+        Args:
+            kept: where the float model's answers are kept for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -80,7 +90,7 @@ class Scorer:
         """
         from compress.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._console = job, console
+        self._job, self._console, self._kept = job, console, kept
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
@@ -129,6 +139,10 @@ class Scorer:
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
+        kept = self._kept_baseline(stored.fingerprint())
+        if kept and (found := kept.borrow(folder)):
+            store, self.speed = found
+            return store
         with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)
@@ -141,4 +155,13 @@ class Scorer:
             prompt = self.windows[0][: self.length // 2]
             self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
             resident.close()
+        if kept:
+            kept.keep(folder, self.speed)
         return store
+
+    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+        """Where other builds find these answers; tasks have more to ask."""
+        if not self._kept or self.task_set.tasks:
+            return None
+        asked = f"{self.runtime}, {self._threads} threads"
+        return KeptBaseline.of(self._kept, fingerprint, self.windows, asked)

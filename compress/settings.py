@@ -53,6 +53,7 @@ class BuildSettings:
     overwrite: bool = False
     resume: bool = False
     verify: bool = True
+    keep_baseline: Path | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ FLOORS: list[set[str]] = [
 ]  # fmt: skip
 
 
+@cache  # 160 files are parsed once, not once for each of them
 def modules() -> dict[str, ast.Module]:
     found = {}
     for package in ("compress", "exporters", "recipes"):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,9 +91,9 @@ class Watch(Protocol):
 
 
 class Engine(Protocol):
-    """Runs jobs. Closing the iterator ends those that run."""
+    """Runs jobs. Closing the generator ends those that run."""
 
-    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
+    def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
         """Outcomes as jobs end, one for each that was started.
 
         Args:
@@ -208,7 +208,7 @@ class LocalEngine:
     def __init__(self, memory: int, threads: int, jobs: int = 0) -> None:
         self._memory, self._threads, self._jobs = memory, threads, jobs
 
-    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
+    def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
         """See ``Engine.run``; works of more memory than there is run alone."""
         waiting = in_order(works)
         running: dict[str, Process] = {}

@@ -76,6 +76,9 @@ from compress.errors import UsageError
               help="Continue what this build left when it was cut off; keep it if that happens "
                    "again.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+@click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep the float model's answers there, for other builds of the same "
+                   "model.")  # fmt: skip
 @progress_option
 @ci_options
 @hub_options
@@ -127,6 +130,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         overwrite=options["overwrite"],
         resume=options["resume"],
         verify=not options["no_verify"],
+        keep_baseline=options["keep_baseline"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )

@@ -1,0 +1,189 @@
+"""``batch.json``: every job of a batch, how it ended and what came of it; and the last words."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.batch.state import State
+from compress.batch.table import WORDS, Board
+from compress.console import Console, format_bytes
+from compress.progress import clock_time
+
+if TYPE_CHECKING:
+    from compress.batch.story import Planned
+
+__all__ = ["batch_document", "finish", "print_plan"]
+
+# Of an artifact's entry in report.json.
+FIGURES = (
+    "format", "type", "path", "bytes", "bits_per_weight", "perplexity", "perplexity_ratio",
+    "top1_agreement", "peak_memory_bytes", "weights_bytes", "kv_cache_bytes",
+    "prefill_tokens_per_second", "decode_tokens_per_second", "runtime",
+)  # fmt: skip
+
+
+def batch_document(
+    file: Path, planned: Sequence[Planned], board: Board, state: State, memory: int, cpus: int
+) -> dict[str, Any]:
+    """The document; paths in it are relative to the output tree.
+
+    Args:
+        file: of the jobs.
+        planned: the jobs, in order.
+        board: how they stand.
+        state: where their reports are.
+        memory, cpus: that the batch had.
+    """
+    jobs = [describe(one, board, state) for one in planned]
+    counts = Counter(job["status"] for job in jobs)
+    return {
+        "schema_version": 1,
+        "tool": {"name": "packlight", "version": __version__},
+        "jobs_file": file.name,
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cpus": cpus,
+            "memory_bytes": memory,
+        },
+        "seconds": round(board.seconds, 2),
+        "counts": dict(counts),
+        "exit_code": exit_code(counts),
+        "jobs": jobs,
+    }
+
+
+def exit_code(counts: Mapping[str, int]) -> int:
+    """2 if a job could not run to its end, 1 if a gate failed, else 0."""
+    if any(counts.get(status) for status in ("error", "killed", "interrupted")):
+        return 2
+    return 1 if counts.get("failed") else 0
+
+
+def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
+    """One job."""
+    record = board.records.get(one.name)
+    report = state.report(one.name) if record and record.finished else {}
+    found = one.prediction
+    return {
+        "name": one.name,
+        "model": one.job.model_name,
+        "recipe": Path(one.job.recipe).stem,
+        "status": record.status if record else "not run",
+        "now": one.name in board.fresh,
+        "error": record.error if record else "",
+        "hint": record.hint if record else "",
+        "log": log_of(one.name, state),
+        "predicted": None
+        if found is None
+        else {
+            "bytes": found.bytes,
+            "memory_bytes": found.memory,
+            "threads": found.threads,
+            "seconds": round(found.seconds, 1),
+        },
+        "seconds": record.seconds if record else 0.0,
+        "cpu_seconds": record.cpu_seconds if record else 0.0,
+        "peak_memory_bytes": record.peak_memory if record else 0,
+        "report": f"{one.name}/report.html" if report else None,
+        "parameters": report["model"]["parameters"] if report else None,
+        "family": report["model"]["family"] if report else None,
+        "baseline": baseline(report) if report else None,
+        "artifacts": [figures(artifact, one.name) for artifact in report.get("artifacts", ())],
+    }
+
+
+def log_of(name: str, state: State) -> str | None:
+    """Where a job's own words are."""
+    path = state.file(name, "log")
+    return path.relative_to(state.output).as_posix() if path.is_file() else None
+
+
+def baseline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The float model of a report."""
+    keys = ("bytes", "dtype", "perplexity", "decode_tokens_per_second")
+    return {key: report["baseline"][key] for key in keys}
+
+
+def figures(artifact: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One artifact of a report, for a table of many."""
+    divergence = artifact["kl_divergence"]
+    return {
+        **{key: artifact[key] for key in FIGURES},
+        "path": f"{name}/{artifact['path']}",
+        "kl_divergence": None if divergence is None else divergence["mean"],
+        "kl_divergence_se": None if divergence is None else divergence["se"],
+        "gates": artifact["gates"],
+        "passed": all(gate["passed"] for gate in artifact["gates"]),
+    }
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def short(count: float) -> str:
+    return format_bytes(count).partition(" (")[0]
+
+
+def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: int) -> None:
+    """``--dry-run``: every job with its predicted bytes, memory and time."""
+    rows: list[list[str]] = []
+    jobs: list[dict[str, Any]] = []
+    for one in planned:
+        found = one.prediction
+        jobs.append({"name": one.name, "error": one.error, "hint": one.hint})
+        if found is None:
+            rows.append([one.name, "-", "-", "-", "-", one.error])
+            continue
+        jobs[-1]["predicted"] = {
+            "bytes": found.bytes, "memory_bytes": found.memory, "threads": found.threads,
+            "seconds": round(found.seconds, 1),
+        }  # fmt: skip
+        rows.append(
+            [one.name, short(found.bytes), short(found.memory), str(found.threads),
+             clock_time(found.seconds), ""]
+        )  # fmt: skip
+    known = [one.prediction for one in planned if one.prediction]
+    console.result({"memory_bytes": memory, "cpus": cpus, "jobs": jobs})
+    console.table(["job", "artifacts", "memory", "threads", "time", ""], rows)
+    busy = sum(found.seconds * found.threads for found in known) / cpus
+    console.data(
+        f"{len(known)} jobs, {short(sum(found.bytes for found in known))}, about "
+        f"{clock_time(busy)} on {cpus} CPU{'s' * (cpus != 1)} within {short(memory)} of memory"
+    )
+
+
+def finish(document: Mapping[str, Any], output: Path, console: Console) -> None:
+    """The table of all jobs, what could not run, the verdict, and where things are."""
+    console.result(document)
+    rows = []
+    for job in document["jobs"]:
+        artifacts = job["artifacts"]
+        known = [a["kl_divergence"] for a in artifacts if a["kl_divergence"] is not None]
+        rows.append([
+            job["name"],
+            WORDS[job["status"]][0] if job["status"] in WORDS else job["status"],
+            str(len(artifacts) or "-"),
+            short(sum(a["bytes"] for a in artifacts)) if artifacts else "-",
+            f"{max(known):.4f}" if known else "-",
+            clock_time(job["seconds"]) if job["seconds"] else "-",
+        ])  # fmt: skip
+        if job["report"]:
+            console.path(output / job["name"])
+    console.table(["job", "result", "artifacts", "size", "KL up to", "time"], rows)
+    for job in document["jobs"]:
+        if job["error"]:
+            console.warning(f"{job['name']}: {job['error']}")
+        elif job["status"] == "killed":
+            console.warning(f"{job['name']}: killed; --retry-failed does it again")
+    counts = ", ".join(
+        f"{count} {WORDS[status][0] if status in WORDS else status}"
+        for status, count in document["counts"].items()
+    )
+    console.verdict(document["exit_code"] == 0, counts)
+    console.say(f"report: {output / 'batch.html'}")

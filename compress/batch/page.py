@@ -1,0 +1,136 @@
+"""``batch.html``: one page from ``batch.json`` alone, without scripts, fonts or network.
+
+The style is that of a build's report (``report.css``), which it links to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup
+
+from compress import charts
+from compress.batch.pictures import Dot, Row, cloud, rows
+from compress.console import format_bytes
+from compress.progress import clock_time
+from compress.report import FORMATS
+from compress.report_html import amount, figure, percent, short_size, size
+
+__all__ = ["render"]
+
+Json = Mapping[str, Any]
+
+STYLES = {"gguf": "c0", "onnx": "c1", "coreml": "c2"}
+WORDS = {
+    "passed": ("✓ passed", "good"),
+    "failed": ("✕ gate failed", "bad"),
+    "written": ("○ not verified", ""),
+    "error": ("✕ could not run", "bad"),
+    "killed": ("✕ killed", "bad"),
+    "interrupted": ("○ interrupted", ""),
+    "not run": ("○ not run", ""),
+}
+VERDICTS = {0: ("passed", "✓ All passed"), 1: ("failed", "✕ A gate failed"),
+            2: ("failed", "✕ Not every job could run")}  # fmt: skip
+
+
+def render(document: Json) -> str:
+    """The page, UTF-8 text.
+
+    Args:
+        document: ``batch.json``.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "amount": amount,
+        "clock": clock_time,
+        "figure": figure,
+        "percent": percent,
+        "short": short_size,
+        "size": size,
+    }
+    template = environment.from_string((files(__package__) / "batch.html.j2").read_text("utf-8"))
+    jobs = document["jobs"]
+    style, verdict = VERDICTS[document["exit_code"]]
+    return template.render(
+        batch=document,
+        jobs=jobs,
+        done=[job for job in jobs if job["artifacts"]],
+        lost=[job for job in jobs if job["status"] in ("error", "killed", "interrupted")],
+        failures=[line for job in jobs for line in failed_gates(job)],
+        artifacts=sum(len(job["artifacts"]) for job in jobs),
+        models=len({job["model"] for job in jobs}),
+        verdict=verdict,
+        verdict_style=style,
+        counts=", ".join(
+            f"{count} {WORDS[status][0][2:]}" for status, count in document["counts"].items()
+        ),
+        words=WORDS,
+        formats=FORMATS,
+        styles=STYLES,
+        style=Markup((files("compress") / "report.css").read_text("utf-8")),
+        pictures=pictures(jobs),
+    )
+
+
+def failed_gates(job: Json) -> list[str]:
+    """A sentence for each gate that a job's artifacts did not pass."""
+    return [
+        f"{job['name']}, {FORMATS[a['format']]}: {gate['name']} is {amount(gate['value'])}, "
+        f"the gate is {gate['limit']}"
+        for a in job["artifacts"]
+        for gate in a["gates"]
+        if not gate["passed"]
+    ]
+
+
+def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
+    """The pictures that there are figures for, by name."""
+    drawn: dict[str, Markup] = {}
+    dots = [
+        Dot(STYLES[a["format"]], a["bytes"], title_of(job, a), a["kl_divergence"])
+        for job in jobs
+        for a in job["artifacts"]
+        if a["kl_divergence"] is not None
+    ]
+    if dots:
+        divisor, unit = charts.unit_of(max(dot.x for dot in dots))
+        drawn["cloud"] = cloud(
+            dots, "File size against mean KL divergence, one mark per artifact",
+            f"file size, {unit}", "mean KL divergence, nats per token", divisor,
+        )  # fmt: skip
+    for name, key, axis in (
+        ("quality", "kl_divergence", "mean KL divergence, nats per token"),
+        ("memory", "peak_memory_bytes", "peak memory of the process"),
+        ("speed", "decode_tokens_per_second", "decode, tokens per second"),
+    ):
+        items = [Row(job["name"], figures_of(job, key)) for job in jobs]
+        items = [item for item in items if item.dots]
+        if items:
+            most = max(dot.x for item in items for dot in item.dots)
+            divisor, unit = charts.unit_of(most) if "bytes" in key else (1.0, "")
+            drawn[name] = rows(items, axis, f"{axis}, {unit}" if unit else axis, divisor)
+    return drawn
+
+
+def figures_of(job: Json, key: str) -> list[Dot]:
+    """One figure of each artifact of a job, where it was measured."""
+    return [
+        Dot(STYLES[a["format"]], a[key], title_of(job, a))
+        for a in job["artifacts"]
+        if a[key] is not None
+    ]
+
+
+def title_of(job: Json, artifact: Json) -> str:
+    """What a mark stands for."""
+    words = f"{job['name']}, {FORMATS[artifact['format']]} {artifact['type']}: "
+    divergence = artifact["kl_divergence"]
+    told = f", KL {divergence:.4g}" if divergence is not None else ""
+    return words + format_bytes(artifact["bytes"]).partition(" (")[0] + told

@@ -1,0 +1,152 @@
+"""What was done before: one small file for each job, in ``.batch`` of the output tree.
+
+A record is written when a job starts and again when it ended, each time whole or not at all. A
+record that says ``running`` when a batch begins is of a batch that was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.batch.engine import Outcome
+from compress.config_json import json_or_empty
+
+__all__ = ["Record", "State", "fingerprint"]
+
+FINISHED = ("passed", "failed", "written")
+STATE = ".batch"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a job stands.
+
+    Attributes:
+        fingerprint: of checkpoint, recipe, options and version.
+        status: ``running``; ``passed``, ``failed`` (a gate) or ``written`` (not verified);
+            ``error`` (it could not run); ``killed``; ``interrupted``.
+        error, hint: what it said.
+        seconds, cpu_seconds, peak_memory: what it took; 0 where unknown.
+        threads: that it had; the last digits of sums depend on them.
+        replaces: time stamp of the finished folder that stood there when it started; 0 for none.
+    """
+
+    fingerprint: str
+    status: str
+    error: str = ""
+    hint: str = ""
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory: int = 0
+    threads: int = 0
+    replaces: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its artifacts are there."""
+        return self.status in FINISHED
+
+
+class State:
+    """The records, logs and progress files of one output tree."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / STATE
+
+    def folder_of(self, name: str) -> Path:
+        """Where a job's artifacts go."""
+        return self.output / name
+
+    def partial_of(self, name: str) -> Path:
+        """What an unfinished build of it leaves."""
+        folder = self.folder_of(name)
+        return folder.with_name(f"{folder.name}.partial")
+
+    def baselines(self, model: str) -> Path:
+        """Where the float answers of a model are while it has jobs."""
+        return self.folder / model / "baselines"
+
+    def file(self, name: str, kind: str) -> Path:
+        """``NAME.json``, ``NAME.log`` or ``NAME.progress``."""
+        return self.folder / f"{name}.{kind}"
+
+    def read(self, name: str) -> Record | None:
+        """The record of a job; None where there is none, or none that can be read.
+
+        A job that was finished before its end could be noted is finished: its folder appears whole
+        or not at all.
+        """
+        try:
+            record = Record(**json_or_empty(self.file(name, "json")))
+        except TypeError:
+            return None
+        stamp = self.stamp(name)
+        if record.status == "running" and stamp not in (0, record.replaces):
+            return Record(record.fingerprint, self.verdict(name))
+        if record.finished and not stamp:  # somebody took it away
+            return None
+        return record
+
+    def write(self, name: str, record: Record) -> None:
+        """Keep the record of a job."""
+        path = self.file(name, "json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(f"{path.name}.partial")
+        whole.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        os.replace(whole, path)
+
+    def begin(self, name: str, fingerprint: str, threads: int) -> None:
+        """Note that a job starts."""
+        stamp = self.stamp(name)
+        self.write(name, Record(fingerprint, "running", threads=threads, replaces=stamp))
+
+    def end(self, name: str, outcome: Outcome) -> Record:
+        """Note how a job that was begun ended."""
+        record = replace(
+            Record(**json_or_empty(self.file(name, "json"))),
+            status=self.status_of(outcome),
+            error=outcome.error,
+            hint=outcome.hint,
+            seconds=round(outcome.seconds, 2),
+            cpu_seconds=round(outcome.cpu_seconds, 2),
+            peak_memory=outcome.peak_memory,
+        )
+        self.write(name, record)
+        return record
+
+    def status_of(self, outcome: Outcome) -> str:
+        """An exit code in a word."""
+        if outcome.code in (0, 1):
+            return self.verdict(outcome.name)
+        if outcome.code in (129, 130, 143):  # SIGHUP, SIGINT, SIGTERM, and it cleaned up
+            return "interrupted"
+        return "killed" if outcome.code < 0 else "error"
+
+    def verdict(self, name: str) -> str:
+        """What the report of a finished job says."""
+        words = {"passed": "passed", "failed": "failed", "not verified": "written"}
+        return words.get(self.report(name).get("verdict", ""), "error")
+
+    def report(self, name: str) -> Mapping[str, Any]:
+        """``report.json`` of a finished job; empty where there is none."""
+        return json_or_empty(self.folder_of(name) / "report.json")
+
+    def stamp(self, name: str) -> int:
+        """When the finished folder of a job was written, in nanoseconds; 0 where there is none."""
+        try:
+            return (self.folder_of(name) / "SHA256SUMS").stat().st_mtime_ns
+        except OSError:
+            return 0
+
+
+def fingerprint(document: Mapping[str, Any]) -> str:
+    """A short name for everything that decides over a job's result."""
+    text = json.dumps(document, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

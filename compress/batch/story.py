@@ -1,0 +1,271 @@
+"""The story of one batch: read the jobs, plan each, leave out what was done, run the rest, tell.
+
+Planning is what ``packlight build --dry-run`` does, for every job, here: headers and recipes only.
+A model that cannot be built is found out now, and its jobs are not started; it is looked at again
+in every batch, so that there is nothing to retry until its files have changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from compress.batch import document, page
+from compress.batch.engine import Engine, LocalEngine, Work
+from compress.batch.jobs import BatchJob, arguments, read_jobs, select
+from compress.batch.predict import Prediction, predict, share_threads
+from compress.batch.state import State, fingerprint
+from compress.batch.table import Board
+from compress.checkpoint import Checkpoint
+from compress.config_json import write_json
+from compress.console import Console, format_bytes, parse_bytes
+from compress.errors import PacklightError, UsageError
+from compress.job import prepare
+from compress.machine import available_cpus, available_memory
+from compress.model import Shipyard
+from compress.output import check_disk, locked
+from compress.recipe import load
+from compress.resume import digest, identity
+from compress.settings import BuildSettings, recipe_overrides
+
+__all__ = ["BatchSettings", "Planned", "batch"]
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What ``packlight batch`` was asked for; the options of the same names."""
+
+    file: Path
+    output: Path | None = None
+    only: Sequence[str] = ()
+    retry_failed: bool = False
+    fail_fast: bool = False
+    max_memory: str = ""
+    jobs: int = 0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, and what is known of it before it runs.
+
+    Attributes:
+        job: of the file.
+        settings: what its build is asked for.
+        prediction: None where it cannot run.
+        fingerprint: of all that decides over its result; empty where it cannot run.
+        error, hint: why it cannot run.
+    """
+
+    job: BatchJob
+    settings: BuildSettings
+    prediction: Prediction | None = None
+    fingerprint: str = ""
+    error: str = ""
+    hint: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+def batch(
+    settings: BatchSettings,
+    shipyard: Shipyard,
+    console: Console,
+    make_engine: Callable[[int, int, int], Engine] = LocalEngine,
+) -> int:
+    """``packlight batch``: 0 when all passed, 1 when a gate failed, 2 when a job could not run.
+
+    Args:
+        settings: the options.
+        shipyard: what knows formats.
+        console: for a person or a script.
+        make_engine: an engine of so many bytes of memory, threads, and jobs at once.
+
+    Raises:
+        PacklightError: the jobs file is not valid, another batch writes to the same tree, or there
+            is no room on the disk; nothing was started.
+    """
+    file = read_jobs(settings.file)
+    output = (settings.output or file.output).resolve()
+    memory, cpus = memory_limit(settings.max_memory), available_cpus()
+    chosen = select(file.jobs, settings.only)
+    planner = Planner(shipyard, output, memory, cpus, settings.jobs)
+    planned = [planner.plan(job) for job in chosen]
+    if settings.dry_run:
+        document.print_plan(planned, console, memory, cpus)
+        return 2 if any(one.error for one in planned) else 0
+    state = State(output)
+    with locked(output):
+        todo = [one for one in planned if wanted(one, state, settings.retry_failed)]
+        check_disk(output, sum(one.prediction.bytes for one in todo if one.prediction))
+        board = Board(planned, state, console, fail_fast=settings.fail_fast)
+        for one in planned:
+            if one not in todo:
+                board.settle(one, state.read(one.name))
+        try:
+            run(todo, state, make_engine(memory, cpus, settings.jobs), board)
+        finally:
+            told = document.batch_document(file.path, planned, board, state, memory, cpus)
+            write_json(output / "batch.json", told)
+            (output / "batch.html").write_text(page.render(told), encoding="utf-8")
+    document.finish(told, output, console)
+    return int(told["exit_code"])
+
+
+def memory_limit(wanted: str) -> int:
+    """``--max-memory`` in bytes; else what is free.
+
+    Raises:
+        UsageError: not a size.
+    """
+    try:
+        return parse_bytes(wanted) if wanted else available_memory()
+    except ValueError as error:
+        raise UsageError(f"--max-memory: {error}") from error
+
+
+def wanted(one: Planned, state: State, retry_failed: bool) -> bool:
+    """Whether a job is to be run now: not if it cannot be, was finished, or failed before with the
+    same inputs, unless failures are to be retried.
+    """
+    record = state.read(one.name)
+    if one.error:
+        return False
+    if record is None or record.fingerprint != one.fingerprint:
+        return True
+    failed = record.status in ("error", "killed")
+    return not record.finished and (retry_failed or not failed)
+
+
+def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> None:
+    """Run jobs, and keep a record of each start and end."""
+    jobs = {one.name: one for one in todo}
+    leaders = first_of_models(todo)
+    models = Counter(one.job.model_name for one in todo)  # jobs that are to come
+    works = [
+        make_work(one, state, leaders[model], shared=models[model] > 1)
+        for one in todo
+        for model in [one.job.model_name]
+    ]
+    with board, closing(engine.run(works, board)) as outcomes:
+        for outcome in outcomes:
+            one = jobs[outcome.name]
+            board.settle(one, state.end(one.name, outcome))
+            models[one.job.model_name] -= 1
+            if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
+                shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
+
+
+def first_of_models(todo: Sequence[Planned]) -> dict[str, str]:
+    """Model → its job that goes first: the longest, which leaves most in the cache for the others:
+    second moments serve those who need less.
+    """
+    firsts: dict[str, Planned] = {}
+    for one in todo:
+        first = firsts.setdefault(one.job.model_name, one)
+        if seconds_of(one) > seconds_of(first):
+            firsts[one.job.model_name] = one
+    return {model: one.name for model, one in firsts.items()}
+
+
+def seconds_of(one: Planned) -> float:
+    return one.prediction.seconds if one.prediction else 0.0
+
+
+def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
+    """The command of a job. What another build left is cleared away, what this one did, continued.
+
+    Args:
+        leader: of the jobs of its model.
+        shared: whether there are other jobs of its model.
+    """
+    assert one.prediction is not None
+    record = state.read(one.name)
+    words = arguments(one.settings)
+    same = record is not None and record.fingerprint == one.fingerprint
+    if record is None or not same or record.threads != one.prediction.threads:
+        shutil.rmtree(state.partial_of(one.name), ignore_errors=True)
+    if state.stamp(one.name):
+        words.append("--overwrite")
+    progress = state.file(one.name, "progress")
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    progress.unlink(missing_ok=True)
+    state.folder_of(one.name).parent.mkdir(parents=True, exist_ok=True)
+    if one.settings.verify and shared:
+        words += ["--keep-baseline", str(state.baselines(one.job.model_name))]
+    words += ["--resume", "--threads", str(one.prediction.threads)]
+    words += ["--progress-file", str(progress)]
+    return Work(
+        name=one.name,
+        arguments=tuple(words),
+        log=state.file(one.name, "log"),
+        memory=one.prediction.memory,
+        threads=one.prediction.threads,
+        seconds=one.prediction.seconds,
+        after="" if leader == one.name else leader,
+    )
+
+
+class Planner:
+    """Plans jobs; a model is opened (and a Hub id fetched) once for all its jobs."""
+
+    def __init__(self, shipyard: Shipyard, output: Path, memory: int, cpus: int, jobs: int) -> None:
+        self._shipyard, self._output = shipyard, output
+        self._memory, self._cpus, self._jobs = memory, cpus, jobs
+        self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}
+
+    def plan(self, job: BatchJob) -> Planned:
+        """What is known of a job; errors are part of it."""
+        settings = job.settings(self._output / job.name)
+        try:
+            return self._plan(job, settings)
+        except PacklightError as error:
+            return Planned(job, settings, error=error.message, hint=error.hint)
+
+    def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
+        checkpoint = self._open(job)
+        if checkpoint.revision:  # all jobs of a model see the same commit
+            settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
+        recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+        get_exporter = self._shipyard.get_exporter
+        plans = prepare(checkpoint, recipe, get_exporter, context=settings.context)
+        threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
+        settings = replace(settings, threads=threads)
+        found = predict(plans, verify=settings.verify, threads=threads)
+        if job.memory is not None:
+            found = replace(found, memory=job.memory)
+        if found.memory > self._memory:
+            raise UsageError(
+                f"needs {format_bytes(found.memory)} of memory, the batch has "
+                f"{format_bytes(self._memory)}",
+                hint="a larger --max-memory; or memory: SIZE in its options, if you know better",
+            )
+        text = [settings.eval_text] if settings.eval_text else []
+        verification = {
+            "verify": recipe.document["verify"] if settings.verify else None,
+            "text": digest(text),
+        }
+        # Threads move sums by their last digit: no reason to do finished jobs again.
+        artifacts = {**identity(plans, settings), "threads": None}
+        return Planned(job, settings, found, fingerprint({**artifacts, **verification}))
+
+    def _open(self, job: BatchJob) -> Checkpoint:
+        key = (job.model, job.revision)
+        if key not in self._opened:
+            try:
+                opened: Checkpoint | PacklightError = Checkpoint.open(
+                    job.model, revision=job.revision or None
+                )
+            except PacklightError as error:
+                opened = error
+            self._opened[key] = opened
+        found = self._opened[key]
+        if isinstance(found, PacklightError):
+            raise found
+        return found

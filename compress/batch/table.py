@@ -1,0 +1,204 @@
+"""What a person sees while a batch runs: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress.batch.engine import Work
+from compress.batch.state import Record, State
+from compress.console import Console, color, format_bytes
+from compress.progress import clock_time
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.text import Text
+
+__all__ = ["Board", "summary"]
+
+WORDS = {
+    "passed": ("passed", "green"),
+    "failed": ("FAILED", "red"),
+    "written": ("not verified", "yellow"),
+    "error": ("could not run", "red"),
+    "killed": ("killed", "red"),
+    "interrupted": ("interrupted", "yellow"),
+}
+SHOWN = 12  # ended jobs, and as many that wait, of which a table shows the names
+TAIL = 4096  # bytes of a progress file in which its last line is
+
+
+class Named(Protocol):
+    """A planned job, as far as it is shown."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def hint(self) -> str: ...
+    @property
+    def prediction(self) -> Any: ...
+
+
+class Board:
+    """Keeps how every job stands, shows it, and tells the engine when to stop.
+
+    Attributes:
+        records: of jobs that ended, now or before, by name.
+        fresh: names of those that ended now.
+        seconds: that the batch has run.
+    """
+
+    def __init__(
+        self, planned: Sequence[Named], state: State, console: Console, *, fail_fast: bool
+    ) -> None:
+        self._planned = {one.name: one for one in planned}
+        self._state, self._console, self._fail_fast = state, console, fail_fast
+        self._started: dict[str, float] = {}
+        self._begun = time.monotonic()
+        self._live: Live | None = None
+        self.records: dict[str, Record] = {}
+        self.fresh: list[str] = []
+        self._failed = False
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    # --- what the engine tells ---------------------------------------------------------------
+
+    def started(self, work: Work) -> None:
+        """See ``Watch.started``."""
+        one = self._planned[work.name]
+        self._state.begin(work.name, one.fingerprint, work.threads)
+        self._started[work.name] = time.monotonic()
+        if self._live is None:
+            threads = f"{work.threads} thread{'s' * (work.threads != 1)}"
+            memory = format_bytes(work.memory).partition(" (")[0]
+            self._console.say(f"started  {work.name}  ({memory}, {threads})")
+
+    def wanted(self) -> bool:
+        """See ``Watch.wanted``: until the first failure, with ``fail_fast``."""
+        return not (self._fail_fast and self._failed)
+
+    def settle(self, one: Named, record: Record | None) -> None:
+        """A job ended, or need not be started: it was done, or cannot be."""
+        fresh = self._started.pop(one.name, None) is not None
+        if one.error:  # planned anew each time
+            record = Record("", "error", one.error, one.hint)
+        assert record is not None
+        self.records[one.name] = record
+        if fresh:
+            self.fresh.append(one.name)
+        if fresh and record.status not in ("passed", "written"):
+            self._failed = True
+        if self._live is None:
+            earlier = "" if fresh or one.error else "  (before)"
+            words = f"{WORDS[record.status][0]}  {one.name}  {self.result(one.name)}"
+            self._console.say(f"{words.rstrip()}{earlier}")
+
+    # --- what a person sees ------------------------------------------------------------------
+
+    def __enter__(self) -> Board:
+        if self._console.mode == "human" and sys.stderr.isatty():
+            from rich.console import Console as RichConsole
+            from rich.live import Live
+
+            plain = RichConsole(stderr=True, no_color=color() is False)
+            self._live = Live(
+                get_renderable=self.table, console=plain, refresh_per_second=4,
+                redirect_stdout=False, vertical_overflow="ellipsis",
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def result(self, name: str) -> str:
+        """What came of a job that ended, in a few words."""
+        record = self.records[name]
+        if record.error:
+            return record.error
+        took = f"{clock_time(record.seconds)}  " if record.seconds else ""
+        return took + summary(self._state.report(name))
+
+    def table(self) -> RenderableType:
+        """As it stands now; ``rich`` asks several times a second."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = Table(box=None, pad_edge=False, header_style="dim")
+        for header in ("job", "", "phase or result"):
+            rows.add_column(header, overflow="fold")
+        for name in list(self.records)[-SHOWN:]:
+            word, shade = WORDS[self.records[name].status]
+            rows.add_row(name, Text(word, shade), Text(self.result(name)))
+        for name, begun in list(self._started.items()):
+            phase = told(last_line(self._state.file(name, "progress")))
+            took = clock_time(time.monotonic() - begun)
+            rows.add_row(name, Text("running", "cyan"), Text(f"{took}  {phase}"))
+        waiting = [n for n in self._planned if n not in self.records and n not in self._started]
+        for name in waiting[:SHOWN]:
+            rows.add_row(name, Text("queued", "dim"), "")
+        return Group(rows, self.counts(len(waiting)))
+
+    def counts(self, waiting: int) -> Text:
+        """The line below the table."""
+        from rich.text import Text
+
+        done = [record.status for record in self.records.values()]
+        words = [f"{len(done)} of {len(self._planned)} done"]
+        words += [f"{done.count(status)} {WORDS[status][0]}" for status in WORDS if status in done]
+        words += [f"{len(self._started)} running", f"{waiting} queued", clock_time(self.seconds)]
+        return Text("  ".join(words), "dim")
+
+
+def last_line(progress: Path) -> Mapping[str, Any]:
+    """The last whole line of a progress file (``compress.progress.ProgressFile``)."""
+    try:
+        with progress.open("rb") as stream:
+            stream.seek(max(progress.stat().st_size - TAIL, 0))
+            lines = stream.read().split(b"\n")[:-1]
+        found = json.loads(lines[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def told(line: Mapping[str, Any]) -> str:
+    """Phase, share and time left: ``write gguf Q4_K_M  43 %  0:12 left``."""
+    words = [str(line.get("phase", "starting"))]
+    if line.get("total"):
+        words.append(f"{100 * line['done'] // line['total']} %")
+    if line.get("eta_s"):
+        words.append(f"{clock_time(line['eta_s'])} left")
+    return "  ".join(words)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """A finished job in a few words: its formats, their sizes, the worst divergence."""
+    artifacts = report.get("artifacts", [])
+    sizes = ", ".join(
+        f"{a['format']} {format_bytes(a['bytes']).partition(' (')[0]}" for a in artifacts
+    )
+    found = [(a["kl_divergence"] or {}).get("mean") for a in artifacts]
+    known = [value for value in found if value is not None]
+    return sizes + (f"  KL up to {max(known):.4f}" if known else "")

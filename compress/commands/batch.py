@@ -1,0 +1,52 @@
+"""``packlight batch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.commands.options import make_console, output_options
+
+
+@click.command(short_help="Build many models with many recipes, each job in its own process.")
+@click.argument("file", metavar="JOBS.yaml", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+              help="The output tree; default: as the file says.")  # fmt: skip
+@click.option("--only", multiple=True, metavar="PATTERN",
+              help="These jobs: MODEL, MODEL/RECIPE or a pattern; may be repeated.")  # fmt: skip
+@click.option("--retry-failed", is_flag=True,
+              help="Also the jobs that were killed or could not run before.")  # fmt: skip
+@click.option("--keep-going/--fail-fast", default=True, show_default=True,
+              help="After a failure: go on, or start no more jobs.")  # fmt: skip
+@click.option("--max-memory", default="", metavar="SIZE",
+              help="Memory that the jobs' predictions may add up to, e.g. 3GB; default: what is "
+                   "free.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(0), default=0, metavar="N",
+              help="At most so many at once; default: as many as fit.")  # fmt: skip
+@click.option("--dry-run", is_flag=True,
+              help="Print every job with its predicted bytes, memory and time.")  # fmt: skip
+@output_options
+def batch(file: Path, output: Path | None, **options: Any) -> int:
+    """Build every model of JOBS.yaml with every recipe, in every format.
+
+    Each job runs in a process of its own, as many at once as the machine's memory and CPUs allow.
+    Jobs that were finished before are left out, half-done ones are continued.
+    """
+    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    from compress.batch.story import BatchSettings
+    from compress.batch.story import batch as run
+    from exporters import SHIPYARD
+
+    settings = BatchSettings(
+        file=file,
+        output=output,
+        only=options["only"],
+        retry_failed=options["retry_failed"],
+        fail_fast=not options["keep_going"],
+        max_memory=options["max_memory"],
+        jobs=options["jobs"],
+        dry_run=options["dry_run"],
+    )
+    return run(settings, SHIPYARD, console)

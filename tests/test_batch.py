@@ -1,0 +1,300 @@
+"""`packlight batch`: real processes of the real command line, killed, cut off, taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+from commands import packlight
+
+from compress.batch.page import render
+
+RECIPE = """
+schema: 1
+name: {name}
+targets: {{gguf: {{type: Q4_0}}}}
+quantize: {{solver: {solver}}}
+calibration: {{tokens: 256, sequence_length: 32}}
+verify: {{windows: 2, sequence_length: 32, gates: {{kl_divergence: "<={limit}"}}}}
+"""
+JOBS = """
+schema: 1
+output: {output}
+models: ["shelf/*"]
+recipes: [plain.yaml, scaled.yaml]
+overrides:
+  - jobs: strange/scaled
+    skip: true
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    """A shelf of two good models, one cut short and one unknown, and two recipes."""
+    shop = tmp_path_factory.mktemp("shop")
+    tiny.make("llama", shop / "shelf" / "llama")
+    tiny.make("qwen2", shop / "shelf" / "qwen")
+    shutil.copytree(shop / "shelf" / "llama", shop / "shelf" / "cut")
+    weights = shop / "shelf" / "cut" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    shutil.copytree(shop / "shelf" / "qwen", shop / "shelf" / "strange")
+    config = shop / "shelf" / "strange" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"model_type": "t5", "architectures": ["T5Model"]}))
+    (shop / "plain.yaml").write_text(RECIPE.format(name="plain", solver="rtn", limit=9))
+    (shop / "scaled.yaml").write_text(RECIPE.format(name="scaled", solver="scale_search", limit=9))
+    (shop / "jobs.yaml").write_text(JOBS.format(output="tree"))
+    return shop
+
+
+def start(shop: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "compress", "batch", *arguments],
+        cwd=shop, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def job_process(batch: int, name: str, seconds: float = 60.0) -> psutil.Process:
+    """The process of a job, once its build is at work."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for child in psutil.Process(batch).children():
+            try:
+                words = child.cmdline()
+            except psutil.Error:
+                continue
+            if any(word.endswith(f"/{name}") for word in words):
+                output = Path(words[words.index("-o") + 1])
+                if output.with_name(f"{output.name}.partial").exists():
+                    return child
+        time.sleep(0.02)
+    raise AssertionError(f"{name} did not start")
+
+
+def told(shop: Path, tree: str) -> dict:
+    return json.loads((shop / tree / "batch.json").read_text())
+
+
+def statuses(document: dict) -> dict[str, str]:
+    return {job["name"]: job["status"] for job in document["jobs"]}
+
+
+def started(output: str) -> list[str]:
+    return re.findall(r"^started  (\S+)", output, re.MULTILINE)
+
+
+def artifacts(folder: Path) -> dict[str, bytes]:
+    """What a build made, but for the pages that tell of speeds."""
+    pages = ("report", "README", "SHA256SUMS")
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(pages)
+    }
+
+
+@pytest.fixture(scope="module")
+def shelf(shop) -> tuple[Path, dict, str]:
+    """The shelf in one batch, one job of which is killed."""
+    batch = start(shop, "jobs.yaml", "--max-memory", "3GB")
+    job_process(batch.pid, "qwen/plain").send_signal(signal.SIGKILL)
+    output = batch.communicate(timeout=240)[0]
+    assert batch.returncode == 2, output
+    return shop, told(shop, "tree"), output
+
+
+def test_what_fails_takes_nothing_with_it(shelf):
+    shop, document, output = shelf
+    assert statuses(document) == {
+        "cut/plain": "error",
+        "cut/scaled": "error",
+        "llama/plain": "passed",
+        "llama/scaled": "passed",
+        "qwen/plain": "killed",
+        "qwen/scaled": "passed",
+        "strange/plain": "error",
+    }
+    errors = {job["name"]: job["error"] for job in document["jobs"] if job["status"] == "error"}
+    assert "truncated" in errors["cut/plain"]
+    assert "T5Model" in errors["strange/plain"]
+    assert "could not run  cut/plain  " in output
+    assert not (shop / "tree" / "cut").exists()
+    assert sorted(path.name for path in (shop / "tree" / "llama").iterdir()) == ["plain", "scaled"]
+
+
+def test_work_of_one_model_is_done_once(shelf):
+    """The longest job of a model goes first, the other finds the float model's answers."""
+    shop, _, output = shelf
+    assert started(output).index("llama/scaled") < started(output).index("llama/plain")
+    phases = {
+        name: {json.loads(line)["phase"] for line in file.read_text().splitlines()}
+        for name in ("llama/scaled", "llama/plain")
+        for file in [shop / "tree" / ".batch" / f"{name}.progress"]
+    }
+    assert "score the float model" in phases["llama/scaled"] - phases["llama/plain"]
+    assert "verify gguf Q4_0" in phases["llama/plain"]
+    first, second = (
+        json.loads((shop / "tree" / name / "report.json").read_text())["baseline"]
+        for name in ("llama/scaled", "llama/plain")
+    )
+    assert first == second
+    assert not list((shop / "tree").rglob("baselines"))
+
+
+def test_predictions_are_upper_bounds(shelf):
+    _, document, _ = shelf
+    for job in document["jobs"]:
+        if job["status"] == "passed":
+            assert 0 < job["peak_memory_bytes"] < job["predicted"]["memory_bytes"]
+            assert job["predicted"]["bytes"] < sum(a["bytes"] for a in job["artifacts"])
+
+
+def test_again_retries_the_killed_one_only_when_asked(shelf):
+    shop, *_ = shelf
+    before = artifacts(shop / "tree" / "llama" / "plain")
+    again = packlight("batch", "jobs.yaml", cwd=shop)
+    assert again.returncode == 2
+    assert started(again.stderr) == []
+    assert "killed  qwen/plain" in again.stderr
+    retried = packlight("batch", "jobs.yaml", "--retry-failed", "--json", cwd=shop)
+    document = json.loads(retried.stdout)
+    assert retried.returncode == document["exit_code"] == 2  # bad input is still bad
+    assert [job["name"] for job in document["jobs"] if job["now"]] == ["qwen/plain"]
+    assert statuses(document)["qwen/plain"] == "passed"
+    assert artifacts(shop / "tree" / "llama" / "plain") == before
+    # A model that was made whole needs no asking.
+    shutil.copytree(shop / "shelf" / "llama", shop / "shelf" / "cut", dirs_exist_ok=True)
+    mended = packlight("batch", "jobs.yaml", "--only", "cut/plain", "--only", "llama", cwd=shop)
+    assert mended.returncode == 0, mended.stderr
+    assert started(mended.stderr) == ["cut/plain"]
+
+
+def test_a_batch_that_was_killed_does_what_is_missing(shelf):
+    shop, *_ = shelf
+    options = ("jobs.yaml", "-o", "second", "--only", "llama", "--jobs", "1")
+    batch = start(shop, *options)
+    job = job_process(batch.pid, "llama/plain")  # the second: llama/scaled is done
+    batch.kill()
+    batch.communicate()
+    psutil.wait_procs([job], timeout=20)
+    assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE
+    assert (shop / "second" / "llama" / "scaled").is_dir()
+    assert not (shop / "second" / "llama" / "plain").exists()
+    again = packlight("batch", *options, cwd=shop)
+    assert again.returncode == 0, again.stderr
+    assert started(again.stderr) == ["llama/plain"]
+    for name in ("llama/plain", "llama/scaled"):
+        assert artifacts(shop / "second" / name) == artifacts(shop / "tree" / name)
+    assert not list((shop / "second").glob("*/*.partial"))
+
+
+def test_interrupted(shelf):
+    """Ctrl-C ends the jobs; what they had is continued by the next batch."""
+    shop, *_ = shelf
+    batch = start(shop, "jobs.yaml", "-o", "third", "--only", "qwen/plain")
+    job = job_process(batch.pid, "qwen/plain")
+    batch.send_signal(signal.SIGINT)
+    assert "interrupted" in batch.communicate(timeout=60)[0]
+    assert batch.returncode == 130
+    assert not job.is_running()
+    assert statuses(told(shop, "third")) == {"qwen/plain": "not run"}
+
+
+def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_on(shelf):
+    shop, *_ = shelf
+    (shop / "strict.yaml").write_text(RECIPE.format(name="strict", solver="rtn", limit=1e-6))
+    jobs = {
+        "schema": 1,
+        "models": ["shelf/llama"],
+        "recipes": ["strict.yaml", "plain.yaml"],
+        "options": {"set": {"verify.windows": 2}},
+    }
+    (shop / "strict-jobs.yaml").write_text(json.dumps(jobs))
+    done = packlight("batch", "strict-jobs.yaml", "--fail-fast", "--jobs", "1", cwd=shop)
+    assert done.returncode == 1, done.stderr
+    document = told(shop, "strict-jobs")
+    assert statuses(document) == {"llama/strict": "failed", "llama/plain": "not run"}
+    page = (shop / "strict-jobs" / "batch.html").read_text()
+    assert "A gate failed" in page
+    assert "llama/strict, GGUF: kl_divergence is" in page
+
+
+def test_dry_run_tells_every_job(shop):
+    done = packlight("batch", "jobs.yaml", "--dry-run", "--json", "--only", "llama", cwd=shop)
+    assert done.returncode == 0
+    document = json.loads(done.stdout)
+    assert [job["name"] for job in document["jobs"]] == ["llama/plain", "llama/scaled"]
+    assert all(min(job["predicted"].values()) > 0 for job in document["jobs"])
+    small = packlight("batch", "jobs.yaml", "--dry-run", "--max-memory", "100MB", cwd=shop)
+    assert small.returncode == 2
+    assert "of memory, the batch has 100.00 MB" in small.stdout
+
+
+class Page(HTMLParser):
+    """Tags and links of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for key, value in attributes if key in ("href", "src")]
+
+
+def test_the_page_stands_alone_and_its_links_lead_somewhere(shelf):
+    shop, document, _ = shelf
+    page = Page(render(document))
+    assert "script" not in page.tags
+    assert {"svg", "table"} <= page.tags
+    local = [link for link in page.links if not link.startswith("data:")]
+    assert "llama/plain/report.html" in local
+    assert ".batch/qwen/plain.log" in local
+    for link in local:
+        assert (shop / "tree" / link).is_file(), link
+    words = render(document)
+    assert "cut/plain</strong>: model.safetensors" in words
+    assert "✕ Not every job could run" in words
+
+
+def test_the_page_escapes_what_a_model_calls_itself(shelf):
+    _, document, _ = shelf
+    evil = json.loads(json.dumps(document).replace("llama/plain", "<b>x</b>"))
+    assert "<b>x" not in render(evil)
+
+
+def test_a_terminal_gets_a_table(shelf):
+    """All of it was done before: the live table comes and goes."""
+    shop, *_ = shelf
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "compress", "batch", "jobs.yaml", "--only", "llama"],
+        cwd=shop, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(slave)
+    output = b""
+    while chunk := read(master):
+        output += chunk
+    assert done.wait() == 0
+    assert "2 of 2 done" in output.decode()
+
+
+def read(master: int) -> bytes:
+    try:
+        return os.read(master, 4096)
+    except OSError:  # Linux's end of a terminal
+        return b""
