@@ -24,7 +24,7 @@ from compress.output import check_disk, locked
 
 HERE = Path(__file__).parent
 OPTIONS = (
-    "--no-verify", "--threads", "1", "-v", "--set", "quantize.solver=scale_search",
+    "--threads", "1", "-v", "--set", "quantize.solver=scale_search",
     "--set", "calibration.tokens=4096", "--set", "calibration.sequence_length=128",
 )  # fmt: skip
 
@@ -59,11 +59,11 @@ class Mortals:
     def partial(self) -> Path:
         return self.place / "out.partial"
 
-    def start(self, *options: str) -> int:
+    def start(self, *options: str, verify: bool = False) -> int:
         """Begin a build; its pid."""
         log = str(self.place / "log")
         line = [log, "build", str(self.model), "-o", str(self.output), *OPTIONS, *options]
-        return int(self.ask(json.dumps(line)))
+        return int(self.ask(json.dumps(line if verify else [*line, "--no-verify"])))
 
     def ask(self, line: str) -> str:
         assert self.process.stdin and self.process.stdout
@@ -181,6 +181,24 @@ def test_calibration_goes_on_with_the_block_that_it_was_at(mortals):
     assert contents(mortals.output) == whole
     (kept,) = mortals.place.glob("cache/calibration/*/blocks.0.npz")
     assert block >= 1 and kept.stat().st_mtime_ns == written
+    mortals.forget()
+
+
+def test_the_float_model_is_not_scored_again(mortals):
+    verified = ("-f", "gguf", "--set", "verify.windows=2", "--set", "verify.sequence_length=64")
+    child = mortals.start("--resume", *verified, verify=True)
+    while not list(mortals.partial.glob("state/baseline/*/facts.json")):
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert mortals.ended() == -signal.SIGKILL
+    log = mortals.place / "log"
+    assert "score the float model" in log.read_text()
+    log.unlink()
+    mortals.start("--resume", *verified, verify=True)
+    assert mortals.ended() in (0, 1), log.read_text()  # a random model need not pass its gates
+    assert "score the float model" not in log.read_text()
+    (artifact,) = json.loads((mortals.output / "report.json").read_text())["artifacts"]
+    assert artifact["perplexity"] > 1
     mortals.forget()
 
 
