@@ -7,8 +7,9 @@ GGUF: five budgets between 3.3 and 5.0 bits per weight, each against the next la
 own mixes with importance matrix (``ggml_quantize_chunk``, as in peers.py). ONNX and Core ML: every
 uniform grid by the same solver, against a budget of that grid's bytes; the best quantizer of the
 format's own tools on the same grid stands beside it. All are run in their runtimes on held-out
-text. Random mixes tell how well the cost table predicts a divergence. Writes DIR/budget.json and
-DIR/budget.md (default: benchmarks/).
+text. Random mixes tell how well the cost table predicts a divergence, and ``sampled`` mixes, of the
+same budgets, what is lost where a table is measured as a large model's is
+(``compress.allocation.effort``). Writes DIR/budget.json and DIR/budget.md (default: benchmarks/).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
+from compress.allocation import effort
 from compress.allocation.step import BudgetStep, limits_of
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
@@ -59,7 +61,8 @@ class Entry:
 
     Attributes:
         group: what it is compared with shares it: ``gguf``, or a uniform setting.
-        kind: ``budget``, ``fixed`` (ours, uniform), ``peer`` or ``random``.
+        kind: ``budget``, ``sampled`` (the same by a large model's table), ``fixed`` (ours,
+            uniform), ``peer`` or ``random``.
         budget: bytes allowed; 0 where there is no budget.
         expected: KL by the cost table; None for what it has not chosen.
     """
@@ -78,14 +81,14 @@ class Bench:
 
     Attributes:
         entries: what was built.
-        measuring: CPU seconds of the cost tables.
+        measuring: CPU seconds of the cost tables, by kind of entry.
     """
 
     def __init__(self, chosen: argparse.Namespace, folder: Path) -> None:
         self.chosen, self.folder = chosen, folder
         self.checkpoint = Checkpoint.open(chosen.model)
         self.entries: list[Entry] = []
-        self.measuring = 0.0
+        self.measuring = {"budget": 0.0, "sampled": 0.0}
 
     def job(self, format: str, changes: Sequence[str]) -> Job:
         """As ``packlight build`` would prepare it."""
@@ -111,14 +114,24 @@ class Bench:
         return BudgetStep(calibration, SHIPYARD.get_exporter)
 
     def within(self, group: str, format: str, changes: Sequence[str], budget: int) -> None:
-        """The artifact of a budget, if there is one so small."""
+        """The artifact of a budget, if there is one so small; and the same from a sample."""
+        known = effort.LARGE
+        self.allocate(group, "budget", format, changes, budget)
+        effort.LARGE = 0
+        self.allocate(group, "sampled", format, changes, budget)
+        effort.LARGE = known
+
+    def allocate(
+        self, group: str, kind: str, format: str, changes: Sequence[str], budget: int
+    ) -> None:
+        """The artifact of a budget by one cost table."""
         changes = [*changes, f"budget.weights={budget}"]
         step = self.step(format, changes)
         if step.targets[0].smallest_bytes > budget:
             return
         start = time.process_time()
         budgeted = step.allocate(limits_of(step.job, step.targets))
-        self.measuring += time.process_time() - start
+        self.measuring[kind] += time.process_time() - start
         recipe = step.job.recipe
         settled = step.settle(
             budgeted,
@@ -127,7 +140,7 @@ class Bench:
             ),
         )
         name = settled.plans[0].type_name
-        self.add(group, name, "budget", settled, budget=budget)
+        self.add(group, name, kind, settled, budget=budget)
 
     def gguf(self) -> None:
         """Five budgets, and llama.cpp's mixes."""
@@ -231,11 +244,29 @@ def agreement(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     geometric mean of measured over expected.
     """
     pairs = [(r["expected_kl"], r["kl_mean"]) for r in rows if r["expected_kl"]]
+    if not pairs:
+        return {}
     logs = np.log(np.array(pairs))
     return {
         "artifacts": len(pairs),
         "correlation": round(float(np.corrcoef(logs.T)[0, 1]), 4),
         "measured_over_expected": round(float(math.exp((logs[:, 1] - logs[:, 0]).mean())), 3),
+    }
+
+
+def sampled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """KL of the mixes that a sample chose over that of those that the full table chose, within the
+    same budgets; and how well the sample's expectations agree.
+    """
+    full = {(r["group"], r["budget"]): r["kl_mean"] for r in rows if r["kind"] == "budget"}
+    some = [row for row in rows if row["kind"] == "sampled"]
+    logs = [math.log(row["kl_mean"] / full[row["group"], row["budget"]]) for row in some]
+    return {
+        **agreement(some),
+        "over_full": {
+            "geometric_mean": round(math.exp(float(np.mean(logs))), 3),
+            "most": round(math.exp(max(logs)), 3),
+        },
     }
 
 
@@ -248,6 +279,7 @@ def page(document: dict[str, Any]) -> str:
     ]
     for row in document["rows"]:
         name = f"*{row['name']}*" if row["kind"] == "peer" else row["name"]
+        name += " (sampled)" if row["kind"] == "sampled" else ""
         expected = "" if row["expected_kl"] is None else f"{row['expected_kl']:.4f}"
         lines.append(
             f"| {row['group']} | {name} | {row['bytes']:,} | {row['bits_per_weight']:.2f} "
@@ -269,15 +301,22 @@ def page(document: dict[str, Any]) -> str:
             f"({row['rival_bytes']:,}) | {row['of_rival']:.2f} | {peer} "
             f"| {'pass' if row['passed'] else '**fail**'} |"
         )
-    told = document["agreement"]
+    told, over = document["agreement"], document["sampled"]["over_full"]
+    seconds = document["measuring_cpu_seconds"]
     lines += [
         "",
         f"Expected and measured KL of {told['artifacts']} mixes: their logarithms correlate by "
         f"{told['correlation']:.3f}; measured is {told['measured_over_expected']:.2f} of expected "
         "(geometric mean).",
         "",
-        f"Solver: {document['solver']}. CPU seconds of the cost table: "
-        f"{document['measuring_cpu_seconds']}.",
+        "Chosen by a large model's table instead ("
+        f"{document['sampled']['artifacts']} mixes): {over['geometric_mean']:.2f} of the KL of the "
+        f"full table's mixes in the same budgets (geometric mean; at most {over['most']:.2f}); "
+        f"correlation {document['sampled']['correlation']:.3f}, measured over expected "
+        f"{document['sampled']['measured_over_expected']:.2f}.",
+        "",
+        f"Solver: {document['solver']}. CPU seconds of the cost tables: {seconds['budget']}, from "
+        f"samples {seconds['sampled']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -307,10 +346,11 @@ def main() -> None:
     document = {
         "model": "packlight-demo" if chosen.model == DEMO else Path(chosen.model).name,
         "solver": chosen.solver,
-        "measuring_cpu_seconds": round(bench.measuring, 1),
+        "measuring_cpu_seconds": {k: round(v, 1) for k, v in bench.measuring.items()},
         "rows": rows,
         "bars": judge(rows),
-        "agreement": agreement(rows),
+        "agreement": agreement([row for row in rows if row["kind"] != "sampled"]),
+        "sampled": sampled(rows),
     }
     (chosen.out / "budget.json").write_text(json.dumps(document, indent=2) + "\n")
     (chosen.out / "budget.md").write_text(page(document))

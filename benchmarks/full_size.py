@@ -91,7 +91,9 @@ ROWS = {
     "coreml:int4-g32": one("coreml", "grid=int4-g32"),
     "coreml:lut4-g16": one("coreml", "grid=lut4-g16"),
     "all": Row(RTN),  # Q4_K_M, int4-g32 and int4-g32
-    "verify": Row(),  # of what "all" wrote
+    "verify:gguf": Row(),  # of what "all" wrote
+    "verify:onnx": Row(),
+    "verify:coreml": Row(),
     "gguf:IQ4_XS": one("gguf", "type=IQ4_XS"),
     "llama.cpp:IQ4_XS": Row(),
     "calibrated": Row(CALIBRATED, wanted=False),
@@ -191,8 +193,8 @@ class Bench:
             )
         if key == "read":
             return [sys.executable, __file__, "--read", str(self.folder)]
-        if key == "verify":
-            built = self.scratch / "all" / "out"
+        if tool == "verify":
+            built = self.scratch / "all" / "out" / kind
             text = ("--windows", "2", "--sequence-length", "128")
             return packlight("verify", built, "--baseline", self.folder, *text)
         if tool == "genai":
@@ -280,10 +282,8 @@ def convert(script: str, arguments: list[str]) -> None:
 # --- all of it --------------------------------------------------------------------------------
 
 
-def run(bench: Bench, keys: list[str], document: dict[str, Any]) -> Iterator[None]:
-    """Rows into the document, one after the other."""
-    family = document["families"].setdefault(bench.family, {"rows": {}})
-    family |= bench.facts()
+def run(bench: Bench, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows that could be measured, one after the other."""
     for key in keys:
         shutil.rmtree(bench.scratch / key.replace(":", "-"), ignore_errors=True)
         try:
@@ -291,13 +291,30 @@ def run(bench: Bench, keys: list[str], document: dict[str, Any]) -> Iterator[Non
         except (LeftOutError, CommandFailedError) as reason:
             print(f"{bench.family} {key} is left out: {reason}", file=sys.stderr)
             continue
-        family["rows"][key] = outcome
         print(
             f"{bench.family} {key}: {outcome['cpu_seconds']} CPU s, {outcome['wall_seconds']} s, "
             f"{outcome['peak_anonymous'] >> 20} MB anonymous",
             file=sys.stderr,
         )
-        yield
+        yield key, outcome
+
+
+def merge(path: Path, bench: Bench, key: str, outcome: dict[str, Any]) -> None:
+    """A row into the JSON as it is now: another run may have added to it meanwhile."""
+    document = read(path)
+    document["machine"] = machine()
+    family = document["families"].setdefault(bench.family, {"rows": {}})
+    family |= bench.facts()
+    family["rows"][key] = outcome
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON, or the beginning of one."""
+    if not path.exists():
+        return {"families": {}}
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def machine() -> dict[str, Any]:
@@ -350,9 +367,7 @@ def main() -> None:
     if chosen.convert:
         return convert(chosen.convert[0], chosen.convert[1:])
     path = chosen.out / "full_size.json"
-    document = json.loads(path.read_text()) if path.exists() else {"families": {}}
     if not chosen.page:
-        document["machine"] = machine()
         chosen.models.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=chosen.scratch or chosen.models) as scratch:
             now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
@@ -365,9 +380,9 @@ def main() -> None:
                 run=now,
                 sparse=chosen.sparse,
             )
-            for _ in run(bench, choose_rows(chosen.only), document):
-                path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    write_pages(document, chosen.out)
+            for key, outcome in run(bench, choose_rows(chosen.only)):
+                merge(path, bench, key, outcome)
+    write_pages(read(path), chosen.out)
 
 
 if __name__ == "__main__":

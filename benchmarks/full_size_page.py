@@ -86,7 +86,11 @@ def part_of_gguf(row: str, limit: float) -> Bar:
 
 def peak(row: str, what: str, limit: float, unit: str = "MB") -> Bar:
     """A peak of memory."""
-    kinds = {"peak_anonymous": "anonymous", "peak_resident": "resident", "main_resident": "float"}
+    kinds = {
+        "peak_anonymous": "anonymous",
+        "peak_resident": "resident",
+        "main_resident": "float model's",
+    }
     scale = {"MB": MB, "GB": GB}[unit]
     return Bar(f"{row}: {kinds[what]} peak", lambda f: f(row, what) / scale, (row,), limit, unit)
 
@@ -139,7 +143,7 @@ BARS = (
     ),
     seconds_of_sum("cpu_seconds"),
     seconds_of_sum("wall_seconds"),
-    peak("verify", "main_resident", 2.5, "GB"),
+    peak("verify:gguf", "main_resident", 2.5, "GB"),
     peak("calibrated", "peak_resident", 2.5, "GB"),
     Bar("calibrated: wall", lambda f: f.wall("calibrated") / 60, ("calibrated",), 45, "min"),
     peak("gptq:2", "peak_resident", 3.0, "GB"),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ class CalibrationSet:
     def digest(self) -> str:
         """SHA-256 of the windows: names texts, tokenizer and sampling at once."""
         return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+
+    def first(self, tokens: int) -> CalibrationSet:
+        """The windows of the first so many tokens, at least one."""
+        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))])
 
     @classmethod
     def load(

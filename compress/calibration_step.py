@@ -140,18 +140,25 @@ class CalibrationStep:
         wanted = solver in NEEDS or mask is not None
         return self._calibrate(source, hessian=mask == "hessian") if wanted else None
 
-    def for_costs(self, source: Source) -> tuple[Statistics, CalibrationSet, str]:
+    def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
         """What a cost table is measured with, whatever the solver: statistics of the inputs of the
         float model, texts, and a name for where the statistics are from.
+
+        Args:
+            source: the weights.
+            tokens: of the texts, which then leave no second moments; 0: what the recipe says.
 
         Raises:
             As ``gather``.
         """
+        texts = self._texts.first(tokens) if tokens else self._texts
         given = self._importance.imatrix
         if given:
             name = hashlib.sha256(given.read_bytes()).hexdigest()
-            return self._shipyard.read_imatrix(given, source.config), self._texts, name
-        return self._calibrate(source), self._texts, ""
+            return self._shipyard.read_imatrix(given, source.config), texts, name
+        if tokens:
+            return self._collect(source, texts, hessian=False), texts, ""
+        return self._calibrate(source), texts, ""
 
     @property
     def propagates(self) -> bool:
@@ -201,18 +208,17 @@ class CalibrationStep:
 
     def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
         """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
+        recipe = self.job.recipe
+        wanted = hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian"
+        return self._collect(source, self._texts, hessian=wanted)
+
+    def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
+        """From these texts."""
         import torch
 
-        recipe = self.job.recipe
         torch.set_num_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
-            return collect(
-                source,
-                self._texts,
-                hessian=hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian",
-                keep=self._keep,
-                progress=update,
-            )
+            return collect(source, texts, hessian=hessian, keep=self._keep, progress=update)
 
 
 def read_texts(job: Job) -> CalibrationSet:

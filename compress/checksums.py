@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +20,7 @@ __all__ = [
     "NAME",
     "Findings",
     "check_folder",
+    "folder_digests",
     "read_checksums",
     "sha256_of",
     "verify",
@@ -67,13 +68,24 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_checksums(folder: Path) -> None:
-    """``SHA256SUMS`` of every file but itself, sorted; ``sha256sum -c`` reads it."""
+def folder_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name."""
+    return {name: sha256_of(folder / name) for name in files_in(folder)}
+
+
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """``SHA256SUMS`` of every file but itself, sorted; ``sha256sum -c`` reads it.
+
+    Args:
+        folder: of a build.
+        known: digests of files that were hashed already.
+    """
     lines = []
     for name in files_in(folder):
         escaped = "".join(ESCAPES.get(char, char) for char in name)
+        digest = (known or {}).get(name) or sha256_of(folder / name)
         mark = "\\" if escaped != name else ""
-        lines.append(f"{mark}{sha256_of(folder / name)}  {escaped}\n")
+        lines.append(f"{mark}{digest}  {escaped}\n")
     (folder / NAME).write_text("".join(lines), encoding="utf-8", newline="")
 
 

@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.machine import available_cpus
-from compress.model import Artifact, Exporter, Plan, PlanEntry
+from compress.model import Artifact, Exporter, Plan, PlanEntry, mix_name
 from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import check_zeros, method_of, plan_zeros
@@ -120,7 +120,7 @@ def prepare(
     cut = plan_cut(config, recipe.prune, plans)
     if cut is not None or choices:
         shape = whole if cut is None else Stored(checkpoint, cut.config)
-        plans = make_plans(shape, recipe, get_exporter, context, choices)
+        plans = make_plans(shape, recipe, get_exporter, context, choices, whole=config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     sources = rotations(whole, recipe)
     return Job(whole, config, recipe, plans, positions, command, sources, cut)
@@ -132,11 +132,14 @@ def make_plans(
     get_exporter: GetExporter,
     context: int | None,
     choices: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    whole: DecoderConfig | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe, from the config of a source; nothing is read.
 
     Args:
         choices: format → entry name → grid, over the recipe's.
+        whole: the float model, where the source is a pruned one: mixes go by its parameters.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
@@ -154,6 +157,8 @@ def make_plans(
         config = rotated[target].config if target in rotated else source.config
         grids = (choices or {}).get(target)
         plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
+        if grids and whole:
+            plan = replace(plan, type_name=mix_name(plan.entries, whole))
         if target in rotated:
             plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
         plans.append(plan_zeros(plan, settings))

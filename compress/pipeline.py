@@ -17,7 +17,7 @@ from compress.allocation.sweep import check_sweep, curve_rows
 from compress.arch import DecoderConfig
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
-from compress.checksums import write_checksums
+from compress.checksums import folder_digests, write_checksums
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
@@ -35,9 +35,12 @@ from compress.job import (
 )
 from compress.machine import use_threads
 from compress.model import Artifact, Plan, Shipyard
+from compress.origin import lock_build
 from compress.output import baseline_folder, check_disk, check_output, state_folder, work_folder
 from compress.pace import expected_steps
 from compress.plan_file import print_plan
+from compress.provenance import NAME as PROVENANCE
+from compress.provenance import statement
 from compress.pruning.options import check_save, save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
@@ -106,6 +109,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
     if settings.dry_run:
+        if settings.locked:
+            lock_build(job, chosen, importance, settings, console)
         if measures:
             pruned = prune(job, console, settings.threads)
             job = job.on(pruned.source) if pruned else job
@@ -126,6 +131,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
+    lock = lock_build(job, chosen, importance, settings, console)
     with work_folder(output, resuming(job, settings)) as folder:
         check_output(output, overwrite=settings.overwrite)  # another build may just have ended
         pruned = prune(job, console, settings.threads)
@@ -142,7 +148,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         calibration.save_imatrix()
         artifacts = write_artifacts(calibration, shipyard, folder, console)
         for name, document in chosen.documents(job).items():
-            write_json(folder / name, document)
+            write_json(folder / name, {**document, "lock": lock})
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         verified: list[Outcome] = [None] * len(artifacts)
         if scorer:
@@ -156,7 +162,10 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
             previous.apply(report, console)
         write_json(folder / "report.json", report)
         shipyard.write_pages(report, folder)
-        write_checksums(folder)
+        digests = folder_digests(folder)
+        if stated := statement(job, lock, digests):
+            write_json(folder / PROVENANCE, stated)
+        write_checksums(folder, digests)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
     settings.ci_files.write(report)

@@ -44,6 +44,8 @@ class BuildSettings:
     device: str = ""
     sweep: str = ""
     plan: Path | None = None
+    locked: bool = False
+    provenance: bool = False
     prune: str = ""
     save_checkpoint: Path | None = None
     allow_dense: bool = False
@@ -123,6 +125,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:
         words += ["--plan", settings.plan.name]
+    if settings.locked:
+        words.append("--locked")
     if settings.imatrix:
         words += ["--imatrix", settings.imatrix.name]
     if settings.seed is not None:

@@ -21,7 +21,7 @@ from compress.statistics import LayerStats, input_of, stored_block
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Boundary", "walk", "walk_beside"]
+__all__ = ["Boundary", "held_back", "walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
@@ -92,6 +92,17 @@ def hessian_spans(columns: int) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
+def spacing(windows: Sequence[Sequence[int]]) -> int:
+    """Of so many windows the last is kept out of the Hessian."""
+    return max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
+
+
+def held_back(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """The windows that no Hessian has seen; none where there are too few to spare any."""
+    every = spacing(windows)
+    return windows[every - 1 :: every]
+
+
 class Boundary:
     """The hidden states before a block, in a folder of their own: where a walk goes on that was cut
     off. One file, ``block-3.bin``, replaced as a whole; another while it is being written.
@@ -152,7 +163,7 @@ class Listener:
         roles: Collection[str] = (),
     ) -> None:
         self._config, self._hessian, self._roles = config, hessian, roles
-        self._every = max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
+        self._every = spacing(windows)
         self._sums: dict[str, Accumulator] = {}
 
     def key(self, name: str) -> str | None:

@@ -17,6 +17,7 @@ from jsonschema import validate
 from compress.allocation import sensitivity
 from compress.allocation.budget import Target
 from compress.allocation.costs import CostTable, measure_errors, members
+from compress.allocation.effort import effort_for
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
 from compress.arch import DecoderConfig
@@ -115,7 +116,11 @@ def test_large_models_are_looked_at_less() -> None:
     config = DecoderConfig.from_hf(raw)
     parts, tokens = partition(config, 16384)
     assert len(parts) < 7
-    assert 256 <= tokens <= 1024
+    assert 128 <= tokens <= 256
+    assert not effort_for(source("phi3").config, "gptq").sampled
+    sampled = effort_for(config, "gptq")
+    assert sampled.sampled and sampled.solver == "scale_search"  # no second moments
+    assert effort_for(config, "rtn").solver == "rtn"
 
 
 def test_relative_error_is_that_of_the_outputs() -> None:
@@ -145,6 +150,21 @@ def test_sampled_rows() -> None:
     assert len(runs) > 3
     assert all(run.start % 32 == 0 and run.stop - run.start == 32 for run in runs)
     assert runs[-1].stop == 32064
+    fewer = sample_rows(32064, 3072, 1 << 18)
+    assert sum(run.stop - run.start for run in fewer) * 3072 <= 1 << 18
+
+
+def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
+    """Its name says what the column of bits per weight says, pruned or not."""
+    checkpoint = source("llama3").checkpoint
+    for prune in ("none", "depth"):
+        changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
+        recipe = load("phone-4bit", changes, ["gguf"])
+        (plan,) = prepare(checkpoint, recipe, get_exporter).plans
+        choices = {"gguf": {plan.entries[-1].name: "Q8_0"}}
+        job = prepare(checkpoint, recipe, get_exporter, choices=choices)
+        bits = 8 * job.plans[0].weights_bytes / job.config.num_parameters
+        assert job.plans[0].type_name == f"mix-{bits:.2f}bpw"
 
 
 def test_costs_add_up_over_fused_tensors() -> None:
@@ -170,7 +190,7 @@ def test_errors_are_those_of_the_solver() -> None:
     names = ("blocks.0.down_proj.weight", "lm_head.weight")
     measure_errors(
         weights, statistics, get_solver("rtn"), {n: ["Q4_K", "int4-g32"] for n in names}, errors,
-        lambda done, total: None,
+        1 << 19, lambda done, total: None,
     )  # fmt: skip
     for name in names:
         weight = weights.read(name)
@@ -249,6 +269,15 @@ def test_dry_run_tells_the_plan(tmp_path: Path) -> None:
     assert "smallest" in done.stdout
     assert "recommended" in done.stdout
     assert "lm_head.weight is Q8_0: the recipe keeps it at 8 bits or more" in done.stdout
+
+
+def test_where_everything_fits_nothing_is_measured(tmp_path: Path) -> None:
+    cache = {"PACKLIGHT_CACHE": str(tmp_path / "cache")}
+    formats = ("-f", "gguf", "-f", "coreml")
+    done = packlight("build", DEMO, "--budget", "1GB", *formats, "--dry-run", env=cache)
+    assert done.returncode == 0, done.stderr
+    assert "gguf: every tensor has its largest grid; nothing was measured" in done.stdout
+    assert not list((tmp_path / "cache").rglob("*.npz"))
 
 
 def test_an_infeasible_budget_names_the_smallest_sizes(tmp_path: Path) -> None:

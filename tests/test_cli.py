@@ -46,7 +46,7 @@ def test_a_build_leaves_what_the_design_promises(built):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "gguf", "onnx", "report.json", "report.html", "README.md", "recipe.yaml", "plan.json",
-        "SHA256SUMS",
+        "SHA256SUMS", "provenance.json",
     }  # fmt: skip
     assert [path.name for path in (out / "gguf").iterdir()] == ["tiny-llama-Q4_K_M.gguf"]
     assert (out / "onnx" / "onnx" / "model_q4.onnx_data").exists()
@@ -96,7 +96,7 @@ def test_a_second_build_writes_the_same_bytes(built, model, tmp_path):
     assert done.returncode == 0, done.stderr
     for path in (built / "out").rglob("*"):
         relative = path.relative_to(built / "out")
-        if path.is_file() and relative.parts[0] in ("gguf", "onnx", "plan.json"):
+        if path.is_file() and relative.parts[0] in ("gguf", "onnx", "plan.json", "provenance.json"):
             assert path.read_bytes() == (tmp_path / "out" / relative).read_bytes(), relative
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verdict"] == "not verified"

@@ -81,7 +81,13 @@ def facts(**cpu: float) -> dict[str, Any]:
 
 def test_bars_are_ratios_of_what_was_measured() -> None:
     ours = {"gguf__Q4_K_M": 10, "onnx__int4_g32": 6, "coreml__int4_g32": 7, "read": 1, "all": 24}
-    others = {"llama__f16": 30, "llama__Q4_K_M": 30, "verify": 1, "gptq__1": 60, "gptq__2": 360}
+    others = {
+        "llama__f16": 30,
+        "llama__Q4_K_M": 30,
+        "verify__gguf": 1,
+        "gptq__1": 60,
+        "gptq__2": 360,
+    }
     measured = facts(**ours, **others)
     bars = {
         bar["what"]: (bar["value"], bar["passed"])
@@ -93,7 +99,7 @@ def test_bars_are_ratios_of_what_was_measured() -> None:
     assert bars["three in one build: wall / (sum - 2 reads)"] == (round(24 / 21, 3), True)
     read = "three in one build: bytes read from disk / bytes of the checkpoint"
     assert bars[read] == (1.0, True)
-    assert bars["verify: float peak"] == (2.6, False)
+    assert bars["verify:gguf: float model's peak"] == (2.6, False)
     # 60 s for one block, 360 for two: 300 for each further one.
     hours = (60 + 31 * 300) / 2 / 3600
     assert bars["gptq: CPU on two cores, all blocks from one and two"] == (round(hours, 3), True)
@@ -131,8 +137,8 @@ def test_a_row_is_measured_and_merged(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_rows_that_others_go_on_from_come_along() -> None:
-    assert full_size.choose_rows("verify,llama.cpp:IQ4_XS") == [
-        "llama.cpp:f16", "all", "verify", "llama.cpp:IQ4_XS",
+    assert full_size.choose_rows("verify:onnx,llama.cpp:IQ4_XS") == [
+        "llama.cpp:f16", "all", "verify:onnx", "llama.cpp:IQ4_XS",
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="nonsense"):
         full_size.choose_rows("nonsense")

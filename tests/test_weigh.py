@@ -14,10 +14,10 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress.allocation import ladder
+from compress.allocation import effort, ladder
 from compress.allocation.budget import Target
 from compress.allocation.ladder import Ladder, check_budget, settings_of
-from compress.allocation.weigh import outcome_of, weigh, weighed_note
+from compress.allocation.weigh import AtAGlance, Thorough, weigh, weighed_note
 from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.console import Console
@@ -25,8 +25,10 @@ from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.job import Job, prepare
 from compress.pruning.depth import model_divergence
+from compress.pruning.pruned import Narrower, Shallower
 from compress.pruning.step import prune, pruning_divergence
 from compress.recipe import Recipe, load
+from compress.sources import Source
 from compress.verify.baseline import log_softmax
 from exporters import SHIPYARD
 
@@ -73,11 +75,8 @@ class Case:
         rungs = [self.ladder.unpruned, *(rung for chain in self.ladder.chains() for rung in chain)]
         for rung in rungs:
             if rung.fits:
-                pruning = 0.0
-                if rung.job.cut:
-                    pruning = pruning_divergence(rung.job, QUIET, 1)
-                outcome = outcome_of(rung, pruning, self.calibration, SHIPYARD.get_exporter)
-                found[rung.what] = outcome.total
+                scale = Thorough(self.calibration, SHIPYARD.get_exporter)
+                found[rung.what] = scale.outcome(rung, scale.pruning(rung)).total
         return found
 
 
@@ -164,6 +163,60 @@ def test_divergence_is_that_of_the_whole_models(tmp_path: Path) -> None:
         measured = pruning_divergence(rung.job, QUIET, 1)
         assert measured > 0
         assert pruning_divergence(rung.job, QUIET, 1) == measured  # from the cache
+
+
+@pytest.mark.parametrize("method", ["ffn", "depth"])
+def test_a_large_model_is_weighed_without_being_pruned(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is seen of a shape is what the model without those channels or blocks says, its table
+    is the whole model's, and nothing is pruned for it.
+    """
+    monkeypatch.setattr(effort, "LARGE", 0)
+    model = tiny.make("llama", tmp_path / "m", num_hidden_layers=3)
+    loud_mlps(model, idle=0.3)
+    case = Case(model, "onnx", round(0.93 * sizes(model, "onnx").smallest_bytes))
+    scale = AtAGlance(case.calibration, SHIPYARD.get_exporter)
+    rungs = [rung for chain in case.ladder.chains() for rung in chain if rung.fits]
+    rung = next(rung for rung in rungs if rung.job.cut and rung.job.cut.method == method)
+    assert rung.job.cut is not None
+    source, config = rung.job.source, rung.job.cut.config
+    windows = case.calibration.windows()[:8]  # 256 tokens
+    seen = scale.glance(rung)
+    if method == "depth":
+        other: Source = Shallower(source, config, seen.kept)
+        left_out = [set(range(3)) - {block} for block in range(3)]
+        costs = [
+            model_divergence(source, Shallower(source, config, sorted(kept)), windows)
+            for kept in left_out
+        ]
+        assert set(seen.kept) == left_out[int(np.argmin(costs))]
+    else:
+        (statistics, _, _) = case.calibration.for_costs(source, 256)
+        kept = {}
+        for block in range(3):
+            name = f"blocks.{block}.down_proj.weight"
+            stats = statistics.for_weight(name)
+            assert stats is not None
+            carried = (source.read(name) ** 2).sum(axis=0) * stats.importance
+            channels = np.sort(np.argsort(-carried)[: rung.job.cut.kept])
+            kept[block] = {role: channels for role in ("gate_proj", "up_proj")}
+        other = Narrower(source, config, None, kept, "")
+        assert seen.kept == (0, 1, 2)
+    assert seen.kl == pytest.approx(model_divergence(source, other, windows), rel=1e-5)
+    outcome = scale.outcome(rung, seen.kl)
+    assert outcome.total > seen.kl
+    table = outcome.budgeted.table
+    assert not table.missing(outcome.step.targets[0].wanted())
+    first = seen.kept[0]
+    measured = scale.table("onnx")
+    for role in ("q_proj", "down_proj"):
+        own, old = f"blocks.0.{role}.weight", f"blocks.{first}.{role}.weight"
+        assert table.errors[own] == measured.errors[old]
+        assert table.sensitivities[own] == measured.sensitivities[old]
+    assert not list((tmp_path / "cache").glob("pruning/*/found.json"))
+    job, (budgeted,) = case.weigh()
+    assert job.cuts and job.plans[0].file_bytes <= budgeted.limit.nbytes
 
 
 def test_chains_go_from_little_to_much(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Target:
     @cached_property
     def largest_bytes(self) -> int:
         """Bytes of the largest."""
-        return self.plan_of([len(choice.options) - 1 for choice in self.choices]).file_bytes
+        return self.largest.plan.file_bytes
 
     @cached_property
     def overhead(self) -> int:
@@ -94,6 +94,12 @@ class Target:
             Option(option.nbytes, table.cost(choice.name, option.grid, tied=choice.tied))
             for option in choice.options
         ]
+
+    @property
+    def largest(self) -> Allocation:
+        """Every tensor on its largest grid: what a budget gives that leaves nothing to choose."""
+        options = tuple(len(choice.options) - 1 for choice in self.choices)
+        return Allocation(self.plan_of(options), options)
 
     def allocate(self, budget: int, table: CostTable) -> Allocation:
         """The least cost in a file of ``budget`` bytes.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
 from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
@@ -30,7 +31,7 @@ from compress.statistics import Statistics, stored_block
 
 __all__ = ["CostTable", "measured", "members"]
 
-LAYOUT = 1  # of the file; part of its key
+LAYOUT = 2  # of the file; part of its key
 
 Progress = Callable[[int, int], None]
 
@@ -70,6 +71,29 @@ class CostTable:
                     grids.append(grid)
         return found
 
+    def on(self, config: DecoderConfig, kept: Sequence[int]) -> CostTable:
+        """What this table says of a pruned shape of the same model: a unit of relative error costs
+        what it costs in the whole, and rows and columns that stay are like those that go.
+
+        Args:
+            config: of the shape.
+            kept: the stored blocks that are left, ascending.
+        """
+
+        def renamed(name: str) -> str:
+            block, role, kind = split_name(name)
+            if block is None:
+                return name
+            stored, run = divmod(block, config.block_repeat)
+            return f"blocks.{kept[stored] * config.block_repeat + run}.{role}.{kind}"
+
+        names = [name for name in WeightMap(config).names() if renamed(name) in self.sensitivities]
+        return CostTable(
+            config,
+            {name: self.sensitivities[renamed(name)] for name in names},
+            {name: self.errors[renamed(name)] for name in names if renamed(name) in self.errors},
+        )
+
     @classmethod
     def load(cls, config: DecoderConfig, path: Path) -> CostTable:
         """What ``save`` left; an empty table where there is none, or a damaged one."""
@@ -104,7 +128,8 @@ def measured(
     source: Source,
     calibration: CalibrationSet,
     statistics: Statistics,
-    solver: tuple[str, Solver],
+    solve: Solver,
+    effort: Effort,
     origin: str,
     wanted: Sequence[tuple[str, str]],
     console: Console,
@@ -115,22 +140,25 @@ def measured(
         source: the weights.
         calibration: the windows, and what names them.
         statistics: of the inputs.
-        solver: its name, and the solver with the statistics bound.
+        solve: the effort's solver, with the statistics bound.
+        effort: how much is measured.
         origin: names what the statistics are from, where that is not ``calibration``.
         wanted: pairs of unfused name and grid.
         console: for progress.
     """
-    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {solver[0]} {origin}"
+    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {effort} {origin}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}-costs.json"
     table = CostTable.load(source.config, path)
     if not table.sensitivities:
         with console.progress("measure sensitivities", "blocks") as told:
-            table.sensitivities = measure(source, calibration.windows, statistics, told)
+            table.sensitivities = measure(
+                source, calibration.windows, statistics, told, most=effort.noisy
+            )
         table.save(path)
     if missing := table.missing(wanted):
         with console.progress("measure grids", "tensors") as told:
-            measure_errors(source, statistics, solver[1], missing, table.errors, told)
+            measure_errors(source, statistics, solve, missing, table.errors, effort.sample, told)
         table.save(path)
     return table
 
@@ -141,6 +169,7 @@ def measure_errors(
     solve: Solver,
     missing: Mapping[str, Sequence[str]],
     errors: dict[str, dict[str, float]],
+    sample: int,
     progress: Progress,
 ) -> None:
     """Fill in the errors, one tensor in memory at a time."""
@@ -150,7 +179,11 @@ def measure_errors(
         rows, columns = shapes.shape(name)
         # A tied head has the embedding's codes.
         stored = "embed_tokens.weight" if tied and name == "lm_head.weight" else name
-        weight = sampled(lambda run, name=stored: source.read(name, run), rows, columns)  # type: ignore[misc]
+
+        def read(run: slice, name: str = stored) -> Float32:
+            return source.read(name, run)
+
+        weight = sampled(read, rows, columns, sample)
         for grid in map(get_grid, grids):
             change = decoded(solve, weight, grid, stored) - weight
             error = relative_error(weight, change, statistics.for_weight(name))

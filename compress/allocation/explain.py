@@ -25,18 +25,22 @@ def describe(budgeted: Budgeted) -> dict[str, Any]:
         "limit_bytes": limit.nbytes,
         **({"limit_is": limit.told} if limit.told else {}),
         "smallest_bytes": target.smallest_bytes,
-        "recommended_bytes": budgeted.recommended,
+        **({"recommended_bytes": budgeted.recommended} if budgeted.table else {}),
         "kept_high": kept_high(budgeted),
         **({"weighed": list(budgeted.weighed)} if budgeted.weighed else {}),
     }
 
 
 def kept_high(budgeted: Budgeted) -> list[dict[str, str]]:
-    """The tensors with clearly more bits than the whole, the most costly ones first."""
-    target = budgeted.target
+    """The tensors with clearly more bits than the whole, the most costly ones first; none where
+    nothing was measured.
+    """
+    target, table = budgeted.target, budgeted.table
+    if table is None:
+        return []
     rows = []
     for choice, picked in zip(target.choices, budgeted.allocation.options, strict=True):
-        options = target.options(choice, budgeted.table)
+        options = target.options(choice, table)
         weights = math.prod(choice.shape) * len(choice.names)
         rows.append((choice, picked, options, weights))
     whole = sum(o[picked].nbytes for _, picked, o, _ in rows) / sum(row[3] for row in rows)
@@ -71,15 +75,18 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
                 plan.format,
                 format_bytes(b.limit.nbytes),
                 f"{format_bytes(plan.file_bytes)}, {share:.1f} %",
-                f"{plan.expected_divergence or 0:.4f}",
+                told(plan.expected_divergence),
                 format_bytes(b.target.smallest_bytes),
-                format_bytes(b.recommended),
+                format_bytes(b.recommended) if b.table else told(None),
             ]
         )
     headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
     console.table(headers, rows)
     print_weighed(budgeted, console)
     for b in budgeted:
+        if b.table is None:
+            name = b.target.plan.format
+            console.data(f"{name}: every tensor has its largest grid; nothing was measured")
         if b.limit.told:
             console.data(f"{b.target.plan.format}: {b.limit.told}")
         for row in kept_high(b):

@@ -36,9 +36,10 @@ __all__ = ["Sensitivity", "measure"]
 
 LEVEL = 0.1  # of the noise, relative to the weights: an error of 1 %, as four bits have
 GROUP = 32
-FEWEST_TOKENS, MOST_TOKENS = 256, 1024
-WORK = 3e13  # multiplications and additions that a measurement may take: a quarter of an hour
+FEWEST_TOKENS, MOST_TOKENS = 128, 1024
+WORK = 3e13  # multiplications and additions that a measurement may take: some minutes
 HEAD = "lm_head.weight"
+SLAB = 1 << 20  # weights that get their noise at a time
 HEAD_ROWS = 1 << 13  # rows of the head that get their noise at a time
 
 Progress = Callable[[int, int], None]
@@ -67,6 +68,8 @@ def measure(
     windows: Sequence[Sequence[int]],
     statistics: Statistics,
     progress: Progress = lambda done, total: None,
+    *,
+    most: int = MOST_TOKENS,
 ) -> dict[str, Sensitivity]:
     """Sensitivity of every linear and of the embedding, by unfused name, stored blocks once.
 
@@ -75,11 +78,12 @@ def measure(
         windows: token ids to look at; as many are used as ``WORK`` allows.
         statistics: of the inputs, to weigh the noise with.
         progress: ``progress(done, total)`` in blocks.
+        most: tokens that are looked at.
     """
     import torch
 
     with torch.inference_mode():
-        return _Measurement(source, windows, statistics).run(progress)
+        return _Measurement(source, windows, statistics, most).run(progress)
 
 
 def partition(config: DecoderConfig, tokens: int) -> tuple[tuple[tuple[str, ...], ...], int]:
@@ -101,7 +105,7 @@ def partition(config: DecoderConfig, tokens: int) -> tuple[tuple[tuple[str, ...]
         affordable = int(WORK / (forward * passes))
         if affordable >= min(FEWEST_TOKENS, tokens):
             break
-    return parts, max(min(MOST_TOKENS, tokens, affordable), min(FEWEST_TOKENS, tokens))
+    return parts, max(min(tokens, affordable), min(FEWEST_TOKENS, tokens))
 
 
 def noise_like(weight: Float32, name: str, first_row: int = 0) -> Float32:
@@ -109,12 +113,16 @@ def noise_like(weight: Float32, name: str, first_row: int = 0) -> Float32:
     digest = hashlib.sha256(f"{name} {first_row}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     rows, columns = weight.shape
-    noise = random.standard_normal((rows, columns), dtype=np.float32)
+    noise = np.empty((rows, columns), np.float32)
     starts = range(0, columns, GROUP)
-    squares = np.add.reduceat(weight * weight, starts, axis=1)
     widths = np.minimum(GROUP, columns - np.array(starts))
-    scale = LEVEL * np.sqrt(squares / widths).astype(np.float32)
-    noise *= np.repeat(scale, widths, axis=1)
+    slab = max(1, SLAB // columns)
+    for start in range(0, rows, slab):
+        some = weight[start : start + slab]
+        part = random.standard_normal(out=noise[start : start + slab], dtype=np.float32)
+        squares = np.add.reduceat(some * some, starts, axis=1)
+        scale = LEVEL * np.sqrt(squares / widths).astype(np.float32)
+        part *= np.repeat(scale, widths, axis=1)
     return noise
 
 
@@ -122,12 +130,16 @@ class _Measurement:
     """One run; states are lists of ``[length, hidden]``, one tensor per window."""
 
     def __init__(
-        self, source: Source, windows: Sequence[Sequence[int]], statistics: Statistics
+        self,
+        source: Source,
+        windows: Sequence[Sequence[int]],
+        statistics: Statistics,
+        most: int,
     ) -> None:
         from compress.decoder import Decoder
 
         self.source, self.config, self.statistics = source, source.config, statistics
-        self.parts, tokens = partition(source.config, sum(map(len, windows)))
+        self.parts, tokens = partition(source.config, min(most, sum(map(len, windows))))
         count = max(1, tokens // len(windows[0]))
         self.windows = [list(window[:tokens]) for window in windows[:count]]
         self.decoder = Decoder(self.config, source.read)
@@ -178,29 +190,31 @@ class _Measurement:
             for name in self.names.names()
             if split_name(name)[0] == index
         }
-        noise = {
-            role: noise_like(weights[f"{role}.weight"], f"blocks.{index}.{role}.weight")
-            for role in self.config.linear_roles
-        }
-        for role, values in noise.items():
-            self.note_error(f"blocks.{index}.{role}.weight", weights[f"{role}.weight"], values)
 
-        def run(states: list[Tensor], roles: Sequence[str] = ()) -> list[Tensor]:
-            changed = {f"{role}.weight": weights[f"{role}.weight"] + noise[role] for role in roles}
-            return self.through(index, {**weights, **changed}, states)
+        def run(states: list[Tensor], noisy: Mapping[str, Float32]) -> list[Tensor]:
+            return self.through(index, {**weights, **noisy}, states)
 
-        after = run(clean)
+        after = run(clean, {})
         for label, states in self.variants.items():
-            self.variants[label] = run(states)
+            self.variants[label] = run(states, {})
         for roles in self.parts:
             names = tuple(f"blocks.{index}.{role}.weight" for role in roles)
-            self.variants[names] = run(clean, roles)
-            if len(roles) > 1:
-                self.shares[names] = {
-                    name: distance(run(clean, [role]), after)
-                    for name, role in zip(names, roles, strict=True)
-                }
+            noisy: dict[str, Float32] = {}  # one part at a time: as large as its weights
+            for role, name in zip(roles, names, strict=True):
+                key = f"{role}.weight"
+                noisy[key] = self.with_noise(name, weights[key])
+                if len(roles) > 1:
+                    alone = run(clean, {key: noisy[key]})
+                    self.shares.setdefault(names, {})[name] = distance(alone, after)
+            self.variants[names] = run(clean, noisy)
         return after
+
+    def with_noise(self, name: str, weight: Float32) -> Float32:
+        """A weight with its noise; how much that is is noted."""
+        noise = noise_like(weight, name)
+        self.note_error(name, weight, noise)
+        noise += weight
+        return noise
 
     def through(
         self, index: int, weights: Mapping[str, Float32], states: list[Tensor]

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress.allocation.budget import Allocation, Target, infeasible
-from compress.allocation.costs import CostTable, measured
+from compress.allocation.choices import Choice
+from compress.allocation.costs import CostTable, measured, members
+from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration_step import CalibrationStep
 from compress.job import Job
@@ -27,14 +29,15 @@ class Budgeted:
     """One target, its limit and what was chosen within it.
 
     Attributes:
-        recommended: bytes of the smallest file that is expected to be good.
+        table: what was measured; None where the largest file fits, and nothing had to be.
+        recommended: bytes of the smallest file that is expected to be good; 0 without a table.
         weighed: the shapes that were weighed, as ``weigh.py`` tells them; none: nothing was.
     """
 
     target: Target
     limit: Limit
     allocation: Allocation
-    table: CostTable = field(repr=False)
+    table: CostTable | None = field(repr=False)
     recommended: int = 0
     weighed: tuple[Mapping[str, Any], ...] = ()
 
@@ -54,12 +57,26 @@ class BudgetStep:
         self._tables: dict[str, CostTable] = {}
 
     def allocate(
-        self, limits: Sequence[Limit], targets: Sequence[Target] | None = None
+        self,
+        limits: Sequence[Limit],
+        targets: Sequence[Target] | None = None,
+        *,
+        expect: bool = False,
     ) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target (or these)."""
+        """Measure what is not in the cost table yet, and choose for every target (or these).
+
+        Args:
+            limits: of each.
+            targets: some of ``targets``.
+            expect: whether a divergence is wanted where the largest file fits, too; else nothing
+                is measured there.
+        """
         gates = self.job.recipe.gates
         found = []
         for target, limit in zip(targets or self.targets, limits, strict=True):
+            if target.largest_bytes <= limit.nbytes and not expect:
+                found.append(Budgeted(target, limit, target.largest, None))
+                continue
             table = self.table(target)
             chosen = target.allocate(limit.nbytes, table)
             recommended = target.recommended_bytes(table, gates)
@@ -76,18 +93,25 @@ class BudgetStep:
                 if other.source.fingerprint() == key
                 for pair in other.wanted()
             ]
-            statistics, texts, origin = self._calibration.for_costs(target.source)
-            name = self.job.recipe.solver
+            effort = effort_for(self.job.config, self.job.recipe.solver)
+            statistics, texts, origin = self._calibration.for_costs(target.source, effort.tokens)
             self._tables[key] = measured(
                 target.source,
                 texts,
                 statistics,
-                (name, get_solver(name, statistics)),
+                get_solver(effort.solver, statistics),
+                effort,
                 origin,
                 wanted,
                 self._calibration.console,
             )
         return self._tables[key]
+
+    def adopt(self, table: CostTable) -> None:
+        """Take a table in the place of measuring; grids that it does not know are no options."""
+        for target in self.targets:
+            target.choices = [known_options(choice, table) for choice in target.choices]
+            self._tables[target.source.fingerprint()] = table
 
     def settle(self, budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""
@@ -97,6 +121,18 @@ class BudgetStep:
             told(p, chosen[p.format].allocation.plan) for p in made.plans if p.format in chosen
         )
         return replace(self.job, plans=tuple(plans))
+
+
+def known_options(choice: Choice, table: CostTable) -> Choice:
+    """A choice among what a table knows."""
+    unknown = {
+        grid
+        for member in members(table.config, choice.name, tied=choice.tied)
+        for grid in (option.grid for option in choice.options)
+        if grid not in table.errors.get(member, {})
+    }
+    options = tuple(option for option in choice.options if option.grid not in unknown)
+    return replace(choice, options=options)
 
 
 def told(plan: Plan, allocated: Plan) -> Plan:

@@ -95,7 +95,7 @@ def sweep(
     for name in names:
         targets = [t for t in step.targets if name in budgets[t.plan.format]]
         limits = [Limit(budgets[target.plan.format][name]) for target in targets]
-        budgeted = step.allocate(limits, targets)
+        budgeted = step.allocate(limits, targets, expect=True)
         job = step.settle(budgeted, prepare)
         plans[name] = (job, {b.target.plan.format: describe(b) for b in budgeted})
         for plan, limit in zip(job.plans, limits, strict=True):

@@ -17,7 +17,7 @@ from compress.statistics import LayerStats
 
 __all__ = ["relative_error", "sample_rows", "sampled"]
 
-SAMPLE = 1 << 19  # weights of a tensor that are looked at
+SAMPLE = 1 << 19  # weights of a tensor that are looked at, where nothing else is said
 RUN = 32  # rows that stay together: as many as share a palette
 
 
@@ -47,15 +47,17 @@ def squares(values: Float32, stats: LayerStats | None) -> float:
     return float(by_column @ stats.importance)
 
 
-def sample_rows(rows: int, columns: int) -> list[slice]:
-    """Runs of rows, evenly over the tensor; all of a small one."""
-    runs = max(1, SAMPLE // (RUN * columns))
+def sample_rows(rows: int, columns: int, sample: int = SAMPLE) -> list[slice]:
+    """Runs of rows, evenly over the tensor, of about ``sample`` weights; all of a small one."""
+    runs = max(1, sample // (RUN * columns))
     if rows <= runs * RUN:
         return [slice(0, rows)]
     places = np.linspace(0, rows // RUN - 1, runs).astype(int)
     return [slice(int(place) * RUN, int(place + 1) * RUN) for place in dict.fromkeys(places)]
 
 
-def sampled(read: Callable[[slice], Float32], rows: int, columns: int) -> Float32:
+def sampled(
+    read: Callable[[slice], Float32], rows: int, columns: int, sample: int = SAMPLE
+) -> Float32:
     """The rows of ``sample_rows``, one after the other."""
-    return np.concatenate([read(run) for run in sample_rows(rows, columns)])
+    return np.concatenate([read(run) for run in sample_rows(rows, columns, sample)])

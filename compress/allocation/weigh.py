@@ -14,15 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from compress.allocation.costs import CostTable
+from compress.allocation.effort import effort_for
 from compress.allocation.ladder import Ladder, Replan, Rung
 from compress.allocation.step import Budgeted, BudgetStep, GetExporter
 from compress.calibration_step import CalibrationStep
 from compress.job import Job
 from compress.model import Plan
 from compress.pruning.cut import Cut
+from compress.pruning.glance import Glance, glance
 from compress.pruning.step import prune, pruning_divergence
+from compress.sources import Stored
 
-__all__ = ["Outcome", "noted", "outcome_of", "weigh", "weighed_note"]
+__all__ = ["AtAGlance", "Outcome", "Thorough", "noted", "weigh", "weighed_note"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Outcome:
 
     @property
     def total(self) -> float:
-        """Nats per token."""
+        """Nats per token; 0 where nothing was measured."""
         return self.budgeted.allocation.plan.expected_divergence or 0.0
 
 
@@ -61,11 +65,13 @@ def weigh(
         UsageError: calibration texts that are not there or too short.
     """
     job = calibration.job
+    effort = effort_for(job.config, job.recipe.solver)
+    scale = (AtAGlance if effort.sampled else Thorough)(calibration, get_exporter)
     plans, budgeted = [], []
     sources, cuts = dict(job.sources), dict[str, Cut]()
     for plan in job.plans:
         ladder = Ladder(job, plan, get_exporter, prepare)
-        best, rows = best_of(ladder, calibration, get_exporter)
+        best, rows = best_of(ladder, scale)
         made = best.step.settle([best.budgeted], ladder.alone(best.rung))
         plans.append(noted(made.plans[0], rows))
         budgeted.append(replace(best.budgeted, weighed=tuple(rows)))
@@ -75,15 +81,13 @@ def weigh(
     return replace(job, plans=tuple(plans), sources=sources, cuts=cuts), budgeted
 
 
-def best_of(
-    ladder: Ladder, calibration: CalibrationStep, get_exporter: GetExporter
-) -> tuple[Outcome, list[dict[str, Any]]]:
+def best_of(ladder: Ladder, scale: Thorough | AtAGlance) -> tuple[Outcome, list[dict[str, Any]]]:
     """The shape with the least total, and a row for each that was looked at."""
     outcomes: list[Outcome] = []
     rows: list[tuple[Rung, Outcome | None, float | None]] = []
 
     def take(rung: Rung, pruning: float) -> None:
-        outcomes.append(outcome_of(rung, pruning, calibration, get_exporter))
+        outcomes.append(scale.outcome(rung, pruning))
         rows.append((rung, outcomes[-1], pruning))
 
     whole = ladder.unpruned
@@ -97,7 +101,7 @@ def best_of(
                 if not rung.fits:
                     rows.append((rung, None, None))
                     continue
-                pruning = pruning_divergence(rung.job, calibration.console, calibration.threads)
+                pruning = scale.pruning(rung)
                 if outcomes and pruning >= min(outcome.total for outcome in outcomes):
                     rows.append((rung, None, pruning))
                     break
@@ -106,25 +110,91 @@ def best_of(
     return best, [row_of(*row, chosen=row[1] is best) for row in rows]
 
 
-def outcome_of(
-    rung: Rung, pruning: float, calibration: CalibrationStep, get_exporter: GetExporter
-) -> Outcome:
-    """Prune (from the cache), measure what is not known yet, and choose grids.
+class Thorough:
+    """Every shape is pruned, and its own tensors are measured.
+
+    Args:
+        calibration: of the unpruned job.
+        get_exporter: format → its exporter.
+    """
+
+    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+        self._calibration, self._get_exporter = calibration, get_exporter
+
+    def pruning(self, rung: Rung) -> float:
+        """Nats that pruning alone costs."""
+        return pruning_divergence(rung.job, self._calibration.console, self._calibration.threads)
+
+    def outcome(self, rung: Rung, pruning: float) -> Outcome:
+        """Prune (from the cache), measure what is not known yet, and choose grids.
+
+        Args:
+            rung: one that fits.
+            pruning: nats that its pruning costs.
+        """
+        job = rung.job
+        if pruned := prune(job, self._calibration.console, self._calibration.threads):
+            job = job.on(pruned.source)
+        step = BudgetStep(self._calibration.on(job), self._get_exporter)
+        return outcome_of(rung, step, pruning)
+
+
+class AtAGlance:
+    """For a large model: the whole model's table stands for every shape, and pruning is looked at
+    without being done (``compress.pruning.glance``).
+
+    Args:
+        calibration, get_exporter: as ``Thorough`` takes them.
+    """
+
+    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+        self._calibration, self._get_exporter = calibration, get_exporter
+        self._whole = BudgetStep(calibration, get_exporter)
+
+    def pruning(self, rung: Rung) -> float:
+        """Nats that pruning alone costs, at most."""
+        return self.glance(rung).kl
+
+    def outcome(self, rung: Rung, pruning: float) -> Outcome:
+        """As ``Thorough.outcome``; nothing is pruned."""
+        job = rung.job.on(Stored(rung.job.checkpoint, rung.job.shape))
+        table = self.table(rung.target.plan.format)
+        step = BudgetStep(self._calibration.on(job), self._get_exporter)
+        step.adopt(table.on(step.targets[0].source.config, self.glance(rung).kept))
+        return outcome_of(rung, step, pruning)
+
+    def table(self, name: str) -> CostTable:
+        """The whole model's, of a format; measured once for all of them."""
+        (whole,) = (target for target in self._whole.targets if target.plan.format == name)
+        return self._whole.table(whole)
+
+    def glance(self, rung: Rung) -> Glance:
+        """What is seen of a shape."""
+        job = rung.job
+        if job.cut is None:
+            return Glance(
+                0.0, tuple(range(job.config.num_hidden_layers // job.config.block_repeat))
+            )
+        tokens = effort_for(job.config, job.recipe.solver).tokens
+        statistics, texts, _ = self._calibration.for_costs(job.source, tokens)
+        return glance(job.source, job.cut, statistics, texts.windows, self._calibration.console)
+
+
+def outcome_of(rung: Rung, step: BudgetStep, pruning: float) -> Outcome:
+    """Grids for a shape.
 
     Args:
         rung: one that fits.
+        step: the budget of its job.
         pruning: nats that its pruning costs.
-        calibration: of the unpruned job.
     """
-    job = rung.job
-    if pruned := prune(job, calibration.console, calibration.threads):
-        job = job.on(pruned.source)
-    step = BudgetStep(calibration.on(job), get_exporter)
-    (found,) = step.allocate([rung.limit])
+    (found,) = step.allocate([rung.limit], expect=rung.job.cut is not None)
+    if found.table is None:  # the whole model's largest file fits
+        return Outcome(rung, step, found, pruning)
     plan = found.allocation.plan
     total = pruning + (plan.expected_divergence or 0.0)
     allocation = replace(found.allocation, plan=replace(plan, expected_divergence=total))
-    recommended = found.target.recommended_bytes(found.table, job.recipe.gates, pruning)
+    recommended = found.target.recommended_bytes(found.table, step.job.recipe.gates, pruning)
     return Outcome(
         rung, step, replace(found, allocation=allocation, recommended=recommended), pruning
     )
@@ -146,10 +216,10 @@ def row_of(
         return row | {"outcome": "does not fit"}
     if outcome is None:
         return row | {"outcome": "cannot win: pruning alone costs as much as the best in all"}
-    return row | {
-        "bytes": outcome.budgeted.allocation.plan.file_bytes,
-        "expected_kl_divergence": digits(outcome.total),
-    }
+    row["bytes"] = outcome.budgeted.allocation.plan.file_bytes
+    if outcome.budgeted.table is None:
+        return row
+    return row | {"expected_kl_divergence": digits(outcome.total)}
 
 
 def digits(value: float) -> float:
@@ -170,6 +240,8 @@ def weighed_note(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     whole = rows[0]
     (best,) = (row for row in rows if row["outcome"] == "chosen")
+    if len(rows) == 1:
+        return "Nothing is pruned: within the budget every tensor has its largest grid"
     total = best["expected_kl_divergence"]
     if best is not whole:
         parts = (
@@ -181,8 +253,6 @@ def weighed_note(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"unpruned, {whole['expected_kl_divergence']:.4f} was expected"
             )
         return f"Pruned because nothing else fits: {best['what']} go, with {parts}"
-    if len(rows) == 1:
-        return "Nothing is pruned: within the budget every tensor has its largest grid"
     told = f"Nothing is pruned: lower bits alone won, with an expected KL of {total:.4f}"
     lost = [row for row in rows if row["outcome"] == "loses"]
     if not lost:

@@ -65,6 +65,12 @@ from compress.errors import UsageError
                    "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
+@click.option("--locked", is_flag=True,
+              help="Refuse unless versions, checkpoint and recipe are those of the plan: --plan, "
+                   "or the output's own plan.json.")  # fmt: skip
+@click.option("--provenance", is_flag=True,
+              help="Hash every file of the checkpoint, however large, for provenance.json and "
+                   "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
 @against_option
@@ -102,6 +108,11 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     budget = any(options[key] for key in ("budget", "budget_memory", "device"))
     if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
         raise UsageError("a budget, --sweep and --plan exclude each other")
+    plan = options["plan"]
+    if options["locked"] and plan is None:
+        if output is None or budget or options["sweep"]:
+            raise UsageError("--locked needs a plan", hint="--plan plan.json of an earlier build")
+        plan = output / "plan.json"
     settings = BuildSettings(
         model=model,
         output=output,
@@ -120,7 +131,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         budget_memory=options["budget_memory"],
         device=options["device"],
         sweep=options["sweep"],
-        plan=options["plan"],
+        plan=plan,
+        locked=options["locked"],
+        provenance=options["provenance"],
         prune=options["prune"],
         save_checkpoint=options["save_checkpoint"],
         allow_dense=options["allow_dense"],

@@ -22,6 +22,10 @@ from compress.sources import Source
 __all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 
 
+# Role whose columns go → role whose rows go with them.
+FEEDS = {"down_proj": "up_proj", "o_proj": "q_proj"}
+
+
 class Shallower:
     """Some of the stored blocks of a source, in their order.
 
@@ -61,7 +65,8 @@ class Narrower:
     Args:
         source: the whole model.
         config: with the smaller sizes.
-        folder: of ``step.py``: a file per stored block with its changed weight.
+        folder: of ``step.py``: a file per stored block with its changed weight; None where the
+            columns that stay are as they were.
         kept: first run of a stored block → rows that stay, by role (``kept_rows``).
         name: of the folder's contents; part of the fingerprint.
     """
@@ -70,7 +75,7 @@ class Narrower:
         self,
         source: Source,
         config: DecoderConfig,
-        folder: Path,
+        folder: Path | None,
         kept: Mapping[int, Mapping[str, Array]],
         name: str,
     ) -> None:
@@ -79,7 +84,7 @@ class Narrower:
         self._kept = kept
         self._name = name
         self._changed: dict[str, TensorInfo] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.safetensors")) if folder else ():
             self._changed |= scan_safetensors(file)
 
     @property
@@ -96,6 +101,9 @@ class Narrower:
         changed = f"blocks.{stored}.{role}.{kind}"
         if changed in self._changed:
             return read_rows(self._changed[changed], rows)
+        columns = self._kept[stored].get(FEEDS.get(role, ""))
+        if columns is not None and kind == "weight":
+            return self._source.read(name, rows)[:, columns]
         index = self._rows(stored, role)
         if index is None:
             return self._source.read(name, rows)

@@ -84,7 +84,7 @@ def prune_targets(job: Job, console: Console, threads: int) -> tuple[Job, list[s
 
 def pruning_divergence(job: Job, console: Console, threads: int) -> float:
     """Mean KL divergence of the pruned float model from the whole one, in nats per token, on
-    the calibration tokens that blocks are tried on; kept in the cache.
+    the calibration windows that no update has seen; kept in the cache.
 
     Raises:
         As ``prune``.
@@ -94,16 +94,15 @@ def pruning_divergence(job: Job, console: Console, threads: int) -> float:
         return 0.0
     texts = read_texts(job)
     folder = cut_folder(job.source, job.cut, texts)
-    if job.cut.method == "depth":
-        return float(read_json(folder / FOUND)["gone"][-1][1])
-    path = folder / "divergence.json"
+    path = folder / "held_back.json"
     try:
         return float(read_json(path)["kl"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
         pass
     from compress.pruning.depth import measured_windows, model_divergence
+    from compress.walk import held_back
 
-    windows = measured_windows(texts.windows)
+    windows = held_back(texts.windows) or measured_windows(texts.windows)
     with console.progress(f"judge {job.cut.method}", "steps") as update:
         found = model_divergence(job.source, pruned.source, windows, update)
     partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -4,7 +4,7 @@
     graph.py      the decoder as a MIL program, operation by operation, from a DecoderConfig
     constants.py  placeholders for its constants, filled one at a time
     writer.py     the package, streamed; all that is private of coremltools
-    weight_file.py its arrays, written or only counted
+    weight_file.py its arrays, written slab by slab or only counted
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
     inspection.py what a package says of itself
     evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts

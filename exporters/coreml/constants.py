@@ -7,7 +7,7 @@ bytes when the writer comes to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,9 +51,9 @@ class LazyConstants:
         self._weights = weights
         self._entries = {entry.name: entry for entry in plan.entries}
         self._vars: dict[str, Var] = {}
-        self._fills: dict[str, tuple[Part, Callable[[], Array]]] = {}
+        self._fills: dict[str, tuple[Part, Callable[[], Iterable[Array]]]] = {}
         self._sources: dict[str, str] = {}  # constant → weight
-        self._held: tuple[str, dict[str, Array]] = ("", {})
+        self._held: tuple[str, dict[str, list[Array]]] = ("", {})
 
     # --- what the graph asks for --------------------------------------------------------------
 
@@ -68,11 +68,11 @@ class LazyConstants:
         """A norm weight or a bias."""
         entry = self._entries[self._stored(name)]
         (part,) = parts(entry.grid, entry.shape)
-        return self._constant(entry.target_name, part, self._reader(entry), entry.name)
+        return self._constant(entry.target_name, part, partial(self._read, entry), entry.name)
 
     def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
         """A float16 constant that the program needs and no checkpoint has."""
-        return self._constant(name, Part("val", "fp16", shape), make)
+        return self._constant(name, Part("val", "fp16", shape), lambda: (make(),))
 
     def _stored(self, name: str) -> str:
         """Blocks that repeat a stored block (MobileLLM-LS) use its constants."""
@@ -85,7 +85,9 @@ class LazyConstants:
     def _matrix(self, entry: PlanEntry) -> Var:
         pieces = parts(entry.grid, entry.shape)
         if len(pieces) == 1:
-            return self._constant(entry.target_name, pieces[0], self._reader(entry), entry.name)
+            return self._constant(
+                entry.target_name, pieces[0], partial(self._read, entry), entry.name
+            )
         inputs = {
             part.name: self._constant(
                 f"{entry.target_name}_{part.name}",
@@ -103,7 +105,9 @@ class LazyConstants:
             inputs = {"mask": mask, "nonzero_data": values}
         return self._mb.constexpr_sparse_to_dense(**inputs, name=entry.target_name)
 
-    def _constant(self, name: str, part: Part, make: Callable[[], Array], weight: str = "") -> Var:
+    def _constant(
+        self, name: str, part: Part, make: Callable[[], Iterable[Array]], weight: str = ""
+    ) -> Var:
         if name not in self._vars:
             self._vars[name] = self._mb.const(val=self._hollow(part), name=name)
             self._fills[name] = (part, make)
@@ -126,61 +130,64 @@ class LazyConstants:
         """Whether the constant of that name is a placeholder."""
         return name in self._fills
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a constant."""
-        return self._fills[name][0].shape
+    def part(self, name: str) -> Part:
+        """Shape and type of a constant."""
+        return self._fills[name][0]
 
     def weight_of(self, name: str) -> str:
         """Our name of the weight that a constant is of; empty for what no checkpoint has."""
         return self._sources[name]
 
-    def fill(self, name: str) -> tuple[Array, str]:
-        """The values of a constant, in its shape, and their MIL dtype."""
+    def fill(self, name: str) -> Iterator[Array]:
+        """The values of a constant, some rows at a time, each computed when it is asked for."""
         part, make = self._fills[name]
-        values = np.asarray(make(), self._storage[part.dtype])
-        return values.reshape(part.shape), part.dtype
+        for values in make():
+            yield np.asarray(values, self._storage[part.dtype])
 
-    def _reader(self, entry: PlanEntry) -> Callable[[], Array]:
-        return partial(self._weights.read, entry.name)
+    def _read(self, entry: PlanEntry) -> Iterator[Array]:
+        """A plain constant."""
+        for rows in slabs(entry):
+            yield self._weights.read(entry.name, rows)
 
-    def _packed_part(self, entry: PlanEntry, which: str) -> Array:
-        """A part of a compressed matrix. All its parts are kept until another matrix is asked
-        for: they are written one after the other."""
-        if self._held[0] != entry.name:
-            self._held = ("", {})  # before the next one needs the room
-            self._held = (entry.name, self._quantize(entry))
-        return self._held[1][which]
-
-    def _quantize(self, entry: PlanEntry) -> dict[str, Array]:
-        """All parts of a compressed matrix; the codes, a byte each, are in memory only once."""
+    def _packed_part(self, entry: PlanEntry, which: str) -> Iterator[Array]:
+        """A part of a compressed matrix. The parts behind it are kept until they are asked for:
+        they come next, and all but those of a sparse matrix are small beside the first."""
+        name, kept = self._held
+        if name == entry.name and which in kept:
+            yield from kept.pop(which)
+            return
+        self._held = ("", {})  # before the next one needs the room
+        names = [part.name for part in parts(entry.grid, entry.shape)]
+        later: dict[str, list[Array]] = {key: [] for key in names[names.index(which) + 1 :]}
         grid = get_grid(entry.grid)
-        rows, columns = entry.shape
-        whole_table = entry.grid.endswith("-tensor")
-        slab = rows if whole_table else max(SLAB // columns // 256, 1) * 256
-        if slab >= rows:
-            return as_stored(self._weights.quantize(entry.name, grid))
-        stored: dict[str, Array] = {}
-        for start in range(0, rows, slab):
-            stop = min(start + slab, rows)
-            piece = as_stored(self._weights.quantize(entry.name, grid, slice(start, stop)))
-            for part, values in piece.items():
-                count = len(values)  # of rows, or of groups of rows
-                if start == 0:
-                    shape = (count * rows // stop, *values.shape[1:])
-                    stored[part] = np.empty(shape, values.dtype)
-                first = count * start // (stop - start)
-                stored[part][first : first + count] = values
-        return stored
+        for rows in slabs(entry):
+            piece = as_stored(self._weights.quantize(entry.name, grid, rows))
+            yield piece[which]
+            for key in later:
+                later[key].append(piece[key])
+        self._held = (entry.name, later)
+
+
+def slabs(entry: PlanEntry) -> Iterator[slice | None]:
+    """Runs of at most ``SLAB`` weights, of a multiple of 256 rows: all groups of rows divide that,
+    and their codes fill whole bytes. None for all rows, where those are few or share one table.
+    """
+    rows, columns = entry.shape if len(entry.shape) == 2 else (1, entry.shape[0])
+    step = max(SLAB // columns // 256, 1) * 256
+    if step >= rows or entry.grid.endswith("-tensor"):
+        yield None
+        return
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 class HollowConstants(LazyConstants):
     """Constants that stay without values, to know how large a package will be."""
 
-    def fill(self, name: str) -> tuple[Array, str]:
-        """Zeros without memory, and the MIL dtype."""
+    def fill(self, name: str) -> Iterator[Array]:
+        """Zeros without memory."""
         part, _ = self._fills[name]
-        empty = np.zeros(1, self._storage[part.dtype])
-        return np.broadcast_to(empty, part.shape), part.dtype
+        yield np.broadcast_to(np.zeros(1, self._storage[part.dtype]), part.shape)
 
 
 def as_stored(quantized: Quantized) -> dict[str, Array]:

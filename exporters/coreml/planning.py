@@ -169,7 +169,8 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
     if not 2 <= context <= config.max_context:
         raise UsageError(
             f"coreml: context {context} is not between 2 and the {config.max_context} positions "
-            "of this model"
+            "of this model",
+            hint=f"--context {config.max_context}, or targets.coreml.context in the recipe",
         )
 
 

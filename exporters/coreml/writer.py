@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import uuid
 import warnings
 from collections import defaultdict
@@ -60,7 +61,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     weight_file.parent.mkdir(parents=True, exist_ok=True)
     config = weights.config
     constants = LazyConstants(tools.mb, tools.storage, plan, weights)
-    blobs = tools.blob_file(weight_file, weights, counted(plan, progress))
+    blobs = BlobFile(weight_file, weights, counted(plan, progress))
     model = make_model(tools, plan, weights, constants, blobs)
     _check_weight_file(plan, weight_file)
     # Without `deterministic`, protobuf's maps come out in the order of a random hash.
@@ -232,7 +233,6 @@ class CoreMLTools:
             )
         from coremltools.converters.mil.backend.mil import helper, load
         from coremltools.converters.mil.mil import Builder, Function, Program, types
-        from coremltools.libmilstoragepython import _BlobStorageWriter
 
         self.ct: Any = coremltools
         # Names of unnamed constants end in a number that the class counts up for ever; with a
@@ -241,7 +241,7 @@ class CoreMLTools:
         self.types: Any = types
         self.Function: Any = Function
         self.Program: Any = Program
-        self._load, self._helper, self._blob_writer = load, helper, _BlobStorageWriter
+        self._load, self._helper = load, helper
         self.storage: dict[str, np.dtype[Any]] = {
             "fp16": np.dtype(np.float16),
             "fp32": np.dtype(np.float32),
@@ -249,10 +249,6 @@ class CoreMLTools:
             "int8": np.dtype(np.int8),
             "uint8": np.dtype(np.uint8),
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
-
-    def blob_file(self, path: Path, weights: Weights, written: Callable[[int], None]) -> BlobFile:
-        """A ``weight.bin`` to append to."""
-        return BlobFile(self._blob_writer, path, weights, written)
 
     def export(self, program: Any, constants: LazyConstants, blobs: Blobs) -> Any:
         """The program as a Core ML model (protobuf); its arrays go to ``blobs``.
@@ -267,16 +263,16 @@ class CoreMLTools:
                 name = var.op.name
                 if not constants.is_lazy(name):
                     return super().get_milproto_value(var)
+                part, slabs = constants.part(name), constants.fill(name)
+                if math.prod(part.shape) < IMMEDIATE:
+                    return helper.create_tensor_value(next(slabs).reshape(part.shape))
                 offset = blobs.find(name)
                 if offset is None:
-                    values, dtype = constants.fill(name)
-                    if values.size < IMMEDIATE:
-                        return helper.create_tensor_value(values)
-                    offset = blobs.append(name, values, dtype, constants.weight_of(name))
+                    offset = blobs.append(name, part, slabs, constants.weight_of(name))
                 return helper.create_file_value_tensor(
                     file_name=f"@model_path/{WEIGHTS_FOLDER}/{WEIGHT_FILE}",
                     offset=offset,
-                    dim=constants.shape(name),
+                    dim=part.shape,
                     data_type=helper.types_to_proto_primitive(var.dtype),
                 )
 

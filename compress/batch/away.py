@@ -1,0 +1,83 @@
+"""Output trees behind URLs: a job builds on a disk of its machine, and its folder is copied there.
+
+The tree on the machine of the batch then holds records, reports and checksums, not the artifacts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
+from compress.cache import cache_folder
+from compress.errors import PacklightError
+from compress.remote import SUMS, publish, read_text
+
+__all__ = ["Publishing", "bring_back", "run_away"]
+
+# What a batch tells of a job, and what recognises it as finished: last, since it does.
+TOLD = ("report.json", "report.html", "README.md", "plan.json", "recipe.yaml", SUMS)
+
+
+class Publishing:
+    """An engine of this machine whose finished jobs are copied to a URL.
+
+    Args:
+        engine: that runs them.
+        tree: the output tree on this machine.
+        url: that tree's place.
+    """
+
+    def __init__(self, engine: Engine, tree: Path, url: str) -> None:
+        self._engine, self._tree, self._url = engine, tree, url
+
+    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
+        """See ``Engine.run``. A job whose folder cannot be copied is one that could not run."""
+        for outcome in self._engine.run(works, watch):
+            yield published(outcome, self._tree / outcome.name, self._url)
+
+
+def published(outcome: Outcome, folder: Path, url: str) -> Outcome:
+    """Copy a job's folder to ``URL/NAME`` if it has one; what went wrong becomes the outcome."""
+    if outcome.code not in (0, 1):
+        return outcome
+    try:
+        publish(folder, f"{url}/{outcome.name}")
+    except PacklightError as error:
+        return replace(outcome, code=2, error=error.message, hint=error.hint)
+    return outcome
+
+
+def run_away(work: Work, url: str) -> Outcome:
+    """One job on a machine that does not share the output tree.
+
+    What a build leaves when it is cut off stays on this machine's disk, and the same job goes on
+    from there if it comes here again.
+    """
+    key = hashlib.sha256(f"{url}/{work.name}".encode()).hexdigest()[:16]
+    place = cache_folder("batch") / key
+    arguments = list(work.arguments)
+    arguments[arguments.index("-o") + 1] = str(place / "out")
+    if "--progress-file" in arguments:  # nobody here reads it
+        start = arguments.index("--progress-file")
+        del arguments[start : start + 2]
+    shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not copied before the end
+    here = replace(work, arguments=tuple(arguments), log=place / "log")
+    outcome = published(run_work(here), place / "out", url)
+    if outcome.code in (0, 1):
+        shutil.rmtree(place)
+    return outcome
+
+
+def bring_back(url: str, name: str, tree: Path) -> None:
+    """The small files of a job that was copied to ``URL/NAME``, to ``TREE/NAME``."""
+    folder = tree / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in TOLD:
+        text = read_text(f"{url}/{name}", file)
+        if text is not None:
+            (folder / file).write_text(text, encoding="utf-8")

@@ -1,0 +1,180 @@
+"""Jobs on the nodes of a Ray cluster: one task for each, placed by its predicted memory and CPUs.
+
+Ray decides where and when, and starts a job again elsewhere when its node or its worker dies; a
+command that ends by itself, well or badly, is never repeated. The output tree must be storage that
+all nodes share, or a URL; packlight of one version must be installed on all of them.
+
+https://docs.ray.io/en/latest/ray-core/tasks.html, …/fault_tolerance/tasks.html
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.batch.away import bring_back, run_away
+from compress.batch.engine import Outcome, Watch, Work, in_order, run_work
+from compress.console import format_bytes
+from compress.errors import RuntimeMissingError, UsageError, one_line
+
+__all__ = ["RayEngine"]
+
+RETRIES = 3  # times that a job is started again after its node or worker was lost
+PERIOD = 1.0  # seconds between looks at whether more is still wanted
+
+
+class RayEngine:
+    """Jobs as Ray tasks.
+
+    Args:
+        address: ``HOST:PORT`` or ``auto`` of a cluster; empty for that of ``RAY_ADDRESS``, or else
+            one that Ray starts on this machine and ends afterwards.
+        url: of an output tree that nodes copy their folders to; empty where they share the tree.
+        tree: then, what this machine has of it.
+    """
+
+    def __init__(self, address: str = "", url: str = "", tree: Path | None = None) -> None:
+        self._address, self._url, self._tree = address, url, tree
+
+    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
+        """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted.
+
+        Raises:
+            RuntimeMissingError: Ray is not installed.
+            UsageError: the cluster cannot be reached.
+        """
+        with connected(self._address) as ray:
+            task = ray.remote(run_on_node)
+            waiting = in_order(works)
+            running: dict[Any, Work] = {}
+            begun: set[str] = set()
+            try:
+                while True:
+                    for work in [work for work in waiting if is_free(work, waiting, running)]:
+                        if not watch.wanted():
+                            break
+                        waiting.remove(work)
+                        if reason := misfit(ray, work):
+                            yield Outcome(work.name, 2, 0.0, error=reason)
+                            continue
+                        options = {"num_cpus": work.threads, "memory": work.memory}
+                        stream = task.options(
+                            **options, max_retries=RETRIES, name=work.name, num_returns="streaming"
+                        ).remote(work, __version__, self._url)
+                        running[stream] = work
+                    if not running:
+                        return
+                    ready, _ = ray.wait(list(running), num_returns=1, timeout=PERIOD)
+                    for stream in ready:
+                        word = take(ray, stream, running[stream])
+                        if word is None:
+                            begun.add(running[stream].name)
+                            watch.started(running[stream])
+                        else:
+                            del running[stream]
+                            if self._tree and word.code in (0, 1):
+                                bring_back(self._url, word.name, self._tree)
+                            yield word
+                    if not watch.wanted():
+                        for stream in [s for s, work in running.items() if work.name not in begun]:
+                            ray.cancel(stream)
+                            del running[stream]
+            finally:
+                for stream in running:
+                    # The worker dies, and with it the job: its stdin ends (compress.batch.child).
+                    ray.cancel(stream, force=True)
+
+
+def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
+    """The task: None when the job starts, then how it ended."""
+    if version != __version__:
+        reason = f"this node has packlight {__version__}, the batch {version}"
+        yield Outcome(work.name, 2, 0.0, error=reason, hint="install the same on all nodes")
+        return
+    yield None
+    yield run_away(work, url) if url else run_work(work)
+
+
+def take(ray: Any, stream: Any, work: Work) -> Outcome | None:
+    """The next word of a task; one that Ray has given up is an outcome, too."""
+    try:
+        word: Outcome | None = ray.get(next(stream))
+        return word
+    except (ray.exceptions.RayError, StopIteration) as error:
+        reason = f"given up by Ray after {RETRIES} retries: {one_line(error)}"
+        return Outcome(work.name, -9, 0.0, error=reason)
+
+
+def is_free(work: Work, waiting: Sequence[Work], running: dict[Any, Work]) -> bool:
+    """Whether the job that it builds on has ended, if there is one."""
+    return work.after not in {other.name for other in (*waiting, *running.values())}
+
+
+def misfit(ray: Any, work: Work) -> str:
+    """Why no node that is there now can hold a job, which Ray would keep waiting forever; or ""."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max((node.get("memory", 0) for node in nodes), default=0)
+    if any(
+        node.get("memory", 0) >= work.memory and node.get("CPU", 0) >= work.threads
+        for node in nodes
+    ):
+        return ""
+    cpus = max((node.get("CPU", 0) for node in nodes), default=0)
+    return (
+        f"no node can hold it: it takes {format_bytes(work.memory)} and {work.threads} CPUs, the "
+        f"largest nodes have {format_bytes(largest)} and {cpus:.0f} CPUs"
+    )
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The ``ray`` module, connected; what was started here is ended.
+
+    Raises:
+        RuntimeMissingError, UsageError: see ``RayEngine.run``.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "Ray is not installed", hint='pip install "packlight[ray]"'
+        ) from error
+    if address and address != "auto":
+        check_answers(address)  # Ray itself would try for minutes
+    try:
+        ray.init(
+            address=address or None,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"no Ray cluster at {address or 'RAY_ADDRESS'}: {one_line(error)}",
+            hint="--address HOST:PORT, or none for a cluster on this machine alone",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """See that something listens at ``HOST:PORT``.
+
+    Raises:
+        UsageError: nothing does, or it is no such address.
+    """
+    hint = "--address HOST:PORT as `ray start --head` tells it, or none for this machine alone"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"{address} is not the address of a Ray cluster", hint=hint)
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UsageError(f"no Ray cluster at {address}: {one_line(error)}", hint=hint) from error

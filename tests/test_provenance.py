@@ -1,0 +1,233 @@
+"""provenance.json against the specifications, and ``build --locked``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from commands import packlight, refused
+from jsonschema import validate
+
+from compress import origin
+from compress.checkpoint import Checkpoint
+from compress.checksums import check_folder
+from compress.errors import UsageError
+from compress.origin import check_lock, lock_document
+
+SHA256 = "^[0-9a-f]{64}$"
+DESCRIPTOR = {
+    "type": "object",
+    "additionalProperties": False,
+    "anyOf": [{"required": ["uri"]}, {"required": ["digest"]}, {"required": ["content"]}],
+    "properties": {
+        "name": {"type": "string"},
+        "uri": {"type": "string", "pattern": "^[a-z0-9+.-]+:"},
+        "digest": {"type": "object", "properties": {"sha256": {"pattern": SHA256}}},
+    },
+}
+# https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
+# https://slsa.dev/spec/v1.0/provenance#schema
+STATEMENT = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["_type", "subject", "predicateType", "predicate"],
+    "properties": {
+        "_type": {"const": "https://in-toto.io/Statement/v1"},
+        "predicateType": {"const": "https://slsa.dev/provenance/v1"},
+        "subject": {
+            "type": "array",
+            "minItems": 1,
+            "items": {**DESCRIPTOR, "required": ["name", "digest"]},
+        },
+        "predicate": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["buildDefinition", "runDetails"],
+            "properties": {
+                "buildDefinition": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["buildType", "externalParameters"],
+                    "properties": {
+                        "buildType": {"type": "string", "pattern": "^https://"},
+                        "externalParameters": {"type": "object"},
+                        "internalParameters": {"type": "object"},
+                        "resolvedDependencies": {"type": "array", "items": DESCRIPTOR},
+                    },
+                },
+                "runDetails": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["builder"],
+                    "properties": {
+                        "builder": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "required": ["id"],
+                            "properties": {
+                                "id": {"type": "string", "pattern": "^https://"},
+                                "version": {
+                                    "type": "object",
+                                    "additionalProperties": {"type": "string"},
+                                },
+                            },
+                        },
+                        "byproducts": {"type": "array", "items": DESCRIPTOR},
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def build(model: Path, output: Path, *options: object) -> Any:
+    return packlight(
+        "build", model, "-r", "int4-fast", "-f", "gguf", "-f", "onnx", "--no-verify",
+        "--threads", 1, "-o", output, *options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("llama", str(tmp_path_factory.mktemp("tiny") / "model"))
+
+
+@pytest.fixture(scope="module")
+def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("built") / "out"
+    done = build(model, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_the_statement_is_what_in_toto_and_slsa_specify(model: Path, built: Path) -> None:
+    text = (built / "provenance.json").read_text()
+    found = json.loads(text)
+    validate(found, STATEMENT)
+    digest = {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in (built, model)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    below = [path for path in digest if path.is_relative_to(built) and path.parent != built]
+    artifacts = {path.relative_to(built).as_posix() for path in below}
+    subject = {entry["name"]: entry["digest"]["sha256"] for entry in found["subject"]}
+    assert subject == {name: digest[built / name] for name in artifacts} and len(subject) > 2
+    definition = found["predicate"]["buildDefinition"]
+    needed = {e["name"]: e["digest"]["sha256"] for e in definition["resolvedDependencies"]
+              if "digest" in e}  # fmt: skip
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= needed.keys()
+    assert needed == {name: digest[model / name] for name in needed}
+    uris = {e["uri"] for e in definition["resolvedDependencies"] if "uri" in e}
+    assert any(uri.startswith("pkg:pypi/numpy@") for uri in uris)
+    assert str(model.parent) not in text and str(built.parent) not in text
+    check = check_folder(built)
+    assert check.whole, check.lines()
+
+
+def test_locked_gives_the_same_bytes_or_says_why_not(
+    model: Path, built: Path, tmp_path: Path
+) -> None:
+    plan = ("--plan", built / "plan.json", "--locked")
+    done = build(model, tmp_path / "again", *plan)
+    assert done.returncode == 0, done.stderr
+    for path in built.rglob("*"):
+        if path.is_file() and path.parent != built:
+            again = tmp_path / "again" / path.relative_to(built)
+            assert again.read_bytes() == path.read_bytes(), path
+    said = refused(build(model, tmp_path / "b", *plan, "--set", "targets.gguf.type=Q5_0"))
+    assert "targets.gguf.type was " in said and "Q5_0" in said
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    said = refused(build(other, tmp_path / "b", *plan, "--dry-run"))
+    assert "checkpoint.files.model.safetensors was sha256" in said
+    assert not (tmp_path / "b").exists()
+    said = refused(packlight("build", model, "--locked"))
+    assert "--plan plan.json" in said
+
+
+def test_what_differs_is_told_old_and_new() -> None:
+    lock = {"versions": {"numpy": "2.3.5", "gguf": "0.19.0"}, "inputs": {},
+            "checkpoint": {"headers": "a" * 64, "files": {"a.safetensors": "b" * 64}}}  # fmt: skip
+    rows = [{"name": "lm_head.weight", "grid": "Q6_K"}]
+    plan = {"lock": lock, "model": {"source": "m"}, "quantize": {"solver": "rtn"},
+            "targets": {"gguf": {"type": "Q4_K_M", "settings": {}, "tensors": rows}}}  # fmt: skip
+    check_lock("plan.json", plan, {**plan, "notes": ["not of the bytes"]})
+    now = json.loads(json.dumps(plan))
+    now["lock"]["versions"] = {"numpy": "2.4.0", "torch": "2.13.0"}
+    now["targets"]["gguf"]["tensors"][0]["grid"] = "Q8_0"
+    with pytest.raises(UsageError) as caught:
+        check_lock("plan.json", plan, now)
+    for part in (
+        "versions.numpy was 2.3.5, is 2.4.0",
+        "versions.gguf was 0.19.0, is not there",
+        "versions.torch was not there, is 2.13.0",
+        "targets.gguf.tensors.lm_head.weight was Q6_K, is Q8_0",
+    ):
+        assert part in str(caught.value)
+    now["model"]["source"] = "n"
+    with pytest.raises(UsageError, match="and 1 more"):
+        check_lock("plan.json", plan, now)
+    lock["checkpoint"]["files"] = None  # type: ignore[index]
+    with pytest.raises(UsageError) as caught:
+        check_lock("plan.json", plan, plan)
+    assert "--provenance" in caught.value.hint
+
+
+def test_large_files_are_hashed_on_demand_and_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(model, place)
+    checkpoint = Checkpoint.open(str(place))
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(origin, "SMALL", 1000)
+    assert lock_document(checkpoint, [], thorough=False)["checkpoint"]["files"] is None
+    real = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.iterdir()}
+    found = lock_document(checkpoint, [], thorough=True)["checkpoint"]["files"]
+    assert found == {name: real[name] for name in found} and "model.safetensors" in found
+    monkeypatch.setattr(origin, "sha256_of", lambda path: pytest.fail(f"hashed {path} again"))
+    monkeypatch.setattr(origin, "SMALL", 0)
+    large = [path for path in place.iterdir() if path.stat().st_size > 1000]
+    assert {path.name: origin.cached_digest(path) for path in large} == {
+        path.name: real[path.name] for path in large
+    }
+    monkeypatch.undo()
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(origin, "SMALL", 1000)
+    shard = place / "model.safetensors"
+    shard.write_bytes(b"x" * 2000)
+    assert origin.cached_digest(shard) == hashlib.sha256(b"x" * 2000).hexdigest()
+
+
+def test_the_hubs_cache_knows_the_hashes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of huggingface_hub's cache: snapshots/<commit>/NAME → ../../blobs/<etag>."""
+    snapshot, blobs = tmp_path / "snapshots" / ("c" * 40), tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in model.iterdir():
+        large = path.name == "model.safetensors"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        blob = blobs / (digest if large else digest[:40])
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    hashed: list[str] = []
+    monkeypatch.setattr(origin, "SMALL", 10**6)
+    monkeypatch.setattr(origin, "sha256_of", lambda path: hashed.append(path.name) or "0" * 64)
+    checkpoint = Checkpoint(snapshot, "acme/tiny", "c" * 40)
+    files = lock_document(checkpoint, [], thorough=False)["checkpoint"]["files"]
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert files["model.safetensors"] == weights and weights not in hashed
+    assert len(hashed) == len(files) - 1
