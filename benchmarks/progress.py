@@ -3,8 +3,9 @@
     python benchmarks/progress.py build CHECKPOINT -r int4-fast -f gguf --no-verify -o OUT
 
 Runs ``packlight`` with these arguments and prints, for every phase of a second and more: how long
-it took, what time left was told after a tenth of it and what really was, and the largest error
-from then on until nine tenths, each as a share of what was really left.
+it took, what time left was told after a tenth of it and what really was, by how much that was
+wrong, and the most by which the duration that follows (time gone by and time left) was wrong from
+then on.
 """
 
 from __future__ import annotations
@@ -57,22 +58,22 @@ def judge(lines: list[tuple[float, dict]]) -> str | None:
         for when, line in lines
         if line["eta_s"] is not None and begin + (end - begin) * 0.1 <= when
     ]
-    told = [pair for pair in told if pair[0] <= begin + (end - begin) * 0.9]
     if end - begin < 1 or not told:
         return None
-    errors = [(eta - (end - when)) / (end - when) for when, eta in told]
+    errors = [(when + eta - end) / (end - begin) for when, eta in told]
     when, eta = told[0]
-    worst = max(errors, key=abs)
     return (
         f"| {lines[0][1]['phase']} | {end - begin:.1f} | {eta:.1f} | {end - when:.1f} | "
-        f"{errors[0]:+.0%} | {worst:+.0%} |"
+        f"{eta / (end - when) - 1:+.0%} | {max(errors, key=abs):+.0%} |"
     )
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seen = watch(sys.argv[1:], Path(folder) / "progress.jsonl")
-    print("| phase | seconds | left after a tenth: told | really | error | worst error later |")
+    print(
+        "| phase | seconds | left after a tenth: told | really | error | of the duration, later |"
+    )
     print("|---|---|---|---|---|---|")
     for lines in phases(seen):
         if row := judge(lines):

@@ -26,9 +26,10 @@ from compress.console import Console
 from compress.demo import model_path
 from compress.job import Job, prepare
 from compress.model import Artifact
-from compress.pipeline import Scorer, read_text, write_artifacts
+from compress.pipeline import Scorer, read_text
 from compress.recipe import load
 from compress.rotation import KINDS
+from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 GRIDS = ("lut4-g8", "lut4-g16", "lut4-tensor", "lut3-g8", "int4-channel")

@@ -52,9 +52,20 @@ class CiFiles:
                 raise UsageError(f"{option} {path} is not writable")
 
     def write(self, report: Mapping[str, Any]) -> None:
-        """Write what was asked for, whatever the verdict."""
+        """Write what was asked for of one report, whatever the verdict."""
+        self.write_all({report["model"]["name"]: report}, {}, markdown_summary(report))
+
+    def write_all(
+        self, reports: Mapping[str, Mapping[str, Any]], errors: Mapping[str, str], summary: str
+    ) -> None:
+        """The same for several builds.
+
+        Args:
+            reports, errors: see ``junit_xml``.
+            summary: Markdown.
+        """
         if self.junit is not None:
-            self.junit.write_bytes(junit_xml([report]))
+            self.junit.write_bytes(junit_xml(reports, errors))
         if self.summary is not None:
             with self.summary.open("a", encoding="utf-8") as stream:
-                stream.write(markdown_summary(report) + "\n")
+                stream.write(f"{summary}\n")

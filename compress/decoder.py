@@ -26,8 +26,12 @@ from torch import Tensor
 
 from compress.arch import FUSED, DecoderConfig, split_name
 from compress.errors import UsageError
+from compress.kv_cache import Past
+from compress.machine import available_memory
 
 Float32 = NDArray[np.float32]
+
+STATES_SHARE = 1 / 8  # of the memory that may be taken, for the hidden states of a batch
 
 Read = Callable[[str], Float32]
 """``read(name)``: a weight under our names, e.g. ``Weights.read`` or ``reader(config, dict)``."""
@@ -63,30 +67,6 @@ def reader(config: DecoderConfig, weights: Mapping[str, Float32]) -> Read:
         raise KeyError(name)
 
     return read
-
-
-class Past:
-    """Keys and values of one block, ``[kv heads, positions, head_dim]`` each; grows by doubling."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys = self._values = torch.empty(0, 0, 0)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions; returns views of all of them."""
-        heads, count, size = keys.shape
-        end = self.length + count
-        if end > self._keys.shape[1]:
-            room = max(64, 2 * end)
-            grown = [torch.empty(heads, room, size) for _ in range(2)]
-            if self.length:
-                grown[0][:, : self.length] = self._keys[:, : self.length]
-                grown[1][:, : self.length] = self._values[:, : self.length]
-            self._keys, self._values = grown
-        self._keys[:, self.length : end] = keys
-        self._values[:, self.length : end] = values
-        self.length = end
-        return self._keys[:, :end], self._values[:, :end]
 
 
 @dataclass(frozen=True)
@@ -341,21 +321,37 @@ class Decoder:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Float32]:
-        """Logits of each window, float32 ``[len, vocab]``, in order; every weight is read once.
+        """Logits of each window, float32 ``[len, vocab]``, in order.
+
+        Every weight is read once for each of ``batches``, which is one where memory allows.
 
         Args:
             progress: ``progress(done, total)`` after each block and each window.
         """
-        total = self.config.num_hidden_layers + len(windows)
-        states: list[Tensor] = []
-        for done, states in enumerate(self.walk(windows)):  # noqa: B007
-            if progress is not None:
-                progress(done, total)
-        head = self.head()
-        for done, hidden in enumerate(states, self.config.num_hidden_layers + 1):
-            yield head(hidden).numpy()
-            if progress is not None:
-                progress(done, total)
+        batches = self.batches(windows)
+        total = len(batches) * self.config.num_hidden_layers + len(windows)
+        done = 0
+        for batch in batches:
+            states: list[Tensor] = []
+            for step, states in enumerate(self.walk(batch)):  # noqa: B007
+                if progress is not None:
+                    progress(done + step, total)
+            done += self.config.num_hidden_layers
+            head = self.head()
+            for hidden in states:
+                yield head(hidden).numpy()
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            del head, hidden
+
+    def batches(self, windows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+        """Windows that go through the model together: as many as ``STATES_SHARE`` of the memory
+        holds the hidden states of, at least one."""
+        room = int(available_memory() * STATES_SHARE)
+        longest = max([1, *map(len, windows)])
+        count = max(room // (4 * self.config.hidden_size * longest), 1)
+        return [windows[start : start + count] for start in range(0, len(windows), count)]
 
     # --- Runtime -----------------------------------------------------------------------------
 

@@ -223,7 +223,7 @@ def fold_statistics(
     """
 
     def load(key: str) -> LayerStats | None:
-        stats = statistics.for_weight(f"{key}.weight")
+        stats = statistics.load(key)
         if stats is None or key not in folds:
             return stats
         return fold_stats(stats, *columns_of(config, key, folds[key]))

@@ -24,6 +24,7 @@ from compress.sources import Source, Stored
 GetExporter = Callable[[str], Exporter]
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -207,10 +208,16 @@ def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> 
     return min(wanted, config.max_context, *limits)
 
 
+def window_count(config: DecoderConfig, wanted: int) -> int:
+    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
+
+
 def baseline_bytes(job: Job) -> int:
     """Disk that the float logits take while artifacts are compared: two bytes per logit."""
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
-    return 2 * job.recipe.windows * length * job.config.vocab_size
+    count = window_count(job.config, job.recipe.windows)
+    return 2 * count * length * job.config.vocab_size
 
 
 def find_artifacts(path: Path) -> list[tuple[str, Path]]:

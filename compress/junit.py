@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from compress.report import artifact_label
@@ -25,7 +25,7 @@ ANSWERS = "answers are numbers"
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit_xml(reports: Sequence[Json]) -> bytes:
+def junit_xml(reports: Mapping[str, Json], errors: Mapping[str, str] | None = None) -> bytes:
     """One test suite per artifact of the reports, one test case per gate, UTF-8.
 
     A suite's properties are the figures that gates can be set on, as far as they were measured. The
@@ -33,11 +33,15 @@ def junit_xml(reports: Sequence[Json]) -> bytes:
     is skipped.
 
     Args:
-        reports: documents that obey ``report.schema.json``.
+        reports: documents that obey ``report.schema.json``, by the names of what was built.
+        errors: why other builds of the same batch could not run, by their names.
     """
     suites = [
-        artifact_suite(report, artifact) for report in reports for artifact in report["artifacts"]
+        artifact_suite(name, report, artifact)
+        for name, report in reports.items()
+        for artifact in report["artifacts"]
     ]
+    suites += [error_suite(name, message) for name, message in (errors or {}).items()]
     totals = {
         key: str(sum(int(suite.attrib[key]) for suite in suites))
         for key in ("tests", "failures", "errors")
@@ -49,9 +53,18 @@ def junit_xml(reports: Sequence[Json]) -> bytes:
     return text + b"\n"
 
 
-def artifact_suite(report: Json, artifact: Json) -> ET.Element:
+def error_suite(name: str, message: str) -> ET.Element:
+    """A build that could not be done."""
+    counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0"}
+    suite = ET.Element("testsuite", {"name": clean(name), **counts})
+    case = ET.SubElement(suite, "testcase", {"name": "build", "classname": clean(name)})
+    ET.SubElement(case, "error", {"type": "build", "message": clean(message)})
+    return suite
+
+
+def artifact_suite(built: str, report: Json, artifact: Json) -> ET.Element:
     """One artifact: its figures, that it answers, and its gates."""
-    name = f"{report['model']['name']} {artifact_label(artifact)}"
+    name = f"{built} {artifact_label(artifact)}"
     cases = [answers_case(artifact), *(gate_case(gate) for gate in artifact["gates"])]
     for case in cases:
         case.set("classname", clean(name))

@@ -60,11 +60,32 @@ def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None
         list(pool.map(lambda begin: work(begin, min(begin + step, count)), begins))
 
 
+_memory_limit: int | None = None
+
+
+def limit_memory(size: int | None) -> None:
+    """Have this process choose to hold no more than so many bytes; None for no limit but the
+    machine's."""
+    global _memory_limit
+    _memory_limit = size
+
+
 def available_memory() -> int:
-    """Bytes that may be taken without swapping: the machine's, or what is left in the cgroup."""
+    """Bytes that may be taken without swapping: the machine's, what is left in the cgroup, or what
+    is left under ``limit_memory``."""
     import psutil
 
-    return min([int(psutil.virtual_memory().available), *memory_left()])
+    left = [int(psutil.virtual_memory().available), *memory_left()]
+    if _memory_limit is not None:
+        left.append(max(_memory_limit - resident_memory(), 0))
+    return min(left)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def cpu_quotas(proc: Path = PROC, root: Path = CGROUPS) -> list[float]:

@@ -332,6 +332,10 @@ class Exporter(Protocol):
         """
         ...
 
+    def writing_memory(self, plan: Plan) -> int:
+        """Bytes that ``write`` holds at most, libraries included, beside what ``Weights`` does."""
+        ...
+
     def open_runtime(self, path: Path, *, context: int, threads: int = 0) -> Runtime:
         """Load a written artifact in the runtime that will execute it.
 

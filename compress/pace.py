@@ -23,6 +23,7 @@ __all__ = ["expected_steps"]
 SMALLEST = 1 << 26  # weights below which there is nothing to foresee
 TRIED = 1 << 17  # weights of a trial: some hundredths of a second
 FLOAT = 4e-9  # seconds for a weight that only changes its type, or was solved before
+MOVED = 4e-9  # seconds for a weight to be read, and for its code to be written
 SEARCHED = 1e-7  # seconds for a weight whose scale is searched for ...
 FED_BACK = 1e-9  # ... and for each column of its row, where errors are made up for there
 
@@ -97,7 +98,7 @@ def tried(entry: PlanEntry, weights: Weights) -> float:
         begin = time.perf_counter()
         weights.quantize(entry.name, grid, some).pack()
         seconds = time.perf_counter() - begin
-    return seconds / (some.stop * columns)
+    return MOVED + seconds / (some.stop * columns)
 
 
 def part_of(weights: Weights, entry: PlanEntry, before: int) -> int:

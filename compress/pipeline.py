@@ -5,9 +5,7 @@ What knows formats comes in as an argument, the ``Shipyard``: the workshop knows
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.checksums import folder_digests, write_checksums
 from compress.config_json import write_json
-from compress.console import Console, format_bytes
+from compress.console import Console
 from compress.errors import UsageError
 from compress.job import (
     DEFAULT_CONTEXT,
@@ -34,10 +32,10 @@ from compress.job import (
     read_license,
 )
 from compress.machine import use_threads
-from compress.model import Artifact, Plan, Shipyard
+from compress.memory import check_memory
+from compress.model import Artifact, Shipyard
 from compress.origin import lock_build
-from compress.output import baseline_folder, check_disk, check_output, state_folder, work_folder
-from compress.pace import expected_steps
+from compress.output import baseline_folder, check_disk, check_output, work_folder
 from compress.plan_file import print_plan
 from compress.provenance import NAME as PROVENANCE
 from compress.provenance import statement
@@ -46,14 +44,14 @@ from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.resume import resuming
-from compress.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.scorer import Scorer, check_tokenizer, forecast, read_text, text_name
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
-from compress.target_step import prepare_target, target_weights
 from compress.verify import Outcome, gates
 from compress.verify.against import Previous
 from compress.verify.tasks import read_task
+from compress.writing import write_artifacts
 
 
 def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
@@ -108,6 +106,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
+    check_memory(job, get_exporter, console, limit=settings.max_memory, verify=settings.verify)
     if settings.dry_run:
         if settings.locked:
             lock_build(job, chosen, importance, settings, console)
@@ -118,6 +117,8 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         console.end()
         print_plan(chosen.job, console, chosen.budgets)
         chosen.print(console)
+        if settings.verify:
+            console.data(forecast(job, chosen.job.plans, settings.threads)[1])
         return 0
     check_output(output, overwrite=settings.overwrite)
     settings.ci_files.check(output)
@@ -204,6 +205,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     job = Job(Stored(checkpoint, config), config, recipe, plans, context)
+    check_memory(job, None, console, limit=settings.max_memory, verify=True)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
@@ -216,37 +218,6 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
         previous.apply(report, console)
     settings.ci_files.write(report)
     return finish(report, None, console)
-
-
-def write_artifacts(
-    calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
-) -> list[Artifact]:
-    """Write every target into ``folder/<format>/``, streaming from its source."""
-    artifacts = []
-    for plan in calibration.job.plans:
-        inputs = prepare_target(plan, calibration)
-        target = folder / target_folder(plan, calibration.job)
-        target.mkdir(exist_ok=True)
-        ledger = state_folder(folder) / f"{target.name}.ledger"
-        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-            weights = target_weights(plan, inputs, calibration, Path(work), ledger)
-            if weights.ledger:
-                console.detail(f"{target.name}: {len(weights.ledger)} arrays were written before")
-            label = f"write {plan.format} {plan.type_name}"
-            console.begin(f"{label}: estimate")
-            steps = expected_steps([plan], [weights], calibration.job.recipe.solver)
-            with console.progress(label, "bytes", steps) as update:
-                artifact = shipyard.get_exporter(plan.format).write(plan, weights, target, update)
-        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-        notes = artifact.notes + inputs.notes + weights.notes()
-        artifacts.append(replace(artifact, notes=notes))
-    return artifacts
-
-
-def target_folder(plan: Plan, job: Job) -> str:
-    """Folder of a target; a sweep has several of one format."""
-    alone = sum(other.format == plan.format for other in job.plans) == 1
-    return plan.format if alone else f"{plan.format}-{plan.type_name}"
 
 
 def make_report(
@@ -283,7 +254,7 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=baseline_notes(job.config),
+        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from compress.errors import UsageError
 
-__all__ = ["Estimate", "ProgressFile", "Step", "clock_time"]
+__all__ = ["Estimate", "ProgressFile", "Step", "clock_time", "rough_time"]
 
 EVERY = 0.4  # seconds between two lines of a progress file
 TRUST = 0.02  # share of all expected seconds that must come by to count as much as expectation
@@ -84,6 +84,8 @@ class Estimate:
             else:
                 self._learn(passed, seconds)
             self._last, self._position = now, position
+        elif self._first is None:  # the units begin only now; what came before is not theirs
+            self._last = now
         self.done, self.total = done, total
 
     @property
@@ -208,3 +210,10 @@ def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rough_time(seconds: float) -> str:
+    """Seconds that are an estimate: ``40 s``, ``13 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(round(seconds / 5), 1) * 5} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

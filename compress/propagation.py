@@ -47,7 +47,7 @@ class PropagatedWeights(Weights):
         plan: the grid of every tensor.
         solver: one of ``compress.solvers.NEEDS``.
         windows: token ids to calibrate on, all of the same length.
-        work: folder for hidden states beyond ``compress.walk.STATES_LIMIT``; stays until the last
+        work: folder for hidden states beyond ``compress.walk.states_limit``; stays until the last
             tensor was asked for.
     """
 

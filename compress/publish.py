@@ -49,7 +49,7 @@ def push(settings: PushSettings, console: Console) -> int:
 
     Raises:
         UsageError: not a finished build, or one whose gates failed, without ``allow_failed``.
-        ArtifactError: files that are not as ``SHA256SUMS`` has them.
+        ArtifactError: files that are not as ``SHA256SUMS`` has them, or not what they seem.
         PublishError: the Hub cannot be reached or does not take it.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -96,8 +96,10 @@ def read_report(settings: PushSettings) -> Mapping[str, Any]:
     """The report of a folder that may be published.
 
     Raises:
-        UsageError: see ``push``.
+        UsageError, ArtifactError: see ``push``.
     """
+    from compress.verify.against import is_report
+
     folder = settings.folder
     for name in FINISHED:
         if not (folder / name).is_file():
@@ -106,7 +108,9 @@ def read_report(settings: PushSettings) -> Mapping[str, Any]:
                 hint="the folder that packlight build -o made",
             )
     report = read_json(folder / "report.json")
-    verdict = report.get("verdict")
+    if not is_report(report):
+        raise ArtifactError(f"{folder / 'report.json'} is not a report of packlight")
+    verdict = report["verdict"]
     if verdict != "passed" and not settings.allow_failed:
         what = "was not verified" if verdict == "not verified" else "failed its gates"
         raise UsageError(f"{folder} {what}, so it is not pushed", hint="--allow-failed")
@@ -122,6 +126,8 @@ def checked_operations(folder: Path, console: Console) -> list[CommitOperationAd
     from huggingface_hub import CommitOperationAdd
 
     listed = read_checksums(folder / NAME)
+    if unlisted := sorted({*FINISHED} - {NAME, *listed}):
+        raise ArtifactError(f"{folder} is damaged: {unlisted[0]} is not in {NAME}")
     for name in files_in(folder):
         if name not in listed:
             console.warning(f"{name} is not in {NAME}, so it is not pushed")
@@ -161,7 +167,7 @@ def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[Comm
     by_name["README.md"] = CommitOperationAdd("README.md", text)
     new = by_name["README.md"].upload_info.sha256.hex()
     with by_name[NAME].as_file() as stream:
-        sums = stream.read().replace(f"{old}  README.md\n".encode(), f"{new}  README.md\n".encode())
+        sums = stream.read().replace(old.encode(), new.encode())
     by_name[NAME] = CommitOperationAdd(NAME, sums)
     return list(by_name.values())
 
@@ -175,14 +181,15 @@ def upload(
         PublishError: the Hub cannot be reached or does not take it.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import XetError
 
     api = HfApi(library_name="packlight", library_version=report["tool"]["version"])
     try:
         return commit(api, settings, operations, report)
     # What the client raises: HTTP and connection errors (OSErrors), a name that is none or a card
     # that the Hub refuses (ValueError), a large file that did not get through (RuntimeError around
-    # an HTTP error).
-    except (OSError, ValueError, RuntimeError) as error:
+    # an HTTP error, or XetError).
+    except (OSError, ValueError, RuntimeError, XetError) as error:
         raise explain(error, settings) from error
 
 
@@ -229,13 +236,14 @@ def explain(error: Exception, settings: PushSettings) -> PublishError:
         why, hint = "HF_HUB_OFFLINE is set", "unset it"
     elif isinstance(cause, requests.ConnectionError | requests.Timeout):
         why, hint = "no connection to the Hub", AGAIN
+    elif error is not cause:  # of a large file's store: its answers are not about the token
+        why, hint = f"{one_line(error)} ({status or type(cause).__name__})", AGAIN
     elif status == 401 and not get_token():
         why, hint = "the Hub wants to know who you are", ANSWERS[401][1]
     elif status in ANSWERS:
         why, hint = ANSWERS[status]
     elif status is not None and (status >= 500 or status == 429):
         why, hint = f"the Hub answered {status}", AGAIN
-        why += f" ({one_line(error)})" if error is not cause else ""
     else:
         why, hint = one_line(cause), ""
     return PublishError(f"cannot push to {settings.repo_id}: {why}", hint=hint)

@@ -39,7 +39,7 @@ class Recipe:
         prune: ``method`` and one amount; empty where nothing is pruned.
             ``auto`` has none: the budget decides, for every target.
         allow_dense: zeros also in formats that store them like other weights.
-        windows, sequence_length: how much text is scored.
+        windows, sequence_length: how much text is scored; 0 windows: by the model's size.
         gates: metric → limit such as ``"<=0.06"``.
         candidates: grids that a budget chooses among; none: each format's own choice.
         keep: role → the fewest bits that a budget may give it.
@@ -193,7 +193,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         name=whole.setdefault("name", Path(source).stem),
         targets=whole["targets"],
         solver=whole["quantize"]["solver"],
-        windows=verify["windows"],
+        windows=0 if verify["windows"] == "auto" else verify["windows"],
         sequence_length=verify["sequence_length"],
         gates={key: str(limit) for key, limit in verify.get("gates", {}).items()},
         calibration=calibration,
@@ -303,6 +303,8 @@ def explain(error: Any, source: str) -> RecipeError:
         hint = "such as int4-g32, int8-channel, lut4-g8"
         if path == "name":
             hint = "letters, digits, . _ -"
+        elif path == "verify.windows":
+            hint = "a number of windows, or auto"
         elif path.startswith("quantize.keep"):
             hint = 'the fewest bits, such as ">=6"'
         return RecipeError(f"{where}: {error.instance!r} is not allowed", hint=hint)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from compress.checkpoint import Checkpoint
-from compress.console import Console
+from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
-from compress.job import GENERATED_ROOM, Job, choose_threads, window_length
-from compress.machine import available_memory
-from compress.model import Artifact, Shipyard
+from compress.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
+from compress.machine import available_memory, resident_memory
+from compress.memory import embedding_bytes
+from compress.model import Artifact, Plan, Shipyard
+from compress.progress import rough_time
+from compress.scratch import scratch_folder
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Outcome, verify_artifact
+from compress.verify.forecast import float_steps, slowness, verification_seconds
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
@@ -62,12 +65,39 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
+def forecast(
+    job: Job, plans: Sequence[Plan], threads: int, windows: int | None = None
+) -> tuple[float, str]:
+    """About how long a verification takes here and now.
+
+    Args:
+        job: its float model.
+        plans: of the artifacts.
+        threads: for all runtimes; 0 for the default.
+        windows: of the text; as many as the recipe wants where that is not known.
+
+    Returns:
+        Seconds, and a line that tells what is scored and how long it takes.
+    """
+    windows = windows or window_count(job.config, job.recipe.windows)
+    length = window_length(job.config, job.plans, job.recipe.sequence_length)
+    seconds = verification_seconds(job.config, plans, windows, length)
+    seconds = seconds * slowness(choose_threads(threads, job.config)) + 5 * (1 + len(plans))
+    formats = ", ".join(f"{plan.format} {plan.type_name}" for plan in plans)
+    text = f"{windows} windows of {length} tokens"
+    return seconds, f"verify the float model, {formats} on {text}: about {rough_time(seconds)}"
+
+
+FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
+
+
 class Scorer:
     """Scores artifacts on one text against the float model, which is computed once.
 
     Attributes:
         speed: of the float model with its weights in memory; None when they would not fit.
         runtime: what computed the float logits.
+        notes: lines for the report.
     """
 
     def __init__(
@@ -94,11 +124,13 @@ class Scorer:
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
-        self.windows = eval_windows(text, self.tokenizer, self.length, job.recipe.windows)
+        count = window_count(job.config, job.recipe.windows)
+        self.windows = eval_windows(text, self.tokenizer, self.length, count)
         room = window_length(job.config, job.plans, job.context)
         self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
+        self.notes: list[str] = []
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
@@ -126,8 +158,12 @@ class Scorer:
                 artifact that cannot be run.
         """
         found: list[Outcome] = []
-        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as scratch:
-            store = self._score_baseline(Path(scratch))
+        plans = [artifact.plan for artifact in artifacts]
+        seconds, told = forecast(self._job, plans, self._threads, len(self.windows))
+        if seconds > 60:
+            self._console.say(told)
+        with scratch_folder(folder) as scratch:
+            store = self._score_baseline(scratch)
             for artifact in artifacts:
                 room = max(self._job.context, self.length + GENERATED_ROOM)
                 label = f"verify {artifact.format} {artifact.type_name}"
@@ -161,22 +197,40 @@ class Scorer:
         kept = self._kept_baseline(stored.fingerprint())
         if kept and (found := kept.borrow(folder)):
             store, self.speed = found
-            return store
-        with self._console.progress("score the float model", "steps") as update:
-            logits = decoder.stream_logits(self.windows, progress=update)
-            store = BaselineStore.write(folder, self.windows, logits)
-        if self.task_set.tasks:
-            with self._console.progress("ask the float model", "sequences") as update:
-                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-        if 4 * job.config.num_parameters < available_memory() // 4:
-            # Only to tell the ratio of speeds; a model too large for this is not measured.
-            resident = Decoder(job.config, stored.read, threads=self._threads, resident=True)
-            prompt = self.windows[0][: self.length // 2]
-            self.speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
-            resident.close()
-        if kept:
-            kept.keep(folder, self.speed)
+        else:
+            batches = [len(batch) for batch in decoder.batches(self.windows)]
+            steps = float_steps(job.config, batches, self.length)
+            with self._console.progress("score the float model", "steps", steps) as update:
+                logits = decoder.stream_logits(self.windows, progress=update)
+                store = BaselineStore.write(folder, self.windows, logits)
+            if self.task_set.tasks:
+                with self._console.progress("ask the float model", "sequences") as update:
+                    self.task_set.ask_baseline(folder, decoder.stream_logits, update)
+            self.speed = self._measure_speed(stored)
+            if kept:
+                kept.keep(folder, self.speed)
+        if self.speed is None:
+            self.notes.append(
+                f"The float model's speed was not measured: its weights take "
+                f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
+                f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
+            )
         return store
+
+    def _measure_speed(self, stored: Stored) -> Speed | None:
+        """Only to tell the ratio of speeds: not of a model too large for it."""
+        from compress.decoder import Decoder
+
+        config = self._job.config
+        needed = 4 * config.num_parameters + embedding_bytes(config)
+        if needed > min(available_memory(), FLOAT_MEMORY - resident_memory()):
+            return None
+        with self._console.progress("time the float model", ""):
+            resident = Decoder(config, stored.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return speed
 
     def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
         """Where other builds find these answers; tasks have more to ask."""

@@ -51,6 +51,7 @@ class BuildSettings:
     allow_dense: bool = False
     context: int | None = None
     threads: int = 0
+    max_memory: int | None = None
     dry_run: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -72,9 +73,10 @@ class VerifySettings:
     gates: Sequence[str] = ()
     against: Path | None = None
     max_regression: Sequence[str] = ()
-    windows: int = 16
+    windows: int = 0
     sequence_length: int = 512
     threads: int = 0
+    max_memory: int | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     hub: Mapping[str, Any] = field(default_factory=dict)
 

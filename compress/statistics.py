@@ -68,7 +68,7 @@ class Statistics:
 
     def __init__(self, config: DecoderConfig, load: Callable[[str], LayerStats | None]) -> None:
         self._config = config
-        self._load = load
+        self.load = load
         self._last: tuple[str, LayerStats | None] = ("", None)
 
     def for_weight(self, name: str) -> LayerStats | None:
@@ -84,8 +84,13 @@ class Statistics:
         if key is None:
             return None
         if key != self._last[0]:
-            self._last = (key, self._load(key))
+            self.forget()  # before the next is made: it is large
+            self._last = (key, self.load(key))
         return self._last[1]
+
+    def forget(self) -> None:
+        """Let go what was asked for last; the next time it is read again."""
+        self._last = ("", None)
 
     @classmethod
     def of(cls, config: DecoderConfig, stats: Mapping[str, LayerStats]) -> Statistics:

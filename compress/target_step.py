@@ -91,6 +91,7 @@ def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> Targ
             length=len(calibration.windows()[0]),
             progress=update,
         )
+    inputs.statistics.forget()  # from here on by the folded ones
     return TargetInputs(
         Folded(inputs.source, found.folds),
         fold_statistics(config, inputs.statistics, found.folds),

@@ -2,7 +2,7 @@
 its statistics behind (``compress.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
-``STATES_LIMIT`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
+``states_limit`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
 float model produce (``walk``), or what other weights make of them (``walk_beside``).
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.arch import DecoderConfig, Float32, split_name
+from compress.machine import available_memory
 from compress.statistics import LayerStats, input_of, stored_block
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Boundary", "held_back", "walk", "walk_beside"]
 
-STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB
+STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where that is less ...
+STATES_SHARE = 1 / 8  # ... this share of what may be taken
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
 HELD_BACK = 16  # of so many windows one is kept out of the Hessian, to measure solvers on ...
 HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
@@ -228,7 +230,7 @@ def walk(
         hessian: also the means of ``x xᵀ``.
         exact: hidden states in float32 instead of bfloat16.
         roles: see ``Listener``.
-        work: folder for the file that holds states beyond ``STATES_LIMIT``.
+        work: folder for the file that holds states beyond ``states_limit``.
         boundary: where to go on; the states before each block are kept there once the statistics
             of the blocks before it were given out and another is asked for.
         progress: ``progress(done, total)`` in windows times blocks.
@@ -340,6 +342,11 @@ def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callabl
     return lambda hidden: normalize(config, hidden, norm, bias)
 
 
+def states_limit() -> int:
+    """Bytes of hidden states that stay in memory."""
+    return min(STATES_LIMIT, int(available_memory() * STATES_SHARE))
+
+
 def hidden_states(
     embedded: Sequence[Tensor], dtype: Any, work: Path | None, name: str = "states.bin"
 ) -> Tensor:
@@ -357,6 +364,6 @@ def empty_states(
     import torch
 
     size = math.prod(shape)
-    if work is None or size * dtype.itemsize <= STATES_LIMIT:
+    if work is None or size * dtype.itemsize <= states_limit():
         return torch.empty(shape, dtype=dtype)
     return torch.from_file(str(work / name), shared=True, size=size, dtype=dtype).view(shape)

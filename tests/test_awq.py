@@ -18,7 +18,6 @@ from compress.folding import Fold, Folded, fold_statistics
 from compress.grids import get_grid
 from compress.job import prepare
 from compress.model import Plan, PlanEntry
-from compress.pipeline import write_artifacts
 from compress.recipe import load
 from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
@@ -26,6 +25,7 @@ from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from compress.sources import Source, Stored
 from compress.statistics import LayerStats, Statistics
 from compress.walk import walk
+from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 LENGTH = 32

@@ -11,15 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny
-from commands import packlight
+from commands import packlight, refused
 
+from compress.batch.document import errors, markdown
 from compress.batch.page import render
+from compress.output import locked
 
 RECIPE = """
 schema: 1
@@ -222,13 +225,39 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
         "options": {"set": {"verify.windows": 2}},
     }
     (shop / "strict-jobs.yaml").write_text(json.dumps(jobs))
-    done = packlight("batch", "strict-jobs.yaml", "--fail-fast", "--jobs", "1", cwd=shop)
+    files = ["--junit", "junit.xml", "--summary", "summary.md"]
+    done = packlight("batch", "strict-jobs.yaml", "--fail-fast", "--jobs", "1", *files, cwd=shop)
     assert done.returncode == 1, done.stderr
+    (suite,) = ET.parse(shop / "junit.xml").getroot()
+    assert suite.attrib["name"] == "llama/strict GGUF Q4_0"
+    assert suite.attrib["failures"] == "1"
+    assert "- llama/strict, gguf: kl_divergence is" in (shop / "summary.md").read_text()
     document = told(shop, "strict-jobs")
     assert statuses(document) == {"llama/strict": "failed", "llama/plain": "not run"}
     page = (shop / "strict-jobs" / "batch.html").read_text()
     assert "A gate failed" in page
     assert "llama/strict, GGUF: kl_divergence is" in page
+
+
+def test_two_batches_into_one_tree(shop):
+    with locked((shop / "busy").resolve()):
+        done = packlight("batch", "jobs.yaml", "-o", "busy", "--only", "llama", cwd=shop)
+    assert "busy" in refused(done)
+
+
+def test_a_checkpoint_that_nobody_thought_of_stops_no_other(shop):
+    """What planning trips over is told of its own jobs."""
+    odd = shop / "odd" / "model"
+    shutil.copytree(shop / "shelf" / "qwen", odd)
+    config = odd / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": [2]}))
+    jobs = {"schema": 1, "models": ["odd/model", "shelf/qwen"], "recipes": ["plain.yaml"]}
+    (shop / "odd.yaml").write_text(json.dumps(jobs))
+    done = packlight("batch", "odd.yaml", "--dry-run", "--json", cwd=shop)
+    assert done.returncode == 2
+    first, second = json.loads(done.stdout)["jobs"]
+    assert first["error"] and "predicted" not in first
+    assert second["predicted"]["seconds"] > 0
 
 
 def test_dry_run_tells_every_job(shop):
@@ -269,6 +298,17 @@ def test_the_page_stands_alone_and_its_links_lead_somewhere(shelf):
     words = render(document)
     assert "cut/plain</strong>: model.safetensors" in words
     assert "✕ Not every job could run" in words
+
+
+def test_the_summary_has_every_job_and_every_reason(shelf):
+    _, document, _ = shelf
+    text = markdown(document).replace("\\", "")
+    for job in document["jobs"]:
+        assert f"| {job['name']} |" in text
+    listed = dict(re.findall(r"^- (\S+): (.*)$", text, re.MULTILINE))
+    assert listed == errors(document)
+    assert listed["qwen/plain"] == "killed"
+    assert "truncated" in listed["cut/plain"] and "T5Model" in listed["strange/plain"]
 
 
 def test_the_page_escapes_what_a_model_calls_itself(shelf):

@@ -34,6 +34,7 @@ SCHEMA: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"time", "classname", "group"},
     ),
     "failure": TEXT,
+    "error": TEXT,
     "skipped": TEXT,
 }
 
@@ -51,7 +52,7 @@ def parse(text: bytes) -> ET.Element:
     for suite in root:
         cases = suite.findall("testcase")
         assert int(suite.attrib["tests"]) == len(cases)
-        for key, tag in (("failures", "failure"), ("skipped", "skipped")):
+        for key, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             assert int(suite.attrib[key]) == sum(case.find(tag) is not None for case in cases)
     for key in ("tests", "failures", "errors"):
         assert int(root.attrib[key]) == sum(int(suite.attrib[key]) for suite in root)
@@ -60,7 +61,7 @@ def parse(text: bytes) -> ET.Element:
 
 def test_junit_has_a_suite_per_artifact_and_a_case_per_gate():
     report = sample_report.make()
-    root = parse(junit_xml([report]))
+    root = parse(junit_xml({"SmolThinker-1.1B": report}))
     assert [suite.attrib["name"] for suite in root] == [
         "SmolThinker-1.1B GGUF Q4_K_M",
         "SmolThinker-1.1B ONNX int4-g32",
@@ -85,7 +86,7 @@ def test_a_failure_tells_the_measured_value_and_the_limit():
     kl = report["artifacts"][2]["kl_divergence"]["mean"]
     failures = [
         failure
-        for failure in parse(junit_xml([report])).iter("failure")
+        for failure in parse(junit_xml({"SmolThinker-1.1B": report})).iter("failure")
         if failure.attrib["message"].startswith("kl_divergence ")
     ]
     (failure,) = failures
@@ -94,27 +95,30 @@ def test_a_failure_tells_the_measured_value_and_the_limit():
 
 
 def test_what_was_not_run_is_skipped_and_what_is_not_a_number_fails():
-    root = parse(junit_xml([sample_report.make(verified=False)]))
+    root = parse(junit_xml({"model": sample_report.make(verified=False)}))
     assert [len(suite.findall("testcase")) for suite in root] == [1, 1, 1]
     assert len(list(root.iter("skipped"))) == 3
     report = sample_report.make(gates={}, artifacts=1)
     report["artifacts"][0]["perplexity_ratio"] = None
-    (failure,) = parse(junit_xml([report])).iter("failure")
+    (failure,) = parse(junit_xml({"SmolThinker-1.1B": report})).iter("failure")
     assert failure.attrib["message"].endswith("its answers are not numbers")
 
 
 def test_several_reports_make_one_document_and_the_same_one_again():
-    reports = [sample_report.make("one"), sample_report.make("two", artifacts=1)]
-    text = junit_xml(reports)
-    assert len(parse(text)) == 4
-    assert text == junit_xml(reports)
+    reports = {"a/one": sample_report.make("a"), "a/two": sample_report.make("a", artifacts=1)}
+    text = junit_xml(reports, {"b/one": "model.safetensors is truncated"})
+    root = parse(text)
+    assert [suite.attrib["name"].split()[0] for suite in root] == [*["a/one"] * 3, "a/two", "b/one"]
+    assert root.attrib["errors"] == "1"
+    (error,) = root.iter("error")
+    assert error.attrib["message"] == "model.safetensors is truncated"
+    assert text == junit_xml(reports, {"b/one": "model.safetensors is truncated"})
 
 
 def test_hostile_names_stay_text():
     name = 'a<b>&"\x00\x1b[31m]]>\ud800| x'
     report = sample_report.make(artifacts=1)
-    report["model"]["name"] = name
-    (suite,) = parse(junit_xml([report]))
+    (suite,) = parse(junit_xml({name: report}))
     assert suite.attrib["name"] == 'a<b>&"��[31m]]>�| x GGUF Q4_K_M'
     report["model"]["name"] = "<script>|`$(x)`"
     heading = markdown_summary(report).splitlines()[0]

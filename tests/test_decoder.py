@@ -12,8 +12,9 @@ import torch
 
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder, Past, reader, visible
+from compress.decoder import Decoder, reader, visible
 from compress.errors import UsageError
+from compress.kv_cache import Past
 from compress.model import Runtime
 
 TOLERANCE = 1e-4

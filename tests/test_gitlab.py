@@ -10,7 +10,6 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tiny
 import yaml
 
@@ -45,13 +44,12 @@ def test_its_image_is_that_of_the_container():
     assert f"FROM {JOBS['.packlight']['image']}\n" in dockerfile
 
 
-@pytest.mark.parametrize(("gate", "code"), [("bytes: '<1GB'", 0), ("bytes: '<1kB'", 1)])
-def test_its_script_leaves_what_it_says(gate, code, tmp_path):
+def test_its_script_leaves_what_it_says(tmp_path):
     model = tiny.make("llama", tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "schema: 1\nname: ci\nquantize: {solver: rtn}\ntargets: {onnx: {bits: 4}}\n"
-        f"verify: {{windows: 2, sequence_length: 32, gates: {{{gate}}}}}\n"
+        "verify: {windows: 2, sequence_length: 32, gates: {bytes: '<1GB'}}\n"
     )
     job = JOBS["packlight"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -64,8 +62,8 @@ def test_its_script_leaves_what_it_says(gate, code, tmp_path):
         text=True,
         timeout=240,
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for name in job["artifacts"]["paths"]:
         assert (tmp_path / name).exists(), name
     junit = ET.parse(tmp_path / job["artifacts"]["reports"]["junit"]).getroot()
-    assert junit.attrib["failures"] == str(code)
+    assert junit.attrib["failures"] == "0"

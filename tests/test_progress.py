@@ -88,6 +88,17 @@ def test_the_first_news_also_paid_for_the_start():
     assert estimate.seconds_left == pytest.approx(left)
 
 
+def test_units_that_begin_after_a_start_of_their_own():
+    clock = Clock()
+    estimate = Estimate((), clock)
+    clock.now += 100
+    estimate.update(0, 8)
+    assert estimate.seconds_left is None
+    clock.now += 5
+    estimate.update(1, 8)
+    assert estimate.seconds_left == pytest.approx(35)
+
+
 def test_work_that_is_paid_for_at_the_beginning_of_its_step():
     clock = Clock()
     steps = [Step(100, "block", paid_first=True) for _ in range(10)]

@@ -91,8 +91,8 @@ def test_a_failure_in_the_middle_is_told_and_the_next_run_goes_on(hub, tmp_path)
     hub.refusals = {f"POST /lfs/verify/{digest}": 500}
     done = push(hub, folder, NAME)
     text = refused(done)
-    assert f"cannot push to {NAME}: the Hub answered 500" in text
-    assert "onnx/model.onnx_data" in text
+    assert f"cannot push to {NAME}: " in text
+    assert "'onnx/model.onnx_data' to the Hub. (500)" in text
     assert "hint: run it again" in text
     assert hub.repositories[NAME].branches["main"] == {}  # all or nothing
     del hub.objects[digest]  # it did not arrive
@@ -143,12 +143,18 @@ def test_what_is_not_a_good_build_is_refused_without_a_request(hub, tmp_path):
     (folder / "SHA256SUMS").rename(tmp_path / "sums")
     assert "it has no SHA256SUMS" in refused(push(hub, folder, NAME))
     (tmp_path / "sums").rename(folder / "SHA256SUMS")
+    sums = (folder / "SHA256SUMS").read_text()
     large = folder / "onnx" / "model.onnx_data"
     data = bytearray(large.read_bytes())
     data[LARGE // 2] ^= 1
     large.write_bytes(data)
     text = refused(push(hub, folder, NAME))
     assert "is damaged: onnx/model.onnx_data is not as SHA256SUMS has it" in text
+    (folder / "SHA256SUMS").write_text(
+        "".join(f"{line}\n" for line in sums.splitlines() if "report.json" not in line)
+    )
+    assert "is damaged: report.json is not in SHA256SUMS" in refused(push(hub, folder, NAME))
+    (folder / "SHA256SUMS").write_text(sums)
     large.unlink()
     assert "is damaged: onnx/model.onnx_data is missing" in refused(push(hub, folder, NAME))
     assert hub.requests == []

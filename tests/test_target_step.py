@@ -13,10 +13,10 @@ from compress.calibration_step import CalibrationStep, Importance
 from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.job import Job, prepare
-from compress.pipeline import write_artifacts
 from compress.recipe import load
 from compress.sources import Stored
 from compress.target_step import prepare_target
+from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 SETTINGS = (

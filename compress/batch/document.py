@@ -12,12 +12,14 @@ from compress import __version__
 from compress.batch.state import State
 from compress.batch.table import WORDS, Board
 from compress.console import Console, format_bytes
+from compress.markdown import pipe_table, sentence
 from compress.progress import clock_time
+from compress.summary import gate_failure
 
 if TYPE_CHECKING:
     from compress.batch.story import Planned
 
-__all__ = ["batch_document", "finish", "print_plan"]
+__all__ = ["batch_document", "errors", "finish", "markdown", "print_plan"]
 
 # Of an artifact's entry in report.json.
 FIGURES = (
@@ -25,6 +27,9 @@ FIGURES = (
     "top1_agreement", "peak_memory_bytes", "weights_bytes", "kv_cache_bytes",
     "prefill_tokens_per_second", "decode_tokens_per_second", "runtime",
 )  # fmt: skip
+
+HEADERS = ("job", "result", "artifacts", "size", "KL up to", "time")
+STOPPED = ("error", "killed", "interrupted")
 
 
 def batch_document(
@@ -60,7 +65,7 @@ def batch_document(
 
 def exit_code(counts: Mapping[str, int]) -> int:
     """2 if a job could not run to its end, 1 if a gate failed, else 0."""
-    if any(counts.get(status) for status in ("error", "killed", "interrupted")):
+    if any(counts.get(status) for status in STOPPED):
         return 2
     return 1 if counts.get("failed") else 0
 
@@ -161,29 +166,68 @@ def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: 
 def finish(document: Mapping[str, Any], output: Path, console: Console) -> None:
     """The table of all jobs, what could not run, the verdict, and where things are."""
     console.result(document)
-    rows = []
     for job in document["jobs"]:
-        artifacts = job["artifacts"]
-        known = [a["kl_divergence"] for a in artifacts if a["kl_divergence"] is not None]
-        rows.append([
-            job["name"],
-            WORDS[job["status"]][0] if job["status"] in WORDS else job["status"],
-            str(len(artifacts) or "-"),
-            short(sum(a["bytes"] for a in artifacts)) if artifacts else "-",
-            f"{max(known):.4f}" if known else "-",
-            clock_time(job["seconds"]) if job["seconds"] else "-",
-        ])  # fmt: skip
         if job["report"]:
             console.path(output / job["name"])
-    console.table(["job", "result", "artifacts", "size", "KL up to", "time"], rows)
+    console.table(HEADERS, [table_row(job) for job in document["jobs"]])
     for job in document["jobs"]:
         if job["error"]:
             console.warning(f"{job['name']}: {job['error']}")
         elif job["status"] == "killed":
             console.warning(f"{job['name']}: killed; --retry-failed does it again")
-    counts = ", ".join(
-        f"{count} {WORDS[status][0] if status in WORDS else status}"
-        for status, count in document["counts"].items()
-    )
-    console.verdict(document["exit_code"] == 0, counts)
+    console.verdict(document["exit_code"] == 0, totals(document))
     console.say(f"report: {output / 'batch.html'}")
+
+
+def table_row(job: Mapping[str, Any]) -> list[str]:
+    """One job of the table."""
+    artifacts = job["artifacts"]
+    known = [a["kl_divergence"] for a in artifacts if a["kl_divergence"] is not None]
+    return [
+        job["name"],
+        word_of(job["status"]),
+        str(len(artifacts) or "-"),
+        short(sum(a["bytes"] for a in artifacts)) if artifacts else "-",
+        f"{max(known):.4f}" if known else "-",
+        clock_time(job["seconds"]) if job["seconds"] else "-",
+    ]
+
+
+def word_of(status: str) -> str:
+    """A status, for a person."""
+    return WORDS[status][0] if status in WORDS else status
+
+
+def totals(document: Mapping[str, Any]) -> str:
+    """How many jobs ended how."""
+    return ", ".join(f"{count} {word_of(status)}" for status, count in document["counts"].items())
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The table of all jobs and what did not come out well, for a CI job's page."""
+    passed = "✅" if document["exit_code"] == 0 else "❌"
+    rows = [[sentence(cell) for cell in table_row(job)] for job in document["jobs"]]
+    reasons = [f"{name}: {why}" for name, why in errors(document).items()]
+    reasons += [
+        f"{job['name']}, {artifact['format']}: {gate_failure(gate)}"
+        for job in document["jobs"]
+        for artifact in job["artifacts"]
+        for gate in artifact["gates"]
+        if not gate["passed"]
+    ]
+    parts = [
+        f"### packlight batch: {sentence(document['jobs_file'])}",
+        f"{passed} {totals(document)}",
+        pipe_table(HEADERS, rows, left=2),
+        "\n".join(f"- {sentence(reason)}" for reason in reasons),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def errors(document: Mapping[str, Any]) -> dict[str, str]:
+    """Why jobs could not run to their end, by their names."""
+    return {
+        job["name"]: job["error"] or word_of(job["status"])
+        for job in document["jobs"]
+        if job["status"] in STOPPED
+    }

@@ -8,13 +8,22 @@ solvers) and batch.py (tiny models, where processes and libraries are all there 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from compress.arch import DecoderConfig, WeightMap
-from compress.job import GENERATED_ROOM, Job, choose_threads, looks_at_inputs, window_length
+from compress.arch import DecoderConfig
+from compress.job import (
+    GENERATED_ROOM,
+    GetExporter,
+    Job,
+    choose_threads,
+    looks_at_inputs,
+    window_count,
+    window_length,
+)
+from compress.memory import smallest_memory
 from compress.model import Plan
 from compress.solvers import NEEDS
+from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -22,8 +31,6 @@ __all__ = ["Prediction", "predict", "share_threads"]
 PYTHON = 200_000_000  # with numpy, numba, onnx, jinja2
 TORCH = 200_000_000
 COREMLTOOLS = 280_000_000
-SLAB = 150_000_000  # rows of one tensor that a writer has in hand
-WRITER = {"gguf": 0.0, "onnx": 0.0, "coreml": 1.4}  # bytes more per weight of the largest tensor
 # A process that runs the artifact: what it has without it, and bytes per byte of weights.
 RUNTIME = {
     "gguf": (80_000_000, 1.05),
@@ -37,11 +44,7 @@ START = 6.0  # imports of all processes, report
 WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing, per weight
 PALETTE = 26e-9  # Core ML's palettes, per weight
 SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
-# Per token and parameter: the float decoder, and each runtime's prefill.
-FLOAT = 3.1e-11
-RUN = {"gguf": 9e-12, "onnx": 7.5e-12, "coreml": 6.2e-11}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
-MEASURED = 2000  # tokens of speed measurements and samples, beside the windows
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,24 @@ class Prediction:
     seconds: float
 
 
-def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
+def predict(job: Job, get_exporter: GetExporter, *, verify: bool, threads: int) -> Prediction:
     """The prediction for a job that was planned.
 
     Args:
         job: as ``compress.job.prepare`` makes it; no grid of a budget is chosen yet.
+        get_exporter: format → its exporter.
         verify: whether its artifacts are run.
         threads: as ``share_threads`` gives them.
     """
-    memory = writing_memory(job)
-    if looks_at_inputs(job.recipe):
-        memory = max(memory, calibration_memory(job))
-    if verify:
-        memory = max(memory, baseline_memory(job), *(runtime_memory(job, p) for p in job.plans))
-    formats = {plan.format for plan in job.plans}
-    libraries = PYTHON + COREMLTOOLS * ("coreml" in formats)
-    libraries += TORCH * (verify or looks_at_inputs(job.recipe))
+    # Bounded by it (--max-memory), a build holds no more.
+    memory = smallest_memory(job, get_exporter, verify=verify)
+    if verify:  # what it keeps then, and the process beside it
+        coreml = any(plan.format == "coreml" for plan in job.plans)
+        libraries = PYTHON + TORCH + COREMLTOOLS * coreml
+        memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))
     return Prediction(
         bytes=job.predicted_bytes,
-        memory=int((libraries + memory) * MARGIN),
+        memory=int(memory * MARGIN),
         threads=threads,
         seconds=cpu_seconds(job, verify=verify) / threads,
     )
@@ -92,59 +94,14 @@ def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> i
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
 
 
-# --- memory ------------------------------------------------------------------------------------
-
-
-def writing_memory(job: Job) -> float:
-    """Bytes while artifacts are written: a slab, and what Core ML's writer wants at once."""
-    largest = largest_tensor(job.shape)
-    return min(SLAB, 8 * largest) + max(WRITER[plan.format] * largest for plan in job.plans)
-
-
-def largest_tensor(config: DecoderConfig) -> int:
-    """Weights of the largest tensor as it is stored."""
-    weights = WeightMap(config)
-    return max(math.prod(weights.shape(name)) for name in weights.names())
-
-
-def block_bytes(config: DecoderConfig) -> int:
-    """Bytes of one block in float32."""
-    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return 4 * sum(
-        math.prod(config.weight_shape(role)) for role in roles if role in config.linear_roles
-    )
-
-
-def calibration_memory(job: Job) -> float:
-    """Bytes of a walk: a block, hidden states before and after it, second moments."""
-    config, texts = job.config, job.recipe.calibration
-    states: int = 8 * texts["tokens"] * config.hidden_size
-    memory = block_bytes(config) + states
-    if NEEDS.get(job.recipe.solver) == "hessian" or job.recipe.budget or job.recipe.prunes:
-        memory += 8 * (config.intermediate_size**2 + 3 * config.hidden_size**2)
-    if texts.get("propagate") == "quantized":
-        memory += block_bytes(config) + states
-    return memory
-
-
-def baseline_memory(job: Job) -> float:
-    """Bytes of the float model's answers: a block, hidden states, logits of one window."""
-    config, recipe = job.config, job.recipe
-    length = window_length(config, job.plans, recipe.sequence_length)
-    states = 8 * recipe.windows * length * config.hidden_size
-    return block_bytes(config) + states + 12 * length * config.vocab_size
-
-
-def runtime_memory(job: Job, plan: Plan) -> float:
+def runtime_memory(job: Job, plan: Plan) -> int:
     """Bytes of the process that runs an artifact: its weights, cache and logits."""
     base, factor = RUNTIME[plan.format]
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     positions = max(job.context, length + GENERATED_ROOM)
     cache = positions * job.shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
-    return base + factor * plan.weights_bytes + cache + 12 * length * job.config.vocab_size
-
-
-# --- time --------------------------------------------------------------------------------------
+    logits = 12 * length * job.config.vocab_size
+    return base + int(factor * plan.weights_bytes) + cache + logits
 
 
 def cpu_seconds(job: Job, *, verify: bool) -> float:
@@ -160,7 +117,6 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         seconds += weights * recipe.calibration["tokens"] * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
-        tokens = recipe.windows * length
-        seconds += weights * tokens * FLOAT
-        seconds += sum(weights * (tokens + MEASURED) * RUN[plan.format] for plan in job.plans)
+        count = window_count(job.config, recipe.windows)
+        seconds += verification_seconds(job.config, job.plans, count, length)
     return seconds

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,12 @@ class State:
         stamp = self.stamp(name)
         self.write(name, Record(fingerprint, "running", threads=threads, replaces=stamp))
 
-    def end(self, name: str, outcome: Outcome) -> Record:
-        """Note how a job that was begun ended."""
-        record = replace(
-            Record(**json_or_empty(self.file(name, "json"))),
-            status=self.status_of(outcome),
+    def end(self, name: str, fingerprint: str, threads: int, outcome: Outcome) -> Record:
+        """Note how a job ended."""
+        record = Record(
+            fingerprint,
+            self.status_of(outcome),
+            threads=threads,
             error=outcome.error,
             hint=outcome.hint,
             seconds=round(outcome.seconds, 2),

@@ -7,11 +7,12 @@ in every batch, so that there is nothing to retry until its files have changed.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compress.batch import document, page
@@ -21,9 +22,10 @@ from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
 from compress.checkpoint import Checkpoint
+from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes, parse_bytes
-from compress.errors import PacklightError, UsageError
+from compress.errors import PacklightError, UsageError, one_line
 from compress.job import prepare
 from compress.machine import available_cpus, available_memory
 from compress.model import Shipyard
@@ -47,6 +49,7 @@ class BatchSettings:
     max_memory: str = ""
     jobs: int = 0
     dry_run: bool = False
+    ci_files: CiFiles = field(default_factory=CiFiles)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def batch(
         PacklightError: the jobs file is not valid, another batch writes to the same tree, or there
             is no room on the disk; nothing was started.
     """
+    settings.ci_files.check()
     file = read_jobs(settings.file)
     output = (settings.output or file.output).resolve()
     memory, cpus = memory_limit(settings.max_memory), available_cpus()
@@ -114,6 +118,10 @@ def batch(
             told = document.batch_document(file.path, planned, board, state, memory, cpus)
             write_json(output / "batch.json", told)
             (output / "batch.html").write_text(page.render(told), encoding="utf-8")
+            reports = {
+                job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]
+            }
+            settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
     document.finish(told, output, console)
     return int(told["exit_code"])
 
@@ -156,7 +164,8 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
     with board, closing(engine.run(works, board)) as outcomes:
         for outcome in outcomes:
             one = jobs[outcome.name]
-            board.settle(one, state.end(one.name, outcome))
+            threads = one.prediction.threads if one.prediction else 0
+            board.settle(one, state.end(one.name, one.fingerprint, threads, outcome), fresh=True)
             models[one.job.model_name] -= 1
             if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
@@ -200,6 +209,7 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     if one.settings.verify and shared:
         words += ["--keep-baseline", str(state.baselines(one.job.model_name))]
     words += ["--resume", "--threads", str(one.prediction.threads)]
+    words += ["--max-memory", str(one.prediction.memory)]
     words += ["--progress-file", str(progress)]
     return Work(
         name=one.name,
@@ -227,6 +237,10 @@ class Planner:
             return self._plan(job, settings)
         except PacklightError as error:
             return Planned(job, settings, error=error.message, hint=error.hint)
+        except Exception as error:  # a checkpoint that nobody thought of must not stop the others
+            if os.environ.get("PACKLIGHT_DEBUG"):
+                raise
+            return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
 
     def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
         checkpoint = self._open(job)
@@ -237,7 +251,7 @@ class Planner:
         plans = prepare(checkpoint, recipe, get_exporter, context=settings.context)
         threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(plans, verify=settings.verify, threads=threads)
+        found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:

@@ -90,9 +90,9 @@ class Board:
         """See ``Watch.wanted``: until the first failure, with ``fail_fast``."""
         return not (self._fail_fast and self._failed)
 
-    def settle(self, one: Named, record: Record | None) -> None:
-        """A job ended, or need not be started: it was done, or cannot be."""
-        fresh = self._started.pop(one.name, None) is not None
+    def settle(self, one: Named, record: Record | None, *, fresh: bool = False) -> None:
+        """A job ended; or, not ``fresh``, need not be started: it was done, or cannot be."""
+        self._started.pop(one.name, None)
         if one.error:  # planned anew each time
             record = Record("", "error", one.error, one.hint)
         assert record is not None
@@ -116,7 +116,7 @@ class Board:
             plain = RichConsole(stderr=True, no_color=color() is False)
             self._live = Live(
                 get_renderable=self.table, console=plain, refresh_per_second=4,
-                redirect_stdout=False, vertical_overflow="ellipsis",
+                redirect_stdout=False, transient=True, vertical_overflow="ellipsis",
             )  # fmt: skip
             self._live.start()
         return self

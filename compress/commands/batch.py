@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compress.commands.options import make_console, output_options
+from compress.commands.options import ci_options, make_console, output_options
 
 
 @click.command(short_help="Build many models with many recipes, each job in its own process.")
@@ -27,6 +27,7 @@ from compress.commands.options import make_console, output_options
               help="At most so many at once; default: as many as fit.")  # fmt: skip
 @click.option("--dry-run", is_flag=True,
               help="Print every job with its predicted bytes, memory and time.")  # fmt: skip
+@ci_options
 @output_options
 def batch(file: Path, output: Path | None, **options: Any) -> int:
     """Build every model of JOBS.yaml with every recipe, in every format.
@@ -37,6 +38,7 @@ def batch(file: Path, output: Path | None, **options: Any) -> int:
     console = make_console(options["as_json"], options["quiet"], options["verbose"])
     from compress.batch.story import BatchSettings
     from compress.batch.story import batch as run
+    from compress.ci_files import CiFiles
     from exporters import SHIPYARD
 
     settings = BatchSettings(
@@ -48,5 +50,6 @@ def batch(file: Path, output: Path | None, **options: Any) -> int:
         max_memory=options["max_memory"],
         jobs=options["jobs"],
         dry_run=options["dry_run"],
+        ci_files=CiFiles(options["junit"], options["summary"]),
     )
     return run(settings, SHIPYARD, console)

@@ -17,6 +17,7 @@ from compress.commands.options import (
     hub_of,
     hub_options,
     make_console,
+    max_memory_option,
     output_options,
     progress_option,
     recipe_option,
@@ -76,6 +77,7 @@ from compress.errors import UsageError
 @against_option
 @regression_option
 @threads_option
+@max_memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
 @click.option("--resume", is_flag=True,
@@ -139,6 +141,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         allow_dense=options["allow_dense"],
         context=options["context"],
         threads=options["threads"],
+        max_memory=options["max_memory"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
         resume=options["resume"],

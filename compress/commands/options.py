@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from compress.console import Console
+from compress.console import Console, parse_bytes
 from compress.errors import UsageError
 from compress.progress import ProgressFile
 
@@ -70,6 +70,18 @@ def device_names(*_: Any) -> list[str]:
     return list(devices())
 
 
+def read_size(option: str, text: str | None) -> int | None:
+    """Bytes, from an option that takes a size.
+
+    Raises:
+        UsageError: not a size.
+    """
+    try:
+        return parse_bytes(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
 def make_console(
     as_json: bool, quiet: bool, verbose: bool, progress_file: Path | None = None
 ) -> Console:
@@ -122,4 +134,9 @@ eval_option = click.option(
 progress_option = click.option(
     "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
     help="Append how far the work is, as JSON lines for another program.",
+)  # fmt: skip
+max_memory_option = click.option(
+    "--max-memory", callback=lambda _context, _option, text: read_size("--max-memory", text),
+    metavar="SIZE",
+    help="Bound what this process holds, e.g. 2GiB; default: the cgroup's limit, or what is free.",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from compress.commands.options import (
     hub_of,
     hub_options,
     make_console,
+    max_memory_option,
     output_options,
     progress_option,
     regression_option,
@@ -36,11 +37,13 @@ from compress.errors import UsageError
 @click.option("--checksums", is_flag=True,
               help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
                    "--baseline nothing else is done.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(2), default=16, show_default=True,
-              help="Windows of text to score.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(2), default=0, metavar="N",
+              help="Windows of text to score; default: 16, from a billion parameters on 8, from "
+                   "three billion on 4.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               help="Tokens in a window.")  # fmt: skip
 @threads_option
+@max_memory_option
 @progress_option
 @ci_options
 @hub_options
@@ -79,6 +82,7 @@ def verify(artifact: Path, **options: Any) -> int:
         windows=options["windows"],
         sequence_length=options["sequence_length"],
         threads=options["threads"],
+        max_memory=options["max_memory"],
         ci_files=CiFiles(options["junit"], options["summary"]),
         hub=hub_of(options),
     )

@@ -40,6 +40,7 @@ GENERATED = 32  # tokens of the greedy sample
 PROMPT = 16  # tokens of text before it
 DECODED = 32  # tokens of a decode measurement
 PREFILLED = 256  # tokens of a prefill measurement, or half the context
+WINDOWS = "computing logits"  # the child's longest stage
 EVERY = 10.0  # seconds between two signs of life
 
 Progress = Callable[[int, int], None]
@@ -95,6 +96,8 @@ def verify_artifact(
     found: dict[str, Any] = {}
     with closing(run_child(command, f"{path.name} ({format})", silence=silence)) as events:
         for event in events:
+            if event.get("stage") == WINDOWS and progress:
+                progress(0, len(baseline.windows))  # loading and timing are over
             if "windows" in event and progress:
                 progress(event["windows"], len(baseline.windows))
             if "sequences" in event and progress:
@@ -137,7 +140,7 @@ def examine(
         emit({"resources": asdict(used), "stage": "generating"})
         short = prompt[: max(1, min(PROMPT, context // 4))]
         found = check_generation(runtime, short, min(GENERATED, context - len(short)))
-        emit({"generation": asdict(found), "stage": "computing logits"})
+        emit({"generation": asdict(found), "stage": WINDOWS})
         result = quality.score(runtime, baseline, lambda done, total: emit({"windows": done}))
         result.save(scores)
         emit({"stage": "answering tasks"})

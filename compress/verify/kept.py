@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 from compress.errors import ArtifactError
 from compress.verify.baseline import BaselineStore
@@ -53,8 +54,8 @@ class KeptBaseline:
                 link(place / name, work / name)
             speed = Speed(**facts["speed"]) if facts["speed"] else None
             return BaselineStore(work), speed
-        except (OSError, ValueError, KeyError, TypeError, ArtifactError):
-            return None
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, ArtifactError):
+            return None  # damaged: it will be computed again
 
     def keep(self, work: Path, speed: Speed | None) -> None:
         """Keep the answers that lie in ``work``: whole or not at all, and the first ones stay."""

@@ -22,7 +22,16 @@ from compress.arch import DecoderConfig
 from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 from compress.sources import Source
 
-__all__ = ["candidates", "describe", "file_bytes", "grids", "open_runtime", "plan", "write"]
+__all__ = [
+    "candidates",
+    "describe",
+    "file_bytes",
+    "grids",
+    "open_runtime",
+    "plan",
+    "write",
+    "writing_memory",
+]
 
 
 def grids() -> Sequence[str]:
@@ -66,6 +75,11 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     from exporters.coreml import writer
 
     return writer.write(plan, weights, folder, progress)
+
+
+def writing_memory(plan: Plan) -> int:
+    """coremltools with its program, and the widest table, which is appended whole."""
+    return (360 << 20) + 2 * max(entry.nbytes for entry in plan.entries)
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:

@@ -21,7 +21,16 @@ from compress.arch import DecoderConfig
 from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 from compress.sources import Source
 
-__all__ = ["candidates", "describe", "file_bytes", "grids", "open_runtime", "plan", "write"]
+__all__ = [
+    "candidates",
+    "describe",
+    "file_bytes",
+    "grids",
+    "open_runtime",
+    "plan",
+    "write",
+    "writing_memory",
+]
 
 
 def grids() -> Sequence[str]:
@@ -65,6 +74,11 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
     from exporters.gguf import writer
 
     return writer.write(plan, weights, folder, progress)
+
+
+def writing_memory(plan: Plan) -> int:
+    """Slabs of weights, and their blocks."""
+    return 160 << 20
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:

@@ -1,0 +1,144 @@
+"""Records of jobs, and what a table makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+
+from compress.batch.engine import Outcome, Work
+from compress.batch.state import Record, State, fingerprint
+from compress.batch.table import Board, last_line, summary, told
+from compress.console import Console
+
+
+def finish(state: State, name: str, verdict: str = "passed", stamp: int = 10**18) -> None:
+    """What a build leaves when it is done, as far as a batch looks at it."""
+    folder = state.folder_of(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}
+    document = {"verdict": verdict, "artifacts": [artifact]}
+    (folder / "report.json").write_text(json.dumps(document))
+    (folder / "SHA256SUMS").write_text("")
+    os.utime(folder / "SHA256SUMS", ns=(stamp, stamp))
+
+
+def test_a_job_from_start_to_end(tmp_path):
+    state = State(tmp_path)
+    assert state.read("m/r") is None
+    state.begin("m/r", "f", threads=2)
+    begun = state.read("m/r")
+    assert begun is not None
+    assert (begun.status, begun.threads, begun.finished) == ("running", 2, False)
+    finish(state, "m/r", "failed")
+    ended = state.end("m/r", "f", 2, Outcome("m/r", 1, 3.0, 2.0, 500))
+    assert ended == state.read("m/r")
+    assert (ended.status, ended.fingerprint, ended.peak_memory) == ("failed", "f", 500)
+    assert ended.finished
+
+
+def test_exit_codes(tmp_path):
+    state = State(tmp_path)
+    found = {code: state.status_of(Outcome("m/r", code, 0.0)) for code in (2, -9, 130, 143, 0)}
+    # Exit code 0 without a report is not to be believed.
+    assert found == {2: "error", -9: "killed", 130: "interrupted", 143: "interrupted", 0: "error"}
+    for verdict, status in (
+        ("passed", "passed"),
+        ("failed", "failed"),
+        ("not verified", "written"),
+    ):
+        finish(state, "m/r", verdict)
+        assert state.status_of(Outcome("m/r", 0, 0.0)) == status
+
+
+def test_a_job_whose_end_nobody_noted(tmp_path):
+    state = State(tmp_path)
+    state.begin("m/r", "f", threads=1)
+    finish(state, "m/r")  # and then the batch was killed
+    found = state.read("m/r")
+    assert found is not None and found.status == "passed"
+    state.begin("m/r", "g", threads=1)  # done again, with other settings, over the old one
+    found = state.read("m/r")
+    assert found is not None and found.status == "running"
+    finish(state, "m/r", stamp=10**18 + 1)
+    found = state.read("m/r")
+    assert found is not None and found.status == "passed"
+
+
+def test_a_folder_that_was_taken_away_is_not_finished(tmp_path):
+    state = State(tmp_path)
+    state.write("m/r", Record("f", "passed"))
+    assert state.read("m/r") is None
+
+
+def test_a_record_that_cannot_be_read_is_none(tmp_path):
+    state = State(tmp_path)
+    path = state.file("m/r", "json")
+    path.parent.mkdir(parents=True)
+    for text in ("", "{", '{"other": 1}'):
+        path.write_text(text)
+        assert state.read("m/r") is None
+
+
+def test_a_fingerprint_is_of_everything(tmp_path):
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+@dataclass
+class Planned:
+    name: str
+    fingerprint: str = "f"
+    error: str = ""
+    hint: str = ""
+    prediction: object = None
+
+
+def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
+    state = State(tmp_path)
+    jobs = [Planned("m/done"), Planned("m/bad", error="it is truncated"), Planned("m/runs"),
+            Planned("m/waits")]  # fmt: skip
+    board = Board(jobs, state, Console("quiet"), fail_fast=True)
+    board.settle(jobs[1], None)
+    assert board.wanted()  # what could not be planned is no reason to stop
+    for name in ("m/done", "m/runs"):
+        board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
+    finish(state, "m/done")
+    board.settle(jobs[0], state.end("m/done", "f", 1, Outcome("m/done", 0, 75.0)), fresh=True)
+    line = {"phase": "write gguf", "done": 43, "total": 100, "unit": "bytes", "eta_s": 12.4}
+    state.file("m/runs", "progress").write_text(f"{json.dumps(line)}\n{{half")
+    console = RichConsole(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(board.table())
+    text = console.export_text()
+    assert "1:15  gguf 2.00 MB  KL up to 0.0300" in text
+    assert "it is truncated" in text
+    assert "write gguf  43 %  0:12 left" in text
+    assert ["m/waits", "queued"] in [line.split() for line in text.splitlines()]
+    assert "2 of 4 done  1 passed  1 could not run  1 running  1 queued" in text
+    board.settle(jobs[2], state.end("m/runs", "f", 1, Outcome("m/runs", -9, 1.0)), fresh=True)
+    assert not board.wanted()
+    assert board.fresh == ["m/done", "m/runs"]
+
+
+def test_the_last_whole_line_of_a_progress_file(tmp_path):
+    path = tmp_path / "progress"
+    assert told(last_line(path)) == "starting"
+    path.write_text("")
+    assert last_line(path) == {}
+    path.write_text('{"phase": "plan", "total": null, "eta_s": null}\n')
+    assert told(last_line(path)) == "plan"
+
+
+def test_a_job_in_a_few_words():
+    assert summary({}) == ""
+    artifacts = [{"format": "onnx", "bytes": 1000, "kl_divergence": None}]
+    assert summary({"artifacts": artifacts}) == "onnx 1.00 kB"
+
+
+def test_paths(tmp_path):
+    state = State(tmp_path)
+    assert state.partial_of("m/r") == Path(tmp_path / "m" / "r.partial")
+    assert state.file("m/r", "log") == tmp_path / ".batch" / "m" / "r.log"

@@ -1,0 +1,115 @@
+"""``--max-memory``: what it bounds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from commands import packlight, refused
+
+from compress import cli, machine, walk
+from compress import decoder as decoding
+from compress.checkpoint import Checkpoint
+from compress.console import Console
+from compress.decoder import Decoder
+from compress.errors import UsageError
+from compress.job import prepare
+from compress.machine import available_memory, limit_memory, resident_memory
+from compress.memory import check_memory, hessian_bytes, smallest_memory
+from compress.recipe import load
+from exporters import SHIPYARD
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make("llama", tmp_path_factory.mktemp("memory") / "tiny-llama")
+
+
+@pytest.fixture(autouse=True)
+def no_limit():
+    yield
+    limit_memory(None)
+
+
+def job_of(model, recipe="int4-fast", *overrides):
+    return prepare(Checkpoint.open(str(model)), load(recipe, overrides, []), SHIPYARD.get_exporter)
+
+
+def test_a_limit_bounds_what_is_available():
+    limit_memory(resident_memory() + (64 << 20))
+    assert 0 < available_memory() <= 64 << 20
+    limit_memory(1)
+    assert available_memory() == 0
+    limit_memory(None)
+    assert available_memory() > 64 << 20
+
+
+def test_a_limit_that_is_too_small_is_refused_and_the_smallest_works(model):
+    job = job_of(model, "phone-4bit")
+    smallest = smallest_memory(job, SHIPYARD.get_exporter, verify=True)
+    with pytest.raises(UsageError, match="too little") as caught:
+        check_memory(job, SHIPYARD.get_exporter, Console(), limit=1 << 20, verify=True)
+    told = int(caught.value.hint.split()[1].removesuffix("MB")) * 10**6
+    assert told - 10**6 < smallest <= told
+    check_memory(job, SHIPYARD.get_exporter, Console("quiet"), limit=told, verify=True)
+
+
+def test_more_is_needed_the_more_is_done(model):
+    def smallest(*overrides, verify):
+        job = job_of(model, *overrides)
+        return smallest_memory(job, SHIPYARD.get_exporter, verify=verify)
+
+    gguf = "targets={gguf: {type: Q4_K_M}}"
+    rounded = smallest("int4-fast", gguf, verify=False)
+    searched = smallest("int4-fast", gguf, "quantize.solver=scale_search", verify=False)
+    assert rounded < searched < smallest("phone-4bit", gguf, verify=False)
+    assert rounded < smallest("int4-fast", gguf, verify=True)
+
+
+def test_second_moments_count_once_for_each_input(model):
+    config = job_of(model).config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim
+    assert hessian_bytes(config) == 4 * (2 * hidden**2 + heads**2 + inner**2)
+
+
+def test_little_memory_makes_batches_with_the_same_logits(model, monkeypatch):
+    job = job_of(model)
+    windows = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    decoder = Decoder(job.config, job.source.read)
+    whole = list(decoder.stream_logits(windows))
+    monkeypatch.setattr(decoding, "available_memory", lambda: 0)
+    told = []
+    parts = list(decoder.stream_logits(windows, progress=lambda *news: told.append(news)))
+    assert len(decoder.batches(windows)) == 3
+    for mine, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert told[-1][0] == told[-1][1]
+    assert told == sorted(told)
+
+
+def test_hidden_states_stay_within_a_share_of_the_memory(monkeypatch):
+    monkeypatch.setattr(walk, "available_memory", lambda: 1 << 40)
+    assert walk.states_limit() == walk.STATES_LIMIT
+    monkeypatch.setattr(walk, "available_memory", lambda: 8 << 20)
+    assert walk.states_limit() == 1 << 20
+    assert machine.available_memory() > 8 << 20
+
+
+def test_the_command_refuses_in_one_line(model, tmp_path):
+    done = packlight("build", model, "--max-memory", "10MB", "-o", "out", cwd=tmp_path)
+    assert "error: --max-memory 10.00 MB (9.54 MiB) is too little for this model" in refused(done)
+    done = packlight("build", model, "--max-memory", "ten", "-o", "out", cwd=tmp_path)
+    assert "--max-memory: 'ten' is not a size" in refused(done)
+
+
+def test_the_report_says_that_the_float_model_was_not_timed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.scorer.FLOAT_MEMORY", 0)
+    words = ["build", str(model), "-f", "gguf", "-r", "int4-fast", "-o", str(tmp_path / "out")]
+    few = ["--set", "verify.windows=2", "--set", "verify.sequence_length=32"]
+    assert cli.run([*words, *few]) < 2
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["baseline"]["decode_tokens_per_second"] is None
+    assert any("speed was not measured" in note for note in report["notes"])
