@@ -42,6 +42,7 @@ def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: st
     found: list[tuple[int, int, list[Step]]] = []
     for index, (plan, source) in enumerate(zip(plans, weights, strict=True)):
         costs: dict[str, float] = {}
+        written = {row["weight"] for row in source.ledger}  # by a build that was cut off
         part = -1
         steps: list[Step] = []
         for entry in plan.entries:
@@ -49,7 +50,10 @@ def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: st
             if reached != part:
                 part, steps = reached, []
                 found.append((part, index, steps))
-            steps.append(expected_step(plan, entry, source, solver, steps, costs))
+            if entry.name in written:
+                steps.append(Step(entry.nbytes, "written", 0.0))
+            else:
+                steps.append(expected_step(plan, entry, source, solver, steps, costs))
     found.sort(key=lambda group: group[:2])
     return [step for _, _, steps in found for step in steps]
 

@@ -128,7 +128,7 @@ class Estimate:
     def _learn(self, passed: Counter[str], seconds: float) -> None:
         """Share seconds out to the kinds that went by, as was expected of them."""
         expected = {kind: units * self._costs[kind] for kind, units in passed.items()}
-        whole = sum(expected.values())
+        whole = sum(expected.values()) or 1.0  # nothing for what only had to be found
         for kind, cost in expected.items():
             self._expected[kind] = self._expected.get(kind, 0.0) + cost
             self._took[kind] = self._took.get(kind, 0.0) + seconds * cost / whole

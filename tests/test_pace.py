@@ -72,3 +72,13 @@ def test_blocks_that_are_solved_at_once_are_paid_for_at_their_first_matrix(job, 
     paid = [plan.entries[i].name for i, step in enumerate(steps) if step.paid_first]
     assert len(paid) == job.config.num_hidden_layers
     assert all(name.endswith("q_proj.weight") for name in paid)
+
+
+def test_what_a_build_that_was_cut_off_has_written_costs_nothing(job, monkeypatch, tmp_path):
+    monkeypatch.setattr(pace, "SMALLEST", 0)
+    plan, weights = job.plans[0], Weights(job.source, get_solver("rtn"))
+    first = plan.entries[0]
+    weights.ledger.add(first.target_name, tmp_path / "file", first.nbytes, weight=first.name)
+    steps = expected_steps([plan], [weights], "rtn")
+    assert [step.kind for step in steps if step.cost == 0] == ["written"]
+    assert steps[0].units == first.nbytes

@@ -88,6 +88,19 @@ def test_the_first_news_also_paid_for_the_start():
     assert estimate.seconds_left == pytest.approx(left)
 
 
+def test_what_was_written_before_says_nothing_of_the_rest():
+    steps = [Step(500, "written", 0.0), Step(250, "a", 0.1), Step(250, "b", 0.1)]
+    clock = Clock()
+    estimate = Estimate(steps, clock)
+    for done in range(1, 501):
+        estimate.update(done, 1000)
+    assert estimate.seconds_left == pytest.approx(50)
+    for done in range(501, 601):
+        clock.now += 0.2
+        estimate.update(done, 1000)
+    assert estimate.seconds_left == pytest.approx(80, rel=0.2)
+
+
 def test_units_that_begin_after_a_start_of_their_own():
     clock = Clock()
     estimate = Estimate((), clock)
