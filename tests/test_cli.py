@@ -237,7 +237,7 @@ def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, mo
     real, seen = scorer.verify_artifact, []
 
     def spy(probe, path, format, baseline, **options):
-        seen.append(baseline.folder.parent)
+        seen.append(baseline.folder.parents[1])
         return real(probe, path, format, baseline, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", spy)
