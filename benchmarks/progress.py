@@ -56,7 +56,7 @@ def judge(lines: list[tuple[float, dict]]) -> str | None:
     told = [
         (when, line["eta_s"])
         for when, line in lines
-        if line["eta_s"] is not None and begin + (end - begin) * 0.1 <= when
+        if line["eta_s"] is not None and begin + (end - begin) * 0.1 <= when < end
     ]
     if end - begin < 1 or not told:
         return None
