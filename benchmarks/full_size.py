@@ -170,14 +170,13 @@ class Bench:
         self.warm(key, place, extra)
         if shutil.disk_usage(place).free < 2 * Checkpoint.open(self.folder).nbytes // 3:
             raise LeftOutError("not enough disk")
-        before, load = room(place), os.getloadavg()[0]
+        before = room(place)
         evict(self.checkpoint(ROWS[key].layers))
         usage = measure(command, watch=place, log=self.log, extra=extra)
         outcome = asdict(usage) | {
             "peak_disk": usage.peak_disk - before,
             "final_disk": room(place) - before,
             "bytes": artifact_bytes(place),
-            "load": round(load, 1),
             "run": self.run,
         }
         if key not in ("all", "llama.cpp:f16"):  # others go on from these
@@ -303,9 +302,11 @@ def merge(path: Path, bench: Bench, key: str, outcome: dict[str, Any]) -> None:
     """A row into the JSON as it is now: another run may have added to it meanwhile."""
     document = read(path)
     document["machine"] = machine()
-    family = document["families"].setdefault(bench.family, {"rows": {}})
-    family |= bench.facts()
-    family["rows"][key] = outcome
+    families = document["families"]
+    rows = families.get(bench.family, {}).get("rows", {}) | {key: outcome}
+    ordered = {name: rows[name] for name in ROWS if name in rows}
+    families[bench.family] = bench.facts() | {"rows": ordered}
+    document["families"] = {name: families[name] for name in FAMILIES if name in families}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ class Usage:
     Attributes:
         cpu_seconds: user and system, all processes.
         wall_seconds: from start to end.
+        others_seconds: CPU seconds that everything else on the machine took meanwhile.
         peak_anonymous: RssAnon of all processes together.
         peak_resident: RSS of all processes together; pages that two of them share count twice.
         main_resident: RSS of the first process.
@@ -39,6 +40,7 @@ class Usage:
 
     cpu_seconds: float
     wall_seconds: float
+    others_seconds: float
     peak_anonymous: int
     peak_resident: int
     main_resident: int
@@ -69,7 +71,7 @@ def measure(
     """
     environment = {**os.environ, **(extra or {})}
     with log.open("ab") as stream:
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), busy_seconds()
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         sampler = Sampler(process.pid, watch)
         sampler.start()
@@ -81,13 +83,16 @@ def measure(
         finally:
             sampler.stop()
         wall = time.perf_counter() - begin
+    busy = busy_seconds() - busy
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in (0, 1):
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise CommandFailedError(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
+    cpu = usage.ru_utime + usage.ru_stime
     return Usage(
-        cpu_seconds=round(usage.ru_utime + usage.ru_stime, 2),
+        cpu_seconds=round(cpu, 2),
         wall_seconds=round(wall, 2),
+        others_seconds=round(max(busy - cpu, 0.0), 1),
         peak_anonymous=sampler.anonymous,
         peak_resident=max(sampler.resident, 1024 * usage.ru_maxrss),
         main_resident=sampler.main,
@@ -142,6 +147,14 @@ class Sampler(threading.Thread):
             self.read[pid] = fields(Path(f"/proc/{pid}/io")).get("rchar", self.read.get(pid, 0))
         self.anonymous = max(self.anonymous, anonymous)
         self.resident = max(self.resident, resident)
+
+
+def busy_seconds() -> float:
+    """CPU seconds of all processes since the machine was started."""
+    user, nice, system, _, _, irq, softirq = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def evict(folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from compress import interrupts
+from compress import interrupts, steady
 
 
 def main() -> None:
     """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
     interrupts.install()  # before anything that takes time
+    steady.prepare()  # before anything that computes
     try:
         from compress.cli import run
 

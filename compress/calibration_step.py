@@ -24,6 +24,7 @@ from compress.recipe import Recipe
 from compress.solvers import NEEDS
 from compress.sources import Source
 from compress.statistics import Statistics
+from compress.steady import set_threads
 from compress.tokenizer import Tokenizer
 
 
@@ -173,9 +174,7 @@ class CalibrationStep:
         Raises:
             UsageError: texts that are not there or too short.
         """
-        import torch
-
-        torch.set_num_threads(choose_threads(self.threads, self.job.config))
+        set_threads(choose_threads(self.threads, self.job.config))
         return self._texts.windows
 
     def notes(self) -> list[str]:
@@ -214,9 +213,7 @@ class CalibrationStep:
 
     def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
         """From these texts."""
-        import torch
-
-        torch.set_num_threads(choose_threads(self.threads, self.job.config))
+        set_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
             return collect(source, texts, hessian=hessian, keep=self._keep, progress=update)
 

@@ -21,22 +21,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.arch import FUSED, split_name
 from compress.grids import Float32, Grid, Quantized, get_grid
+from compress.machine import in_threads
 from compress.model import Plan, PlanEntry, Weights
 from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import LayerStats, Statistics, stored_block
+from compress.steady import one_thread
 from compress.walk import walk_beside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["PropagatedWeights"]
 
 SLAB = 1 << 23  # weights of the embedding that are decoded at a time
 SHARE = 0.25  # of the way from the float weights to those that meet the float outputs best
 DAMPING = 0.03  # share of the Hessian diagonal's mean that is added to it there
+ROWS = 512  # that are solved for at a time
 
 
 class PropagatedWeights(Weights):
@@ -180,10 +187,25 @@ def shifts(stats: LayerStats) -> tuple[Float32, ...]:
     for hessian, drift in zip(stats.hessian or (), stats.drift or (), strict=True):
         damped = torch.from_numpy(hessian.copy())
         damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            found.append(np.zeros_like(drift))
-            continue
-        shift: Float32 = torch.cholesky_solve(torch.from_numpy(drift.T.copy()), lower).numpy().T
-        found.append(shift)
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if int(failed):
+                found.append(np.zeros_like(drift))
+                continue
+            found.append(solve_by_slabs(lower, torch.from_numpy(drift)))
     return tuple(found)
+
+
+def solve_by_slabs(lower: Tensor, drift: Tensor) -> Float32:
+    """``D H⁻¹`` of ``H = L Lᵀ``, float32 ``[n, n]``: some rows of ``D`` at a time, in threads."""
+    import torch
+
+    solved = np.empty(tuple(drift.shape), np.float32)
+
+    def work(begin: int, end: int) -> None:
+        for start in range(begin * ROWS, min(end * ROWS, len(drift)), ROWS):
+            part = slice(start, start + ROWS)
+            solved[part] = torch.cholesky_solve(drift[part].T.contiguous(), lower).T.numpy()
+
+    in_threads(work, -(-len(drift) // ROWS), 1)
+    return solved

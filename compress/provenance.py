@@ -11,6 +11,7 @@ machine; docs/reproducible.md says how.
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def statement(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {
-                    "command": job.command,
+                    "command": without_output(job.command),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
                     "recipe": job.recipe.document,
@@ -73,6 +74,12 @@ def statement(
             },
         },
     }
+
+
+def without_output(command: str) -> str:
+    """A command line but for the folder's name, which has no part in what is written there."""
+    words = shlex.split(command)
+    return shlex.join(words[:-2] if words[-2:-1] == ["-o"] else words)
 
 
 def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:

@@ -49,6 +49,29 @@ def open_url(url: str) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
+def fingerprint_text(text: str) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find(pattern: str) -> list[str]:
+    """URLs of the folders that match a pattern and hold a ``config.json``, sorted.
+
+    Raises:
+        CheckpointError: the store cannot be listed.
+        UsageError: see ``open_url``.
+    """
+    fs, root = open_url(pattern)
+    try:
+        fs.invalidate_cache()
+        found = [path for path in fs.glob(root) if fs.isfile(f"{path}/config.json")]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list {pattern}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+    return [str(fs.unstrip_protocol(path)) for path in sorted(found)]
+
+
 def fetch(url: str, cache: Path) -> Path:
     """The checkpoint behind a URL as a folder of this machine; what is there already stays.
 
@@ -68,7 +91,7 @@ def fetch(url: str, cache: Path) -> Path:
     """
     fs, root = open_url(url)
     name = PurePosixPath(root).name
-    folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}" / name
+    folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with taking_turns(folder.parent):
@@ -108,7 +131,7 @@ def fingerprint(url: str) -> str:
         raise CheckpointError(
             f"cannot list {url}: {one_line(error)}", hint="check the URL and its credentials"
         ) from error
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return fingerprint_text(json.dumps(rows))
 
 
 def copy(fs: Any, found: dict[str, Any], patterns: tuple[str, ...], folder: Path) -> int:
@@ -165,6 +188,22 @@ def publish(folder: Path, url: str) -> None:
         for name in set(listed(old or "")) - set(listed(sums)):
             with suppress(FileNotFoundError):
                 fs.rm_file(f"{root}/{name}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+
+
+def write_text(url: str, name: str, text: str) -> None:
+    """Put a small UTF-8 file into a folder behind a URL.
+
+    Raises:
+        UsageError: cannot be written; the reason in one line.
+    """
+    fs, root = open_url(url)
+    try:
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(f"{root}/{name}", text.encode())
     except OSError as error:
         raise UsageError(
             f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress import __version__
 from compress.calibration_step import texts_of
-from compress.job import Job, choose_threads, looks_at_inputs
+from compress.job import Job, looks_at_inputs
 from compress.output import Resume
 from compress.settings import BuildSettings
 
@@ -27,8 +27,7 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
     """What two builds must share for one to go on with what the other left.
 
     Verification has no part in it: what a build left for want of memory there can be continued
-    with ``--no-verify``. Threads have, where inputs are looked at: sums over them are rounded in
-    the order in which threads add.
+    with ``--no-verify``. Neither have threads (``compress.steady``).
 
     Args:
         job: as it is before grids are chosen and weights changed; those follow from it.
@@ -51,7 +50,6 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
         "sweep": settings.sweep,
         "plan": digest([settings.plan] if settings.plan else []),
         "imatrix": digest([settings.imatrix] if settings.imatrix else []),
-        "threads": choose_threads(settings.threads, job.config) if looks else None,
     }
     plain: dict[str, Any] = json.loads(json.dumps(document))
     return plain

@@ -38,7 +38,7 @@ def test_the_matrix(shelf):
         formats=["gguf", "onnx"],
     )
     file = read_jobs(path)
-    assert file.output == shelf / "night"
+    assert file.output == str(shelf / "night")
     assert [job.name for job in file.jobs] == [
         f"{model}/{recipe}"
         for model in ("a", "b", "model", "o")
@@ -132,5 +132,5 @@ def test_the_page_of_the_manual_shows_a_file_that_is_valid(shelf):
     (shelf / "jobs.yaml").write_text(example)
     (shelf / "my-recipe.yaml").write_text("schema: 1\ntargets: {gguf: {}}\n")
     file = read_jobs(shelf / "jobs.yaml")
-    assert file.output == shelf / "artifacts"
+    assert file.output == str(shelf / "artifacts")
     assert {"a/int4-fast", "b/int4-fast"} <= {job.name for job in file.jobs}

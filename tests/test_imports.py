@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors", "compress.interrupts", "compress.markdown",
+    {"compress.errors", "compress.interrupts", "compress.steady", "compress.markdown",
      "compress.progress", "compress.scratch"},
     {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
      "compress.machine", "compress.cache", "compress.remote", "compress.safetensors_file",

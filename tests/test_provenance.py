@@ -132,6 +132,14 @@ def test_the_statement_is_what_in_toto_and_slsa_specify(model: Path, built: Path
     assert check.whole, check.lines()
 
 
+def test_the_same_build_has_the_same_statement(model: Path, built: Path, tmp_path: Path) -> None:
+    """Whatever its folder is called, and whenever it was."""
+    done = build(model, tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    for name in ("plan.json", "provenance.json"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (built / name).read_bytes(), name
+
+
 def test_locked_gives_the_same_bytes_or_says_why_not(
     model: Path, built: Path, tmp_path: Path
 ) -> None:

@@ -5,16 +5,16 @@ The tree on the machine of the batch then holds records, reports and checksums, 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
 from compress.cache import cache_folder
 from compress.errors import PacklightError
-from compress.remote import SUMS, publish, read_text
+from compress.remote import SUMS, fingerprint_text, publish, read_text
 
 __all__ = ["Publishing", "bring_back", "run_away"]
 
@@ -34,10 +34,14 @@ class Publishing:
     def __init__(self, engine: Engine, tree: Path, url: str) -> None:
         self._engine, self._tree, self._url = engine, tree, url
 
-    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
+    def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
         """See ``Engine.run``. A job whose folder cannot be copied is one that could not run."""
-        for outcome in self._engine.run(works, watch):
-            yield published(outcome, self._tree / outcome.name, self._url)
+        with closing(self._engine.run(works, watch)) as outcomes:
+            for outcome in outcomes:
+                told = published(outcome, self._tree / outcome.name, self._url)
+                if told.code in (0, 1):
+                    bring_back(self._url, told.name, self._tree)
+                yield told
 
 
 def published(outcome: Outcome, folder: Path, url: str) -> Outcome:
@@ -57,13 +61,13 @@ def run_away(work: Work, url: str) -> Outcome:
     What a build leaves when it is cut off stays on this machine's disk, and the same job goes on
     from there if it comes here again.
     """
-    key = hashlib.sha256(f"{url}/{work.name}".encode()).hexdigest()[:16]
-    place = cache_folder("batch") / key
+    place = cache_folder("batch") / "jobs" / fingerprint_text(f"{url}/{work.name}")[:16]
     arguments = list(work.arguments)
     arguments[arguments.index("-o") + 1] = str(place / "out")
-    if "--progress-file" in arguments:  # nobody here reads it
-        start = arguments.index("--progress-file")
-        del arguments[start : start + 2]
+    for option in ("--progress-file", "--keep-baseline"):  # places in the tree
+        if option in arguments:
+            start = arguments.index(option)
+            del arguments[start : start + 2]
     shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not copied before the end
     here = replace(work, arguments=tuple(arguments), log=place / "log")
     outcome = published(run_work(here), place / "out", url)

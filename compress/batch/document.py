@@ -163,12 +163,17 @@ def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: 
     )
 
 
-def finish(document: Mapping[str, Any], output: Path, console: Console) -> None:
-    """The table of all jobs, what could not run, the verdict, and where things are."""
+def finish(document: Mapping[str, Any], output: Path, console: Console, url: str = "") -> None:
+    """The table of all jobs, what could not run, the verdict, and where things are.
+
+    Args:
+        output: the tree on this machine.
+        url: of the tree, where it is not a folder.
+    """
     console.result(document)
     for job in document["jobs"]:
         if job["report"]:
-            console.path(output / job["name"])
+            console.path(f"{url or output}/{job['name']}")
     console.table(HEADERS, [table_row(job) for job in document["jobs"]])
     for job in document["jobs"]:
         if job["error"]:

@@ -20,6 +20,7 @@ import recipes
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
 from compress.recipe import explain, parse
+from compress.remote import find, is_url
 from compress.settings import BuildSettings
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
@@ -112,7 +113,7 @@ class BatchFile:
     """What a jobs file says: its jobs, in order, and where their folders go."""
 
     path: Path
-    output: Path
+    output: str
     jobs: tuple[BatchJob, ...]
 
 
@@ -135,7 +136,8 @@ def read_jobs(path: Path) -> BatchFile:
     jobs = list(expand(document, home))
     if not jobs:
         raise UsageError(f"{path}: overrides skip every job")
-    output = home / document.get("output", path.stem)
+    output = document.get("output", path.stem)
+    output = output if is_url(output) else str(home / output)
     return BatchFile(path, output, tuple(jobs))
 
 
@@ -224,7 +226,11 @@ def targets_of(recipe: str) -> list[str]:
 
 
 def find_models(model: str, home: Path) -> list[str]:
-    """Folders of a pattern, sorted; or the one folder or Hub id that is named."""
+    """Folders or URLs of a pattern, sorted; or the one folder, Hub id or URL that is named."""
+    if is_url(model) and any(char in model for char in GLOB):
+        if urls := find(model):
+            return urls
+        raise UsageError(f"no folder with a checkpoint matches {model}")
     expanded = Path(os.path.expanduser(model))
     if not any(char in model for char in GLOB):
         local = model.startswith((".", "/", "~")) or (home / expanded).is_dir()

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
 from compress.batch.away import bring_back, run_away
-from compress.batch.engine import Outcome, Watch, Work, in_order, run_work
+from compress.batch.engine import PATIENCE, Outcome, Watch, Work, in_order, run_work
+from compress.config_json import json_or_empty
 from compress.console import format_bytes
 from compress.errors import RuntimeMissingError, UsageError, one_line
+from compress.output import locked
+from compress.remote import SUMS
 
 __all__ = ["RayEngine"]
 
@@ -32,62 +36,56 @@ class RayEngine:
     """Jobs as Ray tasks.
 
     Args:
-        address: ``HOST:PORT`` or ``auto`` of a cluster; empty for that of ``RAY_ADDRESS``, or else
-            one that Ray starts on this machine and ends afterwards.
+        ray: the module, connected (``connected``).
         url: of an output tree that nodes copy their folders to; empty where they share the tree.
-        tree: then, what this machine has of it.
+        tree: the tree; behind a URL, what this machine has of it.
     """
 
-    def __init__(self, address: str = "", url: str = "", tree: Path | None = None) -> None:
-        self._address, self._url, self._tree = address, url, tree
+    def __init__(self, ray: Any, url: str, tree: Path) -> None:
+        self._ray, self._url, self._tree = ray, url, tree
 
-    def run(self, works: Sequence[Work], watch: Watch) -> Iterator[Outcome]:
-        """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted.
-
-        Raises:
-            RuntimeMissingError: Ray is not installed.
-            UsageError: the cluster cannot be reached.
-        """
-        with connected(self._address) as ray:
-            task = ray.remote(run_on_node)
-            waiting = in_order(works)
-            running: dict[Any, Work] = {}
-            begun: set[str] = set()
-            try:
-                while True:
-                    for work in [work for work in waiting if is_free(work, waiting, running)]:
-                        if not watch.wanted():
-                            break
-                        waiting.remove(work)
-                        if reason := misfit(ray, work):
-                            yield Outcome(work.name, 2, 0.0, error=reason)
-                            continue
-                        options = {"num_cpus": work.threads, "memory": work.memory}
-                        stream = task.options(
-                            **options, max_retries=RETRIES, name=work.name, num_returns="streaming"
-                        ).remote(work, __version__, self._url)
-                        running[stream] = work
-                    if not running:
-                        return
-                    ready, _ = ray.wait(list(running), num_returns=1, timeout=PERIOD)
-                    for stream in ready:
-                        word = take(ray, stream, running[stream])
-                        if word is None:
-                            begun.add(running[stream].name)
-                            watch.started(running[stream])
-                        else:
-                            del running[stream]
-                            if self._tree and word.code in (0, 1):
-                                bring_back(self._url, word.name, self._tree)
-                            yield word
+    def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
+        """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted."""
+        ray = self._ray
+        task = ray.remote(run_on_node)
+        waiting = in_order(works)
+        running: dict[Any, Work] = {}
+        begun: set[str] = set()
+        try:
+            while True:
+                for work in [work for work in waiting if is_free(work, waiting, running)]:
                     if not watch.wanted():
-                        for stream in [s for s, work in running.items() if work.name not in begun]:
-                            ray.cancel(stream)
-                            del running[stream]
-            finally:
-                for stream in running:
-                    # The worker dies, and with it the job: its stdin ends (compress.batch.child).
-                    ray.cancel(stream, force=True)
+                        break
+                    waiting.remove(work)
+                    if reason := misfit(ray, work):
+                        yield Outcome(work.name, 2, 0.0, error=reason)
+                        continue
+                    options = {"num_cpus": work.threads, "memory": work.memory}
+                    stream = task.options(
+                        **options, max_retries=RETRIES, name=work.name, num_returns="streaming"
+                    ).remote(work, __version__, self._url)
+                    running[stream] = work
+                if not running:
+                    return
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=PERIOD)
+                for stream in ready:
+                    word = take(ray, stream, running[stream])
+                    if word is None:
+                        begun.add(running[stream].name)
+                        watch.started(running[stream])
+                    else:
+                        del running[stream]
+                        if self._url and word.code in (0, 1):
+                            bring_back(self._url, word.name, self._tree)
+                        yield word
+                if not watch.wanted():
+                    for stream in [s for s, work in running.items() if work.name not in begun]:
+                        ray.cancel(stream)
+                        del running[stream]
+        finally:
+            for stream in running:
+                # The worker dies, and with it the job: its stdin ends (compress.batch.child).
+                ray.cancel(stream, force=True)
 
 
 def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
@@ -97,7 +95,34 @@ def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
         yield Outcome(work.name, 2, 0.0, error=reason, hint="install the same on all nodes")
         return
     yield None
-    yield run_away(work, url) if url else run_work(work)
+    if url:
+        yield run_away(work, url)
+        return
+    yield finished_before(work) or run_work(work)
+
+
+def finished_before(work: Work) -> Outcome | None:
+    """How a job ended on a node that was lost before it could tell; None where it did not."""
+    if "-o" not in work.arguments:
+        return None
+    output = Path(work.arguments[work.arguments.index("-o") + 1])
+    await_lock(output)
+    # What stood there before the batch is overwritten, so it says nothing.
+    if "--overwrite" in work.arguments or not (output / SUMS).is_file():
+        return None
+    failed = json_or_empty(output / "report.json").get("verdict") == "failed"
+    return Outcome(work.name, int(failed), 0.0)
+
+
+def await_lock(output: Path) -> None:
+    """Wait until nobody writes to an output: the same job on a lost node, which ends there soon."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            with locked(output):
+                return
+        except UsageError:
+            time.sleep(0.5)
 
 
 def take(ray: Any, stream: Any, work: Work) -> Outcome | None:
@@ -115,19 +140,25 @@ def is_free(work: Work, waiting: Sequence[Work], running: dict[Any, Work]) -> bo
     return work.after not in {other.name for other in (*waiting, *running.values())}
 
 
+def largest_node(ray: Any) -> tuple[int, int]:
+    """Memory in bytes and CPUs of the node with the most memory."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sizes = [(int(node.get("memory", 0)), int(node.get("CPU", 0))) for node in nodes]
+    return max((size for size in sizes if size[1]), default=(0, 1))
+
+
 def misfit(ray: Any, work: Work) -> str:
     """Why no node that is there now can hold a job, which Ray would keep waiting forever; or ""."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = max((node.get("memory", 0) for node in nodes), default=0)
     if any(
         node.get("memory", 0) >= work.memory and node.get("CPU", 0) >= work.threads
         for node in nodes
     ):
         return ""
-    cpus = max((node.get("CPU", 0) for node in nodes), default=0)
+    memory, cpus = largest_node(ray)
     return (
         f"no node can hold it: it takes {format_bytes(work.memory)} and {work.threads} CPUs, the "
-        f"largest nodes have {format_bytes(largest)} and {cpus:.0f} CPUs"
+        f"largest has {format_bytes(memory)} and {cpus}"
     )
 
 
@@ -135,8 +166,13 @@ def misfit(ray: Any, work: Work) -> str:
 def connected(address: str) -> Iterator[Any]:
     """The ``ray`` module, connected; what was started here is ended.
 
+    Args:
+        address: ``HOST:PORT`` or ``auto`` of a cluster; empty for that of ``RAY_ADDRESS``, or else
+            one that Ray starts on this machine and ends afterwards.
+
     Raises:
-        RuntimeMissingError, UsageError: see ``RayEngine.run``.
+        RuntimeMissingError: Ray is not installed.
+        UsageError: the cluster cannot be reached.
     """
     try:
         import ray

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from compress.batch import document, page
-from compress.batch.engine import Engine, LocalEngine, Work
+from compress.batch.engine import Engine, Work
+from compress.batch.ground import Ground, Tree, stand_on
 from compress.batch.jobs import BatchJob, arguments, read_jobs, select
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
@@ -24,13 +26,13 @@ from compress.batch.table import Board
 from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
 from compress.config_json import write_json
-from compress.console import Console, format_bytes, parse_bytes
+from compress.console import Console, format_bytes
 from compress.errors import PacklightError, UsageError, one_line
 from compress.job import prepare
-from compress.machine import available_cpus, available_memory
 from compress.model import Shipyard
 from compress.output import check_disk, locked
 from compress.recipe import load
+from compress.remote import write_text
 from compress.resume import digest, identity
 from compress.settings import BuildSettings, recipe_overrides
 
@@ -42,12 +44,14 @@ class BatchSettings:
     """What ``packlight batch`` was asked for; the options of the same names."""
 
     file: Path
-    output: Path | None = None
+    output: str = ""
     only: Sequence[str] = ()
     retry_failed: bool = False
     fail_fast: bool = False
     max_memory: str = ""
     jobs: int = 0
+    engine: str = "local"
+    address: str = ""
     dry_run: bool = False
     ci_files: CiFiles = field(default_factory=CiFiles)
 
@@ -76,66 +80,58 @@ class Planned:
         return self.job.name
 
 
-def batch(
-    settings: BatchSettings,
-    shipyard: Shipyard,
-    console: Console,
-    make_engine: Callable[[int, int, int], Engine] = LocalEngine,
-) -> int:
+def batch(settings: BatchSettings, shipyard: Shipyard, console: Console) -> int:
     """``packlight batch``: 0 when all passed, 1 when a gate failed, 2 when a job could not run.
 
-    Args:
-        settings: the options.
-        shipyard: what knows formats.
-        console: for a person or a script.
-        make_engine: an engine of so many bytes of memory, threads, and jobs at once.
-
     Raises:
-        PacklightError: the jobs file is not valid, another batch writes to the same tree, or there
-            is no room on the disk; nothing was started.
+        PacklightError: the jobs file is not valid, another batch writes to the same tree, no
+            cluster answers, or there is no room on the disk; nothing was started.
     """
     settings.ci_files.check()
     file = read_jobs(settings.file)
-    output = (settings.output or file.output).resolve()
-    memory, cpus = memory_limit(settings.max_memory), available_cpus()
-    chosen = select(file.jobs, settings.only)
-    planner = Planner(shipyard, output, memory, cpus, settings.jobs)
-    planned = [planner.plan(job) for job in chosen]
-    if settings.dry_run:
-        document.print_plan(planned, console, memory, cpus)
-        return 2 if any(one.error for one in planned) else 0
-    state = State(output)
-    with locked(output):
-        todo = [one for one in planned if wanted(one, state, settings.retry_failed)]
-        check_disk(output, sum(one.prediction.bytes for one in todo if one.prediction))
-        board = Board(planned, state, console, fail_fast=settings.fail_fast)
-        for one in planned:
-            if one not in todo:
-                board.settle(one, state.read(one.name))
-        try:
-            run(todo, state, make_engine(memory, cpus, settings.jobs), board)
-        finally:
-            told = document.batch_document(file.path, planned, board, state, memory, cpus)
-            write_json(output / "batch.json", told)
-            (output / "batch.html").write_text(page.render(told), encoding="utf-8")
-            reports = {
-                job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]
-            }
-            settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
-    document.finish(told, output, console)
+    tree = Tree.at(settings.output or file.output)
+    options = (settings.engine, settings.address, settings.max_memory, settings.jobs)
+    with stand_on(*options) as ground:
+        chosen = select(file.jobs, settings.only)
+        planner = Planner(shipyard, tree.folder, ground.memory, ground.cpus, settings.jobs)
+        planned = [planner.plan(job) for job in chosen]
+        if settings.dry_run:
+            document.print_plan(planned, console, ground.memory, ground.cpus)
+            return 2 if any(one.error for one in planned) else 0
+        with locked(tree.folder):
+            told = run_planned(planned, tree, ground, settings, console)
+    document.finish(told, tree.folder, console, tree.url)
     return int(told["exit_code"])
 
 
-def memory_limit(wanted: str) -> int:
-    """``--max-memory`` in bytes; else what is free.
-
-    Raises:
-        UsageError: not a size.
-    """
+def run_planned(
+    planned: Sequence[Planned],
+    tree: Tree,
+    ground: Ground,
+    settings: BatchSettings,
+    console: Console,
+) -> dict[str, Any]:
+    """Run what is wanted, and write ``batch.json`` and ``batch.html``, however it ends."""
+    state = State(tree.folder)
+    todo = [one for one in planned if wanted(one, state, settings.retry_failed)]
+    check_disk(tree.folder, sum(one.prediction.bytes for one in todo if one.prediction))
+    board = Board(planned, state, console, fail_fast=settings.fail_fast)
+    for one in planned:
+        if one not in todo:
+            board.settle(one, state.read(one.name))
     try:
-        return parse_bytes(wanted) if wanted else available_memory()
-    except ValueError as error:
-        raise UsageError(f"--max-memory: {error}") from error
+        run(todo, state, ground.engine(tree), board)
+    finally:
+        told = document.batch_document(
+            settings.file, planned, board, state, ground.memory, ground.cpus
+        )
+        write_json(tree.folder / "batch.json", told)
+        (tree.folder / "batch.html").write_text(page.render(told), encoding="utf-8")
+        for name in ("batch.json", "batch.html") if tree.url else ():
+            write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
+        reports = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
+        settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
+    return told
 
 
 def wanted(one: Planned, state: State, retry_failed: bool) -> bool:

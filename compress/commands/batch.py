@@ -12,8 +12,8 @@ from compress.commands.options import ci_options, make_console, output_options
 
 @click.command(short_help="Build many models with many recipes, each job in its own process.")
 @click.argument("file", metavar="JOBS.yaml", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
-              help="The output tree; default: as the file says.")  # fmt: skip
+@click.option("-o", "--output", default="", metavar="DIR",
+              help="The output tree, a folder or a URL; default: as the file says.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="PATTERN",
               help="These jobs: MODEL, MODEL/RECIPE or a pattern; may be repeated.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True,
@@ -25,11 +25,16 @@ from compress.commands.options import ci_options, make_console, output_options
                    "free.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(0), default=0, metavar="N",
               help="At most so many at once; default: as many as fit.")  # fmt: skip
+@click.option("--engine", type=click.Choice(("local", "ray")), default="local",
+              show_default=True,
+              help="Where jobs run: this machine, or the nodes of a Ray cluster.")  # fmt: skip
+@click.option("--address", default="", metavar="HOST:PORT",
+              help="The Ray cluster; default: RAY_ADDRESS, or one started here.")  # fmt: skip
 @click.option("--dry-run", is_flag=True,
               help="Print every job with its predicted bytes, memory and time.")  # fmt: skip
 @ci_options
 @output_options
-def batch(file: Path, output: Path | None, **options: Any) -> int:
+def batch(file: Path, **options: Any) -> int:
     """Build every model of JOBS.yaml with every recipe, in every format.
 
     Each job runs in a process of its own, as many at once as the machine's memory and CPUs allow.
@@ -43,12 +48,14 @@ def batch(file: Path, output: Path | None, **options: Any) -> int:
 
     settings = BatchSettings(
         file=file,
-        output=output,
+        output=options["output"],
         only=options["only"],
         retry_failed=options["retry_failed"],
         fail_fast=not options["keep_going"],
         max_memory=options["max_memory"],
         jobs=options["jobs"],
+        engine=options["engine"],
+        address=options["address"],
         dry_run=options["dry_run"],
         ci_files=CiFiles(options["junit"], options["summary"]),
     )

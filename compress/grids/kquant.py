@@ -149,7 +149,9 @@ class BlockGrid:
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        weight = self._checked(weight)
+        return self._fit(self._checked(weight), importance)
+
+    def _fit(self, weight: Float32, importance: Float32 | None) -> Params:
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         squares = np.empty(0, dtype=np.float32)
@@ -227,7 +229,9 @@ class BlockGrid:
         Raises:
             GridError: as ``fit``.
         """
-        weight = self._checked(weight)
+        return self._encode(self._checked(weight), params)
+
+    def _encode(self, weight: Float32, params: Params) -> Array:
         scale, minimum = self.effective(params)
         codes = np.empty(weight.shape, dtype=np.uint8)
         if self.curved:
@@ -274,9 +278,10 @@ class BlockGrid:
         return unpack(self.name, self.block, blocks)
 
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
-        """``fit``, then ``encode``."""
-        params = self.fit(weight, importance)
-        return Quantized(self.encode(weight, params), params, self, weight.shape)
+        """``fit``, then ``encode``; the weight is checked once."""
+        weight = self._checked(weight)
+        params = self._fit(weight, importance)
+        return Quantized(self._encode(weight, params), params, self, weight.shape)
 
     def _checked(self, weight: Float32) -> Float32:
         self.check(weight.shape)

@@ -30,6 +30,7 @@ from compress.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
 from compress.sources import Source
+from compress.steady import set_threads
 
 __all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
 
@@ -60,9 +61,7 @@ def prune(job: Job, console: Console, threads: int) -> Pruned | None:
     """
     if job.cut is None:
         return None
-    import torch
-
-    torch.set_num_threads(choose_threads(threads, job.config))
+    set_threads(choose_threads(threads, job.config))
     return prune_source(job.source, job.cut, read_texts(job), console)
 
 

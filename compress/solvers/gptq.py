@@ -14,11 +14,13 @@ When all codes are chosen, each is looked at again (``compress.solvers.descent``
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
 from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
+from compress.machine import worker_threads
 from compress.solvers.descent import descend
 from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import Factor, factors_of, output_errors
@@ -30,7 +32,8 @@ __all__ = ["gptq"]
 
 DESCENTS = 2  # times that every code is looked at again ...
 DAMPING = 0.03  # ... with this share of the diagonal's mean added to it
-ROWS = 2048  # worked on at a time; temporaries are a few float32 matrices of ROWS x columns
+ROWS = 1024  # of a slab; temporaries are a few float32 matrices of ROWS x columns
+SLABS = 4  # in work at once, at most
 
 
 def gptq(
@@ -69,8 +72,9 @@ def gptq(
     codes, params = searched.codes.copy(), {k: v.copy() for k, v in searched.params.items()}
     whole = grid.lattice(params) if isinstance(grid, LatticeGrid) and not grid.span else None
     decoded = searched.decode()
-    fallen = 0
-    for start in range(0, rows, ROWS):
+    fallen = []
+
+    def solve(start: int) -> None:
         part = slice(start, min(start + ROWS, rows))
         fits = Spans(grid, weight.shape[1]) if whole is None else Whole(whole, rows, part)
         trial, left = round_rows(weight[part], factors, fits, block)
@@ -81,8 +85,11 @@ def gptq(
         codes[part][better] = trial[better]
         for key, values in fits.params().items():
             params[key][part][better] = values[better]
-        fallen += len(better) - int(better.sum())
-    return Quantized(codes, params, grid, searched.shape, fallen)
+        fallen.append(len(better) - int(better.sum()))
+
+    with ThreadPoolExecutor(min(worker_threads(), SLABS)) as pool:
+        list(pool.map(solve, range(0, rows, ROWS)))
+    return Quantized(codes, params, grid, searched.shape, sum(fallen))
 
 
 def round_rows(

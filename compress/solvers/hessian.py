@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.grids import Array, Float32
+from compress.machine import in_threads
 from compress.statistics import LayerStats
 
 __all__ = ["Factor", "factors_of", "output_errors"]
@@ -23,6 +24,7 @@ __all__ = ["Factor", "factors_of", "output_errors"]
 # What is added to the diagonal, as a share of itself, until the Hessian is positive definite.
 REPAIRS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 TILE = 256
+SLAB = 1024  # rows of one matrix product
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def factor_in_place(matrix: Float32) -> Float32 | None:
     for last in range(len(matrix), 0, -TILE):
         tile = slice(max(last - TILE, 0), last)
         known = matrix[tile, last:] * variances[last:]
-        matrix[:last, tile] -= matrix[:last, last:] @ known.T
+        subtract_product(matrix, tile, last, known)
         try:
             # The factor of a reversed matrix, reversed, is upper triangular.
             lower = np.linalg.cholesky(matrix[tile, tile][::-1, ::-1].astype(np.float64))
@@ -134,6 +136,20 @@ def factor_in_place(matrix: Float32) -> Float32 | None:
         matrix[above, tile] = matrix[above, tile] @ (np.linalg.inv(upper).T / roots).astype("f4")
         matrix[tile, tile] = upper / roots
     return variances if np.isfinite(matrix).all() else None
+
+
+def subtract_product(matrix: Float32, tile: slice, last: int, known: Float32) -> None:
+    """``matrix[:last, tile] -= matrix[:last, last:] @ knownᵀ``, some rows at a time in threads.
+
+    The rows of one product are always the same: sums do not depend on the number of threads.
+    """
+
+    def work(begin: int, end: int) -> None:
+        for start in range(begin * SLAB, min(end * SLAB, last), SLAB):
+            part = slice(start, min(start + SLAB, last))
+            matrix[part, tile] -= matrix[part, last:] @ known.T
+
+    in_threads(work, -(-last // SLAB), 1)
 
 
 def output_errors(errors: Float32, stats: LayerStats) -> Array:

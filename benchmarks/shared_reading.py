@@ -1,0 +1,141 @@
+"""What it saves to write all targets of a checkpoint in step (``compress.lockstep``).
+
+    python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
+    python benchmarks/shared_reading.py model [--room 400MB]
+
+The checkpoint is read by slabs and thrown away; then four builds that round to nearest, each in a
+process of its own: every target alone, and all in one.
+Then all in one, and one after the other in one process, on a machine whose page cache holds no more
+than ``--room`` of the checkpoint: pages that were used least recently are dropped as it reads
+(``posix_fadvise``). Every row begins with none of the checkpoint in the page cache. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from compress.calibration_step import CalibrationStep, Importance
+from compress.checkpoint import Checkpoint
+from compress.console import Console, parse_bytes
+from compress.job import prepare
+from compress.recipe import load
+from compress.safetensors_file import TensorInfo
+from compress.writing import write_artifacts
+from exporters import SHIPYARD
+
+FORMATS = ("gguf", "onnx", "coreml")
+SLAB = 1 << 23
+
+
+class LittleRoom(Checkpoint):
+    """A checkpoint of which the page cache keeps no more than ``room`` bytes."""
+
+    room = sys.maxsize
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        kept = self.__dict__.setdefault("kept", OrderedDict())
+        values = super().read(name, rows)
+        kept[name] = self.tensors[name]
+        kept.move_to_end(name)
+        while len(kept) > 1 and sum(info.nbytes for info in kept.values()) > self.room:
+            drop(kept.popitem(last=False)[1])
+        return values
+
+
+def drop(info: TensorInfo) -> None:
+    """Have the kernel forget the pages of a tensor."""
+    handle = os.open(info.file, os.O_RDONLY)
+    os.posix_fadvise(handle, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
+    """The artifacts of some targets."""
+    job = prepare(checkpoint, load("int4-fast", (), formats), SHIPYARD.get_exporter)
+    step = CalibrationStep(job, Importance(), SHIPYARD, Console())
+    (folder / "work").mkdir(parents=True)
+    write_artifacts(step, SHIPYARD, folder / "work", Console())
+
+
+def read_all(checkpoint: Checkpoint) -> None:
+    """Every weight once, by slabs as the writers take them."""
+    for name, info in checkpoint.tensors.items():
+        rows = max(SLAB // (info.shape[1] if len(info.shape) > 1 else 1), 1)
+        for start in range(0, info.shape[0], rows):
+            checkpoint.read(name, slice(start, start + rows))
+
+
+def run(model: Path, builds: list[list[str]], room: int) -> dict[str, float]:
+    """Some builds one after the other in this process; what they took."""
+    LittleRoom.room = room
+    checkpoint = LittleRoom(model)
+    for info in checkpoint.tensors.values():
+        drop(info)
+    begin, before = time.perf_counter(), from_disk()
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder:
+        for formats in builds:
+            write(checkpoint, tuple(formats), Path(folder) / formats[0])
+        if not builds:
+            read_all(checkpoint)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "wall_seconds": time.perf_counter() - begin,
+        "checkpoints_from_disk": (from_disk() - before) / checkpoint.nbytes,
+        "peak_rss_mb": used.ru_maxrss / 1000,
+    }
+
+
+def from_disk() -> int:
+    """Bytes that this process made the disk read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--room", type=parse_bytes, default=parse_bytes("400MB"))
+    parser.add_argument("--only", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(run(options.model, *options.only)))
+        return
+    everything = sys.maxsize
+    rows: dict[str, tuple[list[list[str]], int]] = {
+        "reading only": ([], everything),
+        **{name: ([[name]], everything) for name in FORMATS},
+        "all in one": ([list(FORMATS)], everything),
+        "little room, all in one": ([list(FORMATS)], options.room),
+        "little room, one by one": ([[name] for name in FORMATS], options.room),
+    }
+    print("| | CPU s | wall s | checkpoints read from disk | peak RSS, MB |")
+    print("|---|---:|---:|---:|---:|")
+    seconds: dict[str, float] = {}
+    for label, only in rows.items():
+        command = [sys.executable, __file__, str(options.model), "--only", json.dumps(only)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        took = json.loads(done.stdout.splitlines()[-1])
+        seconds[label] = took["cpu_seconds"]
+        print(
+            f"| {label} | {took['cpu_seconds']:.1f} | {took['wall_seconds']:.1f} "
+            f"| {took['checkpoints_from_disk']:.2f} | {took['peak_rss_mb']:.0f} |",
+            flush=True,
+        )
+    bound = sum(seconds[name] for name in FORMATS) - 2 * seconds["reading only"]
+    print(f"all in one: {seconds['all in one'] / bound:.2f} of the three less two readings, CPU")
+
+
+if __name__ == "__main__":
+    main()
