@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from compress.arch import split_name
 from compress.grids import get_grid
+from compress.machine import worker_threads
 from compress.model import Plan, PlanEntry, Weights
 from compress.progress import Step
 from compress.propagation import PropagatedWeights
@@ -99,9 +100,9 @@ def tried(entry: PlanEntry, weights: Weights) -> float:
     some = slice(0, min(rows, max(TRIED // columns // 32, 1) * 32))
     seconds = 0.0
     for _ in range(2):  # the first time also loads compiled kernels
-        begin = time.perf_counter()
+        begin = time.process_time()  # on a busy machine less of a gamble than a clock
         weights.quantize(entry.name, grid, some).pack()
-        seconds = time.perf_counter() - begin
+        seconds = (time.process_time() - begin) / worker_threads()
     return MOVED + seconds / (some.stop * columns)
 
 
