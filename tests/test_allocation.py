@@ -214,12 +214,9 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
         wanted = {name: ["int4-g32"] for name in ("blocks.0.q_proj.weight", "lm_head.weight")}
         solve = get_solver(how.solver, stats)
         measure_errors(weights, stats, solve, wanted, errors, how, lambda done, total: None)
-    search, gptq = found["scale_search"], found["gptq"]
-    share = (
-        gptq["blocks.0.q_proj.weight"]["int4-g32"] / search["blocks.0.q_proj.weight"]["int4-g32"]
-    )
-    assert share == pytest.approx(effort.GPTQ_LEAVES)
-    assert gptq["lm_head.weight"] == search["lm_head.weight"]  # it has the embedding's codes
+    for name, errors in found["scale_search"].items():
+        share = found["gptq"][name]["int4-g32"] / errors["int4-g32"]
+        assert share == pytest.approx(effort.GPTQ_LEAVES)
 
 
 @pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
