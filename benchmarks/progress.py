@@ -7,6 +7,10 @@ Runs ``packlight`` with these arguments and prints, for every phase of a second 
 it took, what time left was told after a tenth of it and what really was, by how much that was
 wrong, and the most by which the duration that follows (time gone by and time left) was wrong from
 then on. ``--cpu`` counts this process's CPU seconds, for a machine that others use meanwhile.
+
+Qwen2.5-0.5B's shape, ``-r int4-fast --no-verify --threads 1``, all three formats: 13.7 CPU seconds,
+a quarter of which are imports; 12.2 s were told after the first tenth and 10.2 s left (+20 %), and
+later the duration was wrong by 15 % at most. By bytes alone, GGUF was told ten times too long.
 """
 
 from __future__ import annotations

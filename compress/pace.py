@@ -22,9 +22,9 @@ from compress.statistics import stored_block
 __all__ = ["expected_steps"]
 
 SMALLEST = 1 << 26  # weights below which there is nothing to foresee
-TRIED = 1 << 17  # weights of a trial: some hundredths of a second
+TRIED = 1 << 20  # weights of a trial: a hundredth of a second, on costly grids half a second
 FLOAT = 4e-9  # seconds for a weight that only changes its type, or was solved before
-MOVED = 4e-9  # seconds for a weight to be read, and for its code to be written
+MOVED = 2e-9  # seconds for a weight to be read, and for its code to be written
 SEARCHED = 1e-7  # seconds for a weight whose scale is searched for ...
 FED_BACK = 1e-9  # ... and for each column of its row, where errors are made up for there
 
