@@ -157,7 +157,8 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     else:
         inputs = prepare_target(made, calibration)
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
-            weights = target_weights(made, inputs, calibration, Path(work))
+            ledger = Path(work) / "ledger"
+            weights = target_weights(made, inputs, calibration, Path(work), ledger)
             artifact = exporter.write(made, weights, folder, silent)
     return artifact, time.process_time() - start
 

@@ -1,13 +1,13 @@
 """Byte budgets against fixed types: what choosing a grid for every tensor is worth.
 
     python benchmarks/budget.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
-                                [--solver NAME] [--mixes N] [--out DIR]
+                                [--solver NAME] [--mixes N] [--sampled] [--out DIR]
 
 GGUF: five budgets between 3.3 and 5.0 bits per weight, each against the next larger of llama.cpp's
 own mixes with importance matrix (``ggml_quantize_chunk``, as in peers.py). ONNX and Core ML: every
 uniform grid by the same solver, against a budget of that grid's bytes; the best quantizer of the
 format's own tools on the same grid stands beside it. All are run in their runtimes on held-out
-text. Random mixes tell how well the cost table predicts a divergence, and ``sampled`` mixes, of the
+text. Random mixes tell how well the cost table predicts a divergence, ``--sampled`` mixes, of the
 same budgets, what is lost where a table is measured as a large model's is
 (``compress.allocation.effort``). Writes DIR/budget.json and DIR/budget.md (default: benchmarks/).
 """
@@ -114,12 +114,15 @@ class Bench:
         return BudgetStep(calibration, SHIPYARD.get_exporter)
 
     def within(self, group: str, format: str, changes: Sequence[str], budget: int) -> None:
-        """The artifact of a budget, if there is one so small; and the same from a sample."""
+        """The artifact of a budget, if there is one so small; and the same from a sample, where
+        that is asked for.
+        """
         known = effort.LARGE
         self.allocate(group, "budget", format, changes, budget)
-        effort.LARGE = 0
-        self.allocate(group, "sampled", format, changes, budget)
-        effort.LARGE = known
+        if self.chosen.sampled:
+            effort.LARGE = 0
+            self.allocate(group, "sampled", format, changes, budget)
+            effort.LARGE = known
 
     def allocate(
         self, group: str, kind: str, format: str, changes: Sequence[str], budget: int
@@ -301,7 +304,7 @@ def page(document: dict[str, Any]) -> str:
             f"({row['rival_bytes']:,}) | {row['of_rival']:.2f} | {peer} "
             f"| {'pass' if row['passed'] else '**fail**'} |"
         )
-    told, over = document["agreement"], document["sampled"]["over_full"]
+    told, some = document["agreement"], document.get("sampled")
     seconds = document["measuring_cpu_seconds"]
     lines += [
         "",
@@ -309,15 +312,18 @@ def page(document: dict[str, Any]) -> str:
         f"{told['correlation']:.3f}; measured is {told['measured_over_expected']:.2f} of expected "
         "(geometric mean).",
         "",
-        "Chosen by a large model's table instead ("
-        f"{document['sampled']['artifacts']} mixes): {over['geometric_mean']:.2f} of the KL of the "
-        f"full table's mixes in the same budgets (geometric mean; at most {over['most']:.2f}); "
-        f"correlation {document['sampled']['correlation']:.3f}, measured over expected "
-        f"{document['sampled']['measured_over_expected']:.2f}.",
-        "",
-        f"Solver: {document['solver']}. CPU seconds of the cost tables: {seconds['budget']}, from "
-        f"samples {seconds['sampled']}.",
+        f"Solver: {document['solver']}. CPU seconds of the cost tables: {seconds['budget']}.",
     ]
+    if some:
+        over = some["over_full"]
+        lines += [
+            "",
+            f"Chosen by a large model's table instead ({some['artifacts']} mixes, "
+            f"{seconds['sampled']} CPU seconds): {over['geometric_mean']:.2f} of the KL of the "
+            f"full table's mixes in the same budgets (geometric mean; at most {over['most']:.2f}); "
+            f"correlation {some['correlation']:.3f}, measured over expected "
+            f"{some['measured_over_expected']:.2f}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -329,6 +335,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--solver", default="gptq")
     parser.add_argument("--mixes", type=int, default=8)
+    parser.add_argument("--sampled", action="store_true", help="also as large models are planned")
     parser.add_argument("--format", action="append", choices=("gguf", "onnx", "coreml"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     chosen = parser.parse_args()
@@ -350,7 +357,7 @@ def main() -> None:
         "rows": rows,
         "bars": judge(rows),
         "agreement": agreement([row for row in rows if row["kind"] != "sampled"]),
-        "sampled": sampled(rows),
+        **({"sampled": sampled(rows)} if chosen.sampled else {}),
     }
     (chosen.out / "budget.json").write_text(json.dumps(document, indent=2) + "\n")
     (chosen.out / "budget.md").write_text(page(document))

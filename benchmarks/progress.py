@@ -1,83 +1,80 @@
-"""How right the time left is: a command's ``--progress-file`` beside a clock.
+"""How right the time left is: what a command's phases tell beside how long they really take.
 
     python benchmarks/progress.py build CHECKPOINT -r int4-fast -f gguf --no-verify -o OUT
+    OMP_NUM_THREADS=1 python benchmarks/progress.py --cpu build CHECKPOINT …
 
 Runs ``packlight`` with these arguments and prints, for every phase of a second and more: how long
 it took, what time left was told after a tenth of it and what really was, by how much that was
 wrong, and the most by which the duration that follows (time gone by and time left) was wrong from
-then on.
+then on. ``--cpu`` counts this process's CPU seconds, for a machine that others use meanwhile.
+
+Qwen2.5-0.5B's shape, ``-r int4-fast --no-verify --threads 1``, all three formats: 13.7 CPU seconds,
+a quarter of which are imports; 12.2 s were told after the first tenth and 10.2 s left (+20 %), and
+later the duration was wrong by 15 % at most. By bytes alone, GGUF was told ten times too long.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-LOOK = 0.05  # seconds between two looks at the file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compress import console
+from compress.cli import run
+from compress.progress import Estimate
 
 
-def watch(arguments: list[str], path: Path) -> list[tuple[float, dict]]:
-    """Lines of the progress file of a command, each with the second that it came."""
-    seen: list[tuple[float, dict]] = []
-    command = [sys.executable, "-m", "compress", *arguments, "--progress-file", str(path)]
-    path.touch()
-    with subprocess.Popen(command) as process, path.open() as file:
-        pending = ""
-        while True:
-            ended = process.poll() is not None
-            pending += file.read()
-            *lines, pending = pending.split("\n")
-            seen += [(time.monotonic(), json.loads(line)) for line in lines]
-            if ended:
-                break
-            time.sleep(LOOK)
-    if process.returncode > 1:
-        sys.exit(process.returncode)
-    return seen
+class Witness(console.Phase):
+    """A phase that remembers what it told and when."""
+
+    seen: list[Witness] = []  # noqa: RUF012
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.told: list[tuple[float, float]] = []
+        self.seconds = 0.0
+        self.seen.append(self)
+
+    def update(self, done: int, total: int) -> None:
+        super().update(done, total)
+        left = self.estimate.seconds_left
+        if left is not None:
+            self.told.append((self.estimate.seconds, left))
+
+    def close(self) -> None:
+        self.seconds = self.estimate.seconds
+        super().close()
 
 
-def phases(seen: list[tuple[float, dict]]) -> list[list[tuple[float, dict]]]:
-    """The lines of each phase: from where its name and its count begin anew."""
-    found: list[list[tuple[float, dict]]] = []
-    for when, line in seen:
-        if line["done"] == 0 and line["eta_s"] is None and line["total"] is None:
-            found.append([])
-        found[-1].append((when, line))
-    return found
-
-
-def judge(lines: list[tuple[float, dict]]) -> str | None:
+def judge(phase: Witness) -> str | None:
     """One phase's line of the table; None where it was over too soon or counted nothing."""
-    begin, end = lines[0][0], lines[-1][0]
-    told = [
-        (when, line["eta_s"])
-        for when, line in lines
-        if line["eta_s"] is not None and begin + (end - begin) * 0.1 <= when
-    ]
-    if end - begin < 1 or not told:
+    whole = phase.seconds
+    told = [(when, left) for when, left in phase.told if whole * 0.1 <= when < whole]
+    if whole < 1 or not told:
         return None
-    errors = [(when + eta - end) / (end - begin) for when, eta in told]
-    when, eta = told[0]
+    when, left = told[0]
+    worst = max(((at + rest) / whole - 1 for at, rest in told), key=abs)
     return (
-        f"| {lines[0][1]['phase']} | {end - begin:.1f} | {eta:.1f} | {end - when:.1f} | "
-        f"{eta / (end - when) - 1:+.0%} | {max(errors, key=abs):+.0%} |"
+        f"| {phase.name} | {whole:.1f} | {left:.1f} | {whole - when:.1f} | "
+        f"{left / (whole - when) - 1:+.0%} | {worst:+.0%} |"
     )
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        seen = watch(sys.argv[1:], Path(folder) / "progress.jsonl")
-    print(
-        "| phase | seconds | left after a tenth: told | really | error | of the duration, later |"
-    )
+    arguments = sys.argv[1:]
+    console.Phase = Witness
+    if arguments[0] == "--cpu":
+        arguments = arguments[1:]
+        console.Estimate = partial(Estimate, clock=time.process_time)
+    code = run(arguments)
+    print("| phase | seconds | left after a tenth: told | really | error | of all, later |")
     print("|---|---|---|---|---|---|")
-    for lines in phases(seen):
-        if row := judge(lines):
-            print(row)
+    for row in filter(None, map(judge, Witness.seen)):
+        print(row)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

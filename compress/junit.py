@@ -98,7 +98,9 @@ def artifact_suite(built: str, report: Json, artifact: Json) -> ET.Element:
 def answers_case(artifact: Json) -> ET.Element:
     """Whether the artifact was run, and answered in numbers."""
     case = ET.Element("testcase", {"name": ANSWERS})
-    if artifact["runtime"] is None:
+    if artifact["failure"]:
+        ET.SubElement(case, "failure", {"type": "runtime", "message": clean(artifact["failure"])})
+    elif artifact["runtime"] is None:
         ET.SubElement(case, "skipped", {"message": "not verified"})
     elif artifact["perplexity_ratio"] is None:
         message = f"{artifact['runtime']} ran it, and its answers are not numbers"

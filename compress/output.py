@@ -109,6 +109,11 @@ def retired_folder(output: Path) -> Path:
     return output.with_name(output.name + ".old.partial")
 
 
+def baseline_folder(output: Path) -> Path:
+    """Where a build keeps the float model's answers, for itself if it is cut off."""
+    return partial_folder(real_path(output)) / STATE / "baseline"
+
+
 def state_folder(folder: Path) -> Path:
     """Where the build that works in ``folder`` (see ``work_folder``) keeps what it goes on with."""
     return folder.parent / STATE
@@ -155,7 +160,7 @@ class Resume:
                 hint="--resume to continue it, --overwrite to begin afresh",
             )
         if self.wanted and known:
-            clear(partial, {record, partial / "new", *ledgers})
+            clear(partial, {record, partial / STATE / "baseline", partial / "new", *ledgers})
             clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
             return
         shutil.rmtree(partial, ignore_errors=True)

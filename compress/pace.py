@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from compress.arch import split_name
 from compress.grids import get_grid
+from compress.machine import worker_threads
 from compress.model import Plan, PlanEntry, Weights
 from compress.progress import Step
 from compress.propagation import PropagatedWeights
@@ -21,9 +22,9 @@ from compress.statistics import stored_block
 __all__ = ["expected_steps"]
 
 SMALLEST = 1 << 26  # weights below which there is nothing to foresee
-TRIED = 1 << 17  # weights of a trial: some hundredths of a second
+TRIED = 1 << 20  # weights of a trial: a hundredth of a second, on costly grids half a second
 FLOAT = 4e-9  # seconds for a weight that only changes its type, or was solved before
-MOVED = 4e-9  # seconds for a weight to be read, and for its code to be written
+MOVED = 2e-9  # seconds for a weight to be read, and for its code to be written
 SEARCHED = 1e-7  # seconds for a weight whose scale is searched for ...
 FED_BACK = 1e-9  # ... and for each column of its row, where errors are made up for there
 
@@ -99,9 +100,9 @@ def tried(entry: PlanEntry, weights: Weights) -> float:
     some = slice(0, min(rows, max(TRIED // columns // 32, 1) * 32))
     seconds = 0.0
     for _ in range(2):  # the first time also loads compiled kernels
-        begin = time.perf_counter()
+        begin = time.process_time()  # on a busy machine less of a gamble than a clock
         weights.quantize(entry.name, grid, some).pack()
-        seconds = time.perf_counter() - begin
+        seconds = (time.process_time() - begin) / worker_threads()
     return MOVED + seconds / (some.stop * columns)
 
 

@@ -35,7 +35,7 @@ from compress.machine import use_threads
 from compress.memory import check_memory
 from compress.model import Artifact, Shipyard
 from compress.origin import lock_build
-from compress.output import check_disk, check_output, work_folder
+from compress.output import baseline_folder, check_disk, check_output, work_folder
 from compress.plan_file import print_plan
 from compress.provenance import NAME as PROVENANCE
 from compress.provenance import statement
@@ -48,14 +48,15 @@ from compress.scorer import Scorer, check_tokenizer, forecast, read_text, text_n
 from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
 from compress.sources import Stored
 from compress.summary import finish
-from compress.verify import Verified, gates
+from compress.verify import Outcome, gates
 from compress.verify.against import Previous
 from compress.verify.tasks import read_task
 from compress.writing import write_artifacts
 
 
 def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
-    """``packlight build``: 0 when every gate passed, 1 when one failed.
+    """``packlight build``: 0 when every gate passed, 1 when one failed, 2 when an artifact could
+    not be run (which keeps it and the others).
 
     Raises:
         PacklightError: it could not be done; nothing was left behind.
@@ -127,7 +128,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     # Before the work: a text that is too short, or no tokenizer, is told now.
     if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
         check_tokenizer(checkpoint)
-    kept = settings.keep_baseline
+    kept = settings.keep_baseline or baseline_folder(output)
     scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
     if previous and scorer:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
@@ -150,7 +151,9 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         for name, document in chosen.documents(job).items():
             write_json(folder / name, {**document, "lock": lock})
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        verified = scorer.verify(artifacts, shipyard, folder) if scorer else [None] * len(artifacts)
+        verified: list[Outcome] = [None] * len(artifacts)
+        if scorer:
+            verified = scorer.verify(artifacts, shipyard, folder, keep_going=True)
         console.begin("write the report")  # and checksums of all that was written
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if chosen.curve:
@@ -167,12 +170,13 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(job, settings.save_checkpoint, console)
     settings.ci_files.write(report)
-    finish(report, output, console)
-    return 1 if report["verdict"] == "failed" else 0
+    return finish(report, output, console)
 
 
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
-    """``packlight verify``: 0 when every gate passed, 1 when one failed; writes nothing."""
+    """``packlight verify``: 0 when every gate passed, 1 when one failed, 2 when one of several
+    artifacts could not be run; writes nothing.
+    """
     console.begin("read headers")
     settings.ci_files.check(settings.artifact)
     use_threads(settings.threads)
@@ -205,7 +209,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
-    verified = scorer.verify(artifacts, shipyard, None)
+    verified = scorer.verify(artifacts, shipyard, None, keep_going=len(artifacts) > 1)
     folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
     folder = folder.parent if folder.suffix == ".mlpackage" else folder
     limits = gates.parse(wanted)
@@ -213,14 +217,13 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     if previous:
         previous.apply(report, console)
     settings.ci_files.write(report)
-    finish(report, None, console)
-    return 1 if report["verdict"] == "failed" else 0
+    return finish(report, None, console)
 
 
 def make_report(
     job: Job,
     artifacts: Sequence[Artifact],
-    verified: Sequence[Verified | None],
+    verified: Sequence[Outcome],
     scorer: Scorer | None,
     limits: Sequence[gates.Limit],
     folder: Path,

@@ -24,7 +24,7 @@ from compress.errors import UsageError
 __all__ = ["Estimate", "ProgressFile", "Step", "clock_time", "rough_time"]
 
 EVERY = 0.4  # seconds between two lines of a progress file
-TRUST = 0.02  # share of all expected seconds that must come by to count as much as expectation
+TRUST = 0.01  # share of all expected seconds that must come by to count as much as expectation
 TRUST_KIND = 0.005  # the same for what one kind takes, beside what all take
 
 
@@ -130,6 +130,10 @@ class Estimate:
         expected = {kind: units * self._costs[kind] for kind, units in passed.items()}
         whole = sum(expected.values()) or 1.0  # nothing for what only had to be found
         for kind, cost in expected.items():
+            if kind not in self._expected and len(self._costs) > 1:
+                # Its first one also paid for imports and compiled kernels.
+                self._expected[kind] = self._took[kind] = 0.0
+                continue
             self._expected[kind] = self._expected.get(kind, 0.0) + cost
             self._took[kind] = self._took.get(kind, 0.0) + seconds * cost / whole
 
@@ -139,11 +143,7 @@ class Estimate:
         if len(self._costs) == 1:
             assert self._first is not None
             passed, seconds = self._first
-            if expected < passed.total() * cost:
-                expected, seconds = expected + passed.total() * cost, sum(took.values()) + seconds
-            else:
-                seconds = took[kind]
-            return cost * seconds / expected
+            return took[kind] * cost / expected if expected else seconds / passed.total()
         whole = sum(step.units * step.cost for step in self._steps)
         pace = (sum(took.values()) + TRUST * whole) / (expected + TRUST * whole)
         known = TRUST_KIND * whole

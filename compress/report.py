@@ -18,8 +18,9 @@ from typing import Any
 
 from compress import __version__
 from compress.arch import DecoderConfig, split_name
+from compress.errors import PacklightError
 from compress.model import Artifact, PlanEntry
-from compress.verify import Verified
+from compress.verify import Outcome, Verified
 from compress.verify.gates import Limit, judge
 from compress.verify.generate import Generation
 from compress.verify.quality import Quality, Series
@@ -60,7 +61,7 @@ def build_report(
     command: str,
     context: int,
     baseline: Baseline,
-    artifacts: Sequence[tuple[Artifact, Verified | None]],
+    artifacts: Sequence[tuple[Artifact, Outcome]],
     limits: Sequence[Limit],
     folder: Path,
     decode: Decode | None = None,
@@ -75,7 +76,7 @@ def build_report(
         command: what makes this again, without local paths.
         context: positions that the KV cache is told for.
         baseline: the float model.
-        artifacts: each with what was found out, or None where it was not run.
+        artifacts: each with what became of it.
         limits: the recipe's gates.
         folder: where the report will stand; artifact paths are relative to it.
         decode: the tokenizer's, for the text sample.
@@ -84,10 +85,11 @@ def build_report(
     """
     parameters = int(model["parameters"])
     entries = [
-        describe_artifact(artifact, verified, parameters, context, limits, folder, decode)
-        for artifact, verified in artifacts
+        describe_artifact(artifact, outcome, parameters, context, limits, folder, decode)
+        for artifact, outcome in artifacts
     ]
-    quality = next((verified.quality for _, verified in artifacts if verified), None)
+    ran = (outcome for _, outcome in artifacts if isinstance(outcome, Verified))
+    quality = next((verified.quality for verified in ran), None)
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "packlight", "version": __version__, "command": command},
@@ -156,7 +158,7 @@ def describe_baseline(
 
 def describe_artifact(
     artifact: Artifact,
-    verified: Verified | None,
+    outcome: Outcome,
     parameters: int,
     context: int,
     limits: Sequence[Limit],
@@ -164,6 +166,8 @@ def describe_artifact(
     decode: Decode | None,
 ) -> dict[str, Any]:
     """One of the report's ``artifacts``."""
+    verified = outcome if isinstance(outcome, Verified) else None
+    failure = outcome.message if isinstance(outcome, PacklightError) else None
     base = folder.parent if artifact.path == folder else folder
     found: dict[str, Any] = {
         "format": artifact.format,
@@ -179,7 +183,17 @@ def describe_artifact(
         **describe_resources(verified.resources if verified else None),
         **describe_generation(verified.generation if verified else None, decode),
         "tasks": [describe_task(task) for task in verified.tasks] if verified else [],
-        "notes": list(dict.fromkeys([*artifact.plan.notes, *artifact.notes, *caveats(verified)])),
+        "failure": failure,
+        "notes": list(
+            dict.fromkeys(
+                [
+                    *([f"It could not be run: {failure}"] if failure else []),
+                    *artifact.plan.notes,
+                    *artifact.notes,
+                    *caveats(verified),
+                ]
+            )
+        ),
         "tensors": [describe_tensor(entry) for entry in artifact.plan.entries],
     }
     found = clean(found)
@@ -342,6 +356,8 @@ def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
 
 def verdict(artifacts: Sequence[Mapping[str, Any]]) -> str:
     """``passed`` when all were run and no gate failed, ``failed``, or ``not verified``."""
+    if any(artifact["failure"] for artifact in artifacts):
+        return "failed"
     if any(not gate["passed"] for artifact in artifacts for gate in artifact["gates"]):
         return "failed"
     if not artifacts or any(artifact["runtime"] is None for artifact in artifacts):

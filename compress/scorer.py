@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
-from compress.errors import CheckpointError, UsageError
+from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
 from compress.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.machine import available_memory, resident_memory
 from compress.memory import embedding_bytes
@@ -16,7 +16,7 @@ from compress.progress import rough_time
 from compress.scratch import scratch_folder
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
-from compress.verify import BaselineStore, Verified, verify_artifact
+from compress.verify import BaselineStore, Outcome, verify_artifact
 from compress.verify.forecast import float_steps, slowness, verification_seconds
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
@@ -138,13 +138,26 @@ class Scorer:
             )
 
     def verify(
-        self, artifacts: Sequence[Artifact], shipyard: Shipyard, folder: Path | None
-    ) -> list[Verified | None]:
+        self,
+        artifacts: Sequence[Artifact],
+        shipyard: Shipyard,
+        folder: Path | None,
+        *,
+        keep_going: bool,
+    ) -> list[Outcome]:
         """The float model, then every artifact in its runtime, each in a child process.
 
-        The float logits lie in ``folder`` meanwhile, or where ``TMPDIR`` says.
+        Args:
+            artifacts: to run.
+            shipyard: has the command that does it.
+            folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
+            keep_going: an artifact that cannot be run does not keep the others from it.
+
+        Raises:
+            PacklightError: the float model cannot be computed; without ``keep_going`` also an
+                artifact that cannot be run.
         """
-        found: list[Verified | None] = []
+        found: list[Outcome] = []
         plans = [artifact.plan for artifact in artifacts]
         seconds, told = forecast(self._job, plans, self._threads, len(self.windows))
         if seconds > 60:
@@ -154,17 +167,23 @@ class Scorer:
             for artifact in artifacts:
                 room = max(self._job.context, self.length + GENERATED_ROOM)
                 label = f"verify {artifact.format} {artifact.type_name}"
-                with self._console.progress(label, "windows") as update:
-                    result = verify_artifact(
-                        shipyard.probe,
-                        artifact.path,
-                        artifact.format,
-                        store,
-                        context=min(room, artifact.plan.max_context or room),
-                        threads=self._threads,
-                        task_set=self.task_set,
-                        progress=update,
-                    )
+                try:
+                    with self._console.progress(label, "windows") as update:
+                        result = verify_artifact(
+                            shipyard.probe,
+                            artifact.path,
+                            artifact.format,
+                            store,
+                            context=min(room, artifact.plan.max_context or room),
+                            threads=self._threads,
+                            task_set=self.task_set,
+                            progress=update,
+                        )
+                except (ArtifactError, RuntimeMissingError) as error:
+                    if not keep_going:
+                        raise
+                    found.append(error)
+                    continue
                 found.append(result)
         return found
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.console import Console, format_bytes
+from compress.console import Console, format_bytes, print_error
+from compress.errors import PacklightError
 from compress.markdown import pipe_table, sentence
 from compress.report import TASK_HEADERS, artifact_label, task_rows
 
@@ -19,14 +20,21 @@ HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens
 CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 
-def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> None:
-    """The table, the verdict and where things are."""
+def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> int:
+    """The table, the verdict and where things are; the exit code.
+
+    Returns:
+        2 where an artifact could not be run, 1 where a gate failed, else 0.
+    """
     console.end()
     console.result(report)
     console.table(HEADERS, [table_row(artifact) for artifact in report["artifacts"]])
     if tasks := task_rows(report):
         console.table(TASK_HEADERS, tasks)
     for artifact in report["artifacts"]:
+        if artifact["failure"]:
+            line = f"{artifact_label(artifact)} could not be run: {artifact['failure']}"
+            print_error(PacklightError(line, "its files are kept; `packlight verify` runs them"))
         for gate in artifact["gates"]:
             if not gate["passed"]:
                 console.warning(f"{artifact['format']}: {gate_failure(gate)}")
@@ -40,6 +48,9 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
         console.verdict(report["verdict"] == "passed", f"{report['recipe']['name']}")
     if output is not None:
         console.say(f"report: {output / 'report.html'}")
+    if any(artifact["failure"] for artifact in report["artifacts"]):
+        return 2
+    return 1 if report["verdict"] == "failed" else 0
 
 
 def markdown_summary(report: Mapping[str, Any]) -> str:
@@ -55,7 +66,8 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     lines = []
     for artifact in report["artifacts"]:
         label = artifact_label(artifact)
-        told = [gate_failure(gate) for gate in artifact["gates"] if not gate["passed"]]
+        told = [f"could not be run: {artifact['failure']}"] if artifact["failure"] else []
+        told += [gate_failure(gate) for gate in artifact["gates"] if not gate["passed"]]
         told += [CACHE_CHANGES_TEXT] if cache_changes_text(artifact) else []
         lines += [f"- {sentence(f'{label}: {line}')}" for line in told]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"

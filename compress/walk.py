@@ -253,6 +253,7 @@ def walk(
         states = hidden_states(decoder.embed(windows), dtype, work)
     listener = Listener(config, windows, hessian=hessian, roles=roles)
     total = len(windows) * (config.num_hidden_layers + 1)
+    progress(first * len(windows), total)  # the texts are embedded
     for index in range(first, config.num_hidden_layers):
         if index > first and stored_block(config, index) == index:
             yield listener.finish()

@@ -68,6 +68,9 @@ def head(report: Json) -> str:
 
 def verdict(report: Json) -> str:
     """One sentence: did it pass."""
+    lost = [label(artifact) for artifact in report["artifacts"] if artifact["failure"]]
+    if lost:
+        return f"**Failed**: {', '.join(lost)} could not be run."
     failed = [
         f"{label(artifact)}: {sentence(gate['name'])}"
         for artifact in report["artifacts"]

@@ -14,7 +14,7 @@ import tiny
 from commands import packlight, refused
 from jsonschema import validate
 
-from compress.allocation import sensitivity
+from compress.allocation import effort, sensitivity
 from compress.allocation.budget import Target
 from compress.allocation.costs import CostTable, measure_errors, members
 from compress.allocation.effort import effort_for
@@ -190,13 +190,33 @@ def test_errors_are_those_of_the_solver() -> None:
     names = ("blocks.0.down_proj.weight", "lm_head.weight")
     measure_errors(
         weights, statistics, get_solver("rtn"), {n: ["Q4_K", "int4-g32"] for n in names}, errors,
-        1 << 19, lambda done, total: None,
+        effort_for(weights.config, "rtn"), lambda done, total: None,
     )  # fmt: skip
     for name in names:
         weight = weights.read(name)
         change = get_grid("Q4_K").quantize(weight).decode() - weight
         expected = float(np.square(change).sum() / np.square(weight).sum())
         assert errors[name]["Q4_K"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large model: it moves expectations, and no choice."""
+    monkeypatch.setattr(effort, "LARGE", 0)
+    weights = source("llama3")  # tied
+    columns = weights.config.hidden_size
+    plain = LayerStats(64, np.ones(columns, np.float32))
+    stats = Statistics.of(weights.config, {"blocks.0.q_proj": plain, "lm_head": plain})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for solver in ("scale_search", "gptq"):
+        how, errors = effort_for(weights.config, solver), found.setdefault(solver, {})
+        wanted = {name: ["int4-g32"] for name in ("blocks.0.q_proj.weight", "lm_head.weight")}
+        solve = get_solver(how.solver, stats)
+        measure_errors(weights, stats, solve, wanted, errors, how, lambda done, total: None)
+    for name, errors in found["scale_search"].items():
+        share = found["gptq"][name]["int4-g32"] / errors["int4-g32"]
+        assert share == pytest.approx(effort.GPTQ_LEAVES)
 
 
 @pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import tiny
 from commands import packlight, refused
 
 import compress
-from compress import cli, pipeline
+from compress import cli, scorer
+from compress.report import schema
 from compress.settings import without_folders
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
@@ -231,16 +234,46 @@ def test_a_text_that_is_too_short_is_told_before_any_work(model, tmp_path):
 
 def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, monkeypatch):
     """Where their bytes were reckoned with, and where the next build clears them after kill -9."""
-    real, seen = pipeline.verify_artifact, []
+    real, seen = scorer.verify_artifact, []
 
     def spy(probe, path, format, baseline, **options):
-        seen.append(baseline.folder.parent)
+        seen.append(baseline.folder.parents[1])
         return real(probe, path, format, baseline, **options)
 
-    monkeypatch.setattr(pipeline, "verify_artifact", spy)
+    monkeypatch.setattr(scorer, "verify_artifact", spy)
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
     assert seen == [tmp_path / "out.partial" / "new"]
     assert not list((tmp_path / "out").glob("packlight-*"))
+
+
+def test_an_artifact_that_its_runtime_refuses_does_not_cost_the_others(
+    model, tmp_path, monkeypatch, capsys
+):
+    real = scorer.verify_artifact
+
+    def damaged_first(probe, path, format, baseline, **options):
+        if format == "gguf":
+            path.write_bytes(path.read_bytes()[:5000])
+        return real(probe, path, format, baseline, **options)
+
+    monkeypatch.setattr(scorer, "verify_artifact", damaged_first)
+    out, junit = tmp_path / "out", tmp_path / "junit.xml"
+    line = ["build", str(model), "-f", "gguf", "-f", "onnx", "-o", str(out), "--junit", str(junit)]
+    assert cli.run([*line, *FAST]) == 2
+    told = capsys.readouterr().err
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: GGUF Q4_K_M could not be run: ")
+    report = json.loads((out / "report.json").read_text())
+    jsonschema.validate(report, schema())
+    gguf, onnx = report["artifacts"]
+    assert report["verdict"] == "failed"
+    assert gguf["failure"] in error and gguf["runtime"] is None and gguf["gates"] == []
+    assert onnx["failure"] is None and onnx["perplexity"] > 1
+    assert "**Failed**: GGUF Q4_K_M could not be run" in (out / "README.md").read_text()
+    assert gguf["failure"] in html.unescape((out / "report.html").read_text())
+    assert '<failure type="runtime"' in junit.read_text()
+    assert (out / gguf["path"]).stat().st_size == 5000
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=True)
 
 
 def test_inspect_shows_a_checkpoint_and_its_artifacts(built, model):

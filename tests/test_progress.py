@@ -71,15 +71,16 @@ def test_wrong_expectations_are_corrected_by_what_is_seen():
 
 
 def test_a_small_tensor_that_takes_long_does_not_decide():
-    steps = [Step(1, "float", 0.01), Step(1, "float", 0.01), Step(1000, "grid", 0.1)]
+    steps = [*(Step(1, "float", 0.01) for _ in range(3)), Step(1000, "grid", 0.1)]
     clock = Clock()
     estimate = Estimate(steps, clock)
-    for done in (1, 2):
-        clock.now += 3
-        estimate.update(done, 1002)
-    assert estimate.seconds_left == pytest.approx(100 * (3 + 2) / 2, rel=0.02)
-    clock.now += 20
-    estimate.update(202, 1002)
+    for done in (1, 2, 3):
+        clock.now += 0.5
+        estimate.update(done, 1003)
+    assert estimate.seconds_left == pytest.approx(100, rel=0.5)
+    for done in (103, 203):
+        clock.now += 10
+        estimate.update(done, 1003)
     assert estimate.seconds_left == pytest.approx(80, rel=0.15)
 
 

@@ -158,7 +158,7 @@ def measured(
         table.save(path)
     if missing := table.missing(wanted):
         with console.progress("measure grids", "tensors") as told:
-            measure_errors(source, statistics, solve, missing, table.errors, effort.sample, told)
+            measure_errors(source, statistics, solve, missing, table.errors, effort, told)
         table.save(path)
     return table
 
@@ -169,7 +169,7 @@ def measure_errors(
     solve: Solver,
     missing: Mapping[str, Sequence[str]],
     errors: dict[str, dict[str, float]],
-    sample: int,
+    effort: Effort,
     progress: Progress,
 ) -> None:
     """Fill in the errors, one tensor in memory at a time."""
@@ -183,11 +183,11 @@ def measure_errors(
         def read(run: slice, name: str = stored) -> Float32:
             return source.read(name, run)
 
-        weight = sampled(read, rows, columns, sample)
+        weight = sampled(read, rows, columns, effort.sample)
         for grid in map(get_grid, grids):
             change = decoded(solve, weight, grid, stored) - weight
             error = relative_error(weight, change, statistics.for_weight(name))
-            errors.setdefault(name, {})[grid.name] = error
+            errors.setdefault(name, {})[grid.name] = effort.left * error
         progress(done + 1, len(missing))
 
 

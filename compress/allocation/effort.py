@@ -1,11 +1,11 @@
 """How much is measured before grids are chosen: all that the recipe has of a small model, a sample
 of a large one, whose plan shall take minutes too.
 
-A large model's inputs are known by their mean squares on a few windows; its codes are those of
-``scale_search`` where the recipe says ``gptq``, which leaves less of every error but ranks tensors
-and grids alike; and what pruning costs is looked at once, without the update of what stays
-(``compress.pruning.glance``). On the demo model the mixes so chosen measure as well as those of the
-full table (docs/budgets.md).
+A large model's inputs are known by their mean squares on a few windows. Where the recipe says
+``gptq``, its codes are those of ``scale_search``, and one share of all their errors is taken for
+what ``gptq`` leaves: that moves expectations, and no choice. What pruning costs is looked at once,
+without the update of what stays (``compress.pruning.glance``). What that is worth on the demo
+model: docs/budgets.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from compress.solvers import NEEDS
 
 __all__ = ["Effort", "effort_for"]
 
+GPTQ_LEAVES = 0.28  # of scale_search's output error: median of all tensors and grids of the demo
 LARGE = 300_000_000  # parameters, from which on a sample has to do
 
 
@@ -29,6 +30,7 @@ class Effort:
         tokens: of the calibration texts that statistics are from; 0: all of them.
         noisy: tokens that noise walks with, at most.
         sample: weights of a tensor that are tried on every grid.
+        left: share of the errors that counts.
         sampled: whether this is less than the recipe has.
     """
 
@@ -36,6 +38,7 @@ class Effort:
     tokens: int
     noisy: int
     sample: int
+    left: float
     sampled: bool
 
 
@@ -47,6 +50,7 @@ def effort_for(config: DecoderConfig, solver: str) -> Effort:
         solver: the recipe's.
     """
     if config.num_parameters < LARGE:
-        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, sampled=False)
-    light = "scale_search" if NEEDS.get(solver) == "hessian" else solver
-    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, sampled=True)
+        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0, sampled=False)
+    second = NEEDS.get(solver) == "hessian"
+    light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)
+    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left, sampled=True)

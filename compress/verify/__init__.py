@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, PacklightError
 from compress.model import Runtime
 from compress.verify import quality, resources, tasks
 from compress.verify.baseline import BaselineStore, Float32
@@ -34,7 +34,7 @@ from compress.verify.quality import Quality, TokenScores
 from compress.verify.resources import Resources, Speed
 from compress.verify.tasks import TaskScore, TaskSet
 
-__all__ = ["BaselineStore", "Verified", "examine", "verify_artifact"]
+__all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
 GENERATED = 32  # tokens of the greedy sample
 PROMPT = 16  # tokens of text before it
@@ -54,6 +54,10 @@ class Verified:
     resources: Resources
     generation: Generation
     tasks: tuple[TaskScore, ...] = ()
+
+
+Outcome = Verified | PacklightError | None
+"""What became of an artifact: its figures, why it could not be run, or None where nobody tried."""
 
 
 def verify_artifact(

@@ -23,10 +23,10 @@ GRIDS = (
     ),
     "F16",
 )
-# What a budget chooses among; groups of 16 take half again the bytes of scales and run slower.
+# What a budget chooses among.
 CHOICES = (
-    *(f"int4-g{group}{kind}" for group in (32, 64, 128, 256) for kind in ("", "-asym")),
-    *(f"int8-g{group}" for group in (32, 64, 128)),
+    *(f"int4-g{group}{kind}" for group in GROUP_SIZES for kind in ("", "-asym")),
+    *(f"int8-g{group}" for group in (32, 64, 128, 256)),
 )
 DEFAULTS: dict[str, Any] = {
     "bits": 4,
