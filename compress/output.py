@@ -160,7 +160,9 @@ class Resume:
                 hint="--resume to continue it, --overwrite to begin afresh",
             )
         if self.wanted and known:
-            clear(partial, {record, partial / STATE / "baseline", partial / "new", *ledgers})
+            states = [path.with_suffix(".states") for path in ledgers]
+            baseline = partial / STATE / "baseline"
+            clear(partial, {record, baseline, partial / "new", *ledgers, *states})
             clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
             return
         shutil.rmtree(partial, ignore_errors=True)
