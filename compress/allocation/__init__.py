@@ -2,6 +2,7 @@
 float model says.
 
     choices.py      what there is to choose, with exact bytes; the recipe's floors
+    effort.py       how much is measured: a sample of a large model
     sensitivity.py  what the model's output makes of an error in each tensor: noise, walked through
     costs.py        the error of each tensor on each grid, times that; kept for the next budget
     solver.py       the least cost within the bytes
