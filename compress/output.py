@@ -4,7 +4,7 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.ledger``)
+                             ledger for each target (``compress.ledger``), its hidden states
 """
 
 from __future__ import annotations

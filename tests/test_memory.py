@@ -83,6 +83,20 @@ def test_what_a_sweep_or_a_mask_looks_at_counts(model):
     assert sizes[0] < sizes[1]
 
 
+def test_what_a_package_holds_whole_counts_and_no_more(model):
+    def needed(settings):
+        (plan,) = job_of(model, "int4-fast", f"targets={{coreml: {settings}}}").plans
+        wide = replace(plan.entries[0], nbytes=plan.entries[0].nbytes << 10)  # a large embedding
+        exporter = SHIPYARD.get_exporter("coreml")
+        grown = replace(plan, entries=(wide, *plan.entries[1:]))
+        assert exporter.writing_memory(grown) == exporter.writing_memory(plan)
+        return exporter.writing_memory(plan)
+
+    slabs = needed("{grid: int4-g32}")
+    assert slabs < needed("{grid: lut4-tensor}")
+    assert slabs < needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
+
+
 def test_second_moments_count_once_for_each_input(model):
     config = job_of(model).config
     hidden, inner = config.hidden_size, config.intermediate_size
