@@ -22,6 +22,7 @@ __all__ = ["check_memory", "smallest_memory"]
 
 PYTHON = 200 << 20  # the interpreter, numpy, compiled kernels
 TORCH = 320 << 20  # its libraries and the tokenizer's
+WAITING = 48 << 20  # what a writer holds while another is at work (``compress.lockstep``)
 COPIES = 6  # float32 copies of the widest matrix while GPTQ is at it
 
 
@@ -68,7 +69,8 @@ def smallest_memory(
     recipe, config = job.recipe, job.config
     needs: list[int] = []
     if get_exporter is not None:
-        needs += [get_exporter(plan.format).writing_memory(plan) for plan in job.plans]
+        alone = max(get_exporter(plan.format).writing_memory(plan) for plan in job.plans)
+        needs.append(alone + WAITING * (len(job.plans) - 1))
     if get_exporter is not None and (measures or looks_at_inputs(recipe)):
         length = min(recipe.calibration["sequence_length"], config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}

@@ -97,6 +97,14 @@ def test_what_a_package_holds_whole_counts_and_no_more(model):
     assert slabs < needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
 
 
+def test_writers_that_wait_count(model):
+    every, one = (
+        smallest_memory(job_of(model, "int4-fast", *more), SHIPYARD.get_exporter, verify=False)
+        for more in ((), ("targets={coreml: {grid: int4-g32}}",))
+    )
+    assert every > one
+
+
 def test_second_moments_count_once_for_each_input(model):
     config = job_of(model).config
     hidden, inner = config.hidden_size, config.intermediate_size
