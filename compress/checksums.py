@@ -152,7 +152,9 @@ def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
         console.result({**asdict(findings), "verdict": "passed" if findings.whole else "failed"})
     for line in findings.lines():
         console.warning(line)
-    console.verdict(findings.whole, f"{findings.files} files as in {folder / NAME}")
+    count = len(findings.lines())
+    told = f"{findings.files} files as in" if not count else f"{count} not as in"
+    console.verdict(findings.whole, f"{told} {folder / NAME}")
     return findings.whole
 
 

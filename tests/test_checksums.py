@@ -118,6 +118,7 @@ def test_the_command(folder: Path) -> None:
     flip(folder / "onnx/onnx/model.onnx", 0)
     done = packlight("verify", "--checksums", folder, "--json")
     assert done.returncode == 1
+    assert "1 not as in" in packlight("verify", "--checksums", folder).stderr
     assert json.loads(done.stdout)["changed"] == ["onnx/onnx/model.onnx"]
     assert "--baseline is missing" in refused(packlight("verify", folder))
 
