@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import UsageError
@@ -28,3 +31,33 @@ def cache_folder(kind: str = "calibration") -> Path:
             f"cannot write to {error.filename}: {error.strerror}",
             hint="set PACKLIGHT_CACHE to a folder for such work",
         ) from error
+
+
+@contextmanager
+def taking_turns(lock: Path) -> Iterator[None]:
+    """One process of this machine at a time, for work that the next one then finds done.
+
+    Args:
+        lock: a file that is there meanwhile; the kernel lets go of it with its process.
+    """
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not is_same_file(handle, lock):  # its holder has just ended, and taken it away
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def is_same_file(handle: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

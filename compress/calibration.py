@@ -2,23 +2,21 @@
 whose statistics then stand in the cache.
 
 A walk that is killed leaves there what it has found, and the next one with the same weights and
-windows goes on with the block that it was at.
+windows goes on with the block that it was at. Of two builds that want the same, one walks and the
+other waits for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from compress.cache import cache_folder
+from compress.cache import cache_folder, taking_turns
 from compress.calibration_set import CalibrationSet
-from compress.errors import UsageError
 from compress.ledger import sync
-from compress.output import locked
 from compress.sources import Source
 from compress.statistics import Statistics, file_name, is_whole, save
 from compress.walk import Boundary, walk
@@ -49,17 +47,40 @@ def collect(
     facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     full, light = place / f"{key}-hessian", place / key
-    for folder in (full,) if hessian else (light, full):
-        if folder.is_dir() and not is_whole(config, folder):
-            shutil.rmtree(folder)
-        elif folder.is_dir():
-            return Statistics.open(config, folder, hessian=hessian)
-    final = full if hessian else light
+
+    def known() -> Statistics | None:
+        for folder in (full,) if hessian else (light, full):
+            if folder.is_dir() and is_whole(config, folder):
+                return Statistics.open(config, folder, hessian=hessian)
+        return None
+
+    if found := known():
+        return found
+    with taking_turns(place / f"{key}.lock"):
+        if found := known():
+            return found
+        final = full if hessian else light
+        shutil.rmtree(final, ignore_errors=True)  # damaged
+        collect_anew(source, calibration, final, hessian, keep, progress)
+        if hessian:  # they serve both, so the lesser ones may go
+            shutil.rmtree(light, ignore_errors=True)
+    return Statistics.open(config, final, hessian=hessian)
+
+
+def collect_anew(
+    source: Source,
+    calibration: CalibrationSet,
+    final: Path,
+    hessian: bool,
+    keep: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Walk, and put the statistics into the folder ``final``; arguments as of ``collect``."""
     with walk_folder(final, keep=keep) as work:
         folder = work / "statistics"
         folder.mkdir(exist_ok=True)
         blocks = walk(
-            config,
+            source.config,
             source.read,
             calibration.windows,
             hessian=hessian,
@@ -71,14 +92,7 @@ def collect(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
-        try:
-            folder.rename(final)
-        except OSError:  # another build was faster, with the same
-            if not final.is_dir():
-                raise
-    if hessian:  # they serve both, so the lesser ones may go
-        shutil.rmtree(light, ignore_errors=True)
-    return Statistics.open(config, final, hessian=hessian)
+        folder.rename(final)
 
 
 @contextmanager
@@ -88,22 +102,13 @@ def walk_folder(final: Path, *, keep: bool) -> Iterator[Path]:
     Args:
         final: where its statistics will be.
         keep: leave it where the walk ends by an exception.
-
-    While another process is in there, a folder that goes with this one in any case.
     """
     partial = final.with_name(final.name + ".partial")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(partial))
-        except UsageError:
-            other = tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{partial.name}-")
-            yield Path(stack.enter_context(other))
-            return
-        partial.mkdir(exist_ok=True)
-        try:
-            yield partial
-        except BaseException:
-            if not keep:
-                shutil.rmtree(partial)
-            raise
-        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not keep:
+            shutil.rmtree(partial)
+        raise
+    shutil.rmtree(partial)

@@ -135,18 +135,26 @@ def unescape(text: str) -> str:
     return re.sub(r"\\[\\nr]", lambda match: back[match[0]], text)
 
 
-def verify(folder: Path, console: Console) -> bool:
+def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
     """``packlight verify --checksums``: whether a folder is as it was written; tells what is not.
+
+    Args:
+        folder: of a build.
+        console: told.
+        alone: whether nothing else is verified, which would have a document of its own.
 
     Raises:
         UsageError, ArtifactError: see ``read_checksums``.
     """
     with console.progress("read checksums") as update:
         findings = check_folder(folder, update)
-    console.result({**asdict(findings), "verdict": "passed" if findings.whole else "failed"})
+    if alone or not findings.whole:
+        console.result({**asdict(findings), "verdict": "passed" if findings.whole else "failed"})
     for line in findings.lines():
         console.warning(line)
-    console.verdict(findings.whole, f"{findings.files} files as in {folder / NAME}")
+    count = len(findings.lines())
+    told = f"{findings.files} files as in" if not count else f"{count} not as in"
+    console.verdict(findings.whole, f"{told} {folder / NAME}")
     return findings.whole
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import ledger
+from compress.cache import is_same_file
 from compress.config_json import json_or_empty, write_json
 from compress.console import format_bytes
 from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
@@ -305,8 +306,8 @@ def take_lock(handle: int, lock: Path) -> None:
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(handle), lock.stat())
-    except (BlockingIOError, FileNotFoundError):
+        ours = is_same_file(handle, lock)
+    except BlockingIOError:
         ours = False
     if not ours:
         raise UsageError(

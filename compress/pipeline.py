@@ -45,7 +45,13 @@ from compress.recipe import Recipe, load
 from compress.report import Baseline, build_report, model_facts
 from compress.resume import resuming
 from compress.scorer import Scorer, check_tokenizer, forecast, read_text, text_name
-from compress.settings import BuildSettings, VerifySettings, command_line, recipe_overrides
+from compress.settings import (
+    BuildSettings,
+    VerifySettings,
+    check_options,
+    command_line,
+    recipe_overrides,
+)
 from compress.sources import Stored
 from compress.summary import finish
 from compress.verify import Outcome, gates
@@ -62,6 +68,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         PacklightError: it could not be done; nothing was left behind.
     """
     console.begin("plan")
+    check_options(settings)
     use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)

@@ -8,6 +8,7 @@ interruption the repository is as before, and the next run uploads only what is 
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -48,12 +49,14 @@ def push(settings: PushSettings, console: Console) -> int:
     """Check the folder, then upload it; 0, or an exception.
 
     Raises:
-        UsageError: not a finished build, or one whose gates failed, without ``allow_failed``.
+        UsageError: not a repository's name, not a finished build, or, without ``allow_failed``, one
+            whose gates failed.
         ArtifactError: files that are not as ``SHA256SUMS`` has them, or not what they seem.
         PublishError: the Hub cannot be reached or does not take it.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    check_name(settings.repo_id)
     report = read_report(settings)
     operations = checked_operations(settings.folder, console)
     if settings.card is not None:
@@ -90,6 +93,16 @@ def push(settings: PushSettings, console: Console) -> int:
         console.data(f"{url}  ({what})")
         console.path(url)
     return 0
+
+
+def check_name(repo_id: str) -> None:
+    """See that a repository can have this name.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
+        raise UsageError(f"{repo_id} is no repository of the Hub", hint="write USER/NAME")
 
 
 def read_report(settings: PushSettings) -> Mapping[str, Any]:

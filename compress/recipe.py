@@ -301,7 +301,7 @@ def explain(error: Any, source: str) -> RecipeError:
         return RecipeError(f"{where}: must be {error.validator_value}, not {error.instance!r}")
     if error.validator == "pattern":
         hint = "such as int4-g32, int8-channel, lut4-g8"
-        if path == "name":
+        if path.endswith("name"):
             hint = "letters, digits, . _ -"
         elif path == "verify.windows":
             hint = "a number of windows, or auto"

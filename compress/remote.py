@@ -10,12 +10,11 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compress.cache import taking_turns
 from compress.config_json import read_json
 from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
 from compress.families import find_family
@@ -94,7 +93,7 @@ def fetch(url: str, cache: Path) -> Path:
     folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with taking_turns(folder.parent):
+        with taking_turns(folder.parent / ".lock"):
             found = listing(fs, root)
             if "config.json" not in found:
                 raise CheckpointError(f"{url} has no config.json", hint="the URL of a checkpoint")
@@ -236,16 +235,3 @@ def read_text(url: str, name: str) -> str | None:
 def listed(sums: str) -> list[str]:
     """File names of a ``SHA256SUMS``, in its order."""
     return [line.partition("  ")[2] for line in sums.splitlines() if line]
-
-
-@contextmanager
-def taking_turns(folder: Path) -> Iterator[None]:
-    """One process at a time in a folder of this machine; the kernel lets go of the dead."""
-    import fcntl
-
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

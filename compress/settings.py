@@ -12,10 +12,11 @@ from typing import Any
 
 from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
+from compress.errors import UsageError
 from compress.pruning.options import prune_option
 from compress.verify.gates import parse_option
 
-__all__ = ["BuildSettings", "VerifySettings", "command_line", "recipe_overrides"]
+__all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,17 @@ class VerifySettings:
     max_memory: int | None = None
     ci_files: CiFiles = field(default_factory=CiFiles)
     hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_options(settings: BuildSettings) -> None:
+    """Refuse options that do not fit together.
+
+    Raises:
+        UsageError: two ways to choose grids.
+    """
+    budget = bool(settings.budget or settings.budget_memory or settings.device)
+    if sum((budget, bool(settings.sweep), settings.plan is not None)) > 1:
+        raise UsageError("a budget, --sweep and --plan exclude each other")
 
 
 def recipe_overrides(settings: BuildSettings) -> list[str]:

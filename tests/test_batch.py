@@ -209,10 +209,12 @@ def test_interrupted(shelf):
     batch = start(shop, "jobs.yaml", "-o", "third", "--only", "qwen/plain")
     job = job_process(batch.pid, "qwen/plain")
     batch.send_signal(signal.SIGINT)
-    assert "interrupted" in batch.communicate(timeout=60)[0]
+    said = batch.communicate(timeout=60)[0]
+    assert "interrupted; the same command goes on with what is there" in said
     assert batch.returncode == 130
     assert not job.is_running()
-    assert statuses(told(shop, "third")) == {"qwen/plain": "not run"}
+    assert statuses(told(shop, "third")) == {"qwen/plain": "interrupted"}
+    assert told(shop, "third")["exit_code"] == 2
 
 
 def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_on(shelf):
@@ -268,7 +270,28 @@ def test_dry_run_tells_every_job(shop):
     assert all(min(job["predicted"].values()) > 0 for job in document["jobs"])
     small = packlight("batch", "jobs.yaml", "--dry-run", "--max-memory", "100MB", cwd=shop)
     assert small.returncode == 2
-    assert "of memory, the batch has 100.00 MB" in small.stdout
+    assert "of memory, the batch has 100.00 MB" in small.stderr
+
+
+def test_what_no_job_could_do_is_told_by_the_dry_run(shop):
+    options = {
+        "plain": ({"eval-text": "none.txt"}, f"{shop / 'none.txt'}: No such file or directory"),
+        "scaled": ({"memory": "10MB"}, "memory: 10.00 MB"),
+        "int4-fast": ({"plan": "p", "budget": "1MB"}, "a budget, --sweep and --plan exclude"),
+    }
+    jobs = {
+        "schema": 1,
+        "models": ["shelf/llama"],
+        "recipes": ["plain.yaml", "scaled.yaml", "int4-fast"],
+        "overrides": [{"jobs": f"*/{name}", "options": o} for name, (o, _) in options.items()],
+    }
+    (shop / "hopeless.yaml").write_text(json.dumps(jobs))
+    done = packlight("batch", "hopeless.yaml", "--dry-run", "--json", cwd=shop)
+    assert done.returncode == 2
+    for job in json.loads(done.stdout)["jobs"]:
+        assert job["error"].startswith(options[job["name"].split("/")[1]][1]), job
+        if "memory" in job["error"]:
+            assert re.search(r"memory: \d+MB is the smallest that works", job["hint"])
 
 
 class Page(HTMLParser):

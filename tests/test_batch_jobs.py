@@ -105,6 +105,8 @@ def test_refusals(shelf):
     for document, words in (
         ({"models": ["shelf/z*"]}, "no folder with a checkpoint matches shelf/z*"),
         ({"models": ["shelf/a", "org/a"]}, "two models would go to a/"),
+        ({"models": ["shelf/*", "shelf/a"]}, "two jobs would go to a/phone-4bit/"),
+        ({"models": ["shelf/a"], "recipes": ["x/r.yaml", "y/r.yaml"]}, "two jobs would go to a/r/"),
         ({"models": ["shelf/a"], "overrides": [{"jobs": "*", "skip": True}]}, "skip every job"),
     ):
         with pytest.raises(UsageError, match=re.escape(words)):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 
+from compress.batch.document import exit_code
 from compress.batch.engine import Outcome, Work
 from compress.batch.state import Record, State, fingerprint
 from compress.batch.table import Board, last_line, summary, told
@@ -29,12 +30,12 @@ def finish(state: State, name: str, verdict: str = "passed", stamp: int = 10**18
 def test_a_job_from_start_to_end(tmp_path):
     state = State(tmp_path)
     assert state.read("m/r") is None
-    state.begin("m/r", "f", threads=2)
+    state.begin("m/r", "f")
     begun = state.read("m/r")
     assert begun is not None
-    assert (begun.status, begun.threads, begun.finished) == ("running", 2, False)
+    assert (begun.status, begun.finished) == ("running", False)
     finish(state, "m/r", "failed")
-    ended = state.end("m/r", "f", 2, Outcome("m/r", 1, 3.0, 2.0, 500))
+    ended = state.end("m/r", "f", Outcome("m/r", 1, 3.0, 2.0, 500))
     assert ended == state.read("m/r")
     assert (ended.status, ended.fingerprint, ended.peak_memory) == ("failed", "f", 500)
     assert ended.finished
@@ -56,11 +57,11 @@ def test_exit_codes(tmp_path):
 
 def test_a_job_whose_end_nobody_noted(tmp_path):
     state = State(tmp_path)
-    state.begin("m/r", "f", threads=1)
+    state.begin("m/r", "f")
     finish(state, "m/r")  # and then the batch was killed
     found = state.read("m/r")
     assert found is not None and found.status == "passed"
-    state.begin("m/r", "g", threads=1)  # done again, with other settings, over the old one
+    state.begin("m/r", "g")  # done again, with other settings, over the old one
     found = state.read("m/r")
     assert found is not None and found.status == "running"
     finish(state, "m/r", stamp=10**18 + 1)
@@ -107,7 +108,7 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     for name in ("m/done", "m/runs"):
         board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
     finish(state, "m/done")
-    board.settle(jobs[0], state.end("m/done", "f", 1, Outcome("m/done", 0, 75.0)), fresh=True)
+    board.settle(jobs[0], state.end("m/done", "f", Outcome("m/done", 0, 75.0)), fresh=True)
     line = {"phase": "write gguf", "done": 43, "total": 100, "unit": "bytes", "eta_s": 12.4}
     state.file("m/runs", "progress").write_text(f"{json.dumps(line)}\n{{half")
     console = RichConsole(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -118,9 +119,27 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     assert "write gguf  43 %  0:12 left" in text
     assert ["m/waits", "queued"] in [line.split() for line in text.splitlines()]
     assert "2 of 4 done  1 passed  1 could not run  1 running  1 queued" in text
-    board.settle(jobs[2], state.end("m/runs", "f", 1, Outcome("m/runs", -9, 1.0)), fresh=True)
+    board.settle(jobs[2], state.end("m/runs", "f", Outcome("m/runs", -9, 1.0)), fresh=True)
     assert not board.wanted()
     assert board.fresh == ["m/done", "m/runs"]
+
+
+def test_a_batch_that_is_interrupted_is_not_one_that_passed(tmp_path):
+    state = State(tmp_path)
+    jobs = [Planned("m/fast"), Planned("m/slow"), Planned("m/waits")]
+    board = Board(jobs, state, Console("quiet"), fail_fast=False)
+    for name in ("m/fast", "m/slow"):
+        board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
+    finish(state, "m/fast")  # while the batch was ending
+    board.interrupt()
+    assert {name: record.status for name, record in board.records.items()} == {
+        "m/fast": "passed",
+        "m/slow": "interrupted",
+    }
+    assert exit_code({"passed": 1, "interrupted": 1, "not run": 1}) == 2
+    assert exit_code({"not run": 3}) == 2
+    assert exit_code({"passed": 1, "failed": 1, "not run": 1}) == 1  # --fail-fast
+    assert exit_code({"passed": 1, "written": 1}) == 0
 
 
 def test_the_last_whole_line_of_a_progress_file(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -239,6 +241,21 @@ class Mortal(Stored):
         self.left -= 1
         self.readings += 1
         return super().read(name, rows)
+
+
+def test_of_two_that_want_the_same_one_walks_and_the_other_waits(models, cache):
+    model = models("llama")
+    chosen = CalibrationSet(tuple(map(tuple, draw_windows(2))), ("test",))
+    alone = Mortal(model, -1)
+    collect(alone, chosen, hessian=False)
+    shutil.rmtree(cache)
+    walkers = [Mortal(model, -1) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda source: collect(source, chosen, hessian=False), walkers)
+    assert sorted(walker.readings for walker in walkers) == [0, alone.readings]
+    name = "blocks.1.o_proj.weight"
+    assert (one.for_weight(name).importance == two.for_weight(name).importance).all()
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("family", ["phi3", "mobilellm"])

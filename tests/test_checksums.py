@@ -118,5 +118,12 @@ def test_the_command(folder: Path) -> None:
     flip(folder / "onnx/onnx/model.onnx", 0)
     done = packlight("verify", "--checksums", folder, "--json")
     assert done.returncode == 1
+    assert "1 not as in" in packlight("verify", "--checksums", folder).stderr
     assert json.loads(done.stdout)["changed"] == ["onnx/onnx/model.onnx"]
     assert "--baseline is missing" in refused(packlight("verify", folder))
+
+
+@pytest.mark.parametrize("option", [["--gate", "bytes<=1"], ["--against", "last.json"]])
+def test_a_gate_is_not_passed_by_checksums_alone(folder: Path, option: list[str]) -> None:
+    told = refused(packlight("verify", "--checksums", folder, *option))
+    assert f"{option[0]} needs --baseline" in told

@@ -162,6 +162,8 @@ def test_locked_gives_the_same_bytes_or_says_why_not(
     assert not (tmp_path / "b").exists()
     said = refused(packlight("build", model, "--locked"))
     assert "--plan plan.json" in said
+    said = refused(packlight("build", model, "--locked", "-o", tmp_path / "b"))
+    assert "b/plan.json is not there" in said
 
 
 def test_what_differs_is_told_old_and_new() -> None:

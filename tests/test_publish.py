@@ -132,6 +132,8 @@ def test_branches_pull_requests_and_another_card(hub, tmp_path):
 
 
 def test_what_is_not_a_good_build_is_refused_without_a_request(hub, tmp_path):
+    for name in ("../elsewhere", "packlight", "a/b/c", "some one/x"):
+        assert f"{name} is no repository" in refused(push(hub, tmp_path, name, "--dry-run"))
     failed = finished(tmp_path / "failed", passed=False)
     text = refused(push(hub, failed, NAME))
     assert "failed its gates, so it is not pushed" in text
@@ -176,7 +178,6 @@ def test_what_is_not_a_good_build_is_refused_without_a_request(hub, tmp_path):
         ("stranger/x", {}, "the token may not write there", "a token with write access"),
         (NAME, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set", "unset it"),
         (NAME, {"HF_ENDPOINT": "http://127.0.0.1:1"}, "no connection to the Hub", "run it again"),
-        ("some one/x", {}, "", ""),
     ],
 )
 def test_refusals_of_the_hub_are_one_line(hub, tmp_path, name, environment, told, hint):

@@ -5,7 +5,7 @@
 solver which makes up for its rounding is judged by what it really leaves.
 
 The table is kept beside the calibration's statistics and grows: another budget or another format
-measures what is not there yet, and nothing twice.
+measures what is not there yet, and nothing twice; builds that want it at once take turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
 from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
-from compress.cache import cache_folder
+from compress.cache import cache_folder, taking_turns
 from compress.calibration_set import CalibrationSet
 from compress.console import Console
 from compress.grids import Float32, Grid, get_grid
@@ -157,17 +157,18 @@ def measured(
     facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {effort} {origin}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}-costs.json"
-    table = CostTable.load(source.config, path)
-    if not table.sensitivities:
-        with console.progress("measure sensitivities", "blocks") as told:
-            table.sensitivities = measure(
-                source, calibration.windows, statistics, told, most=effort.noisy
-            )
-        table.save(path)
-    if missing := table.missing(wanted):
-        with console.progress("measure grids", "tensors") as told:
-            measure_errors(source, statistics, solve, missing, table.errors, effort, told)
-        table.save(path)
+    with taking_turns(path.with_suffix(".lock")):
+        table = CostTable.load(source.config, path)
+        if not table.sensitivities:
+            with console.progress("measure sensitivities", "blocks") as told:
+                table.sensitivities = measure(
+                    source, calibration.windows, statistics, told, most=effort.noisy
+                )
+            table.save(path)
+        if missing := table.missing(wanted):
+            with console.progress("measure grids", "tensors") as told:
+                measure_errors(source, statistics, solve, missing, table.errors, effort, told)
+            table.save(path)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ FIGURES = (
 
 HEADERS = ("job", "result", "artifacts", "size", "KL up to", "time")
 STOPPED = ("error", "killed", "interrupted")
+NOT_RUN = "not run"  # after a failure with --fail-fast, or an interruption
 
 
 def batch_document(
@@ -64,10 +65,10 @@ def batch_document(
 
 
 def exit_code(counts: Mapping[str, int]) -> int:
-    """2 if a job could not run to its end, 1 if a gate failed, else 0."""
+    """2 if a job could not run to its end, 1 if a gate failed, 0 if all were run."""
     if any(counts.get(status) for status in STOPPED):
         return 2
-    return 1 if counts.get("failed") else 0
+    return 1 if counts.get("failed") else 2 if counts.get(NOT_RUN) else 0
 
 
 def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
         "name": one.name,
         "model": one.job.model_name,
         "recipe": Path(one.job.recipe).stem,
-        "status": record.status if record else "not run",
+        "status": record.status if record else NOT_RUN,
         "now": one.name in board.fresh,
         "error": record.error if record else "",
         "hint": record.hint if record else "",
@@ -135,7 +136,7 @@ def short(count: float) -> str:
     return format_bytes(count).partition(" (")[0]
 
 
-def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: int) -> None:
+def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: int) -> None:
     """``--dry-run``: every job with its predicted bytes, memory and time."""
     rows: list[list[str]] = []
     jobs: list[dict[str, Any]] = []
@@ -143,7 +144,7 @@ def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: 
         found = one.prediction
         jobs.append({"name": one.name, "error": one.error, "hint": one.hint})
         if found is None:
-            rows.append([one.name, "-", "-", "-", "-", one.error])
+            rows.append([one.name, "-", "-", "-", "-"])
             continue
         jobs[-1]["predicted"] = {
             "bytes": found.bytes, "memory_bytes": found.memory, "threads": found.threads,
@@ -151,15 +152,19 @@ def print_plan(planned: Iterable[Planned], console: Console, memory: int, cpus: 
         }  # fmt: skip
         rows.append(
             [one.name, short(found.bytes), short(found.memory), str(found.threads),
-             clock_time(found.seconds), ""]
+             clock_time(found.seconds)]
         )  # fmt: skip
     known = [one.prediction for one in planned if one.prediction]
     console.result({"memory_bytes": memory, "cpus": cpus, "jobs": jobs})
-    console.table(["job", "artifacts", "memory", "threads", "time", ""], rows)
+    console.table(["job", "artifacts", "memory", "threads", "time"], rows)
+    for one in planned:
+        if one.error:
+            console.warning(f"{one.name}: {told(one.error, one.hint)}")
     busy = sum(found.seconds * found.threads for found in known) / cpus
+    size = short(sum(found.bytes for found in known))
     console.data(
-        f"{len(known)} jobs, {short(sum(found.bytes for found in known))}, about "
-        f"{clock_time(busy)} on {cpus} CPU{'s' * (cpus != 1)} within {short(memory)} of memory"
+        f"{len(known)} job{'s' * (len(known) != 1)}, {size}, about {clock_time(busy)} on {cpus} "
+        f"CPU{'s' * (cpus != 1)} within {short(memory)} of memory"
     )
 
 
@@ -177,11 +182,16 @@ def finish(document: Mapping[str, Any], output: Path, console: Console, url: str
     console.table(HEADERS, [table_row(job) for job in document["jobs"]])
     for job in document["jobs"]:
         if job["error"]:
-            console.warning(f"{job['name']}: {job['error']}")
+            console.warning(f"{job['name']}: {told(job['error'], job['hint'])}")
         elif job["status"] == "killed":
             console.warning(f"{job['name']}: killed; --retry-failed does it again")
     console.verdict(document["exit_code"] == 0, totals(document))
     console.say(f"report: {output / 'batch.html'}")
+
+
+def told(error: str, hint: str) -> str:
+    """What went wrong and what to do, on one line."""
+    return f"{error} ({hint})" if hint else error
 
 
 def table_row(job: Mapping[str, Any]) -> list[str]:

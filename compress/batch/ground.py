@@ -10,7 +10,6 @@ from pathlib import Path
 from compress.batch.away import Publishing
 from compress.batch.engine import Engine, LocalEngine
 from compress.cache import cache_folder
-from compress.console import parse_bytes
 from compress.errors import UsageError
 from compress.job import model_name
 from compress.machine import available_cpus, available_memory
@@ -57,7 +56,7 @@ class Ground:
 
 
 @contextmanager
-def stand_on(engine: str, address: str, max_memory: str, jobs: int) -> Iterator[Ground]:
+def stand_on(engine: str, address: str, max_memory: int | None, jobs: int) -> Iterator[Ground]:
     """The ground of the options ``--engine``, ``--address``, ``--max-memory`` and ``--jobs``.
 
     Raises:
@@ -67,7 +66,7 @@ def stand_on(engine: str, address: str, max_memory: str, jobs: int) -> Iterator[
     if engine == "local":
         if address:
             raise UsageError("--address is of a Ray cluster", hint="--engine ray")
-        memory, cpus = memory_limit(max_memory), available_cpus()
+        memory, cpus = max_memory or available_memory(), available_cpus()
 
         def make(tree: Tree) -> Engine:
             here = LocalEngine(memory, cpus, jobs)
@@ -85,15 +84,3 @@ def stand_on(engine: str, address: str, max_memory: str, jobs: int) -> Iterator[
     with connected(address) as ray:
         memory, cpus = largest_node(ray)
         yield Ground(memory, cpus, lambda tree: RayEngine(ray, tree.url, tree.folder))
-
-
-def memory_limit(wanted: str) -> int:
-    """``--max-memory`` in bytes; else what is free.
-
-    Raises:
-        UsageError: not a size.
-    """
-    try:
-        return parse_bytes(wanted) if wanted else available_memory()
-    except ValueError as error:
-        raise UsageError(f"--max-memory: {error}") from error

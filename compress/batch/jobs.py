@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -121,8 +122,8 @@ def read_jobs(path: Path) -> BatchFile:
     """Read and expand a jobs file; models are not opened.
 
     Raises:
-        UsageError: it cannot be read, a pattern finds nothing, two models have one name, or
-            overrides leave no job.
+        UsageError: it cannot be read, a pattern finds nothing, two models or two jobs have one
+            name, or overrides leave no job.
         RecipeError: it is not valid; the message names the key's path.
     """
     try:
@@ -138,6 +139,12 @@ def read_jobs(path: Path) -> BatchFile:
         raise UsageError(f"{path}: overrides skip every job")
     output = document.get("output", path.stem)
     output = output if is_url(output) else str(home / output)
+    twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"{path}: two jobs would go to {twice[0]}/",
+            hint="each model once with each recipe, and recipes with names of their own",
+        )
     return BatchFile(path, output, tuple(jobs))
 
 
@@ -196,7 +203,7 @@ def jobs_of(
     """The jobs of one model and one recipe: one, or one for each format."""
     stem = f"{name}/{Path(recipe).stem if recipe not in recipes.names() else recipe}"
     formats = told.get("formats") or document.get("formats") or []
-    place = recipe if recipe in recipes.names() else str(home / recipe)
+    place = recipe if recipe in recipes.names() else place_of(recipe, home)
     options = merged({}, document.get("options", {}), home)
     options = merged(options, told.get("options", {}), home)
     splits = document.get("split", False)
@@ -234,7 +241,7 @@ def find_models(model: str, home: Path) -> list[str]:
     expanded = Path(os.path.expanduser(model))
     if not any(char in model for char in GLOB):
         local = model.startswith((".", "/", "~")) or (home / expanded).is_dir()
-        return [str(Path(os.path.normpath(home / expanded)))] if local else [model]
+        return [place_of(model, home)] if local else [model]
     base, pattern = (home, model) if not expanded.is_absolute() else (Path("/"), str(expanded)[1:])
     found = sorted(
         os.path.normpath(path) for path in base.glob(pattern) if (path / "config.json").is_file()
@@ -242,6 +249,11 @@ def find_models(model: str, home: Path) -> list[str]:
     if not found:
         raise UsageError(f"no folder with a checkpoint matches {model}", hint=f"seen from {home}")
     return found
+
+
+def place_of(path: str, home: Path) -> str:
+    """A path that is relative to the jobs file."""
+    return os.path.normpath(home / os.path.expanduser(path))
 
 
 def safe_name(model: str) -> str:
@@ -256,9 +268,9 @@ def merged(options: Mapping[str, Any], more: Mapping[str, Any], home: Path) -> d
     told = dict(more)
     for key in PATHS:
         if key in told:
-            told[key] = str(home / told[key])
+            told[key] = place_of(told[key], home)
     if "calibration" in told:
-        told["calibration"] = [str(home / text) for text in told["calibration"]]
+        told["calibration"] = [place_of(text, home) for text in told["calibration"]]
     if "set" in told:
         told["set"] = {**options.get("set", {}), **told["set"]}
     return {**options, **told}

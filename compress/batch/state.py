@@ -33,7 +33,6 @@ class Record:
             ``error`` (it could not run); ``killed``; ``interrupted``.
         error, hint: what it said.
         seconds, cpu_seconds, peak_memory: what it took; 0 where unknown.
-        threads: that it had; the last digits of sums depend on them.
         replaces: time stamp of the finished folder that stood there when it started; 0 for none.
     """
 
@@ -44,7 +43,6 @@ class Record:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory: int = 0
-    threads: int = 0
     replaces: int = 0
 
     @property
@@ -102,17 +100,16 @@ class State:
         whole.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
         os.replace(whole, path)
 
-    def begin(self, name: str, fingerprint: str, threads: int) -> None:
+    def begin(self, name: str, fingerprint: str) -> None:
         """Note that a job starts."""
         stamp = self.stamp(name)
-        self.write(name, Record(fingerprint, "running", threads=threads, replaces=stamp))
+        self.write(name, Record(fingerprint, "running", replaces=stamp))
 
-    def end(self, name: str, fingerprint: str, threads: int, outcome: Outcome) -> Record:
+    def end(self, name: str, fingerprint: str, outcome: Outcome) -> Record:
         """Note how a job ended."""
         record = Record(
             fingerprint,
             self.status_of(outcome),
-            threads=threads,
             error=outcome.error,
             hint=outcome.hint,
             seconds=round(outcome.seconds, 2),

@@ -29,12 +29,13 @@ from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import PacklightError, UsageError, one_line
 from compress.job import prepare
+from compress.memory import smallest_memory
 from compress.model import Shipyard
 from compress.output import check_disk, locked
 from compress.recipe import load
 from compress.remote import write_text
 from compress.resume import digest, identity
-from compress.settings import BuildSettings, recipe_overrides
+from compress.settings import BuildSettings, check_options, recipe_overrides
 
 __all__ = ["BatchSettings", "Planned", "batch"]
 
@@ -48,7 +49,7 @@ class BatchSettings:
     only: Sequence[str] = ()
     retry_failed: bool = False
     fail_fast: bool = False
-    max_memory: str = ""
+    max_memory: int | None = None
     jobs: int = 0
     engine: str = "local"
     address: str = ""
@@ -121,6 +122,10 @@ def run_planned(
             board.settle(one, state.read(one.name))
     try:
         run(todo, state, ground.engine(tree), board)
+    except (KeyboardInterrupt, SystemExit) as ending:
+        board.interrupt()
+        ending.add_note("the same command goes on with what is there")
+        raise
     finally:
         told = document.batch_document(
             settings.file, planned, board, state, ground.memory, ground.cpus
@@ -160,8 +165,7 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
     with board, closing(engine.run(works, board)) as outcomes:
         for outcome in outcomes:
             one = jobs[outcome.name]
-            threads = one.prediction.threads if one.prediction else 0
-            board.settle(one, state.end(one.name, one.fingerprint, threads, outcome), fresh=True)
+            board.settle(one, state.end(one.name, one.fingerprint, outcome), fresh=True)
             models[one.job.model_name] -= 1
             if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
@@ -193,8 +197,7 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     assert one.prediction is not None
     record = state.read(one.name)
     words = arguments(one.settings)
-    same = record is not None and record.fingerprint == one.fingerprint
-    if record is None or not same or record.threads != one.prediction.threads:
+    if record is None or record.fingerprint != one.fingerprint:
         shutil.rmtree(state.partial_of(one.name), ignore_errors=True)
     if state.stamp(one.name):
         words.append("--overwrite")
@@ -233,12 +236,16 @@ class Planner:
             return self._plan(job, settings)
         except PacklightError as error:
             return Planned(job, settings, error=error.message, hint=error.hint)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return Planned(job, settings, error=f"{where}{error.strerror or error}")
         except Exception as error:  # a checkpoint that nobody thought of must not stop the others
             if os.environ.get("PACKLIGHT_DEBUG"):
                 raise
             return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
 
     def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
+        check_options(settings)
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
@@ -249,6 +256,7 @@ class Planner:
         settings = replace(settings, threads=threads)
         found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
+            check_enough(job.memory, smallest_memory(plans, get_exporter, verify=settings.verify))
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(
@@ -261,9 +269,8 @@ class Planner:
             "verify": recipe.document["verify"] if settings.verify else None,
             "text": digest(text),
         }
-        # Threads move sums by their last digit: no reason to do finished jobs again.
-        artifacts = {**identity(plans, settings), "threads": None}
-        return Planned(job, settings, found, fingerprint({**artifacts, **verification}))
+        told = {**identity(plans, settings), **verification}
+        return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:
         key = (job.model, job.revision)
@@ -279,3 +286,16 @@ class Planner:
         if isinstance(found, PacklightError):
             raise found
         return found
+
+
+def check_enough(given: int, smallest: int) -> None:
+    """``memory`` of a job becomes its ``--max-memory``, which has a least value.
+
+    Raises:
+        UsageError: it is less.
+    """
+    if given < smallest:
+        raise UsageError(
+            f"memory: {format_bytes(given)} is too little for this model",
+            hint=f"memory: {-(-smallest // 10**6)}MB is the smallest that works",
+        )

@@ -79,7 +79,7 @@ class Board:
     def started(self, work: Work) -> None:
         """See ``Watch.started``."""
         one = self._planned[work.name]
-        self._state.begin(work.name, one.fingerprint, work.threads)
+        self._state.begin(work.name, one.fingerprint)
         self._started[work.name] = time.monotonic()
         if self._live is None:
             threads = f"{work.threads} thread{'s' * (work.threads != 1)}"
@@ -105,6 +105,14 @@ class Board:
             earlier = "" if fresh or one.error else "  (before)"
             words = f"{WORDS[record.status][0]}  {one.name}  {self.result(one.name)}"
             self._console.say(f"{words.rstrip()}{earlier}")
+
+    def interrupt(self) -> None:
+        """The batch ends before its jobs, which have been ended; some may have been faster."""
+        for name in self._started:
+            record = self._state.read(name)
+            if record is None or not record.finished:
+                record = Record(self._planned[name].fingerprint, "interrupted")
+            self.records[name] = record
 
     # --- what a person sees ------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compress.commands.options import ci_options, make_console, output_options
+from compress.commands.options import ci_options, make_console, memory_option, output_options
 
 
 @click.command(short_help="Build many models with many recipes, each job in its own process.")
@@ -20,11 +20,9 @@ from compress.commands.options import ci_options, make_console, output_options
               help="Also the jobs that were killed or could not run before.")  # fmt: skip
 @click.option("--keep-going/--fail-fast", default=True, show_default=True,
               help="After a failure: go on, or start no more jobs.")  # fmt: skip
-@click.option("--max-memory", default="", metavar="SIZE",
-              help="Memory that the jobs' predictions may add up to, e.g. 3GB; default: what is "
-                   "free.")  # fmt: skip
+@memory_option("Bound what all jobs hold together, by prediction, e.g. 3GB; default: what is free.")
 @click.option("--jobs", type=click.IntRange(0), default=0, metavar="N",
-              help="At most so many at once; default: as many as fit.")  # fmt: skip
+              help="Jobs at once, at most; default: as many as fit.")  # fmt: skip
 @click.option("--engine", type=click.Choice(("local", "ray")), default="local",
               show_default=True,
               help="Where jobs run: this machine, or the nodes of a Ray cluster.")  # fmt: skip

@@ -107,14 +107,14 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
-    budget = any(options[key] for key in ("budget", "budget_memory", "device"))
-    if sum((budget, bool(options["sweep"]), options["plan"] is not None)) > 1:
-        raise UsageError("a budget, --sweep and --plan exclude each other")
     plan = options["plan"]
     if options["locked"] and plan is None:
-        if output is None or budget or options["sweep"]:
-            raise UsageError("--locked needs a plan", hint="--plan plan.json of an earlier build")
-        plan = output / "plan.json"
+        plan = output / "plan.json" if output else None
+        if plan is None or not plan.is_file():
+            missing = f": {plan} is not there" if plan else ""
+            raise UsageError(
+                f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
+            )
     settings = BuildSettings(
         model=model,
         output=output,

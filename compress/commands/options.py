@@ -98,6 +98,14 @@ def make_console(
     return console
 
 
+def memory_option(text: str) -> Callable[[F], F]:
+    """``--max-memory``, in bytes, with its help."""
+    return click.option(
+        "--max-memory", callback=lambda _context, _option, size: read_size("--max-memory", size),
+        metavar="SIZE", help=text,
+    )  # fmt: skip
+
+
 recipe_option = click.option(
     "-r", "--recipe", default="phone-4bit", show_default=True, metavar="NAME|FILE",
     shell_complete=recipe_names, help="A shipped recipe or a YAML file.",
@@ -135,8 +143,6 @@ progress_option = click.option(
     "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
     help="Append how far the work is, as JSON lines for another program.",
 )  # fmt: skip
-max_memory_option = click.option(
-    "--max-memory", callback=lambda _context, _option, text: read_size("--max-memory", text),
-    metavar="SIZE",
-    help="Bound what this process holds, e.g. 2GiB; default: the cgroup's limit, or what is free.",
-)  # fmt: skip
+max_memory_option = memory_option(
+    "Bound what this process holds, e.g. 2GiB; default: the cgroup's limit, or what is free."
+)

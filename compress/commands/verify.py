@@ -23,6 +23,12 @@ from compress.commands.options import (
 )
 from compress.errors import UsageError
 
+# What asks for a verdict, which --checksums alone must not seem to have given.
+JUDGING = {
+    "gates": "--gate", "against": "--against", "max_regression": "--max-regression",
+    "tasks": "--task", "junit": "--junit", "summary": "--summary",
+}  # fmt: skip
+
 
 @click.command(short_help="Run an artifact in its runtime and compare it with the float model.")
 @click.argument("artifact", type=click.Path(path_type=Path))
@@ -37,10 +43,11 @@ from compress.errors import UsageError
 @click.option("--checksums", is_flag=True,
               help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
                    "--baseline nothing else is done.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(2), default=0, metavar="N",
+@click.option("--windows", type=click.IntRange(2), metavar="N",
               help="Windows of text to score; default: 16, from a billion parameters on 8, from "
                    "three billion on 4.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
+              metavar="N",
               help="Tokens in a window.")  # fmt: skip
 @threads_option
 @max_memory_option
@@ -57,7 +64,12 @@ def verify(artifact: Path, **options: Any) -> int:
     if options["checksums"]:
         from compress import checksums
 
-        whole = checksums.verify(artifact, console)
+        if not options["baseline"] and (judging := [key for key in JUDGING if options[key]]):
+            name = JUDGING[judging[0]]
+            raise UsageError(
+                f"{name} needs --baseline: --checksums alone looks at the files and runs nothing"
+            )
+        whole = checksums.verify(artifact, console, alone=not options["baseline"])
         if not whole or not options["baseline"]:
             return 0 if whole else 1
     if not options["baseline"]:
@@ -79,7 +91,7 @@ def verify(artifact: Path, **options: Any) -> int:
         gates=options["gates"],
         against=options["against"],
         max_regression=options["max_regression"],
-        windows=options["windows"],
+        windows=options["windows"] or 0,
         sequence_length=options["sequence_length"],
         threads=options["threads"],
         max_memory=options["max_memory"],

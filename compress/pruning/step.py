@@ -20,7 +20,7 @@ import numpy as np
 
 from compress import __version__
 from compress.arch import DecoderConfig
-from compress.cache import cache_folder
+from compress.cache import cache_folder, taking_turns
 from compress.calibration_set import CalibrationSet
 from compress.calibration_step import read_texts
 from compress.config_json import read_json
@@ -239,20 +239,17 @@ def computed_once(
         load: reads it; raises CheckpointError where it cannot.
     """
     final = cache_folder("pruning") / key
-    try:
-        return load(final)
-    except CheckpointError:  # not there, or damaged
-        shutil.rmtree(final, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
-        folder = Path(work) / "pruned"
-        folder.mkdir()
-        compute(folder, Path(work))
+    with taking_turns(final.with_suffix(".lock")):
         try:
+            return load(final)
+        except CheckpointError:  # not there, or damaged
+            shutil.rmtree(final, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
+            folder = Path(work) / "pruned"
+            folder.mkdir()
+            compute(folder, Path(work))
             folder.rename(final)
-        except OSError:  # another build was faster, with the same
-            if not final.is_dir():
-                raise
-    return load(final)
+        return load(final)
 
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
