@@ -61,6 +61,14 @@ class CostTable:
             for member in members(self.config, name, tied=tied)
         )
 
+    def block_cost(self, block: int) -> float:
+        """What a stored block's tensors cost together, each on the worst of its grids."""
+        return sum(
+            self.sensitivities[name].slope * max(grids.values())
+            for name, grids in self.errors.items()
+            if split_name(name)[0] == block
+        )
+
     def missing(self, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
         """Pairs of name and grid that are not there, by unfused name."""
         found: dict[str, list[str]] = {}

@@ -10,6 +10,7 @@ is pruned; where every tensor has its largest grid already, none is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,15 +98,20 @@ def best_of(ladder: Ladder, scale: Thorough | AtAGlance) -> tuple[Outcome, list[
         rows.append((whole, None, None))
     if whole.target.largest_bytes > whole.limit.nbytes:  # else there is nothing that bytes buy
         for chain in ladder.chains():
+            seen: Outcome | None = None  # of the shape before, in this chain
             for rung in chain:
                 if not rung.fits:
                     rows.append((rung, None, None))
                     continue
+                least = min((outcome.total for outcome in outcomes), default=math.inf)
+                if seen and scale.bound(rung, seen) >= least:
+                    continue
                 pruning = scale.pruning(rung)
-                if outcomes and pruning >= min(outcome.total for outcome in outcomes):
+                if pruning >= least:
                     rows.append((rung, None, pruning))
                     break
                 take(rung, pruning)
+                seen = outcomes[-1]
     best = min(outcomes, key=lambda outcome: outcome.total)
     return best, [row_of(*row, chosen=row[1] is best) for row in rows]
 
@@ -124,6 +130,10 @@ class Thorough:
     def pruning(self, rung: Rung) -> float:
         """Nats that pruning alone costs."""
         return pruning_divergence(rung.job, self._calibration.console, self._calibration.threads)
+
+    def bound(self, rung: Rung, seen: Outcome) -> float:
+        """Nats that a shape costs at least, by the one before it in its chain."""
+        return seen.pruning
 
     def outcome(self, rung: Rung, pruning: float) -> Outcome:
         """Prune (from the cache), measure what is not known yet, and choose grids.
@@ -155,12 +165,27 @@ class AtAGlance:
         """Nats that pruning alone costs, at most."""
         return self.glance(rung).kl
 
+    def bound(self, rung: Rung, seen: Outcome) -> float:
+        """As ``Thorough.bound``, and what grids cost in this shape: arithmetic, no look is taken.
+
+        Blocks that go are taken to be those that cost most on their grids.
+        """
+        table = self.table(rung.target.plan.format)
+        kept = list(self.glance(seen.rung).kept)
+        assert rung.job.cut is not None
+        left = rung.job.cut.config.num_hidden_layers // rung.job.config.block_repeat
+        kept.sort(key=lambda block: table.block_cost(block * rung.job.config.block_repeat))
+        return self._on(rung, sorted(kept[:left]), seen.pruning).total
+
     def outcome(self, rung: Rung, pruning: float) -> Outcome:
         """As ``Thorough.outcome``; nothing is pruned."""
+        return self._on(rung, self.glance(rung).kept, pruning)
+
+    def _on(self, rung: Rung, kept: Sequence[int], pruning: float) -> Outcome:
         job = rung.job.on(Stored(rung.job.checkpoint, rung.job.shape))
         table = self.table(rung.target.plan.format)
         step = BudgetStep(self._calibration.on(job), self._get_exporter)
-        step.adopt(table.on(step.targets[0].source.config, self.glance(rung).kept))
+        step.adopt(table.on(step.targets[0].source.config, kept))
         return outcome_of(rung, step, pruning)
 
     def table(self, name: str) -> CostTable:

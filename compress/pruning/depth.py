@@ -23,7 +23,9 @@ from torch import Tensor
 from compress.decoder import Decoder
 from compress.sources import Source
 
-__all__ = ["Departure", "choose_blocks", "measured_windows", "model_divergence"]
+__all__ = [
+    "Departure", "choose_blocks", "measured_windows", "model_divergence", "turning_blocks",
+]  # fmt: skip
 
 TOKENS = 2048  # that candidates are measured on
 CANDIDATES = 8  # of a deep model are measured; or twice as many as go, where that is more
@@ -68,6 +70,21 @@ def choose_blocks(
         best = min(left, key=costs.__getitem__)
         gone.append(Departure(best, costs[best]))
     return gone
+
+
+def turning_blocks(
+    source: Source,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[int]:
+    """The stored blocks, those that turn the hidden states furthest first; one walk.
+
+    Args:
+        source, windows, progress: as ``choose_blocks`` takes them.
+    """
+    walks = Walks(source, measured_windows(windows), progress, 1)
+    influences, _ = walks.survey()
+    return sorted(range(walks.blocks), key=lambda block: -influences[block])
 
 
 def measured_windows(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -2,8 +2,9 @@
 take would take hours.
 
 Channels go by what each carries alone (``E[x²] ‖w‖²`` of ``down_proj``), of the float model's own
-statistics, and what stays is left as it is: the least-squares update of the real thing does better,
-so this is an upper bound. Blocks go as ``depth.py`` chooses them, on fewer tokens.
+statistics, and what stays is left as it is; blocks go by how far they turn the hidden states, which
+takes one walk (ShortGPT's block influence, Men et al., arXiv 2403.03853). The real thing updates
+what stays, and tries blocks by the logits (``width.py``, ``depth.py``), so this is an upper bound.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from compress.console import Console
 from compress.errors import CheckpointError
 from compress.grids import Array
 from compress.pruning.cut import Cut
-from compress.pruning.pruned import Narrower, kept_rows
+from compress.pruning.pruned import Narrower, Shallower, kept_rows
 from compress.sources import Source
 from compress.statistics import Statistics, input_names
 
@@ -60,7 +61,7 @@ def glance(
         windows: calibration text; ``TOKENS`` tokens of it are walked.
         console: for progress.
     """
-    from compress.pruning.depth import choose_blocks, model_divergence
+    from compress.pruning.depth import model_divergence, turning_blocks
 
     windows = shortened(windows)
     total = source.config.num_hidden_layers // source.config.block_repeat
@@ -70,10 +71,12 @@ def glance(
     if known:
         return known
     if cut.method == "depth":
-        with console.progress(f"try without {cut.dropped} blocks", "blocks") as update:
-            gone = choose_blocks(source, windows, cut.dropped, update)
-        kept = sorted(set(range(total)) - {departure.block for departure in gone})
-        found = Glance(gone[-1].kl, tuple(kept))
+        with console.progress("compare blocks", "blocks") as update:
+            blocks = turning_blocks(source, windows, update)[: cut.kept]
+        shallow = Shallower(source, cut.config, sorted(blocks))
+        with console.progress(f"judge {cut.kept} blocks", "steps") as update:
+            kl = model_divergence(source, shallow, windows, update)
+        found = Glance(kl, shallow.kept)
     else:
         channels = ranked_channels(source, statistics, cut.kept)
         narrow = Narrower(source, cut.config, None, channels, path.stem)
