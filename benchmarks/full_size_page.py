@@ -213,7 +213,8 @@ in docs/performance.md. Checkpoints of `make_checkpoint.py`, bf16, random weight
 over all processes; every row begins with the checkpoint out of the page cache, *from disk* is what
 came from there; *disk* is the most room taken at a time. *Others' CPU* is
 what everything else on the machine took meanwhile: where that is much, wall time says little, and
-CPU time wanders by some 20 %.
+CPU time wanders by some 20 %. Bars are those of phi-3-mini-4k: of smaller models, start and
+imports are a good part.
 """
 BAR_HEAD = ("bar", "measured", "limit", "goal", "")
 ROW_HEAD = (
