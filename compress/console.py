@@ -89,7 +89,11 @@ class Console:
 
     @contextmanager
     def progress(
-        self, phase: str, unit: str = "bytes", steps: Sequence[Step] = ()
+        self,
+        phase: str,
+        unit: str = "bytes",
+        steps: Sequence[Step] = (),
+        expected: float | None = None,
     ) -> Iterator[Update]:
         """One phase of the work, with a bar where a person looks on, what is done per second and
         the time left: ``with … as update: update(done, total)``.
@@ -98,20 +102,28 @@ class Console:
             phase: its name.
             unit: what ``done`` and ``total`` count.
             steps: its tensors in their order, where it has some that cost more than others.
+            expected: seconds of all, where they can be told before the first unit is done.
         """
-        self.begin(phase, unit, steps)
+        self.begin(phase, unit, steps, expected)
         begun = self._phase
         assert begun is not None
         yield begun.update
         if self._phase is begun:
             self.end()
 
-    def begin(self, phase: str, unit: str = "", steps: Sequence[Step] = ()) -> None:
+    def begin(
+        self,
+        phase: str,
+        unit: str = "",
+        steps: Sequence[Step] = (),
+        expected: float | None = None,
+    ) -> None:
         """A phase that lasts until the next one begins, or ``end``."""
         self.end()
         self.detail(phase)
         shown = self.mode == "human" and sys.stderr.isatty()
-        self._phase = Phase(phase, unit, Estimate(steps), self._progress_file, shown=shown)
+        estimate = Estimate(steps, expected=expected)
+        self._phase = Phase(phase, unit, estimate, self._progress_file, shown=shown)
 
     def end(self) -> None:
         """The phase is over, whether or not it came to its end."""
@@ -201,10 +213,11 @@ def make_bar(describe: Callable[[], str], *, passing: bool) -> Progress:
 
 def describe_progress(estimate: Estimate, unit: str) -> str:
     """``0.12/0.40 GB  17/290 tensors  31.0 MB/s  0:09 left``."""
-    if not estimate.total:
-        return clock_time(estimate.seconds)
+    left = estimate.seconds_left
     words = []
-    if unit == "bytes":
+    if not estimate.total:
+        words.append(clock_time(estimate.seconds))
+    elif unit == "bytes":
         size, name = next((s, n) for s, n in SIZES if estimate.total >= s or s == 1)
         words.append(f"{estimate.done / size:.2f}/{estimate.total / size:.2f} {name}")
         done, count = estimate.steps_done
@@ -213,8 +226,7 @@ def describe_progress(estimate: Estimate, unit: str) -> str:
         words.append(f"{estimate.done / max(estimate.seconds, 1e-9) / 1e6:.1f} MB/s")
     else:
         words.append(f"{estimate.done}/{estimate.total} {unit}")
-    left = estimate.seconds_left
-    if left is not None and estimate.done < estimate.total:
+    if left is not None and (estimate.done < estimate.total or not estimate.total):
         words.append(f"{clock_time(left)} left")
     return "  ".join(words)
 

@@ -36,6 +36,7 @@ class Ledger:
         self._path, self._target = path, target
         self._rows: dict[str, Row] = {}
         self._synced_at = time.monotonic()
+        self._unsynced: Path | None = None  # file of the last tensor, unless that is synced
         if path is not None:
             self._open(path)
 
@@ -62,10 +63,16 @@ class Ledger:
         """
         self._rows[name] = {"done": name, "end": end, **facts}
         self._append(self._rows[name])
-        if self._path is not None and time.monotonic() > self._synced_at + SYNC_EVERY:
-            sync(file)
+        self._unsynced = file
+        if time.monotonic() > self._synced_at + SYNC_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have what is finished outlive the machine, too."""
+        if self._path is not None and self._unsynced is not None:
+            sync(self._unsynced)
             self._append({"synced": True})
-            self._synced_at = time.monotonic()
+            self._unsynced, self._synced_at = None, time.monotonic()
 
     def cut(self, file: Path) -> bool:
         """Make a file end where its last finished tensor does.

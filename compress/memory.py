@@ -12,6 +12,8 @@ from compress.console import Console, format_bytes
 from compress.errors import UsageError
 from compress.job import GetExporter, Job, looks_at_inputs, window_length
 from compress.machine import available_memory, limit_memory, resident_memory
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import method_of
 from compress.solvers import NEEDS
 from compress.statistics import input_roles
 from compress.walk import hessian_spans
@@ -20,11 +22,18 @@ __all__ = ["check_memory", "smallest_memory"]
 
 PYTHON = 200 << 20  # the interpreter, numpy, compiled kernels
 TORCH = 320 << 20  # its libraries and the tokenizer's
+WAITING = 48 << 20  # what a writer holds while another is at work (``compress.lockstep``)
 COPIES = 6  # float32 copies of the widest matrix while GPTQ is at it
 
 
 def check_memory(
-    job: Job, get_exporter: GetExporter | None, console: Console, *, limit: int | None, verify: bool
+    job: Job,
+    get_exporter: GetExporter | None,
+    console: Console,
+    *,
+    limit: int | None,
+    verify: bool,
+    measures: bool = False,
 ) -> None:
     """Bound this process, and refuse a bound that is too small before any work.
 
@@ -34,12 +43,13 @@ def check_memory(
         console: warned where no bound was set but the machine has less than is needed.
         limit: ``--max-memory``, bytes.
         verify: whether the float model is scored, too.
+        measures: whether grids are chosen by measurement, whatever the recipe says.
 
     Raises:
         UsageError: a limit that the largest piece of the work does not fit in.
     """
     limit_memory(limit)
-    needed = smallest_memory(job, get_exporter, verify=verify)
+    needed = smallest_memory(job, get_exporter, verify=verify, measures=measures)
     if limit is not None and limit < needed:
         raise UsageError(
             f"--max-memory {format_bytes(limit)} is too little for this model",
@@ -52,15 +62,19 @@ def check_memory(
         )
 
 
-def smallest_memory(job: Job, get_exporter: GetExporter | None, *, verify: bool) -> int:
+def smallest_memory(
+    job: Job, get_exporter: GetExporter | None, *, verify: bool, measures: bool = False
+) -> int:
     """Bytes of this process at its largest, with everything that bends at its smallest."""
     recipe, config = job.recipe, job.config
     needs: list[int] = []
     if get_exporter is not None:
-        needs += [get_exporter(plan.format).writing_memory(plan) for plan in job.plans]
-    if get_exporter is not None and looks_at_inputs(recipe):
+        alone = max(get_exporter(plan.format).writing_memory(plan) for plan in job.plans)
+        needs.append(alone + WAITING * (len(job.plans) - 1))
+    if get_exporter is not None and (measures or looks_at_inputs(recipe)):
         length = min(recipe.calibration["sequence_length"], config.max_context)
-        hessian = NEEDS.get(recipe.solver) == "hessian" or recipe.folds
+        masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
+        hessian = NEEDS.get(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
         held = hessian_bytes(config) if hessian else 0
         if recipe.calibration["propagate"] == "quantized" and recipe.solver in NEEDS:
             held = 2 * hessian_bytes(config) + block_bytes(config) // 2  # drifts, codes

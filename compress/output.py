@@ -4,7 +4,7 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.ledger``)
+                             ledger for each target (``compress.ledger``), its hidden states
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class Resume:
                 hint="--resume to continue it, --overwrite to begin afresh",
             )
         if self.wanted and known:
-            clear(partial, {record, partial / STATE / "baseline", partial / "new", *ledgers})
+            states = [path.with_suffix(".states") for path in ledgers]
+            baseline = partial / STATE / "baseline"
+            clear(partial, {record, baseline, partial / "new", *ledgers, *states})
             clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
             return
         shutil.rmtree(partial, ignore_errors=True)

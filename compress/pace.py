@@ -26,7 +26,7 @@ TRIED = 1 << 20  # weights of a trial: a hundredth of a second, on costly grids 
 FLOAT = 4e-9  # seconds for a weight that only changes its type, or was solved before
 MOVED = 2e-9  # seconds for a weight to be read, and for its code to be written
 SEARCHED = 1e-7  # seconds for a weight whose scale is searched for ...
-FED_BACK = 1e-9  # ... and for each column of its row, where errors are made up for there
+FED_BACK = 1e-10  # ... and for each column of its row, where errors are made up for there
 
 
 def expected_steps(plans: Sequence[Plan], weights: Sequence[Weights], solver: str) -> list[Step]:

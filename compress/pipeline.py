@@ -113,7 +113,14 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     def choose(calibration: CalibrationStep) -> Chosen:
         return choose_grids(settings.sweep, calibration, get_exporter, prepared)
 
-    check_memory(job, get_exporter, console, limit=settings.max_memory, verify=settings.verify)
+    check_memory(
+        job,
+        get_exporter,
+        console,
+        limit=settings.max_memory,
+        verify=settings.verify,
+        measures=measures,
+    )
     if settings.dry_run:
         if settings.locked:
             lock_build(job, chosen, importance, settings, console)

@@ -51,15 +51,20 @@ class Estimate:
     Args:
         steps: in their order; where there are none, every unit costs the same.
         clock: seconds.
+        expected: seconds of all, which is told until something is known.
 
     Attributes:
         done, total: units, as last told; ``total`` 0 until the first is told.
     """
 
     def __init__(
-        self, steps: Sequence[Step] = (), clock: Callable[[], float] = time.monotonic
+        self,
+        steps: Sequence[Step] = (),
+        clock: Callable[[], float] = time.monotonic,
+        expected: float | None = None,
     ) -> None:
         self._steps, self._clock = list(steps), clock
+        self._expected_in_all = expected
         self._ends = list(accumulate(step.units for step in self._steps))
         self._costs = {step.kind: step.cost for step in self._steps}
         self.begun = self._last = clock()
@@ -95,9 +100,10 @@ class Estimate:
 
     @property
     def seconds_left(self) -> float | None:
-        """None as long as nothing is known."""
+        """None as long as nothing is known or expected."""
         if self._first is None:
-            return None
+            whole = self._expected_in_all
+            return None if whole is None else max(whole - self.seconds, 0.0)
         ahead = self._between(self._position, self._ends[-1])
         left = sum(units * self._rate(kind) for kind, units in ahead.items())
         return max(left - (self._clock() - self._last), 0.0)

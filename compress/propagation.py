@@ -4,8 +4,10 @@ that the blocks before it, quantized and decoded, produce (``calibration.propaga
 The walk over the calibration texts goes along with the writing. A writer asks for the tensors of a
 block; the walk comes to that block, its statistics are gathered, and all its tensors are solved.
 Their codes are kept for the writer, and decoded they carry the hidden states on to the next block.
-So every tensor is solved once, codes and statistics of one block are in memory at a time, and
-nothing is left on disk. The embedding and the head are solved by slabs, as the writer asks.
+So every tensor is solved once, and codes and statistics of one block are in memory at a time. What
+a build that was cut off leaves are the hidden states before the block that it was at
+(``compress.walk.Boundary``), which the next one goes on with. The embedding and the head are solved
+by slabs, as the writer asks.
 
 Within a block the float weights speak, as in the code of GPTQ (Frantar et al., arXiv 2210.17323):
 ``o_proj`` is calibrated on what the float ``q_proj`` gives, on quantized blocks' states.
@@ -19,6 +21,7 @@ makes it better in every format that was tried.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +30,14 @@ import numpy as np
 
 from compress.arch import FUSED, split_name
 from compress.grids import Float32, Grid, Quantized, get_grid
+from compress.ledger import Ledger
 from compress.machine import in_threads
 from compress.model import Plan, PlanEntry, Weights
 from compress.solvers import get_solver
 from compress.sources import Source
 from compress.statistics import LayerStats, Statistics, stored_block
 from compress.steady import one_thread
-from compress.walk import walk_beside
+from compress.walk import Boundary, walk_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +60,9 @@ class PropagatedWeights(Weights):
         windows: token ids to calibrate on, all of the same length.
         work: folder for hidden states beyond ``compress.walk.states_limit``; stays until the last
             tensor was asked for.
+        ledger: see ``Weights``.
+        states: folder where hidden states are kept for a build that goes on with this one; None
+            keeps none.
     """
 
     def __init__(
@@ -66,13 +73,17 @@ class PropagatedWeights(Weights):
         windows: Sequence[Sequence[int]],
         *,
         work: Path | None = None,
+        ledger: Ledger | None = None,
+        states: Path | None = None,
     ) -> None:
         self._head = Statistics(source.config, self._reach_head)
-        super().__init__(source, get_solver(solver, self._head))
+        super().__init__(source, get_solver(solver, self._head), ledger)
         self._solver = solver
         self._shift: tuple[LayerStats | None, tuple[Float32, ...]] = (None, ())
         self._entries = {entry.name: entry for entry in plan.entries}
-        self._windows, self._work = windows, work
+        self._windows, self._work, self._states = windows, work, states
+        if states is not None and not len(self.ledger):
+            shutil.rmtree(states, ignore_errors=True)  # of what was forgotten
         self._start()
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
@@ -89,24 +100,33 @@ class PropagatedWeights(Weights):
     # --- the walk ----------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._block = -1  # stored block that the walk has come to
+        boundary = Boundary(self._states) if self._states else None
+        first = boundary.index if boundary else 0
+        self._block = first - self.config.block_repeat  # stored block that the walk has come to
         self._solved: dict[str, Quantized] = {}  # its tensors, by name in the plan
         self._steps: Iterator[dict[str, LayerStats]] = walk_beside(
-            self.config, self.source.read, self._carried, self._windows, work=self._work
-        )
+            self.config, self.source.read, self._carried, self._windows,
+            work=self._work, boundary=boundary,
+        )  # fmt: skip
 
     def _reach(self, block: int) -> None:
         """Walk on until a stored block is solved."""
-        if block < self._block:
+        if block < self._block or (block == self._block and not self._solved):
+            if self._states:
+                shutil.rmtree(self._states)
             self._start()
         while self._block < block:
+            self.ledger.sync()  # what the states that are kept now will be behind
             stats = next(self._steps)  # carries the states through the block before
-            self._block = 0 if self._block < 0 else self._block + self.config.block_repeat
+            self._block += self.config.block_repeat
             self._solve_block(Statistics.of(self.config, stats))
 
     def _reach_head(self, key: str) -> LayerStats | None:
         """Statistics of the head's input, after all blocks; for ``Statistics``."""
-        self._reach(stored_block(self.config, self.config.num_hidden_layers - 1))
+        last = stored_block(self.config, self.config.num_hidden_layers - 1)
+        if self._block != last:
+            self._reach(last)
+        self.ledger.sync()
         stats = next(self._steps)
         self._block = self.config.num_hidden_layers
         self._solved.clear()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress import __version__
 from compress.calibration_step import texts_of
 from compress.job import Job, looks_at_inputs
+from compress.origin import versions
 from compress.output import Resume
 from compress.settings import BuildSettings
 
@@ -40,7 +40,7 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
     looks = looks_at_inputs(job.recipe) or bool(settings.sweep or settings.plan)
     texts = texts_of(job.recipe) if looks and not settings.imatrix else []
     document = {
-        "packlight": __version__,
+        "versions": versions(),
         "model": job.checkpoint.source,
         "checkpoint": job.checkpoint.fingerprint(),
         "tokenizer": digest(job.checkpoint.tokenizer_files()),

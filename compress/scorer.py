@@ -17,7 +17,12 @@ from compress.scratch import scratch_folder
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
 from compress.verify import BaselineStore, Outcome, verify_artifact
-from compress.verify.forecast import float_steps, slowness, verification_seconds
+from compress.verify.forecast import (
+    artifact_seconds,
+    float_steps,
+    slowness,
+    verification_seconds,
+)
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
@@ -82,12 +87,14 @@ def forecast(
     windows = windows or window_count(job.config, job.recipe.windows)
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     seconds = verification_seconds(job.config, plans, windows, length)
-    seconds = seconds * slowness(choose_threads(threads, job.config)) + 5 * (1 + len(plans))
+    slow = slowness(choose_threads(threads, job.config))
+    seconds = seconds * slow + LOADING * (1 + len(plans))
     formats = ", ".join(f"{plan.format} {plan.type_name}" for plan in plans)
     text = f"{windows} windows of {length} tokens"
     return seconds, f"verify the float model, {formats} on {text}: about {rough_time(seconds)}"
 
 
+LOADING = 5.0  # seconds until a runtime has loaded an artifact, or torch is there
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 
@@ -167,8 +174,9 @@ class Scorer:
             for artifact in artifacts:
                 room = max(self._job.context, self.length + GENERATED_ROOM)
                 label = f"verify {artifact.format} {artifact.type_name}"
+                expected = self._expected(artifact.plan)
                 try:
-                    with self._console.progress(label, "windows") as update:
+                    with self._console.progress(label, "windows", expected=expected) as update:
                         result = verify_artifact(
                             shipyard.probe,
                             artifact.path,
@@ -186,6 +194,11 @@ class Scorer:
                     continue
                 found.append(result)
         return found
+
+    def _expected(self, plan: Plan) -> float:
+        """Seconds of an artifact, which is told until its first window is done."""
+        seconds = artifact_seconds(self._job.config, plan, len(self.windows), self.length)
+        return LOADING + slowness(self._threads) * seconds
 
     def _score_baseline(self, folder: Path) -> BaselineStore:
         from compress.decoder import Decoder

@@ -104,8 +104,8 @@ def target_weights(
 ) -> Weights:
     """What the writer of a target pulls from, and its ledger.
 
-    Where each block is solved with what the quantized blocks before it produce, the walk has to go
-    through all of them, so that the target is written from its start.
+    Where each block is solved with what the quantized blocks before it produce, those are kept
+    beside the ledger, too: the hidden states before the block that the walk is at.
 
     Args:
         plan: of the target.
@@ -118,9 +118,11 @@ def target_weights(
         UsageError: calibration texts that are not there or too short.
     """
     solver = calibration.job.recipe.solver
-    if calibration.propagates:
-        windows = calibration.windows()
-        return PropagatedWeights(inputs.source, plan, solver, windows, work=work)
     made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
     ledger = Ledger(ledger_file, made_of)
+    if calibration.propagates:
+        windows, states = calibration.windows(), ledger_file.with_suffix(".states")
+        return PropagatedWeights(
+            inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
+        )
     return Weights(inputs.source, get_solver(solver, inputs.statistics), ledger)

@@ -107,7 +107,8 @@ def held_back(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
 
 class Boundary:
     """The hidden states before a block, in a folder of their own: where a walk goes on that was cut
-    off. One file, ``block-3.bin``, replaced as a whole; another while it is being written.
+    off. One file, ``block-3.bin``, replaced as a whole; another while it is being written. A walk
+    beside another has two tensors of them, one behind the other in the file.
 
     Attributes:
         index: of the block; 0 where nothing is kept.
@@ -119,22 +120,22 @@ class Boundary:
         kept = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
         self.index = max(kept, default=0)
 
-    def load(self, states: Tensor) -> Tensor:
-        """Fill ``states``, which are of the shape that was kept."""
+    def load(self, *states: Tensor) -> None:
+        """Fill ``states``, which are of the shapes that were kept."""
         import torch
 
-        raw = states.view(torch.uint8).numpy()
         with self._file(self.index).open("rb") as stream:
-            stream.readinto(raw.data)
-        return states
+            for tensor in states:
+                stream.readinto(tensor.view(torch.uint8).numpy().data)
 
-    def keep(self, index: int, states: Tensor) -> None:
+    def keep(self, index: int, *states: Tensor) -> None:
         """Keep the states before block ``index``, and no earlier ones."""
         import torch
 
         partial = self._folder / "partial"
         with partial.open("wb") as stream:
-            stream.write(states.view(torch.uint8).numpy().data)
+            for tensor in states:
+                stream.write(tensor.view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.rename(self._file(index))
@@ -248,7 +249,8 @@ def walk(
     first = boundary.index if boundary else 0
     if boundary and first:
         shape = (len(windows), len(windows[0]), config.hidden_size)
-        states = boundary.load(empty_states(shape, dtype, work))
+        states = empty_states(shape, dtype, work)
+        boundary.load(states)
     else:
         states = hidden_states(decoder.embed(windows), dtype, work)
     listener = Listener(config, windows, hessian=hessian, roles=roles)
@@ -284,6 +286,7 @@ def walk_beside(
     *,
     exact: bool = False,
     work: Path | None = None,
+    boundary: Boundary | None = None,
 ) -> Iterator[dict[str, LayerStats]]:
     """All windows through one block after the other, of the float model and of another beside it.
 
@@ -295,7 +298,7 @@ def walk_beside(
         read: weights by name, float32.
         carry: those of the other model. The embedding's are asked for first; a block's once its
             statistics were given out; the final norm's last.
-        windows, exact, work: as ``walk``.
+        windows, exact, work, boundary: as ``walk``.
 
     Yields as ``walk``, with Hessians.
     """
@@ -306,11 +309,18 @@ def walk_beside(
     decoder = Decoder(config, read)
     rope = decoder.rope(len(windows[0]))
     dtype = torch.float32 if exact else torch.bfloat16
-    floats = hidden_states(decoder.embed(windows), dtype, work, "floats.bin")
-    states = hidden_states(Decoder(config, carry).embed(windows), dtype, work)
+    first = boundary.index if boundary else 0
+    if boundary and first:
+        shape = (len(windows), len(windows[0]), config.hidden_size)
+        floats = empty_states(shape, dtype, work, "floats.bin")
+        states = empty_states(shape, dtype, work)
+        boundary.load(floats, states)
+    else:
+        floats = hidden_states(decoder.embed(windows), dtype, work, "floats.bin")
+        states = hidden_states(Decoder(config, carry).embed(windows), dtype, work)
     listener = Listener(config, windows, hessian=True)
     runs = range(config.block_repeat)  # of a stored block, one after the other
-    for index in range(0, config.num_hidden_layers, config.block_repeat):
+    for index in range(first, config.num_hidden_layers, config.block_repeat):
         block = Block(config, index, read)
         for position in range(len(windows)):
             seen: list[Tensor] = []
@@ -327,6 +337,8 @@ def walk_beside(
             for position in range(len(windows)):
                 states[position] = block(states[position].float(), rope)
             del block
+        if boundary:
+            boundary.keep(index + config.block_repeat, floats, states)
     normed, other = final_norm(config, read), final_norm(config, carry)
     for position in range(len(windows)):
         seen = [normed(floats[position].float())]

@@ -146,6 +146,24 @@ def test_a_failed_gate_fails_the_job_and_is_told(model, environment, tmp_path):
     assert len(gates) == 2 and None not in gates
 
 
+def test_the_reports_of_a_build_whose_runtime_refused_an_artifact_are_kept(environment, tmp_path):
+    command = tmp_path / "bin" / "packlight"  # which ends as such a build does
+    command.parent.mkdir()
+    command.write_text(
+        '#!/bin/sh\n[ "$1" = build ] || exit 0\nmkdir packlight-out\n'
+        "touch packlight-out/report.html packlight-out/report.json packlight-junit.xml\nexit 2\n"
+    )
+    command.chmod(0o755)
+    mine = environment | {"PATH": f"{command.parent}{os.pathsep}{environment['PATH']}"}
+    done = use(tmp_path, mine, model="m", install="false", cache="false", push_to="someone/model")
+    assert {name for name, outcome in done.outcomes.items() if outcome == "success"} == {
+        "Verify what will be uploaded",
+        "Upload the reports",
+    }, done.log
+    assert done.outputs["verdict"] == "error"
+    assert "could not build" not in done.summary
+
+
 @pytest.mark.parametrize("names", ["formats model", "model gates set against budget revision"])
 def test_inputs_are_never_code_and_an_error_is_told(names, environment, tmp_path):
     hostile = '"; touch pwned; $(touch pwned) `touch pwned` #'

@@ -278,11 +278,16 @@ def test_what_no_job_could_do_is_told_by_the_dry_run(shop):
         "plain": ({"eval-text": "none.txt"}, f"{shop / 'none.txt'}: No such file or directory"),
         "scaled": ({"memory": "10MB"}, "memory: 10.00 MB"),
         "int4-fast": ({"plan": "p", "budget": "1MB"}, "a budget, --sweep and --plan exclude"),
+        "small-4bit": ({"budget": "10kB"}, "gguf: no choice of grids fits in 10.00 kB"),
+        "phone-4bit": (
+            {"set": {"verify.gates.bytes": "<=lots"}},
+            "verify.gates.bytes: 'lots' is not a size",
+        ),
     }
     jobs = {
         "schema": 1,
         "models": ["shelf/llama"],
-        "recipes": ["plain.yaml", "scaled.yaml", "int4-fast"],
+        "recipes": ["plain.yaml", "scaled.yaml", "int4-fast", "small-4bit", "phone-4bit"],
         "overrides": [{"jobs": f"*/{name}", "options": o} for name, (o, _) in options.items()],
     }
     (shop / "hopeless.yaml").write_text(json.dumps(jobs))

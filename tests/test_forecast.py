@@ -15,7 +15,12 @@ from compress.progress import rough_time
 from compress.recipe import load
 from compress.scorer import forecast
 from compress.verify import forecast as forecasting
-from compress.verify.forecast import float_steps, slowness, verification_seconds
+from compress.verify.forecast import (
+    artifact_seconds,
+    float_steps,
+    slowness,
+    verification_seconds,
+)
 from exporters import SHIPYARD
 
 
@@ -48,6 +53,12 @@ def test_time_grows_with_text_and_artifacts(job):
     one = verification_seconds(job.config, job.plans[:1], 4, 128)
     assert verification_seconds(job.config, job.plans, 4, 128) > one
     assert verification_seconds(job.config, job.plans[:1], 8, 128) > 1.5 * one
+
+
+def test_all_is_the_float_model_and_each_artifact(job):
+    whole = verification_seconds(job.config, job.plans, 4, 128)
+    parts = [artifact_seconds(job.config, plan, 4, 128) for plan in job.plans]
+    assert whole == pytest.approx(verification_seconds(job.config, (), 4, 128) + sum(parts))
 
 
 def test_a_slow_machine_takes_longer(job, monkeypatch):

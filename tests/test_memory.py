@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,42 @@ def test_more_is_needed_the_more_is_done(model):
     searched = smallest("int4-fast", gguf, "quantize.solver=scale_search", verify=False)
     assert rounded < searched < smallest("phone-4bit", gguf, verify=False)
     assert rounded < smallest("int4-fast", gguf, verify=True)
+
+
+def test_what_a_sweep_or_a_mask_looks_at_counts(model):
+    gguf, coreml = "targets={gguf: {type: Q4_K_M}}", "targets={coreml: {grid: int4-g32, %s}}"
+    rounded = job_of(model, "int4-fast", gguf)
+    exporter = SHIPYARD.get_exporter
+    swept = smallest_memory(rounded, exporter, verify=False, measures=True)
+    assert smallest_memory(rounded, exporter, verify=False) < swept
+    sizes = []
+    for method in ("wanda", "sparsegpt"):
+        job = job_of(model, "int4-fast", coreml % f"sparsity: 2of4, sparsity_method: {method}")
+        job = replace(job, config=replace(job.config, intermediate_size=16384))  # large inputs
+        sizes.append(smallest_memory(job, exporter, verify=False))
+    assert sizes[0] < sizes[1]
+
+
+def test_what_a_package_holds_whole_counts_and_no_more(model):
+    def needed(settings):
+        (plan,) = job_of(model, "int4-fast", f"targets={{coreml: {settings}}}").plans
+        wide = replace(plan.entries[0], nbytes=plan.entries[0].nbytes << 10)  # a large embedding
+        exporter = SHIPYARD.get_exporter("coreml")
+        grown = replace(plan, entries=(wide, *plan.entries[1:]))
+        assert exporter.writing_memory(grown) == exporter.writing_memory(plan)
+        return exporter.writing_memory(plan)
+
+    slabs = needed("{grid: int4-g32}")
+    assert slabs < needed("{grid: lut4-tensor}")
+    assert slabs < needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
+
+
+def test_writers_that_wait_count(model):
+    every, one = (
+        smallest_memory(job_of(model, "int4-fast", *more), SHIPYARD.get_exporter, verify=False)
+        for more in ((), ("targets={coreml: {grid: int4-g32}}",))
+    )
+    assert every > one
 
 
 def test_second_moments_count_once_for_each_input(model):

@@ -52,6 +52,20 @@ def test_nothing_is_told_before_something_is_known():
     assert estimate.seconds_left is None
 
 
+def test_what_is_expected_is_told_until_something_is_known():
+    clock = Clock()
+    estimate = Estimate((), clock, expected=60)
+    assert describe_progress(estimate, "windows") == "0:00  1:00 left"
+    clock.now += 45
+    assert estimate.seconds_left == 15
+    estimate.update(0, 4)  # loaded
+    assert describe_progress(estimate, "windows") == "0/4 windows  0:15 left"
+    clock.now += 20
+    assert estimate.seconds_left == 0
+    estimate.update(1, 4)
+    assert estimate.seconds_left == pytest.approx(60)
+
+
 def test_kinds_that_were_not_seen_go_by_what_was_expected():
     # The embedding first, on a grid that takes six times as long per byte, on a machine that is
     # four times as slow as when it was tried.

@@ -17,6 +17,7 @@ from compress.arch import split_name
 from compress.decoder import reader
 from compress.demo import model_path
 from compress.grids import get_grid
+from compress.ledger import Ledger
 from compress.model import Plan
 from compress.propagation import DAMPING, SHARE, PropagatedWeights, shifts
 from compress.solvers import get_solver
@@ -194,6 +195,77 @@ def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
             written.append([path.read_bytes() for path in files if path.suffix != ".json"])
             assert len(starts) == len(written) - 1, target
         assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "coreml"])
+def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, tmp_path):
+    model = Model("phi3", tmp_path, num_hidden_layers=3)
+    exporter, windows = get_exporter(target), draw_windows(4)
+    plan = exporter.plan(model.config, {}, model_name="m")
+    solved: list[str] = []
+
+    class CutOff(Exception):
+        pass
+
+    class Counted(PropagatedWeights):
+        def _solve_block(self, statistics: Statistics) -> None:
+            solved.append(f"block {self._block}")
+            super()._solve_block(statistics)
+
+        def quantize(self, name, grid, rows=None):
+            found = super().quantize(name, grid, rows)
+            if name.startswith(stop):
+                raise CutOff
+            return found
+
+    def write(name: str) -> list[bytes]:
+        folder, state = tmp_path / name, tmp_path / f"{name}-state"
+        for each in (folder, state):
+            each.mkdir(exist_ok=True)
+        weights = Counted(
+            model, plan, "gptq", windows,
+            ledger=Ledger(state / "ledger", "t"), states=state / "states",
+        )  # fmt: skip
+        exporter.write(plan, weights, folder, lambda done, total: None)
+        return [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    stop = "none"
+    whole = write("whole")
+    assert solved == ["block 0", "block 1", "block 2"]
+    # Within a block, at the first matrix of the next, and in the head.
+    for stop, done, left in (
+        ("blocks.1.down_proj", 2, ["block 1", "block 2"]),
+        ("blocks.2.", 3, ["block 2"]),
+        ("lm_head", 3, []),
+    ):
+        solved.clear()
+        with pytest.raises(CutOff):
+            write(stop)
+        assert len(solved) == done
+        cut_off, stop = stop, "none"
+        assert write(cut_off) == whole
+        assert solved[done:] == left
+        solved.clear()
+        assert write(cut_off) == whole  # nothing is left to do, so nothing is walked
+        assert solved == []
+
+
+def test_states_of_a_forgotten_target_are_not_gone_on_with(tmp_path):
+    model = Model("llama", tmp_path)
+    plan = get_exporter("gguf").plan(model.config, {}, model_name="m")
+    states, windows = tmp_path / "states", draw_windows(2)
+    name = next(e.name for e in plan.entries if e.name.startswith("blocks.1") and len(e.shape) == 2)
+
+    def codes(ledger: Ledger) -> bytes:
+        weights = PropagatedWeights(
+            model, plan, "scale_search", windows, ledger=ledger, states=states
+        )
+        return weights.quantize(name, get_grid("Q4_0")).codes.tobytes()
+
+    expected = codes(Ledger())
+    (kept,) = states.glob("block-*.bin")
+    kept.write_bytes(bytes(kept.stat().st_size))  # of other weights
+    assert codes(Ledger()) == expected
 
 
 def test_a_build_says_how_its_blocks_were_fed(tmp_path):

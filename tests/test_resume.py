@@ -188,6 +188,27 @@ def test_calibration_goes_on_with_the_block_that_it_was_at(mortals):
     mortals.forget()
 
 
+def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(mortals):
+    fed = ("--set", "calibration.propagate=quantized")
+    mortals.start(*fed)
+    assert mortals.ended() == 0
+    whole = contents(mortals.output)
+    mortals.forget()
+    child = mortals.start("--resume", *fed)
+    mortals.wait(lambda: mortals.finished().get("onnx"))
+    os.kill(child, signal.SIGKILL)
+    assert mortals.ended() == -signal.SIGKILL
+    left, log = mortals.finished(), mortals.place / "log"
+    log.unlink()
+    mortals.start("--resume", *fed)
+    assert mortals.ended() == 0, log.read_text()
+    assert contents(mortals.output) == whole
+    assert left["gguf"] and left["onnx"]
+    for target, names in left.items():
+        assert f"{target}: {len(names)} arrays were written before" in log.read_text()
+    mortals.forget()
+
+
 def test_the_float_model_is_not_scored_again(mortals):
     verified = ("-f", "gguf", "--set", "verify.windows=2", "--set", "verify.sequence_length=64")
     child = mortals.start("--resume", *verified, verify=True)

@@ -17,7 +17,10 @@ from compress.machine import default_threads
 from compress.model import Plan
 from compress.progress import Step
 
-__all__ = ["FLOAT", "MEASURED", "RUN", "float_steps", "slowness", "verification_seconds"]
+__all__ = [
+    "FLOAT", "MEASURED", "RUN", "artifact_seconds", "float_steps", "slowness",
+    "verification_seconds",
+]  # fmt: skip
 
 # Seconds of one core per token and parameter: the float decoder, and each runtime's prefill;
 # measured by benchmarks/full_size.py.
@@ -41,12 +44,15 @@ def verification_seconds(
         length: tokens of each.
     """
     tokens = windows * length
-    answers = SOFTMAX * tokens * config.vocab_size
-    seconds = FLOAT * tokens * config.num_parameters + answers
-    for plan in plans:
-        run = (tokens + MEASURED) * config.num_parameters
-        seconds += RUN[plan.format] * run + answers
-    return seconds
+    seconds = (FLOAT * config.num_parameters + SOFTMAX * config.vocab_size) * tokens
+    return seconds + sum(artifact_seconds(config, plan, windows, length) for plan in plans)
+
+
+def artifact_seconds(config: DecoderConfig, plan: Plan, windows: int, length: int) -> float:
+    """The same for one artifact alone."""
+    tokens = windows * length
+    run = RUN[plan.format] * (tokens + MEASURED) * config.num_parameters
+    return run + SOFTMAX * tokens * config.vocab_size
 
 
 def slowness(threads: int) -> float:

@@ -14,11 +14,14 @@ Importing this package loads neither coremltools nor torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.arch import DecoderConfig
+from compress.grids import get_grid
+from compress.grids.sparse import SparseGrid
 from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 from compress.sources import Source
 
@@ -78,8 +81,11 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def writing_memory(plan: Plan) -> int:
-    """coremltools with its program, and the widest table, which is appended whole."""
-    return (360 << 20) + 2 * max(entry.nbytes for entry in plan.entries)
+    """coremltools with its program, and what does not go slab by slab: a matrix that shares one
+    table, and the values of a sparse one, which come behind its mask."""
+    whole = [8 * math.prod(e.shape) for e in plan.entries if e.grid.endswith("-tensor")]
+    sparse = [2 * e.nbytes for e in plan.entries if isinstance(get_grid(e.grid), SparseGrid)]
+    return (360 << 20) + max([0, *whole, *sparse])
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:

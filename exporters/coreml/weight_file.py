@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from compress.errors import DiskFullError
+from compress.errors import DiskFullError, is_disk_full
 from compress.grids import Array
 from compress.model import Weights
 from exporters.coreml.blobs import BITS, BLOB_TYPES, RECORD, SENTINEL
@@ -79,6 +79,8 @@ class BlobFile:
                 taken = self._write_slabs(stream, slabs, part.dtype)
                 stream.flush()
             except OSError as error:
+                if not is_disk_full(error):  # of reading, perhaps
+                    raise
                 raise DiskFullError(f"weight.bin could not be written: {error.strerror}") from error
         assert taken == size, (name, taken, size)
         end = begin + part.nbytes
