@@ -57,7 +57,7 @@ class Bar:
         value: of a family, in the unit.
         rows: that it is computed from.
         goal: better than the limit; 0: none.
-        idle: of wall time, so that it can fail on an idle machine only.
+        idle: of wall time, which says little while others are at work.
     """
 
     what: str
@@ -144,8 +144,10 @@ BARS = (
         for row in COREML
     ),
     Bar(
-        "three in one build: bytes read from disk / bytes of the checkpoint",
-        lambda f: f("all", "from_disk") / f.facts["checkpoint_bytes"],
+        # SHA256SUMS reads what was written back, from disk where the page cache has lost it. With
+        # that taken off, one reading of the shards is at most 1, and two are more than 1.1.
+        "three in one build: from disk, less the files' bytes / bytes of the checkpoint",
+        lambda f: (f("all", "from_disk") - f("all", "bytes")) / f.facts["checkpoint_bytes"],
         ("all",),
         1.05,
     ),
@@ -182,7 +184,11 @@ def judged(family: Family) -> list[dict[str, Any]]:
             continue
         rows = [family.facts["rows"][row] for row in bar.rows]
         busy = any(row["others_seconds"] > BUSY * row["wall_seconds"] for row in rows)
-        passed = value <= bar.limit
+        # What others take lengthens a row: of one, the wall time is an upper bound; a ratio of
+        # several tells nothing.
+        verdict = "pass" if value <= bar.limit else "**fail**"
+        if bar.idle and busy and (len(rows) > 1 or value > bar.limit):
+            verdict = "not idle"
         found.append(
             {
                 "what": bar.what,
@@ -190,7 +196,7 @@ def judged(family: Family) -> list[dict[str, Any]]:
                 "limit": round(bar.limit, 3),
                 "goal": round(bar.goal, 3),
                 "unit": bar.unit,
-                "verdict": "pass" if passed else "not idle" if bar.idle and busy else "**fail**",
+                "verdict": verdict,
                 "one_run": len({row["run"] for row in rows}) == 1,
             }
         )
