@@ -155,18 +155,17 @@ def main() -> None:
                 run["build"] = {**took, "solver": chosen.solver, "bytes": nbytes,
                                 "planned": planned}  # fmt: skip
             runs.append(run)
-            print(json.dumps(run, indent=1), file=sys.stderr, flush=True)
-    found = {
-        "model": Path(chosen.model).name,
-        "parameters": parameters,
-        "recipe": chosen.recipe,
-        "machine": f"{os.cpu_count()} CPUs",
-        "budgets": runs,
-    }
-    stem = chosen.out / f"budget_{chosen.name}"
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(page(found), encoding="utf-8")
-    print(page(found))
+            found = {
+                "model": Path(chosen.model).name,
+                "parameters": parameters,
+                "recipe": chosen.recipe,
+                "machine": f"{os.cpu_count()} CPUs",
+                "budgets": runs,
+            }
+            stem = chosen.out / f"budget_{chosen.name}"
+            stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+            stem.with_suffix(".md").write_text(page(found), "utf-8")
+            print(page(found), flush=True)
 
 
 if __name__ == "__main__":
