@@ -268,7 +268,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             console.detail(f"{setting}, {name}: {spent:.1f} CPU s")
     everything = replace(job, plans=tuple(entry.artifact.plan for entry in built))
     scorer = Scorer(everything, read_text(chosen.eval_text), 0, console)
-    scored = scorer.verify([entry.artifact for entry in built], SHIPYARD, folder)
+    scored = scorer.verify([entry.artifact for entry in built], SHIPYARD, folder, keep_going=False)
     rows = [
         row(entry, found, job.config.num_parameters)
         for entry, found in zip(built, scored, strict=True)

@@ -188,7 +188,7 @@ class Bench:
         everything = replace(self.job("gguf", []), plans=plans)
         scorer = Scorer(everything, read_text(self.chosen.eval_text), 1, Console())
         artifacts = [entry.artifact for entry in self.entries]
-        scored = scorer.verify(artifacts, SHIPYARD, self.folder)
+        scored = scorer.verify(artifacts, SHIPYARD, self.folder, keep_going=False)
         return [
             {
                 "group": entry.group,

@@ -65,7 +65,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     scorer = Scorer(everything, read_text(chosen.eval_text), 1, console)
     rows = []
     for key, artifact, found in zip(
-        keys, artifacts, scorer.verify(artifacts, SHIPYARD, folder), strict=True
+        keys, artifacts, scorer.verify(artifacts, SHIPYARD, folder, keep_going=False), strict=True
     ):
         assert found is not None
         quality = found.quality
