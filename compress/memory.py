@@ -20,7 +20,7 @@ from compress.walk import hessian_spans
 
 __all__ = ["check_memory", "smallest_memory"]
 
-PYTHON = 200 << 20  # the interpreter, numpy, compiled kernels
+PYTHON = 256 << 20  # the interpreter, numpy, numba as it compiles the kernels for the first time
 TORCH = 320 << 20  # its libraries and the tokenizer's
 WAITING = 48 << 20  # what a writer holds while another is at work (``compress.lockstep``)
 COPIES = 6  # float32 copies of the widest matrix while GPTQ is at it
