@@ -99,6 +99,7 @@ ROWS = {
     "calibrated": Row(CALIBRATED, wanted=False),
     "gptq:1": Row(("-r", "phone-4bit", "--no-verify"), layers=1, wanted=False),
     "gptq:2": Row(("-r", "phone-4bit", "--no-verify"), layers=2, wanted=False),
+    "gptq": Row(("-r", "phone-4bit", "--no-verify"), wanted=False),  # hours
 }
 
 GOES_ON_FROM = {"llama.cpp": ("llama.cpp:f16",), "verify": ("all",)}
