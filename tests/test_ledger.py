@@ -121,9 +121,9 @@ SETTINGS = {
     "coreml": {"grid": "lut4-g16", "context": 64},
 }
 SLABS = {  # small ones, so that a tensor has several
-    "gguf": ("exporters.gguf.writer.SLAB", 1 << 16),
-    "onnx": ("exporters.onnx.writer.SLAB", 1 << 16),
-    "coreml": ("exporters.coreml.constants.SLAB", 1 << 16),
+    "gguf": ("exporters.gguf.writer.SLABS", 1 << 16),
+    "onnx": ("exporters.onnx.writer.SLABS", 1 << 16),
+    "coreml": ("exporters.coreml.constants.SLABS", 1 << 16),
 }
 
 
