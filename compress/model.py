@@ -258,7 +258,9 @@ class Weights:
             return pack(self._solve(weight, grid, name))
 
         # Read here: targets that keep step wait for each other in their own threads.
-        yield from in_order((partial(solved, self.read(name, rows)) for rows in slabs), self._at_once)
+        yield from in_order(
+            (partial(solved, self.read(name, rows)) for rows in slabs), self._at_once
+        )
 
     def finish(self, target_name: str, name: str, file: Path, end: int, **facts: Any) -> None:
         """Note that a tensor is written; see ``Ledger.add``.
