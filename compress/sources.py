@@ -7,12 +7,13 @@ beyond the tensor that is being read.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 from compress.arch import DecoderConfig, Float32, WeightMap
 from compress.checkpoint import Checkpoint
 
-__all__ = ["Source", "Stored"]
+__all__ = ["Change", "Source", "Stored"]
 
 
 class Source(Protocol):
@@ -58,3 +59,28 @@ class Stored:
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
         return self.checkpoint.fingerprint()
+
+
+class Change:
+    """What a source around a source has, whatever it changes; ``read`` is its own.
+
+    Args:
+        source: the weights before.
+        config: the decoder after.
+        what: names the change; part of the fingerprint.
+    """
+
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
+        self.config = config
+        self._source = source
+        self._what = what
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self._source.checkpoint
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"{self._what} of {self._source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()

@@ -18,14 +18,15 @@ from compress.allocation.budget import Target, infeasible
 from compress.allocation.limits import Limit
 from compress.allocation.step import GetExporter, limit_for, targets_of
 from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
 from compress.errors import UsageError
-from compress.job import Job
+from compress.job import Job, prepare
 from compress.model import Plan
 from compress.pruning.cut import width_step
 from compress.recipe import Recipe
 from compress.sources import Stored
 
-__all__ = ["Ladder", "Replan", "Rung", "check_budget", "settings_of"]
+__all__ = ["Ladder", "Replan", "Rung", "check_budget", "replanner", "settings_of"]
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # of the MLP channels
 
@@ -40,6 +41,25 @@ class Replan(Protocol):
     ) -> Job:
         """``choices``: format → entry name → grid."""
         ...
+
+
+def replanner(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+    command: str = "",
+) -> Replan:
+    """``compress.job.prepare`` of one command; arguments and errors as there."""
+
+    def prepared(
+        choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
+    ) -> Job:
+        return prepare(
+            checkpoint, recipe, get_exporter, context=context, command=command, choices=choices
+        )
+
+    return prepared
 
 
 @dataclass(frozen=True)

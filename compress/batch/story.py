@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.ladder import check_budget
+from compress.allocation.ladder import check_budget, replanner
 from compress.batch import document, page
 from compress.batch.engine import Engine, Work
 from compress.batch.ground import Ground, Tree, stand_on
@@ -29,11 +29,10 @@ from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
 from compress.errors import PacklightError, UsageError, one_line
-from compress.job import Job, prepare
 from compress.memory import smallest_memory
 from compress.model import Shipyard
 from compress.output import check_disk, locked
-from compress.recipe import Recipe, load
+from compress.recipe import load
 from compress.remote import write_text
 from compress.resume import digest, identity
 from compress.settings import BuildSettings, check_options, recipe_overrides
@@ -254,15 +253,9 @@ class Planner:
         recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
         get_exporter = self._shipyard.get_exporter
         gates.parse(recipe.gates)
-        context = settings.context
-
-        def prepared(
-            choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
-        ) -> Job:
-            return prepare(checkpoint, recipe, get_exporter, context=context, choices=choices)
-
-        plans = prepared()
-        check_budget(plans, get_exporter, prepared)
+        replan = replanner(checkpoint, recipe, get_exporter, settings.context)
+        plans = replan()
+        check_budget(plans, get_exporter, replan)
         threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
         found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
