@@ -2,8 +2,9 @@
 
 Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. What belongs to a sub-block
 (``t``) or a block (``b``) lies in one flat array, LANES numbers for each quantity, whose places are
-constants: so LLVM knows that no two of them overlap, and every loop over the lanes becomes SIMD. The two families, with a
-minimum (``kquant_affine.py``) and without (``kquant_symmetric.py``), are built alike.
+constants: so LLVM knows that no two of them overlap, and every loop over the lanes becomes SIMD.
+The two families, with a minimum (``kquant_affine.py``) and without (``kquant_symmetric.py``), are
+built alike.
 
 Two primitives carry everything: ``sums_affine`` and ``sums_symmetric`` round a sub-block at a
 given scale (and minimum) and sum up its residual ``r = x - decoded``. Both the error and the
