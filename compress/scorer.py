@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
@@ -26,6 +28,9 @@ from compress.verify.forecast import (
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
+
+if TYPE_CHECKING:
+    from compress.decoder import Decoder
 
 __all__ = ["Scorer", "check_tokenizer", "read_text", "text_name"]
 
@@ -208,26 +213,34 @@ class Scorer:
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
         kept = self._kept_baseline(stored.fingerprint())
-        if kept and (found := kept.borrow(folder)):
-            store, self.speed = found
-        else:
-            batches = [len(batch) for batch in decoder.batches(self.windows)]
-            steps = float_steps(job.config, batches, self.length)
-            with self._console.progress("score the float model", "steps", steps) as update:
-                logits = decoder.stream_logits(self.windows, progress=update)
-                store = BaselineStore.write(folder, self.windows, logits)
-            if self.task_set.tasks:
-                with self._console.progress("ask the float model", "sequences") as update:
-                    self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-            self.speed = self._measure_speed(stored)
-            if kept:
-                kept.keep(folder, self.speed)
+        if kept:
+            self._console.begin("look for the float model's answers")  # or wait for them
+        with kept.in_turn(folder) if kept else nullcontext() as found:
+            if found:
+                store, self.speed = found
+            else:
+                store = self._answers(decoder, folder)
+                self.speed = self._measure_speed(stored)
+                if kept:
+                    kept.keep(folder, self.speed)
         if self.speed is None:
             self.notes.append(
                 f"The float model's speed was not measured: its weights take "
                 f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
                 f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
             )
+        return store
+
+    def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
+        """What the float model says to the windows and the tasks, as files in ``folder``."""
+        batches = [len(batch) for batch in decoder.batches(self.windows)]
+        steps = float_steps(self._job.config, batches, self.length)
+        with self._console.progress("score the float model", "steps", steps) as update:
+            logits = decoder.stream_logits(self.windows, progress=update)
+            store = BaselineStore.write(folder, self.windows, logits)
+        if self.task_set.tasks:
+            with self._console.progress("ask the float model", "sequences") as update:
+                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
         return store
 
     def _measure_speed(self, stored: Stored) -> Speed | None:
