@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.calibration_set import read_words
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
@@ -43,17 +44,8 @@ def read_text(path: Path | None) -> str:
     """
     from compress.demo import heldout_path
 
-    try:
-        text = (path or heldout_path()).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
-    if not text.strip():
-        raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
-    return text
+    empty = "a few hundred KB of plain text are right"
+    return read_words(path or heldout_path(), "--eval-text takes a text file", empty)
 
 
 def text_name(path: Path | None) -> str:
