@@ -38,8 +38,8 @@ from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.job import Job, prepare
 from compress.model import Artifact
-from compress.pipeline import Scorer, read_text
 from compress.recipe import load
+from compress.scorer import Scorer, read_text
 from exporters import SHIPYARD
 
 BITS = (3.3, 3.7, 4.1, 4.5, 5.0)

@@ -26,9 +26,9 @@ from compress.console import Console
 from compress.demo import model_path
 from compress.job import Job, prepare
 from compress.model import Artifact
-from compress.pipeline import Scorer, read_text
 from compress.recipe import load
 from compress.rotation import KINDS
+from compress.scorer import Scorer, read_text
 from compress.writing import write_artifacts
 from exporters import SHIPYARD
 

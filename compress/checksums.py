@@ -11,10 +11,12 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from compress.console import Console
 from compress.errors import ArtifactError, UsageError
+from compress.machine import in_order, worker_threads
 
 __all__ = [
     "NAME",
@@ -70,7 +72,9 @@ def sha256_of(path: Path) -> str:
 
 def folder_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name."""
-    return {name: sha256_of(folder / name) for name in files_in(folder)}
+    names = files_in(folder)
+    works = (partial(sha256_of, folder / name) for name in names)
+    return dict(zip(names, in_order(works, worker_threads()), strict=True))
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -35,6 +40,7 @@ def default_threads() -> int:
 
 
 _wanted_threads = 0
+_here = threading.local()  # ``share``: threads that this one may start, where not all are its own
 
 
 def use_threads(count: int) -> None:
@@ -44,8 +50,9 @@ def use_threads(count: int) -> None:
 
 
 def worker_threads() -> int:
-    """Threads that reading and packing take."""
-    return min(_wanted_threads, available_cpus()) or default_threads()
+    """Threads that reading and packing take; within ``in_order`` a share of them."""
+    share: int = getattr(_here, "share", 0)
+    return share or min(_wanted_threads, available_cpus()) or default_threads()
 
 
 def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
@@ -58,6 +65,28 @@ def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None
     with ThreadPoolExecutor(threads) as pool:
         begins = range(0, count, step)
         list(pool.map(lambda begin: work(begin, min(begin + step, count)), begins))
+
+
+def in_order(works: Iterable[Callable[[], T]], at_once: int) -> Iterator[T]:
+    """What each work returns, in the order of the works, ``at_once`` of them in threads.
+
+    The caller does its own between two of them: it takes works from the iterable, one more than are
+    done at once, and does what it likes with the results. A work has its share of
+    ``worker_threads``.
+    """
+    share = max(worker_threads() // at_once, 1)
+    with ThreadPoolExecutor(at_once, initializer=setattr, initargs=(_here, "share", share)) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for work in works:
+                waiting.append(pool.submit(work))
+                if len(waiting) > at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 _memory_limit: int | None = None

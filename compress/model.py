@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,11 @@ from compress.arch import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
 from compress.ledger import Ledger
+from compress.machine import in_order
 from compress.sources import Source
 from compress.statistics import Statistics
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)``, in bytes of the artifact."""
@@ -196,15 +200,27 @@ class Weights:
     Attributes:
         fallen: rows by weight name for which the solver fell back on a simpler one, in this run.
         ledger: what the writer has finished, in this run or before: it need not ask for that.
+        held: slabs of a weight that are in memory at a time, at most.
     """
 
-    def __init__(self, source: Source, solve: Solver, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, source: Source, solve: Solver, ledger: Ledger | None = None, *, at_once: int = 1
+    ) -> None:
+        """
+        Args:
+            source: of the weights.
+            solve: puts one on a grid.
+            ledger: of an earlier run.
+            at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
+                with one.
+        """
         self.source = source
         self.checkpoint = source.checkpoint
         self.config = source.config
         self.ledger = Ledger() if ledger is None else ledger
         self.fallen: dict[str, int] = {}
-        self._solve = solve
+        self.held = at_once + 1 if at_once > 1 else 1
+        self._solve, self._at_once = solve, at_once
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """A weight as float32, whole or some of its rows; checked to be finite.
@@ -222,6 +238,29 @@ class Weights:
         if found.fallen:
             self.fallen[name] = self.fallen.get(name, 0) + found.fallen
         return found
+
+    def in_slabs(
+        self, name: str, grid: Grid, slabs: Iterable[slice | None], pack: Callable[[Quantized], T]
+    ) -> Iterator[T]:
+        """What ``pack`` makes of each slab of a weight on a grid, in order; it and the solver may
+        be at work on the next ones meanwhile, in threads.
+
+        Args:
+            slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
+        """
+        slabs = list(slabs)
+        if self._at_once == 1 or len(slabs) == 1:
+            for rows in slabs:
+                yield pack(self.quantize(name, grid, rows))
+            return
+
+        def solved(weight: Float32) -> T:
+            return pack(self._solve(weight, grid, name))
+
+        # Read here: targets that keep step wait for each other in their own threads.
+        yield from in_order(
+            (partial(solved, self.read(name, rows)) for rows in slabs), self._at_once
+        )
 
     def finish(self, target_name: str, name: str, file: Path, end: int, **facts: Any) -> None:
         """Note that a tensor is written; see ``Ledger.add``.

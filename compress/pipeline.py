@@ -6,52 +6,36 @@ What knows formats comes in as an argument, the ``Shipyard``: the workshop knows
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.chosen import Chosen, choose_grids, locked_plan
-from compress.allocation.ladder import check_budget
-from compress.allocation.sweep import check_sweep, curve_rows
+from compress.allocation.chosen import Chosen, choose_grids
+from compress.allocation.sweep import curve_rows
 from compress.arch import DecoderConfig
-from compress.calibration_step import CalibrationStep, Importance
+from compress.calibration_step import CalibrationStep
 from compress.checkpoint import Checkpoint
 from compress.checksums import folder_digests, write_checksums
 from compress.config_json import write_json
 from compress.console import Console
+from compress.decision import Decision, clear_the_way, decide
 from compress.errors import UsageError
-from compress.job import (
-    DEFAULT_CONTEXT,
-    Job,
-    adopt,
-    baseline_bytes,
-    describe_model,
-    find_artifacts,
-    looks_at_inputs,
-    model_name,
-    prepare,
-    read_license,
-)
+from compress.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts, read_license
 from compress.machine import use_threads
 from compress.memory import check_memory
 from compress.model import Artifact, Shipyard
 from compress.origin import lock_build
-from compress.output import baseline_folder, check_disk, check_output, work_folder
+from compress.output import check_output, work_folder
 from compress.plan_file import print_plan
 from compress.provenance import NAME as PROVENANCE
 from compress.provenance import statement
-from compress.pruning.options import check_save, save_pruned
+from compress.pruning.options import save_pruned
 from compress.pruning.step import prune, prune_targets
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe
 from compress.report import Baseline, build_report, model_facts
 from compress.resume import resuming
-from compress.scorer import Scorer, check_tokenizer, forecast, read_text, text_name
-from compress.settings import (
-    BuildSettings,
-    VerifySettings,
-    check_options,
-    command_line,
-    recipe_overrides,
-)
+from compress.scorer import Scorer, forecast, read_text, text_name
+from compress.settings import BuildSettings, VerifySettings
 from compress.sources import Stored
 from compress.summary import finish
 from compress.verify import Outcome, gates
@@ -68,123 +52,137 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         PacklightError: it could not be done; nothing was left behind.
     """
     console.begin("plan")
-    check_options(settings)
-    use_threads(settings.threads)
-    recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
-    importance = Importance(settings.imatrix, settings.save_imatrix)
-    measures = not settings.plan and bool(recipe.budget or settings.sweep)
-    # A plan may prune, which looks at inputs whatever the solver.
-    looks = measures or settings.plan is not None
-    importance.check(recipe, settings.calibration, measures=looks)
-    limits = gates.parse(recipe.gates)
-    previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
-    text = read_text(settings.eval_text)
-    checkpoint = Checkpoint.open(settings.model, **settings.hub)
-    if settings.source:
-        checkpoint.source = settings.source
-    for line in checkpoint.warnings:
-        console.warning(line)
-    output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
-    command = command_line(checkpoint, settings, output)
-    get_exporter = shipyard.get_exporter
-
-    def prepared(
-        choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
-    ) -> Job:
-        return prepare(
-            checkpoint,
-            recipe,
-            get_exporter,
-            context=settings.context,
-            command=command,
-            choices=choices,
-        )
-
-    job = prepared()
-    chosen = Chosen(job)
-    if settings.plan:
-        chosen = locked_plan(settings.plan, job, get_exporter, prepared)
-        job = chosen.job
-    elif settings.sweep:
-        check_sweep(settings.sweep, job, get_exporter)
-    else:
-        check_budget(job, get_exporter, prepared)
-
-    def choose(calibration: CalibrationStep) -> Chosen:
-        return choose_grids(settings.sweep, calibration, get_exporter, prepared)
-
-    check_memory(
-        job,
-        get_exporter,
-        console,
-        limit=settings.max_memory,
-        verify=settings.verify,
-        measures=measures,
-    )
+    decision = decide(settings, shipyard.get_exporter, console)
     if settings.dry_run:
-        if settings.locked:
-            lock_build(job, chosen, importance, settings, console)
-        if measures:
-            pruned = prune(job, console, settings.threads)
-            job = job.on(pruned.source) if pruned else job
-            chosen = choose(CalibrationStep(job, importance, shipyard, console, settings.threads))
-        console.end()
-        print_plan(chosen.job, console, chosen.budgets)
-        chosen.print(console)
-        if settings.verify:
-            console.data(forecast(job, chosen.job.plans, settings.threads)[1])
+        rehearse(decision, shipyard, console)
         return 0
-    check_output(output, overwrite=settings.overwrite)
-    settings.ci_files.check(output)
-    if settings.save_checkpoint:
-        check_save(settings.save_checkpoint, output, job)
-    check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
-    # Before the work: a text that is too short, or no tokenizer, is told now.
-    if settings.verify or (looks_at_inputs(recipe) and not settings.imatrix):
-        check_tokenizer(checkpoint)
-    kept = settings.keep_baseline or baseline_folder(output)
-    scorer = Scorer(job, text, settings.threads, console, kept=kept) if settings.verify else None
-    if previous and scorer:
-        previous.check_text(text_name(settings.eval_text), scorer.windows)
-    lock = lock_build(job, chosen, importance, settings, console)
-    with work_folder(output, resuming(job, settings)) as folder:
-        check_output(output, overwrite=settings.overwrite)  # another build may just have ended
-        pruned = prune(job, console, settings.threads)
-        if pruned is not None:
-            job = job.on(pruned.source)
-        calibration = CalibrationStep(
-            job, importance, shipyard, console, settings.threads, keep=settings.resume
-        )
-        if measures:
-            chosen = choose(calibration)
-            job = chosen.job
-        job, pruned_notes = prune_targets(job, console, settings.threads)
-        calibration = calibration.on(job)
-        calibration.save_imatrix()
-        artifacts = write_artifacts(calibration, shipyard, folder, console)
-        for name, document in chosen.documents(job).items():
-            write_json(folder / name, {**document, "lock": lock})
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    scorer = clear_the_way(decision, console)
+    lock = lock_of(decision, console)
+    with work_folder(decision.output, resuming(decision.job, settings)) as folder:
+        check_output(decision.output, overwrite=settings.overwrite)  # another may just have ended
+        ready = make_ready(decision, shipyard, console)
+        artifacts = write_artifacts(ready.calibration, shipyard, folder, console)
+        write_plans(ready, lock, decision.recipe, folder)
         verified: list[Outcome] = [None] * len(artifacts)
         if scorer:
             verified = scorer.verify(artifacts, shipyard, folder, keep_going=True)
         console.begin("write the report")  # and checksums of all that was written
-        report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        if chosen.curve:
-            report["curve"] = curve_rows(chosen.curve, report["artifacts"])
-        report["notes"] += [*(pruned.notes if pruned else ()), *pruned_notes, *calibration.notes()]
-        if previous:
-            previous.apply(report, console)
-        write_json(folder / "report.json", report)
-        shipyard.write_pages(report, folder)
-        digests = folder_digests(folder)
-        if stated := statement(job, lock, digests):
-            write_json(folder / PROVENANCE, stated)
-        write_checksums(folder, digests)
+        report = tell(decision, ready, artifacts, verified, scorer, folder)
+        if decision.previous:
+            decision.previous.apply(report, console)
+        write_report(report, ready.job, lock, shipyard, folder)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
-            save_pruned(job, settings.save_checkpoint, console)
+            save_pruned(ready.job, settings.save_checkpoint, console)
     settings.ci_files.write(report)
-    return finish(report, output, console)
+    return finish(report, decision.output, console)
+
+
+def rehearse(decision: Decision, shipyard: Shipyard, console: Console) -> None:
+    """``--dry-run``: the plan with its bytes; measured for a budget, and kept in the cache only."""
+    settings, job, chosen = decision.settings, decision.job, decision.chosen
+    if settings.locked:
+        lock_of(decision, console)
+    if decision.measures:
+        chosen = prune_and_choose(decision, shipyard, console, keep=False).chosen
+    console.end()
+    print_plan(chosen.job, console, chosen.budgets)
+    chosen.print(console)
+    if settings.verify:
+        console.data(forecast(job, chosen.job.plans, settings.threads)[1])
+
+
+def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
+    """What the build is made from, held against its plan with ``--locked``."""
+    return lock_build(
+        decision.job, decision.chosen, decision.importance, decision.settings, console
+    )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What artifacts are written from.
+
+    Attributes:
+        job: with the weights and the grids of every target.
+        chosen: the grids, and what is told of them.
+        calibration: of the job.
+        notes: what pruning did, for the report.
+    """
+
+    job: Job
+    chosen: Chosen
+    calibration: CalibrationStep
+    notes: tuple[str, ...]
+
+
+def prune_and_choose(
+    decision: Decision, shipyard: Shipyard, console: Console, *, keep: bool
+) -> Ready:
+    """Prune what all targets share, and choose grids where that takes measuring.
+
+    Args:
+        keep: leave what a walk has found where it ends by an exception.
+    """
+    job, chosen, threads = decision.job, decision.chosen, decision.settings.threads
+    pruned = prune(job, console, threads)
+    if pruned is not None:
+        job = job.on(pruned.source)
+    calibration = CalibrationStep(job, decision.importance, shipyard, console, threads, keep=keep)
+    if decision.measures:
+        sweep, get_exporter = decision.settings.sweep, shipyard.get_exporter
+        chosen = choose_grids(sweep, calibration, get_exporter, decision.replan)
+        job = chosen.job
+    return Ready(job, chosen, calibration, pruned.notes if pruned else ())
+
+
+def make_ready(decision: Decision, shipyard: Shipyard, console: Console) -> Ready:
+    """All that comes before writing: weights, grids, and statistics when they are asked for."""
+    settings = decision.settings
+    shared = prune_and_choose(decision, shipyard, console, keep=settings.resume)
+    job, notes = prune_targets(shared.job, console, settings.threads)
+    calibration = shared.calibration.on(job)
+    calibration.save_imatrix()
+    return Ready(job, shared.chosen, calibration, (*shared.notes, *notes))
+
+
+def write_plans(ready: Ready, lock: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    """``plan.json``, or one for every budget of a sweep, and ``recipe.yaml``."""
+    for name, document in ready.chosen.documents(ready.job).items():
+        write_json(folder / name, {**document, "lock": lock})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def tell(
+    decision: Decision,
+    ready: Ready,
+    artifacts: Sequence[Artifact],
+    verified: Sequence[Outcome],
+    scorer: Scorer | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """``report.json`` of a build, before it is compared with an earlier one."""
+    text = decision.settings.eval_text
+    report = make_report(ready.job, artifacts, verified, scorer, decision.limits, folder, text)
+    if ready.chosen.curve:
+        report["curve"] = curve_rows(ready.chosen.curve, report["artifacts"])
+    report["notes"] += [*ready.notes, *ready.calibration.notes()]
+    return report
+
+
+def write_report(
+    report: dict[str, Any],
+    job: Job,
+    lock: Mapping[str, Any],
+    shipyard: Shipyard,
+    folder: Path,
+) -> None:
+    """The report as JSON and as pages; then the digests of everything in the folder."""
+    write_json(folder / "report.json", report)
+    shipyard.write_pages(report, folder)
+    digests = folder_digests(folder)
+    if stated := statement(job, lock, digests):
+        write_json(folder / PROVENANCE, stated)
+    write_checksums(folder, digests)
 
 
 def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
@@ -194,10 +192,47 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     console.begin("read headers")
     settings.ci_files.check(settings.artifact)
     use_threads(settings.threads)
-    wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    recipe = verification_recipe(settings)
+    limits = gates.parse(recipe.gates)
     previous = Previous.read(settings.against, settings.max_regression)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
+    job, artifacts = adopt_all(settings, recipe, shipyard, console)
+    check_memory(job, None, console, limit=settings.max_memory, verify=True)
+    scorer = Scorer(job, text, settings.threads, console, tasks)
+    if previous:
+        previous.check_text(text_name(settings.eval_text), scorer.windows)
+    verified = scorer.verify(artifacts, shipyard, None, keep_going=len(artifacts) > 1)
+    folder = folder_of(settings.artifact)
+    report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    if previous:
+        previous.apply(report, console)
+    settings.ci_files.write(report)
+    return finish(report, None, console)
+
+
+def verification_recipe(settings: VerifySettings) -> Recipe:
+    """What artifacts are held against; which they are is not known yet."""
+    wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    return Recipe(
+        name="verify",
+        targets={},
+        solver="rtn",
+        windows=settings.windows,
+        sequence_length=settings.sequence_length,
+        gates=wanted,
+        document={"name": "verify", "gates": wanted},
+    )
+
+
+def adopt_all(
+    settings: VerifySettings, recipe: Recipe, shipyard: Shipyard, console: Console
+) -> tuple[Job, list[Artifact]]:
+    """The artifacts that are there, and the job that they would have been made by.
+
+    Raises:
+        UsageError: there are none, or one is not of the float model.
+    """
     found = find_artifacts(settings.artifact)
     if not found:
         raise UsageError(
@@ -207,31 +242,16 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
     artifacts = [adopt(name, path, config, shipyard.get_exporter, console) for name, path in found]
-    recipe = Recipe(
-        name="verify",
-        targets={artifact.format: {} for artifact in artifacts},
-        solver="rtn",
-        windows=settings.windows,
-        sequence_length=settings.sequence_length,
-        gates=wanted,
-        document={"name": "verify", "gates": wanted},
-    )
+    recipe = replace(recipe, targets={artifact.format: {} for artifact in artifacts})
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
-    job = Job(Stored(checkpoint, config), config, recipe, plans, context)
-    check_memory(job, None, console, limit=settings.max_memory, verify=True)
-    scorer = Scorer(job, text, settings.threads, console, tasks)
-    if previous:
-        previous.check_text(text_name(settings.eval_text), scorer.windows)
-    verified = scorer.verify(artifacts, shipyard, None, keep_going=len(artifacts) > 1)
-    folder = settings.artifact if settings.artifact.is_dir() else settings.artifact.parent
-    folder = folder.parent if folder.suffix == ".mlpackage" else folder
-    limits = gates.parse(wanted)
-    report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-    if previous:
-        previous.apply(report, console)
-    settings.ci_files.write(report)
-    return finish(report, None, console)
+    return Job(Stored(checkpoint, config), config, recipe, plans, context), artifacts
+
+
+def folder_of(artifact: Path) -> Path:
+    """What an artifact's path in a report is relative to; the package's own folder hides it."""
+    folder = artifact if artifact.is_dir() else artifact.parent
+    return folder.parent if folder.suffix == ".mlpackage" else folder
 
 
 def make_report(

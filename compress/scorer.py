@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from compress.calibration_set import read_words
 from compress.checkpoint import Checkpoint
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
@@ -29,6 +32,9 @@ from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
 
+if TYPE_CHECKING:
+    from compress.decoder import Decoder
+
 __all__ = ["Scorer", "check_tokenizer", "read_text", "text_name"]
 
 
@@ -40,17 +46,8 @@ def read_text(path: Path | None) -> str:
     """
     from compress.demo import heldout_path
 
-    try:
-        text = (path or heldout_path()).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", hint="--eval-text takes a text file") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
-    if not text.strip():
-        raise UsageError(f"{path} is empty", hint="a few hundred KB of plain text are right")
-    return text
+    empty = "a few hundred KB of plain text are right"
+    return read_words(path or heldout_path(), "--eval-text takes a text file", empty)
 
 
 def text_name(path: Path | None) -> str:
@@ -212,26 +209,34 @@ class Scorer:
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
         kept = self._kept_baseline(stored.fingerprint())
-        if kept and (found := kept.borrow(folder)):
-            store, self.speed = found
-        else:
-            batches = [len(batch) for batch in decoder.batches(self.windows)]
-            steps = float_steps(job.config, batches, self.length, slowness(self._threads))
-            with self._console.progress("score the float model", "steps", steps) as update:
-                logits = decoder.stream_logits(self.windows, progress=update)
-                store = BaselineStore.write(folder, self.windows, logits)
-            if self.task_set.tasks:
-                with self._console.progress("ask the float model", "sequences") as update:
-                    self.task_set.ask_baseline(folder, decoder.stream_logits, update)
-            self.speed = self._measure_speed(stored)
-            if kept:
-                kept.keep(folder, self.speed)
+        if kept:
+            self._console.begin("look for the float model's answers")  # or wait for them
+        with kept.in_turn(folder) if kept else nullcontext() as found:
+            if found:
+                store, self.speed = found
+            else:
+                store = self._answers(decoder, folder)
+                self.speed = self._measure_speed(stored)
+                if kept:
+                    kept.keep(folder, self.speed)
         if self.speed is None:
             self.notes.append(
                 f"The float model's speed was not measured: its weights take "
                 f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
                 f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
             )
+        return store
+
+    def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
+        """What the float model says to the windows and the tasks, as files in ``folder``."""
+        batches = [len(batch) for batch in decoder.batches(self.windows)]
+        steps = float_steps(self._job.config, batches, self.length, slowness(self._threads))
+        with self._console.progress("score the float model", "steps", steps) as update:
+            logits = decoder.stream_logits(self.windows, progress=update)
+            store = BaselineStore.write(folder, self.windows, logits)
+        if self.task_set.tasks:
+            with self._console.progress("ask the float model", "sequences") as update:
+                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
         return store
 
     def _measure_speed(self, stored: Stored) -> Speed | None:

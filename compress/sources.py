@@ -7,12 +7,13 @@ beyond the tensor that is being read.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 from compress.arch import DecoderConfig, Float32, WeightMap
 from compress.checkpoint import Checkpoint
 
-__all__ = ["Source", "Stored"]
+__all__ = ["Around", "Change", "Source", "Stored"]
 
 
 class Source(Protocol):
@@ -58,3 +59,35 @@ class Stored:
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
         return self.checkpoint.fingerprint()
+
+
+class Around:
+    """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
+    own.
+
+    Attributes:
+        source: the weights before.
+        config: the decoder after.
+    """
+
+    def __init__(self, source: Source, config: DecoderConfig) -> None:
+        self.source = source
+        self.config = config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self.source.checkpoint
+
+
+class Change(Around):
+    """A change that has a name: ``what`` it is, and of which source, is the fingerprint."""
+
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
+        super().__init__(source, config)
+        self._what = what
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"{self._what} of {self.source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()

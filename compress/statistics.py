@@ -13,6 +13,7 @@ back are kept in float16, each row over its largest magnitude.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class Statistics:
         self._config = config
         self.load = load
         self._last: tuple[str, LayerStats | None] = ("", None)
+        self._lock = threading.Lock()  # slabs of one weight are solved at a time
 
     def for_weight(self, name: str) -> LayerStats | None:
         """Statistics of what a weight multiplies; None for an embedding or an unseen input.
@@ -83,10 +85,11 @@ class Statistics:
         key = input_of(self._config, name)
         if key is None:
             return None
-        if key != self._last[0]:
-            self.forget()  # before the next is made: it is large
-            self._last = (key, self.load(key))
-        return self._last[1]
+        with self._lock:
+            if key != self._last[0]:
+                self.forget()  # before the next is made: it is large
+                self._last = (key, self.load(key))
+            return self._last[1]
 
     def forget(self) -> None:
         """Let go what was asked for last; the next time it is read again."""

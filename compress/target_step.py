@@ -15,11 +15,12 @@ from compress.calibration_step import CalibrationStep
 from compress.errors import UsageError
 from compress.folding import Folded, fold_statistics
 from compress.ledger import Ledger
+from compress.machine import worker_threads
 from compress.model import Plan, Weights
 from compress.propagation import PropagatedWeights
 from compress.pruning.sparse import Sparsified
 from compress.pruning.zeros import method_of, pattern_for
-from compress.solvers import get_solver
+from compress.solvers import get_solver, slabs_at_once
 from compress.sources import Source
 from compress.statistics import Statistics
 
@@ -125,4 +126,5 @@ def target_weights(
         return PropagatedWeights(
             inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
         )
-    return Weights(inputs.source, get_solver(solver, inputs.statistics), ledger)
+    at_once = slabs_at_once(solver, worker_threads())
+    return Weights(inputs.source, get_solver(solver, inputs.statistics), ledger, at_once=at_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -241,6 +242,37 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
     page = (shop / "strict-jobs" / "batch.html").read_text()
     assert "A gate failed" in page
     assert "llama/strict, GGUF: kl_divergence is" in page
+
+
+def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_the_page(shop):
+    """A machine without onnxruntime: the folder is there, and of its other artifact the figures."""
+    (shop / "lame").mkdir()
+    (shop / "lame" / "onnxruntime.py").write_text("raise ImportError('not on this machine')")
+    jobs = {"schema": 1, "models": ["shelf/llama"], "recipes": ["plain.yaml"]}
+    jobs |= {"options": {"set": {"targets.onnx.bits": 4}}}
+    (shop / "lame.yaml").write_text(json.dumps(jobs))
+    paths = os.pathsep.join([str(shop / "lame"), os.environ.get("PYTHONPATH", "")])
+    done = packlight(
+        "batch", "lame.yaml", "--junit", "junit.xml", cwd=shop, env={"PYTHONPATH": paths}
+    )
+    assert done.returncode == 2, done.stderr
+    (job,) = told(shop, "lame")["jobs"]
+    gguf, onnx = job["artifacts"]
+    assert job["status"] == "error" and job["report"] == "llama/plain/report.html"
+    assert gguf["failure"] is None and gguf["passed"] and gguf["kl_divergence"] > 0
+    assert "onnxruntime is not installed" in onnx["failure"] and not onnx["passed"]
+    assert job["error"] == f"ONNX {onnx['type']} could not be run: {onnx['failure']}"
+    page = (shop / "lame" / "batch.html").read_text()
+    assert html.unescape(page).count(f"could not be run: {onnx['failure']}") == 2
+    links = [link for link in Page(page).links if not link.startswith("data:")]
+    assert links.count("llama/plain/report.html") >= 3
+    for link in links:
+        assert (shop / "lame" / link).is_file(), link
+    suites = {suite.attrib["name"]: suite for suite in ET.parse(shop / "junit.xml").getroot()}
+    assert {name: suite.attrib["failures"] for name, suite in suites.items()} == {
+        "llama/plain GGUF Q4_0": "0",
+        f"llama/plain ONNX {onnx['type']}": "1",
+    }
 
 
 def test_two_batches_into_one_tree(shop):

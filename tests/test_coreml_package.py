@@ -226,7 +226,7 @@ def test_nothing_of_this_machine_is_in_the_files() -> None:
 
 
 def test_memory_is_that_of_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "SLAB", 1 << 16)
+    monkeypatch.setattr(constants, "SLABS", 1 << 16)
     path = checkpoint("llama", hidden_size=256, intermediate_size=512, vocab_size=16384)
     largest = 256 * 16384 * 4
     for grid in ("F16", "lut4-g16"):
@@ -242,7 +242,7 @@ def test_memory_is_that_of_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("grid", ["int4-g32", "int8-g64-asym", "lut4-g8", "lut3-tensor"])
 def test_slabs_of_rows_give_the_same_bytes(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build("llama", grid, vocab_size=704)
-    monkeypatch.setattr(constants, "SLAB", 1 << 16)  # 256 rows of 256 columns; 192 are left over
+    monkeypatch.setattr(constants, "SLABS", 1 << 16)  # 256 rows of 256 columns; 192 are left over
     slabs = write(whole.checkpoint.path, {"grid": grid, "context": CONTEXT})
     assert weight_file(slabs).read_bytes() == weight_file(whole).read_bytes()
 

@@ -204,7 +204,7 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     weights = Weights(Stored(opened, config), rtn)
     whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
 
-    monkeypatch.setattr(writer, "SLAB", 1 << 17)
+    monkeypatch.setattr(writer, "SLABS", 1 << 17)
     seen: list[tuple[int, int]] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
     tracemalloc.start()

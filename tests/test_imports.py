@@ -38,7 +38,7 @@ FLOORS: list[set[str]] = [
      "compress.pace", "compress.memory", "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file", "compress.origin",
      "compress.provenance"},
-    {"compress.resume"},
+    {"compress.resume", "compress.decision"},
     {"compress.pipeline"},
     {"compress.inspection", "compress.doctor", "compress.publish", "compress.batch"},
     {"exporters"},

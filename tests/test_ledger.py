@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,9 +122,9 @@ SETTINGS = {
     "coreml": {"grid": "lut4-g16", "context": 64},
 }
 SLABS = {  # small ones, so that a tensor has several
-    "gguf": ("exporters.gguf.writer.SLAB", 1 << 16),
-    "onnx": ("exporters.onnx.writer.SLAB", 1 << 16),
-    "coreml": ("exporters.coreml.constants.SLAB", 1 << 16),
+    "gguf": ("exporters.gguf.writer.SLABS", 1 << 16),
+    "onnx": ("exporters.onnx.writer.SLABS", 1 << 16),
+    "coreml": ("exporters.coreml.constants.SLABS", 1 << 16),
 }
 
 
@@ -169,6 +170,41 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeyp
     slabs = (1 << 18) // SLABS[format][1]  # of gate_up_proj, the largest
     assert calls <= counted.calls + 7 * (slabs - 1)
     assert told[-1][0] == told[-1][1] == plan.weights_bytes
+
+
+@pytest.mark.parametrize("format", SETTINGS)
+def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
+    format, source, tmp_path, monkeypatch
+):
+    exporter = get_exporter(format)
+    plan: Plan = exporter.plan(source.config, SETTINGS[format], model_name="m")
+    found, threads = [], []
+
+    def solve(weight, grid, name):
+        threads.append(threading.get_ident())
+        return rtn(weight, grid)
+
+    for at_once in (1, 2, 3):
+        folder = tmp_path / str(at_once)
+        folder.mkdir()
+        threads.clear()
+        weights = Weights(source, solve, at_once=at_once)
+        exporter.write(plan, weights, folder, lambda done, total: None)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        found.append([(path.relative_to(folder), path.read_bytes()) for path in files])
+        monkeypatch.setattr(*SLABS[format])  # whole tensors the first time
+        assert (len(set(threads)) > 1) == (at_once > 1)
+    assert found[0] == found[1] == found[2] and len(found[0]) > 0
+
+
+def test_a_failure_in_a_thread_ends_the_writer(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(*SLABS["gguf"])
+    exporter = get_exporter("gguf")
+    plan = exporter.plan(source.config, SETTINGS["gguf"], model_name="m")
+    before = threading.active_count()
+    with pytest.raises(Killed):
+        exporter.write(plan, Weights(source, Mortal(5), at_once=3), tmp_path, lambda *seen: None)
+    assert threading.active_count() == before
 
 
 def test_a_ledger_tells_of_rows_that_fell_back(source, tmp_path, data):

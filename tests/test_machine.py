@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,3 +99,50 @@ def test_in_threads_covers_the_range_once(monkeypatch: pytest.MonkeyPatch) -> No
             covered = [i for begin, end in sorted(parts) for i in range(begin, end)]
             assert covered == list(range(count))
             assert len(parts) == max(1, min(threads, count // 10))
+
+
+def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "default_threads", lambda: 6)
+    lock, working, most, shares = threading.Lock(), [0], [0], set()
+    taken = [0]
+
+    def work(index: int) -> int:
+        with lock:
+            working[0] += 1
+            most[0] = max(most[0], working[0])
+        shares.add(machine.worker_threads())
+        time.sleep(0.002 * (index % 3))  # later ones are done first
+        with lock:
+            working[0] -= 1
+        return index
+
+    def works() -> Iterator[Callable[[], int]]:
+        for index in range(12):
+            taken[0] += 1
+            yield partial(work, index)
+
+    seen = []
+    for index in machine.in_order(works(), 3):
+        seen.append(index)
+        assert taken[0] <= len(seen) + 3  # what is read ahead is memory
+    assert seen == list(range(12))
+    assert most[0] == 3
+    assert shares == {2}
+    assert machine.worker_threads() == 6
+
+
+def test_in_order_begins_nothing_after_a_failure() -> None:
+    begun = []
+
+    def work(index: int) -> int:
+        begun.append(index)
+        if index == 1:
+            raise ValueError("one")
+        return index
+
+    seen = []
+    with pytest.raises(ValueError, match="one"):
+        for index in machine.in_order((partial(work, index) for index in range(100)), 2):
+            seen.append(index)
+    assert seen == [0]
+    assert max(begun) <= 4

@@ -277,14 +277,14 @@ def test_same_bytes_twice_and_for_any_slab(
 
     first = digests(phi3)
     assert digests(build("phi3", root)) == first
-    monkeypatch.setattr(writer, "SLAB", 256 * 33)
+    monkeypatch.setattr(writer, "SLABS", 256 * 33)
     assert digests(build("phi3", root)) == first
 
 
 def test_memory_is_bounded_by_the_slab(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = {"vocab_size": 16384}
     build("llama", root, make)  # compiles kernels, imports
-    monkeypatch.setattr(writer, "SLAB", 2**16)  # 256 KB as float32; the embedding has 16 MB
+    monkeypatch.setattr(writer, "SLABS", 2**16)  # 256 KB as float32; the embedding has 16 MB
     tracemalloc.start()
     build("llama", root, make)
     _, peak = tracemalloc.get_traced_memory()

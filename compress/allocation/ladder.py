@@ -18,14 +18,15 @@ from compress.allocation.budget import Target, infeasible
 from compress.allocation.limits import Limit
 from compress.allocation.step import GetExporter, limit_for, targets_of
 from compress.arch import DecoderConfig
+from compress.checkpoint import Checkpoint
 from compress.errors import UsageError
-from compress.job import Job
+from compress.job import Job, prepare
 from compress.model import Plan
 from compress.pruning.cut import width_step
 from compress.recipe import Recipe
 from compress.sources import Stored
 
-__all__ = ["Ladder", "Replan", "Rung", "check_budget", "settings_of"]
+__all__ = ["Ladder", "Replan", "Rung", "check_budget", "replanner", "settings_of"]
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # of the MLP channels
 
@@ -40,6 +41,25 @@ class Replan(Protocol):
     ) -> Job:
         """``choices``: format → entry name → grid."""
         ...
+
+
+def replanner(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+    command: str = "",
+) -> Replan:
+    """``compress.job.prepare`` of one command; arguments and errors as there."""
+
+    def prepared(
+        choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
+    ) -> Job:
+        return prepare(
+            checkpoint, recipe, get_exporter, context=context, command=command, choices=choices
+        )
+
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -131,20 +151,23 @@ def settings_of(config: DecoderConfig, plan: Plan) -> list[list[dict[str, Any]]]
     ]
 
 
-def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> None:
+def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[str, int]:
     """Refuse an infeasible budget before any work.
+
+    Returns:
+        Format → bytes that the budget lets its file have at most; empty where there is none.
 
     Raises:
         UsageError: the smallest file of some target is more than its limit, pruned too where the
             recipe lets the budget prune.
     """
     if not job.recipe.budget:
-        return
+        return {}
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     pairs = [(target, limit_for(shaped, target)) for target in targets_of(shaped, get_exporter)]
     refusal = infeasible([(target, limit.nbytes) for target, limit in pairs])
     if refusal is None:
-        return
+        return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
     if job.cut:
         raise refusal
     tight = [target for target, limit in pairs if target.smallest_bytes > limit.nbytes]
@@ -158,3 +181,11 @@ def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> None:
     if not job.recipe.weighs:
         hint = f"{refusal.hint}; --prune auto would make it fit, by pruning"
         raise UsageError(str(refusal), hint=hint)
+    return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
+
+
+def most_bytes(target: Target, limit: Limit) -> int:
+    """Bytes of a target's file at most: the limit's, or those of its largest file."""
+    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more; saves planning it
+        return limit.nbytes
+    return min(limit.nbytes, target.largest_bytes)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.ladder import check_budget
+from compress.allocation.ladder import replanner
 from compress.batch import document, page
 from compress.batch.engine import Engine, Work
 from compress.batch.ground import Ground, Tree, stand_on
@@ -28,12 +28,12 @@ from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
+from compress.decision import first_choice
 from compress.errors import PacklightError, UsageError, one_line
-from compress.job import Job, prepare
 from compress.memory import smallest_memory
 from compress.model import Shipyard
 from compress.output import check_disk, locked
-from compress.recipe import Recipe, load
+from compress.recipe import load
 from compress.remote import write_text
 from compress.resume import digest, identity
 from compress.settings import BuildSettings, check_options, recipe_overrides
@@ -137,7 +137,8 @@ def run_planned(
         for name in ("batch.json", "batch.html") if tree.url else ():
             write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
         reports = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
-        settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
+        errors = {name: why for name, why in document.errors(told).items() if name not in reports}
+        settings.ci_files.write_all(reports, errors, document.markdown(told))
     return told
 
 
@@ -254,20 +255,15 @@ class Planner:
         recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
         get_exporter = self._shipyard.get_exporter
         gates.parse(recipe.gates)
-        context = settings.context
-
-        def prepared(
-            choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
-        ) -> Job:
-            return prepare(checkpoint, recipe, get_exporter, context=context, choices=choices)
-
-        plans = prepared()
-        check_budget(plans, get_exporter, prepared)
-        threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
+        replan = replanner(checkpoint, recipe, get_exporter, settings.context)
+        chosen = first_choice(settings, get_exporter, replan)
+        threads = share_threads(chosen.job.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
+        found = predict(chosen, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
-            check_enough(job.memory, smallest_memory(plans, get_exporter, verify=settings.verify))
+            check_enough(
+                job.memory, smallest_memory(chosen.job, get_exporter, verify=settings.verify)
+            )
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(
@@ -280,7 +276,7 @@ class Planner:
             "verify": recipe.document["verify"] if settings.verify else None,
             "text": digest(text),
         }
-        told = {**identity(plans, settings), **verification}
+        told = {**identity(chosen.job, settings), **verification}
         return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compress.commands.options import ci_options, make_console, memory_option, output_options
+from compress.commands.options import ci_of, ci_options, make_console, memory_option, output_options
 
 
 @click.command(short_help="Build many models with many recipes, each job in its own process.")
@@ -38,10 +38,9 @@ def batch(file: Path, **options: Any) -> int:
     Each job runs in a process of its own, as many at once as the machine's memory and CPUs allow.
     Jobs that were finished before are left out, half-done ones are continued.
     """
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(options)
     from compress.batch.story import BatchSettings
     from compress.batch.story import batch as run
-    from compress.ci_files import CiFiles
     from exporters import SHIPYARD
 
     settings = BatchSettings(
@@ -55,6 +54,6 @@ def batch(file: Path, **options: Any) -> int:
         engine=options["engine"],
         address=options["address"],
         dry_run=options["dry_run"],
-        ci_files=CiFiles(options["junit"], options["summary"]),
+        ci_files=ci_of(options),
     )
     return run(settings, SHIPYARD, console)

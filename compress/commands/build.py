@@ -8,21 +8,18 @@ from typing import Any
 import click
 
 from compress.commands.options import (
-    against_option,
-    ci_options,
     device_names,
     eval_option,
     format_option,
     gate_option,
-    hub_of,
-    hub_options,
     make_console,
     max_memory_option,
     output_options,
-    progress_option,
     recipe_option,
-    regression_option,
+    regression_options,
+    run_options,
     set_option,
+    settings_of,
     threads_option,
 )
 from compress.errors import UsageError
@@ -74,8 +71,7 @@ from compress.errors import UsageError
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache that memory is told for.")  # fmt: skip
-@against_option
-@regression_option
+@regression_options
 @threads_option
 @max_memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
@@ -87,10 +83,7 @@ from compress.errors import UsageError
 @click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
               help="Keep the float model's answers there, for other builds of the same "
                    "model.")  # fmt: skip
-@progress_option
-@ci_options
-@hub_options
-@output_options
+@run_options
 def build(model: str, output: Path | None, **options: Any) -> int:
     """Make verified artifacts from MODEL, a local folder, a Hub id or a URL.
 
@@ -98,12 +91,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     packlight build ./my-checkpoint -o out
     packlight build microsoft/Phi-3-mini-4k-instruct -f gguf --set targets.gguf.type=Q4_0
     """
-    console = make_console(
-        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
-    )
+    console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress import pipeline
-    from compress.ci_files import CiFiles
     from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
@@ -115,41 +105,10 @@ def build(model: str, output: Path | None, **options: Any) -> int:
             raise UsageError(
                 f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
             )
-    settings = BuildSettings(
-        model=model,
-        output=output,
-        recipe=options["recipe"],
-        overrides=options["overrides"],
-        formats=options["formats"],
-        eval_text=options["eval_text"],
-        gates=options["gates"],
-        against=options["against"],
-        max_regression=options["max_regression"],
-        calibration=options["calibration"],
-        seed=options["seed"],
-        imatrix=options["imatrix"],
-        save_imatrix=options["save_imatrix"],
-        budget=options["budget"],
-        budget_memory=options["budget_memory"],
-        device=options["device"],
-        sweep=options["sweep"],
-        plan=plan,
-        locked=options["locked"],
-        provenance=options["provenance"],
-        prune=options["prune"],
-        save_checkpoint=options["save_checkpoint"],
-        allow_dense=options["allow_dense"],
-        context=options["context"],
-        threads=options["threads"],
-        max_memory=options["max_memory"],
-        dry_run=options["dry_run"],
-        overwrite=options["overwrite"],
-        resume=options["resume"],
+    settings = settings_of(
+        BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
-        keep_baseline=options["keep_baseline"],
-        ci_files=CiFiles(options["junit"], options["summary"]),
-        hub=hub_of(options),
-    )
+    )  # fmt: skip
     return pipeline.build(settings, SHIPYARD, console)
 
 
@@ -162,7 +121,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 @output_options
 def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress import pipeline
     from compress.demo import model_path

@@ -15,5 +15,5 @@ def doctor(**options: Any) -> int:
     """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
     from compress import doctor as checks
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(options)
     return checks.doctor(console)

@@ -13,10 +13,10 @@ from compress.commands.options import (
     hub_options,
     make_console,
     output_options,
+    read_size,
     recipe_option,
     set_option,
 )
-from compress.console import parse_bytes
 from compress.errors import UsageError
 
 
@@ -29,7 +29,7 @@ def inspect(target: str, **options: Any) -> int:
     from compress import inspection
     from exporters import get_exporter
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(options)
     hub = hub_of(options)
     return inspection.inspect(target, get_exporter, hub, console)
 
@@ -57,17 +57,13 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
 
     if device and memory:
         raise UsageError("--device and --memory exclude each other")
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
-    try:
-        limit = parse_bytes(memory) if memory else None
-    except ValueError as error:
-        raise UsageError(f"--memory: {error}") from error
+    console = make_console(options)
     return inspection.fit(
         target,
         get_exporter,
         console,
         device=device,
-        memory=limit,
+        memory=read_size("--memory", memory),
         context=options["context"],
         recipe=options["recipe"],
         overrides=options["overrides"],

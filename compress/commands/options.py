@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,7 +13,13 @@ from compress.console import Console, parse_bytes
 from compress.errors import UsageError
 from compress.progress import ProgressFile
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from compress.ci_files import CiFiles
+
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound="DataclassInstance")
 FORMATS = ("gguf", "onnx", "coreml")
 
 
@@ -51,9 +58,16 @@ def hub_options(command: F) -> F:
     return command
 
 
-def hub_of(options: dict[str, Any]) -> dict[str, Any]:
+def hub_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """What ``hub_options`` were given, as ``compress.hub`` takes it."""
     return {key: options[key] for key in ("revision", "token", "cache_dir")}
+
+
+def ci_of(options: Mapping[str, Any]) -> CiFiles:
+    """What ``ci_options`` were given."""
+    from compress.ci_files import CiFiles
+
+    return CiFiles(options["junit"], options["summary"])
 
 
 def recipe_names(*_: Any) -> list[str]:
@@ -82,20 +96,45 @@ def read_size(option: str, text: str | None) -> int | None:
         raise UsageError(f"{option}: {error}") from error
 
 
-def make_console(
-    as_json: bool, quiet: bool, verbose: bool, progress_file: Path | None = None
-) -> Console:
+def make_console(options: Mapping[str, Any]) -> Console:
     """The console that ``output_options`` and ``progress_option`` ask for, until the command ends.
 
     Raises:
         UsageError: two modes at once, or a file that cannot be written.
     """
+    as_json, quiet = options["as_json"], options.get("quiet", False)
     if as_json and quiet:
         raise UsageError("--json and --quiet exclude each other")
     mode = "json" if as_json else "quiet" if quiet else "human"
-    console = Console(mode, verbose, ProgressFile(progress_file) if progress_file else None)
+    file = options.get("progress_file")
+    console = Console(mode, options.get("verbose", False), ProgressFile(file) if file else None)
     click.get_current_context().call_on_close(console.abandon)
     return console
+
+
+def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
+    """What a command was asked for: options under their names, ``hub_options`` and ``ci_options``
+    as they are handed on.
+
+    Args:
+        kind: a class of ``compress.settings``.
+        options: as click gives them.
+        more: over them, and what has another name.
+    """
+    told = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
+    return kind(**{each.name: told[each.name] for each in fields(kind) if each.name in told})
+
+
+def run_options(command: F) -> F:
+    """What a command that runs artifacts ends with: where it tells how far it is, and what."""
+    for add in (output_options, hub_options, ci_options, progress_option):
+        command = add(command)
+    return command
+
+
+def regression_options(command: F) -> F:
+    """``--against`` and ``--max-regression``."""
+    return against_option(regression_option(command))
 
 
 def memory_option(text: str) -> Callable[[F], F]:

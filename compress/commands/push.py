@@ -33,7 +33,7 @@ def push(folder: Path, repo_id: str, **options: Any) -> int:
     """
     from compress import publish
 
-    console = make_console(options["as_json"], options["quiet"], options["verbose"])
+    console = make_console(options)
     settings = publish.PushSettings(
         folder=folder,
         repo_id=repo_id,

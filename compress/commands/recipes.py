@@ -22,7 +22,7 @@ def recipes_list(as_json: bool = False) -> None:
     from compress.recipe import describe_all
 
     rows = describe_all()
-    console = make_console(as_json, False, False)
+    console = make_console({"as_json": as_json})
     if console.mode == "json":
         console.result([{"name": name, "description": text} for name, text in rows])
         return

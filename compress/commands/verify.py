@@ -8,17 +8,13 @@ from typing import Any
 import click
 
 from compress.commands.options import (
-    against_option,
-    ci_options,
     eval_option,
     gate_option,
-    hub_of,
-    hub_options,
     make_console,
     max_memory_option,
-    output_options,
-    progress_option,
-    regression_option,
+    regression_options,
+    run_options,
+    settings_of,
     threads_option,
 )
 from compress.errors import UsageError
@@ -38,8 +34,7 @@ JUDGING = {
               help="Multiple-choice questions, one JSON object a line with question, choices and "
                    "answer (an index from 0); may be repeated.")  # fmt: skip
 @gate_option
-@against_option
-@regression_option
+@regression_options
 @click.option("--checksums", is_flag=True,
               help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
                    "--baseline nothing else is done.")  # fmt: skip
@@ -51,16 +46,11 @@ JUDGING = {
               help="Tokens in a window.")  # fmt: skip
 @threads_option
 @max_memory_option
-@progress_option
-@ci_options
-@hub_options
-@output_options
+@run_options
 def verify(artifact: Path, **options: Any) -> int:
     """Run ARTIFACT (a .gguf, an ONNX folder, a .mlpackage, or a build's folder) in its runtime
     and compare it with the float model."""
-    console = make_console(
-        options["as_json"], options["quiet"], options["verbose"], options["progress_file"]
-    )
+    console = make_console(options)
     if options["checksums"]:
         from compress import checksums
 
@@ -79,23 +69,9 @@ def verify(artifact: Path, **options: Any) -> int:
         )
     console.begin("load libraries")  # takes seconds
     from compress import pipeline
-    from compress.ci_files import CiFiles
     from compress.settings import VerifySettings
     from exporters import SHIPYARD
 
-    settings = VerifySettings(
-        artifact=artifact,
-        baseline=options["baseline"],
-        eval_text=options["eval_text"],
-        tasks=options["tasks"],
-        gates=options["gates"],
-        against=options["against"],
-        max_regression=options["max_regression"],
-        windows=options["windows"] or 0,
-        sequence_length=options["sequence_length"],
-        threads=options["threads"],
-        max_memory=options["max_memory"],
-        ci_files=CiFiles(options["junit"], options["summary"]),
-        hub=hub_of(options),
-    )
+    windows = options["windows"] or 0
+    settings = settings_of(VerifySettings, options, artifact=artifact, windows=windows)
     return pipeline.verify(settings, SHIPYARD, console)

@@ -6,7 +6,6 @@ once, in the checkpoint's own dtype.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from compress.arch import FUSED, DecoderConfig, Float32, split_name
-from compress.checkpoint import Checkpoint
 from compress.grids import Array
 from compress.safetensors_file import TensorInfo, read_range, scan_safetensors
-from compress.sources import Source
+from compress.sources import Change, Source
 
 __all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 
@@ -26,7 +24,7 @@ __all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 FEEDS = {"down_proj": "up_proj", "o_proj": "q_proj"}
 
 
-class Shallower:
+class Shallower(Change):
     """Some of the stored blocks of a source, in their order.
 
     Args:
@@ -36,14 +34,8 @@ class Shallower:
     """
 
     def __init__(self, source: Source, config: DecoderConfig, kept: Sequence[int]) -> None:
-        self.config = config
         self.kept = tuple(kept)
-        self._source = source
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self._source.checkpoint
+        super().__init__(source, config, f"blocks {self.kept}")
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
@@ -51,15 +43,10 @@ class Shallower:
         if block is not None:
             stored, run = divmod(block, self.config.block_repeat)
             name = f"blocks.{self.kept[stored] * self.config.block_repeat + run}.{role}.{kind}"
-        return self._source.read(name, rows)
-
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``."""
-        facts = f"blocks {self.kept} of {self._source.fingerprint()}"
-        return hashlib.sha256(facts.encode()).hexdigest()
+        return self.source.read(name, rows)
 
 
-class Narrower:
+class Narrower(Change):
     """A source with rows left out, and with linears whose columns were cut and updated.
 
     Args:
@@ -79,39 +66,30 @@ class Narrower:
         kept: Mapping[int, Mapping[str, Array]],
         name: str,
     ) -> None:
-        self.config = config
-        self._source = source
+        super().__init__(source, config, name)
         self._kept = kept
-        self._name = name
-        self._changed: dict[str, TensorInfo] = {}
-        for file in sorted(folder.glob("*.safetensors")) if folder else ():
-            self._changed |= scan_safetensors(file)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self._source.checkpoint
+        self._changed = scan_folder(folder) if folder else {}
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         block, role, kind = split_name(name)
         if block is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         stored = block - block % self.config.block_repeat
         changed = f"blocks.{stored}.{role}.{kind}"
         if changed in self._changed:
             return read_rows(self._changed[changed], rows)
         columns = self._kept[stored].get(FEEDS.get(role, ""))
         if columns is not None and kind == "weight":
-            return self._source.read(name, rows)[:, columns]
+            return self.source.read(name, rows)[:, columns]
         index = self._rows(stored, role)
         if index is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         index = index[rows or slice(None)]
         if not len(index):
-            return self._source.read(name, slice(0, 0))
+            return self.source.read(name, slice(0, 0))
         first = int(index.min())
-        values: Float32 = self._source.read(name, slice(first, int(index.max()) + 1))[index - first]
+        values: Float32 = self.source.read(name, slice(first, int(index.max()) + 1))[index - first]
         return values
 
     def _rows(self, stored: int, role: str) -> Array | None:
@@ -122,19 +100,14 @@ class Narrower:
         members = [member for member in FUSED.get(role, ()) if member in kept]
         if not members:
             return None
-        sizes = [self._source.config.weight_shape(member)[0] for member in members]
+        sizes = [self.source.config.weight_shape(member)[0] for member in members]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
         rows: Array = np.concatenate(pieces)
         return rows
 
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``."""
-        facts = f"{self._name} of {self._source.fingerprint()}"
-        return hashlib.sha256(facts.encode()).hexdigest()
 
-
-class Healed:
+class Healed(Change):
     """A pruned source, some of whose blocks were trained (``heal.py``).
 
     Args:
@@ -145,27 +118,18 @@ class Healed:
     """
 
     def __init__(self, source: Source, config: DecoderConfig, folder: Path, name: str) -> None:
-        self.config = config
-        self._source = source
-        self._name = name
-        self._healed: dict[str, TensorInfo] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            self._healed |= scan_safetensors(file)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self._source.checkpoint
+        super().__init__(source, config, name)
+        self._healed = scan_folder(folder)
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         block, role, kind = split_name(name)
         if block is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         stem = f"blocks.{block - block % self.config.block_repeat}"
         names = [f"{stem}.{member}.{kind}" for member in FUSED.get(role, (role,))]
         if names[0] not in self._healed:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         parts = [self._healed[part] for part in names]
         if len(parts) == 1:
             return read_rows(parts[0], rows)
@@ -177,10 +141,13 @@ class Healed:
         whole: Float32 = np.concatenate(pieces)
         return whole
 
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``."""
-        facts = f"{self._name} of {self._source.fingerprint()}"
-        return hashlib.sha256(facts.encode()).hexdigest()
+
+def scan_folder(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of all files of a folder, by name."""
+    found: dict[str, TensorInfo] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= scan_safetensors(file)
+    return found
 
 
 def read_rows(info: TensorInfo, rows: slice | None) -> Float32:

@@ -11,17 +11,14 @@ Rows do not depend on each other, so a ``Sparsified`` source computes them when 
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
-from compress.arch import FUSED, DecoderConfig, Float32, split_name
-from compress.checkpoint import Checkpoint
+from compress.arch import FUSED, Float32, split_name
 from compress.errors import UsageError
 from compress.grids.sparse import Pattern
 from compress.pruning.surgery import diagonal_blocks
 from compress.solvers.hessian import REPAIRS, factor_in_place
-from compress.sources import Source
+from compress.sources import Change, Source
 from compress.statistics import LayerStats, Statistics
 
 __all__ = ["MASK_NEEDS", "Sparsified", "sparsegpt", "sparsify"]
@@ -37,7 +34,7 @@ Factors = list[tuple[slice, Float32, Float32]]
 """Columns of each diagonal block, and its ``U`` and ``D``."""
 
 
-class Sparsified:
+class Sparsified(Change):
     """A source whose blocks' linears are sparse; embeddings, head and norms are as they were.
 
     Args:
@@ -50,21 +47,12 @@ class Sparsified:
     def __init__(
         self, source: Source, statistics: Statistics | None, pattern: Pattern, method: str
     ) -> None:
-        self._source, self._statistics = source, statistics
-        self._pattern, self._method = pattern, method
+        # The calibration text is not part of the fingerprint.
+        super().__init__(source, source.config, f"{pattern.name} by {method}")
+        self._statistics, self._pattern, self._method = statistics, pattern, method
         self._last: tuple[LayerStats | None, Factors] = (None, [])
         roles = source.config.linear_roles
         self._roles = {*roles, *(fused for fused, members in FUSED.items() if members[0] in roles)}
-
-    @property
-    def config(self) -> DecoderConfig:
-        """See ``Source.config``."""
-        return self._source.config
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self._source.checkpoint
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``.
@@ -72,7 +60,7 @@ class Sparsified:
         Raises:
             UsageError: no statistics for a weight whose method needs them.
         """
-        weight = self._source.read(name, rows)
+        weight = self.source.read(name, rows)
         block, role, kind = split_name(name)
         if block is None or kind != "weight" or role not in self._roles or not len(weight):
             return weight
@@ -83,11 +71,6 @@ class Sparsified:
                 self._last = (stats, factors(stats.hessian, DAMPING))
             return sweep(weight, self._last[1], self._pattern)
         return sparsify(weight, stats, self._pattern, self._method)
-
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``. The calibration text is not part of it."""
-        facts = f"{self._pattern.name} by {self._method} of {self._source.fingerprint()}"
-        return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def sparsify(weight: Float32, stats: LayerStats | None, pattern: Pattern, method: str) -> Float32:

@@ -13,7 +13,7 @@ from compress.grids import Float32, Grid, Quantized
 from compress.model import Solver
 from compress.statistics import LayerStats, Statistics
 
-__all__ = ["NEEDS", "SOLVERS", "get_solver"]
+__all__ = ["NEEDS", "SOLVERS", "get_solver", "slabs_at_once"]
 
 SOLVERS: dict[str, str] = {
     "rtn": "compress.solvers.rtn",
@@ -23,6 +23,8 @@ SOLVERS: dict[str, str] = {
 
 # What of the statistics a solver goes by; nothing: no calibration.
 NEEDS: dict[str, str] = {"scale_search": "importance", "gptq": "hessian"}
+
+MOST_SLABS = 7
 
 Solve = Callable[[Float32, Grid, LayerStats | None], Quantized]
 
@@ -46,3 +48,12 @@ def get_solver(name: str, statistics: Statistics | None = None) -> Solver:
         return solve(weight, grid, stats)
 
     return solver
+
+
+def slabs_at_once(name: str, threads: int) -> int:
+    """Slabs of rows that a solver is best given at a time, each with its share of the threads.
+
+    GPTQ shares one slab out among all threads itself, for the memory that each takes. The others
+    take little, and work on a slab in steps of which each would wait for its slowest thread.
+    """
+    return 1 if NEEDS.get(name) == "hessian" else min(threads, MOST_SLABS)

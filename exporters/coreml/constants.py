@@ -26,9 +26,9 @@ OPERATIONS = {
     "data_mask": "constexpr_sparse_blockwise_shift_scale",
     "indices_mask": "constexpr_lut_to_sparse",
 }
-# A larger tensor is quantized in slabs of rows: the solver's temporaries are several times the
+# Weights held at once, of a tensor that has more: the solver's temporaries are several times the
 # float32 weight, the codes a quarter of it.
-SLAB = 1 << 23
+SLABS = 1 << 23
 
 Var = Any  # coremltools has no types
 
@@ -146,7 +146,7 @@ class LazyConstants:
 
     def _read(self, entry: PlanEntry) -> Iterator[Array]:
         """A plain constant."""
-        for rows in slabs(entry):
+        for rows in slabs(entry, SLABS):
             yield self._weights.read(entry.name, rows)
 
     def _packed_part(self, entry: PlanEntry, which: str) -> Iterator[Array]:
@@ -159,21 +159,20 @@ class LazyConstants:
         self._held = ("", {})  # before the next one needs the room
         names = [part.name for part in parts(entry.grid, entry.shape)]
         later: dict[str, list[Array]] = {key: [] for key in names[names.index(which) + 1 :]}
-        grid = get_grid(entry.grid)
-        for rows in slabs(entry):
-            piece = as_stored(self._weights.quantize(entry.name, grid, rows))
+        rows = slabs(entry, SLABS // self._weights.held)
+        for piece in self._weights.in_slabs(entry.name, get_grid(entry.grid), rows, as_stored):
             yield piece[which]
             for key in later:
                 later[key].append(piece[key])
         self._held = (entry.name, later)
 
 
-def slabs(entry: PlanEntry) -> Iterator[slice | None]:
-    """Runs of at most ``SLAB`` weights, of a multiple of 256 rows: all groups of rows divide that,
-    and their codes fill whole bytes. None for all rows, where those are few or share one table.
+def slabs(entry: PlanEntry, most: int) -> Iterator[slice | None]:
+    """Runs of ``most`` weights, of a multiple of 256 rows: all groups of rows divide that, and
+    their codes fill whole bytes. None for all rows, where those are few or share one table.
     """
     rows, columns = entry.shape if len(entry.shape) == 2 else (1, entry.shape[0])
-    step = max(SLAB // columns // 256, 1) * 256
+    step = max(most // columns // 256, 1) * 256
     if step >= rows or entry.grid.endswith("-tensor"):
         yield None
         return

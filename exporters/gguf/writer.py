@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.arch import DecoderConfig
-from compress.grids import get_grid
+from compress.grids import Quantized, get_grid
 from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
 from compress.sources import Source
 from exporters.gguf.metadata import (
@@ -34,11 +34,11 @@ from exporters.gguf.mixes import file_type
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 
 ALIGNMENT = 32  # gguf's default, so no key says it
-SLAB = 8 << 20  # weights held at once: 32 MiB as float32
+SLABS = 8 << 20  # weights held at once: 32 MiB as float32
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """See ``compress.model.Exporter.write``. Memory: one slab of ``SLAB`` weights, never a tensor.
+    """See ``compress.model.Exporter.write``. Memory: ``SLABS`` weights, never a tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
@@ -135,18 +135,19 @@ def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:
         values = weights.read(entry.name).astype("<f4", copy=False)
         yield interleave(values[:, None], config.head_dim)[:, 0].copy() if heads else values
     else:
-        grid = get_grid(entry.grid)
-        for rows in slabs(entry.shape, config.head_dim if heads else 1):
+
+        def pack(quantized: Quantized) -> NDArray[Any]:
             # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
-            (blocks,) = weights.quantize(entry.name, grid, rows).pack().values()
-            if heads:
-                blocks = interleave(blocks, config.head_dim)
-            yield np.ascontiguousarray(blocks)
+            (blocks,) = quantized.pack().values()
+            return np.ascontiguousarray(interleave(blocks, config.head_dim) if heads else blocks)
+
+        parts = slabs(entry.shape, config.head_dim if heads else 1, SLABS // weights.held)
+        yield from weights.in_slabs(entry.name, get_grid(entry.grid), parts, pack)
 
 
-def slabs(shape: tuple[int, ...], step: int) -> Iterator[slice]:
-    """Runs of a multiple of ``step`` rows, of at most ``SLAB`` weights where one step is fewer."""
-    count = max(SLAB // (shape[1] * step), 1) * step
+def slabs(shape: tuple[int, ...], step: int, most: int) -> Iterator[slice]:
+    """Runs of a multiple of ``step`` rows, of ``most`` weights where one step is fewer."""
+    count = max(most // (shape[1] * step), 1) * step
     for start in range(0, shape[0], count):
         yield slice(start, min(start + count, shape[0]))
 

@@ -17,8 +17,7 @@ from compress.sources import Source
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, Piece, layout, pack
 
-# Weights quantized at once: 8 MB as float32, which the caches of a CPU hold better than more.
-SLAB = 2 * 2**20
+SLABS = 4 << 20  # weights held at once: 16 MiB as float32
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
@@ -99,15 +98,16 @@ def _slabs(entry: PlanEntry, weights: Weights) -> Iterator[tuple[str, int, Array
         yield name, 0, cos if entry.name == "rope.cos" else sin
         return
     rows = entry.shape[0]
-    step = rows if len(entry.shape) == 1 else max(1, SLAB // entry.shape[1])
-    for start in range(0, rows, step):
-        slab = slice(start, min(start + step, rows))
-        if entry.grid in FLOATS:
-            yield name, start, weights.read(entry.name, slab).astype(FLOATS[entry.grid])
-        else:
-            quantized = weights.quantize(entry.name, get_grid(entry.grid), slab)
-            for part, values in pack(quantized).items():
-                yield f"{name}.{part}", start, values
+    step = rows if len(entry.shape) == 1 else max(1, SLABS // weights.held // entry.shape[1])
+    slabs = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if entry.grid in FLOATS:
+        for slab in slabs:
+            yield name, slab.start, weights.read(entry.name, slab).astype(FLOATS[entry.grid])
+        return
+    packed = weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
+    for slab, arrays in zip(slabs, packed, strict=True):
+        for part, values in arrays.items():
+            yield f"{name}.{part}", slab.start, values
 
 
 def _put(file: BinaryIO, piece: Piece, row: int, values: Array) -> None:
