@@ -18,7 +18,7 @@ from compress.batch.engine import Outcome
 from compress.config_json import json_or_empty
 from compress.summary import REFUSED_HINT, refusal
 
-__all__ = ["Record", "State", "fingerprint"]
+__all__ = ["Record", "State", "fingerprint", "stamp"]
 
 FINISHED = ("passed", "failed", "written")
 STATE = ".batch"
@@ -167,11 +167,16 @@ class State:
         return json_or_empty(self.folder_of(name) / "report.json")
 
     def stamp(self, name: str) -> int:
-        """When the finished folder of a job was written, in nanoseconds; 0 where there is none."""
-        try:
-            return (self.folder_of(name) / "SHA256SUMS").stat().st_mtime_ns
-        except OSError:
-            return 0
+        """See ``stamp``, of a job's folder."""
+        return stamp(self.folder_of(name))
+
+
+def stamp(folder: Path) -> int:
+    """When a finished folder was written, in nanoseconds; 0 where there is none."""
+    try:
+        return (folder / "SHA256SUMS").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def refusals(report: Mapping[str, Any]) -> list[str]:
