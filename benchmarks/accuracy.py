@@ -254,7 +254,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for setting in chosen.setting:
         for job, peer in contestants(checkpoint, setting, chosen):
             name = peer.name if peer else job.recipe.solver
-            if peer is OnnxHqq and job.predicted_bytes > WHOLE_LIMIT:
+            if peer is OnnxHqq and sum(plan.weights_bytes for plan in job.plans) > WHOLE_LIMIT:
                 notes.append(f"{setting}, {name}: not run, it takes the whole file into memory")
                 continue
             try:

@@ -125,6 +125,29 @@ def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iter
             pending = pending[body:]
 
 
+def read_words(path: Path, missing: str, empty: str) -> str:
+    """A text of the user's.
+
+    Args:
+        path: UTF-8.
+        missing, empty: hints for a file that is.
+
+    Raises:
+        UsageError: not there, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", hint=missing) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty", hint=empty)
+    return text
+
+
 def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str]:
     """A plain text in pieces of whole lines, each at least ``characters`` long; or the lines of a
     JSONL file as texts.
@@ -132,18 +155,11 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
     Raises:
         UsageError: not there, not UTF-8, empty, or a line without ``text`` and ``messages``.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path} does not exist", hint="calibration texts are .txt or .jsonl files, or builtin"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
-    if not text.strip():
-        raise UsageError(f"{path} is empty", hint="a few hundred KB of the model's kind of text")
+    text = read_words(
+        path,
+        "calibration texts are .txt or .jsonl files, or builtin",
+        "a few hundred KB of the model's kind of text",
+    )
     if path.suffix == ".jsonl":
         rows = enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold a U+2028
         return [read_row(f"{path} line {n}", row, tokenizer) for n, row in rows if row.strip()]

@@ -23,7 +23,7 @@ from compress.settings import BuildSettings, check_options, command_line, recipe
 from compress.verify import gates
 from compress.verify.against import Previous
 
-__all__ = ["Decision", "clear_the_way", "decide"]
+__all__ = ["Decision", "clear_the_way", "decide", "first_choice"]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def first_choice(settings: BuildSettings, get_exporter: GetExporter, replan: Rep
         return locked_plan(settings.plan, job, get_exporter, replan)
     if settings.sweep:
         check_sweep(settings.sweep, job, get_exporter)
-    else:
-        check_budget(job, get_exporter, replan)
-    return Chosen(job)
+        return Chosen(job)
+    return Chosen(job, at_most=check_budget(job, get_exporter, replan))
 
 
 def clear_the_way(decision: Decision, console: Console) -> Scorer | None:
@@ -136,7 +135,8 @@ def clear_the_way(decision: Decision, console: Console) -> Scorer | None:
     settings.ci_files.check(output)
     if settings.save_checkpoint:
         check_save(settings.save_checkpoint, output, job)
-    check_disk(output, job.predicted_bytes + (baseline_bytes(job) if settings.verify else 0))
+    needed = decision.chosen.predicted_bytes + (baseline_bytes(job) if settings.verify else 0)
+    check_disk(output, needed)
     if settings.verify or (looks_at_inputs(decision.recipe) and not settings.imatrix):
         check_tokenizer(job.checkpoint)
     if not settings.verify:

@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.arch import FUSED, DecoderConfig, Float32, split_name
-from compress.checkpoint import Checkpoint
-from compress.sources import Source
+from compress.sources import Around, Source
 from compress.statistics import LayerStats, Statistics, input_names, input_of, input_roles
 
 __all__ = ["Fold", "Folded", "columns_of", "fold_statistics", "fold_stats"]
@@ -53,7 +52,7 @@ class Fold:
     order: Order | None = None
 
 
-class Folded:
+class Folded(Around):
     """A source whose weights are those of another, folded; computed when they are read.
 
     Args:
@@ -68,19 +67,9 @@ class Folded:
     def __init__(self, source: Source, folds: Mapping[str, Fold]) -> None:
         for key, fold in folds.items():
             check(source.config, key, fold)
-        self.source = source
+        super().__init__(source, source.config)  # a fold changes no shape
         self.folds = dict(folds)
         self._uses = uses(source.config)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``compress.sources.Source``."""
-        return self.source.checkpoint
-
-    @property
-    def config(self) -> DecoderConfig:
-        """That of the source: a fold changes no shape."""
-        return self.source.config
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``compress.sources.Source``."""

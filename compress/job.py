@@ -72,11 +72,6 @@ class Job:
         """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
         return self.config if self.cut is None else self.cut.config
 
-    @property
-    def predicted_bytes(self) -> int:
-        """Bytes of all artifacts' weights."""
-        return sum(plan.weights_bytes for plan in self.plans)
-
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
     """The architecture, held against the shard headers.

@@ -23,8 +23,7 @@ from functools import partial
 from typing import TypeVar
 
 from compress.arch import DecoderConfig, Float32, split_name
-from compress.checkpoint import Checkpoint
-from compress.sources import Source
+from compress.sources import Around, Source
 from compress.statistics import stored_block
 
 __all__ = ["in_lockstep"]
@@ -74,22 +73,12 @@ def group_of(config: DecoderConfig, name: str) -> int:
     return 0 if role == "embed_tokens" else 1 + config.num_hidden_layers
 
 
-class InStep:
+class InStep(Around):
     """A source that lets the other targets catch up before it goes on to the next group."""
 
     def __init__(self, source: Source, relay: Relay, runner: int) -> None:
-        self.source = source
+        super().__init__(source, source.config)
         self._reach = partial(relay.reach, runner)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self.source.checkpoint
-
-    @property
-    def config(self) -> DecoderConfig:
-        """See ``Source.config``."""
-        return self.source.config
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""

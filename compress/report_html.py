@@ -6,15 +6,18 @@ The template is ``report.html.j2`` with autoescape on; its pictures come from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from compress import charts
 from compress.console import format_bytes
 from compress.report import artifact_label, decimals
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 STYLES = 6  # c0 … c5 in the style sheet
 ROLES = [  # rows of the depth picture, in order of execution
@@ -41,19 +44,8 @@ def render(report: Json) -> str:
     Args:
         report: a document that obeys ``report.schema.json``.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "amount": amount,
-        "figure": figure,
-        "percent": percent,
-        "size": size,
-    }
     folder = files("compress")
-    template = environment.from_string(folder.joinpath("report.html.j2").read_text("utf-8"))
+    template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report["artifacts"]
     for_template = [
         {**artifact, "label": artifact_label(artifact), "style": f"c{place % STYLES}"}
@@ -73,6 +65,28 @@ def render(report: Json) -> str:
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
+
+
+def page_template(text: str, **filters: Callable[..., str]) -> Template:
+    """A template of ours: everything is escaped, and nothing may be undefined.
+
+    Args:
+        text: Jinja2.
+        filters: beside those that put numbers in words.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "amount": amount,
+        "figure": figure,
+        "percent": percent,
+        "size": size,
+        **filters,
+    }
+    return environment.from_string(text)
 
 
 def failures(artifacts: Sequence[Json]) -> list[str]:

@@ -23,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.arch import FUSED, DecoderConfig, Float32, WeightMap, split_name
-from compress.checkpoint import Checkpoint
 from compress.errors import UnsupportedModelError
-from compress.sources import Source
+from compress.sources import Around, Source
 
 __all__ = ["KINDS", "Rotated", "Rotation", "hadamard_order"]
 
@@ -187,7 +186,7 @@ def rotation(size: int, name: str) -> Rotation:
 # --- weights ------------------------------------------------------------------------------------
 
 
-class Rotated:
+class Rotated(Around):
     """A source whose weights are rotated, computing the same logits.
 
     A head that is tied to the embedding becomes a tensor of its own: only the head takes the final
@@ -205,34 +204,23 @@ class Rotated:
     def __init__(self, source: Source, kinds: str) -> None:
         check(source.config)
         config = source.config
-        self._source = source
         self._kinds = kinds
         self._shapes = WeightMap(config)
         self._residual = rotation(config.hidden_size, "R1") if "r1" in kinds else None
         self._values = rotation(config.head_dim, "R2") if "r2" in kinds else None
         if self._residual is not None:
             config = replace(config, tie_word_embeddings=False)
-        self._config = config
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """See ``Source.checkpoint``."""
-        return self._source.checkpoint
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder as it was, with its head untied by R1."""
-        return self._config
+        super().__init__(source, config)
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
-        key = f"rotated {VERSION} {SEED} {self._kinds} {self._source.fingerprint()}"
+        key = f"rotated {VERSION} {SEED} {self._kinds} {self.source.fingerprint()}"
         return hashlib.sha256(key.encode()).hexdigest()
 
     @property
     def unties(self) -> bool:
         """Whether the head was the embedding and is a tensor of its own now."""
-        return self._source.config.tie_word_embeddings and not self._config.tie_word_embeddings
+        return self.source.config.tie_word_embeddings and not self.config.tie_word_embeddings
 
     def summary(self) -> str:
         """For the report: what was done to the weights."""
@@ -262,14 +250,14 @@ class Rotated:
 
     def _norm(self, name: str, role: str) -> Float32:
         """All ones where R1 moved the weight on; the norms of q and k are inside a head."""
-        weight = self._source.read(name)
+        weight = self.source.read(name)
         if self._residual is None or role in ("q_norm", "k_norm"):
             return weight
         return np.ones_like(weight)
 
     def _bias(self, name: str, role: str) -> Float32:
         """What is added to an output turns with the output."""
-        bias = self._source.read(name)
+        bias = self.source.read(name)
         if role in WRITERS and self._residual is not None:
             return self._residual.rows(bias)
         if role == "v_proj" and self._values is not None:
@@ -279,7 +267,7 @@ class Rotated:
     def _writer(self, name: str, role: str) -> Float32:
         """``o_proj`` or ``down_proj``, whole: its rows are turned, by slabs of columns."""
         assert self._residual is not None
-        weight = self._source.read(name)
+        weight = self.source.read(name)
         turned = np.empty_like(weight)
         count = self._values.size if self._values is not None and role == "o_proj" else 1
         width = max(SLAB // weight.shape[0] // count, 1) * count  # whole heads
@@ -313,12 +301,12 @@ class Rotated:
         if self._residual is None or role not in NORMS:
             return None
         stem = "" if block is None else f"blocks.{block}."
-        return self._source.read(f"{stem}{NORMS[role]}.weight")
+        return self.source.read(f"{stem}{NORMS[role]}.weight")
 
     def _turn(self, name: str, norm: Float32 | None, first: int, last: int) -> Float32:
         """Some rows of the embedding or of a linear: of ``v_proj``, whole heads."""
         _, role, _ = split_name(name)
-        slab = self._source.read(name, slice(first, last))
+        slab = self.source.read(name, slice(first, last))
         if norm is not None:
             slab = slab * norm
         if self._residual is not None and (norm is not None or role == "embed_tokens"):

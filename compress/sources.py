@@ -13,7 +13,7 @@ from typing import Protocol
 from compress.arch import DecoderConfig, Float32, WeightMap
 from compress.checkpoint import Checkpoint
 
-__all__ = ["Change", "Source", "Stored"]
+__all__ = ["Around", "Change", "Source", "Stored"]
 
 
 class Source(Protocol):
@@ -61,26 +61,33 @@ class Stored:
         return self.checkpoint.fingerprint()
 
 
-class Change:
-    """What a source around a source has, whatever it changes; ``read`` is its own.
+class Around:
+    """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
+    own.
 
-    Args:
+    Attributes:
         source: the weights before.
         config: the decoder after.
-        what: names the change; part of the fingerprint.
     """
 
-    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
+    def __init__(self, source: Source, config: DecoderConfig) -> None:
+        self.source = source
         self.config = config
-        self._source = source
-        self._what = what
 
     @property
     def checkpoint(self) -> Checkpoint:
         """See ``Source.checkpoint``."""
-        return self._source.checkpoint
+        return self.source.checkpoint
+
+
+class Change(Around):
+    """A change that has a name: ``what`` it is, and of which source, is the fingerprint."""
+
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
+        super().__init__(source, config)
+        self._what = what
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
-        facts = f"{self._what} of {self._source.fingerprint()}"
+        facts = f"{self._what} of {self.source.fingerprint()}"
         return hashlib.sha256(facts.encode()).hexdigest()

@@ -17,6 +17,7 @@ from compress.report import TASK_HEADERS, artifact_label, task_rows
 TIE = 0.1
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
+REFUSED_HINT = "its files are kept; `packlight verify` runs them"
 CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 
@@ -32,9 +33,8 @@ def finish(report: Mapping[str, Any], output: Path | None, console: Console) -> 
     if tasks := task_rows(report):
         console.table(TASK_HEADERS, tasks)
     for artifact in report["artifacts"]:
-        if artifact["failure"]:
-            line = f"{artifact_label(artifact)} could not be run: {artifact['failure']}"
-            print_error(PacklightError(line, "its files are kept; `packlight verify` runs them"))
+        if line := refusal(artifact):
+            print_error(PacklightError(line, REFUSED_HINT))
         for gate in artifact["gates"]:
             if not gate["passed"]:
                 console.warning(f"{artifact['format']}: {gate_failure(gate)}")
@@ -80,6 +80,12 @@ def no_verdict(report: Mapping[str, Any]) -> str:
     if report["verdict"] == "passed" and not any(a["gates"] for a in report["artifacts"]):
         return "measured; no gate was set"
     return ""
+
+
+def refusal(artifact: Mapping[str, Any]) -> str:
+    """What became of an artifact that its runtime refused; ``""`` of any other."""
+    failure = artifact.get("failure")
+    return f"{artifact_label(artifact)} could not be run: {failure}" if failure else ""
 
 
 def cache_changes_text(artifact: Mapping[str, Any]) -> bool:

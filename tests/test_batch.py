@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -241,6 +242,43 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
     page = (shop / "strict-jobs" / "batch.html").read_text()
     assert "A gate failed" in page
     assert "llama/strict, GGUF: kl_divergence is" in page
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_the_page(
+    away, shop, tmp_path
+):
+    """A machine without onnxruntime: the folder is there, and of its other artifact the figures."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('not on this machine')")
+    tree = tmp_path / "tree"
+    jobs = {"schema": 1, "models": [str(shop / "shelf" / "llama")]}
+    jobs |= {"output": f"file://{tree}" if away else str(tree)}
+    jobs |= {"recipes": [str(shop / "plain.yaml")], "options": {"set": {"targets.onnx.bits": 4}}}
+    (tmp_path / "jobs.yaml").write_text(json.dumps(jobs))
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": paths, "PACKLIGHT_CACHE": str(tmp_path / "cache")}
+    line = ("batch", "jobs.yaml", "--junit", "junit.xml")
+    done = packlight(*line, cwd=tmp_path, env=environment)
+    assert done.returncode == 2, done.stderr
+    (job,) = told(tmp_path, "tree")["jobs"]
+    gguf, onnx = job["artifacts"]
+    assert job["status"] == "error" and job["report"] == "llama/plain/report.html"
+    assert gguf["failure"] is None and gguf["passed"] and gguf["kl_divergence"] > 0
+    assert "onnxruntime is not installed" in onnx["failure"] and not onnx["passed"]
+    assert job["error"] == f"ONNX {onnx['type']} could not be run: {onnx['failure']}"
+    page = (tree / "batch.html").read_text()
+    assert html.unescape(page).count(f"could not be run: {onnx['failure']}") == 2
+    links = [link for link in Page(page).links if not link.startswith("data:")]
+    assert links.count("llama/plain/report.html") >= 3
+    for link in links:
+        if not (away and link.startswith(".batch/")):  # logs stay with the batch
+            assert (tree / link).is_file(), link
+    assert all((tree / artifact["path"]).exists() for artifact in (gguf, onnx))
+    suites = {suite.attrib["name"]: suite for suite in ET.parse(tmp_path / "junit.xml").getroot()}
+    assert {name: suite.attrib["failures"] for name, suite in suites.items()} == {
+        "llama/plain GGUF Q4_0": "0",
+        f"llama/plain ONNX {onnx['type']}": "1",
+    }
 
 
 def test_two_batches_into_one_tree(shop):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import tiny
+from commands import packlight
 
+from compress.allocation.chosen import Chosen
 from compress.batch.predict import predict, share_threads
 from compress.checkpoint import Checkpoint
-from compress.job import Job, prepare
+from compress.job import prepare
 from compress.memory import smallest_memory
 from compress.recipe import load
 from exporters import get_exporter
@@ -18,8 +23,8 @@ def model(tmp_path_factory):
     return Checkpoint.open(tiny.make("phi3", tmp_path_factory.mktemp("phi3")))
 
 
-def job(model: Checkpoint, recipe: str, *formats: str) -> Job:
-    return prepare(model, load(recipe, (), formats), get_exporter)
+def job(model: Checkpoint, recipe: str, *formats: str) -> Chosen:
+    return Chosen(prepare(model, load(recipe, (), formats), get_exporter))
 
 
 def test_memory_covers_the_build_and_the_process_beside_it(model):
@@ -29,8 +34,8 @@ def test_memory_covers_the_build_and_the_process_beside_it(model):
     found = predict(planned, get_exporter, verify=True, threads=1)
     assert 639e6 + 266e6 < found.memory < 1.3 * (639e6 + 266e6)
     alone = predict(planned, get_exporter, verify=False, threads=1)
-    assert smallest_memory(planned, get_exporter, verify=False) < alone.memory < found.memory
-    assert found.bytes == sum(plan.weights_bytes for plan in planned.plans)
+    assert smallest_memory(planned.job, get_exporter, verify=False) < alone.memory < found.memory
+    assert found.bytes == sum(plan.weights_bytes for plan in planned.job.plans)
 
 
 def test_what_asks_for_more_takes_longer(model):
@@ -45,7 +50,32 @@ def test_what_asks_for_more_takes_longer(model):
 
 
 def test_threads_are_shared(model):
-    config = job(model, "int4-fast", "gguf").config
+    config = job(model, "int4-fast", "gguf").job.config
     assert share_threads(config, 0, cpus=8, jobs=0) == 1  # small models gain nothing by more
     assert share_threads(config, 3, cpus=8, jobs=0) == 3
     assert share_threads(config, 99, cpus=8, jobs=2) == 8
+
+
+def test_a_budget_is_what_its_files_have_at_most(model, tmp_path):
+    """Where it binds, its very bytes; where it does not, those that a build then writes."""
+
+    def told(budget: str, *formats: str) -> dict:
+        jobs = {"schema": 1, "models": [str(model.path)], "recipes": ["int4-fast"]}
+        jobs |= {"formats": formats, "options": {"budget": budget}}
+        (tmp_path / "jobs.yaml").write_text(json.dumps(jobs))
+        done = packlight("batch", tmp_path / "jobs.yaml", "--dry-run", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["jobs"][0]["predicted"]
+
+    out, most = tmp_path / "out", ("-f", "gguf", "--budget", "1GB", "--no-verify")
+    done = packlight("build", model.path, "-r", "int4-fast", *most, "-o", out)
+    assert done.returncode == 0, done.stderr
+    (largest,) = (path.stat().st_size for path in out.glob("gguf/*.gguf"))
+    wide = told("1GB", "gguf")
+    assert wide["bytes"] == largest
+    tight = told(f"{largest // 10**3 - 1}kB", "gguf")
+    assert tight["bytes"] == (largest // 10**3 - 1) * 10**3
+    assert told(f"{largest // 10**3 - 1}kB", "gguf", "onnx")["bytes"] == 2 * tight["bytes"]
+    roomy = replace(job(model, "int4-fast", "gguf"), at_most={"gguf": 3 * 10**9})
+    found = predict(roomy, get_exporter, verify=True, threads=1)
+    assert found.bytes == 3 * 10**9 < found.memory  # which llama.cpp has them in

@@ -16,11 +16,14 @@ from compress.batch.table import Board, last_line, summary, told
 from compress.console import Console
 
 
-def finish(state: State, name: str, verdict: str = "passed", stamp: int = 10**18) -> None:
+def finish(
+    state: State, name: str, verdict: str = "passed", stamp: int = 10**18, failure: str = ""
+) -> None:
     """What a build leaves when it is done, as far as a batch looks at it."""
     folder = state.folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}
+    artifact |= {"type": "Q4_0", "failure": failure or None}
     document = {"verdict": verdict, "artifacts": [artifact]}
     (folder / "report.json").write_text(json.dumps(document))
     (folder / "SHA256SUMS").write_text("")
@@ -67,6 +70,36 @@ def test_a_job_whose_end_nobody_noted(tmp_path):
     finish(state, "m/r", stamp=10**18 + 1)
     found = state.read("m/r")
     assert found is not None and found.status == "passed"
+
+
+REFUSED = "GGUF Q4_0 could not be run: too new"
+
+
+def test_a_refused_artifact_has_a_report_and_a_reason(tmp_path):
+    state = State(tmp_path)
+    state.begin("m/r", "f")
+    finish(state, "m/r", "failed", failure="too new")
+    ended = state.end("m/r", "f", Outcome("m/r", 2, 3.0, error="the last line", hint="a hint"))
+    assert ended == state.read("m/r")
+    assert (ended.status, ended.error, ended.seconds) == ("error", REFUSED, 3.0)
+    assert ended.reported and not ended.finished
+    # Done again, and it does not get so far: what stands there is of the time before.
+    state.begin("m/r", "f")
+    again = state.end("m/r", "f", Outcome("m/r", 2, 1.0, error="no room", hint="free some"))
+    assert (again.status, again.error, again.hint) == ("error", "no room", "free some")
+    assert not again.reported
+
+
+def test_a_refused_artifact_whose_end_nobody_noted(tmp_path):
+    state = State(tmp_path)
+    state.begin("m/r", "f")
+    finish(state, "m/r", "failed", failure="too new")  # and then the batch was killed
+    found = state.read("m/r")
+    assert found is not None and (found.status, found.error) == ("error", REFUSED)
+    # Or its node, and an engine that repeats it finds it done.
+    state.begin("m/r", "f")
+    ended = state.end("m/r", "f", Outcome("m/r", 1, 0.0))
+    assert (ended.status, ended.error, ended.reported) == ("error", REFUSED, True)
 
 
 def test_a_folder_that_was_taken_away_is_not_finished(tmp_path):

@@ -11,39 +11,27 @@ import pytest
 import tiny
 import torch
 from commands import packlight
+from tiny_sources import stored, texts
 
 from compress.arch import FUSED, WeightMap
 from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.errors import RecipeError, UsageError
-from compress.job import describe_model
 from compress.pruning.cut import Healing, plan_cut
 from compress.pruning.heal import Adam, Shares, heal
 from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source
 from compress.recipe import load
 from compress.save import save_checkpoint
-from compress.sources import Source, Stored
+from compress.sources import Source
 from compress.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-
-
-def stored(folder) -> Stored:
-    checkpoint = Checkpoint.open(folder)
-    return Stored(checkpoint, describe_model(checkpoint))
-
-
-def texts(source: Source, count: int = 4, length: int = 32) -> CalibrationSet:
-    ids = Tokenizer(source.checkpoint.path).encode(tiny.TEXT)
-    windows = [tuple(ids[i * length : (i + 1) * length]) for i in range(count)]
-    return CalibrationSet(tuple(windows), ("tiny",))
 
 
 def pruned(source: Source, calibration: CalibrationSet | None = None, **settings) -> Pruned:

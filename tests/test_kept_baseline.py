@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
+import numpy as np
+import tiny
+
+from compress.cache import taking_turns
+from compress.checkpoint import Checkpoint
+from compress.decoder import Decoder
+from compress.job import describe_model
+from compress.scorer import read_text
+from compress.tokenizer import Tokenizer, eval_windows
 from compress.verify.baseline import BaselineStore
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed
 
+WAIT = "look for the float model's answers"
 WINDOWS = [[1, 2, 3, 4], [5, 6, 7, 0]]
 SPEED = Speed(100.0, 50.0, 16, 8, 3)
 
 
 def written(folder):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     logits = [rng.standard_normal((4, 8)).astype(np.float32) for _ in WINDOWS]
     return BaselineStore.write(folder, WINDOWS, logits)
@@ -58,3 +73,81 @@ def test_what_is_damaged_is_not_borrowed(tmp_path):
     assert kept.borrow(second) is None
     (tmp_path / "kept" / kept.key / "facts.json").write_text("{")
     assert kept.borrow(second) is None
+
+
+def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
+    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    together, computed = Barrier(6), []
+
+    def build(number):
+        work = tmp_path / f"work{number}"
+        work.mkdir()
+        together.wait()
+        with kept.in_turn(work) as found:
+            if found:
+                return found
+            computed.append(number)
+            time.sleep(0.05)  # so that the others are there
+            store = written(work)
+            kept.keep(work, SPEED)
+            return store, SPEED
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(build, range(6)))
+    assert len(computed) == 1
+    assert len({(store.folder, store.nll.tobytes(), speed) for store, speed in answers}) == 6
+    assert len({store.nll.tobytes() for store, _ in answers}) == 1
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.key]
+
+
+def test_what_is_damaged_is_computed_once_again(tmp_path):
+    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    written(tmp_path / "first")
+    kept.keep(tmp_path / "first", None)
+    (tmp_path / "kept" / kept.key / "facts.json").write_text("{")
+    with kept.in_turn(tmp_path / "first") as found:
+        assert found is None
+        kept.keep(tmp_path / "first", SPEED)
+    with kept.in_turn(tmp_path / "first") as found:
+        assert found is not None and found[1] == SPEED
+
+
+def phases(path):
+    return [json.loads(line)["phase"] for line in path.read_text().splitlines()]
+
+
+def test_one_of_two_builds_scores_the_float_model(tmp_path):
+    """Two processes that get there at the same moment: at a lock that the test holds."""
+    model = tiny.make("llama", tmp_path / "model")
+    checkpoint = Checkpoint.open(str(model))
+    windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)
+    asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads"
+    kept = KeptBaseline.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
+    line = [sys.executable, "-m", "compress", "build", model, "-r", "int4-fast", "--threads", "1"]
+    line += ["--set", "verify.windows=2", "--set", "verify.sequence_length=64", "-f", "gguf"]
+    line += ["--keep-baseline", kept.folder]
+    files = [tmp_path / "first", tmp_path / "second"]
+    kept.folder.mkdir()
+    with taking_turns(kept.folder / f"{kept.key}.lock"):
+        builds = [
+            subprocess.Popen(
+                [*line, "--progress-file", file, "-o", f"{file}-out"],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for file in files
+        ]  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not all(file.is_file() and WAIT in phases(file) for file in files):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [phases(file)[-1] for file in files] == [WAIT, WAIT]
+    for build in builds:
+        said = build.communicate(timeout=120)[1]
+        assert build.returncode in (0, 1), said  # a random model need not pass its gates
+    assert sorted("score the float model" in phases(file) for file in files) == [False, True]
+    first, second = (
+        json.loads((tmp_path / f"{file.name}-out" / "report.json").read_text())["baseline"]
+        for file in files
+    )
+    assert first == second and first["perplexity"] > 1
+    assert [path.name for path in kept.folder.iterdir()] == [kept.key]

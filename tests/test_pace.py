@@ -44,7 +44,7 @@ def test_targets_together_go_part_by_part(job, monkeypatch):
     monkeypatch.setattr(pace, "SMALLEST", 0)
     weights = [Weights(job.source, get_solver("rtn")) for _ in job.plans]
     steps = expected_steps(job.plans, weights, "rtn")
-    assert sum(step.units for step in steps) == job.predicted_bytes
+    assert sum(step.units for step in steps) == sum(plan.weights_bytes for plan in job.plans)
     formats = [step.kind.split()[0] for step in steps if step.kind != "float"]
     turns = 1 + sum(mine != other for mine, other in pairwise(formats))
     assert turns >= len(job.plans) * job.config.num_hidden_layers

@@ -12,15 +12,14 @@ import pytest
 import tiny
 import torch
 from commands import packlight, refused
+from tiny_sources import stored, texts
 
 from compress.arch import FUSED, DecoderConfig, WeightMap
 from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.decoder import Decoder
 from compress.demo import model_path
 from compress.errors import RecipeError, UnsupportedModelError, UsageError
-from compress.job import describe_model
 from compress.pruning.cut import Cut, plan_cut, width_step
 from compress.pruning.depth import Walks, choose_blocks
 from compress.pruning.options import prune_option
@@ -52,17 +51,6 @@ CASES = [
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-
-
-def stored(folder: Path) -> Stored:
-    checkpoint = Checkpoint.open(folder)
-    return Stored(checkpoint, describe_model(checkpoint))
-
-
-def texts(source: Stored, count: int = 4, length: int = 32) -> CalibrationSet:
-    ids = Tokenizer(source.checkpoint.path).encode(tiny.TEXT)
-    windows = [tuple(ids[i * length : (i + 1) * length]) for i in range(count)]
-    return CalibrationSet(tuple(windows), ("tiny",))
 
 
 def pruned(source: Stored, **settings) -> tuple[Cut, Pruned]:

@@ -18,6 +18,7 @@ from compress.allocation.weigh import weigh
 from compress.calibration_step import CalibrationStep
 from compress.console import Console, format_bytes
 from compress.job import Job
+from compress.model import Plan
 from compress.plan_file import plan_document
 
 __all__ = ["Chosen", "choose_grids", "locked_plan"]
@@ -32,12 +33,23 @@ class Chosen:
         budgets: format → ``plan.json``'s ``budget``.
         budgeted: the choices of a budget.
         swept: the choices of a sweep.
+        at_most: format → bytes that a budget lets its file have, while grids are to be chosen.
     """
 
     job: Job
     budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     budgeted: tuple[Budgeted, ...] = ()
     swept: Sweep | None = None
+    at_most: Mapping[str, int] = field(default_factory=dict)
+
+    def bytes_of(self, plan: Plan) -> int:
+        """What is known of a target's file: its weights, or what a budget lets it have at most."""
+        return self.at_most.get(plan.format, plan.weights_bytes)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The same of all targets."""
+        return sum(map(self.bytes_of, self.job.plans))
 
     @property
     def curve(self) -> list[dict[str, Any]]:

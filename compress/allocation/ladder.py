@@ -151,20 +151,23 @@ def settings_of(config: DecoderConfig, plan: Plan) -> list[list[dict[str, Any]]]
     ]
 
 
-def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> None:
+def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[str, int]:
     """Refuse an infeasible budget before any work.
+
+    Returns:
+        Format → bytes that the budget lets its file have at most; empty where there is none.
 
     Raises:
         UsageError: the smallest file of some target is more than its limit, pruned too where the
             recipe lets the budget prune.
     """
     if not job.recipe.budget:
-        return
+        return {}
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     pairs = [(target, limit_for(shaped, target)) for target in targets_of(shaped, get_exporter)]
     refusal = infeasible([(target, limit.nbytes) for target, limit in pairs])
     if refusal is None:
-        return
+        return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
     if job.cut:
         raise refusal
     tight = [target for target, limit in pairs if target.smallest_bytes > limit.nbytes]
@@ -178,3 +181,11 @@ def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> None:
     if not job.recipe.weighs:
         hint = f"{refusal.hint}; --prune auto would make it fit, by pruning"
         raise UsageError(str(refusal), hint=hint)
+    return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
+
+
+def most_bytes(target: Target, limit: Limit) -> int:
+    """Bytes of a target's file at most: the limit's, or those of its largest file."""
+    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more; saves planning it
+        return limit.nbytes
+    return min(limit.nbytes, target.largest_bytes)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
+from compress.batch.state import stamp
 from compress.cache import cache_folder
 from compress.errors import PacklightError
 from compress.remote import SUMS, fingerprint_text, publish, read_text
@@ -36,23 +37,24 @@ class Publishing:
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
         """See ``Engine.run``. A job whose folder cannot be copied is one that could not run."""
+        before = {work.name: stamp(self._tree / work.name) for work in works}
         with closing(self._engine.run(works, watch)) as outcomes:
             for outcome in outcomes:
-                told = published(outcome, self._tree / outcome.name, self._url)
-                if told.code in (0, 1):
-                    bring_back(self._url, told.name, self._tree)
-                yield told
+                folder = self._tree / outcome.name
+                if stamp(folder) not in (0, before[outcome.name]):
+                    outcome = published(outcome, folder, self._url)
+                if outcome.copied:
+                    bring_back(self._url, outcome.name, self._tree)
+                yield outcome
 
 
 def published(outcome: Outcome, folder: Path, url: str) -> Outcome:
-    """Copy a job's folder to ``URL/NAME`` if it has one; what went wrong becomes the outcome."""
-    if outcome.code not in (0, 1):
-        return outcome
+    """Copy the folder that a job has made to ``URL/NAME``; what went wrong becomes the outcome."""
     try:
         publish(folder, f"{url}/{outcome.name}")
     except PacklightError as error:
         return replace(outcome, code=2, error=error.message, hint=error.hint)
-    return outcome
+    return replace(outcome, copied=True)
 
 
 def run_away(work: Work, url: str) -> Outcome:
@@ -70,8 +72,10 @@ def run_away(work: Work, url: str) -> Outcome:
             del arguments[start : start + 2]
     shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not copied before the end
     here = replace(work, arguments=tuple(arguments), log=place / "log")
-    outcome = published(run_work(here), place / "out", url)
-    if outcome.code in (0, 1):
+    outcome = run_work(here)
+    if stamp(place / "out"):
+        outcome = published(outcome, place / "out", url)
+    if outcome.copied:
         shutil.rmtree(place)
     return outcome
 

@@ -25,7 +25,7 @@ __all__ = ["batch_document", "errors", "finish", "markdown", "print_plan"]
 FIGURES = (
     "format", "type", "path", "bytes", "bits_per_weight", "perplexity", "perplexity_ratio",
     "top1_agreement", "peak_memory_bytes", "weights_bytes", "kv_cache_bytes",
-    "prefill_tokens_per_second", "decode_tokens_per_second", "runtime",
+    "prefill_tokens_per_second", "decode_tokens_per_second", "runtime", "failure",
 )  # fmt: skip
 
 HEADERS = ("job", "result", "artifacts", "size", "KL up to", "time")
@@ -74,7 +74,7 @@ def exit_code(counts: Mapping[str, int]) -> int:
 def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
     """One job."""
     record = board.records.get(one.name)
-    report = state.report(one.name) if record and record.finished else {}
+    report = state.report(one.name) if record and record.reported else {}
     found = one.prediction
     return {
         "name": one.name,
@@ -125,7 +125,7 @@ def figures(artifact: Mapping[str, Any], name: str) -> dict[str, Any]:
         "kl_divergence": None if divergence is None else divergence["mean"],
         "kl_divergence_se": None if divergence is None else divergence["se"],
         "gates": artifact["gates"],
-        "passed": all(gate["passed"] for gate in artifact["gates"]),
+        "passed": not artifact["failure"] and all(gate["passed"] for gate in artifact["gates"]),
     }
 
 
@@ -240,7 +240,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def errors(document: Mapping[str, Any]) -> dict[str, str]:
-    """Why jobs could not run to their end, by their names."""
+    """Why jobs could not run to their end, or their artifacts could not, by the jobs' names."""
     return {
         job["name"]: job["error"] or word_of(job["status"])
         for job in document["jobs"]

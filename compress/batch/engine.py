@@ -67,6 +67,7 @@ class Outcome:
         peak_memory: largest resident size of one of its processes, in bytes.
         error: the one line that it gave for not running; empty where it gave none.
         hint: the line after it.
+        copied: whether its folder was copied to the URL of the output tree.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Outcome:
     peak_memory: int = 0
     error: str = ""
     hint: str = ""
+    copied: bool = False
 
 
 class Watch(Protocol):

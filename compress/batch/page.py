@@ -16,7 +16,7 @@ from compress.batch.pictures import Dot, Row, cloud, rows
 from compress.console import format_bytes
 from compress.progress import clock_time
 from compress.report import FORMATS
-from compress.report_html import amount, figure, percent, short_size, size
+from compress.report_html import amount, page_template, short_size
 
 __all__ = ["render"]
 
@@ -42,20 +42,8 @@ def render(document: Json) -> str:
     Args:
         document: ``batch.json``.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "amount": amount,
-        "clock": clock_time,
-        "figure": figure,
-        "percent": percent,
-        "short": short_size,
-        "size": size,
-    }
-    template = environment.from_string((files(__package__) / "batch.html.j2").read_text("utf-8"))
+    text = (files(__package__) / "batch.html.j2").read_text("utf-8")
+    template = page_template(text, clock=clock_time, short=short_size)
     jobs = document["jobs"]
     style, verdict = VERDICTS[document["exit_code"]]
     return template.render(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compress.allocation.chosen import Chosen
 from compress.arch import DecoderConfig
 from compress.job import (
     GENERATED_ROOM,
@@ -23,6 +24,7 @@ from compress.job import (
 from compress.memory import smallest_memory
 from compress.model import Plan
 from compress.solvers import NEEDS
+from compress.verify.agenda import Agenda
 from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
@@ -52,7 +54,7 @@ class Prediction:
     """What one job will take.
 
     Attributes:
-        bytes: of the artifacts' weights, all formats.
+        bytes: of the artifacts' weights, all formats; of their files at most, with a budget.
         memory: bytes resident at the peak, of the job's processes together.
         threads: that it keeps busy.
         seconds: of wall time, if it has these threads for itself.
@@ -64,23 +66,24 @@ class Prediction:
     seconds: float
 
 
-def predict(job: Job, get_exporter: GetExporter, *, verify: bool, threads: int) -> Prediction:
+def predict(chosen: Chosen, get_exporter: GetExporter, *, verify: bool, threads: int) -> Prediction:
     """The prediction for a job that was planned.
 
     Args:
-        job: as ``compress.job.prepare`` makes it; no grid of a budget is chosen yet.
+        chosen: the job, no grid of a budget chosen yet.
         get_exporter: format → its exporter.
         verify: whether its artifacts are run.
         threads: as ``share_threads`` gives them.
     """
+    job = chosen.job
     # Bounded by it (--max-memory), a build holds no more.
     memory = smallest_memory(job, get_exporter, verify=verify)
     if verify:  # what it keeps then, and the process beside it
         coreml = any(plan.format == "coreml" for plan in job.plans)
         libraries = PYTHON + TORCH + COREMLTOOLS * coreml
-        memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))
+        memory = max(memory, libraries + max(runtime_memory(chosen, plan) for plan in job.plans))
     return Prediction(
-        bytes=job.predicted_bytes,
+        bytes=chosen.predicted_bytes,
         memory=int(memory * MARGIN),
         threads=threads,
         seconds=cpu_seconds(job, verify=verify) / threads,
@@ -94,14 +97,15 @@ def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> i
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
 
 
-def runtime_memory(job: Job, plan: Plan) -> int:
+def runtime_memory(chosen: Chosen, plan: Plan) -> int:
     """Bytes of the process that runs an artifact: its weights, cache and logits."""
+    job = chosen.job
     base, factor = RUNTIME[plan.format]
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     positions = max(job.context, length + GENERATED_ROOM)
     cache = positions * job.shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     logits = 12 * length * job.config.vocab_size
-    return base + int(factor * plan.weights_bytes) + cache + logits
+    return base + int(factor * chosen.bytes_of(plan)) + cache + logits
 
 
 def cpu_seconds(job: Job, *, verify: bool) -> float:
@@ -118,5 +122,6 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)
-        seconds += verification_seconds(job.config, job.plans, count, length)
+        agenda = Agenda.of([length] * count, max(job.context, length + GENERATED_ROOM))
+        seconds += verification_seconds(job.config, job.plans, agenda)
     return seconds

@@ -75,7 +75,7 @@ class RayEngine:
                         watch.started(running[stream])
                     else:
                         del running[stream]
-                        if self._url and word.code in (0, 1):
+                        if word.copied:
                             bring_back(self._url, word.name, self._tree)
                         yield word
                 if not watch.wanted():

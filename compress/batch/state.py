@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.batch.engine import Outcome
 from compress.config_json import json_or_empty
+from compress.summary import REFUSED_HINT, refusal
 
-__all__ = ["Record", "State", "fingerprint"]
+__all__ = ["Record", "State", "fingerprint", "stamp"]
 
 FINISHED = ("passed", "failed", "written")
 STATE = ".batch"
@@ -34,6 +35,8 @@ class Record:
         error, hint: what it said.
         seconds, cpu_seconds, peak_memory: what it took; 0 where unknown.
         replaces: time stamp of the finished folder that stood there when it started; 0 for none.
+        refused: whether it is an ``error`` only because a runtime refused an artifact: its folder
+            and its report are there, and ``error`` says why, of each.
     """
 
     fingerprint: str
@@ -44,11 +47,17 @@ class Record:
     cpu_seconds: float = 0.0
     peak_memory: int = 0
     replaces: int = 0
+    refused: bool = False
 
     @property
     def finished(self) -> bool:
-        """Whether its artifacts are there."""
+        """Whether its artifacts are there, and nothing is left to do."""
         return self.status in FINISHED
+
+    @property
+    def reported(self) -> bool:
+        """Whether the folder and the report there are what it made."""
+        return self.finished or self.refused
 
 
 class State:
@@ -81,16 +90,31 @@ class State:
         A job that was finished before its end could be noted is finished: its folder appears whole
         or not at all.
         """
-        try:
-            record = Record(**json_or_empty(self.file(name, "json")))
-        except TypeError:
+        record = self.written(name)
+        if record is None:
             return None
-        stamp = self.stamp(name)
-        if record.status == "running" and stamp not in (0, record.replaces):
-            return Record(record.fingerprint, self.verdict(name))
-        if record.finished and not stamp:  # somebody took it away
+        if record.status == "running" and self.has_new(name, record):
+            return self.ended(name, record.fingerprint)
+        if record.finished and not self.stamp(name):  # somebody took it away
             return None
         return record
+
+    def written(self, name: str) -> Record | None:
+        """The record of a job as it was written."""
+        try:
+            return Record(**json_or_empty(self.file(name, "json")))
+        except TypeError:
+            return None
+
+    def has_new(self, name: str, begun: Record) -> bool:
+        """Whether the folder of a job was made since it began."""
+        return self.stamp(name) not in (0, begun.replaces)
+
+    def ended(self, name: str, fingerprint: str) -> Record:
+        """The record of a job that has made its folder, by its report."""
+        if told := refusals(self.report(name)):
+            return Record(fingerprint, "error", "; ".join(told), REFUSED_HINT, refused=True)
+        return Record(fingerprint, self.verdict(name))
 
     def write(self, name: str, record: Record) -> None:
         """Keep the record of a job."""
@@ -101,17 +125,21 @@ class State:
         os.replace(whole, path)
 
     def begin(self, name: str, fingerprint: str) -> None:
-        """Note that a job starts."""
-        stamp = self.stamp(name)
-        self.write(name, Record(fingerprint, "running", replaces=stamp))
+        """Note that a job starts; again, where an engine repeats it."""
+        begun, replaces = self.written(name), self.stamp(name)
+        if begun and begun.status == "running" and begun.fingerprint == fingerprint:
+            replaces = begun.replaces
+        self.write(name, Record(fingerprint, "running", replaces=replaces))
 
     def end(self, name: str, fingerprint: str, outcome: Outcome) -> Record:
         """Note how a job ended."""
-        record = Record(
-            fingerprint,
-            self.status_of(outcome),
-            error=outcome.error,
-            hint=outcome.hint,
+        begun, status = self.written(name), self.status_of(outcome)
+        record = Record(fingerprint, status, outcome.error, outcome.hint)
+        if status == "error" and begun and self.has_new(name, begun):
+            made = self.ended(name, fingerprint)
+            record = made if made.refused else record
+        record = replace(
+            record,
             seconds=round(outcome.seconds, 2),
             cpu_seconds=round(outcome.cpu_seconds, 2),
             peak_memory=outcome.peak_memory,
@@ -129,6 +157,8 @@ class State:
 
     def verdict(self, name: str) -> str:
         """What the report of a finished job says."""
+        if refusals(self.report(name)):
+            return "error"
         words = {"passed": "passed", "failed": "failed", "not verified": "written"}
         return words.get(self.report(name).get("verdict", ""), "error")
 
@@ -137,11 +167,21 @@ class State:
         return json_or_empty(self.folder_of(name) / "report.json")
 
     def stamp(self, name: str) -> int:
-        """When the finished folder of a job was written, in nanoseconds; 0 where there is none."""
-        try:
-            return (self.folder_of(name) / "SHA256SUMS").stat().st_mtime_ns
-        except OSError:
-            return 0
+        """See ``stamp``, of a job's folder."""
+        return stamp(self.folder_of(name))
+
+
+def stamp(folder: Path) -> int:
+    """When a finished folder was written, in nanoseconds; 0 where there is none."""
+    try:
+        return (folder / "SHA256SUMS").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def refusals(report: Mapping[str, Any]) -> list[str]:
+    """What became of the artifacts of a report that their runtimes refused."""
+    return [told for artifact in report.get("artifacts", ()) if (told := refusal(artifact))]
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.ladder import check_budget, replanner
+from compress.allocation.ladder import replanner
 from compress.batch import document, page
 from compress.batch.engine import Engine, Work
 from compress.batch.ground import Ground, Tree, stand_on
@@ -28,6 +28,7 @@ from compress.checkpoint import Checkpoint
 from compress.ci_files import CiFiles
 from compress.config_json import write_json
 from compress.console import Console, format_bytes
+from compress.decision import first_choice
 from compress.errors import PacklightError, UsageError, one_line
 from compress.memory import smallest_memory
 from compress.model import Shipyard
@@ -136,7 +137,8 @@ def run_planned(
         for name in ("batch.json", "batch.html") if tree.url else ():
             write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
         reports = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
-        settings.ci_files.write_all(reports, document.errors(told), document.markdown(told))
+        errors = {name: why for name, why in document.errors(told).items() if name not in reports}
+        settings.ci_files.write_all(reports, errors, document.markdown(told))
     return told
 
 
@@ -254,13 +256,14 @@ class Planner:
         get_exporter = self._shipyard.get_exporter
         gates.parse(recipe.gates)
         replan = replanner(checkpoint, recipe, get_exporter, settings.context)
-        plans = replan()
-        check_budget(plans, get_exporter, replan)
-        threads = share_threads(plans.config, settings.threads, self._cpus, self._jobs)
+        chosen = first_choice(settings, get_exporter, replan)
+        threads = share_threads(chosen.job.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(plans, get_exporter, verify=settings.verify, threads=threads)
+        found = predict(chosen, get_exporter, verify=settings.verify, threads=threads)
         if job.memory is not None:
-            check_enough(job.memory, smallest_memory(plans, get_exporter, verify=settings.verify))
+            check_enough(
+                job.memory, smallest_memory(chosen.job, get_exporter, verify=settings.verify)
+            )
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(
@@ -273,7 +276,7 @@ class Planner:
             "verify": recipe.document["verify"] if settings.verify else None,
             "text": digest(text),
         }
-        told = {**identity(plans, settings), **verification}
+        told = {**identity(chosen.job, settings), **verification}
         return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:

@@ -43,7 +43,7 @@ class Shallower(Change):
         if block is not None:
             stored, run = divmod(block, self.config.block_repeat)
             name = f"blocks.{self.kept[stored] * self.config.block_repeat + run}.{role}.{kind}"
-        return self._source.read(name, rows)
+        return self.source.read(name, rows)
 
 
 class Narrower(Change):
@@ -74,22 +74,22 @@ class Narrower(Change):
         """See ``Source.read``."""
         block, role, kind = split_name(name)
         if block is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         stored = block - block % self.config.block_repeat
         changed = f"blocks.{stored}.{role}.{kind}"
         if changed in self._changed:
             return read_rows(self._changed[changed], rows)
         columns = self._kept[stored].get(FEEDS.get(role, ""))
         if columns is not None and kind == "weight":
-            return self._source.read(name, rows)[:, columns]
+            return self.source.read(name, rows)[:, columns]
         index = self._rows(stored, role)
         if index is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         index = index[rows or slice(None)]
         if not len(index):
-            return self._source.read(name, slice(0, 0))
+            return self.source.read(name, slice(0, 0))
         first = int(index.min())
-        values: Float32 = self._source.read(name, slice(first, int(index.max()) + 1))[index - first]
+        values: Float32 = self.source.read(name, slice(first, int(index.max()) + 1))[index - first]
         return values
 
     def _rows(self, stored: int, role: str) -> Array | None:
@@ -100,7 +100,7 @@ class Narrower(Change):
         members = [member for member in FUSED.get(role, ()) if member in kept]
         if not members:
             return None
-        sizes = [self._source.config.weight_shape(member)[0] for member in members]
+        sizes = [self.source.config.weight_shape(member)[0] for member in members]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
         rows: Array = np.concatenate(pieces)
@@ -125,11 +125,11 @@ class Healed(Change):
         """See ``Source.read``."""
         block, role, kind = split_name(name)
         if block is None:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         stem = f"blocks.{block - block % self.config.block_repeat}"
         names = [f"{stem}.{member}.{kind}" for member in FUSED.get(role, (role,))]
         if names[0] not in self._healed:
-            return self._source.read(name, rows)
+            return self.source.read(name, rows)
         parts = [self._healed[part] for part in names]
         if len(parts) == 1:
             return read_rows(parts[0], rows)

@@ -60,7 +60,7 @@ class Sparsified(Change):
         Raises:
             UsageError: no statistics for a weight whose method needs them.
         """
-        weight = self._source.read(name, rows)
+        weight = self.source.read(name, rows)
         block, role, kind = split_name(name)
         if block is None or kind != "weight" or role not in self._roles or not len(weight):
             return weight

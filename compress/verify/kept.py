@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
+from compress.cache import taking_turns
 from compress.errors import ArtifactError
 from compress.verify.baseline import BaselineStore
 from compress.verify.resources import Speed
@@ -44,6 +46,21 @@ class KeptBaseline:
         """The place for a model (``Source.fingerprint``), windows and the decoder's name."""
         facts = json.dumps([fingerprint, [list(map(int, window)) for window in windows], runtime])
         return cls(folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
+
+    @contextmanager
+    def in_turn(self, work: Path) -> Iterator[tuple[BaselineStore, Speed | None] | None]:
+        """As ``borrow``, after those who compute these answers now; where there are none then, no
+        other build of this machine computes them while the caller does, and keeps them.
+        """
+        if found := self.borrow(work):
+            yield found
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with taking_turns(self.folder / f"{self.key}.lock"):
+            found = self.borrow(work)
+            if found is None:  # damaged, if it is there
+                shutil.rmtree(self.folder / self.key, ignore_errors=True)
+            yield found
 
     def borrow(self, work: Path) -> tuple[BaselineStore, Speed | None] | None:
         """The answers as files in ``work``, and the float model's speed; None if none are kept."""
