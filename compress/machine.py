@@ -91,7 +91,9 @@ def in_order(works: Iterable[Callable[[], T]], at_once: int) -> Iterator[T]:
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-KEPT = 64 << 20  # bytes that malloc keeps for what comes next; arrays of half of it and more go back
+KEPT = (
+    64 << 20
+)  # bytes that malloc keeps for what comes next; arrays of half of it and more go back
 
 
 def reuse_memory() -> None:
