@@ -161,10 +161,11 @@ from compress.machine import reuse_memory
 if sys.argv[1] == "reused":
     reuse_memory()
 begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for size in (10 << 20, 3 << 20) * 20:
-    slab = np.empty(size, np.uint8)
-    slab[::4096] = 1
-    del slab
+for _ in range(20):
+    slabs = [np.empty(8 << 20, np.uint8) for _ in range(4)]
+    for slab in slabs:
+        slab[::4096] = 1
+    del slab, slabs
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
 """
 
