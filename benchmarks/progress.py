@@ -22,9 +22,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compress import console
+from compress import console, scorer
 from compress.cli import run
 from compress.progress import Estimate
+from compress.verify.forecast import slowness
 
 
 class Witness(console.Phase):
@@ -92,6 +93,7 @@ def main() -> None:
     if arguments[0] == "--cpu":
         arguments = arguments[1:]
         console.Estimate = partial(Estimate, clock=CpuClock())
+        scorer.slowness = partial(slowness, clock=time.process_time)
     code = run(arguments)
     print("| phase | seconds | left after a tenth: told | really | error | of all, later |")
     print("|---|---|---|---|---|---|")

@@ -93,7 +93,7 @@ class Console:
         phase: str,
         unit: str = "bytes",
         steps: Sequence[Step] = (),
-        expected: float | None = None,
+        start: float | None = None,
     ) -> Iterator[Update]:
         """One phase of the work, with a bar where a person looks on, what is done per second and
         the time left: ``with … as update: update(done, total)``.
@@ -102,9 +102,9 @@ class Console:
             phase: its name.
             unit: what ``done`` and ``total`` count.
             steps: its tensors in their order, where it has some that cost more than others.
-            expected: seconds of all, where they can be told before the first unit is done.
+            start: seconds until the first unit begins, where that is told (``Estimate``).
         """
-        self.begin(phase, unit, steps, expected)
+        self.begin(phase, unit, steps, start)
         begun = self._phase
         assert begun is not None
         yield begun.update
@@ -116,13 +116,13 @@ class Console:
         phase: str,
         unit: str = "",
         steps: Sequence[Step] = (),
-        expected: float | None = None,
+        start: float | None = None,
     ) -> None:
         """A phase that lasts until the next one begins, or ``end``."""
         self.end()
         self.detail(phase)
         shown = self.mode == "human" and sys.stderr.isatty()
-        estimate = Estimate(steps, expected=expected)
+        estimate = Estimate(steps, start=start)
         self._phase = Phase(phase, unit, estimate, self._progress_file, shown=shown)
 
     def end(self) -> None:

@@ -4,18 +4,20 @@ The time left is told by kinds of work. A tensor on a costly grid takes longer t
 bytes on a cheap one, so a phase may come with its ``Step`` s and what is expected of them, and an
 ``Estimate`` corrects that by the seconds that each kind took: all kinds by what came by in all, and
 each by what came by of it. What came by has its say by its share of the work, so that the hiccup
-of one small tensor does not decide about the whole.
+of one small tensor does not decide about the whole. Where a phase tells when its first unit begins,
+what comes before is foretold apart; and some of its steps may be left out for want of time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,16 +35,18 @@ class Step:
     """A stretch of a phase whose units cost alike, such as a tensor.
 
     Attributes:
-        units: of the phase's ``done`` and ``total``: bytes, windows, blocks.
+        units: of the phase's ``done`` and ``total``: bytes, tokens, blocks.
         kind: what costs the same per unit goes by the same name.
         cost: expected seconds per unit.
         paid_first: all its time goes by before its first unit is done.
+        until: seconds after the phase's first unit began, from when on it is left out.
     """
 
     units: int
     kind: str = ""
     cost: float = 1.0
     paid_first: bool = False
+    until: float = math.inf
 
 
 class Estimate:
@@ -51,7 +55,8 @@ class Estimate:
     Args:
         steps: in their order; where there are none, every unit costs the same.
         clock: seconds.
-        expected: seconds of all, which is told until something is known.
+        start: expected seconds until the first unit begins, which then is told by ``update(0, …)``;
+            costs of the steps are right from their first unit on. None where neither is so.
 
     Attributes:
         done, total: units, as last told; ``total`` 0 until the first is told.
@@ -61,13 +66,12 @@ class Estimate:
         self,
         steps: Sequence[Step] = (),
         clock: Callable[[], float] = time.monotonic,
-        expected: float | None = None,
+        start: float | None = None,
     ) -> None:
-        self._steps, self._clock = list(steps), clock
-        self._expected_in_all = expected
-        self._ends = list(accumulate(step.units for step in self._steps))
-        self._costs = {step.kind: step.cost for step in self._steps}
+        self._clock, self._start = clock, start
+        self._announce(steps)
         self.begun = self._last = clock()
+        self._units_begun: float | None = None
         self.done = self.total = 0
         self._position = 0  # units paid for
         self._expected: dict[str, float] = {}  # seconds of what came by, by kind ...
@@ -76,18 +80,25 @@ class Estimate:
         self._first: tuple[Counter[str], float] | None = None
 
     def update(self, done: int, total: int) -> None:
-        """So many units of so many are done by now."""
-        if not self._steps or self._ends[-1] != total:
-            # Not what was announced, so that nothing is known of its kinds.
-            self._steps, self._ends, self._costs = [Step(total)], [total], {"": 1.0}
+        """So many units of so many are done by now.
+
+        A total that is less than was announced tells that what is missing was left out: units
+        from ``done`` on, whose ``Step.until`` allows it.
+        """
+        announced = sum(step.units for step in self._steps)
+        if not self._steps or announced != total:
+            # Otherwise nothing is known of its kinds.
+            self._announce(leave_out(self._steps, done, announced - total) or [Step(total)])
         now, position = self._clock(), self._paid(done)
+        if self._units_begun is None:
+            self._units_begun = self._last if done else now
         passed = self._between(self._position, position)
         if passed:
             seconds = now - self._last
+            if self._first is not None or self._start is not None:
+                self._learn(passed, seconds)
             if self._first is None:
                 self._first = passed, seconds
-            else:
-                self._learn(passed, seconds)
             self._last, self._position = now, position
         elif self._first is None:  # the units begin only now; what came before is not theirs
             self._last = now
@@ -101,17 +112,34 @@ class Estimate:
     @property
     def seconds_left(self) -> float | None:
         """None as long as nothing is known or expected."""
-        if self._first is None:
-            whole = self._expected_in_all
-            return None if whole is None else max(whole - self.seconds, 0.0)
-        ahead = self._between(self._position, self._ends[-1])
-        left = sum(units * self._rate(kind) for kind, units in ahead.items())
+        if self._first is None and self._start is None:
+            return None
+        if self._units_begun is None:
+            assert self._start is not None
+            return max(self._start - self.seconds, 0.0) + self._seconds_ahead(0.0)
+        left = self._seconds_ahead(self._last - self._units_begun)
         return max(left - (self._clock() - self._last), 0.0)
 
     @property
     def steps_done(self) -> tuple[int, int]:
         """Steps that are done, and all of them."""
         return bisect_left(self._ends, self.done + 1), len(self._steps)
+
+    def _announce(self, steps: Sequence[Step]) -> None:
+        """What the phase is made of."""
+        self._steps = list(steps)
+        self._ends = list(accumulate(step.units for step in steps))
+        self._costs = {step.kind: step.cost for step in steps}
+        self._whole = sum(step.units * step.cost for step in steps)
+
+    def _seconds_ahead(self, begun: float) -> float:
+        """Of the steps from the position on, ``begun`` seconds after the first unit did."""
+        rates = {kind: self._rate(kind) for kind in self._costs}
+        now = begun
+        for step, end in zip(self._steps, self._ends, strict=True):
+            units = max(min(end - self._position, step.units), 0)
+            now += min(units * rates[step.kind], max(step.until - now, 0.0))
+        return now - begun
 
     def _paid(self, done: int) -> int:
         """Units that the time until now has paid for."""
@@ -136,7 +164,7 @@ class Estimate:
         expected = {kind: units * self._costs[kind] for kind, units in passed.items()}
         whole = sum(expected.values()) or 1.0  # nothing for what only had to be found
         for kind, cost in expected.items():
-            if kind not in self._expected and len(self._costs) > 1:
+            if kind not in self._expected and len(self._costs) > 1 and self._start is None:
                 # Its first one also paid for imports and compiled kernels.
                 self._expected[kind] = self._took[kind] = 0.0
                 continue
@@ -146,15 +174,30 @@ class Estimate:
     def _rate(self, kind: str) -> float:
         """Seconds per unit."""
         cost, expected, took = self._costs[kind], sum(self._expected.values()), self._took
-        if len(self._costs) == 1:
-            assert self._first is not None
+        if len(self._costs) == 1 and self._first is not None:
             passed, seconds = self._first
             return took[kind] * cost / expected if expected else seconds / passed.total()
-        whole = sum(step.units * step.cost for step in self._steps)
-        pace = (sum(took.values()) + TRUST * whole) / (expected + TRUST * whole)
-        known = TRUST_KIND * whole
+        if not self._whole:
+            return cost
+        pace = (sum(took.values()) + TRUST * self._whole) / (expected + TRUST * self._whole)
+        known = TRUST_KIND * self._whole
         own = (took.get(kind, 0.0) + known * pace) / (self._expected.get(kind, 0.0) + known)
         return cost * own
+
+
+def leave_out(steps: Sequence[Step], begin: int, count: int) -> list[Step] | None:
+    """Steps less ``count`` units from ``begin`` on; None where some of these must be done."""
+    kept, end = [], 0
+    for step in steps:
+        start, end = end, end + step.units
+        gone = min(end, begin + count) - max(start, begin)
+        if gone <= 0:
+            kept.append(step)
+        elif step.until == math.inf:
+            return None
+        elif gone < step.units:
+            kept.append(replace(step, units=step.units - gone))
+    return kept if 0 < count <= end - begin else None
 
 
 class ProgressFile:
@@ -166,12 +209,13 @@ class ProgressFile:
          "eta_s": 41.2}
 
     ``phase`` (str) is what a person is shown; ``unit`` (str) is what ``done`` and ``total`` (int)
-    count: bytes, windows, blocks, steps, tensors. ``total`` and ``eta_s`` (float, seconds until
-    the end of this phase) are null while unknown. There is one line when a phase begins, with
-    ``done`` 0, at most one in ``EVERY`` seconds after that, and one when it ends, with ``done`` at
-    ``total`` (0 and null for a phase that counts nothing) and ``eta_s`` 0. A phase that fails has
-    no end. Phases do not overlap; the last line is where the command is. Every line is one
-    ``write``, so that a reader sees whole lines but perhaps a last one without its line break.
+    count: bytes, tokens, windows, blocks, steps, tensors. ``total`` and ``eta_s`` (float, seconds
+    until the end of this phase) are null while unknown; ``total`` shrinks where part of the work is
+    left out. There is one line when a phase begins, with ``done`` 0, at most one in ``EVERY``
+    seconds after that, and one when it ends, with ``done`` at ``total`` (0 and null for a phase
+    that counts nothing) and ``eta_s`` 0. A phase that fails has no end. Phases do not overlap; the
+    last line is where the command is. Every line is one ``write``, so that a reader sees whole
+    lines but perhaps a last one without its line break.
     """
 
     def __init__(self, path: Path) -> None:

@@ -19,9 +19,11 @@ from compress.progress import rough_time
 from compress.scratch import scratch_folder
 from compress.sources import Stored
 from compress.tokenizer import VOCABULARIES, has_tokenizer
-from compress.verify import BaselineStore, Outcome, verify_artifact
+from compress.verify import BaselineStore, Outcome, Verified, verify_artifact
+from compress.verify.agenda import Agenda
 from compress.verify.forecast import (
-    artifact_seconds,
+    artifact_start,
+    artifact_steps,
     float_steps,
     slowness,
     verification_seconds,
@@ -83,15 +85,15 @@ def forecast(
     """
     windows = windows or window_count(job.config, job.recipe.windows)
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
-    seconds = verification_seconds(job.config, plans, windows, length)
+    agenda = Agenda.of([length] * windows, max(job.context, length + GENERATED_ROOM))
     slow = slowness(choose_threads(threads, job.config))
-    seconds = seconds * slow + LOADING * (1 + len(plans))
+    seconds = LOADING + verification_seconds(job.config, plans, agenda, slow)
     formats = ", ".join(f"{plan.format} {plan.type_name}" for plan in plans)
     text = f"{windows} windows of {length} tokens"
     return seconds, f"verify the float model, {formats} on {text}: about {rough_time(seconds)}"
 
 
-LOADING = 5.0  # seconds until a runtime has loaded an artifact, or torch is there
+LOADING = 5.0  # seconds until torch is there
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 
@@ -169,33 +171,35 @@ class Scorer:
         with scratch_folder(folder) as scratch:
             store = self._score_baseline(scratch)
             for artifact in artifacts:
-                room = max(self._job.context, self.length + GENERATED_ROOM)
-                label = f"verify {artifact.format} {artifact.type_name}"
-                expected = self._expected(artifact.plan)
                 try:
-                    with self._console.progress(label, "windows", expected=expected) as update:
-                        result = verify_artifact(
-                            shipyard.probe,
-                            artifact.path,
-                            artifact.format,
-                            store,
-                            context=min(room, artifact.plan.max_context or room),
-                            threads=self._threads,
-                            task_set=self.task_set,
-                            progress=update,
-                        )
+                    found.append(self._score(artifact, shipyard.probe, store))
                 except (ArtifactError, RuntimeMissingError) as error:
                     if not keep_going:
                         raise
                     found.append(error)
-                    continue
-                found.append(result)
         return found
 
-    def _expected(self, plan: Plan) -> float:
-        """Seconds of an artifact, which is told until its first window is done."""
-        seconds = artifact_seconds(self._job.config, plan, len(self.windows), self.length)
-        return LOADING + slowness(self._threads) * seconds
+    def _score(self, artifact: Artifact, probe: Sequence[str], store: BaselineStore) -> Verified:
+        """One artifact, in a phase that expects its runs to cost what they do elsewhere."""
+        plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
+        context = min(context, plan.max_context or context)
+        lengths = [len(window) for window in self.windows]
+        agenda = Agenda.of(lengths, context, self.task_set.lengths)
+        slow = slowness(self._threads)
+        steps = artifact_steps(self._job.config, plan, agenda, slow)
+        label = f"verify {artifact.format} {artifact.type_name}"
+        start = artifact_start(plan, slow)
+        with self._console.progress(label, "tokens", steps, start) as update:
+            return verify_artifact(
+                probe,
+                artifact.path,
+                artifact.format,
+                store,
+                context=context,
+                threads=self._threads,
+                task_set=self.task_set,
+                progress=update,
+            )
 
     def _score_baseline(self, folder: Path) -> BaselineStore:
         from compress.decoder import Decoder
@@ -226,7 +230,7 @@ class Scorer:
     def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
         """What the float model says to the windows and the tasks, as files in ``folder``."""
         batches = [len(batch) for batch in decoder.batches(self.windows)]
-        steps = float_steps(self._job.config, batches, self.length)
+        steps = float_steps(self._job.config, batches, self.length, slowness(self._threads))
         with self._console.progress("score the float model", "steps", steps) as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)

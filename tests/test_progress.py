@@ -9,7 +9,7 @@ import pytest
 
 from compress.console import Console, describe_progress
 from compress.errors import UsageError
-from compress.progress import Estimate, ProgressFile, Step, clock_time
+from compress.progress import Estimate, ProgressFile, Step, clock_time, leave_out
 
 
 class Clock:
@@ -52,18 +52,62 @@ def test_nothing_is_told_before_something_is_known():
     assert estimate.seconds_left is None
 
 
-def test_what_is_expected_is_told_until_something_is_known():
+def test_a_start_is_foretold_apart_from_the_units():
     clock = Clock()
-    estimate = Estimate((), clock, expected=60)
+    estimate = Estimate([Step(4, "window", 10.0)], clock, start=20)
     assert describe_progress(estimate, "windows") == "0:00  1:00 left"
-    clock.now += 45
-    assert estimate.seconds_left == 15
+    clock.now += 15
+    assert estimate.seconds_left == 45
+    clock.now += 15  # it takes longer than it should, which says nothing of the windows
+    assert estimate.seconds_left == 40
     estimate.update(0, 4)  # loaded
-    assert describe_progress(estimate, "windows") == "0/4 windows  0:15 left"
+    assert describe_progress(estimate, "windows") == "0/4 windows  0:40 left"
     clock.now += 20
-    assert estimate.seconds_left == 0
-    estimate.update(1, 4)
+    assert estimate.seconds_left == 20
+    estimate.update(1, 4)  # twice as long as was expected: no start was in it
     assert estimate.seconds_left == pytest.approx(60)
+
+
+def test_kinds_that_come_after_a_start_count_from_their_first_unit_on():
+    clock = Clock()
+    estimate = Estimate([Step(10, "read", 1.0), Step(90, "scored", 2.0)], clock, start=5)
+    estimate.update(0, 100)
+    clock.now += 30
+    estimate.update(10, 100)
+    assert estimate.seconds_left == pytest.approx(90 * 6, rel=0.3)  # by the pace of all ...
+    clock.now += 10
+    estimate.update(20, 100)
+    assert estimate.seconds_left == pytest.approx(80 * 1, rel=0.2)  # ... and by their own
+
+
+def test_steps_for_which_there_is_no_time():
+    def steps(cost):
+        return [Step(10, "read", cost), Step(40, "read", cost, until=20), Step(5, "scored", 10)]
+
+    clock = Clock()
+    assert Estimate(steps(0.1), clock, start=3).seconds_left == pytest.approx(3 + 5 + 50)
+    estimate = Estimate(steps(1.0), clock, start=3)
+    assert estimate.seconds_left == pytest.approx(3 + 20 + 50)  # 10 s, and 10 of 40
+    estimate.update(0, 55)
+    clock.now += 10
+    estimate.update(10, 55)
+    assert estimate.seconds_left == pytest.approx(10 + 50)
+    clock.now += 10
+    estimate.update(20, 25)  # the other 30 were left out
+    assert (estimate.done, estimate.total) == (20, 25)
+    assert estimate.seconds_left == pytest.approx(50)
+    clock.now += 10
+    estimate.update(21, 25)
+    assert estimate.seconds_left == pytest.approx(40)
+
+
+def test_what_must_be_done_is_not_left_out():
+    steps = [Step(10, "a"), Step(20, "b", until=5.0), Step(30, "c")]
+    assert leave_out(steps, 12, 18) == [steps[0], Step(2, "b", until=5.0), steps[2]]
+    assert leave_out(steps, 10, 20) == [steps[0], steps[2]]
+    assert leave_out(steps, 9, 3) is None
+    assert leave_out(steps, 25, 6) is None
+    assert leave_out(steps, 10, -5) is None  # more than was announced
 
 
 def test_kinds_that_were_not_seen_go_by_what_was_expected():

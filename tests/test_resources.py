@@ -16,6 +16,7 @@ from echo_model import EchoModel, text_windows
 from compress import verify
 from compress.errors import ArtifactError, RuntimeMissingError
 from compress.verify import BaselineStore, quality, verify_artifact
+from compress.verify.agenda import Agenda, Run
 from compress.verify.child import Event
 from compress.verify.generate import check_generation, greedy
 from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
@@ -41,7 +42,9 @@ def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
         context=128,
         progress=lambda *step: done.append(step),
     )
-    assert done == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]  # from the first moment on
+    total = Agenda.of([33] * 4, 128).tokens
+    assert done[0] == (0, total) and done[-1] == (total, total)  # from the first moment on
+    assert done == sorted(done)
     assert found.quality == quality.compare(EchoModel(64, noise=0.5), baseline)
     assert found.generation.consistent and len(found.generation.tokens) == 32
     assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
@@ -95,10 +98,56 @@ def test_a_slow_runtime_is_heard_after_every_run(
     events: list[Event] = []
     verify.examine(lambda: EchoModel(64), baseline, tmp_path / "s.npz", 128, events.append)
     stages = [index for index, event in enumerate(events) if "stage" in event]
-    told = [["runs" in event for event in events[i:j]] for i, j in itertools.pairwise(stages)]
+    told = [["tokens" in event for event in events[i:j]] for i, j in itertools.pairwise(stages)]
     loading, generating, computing = map(sum, told)
     assert loading > 2 * (1 + 32)  # a warm-up, then prompts of one run and 32 tokens
-    assert generating == 32 + 1 and computing == len(baseline.windows)
+    assert generating == 32 + 1 and computing == 1 + len(baseline.windows)  # one when it begins
+
+
+class Notes(EchoModel):
+    """Writes down what is asked of it; ``slow`` takes a while for what it is fed."""
+
+    def __init__(self, slow: float = 0.0) -> None:
+        super().__init__(64)
+        self.runs: list[Run] = []
+        self.slow = slow
+
+    def logits(self, tokens: Sequence[int]):  # type: ignore[no-untyped-def]
+        self.runs.append(Run(len(tokens), "logits"))
+        return super().logits(tokens)
+
+    def feed(self, tokens: Sequence[int]):  # type: ignore[no-untyped-def]
+        self.runs.append(Run(len(tokens), "feed"))
+        time.sleep(self.slow)
+        return super().feed(tokens)
+
+
+def test_the_agenda_is_what_is_done(baseline: BaselineStore, tmp_path: Path) -> None:
+    notes, events = Notes(), list[Event]()
+    verify.examine(lambda: notes, baseline, tmp_path / "s.npz", 128, events.append)
+    agenda = Agenda.of([33] * 4, 128)
+    wanted: list[Run] = []
+    for run in agenda.runs:
+        times = run.tokens if run.kind == "decoded" else 1
+        call = "logits" if run.kind in ("answered", "scored") else "feed"
+        wanted += [Run(run.tokens // times, call)] * times
+    assert notes.runs == wanted
+    assert events[-1]["log_likelihoods"] == []
+    assert [e["tokens"] for e in events if "tokens" in e][-1] == agenda.tokens
+    assert [e["left_out"] for e in events if "left_out" in e] == [0]
+
+
+def test_what_there_is_no_time_for_is_told(
+    baseline: BaselineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "SECONDS", 0.1)
+    notes, events = Notes(slow=0.01), list[Event]()
+    verify.examine(lambda: notes, baseline, tmp_path / "s.npz", 128, events.append)
+    agenda = Agenda.of([33] * 4, 128)
+    (left_out,) = [event["left_out"] for event in events if "left_out" in event]
+    assert left_out > 2 * 64  # it had time for one measurement, of three
+    assert sum(run.tokens for run in notes.runs) == agenda.tokens - left_out
+    assert [e["tokens"] for e in events if "tokens" in e][-1] == agenda.tokens - left_out
 
 
 def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore) -> None:

@@ -24,6 +24,7 @@ from compress.job import (
 from compress.memory import smallest_memory
 from compress.model import Plan
 from compress.solvers import NEEDS
+from compress.verify.agenda import Agenda
 from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
@@ -121,5 +122,6 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)
-        seconds += verification_seconds(job.config, job.plans, count, length)
+        agenda = Agenda.of([length] * count, max(job.context, length + GENERATED_ROOM))
+        seconds += verification_seconds(job.config, job.plans, agenda)
     return seconds

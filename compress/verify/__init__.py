@@ -9,7 +9,8 @@ How a build uses it::
     # found.quality, found.resources, found.generation → compress.report, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
-generation with and without the cache, then the logits of every window. Its native code may crash
+generation with and without the cache, then the logits of every window (``compress.verify.agenda``
+has it run by run, and so has whoever waits for it). Its native code may crash
 without taking the build along, the model is loaded once, and its memory is read before the scoring
 buffers exist. What is large (scores of every token) comes back as a file in the work folder. Where
 ``packlight verify --task`` left requests there (``compress.verify.tasks``), they are scored last.
@@ -27,6 +28,7 @@ from typing import Any
 from compress.errors import ArtifactError, PacklightError
 from compress.model import Runtime
 from compress.verify import quality, resources, tasks
+from compress.verify.agenda import REPEATS, SECONDS, Agenda
 from compress.verify.baseline import BaselineStore, Float32
 from compress.verify.child import SILENCE, Emit, run_child
 from compress.verify.generate import Generation, check_generation
@@ -36,12 +38,7 @@ from compress.verify.tasks import TaskScore, TaskSet
 
 __all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
-GENERATED = 32  # tokens of the greedy sample
-PROMPT = 16  # tokens of text before it
-DECODED = 32  # tokens of a decode measurement
-PREFILLED = 256  # tokens of a prefill measurement, or half the context
-WINDOWS = "computing logits"  # the child's longest stage
-EVERY = 10.0  # seconds between two signs of life
+EVERY = 0.1  # seconds between two signs of life
 
 Progress = Callable[[int, int], None]
 
@@ -83,7 +80,8 @@ def verify_artifact(
         context: positions to make room for; windows and generation must fit.
         threads: 0 for the CPUs that the process may use.
         task_set: with the float model's answers, which left the requests in ``baseline.folder``.
-        progress: called with windows done and in all, then with sequences of the tasks.
+        progress: called with tokens done and in all, when it is loaded and then as they are run
+            (``Agenda.tokens``; speed is measured for a time, and what is left out is in no total).
         silence: seconds without news after which the child is ended.
 
     Raises:
@@ -93,16 +91,15 @@ def verify_artifact(
     scores = baseline.folder / f"scores-{format}.npz"
     command = [*probe, format, str(path), "--baseline", str(baseline.folder)]
     command += ["--scores", str(scores), "--context", str(context), "--threads", str(threads)]
-    found: dict[str, Any] = {}
+    agenda = Agenda.of(
+        [len(window) for window in baseline.windows], context, task_set.lengths if task_set else ()
+    )
+    found: dict[str, Any] = {"left_out": 0}
     with closing(run_child(command, f"{path.name} ({format})", silence=silence)) as events:
         for event in events:
-            if event.get("stage") == WINDOWS and progress:
-                progress(0, len(baseline.windows))  # loading and timing are over
-            if "windows" in event and progress:
-                progress(event["windows"], len(baseline.windows))
-            if "sequences" in event and progress:
-                progress(*event["sequences"])
             found.update(event)
+            if "tokens" in event and progress:
+                progress(event["tokens"], agenda.tokens - found["left_out"])
     try:
         summary = quality.summarize(TokenScores.load(scores))
         speed = Speed(**found["resources"].pop("speed"))
@@ -126,42 +123,69 @@ def examine(
 ) -> None:
     """The child's work, from loading to the scores of every token, and of every choice of tasks.
 
-    Emits ``stage`` before each part, ``resources``, ``generation``, ``windows`` (done so far),
-    ``sequences`` (of tasks, done and in all) and ``log_likelihoods``; ``runs`` in between, so that
-    a large model in a slow runtime is not taken for dead.
+    Emits ``stage`` before each part, ``resources``, ``generation`` and ``log_likelihoods``;
+    ``tokens`` (run so far) in between, so that a large model in a slow runtime is not taken for
+    dead, and once ``left_out`` (tokens that there was no time for when speed was measured).
     """
+    requests = tasks.load_requests(baseline.folder)
+    agenda = Agenda.of(
+        [len(window) for window in baseline.windows], context, tasks.lengths(requests)
+    )
     text = [int(token) for window in baseline.windows[:4] for token in window]
-    prompt = text[: max(1, min(PREFILLED, context // 2))]
+    prompt, count = text[: agenda.prompt], Count(emit)
     emit({"stage": "loading"})
     runtime, used = resources.measure(
-        lambda: Audible(open_runtime(), emit), prompt, min(DECODED, context - len(prompt))
+        lambda: Audible(open_runtime(), count),
+        prompt,
+        agenda.decoded,
+        repeats=REPEATS,
+        seconds=SECONDS,
     )
     try:
-        emit({"resources": asdict(used), "stage": "generating"})
-        short = prompt[: max(1, min(PROMPT, context // 4))]
-        found = check_generation(runtime, short, min(GENERATED, context - len(short)))
-        emit({"generation": asdict(found), "stage": WINDOWS})
-        result = quality.score(runtime, baseline, lambda done, total: emit({"windows": done}))
-        result.save(scores)
-        emit({"stage": "answering tasks"})
-        answers = tasks.score(
-            tasks.load_requests(baseline.folder),
-            lambda batch: map(runtime.logits, batch),
-            lambda *done: emit({"sequences": done}),
+        left_out = sum(run.tokens for run in agenda.speed_runs) - count.tokens
+        emit({"resources": asdict(used), "tokens": count.tokens, "left_out": left_out})
+        emit({"stage": "generating"})
+        sample = check_generation(runtime, prompt[: agenda.sample_prompt], agenda.generated)
+        count.add(agenda.sample_runs[-1].tokens)
+        emit({"generation": asdict(sample), "tokens": count.tokens, "stage": "computing logits"})
+        result = quality.score(
+            runtime, baseline, lambda done, total: count.add(agenda.windows[done - 1])
         )
-        emit({"log_likelihoods": answers})
+        result.save(scores)
+        emit({"tokens": count.tokens, "stage": "answering tasks"})
+        answers = tasks.score(
+            requests,
+            lambda batch: map(runtime.logits, batch),
+            lambda done, total: count.add(agenda.asked[done - 1]),
+        )
+        emit({"tokens": count.tokens, "log_likelihoods": answers})
     finally:
         runtime.close()
 
 
-class Audible:
-    """A runtime that says after a run that it lives, once in ``EVERY`` seconds at most."""
+class Count:
+    """Tokens that were run; told at first, and then once in ``EVERY`` seconds at most."""
 
-    def __init__(self, runtime: Runtime, emit: Emit) -> None:
-        self._runtime = runtime
+    def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._runs = 0
-        self._said = 0.0
+        self._said = -EVERY
+        self.tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """So many more."""
+        self.tokens += tokens
+        if time.monotonic() > self._said + EVERY:
+            self._said = time.monotonic()
+            self._emit({"tokens": self.tokens})
+
+
+class Audible:
+    """A runtime that counts what it is fed."""
+
+    def __init__(self, runtime: Runtime, count: Count) -> None:
+        self._runtime = runtime
+        self._count = count
+        count.add(0)  # it is loaded
 
     @property
     def name(self) -> str:
@@ -172,20 +196,15 @@ class Audible:
         return self._runtime.vocab_size
 
     def logits(self, tokens: Sequence[int]) -> Float32:
-        return self._told(self._runtime.logits(tokens))
+        return self._runtime.logits(tokens)  # counted by who asked for them, when all is done
 
     def reset(self) -> None:
         self._runtime.reset()
 
     def feed(self, tokens: Sequence[int]) -> Float32:
-        return self._told(self._runtime.feed(tokens))
+        result = self._runtime.feed(tokens)
+        self._count.add(len(tokens))
+        return result
 
     def close(self) -> None:
         self._runtime.close()
-
-    def _told(self, result: Float32) -> Float32:
-        self._runs += 1
-        if time.monotonic() > self._said + EVERY:
-            self._said = time.monotonic()
-            self._emit({"runs": self._runs})
-        return result

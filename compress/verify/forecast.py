@@ -1,4 +1,4 @@
-"""How long a verification will take: told before it starts.
+"""How long a verification will take: told before it starts, and the expectations it starts with.
 
 Arithmetic with parameters and tokens, times what this machine needs for a product of matrices right
 now: it may be another machine than the one that the constants were measured on, or a busy one.
@@ -8,78 +8,156 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from compress.arch import DecoderConfig
 from compress.machine import default_threads
 from compress.model import Plan
-from compress.progress import Step
+from compress.progress import Estimate, Step
+from compress.verify.agenda import Agenda, Run
 
 __all__ = [
-    "FLOAT", "MEASURED", "RUN", "artifact_seconds", "float_steps", "slowness",
-    "verification_seconds",
+    "FLOAT", "Slowness", "artifact_seconds", "artifact_start", "artifact_steps", "float_steps",
+    "slowness", "verification_seconds",
 ]  # fmt: skip
 
-# Seconds of one core per token and parameter: the float decoder, and each runtime's prefill;
-# measured by benchmarks/full_size.py.
-FLOAT = 3.1e-11
-RUN = {"gguf": 9e-12, "onnx": 7.5e-12, "coreml": 6.2e-11}
-MEASURED = 2000  # tokens of speed measurements and samples, beside the windows
-SOFTMAX = 2e-8  # seconds per float64 log-probability that is kept
+# Seconds of one core of the reference machine, per token and weight: the float decoder, and each
+# runtime in a run of hundreds of tokens; by grid where that makes a difference.
+FLOAT = 1.9e-11
+RUN = {"gguf": 2.9e-11, "onnx": 1.8e-11, "coreml": 1.65e-11}
+GGUF_RUN = {
+    "Q2_K": 1.9e-11, "Q3_K": 1.9e-11, "Q4_K": 1.9e-11, "Q5_K": 1.9e-11, "Q6_K": 1.9e-11,
+    "IQ3_XXS": 1.9e-11, "IQ3_S": 1.9e-11, "IQ4_XS": 2.2e-11, "Q4_1": 5e-11, "Q5_0": 4e-11,
+    "Q5_1": 5e-11, "F16": 4.2e-11, "BF16": 4.2e-11,
+}  # fmt: skip
+# A run costs as much as if it had so many tokens more: weights are unpacked for it, however few.
+MORE = {"gguf": 3.6, "onnx": 3.2, "coreml": 27.0}
+ROUNDED = 1.9e-8  # seconds per logit that the MIL evaluator rounds to float16
+SOFTMAX = 8e-9  # seconds per float64 log-probability that is kept ...
+COMPARED = 1.1e-8  # ... or compared with one that was kept
+# Until a runtime has loaded an artifact: the process with its libraries, and each byte of weights.
+START = {"gguf": 0.4, "onnx": 0.5, "coreml": 1.3}
+LOADED = 1e-9
+FIRST = {"gguf": 0.0, "onnx": 0.05, "coreml": 0.7}  # more that the first run takes
 SIDE = 768  # of the square matrices that are multiplied to see how fast the machine is
+PRODUCTS = 6
 REFERENCE = 2 * SIDE**3 / 1.4e11  # seconds of one core for that, where the constants were measured
 
 
+@dataclass(frozen=True)
+class Slowness:
+    """Seconds here and now for what takes one core of the reference machine a second.
+
+    Attributes:
+        runtime: in all threads of a runtime or the float decoder.
+        alone: in one thread.
+    """
+
+    runtime: float = 1.0
+    alone: float = 1.0
+
+
+REFERENCE_CORE = Slowness()
+
+
+def slowness(threads: int, clock: Callable[[], float] = time.perf_counter) -> Slowness:
+    """Of ``threads`` threads, by some products of matrices in a twentieth of a second."""
+    matrix = np.ones((SIDE, SIDE), np.float32)
+    matrix @ matrix  # wakes the library's threads
+    begin = clock()
+    for _ in range(PRODUCTS):
+        matrix @ matrix
+    alone = (clock() - begin) / PRODUCTS / REFERENCE * default_threads()
+    return Slowness(alone / min(threads, default_threads()), alone)
+
+
 def verification_seconds(
-    config: DecoderConfig, plans: Sequence[Plan], windows: int, length: int
+    config: DecoderConfig, plans: Sequence[Plan], agenda: Agenda, slow: Slowness = REFERENCE_CORE
 ) -> float:
-    """Seconds of one core of the reference machine for the float model and all artifacts.
+    """Seconds for the float model and all artifacts.
 
     Args:
         config: of the float model.
         plans: of the artifacts.
-        windows: that are scored.
-        length: tokens of each.
+        agenda: what each is verified by.
+        slow: by default, one core of the reference machine.
     """
-    tokens = windows * length
-    seconds = (FLOAT * config.num_parameters + SOFTMAX * config.vocab_size) * tokens
-    return seconds + sum(artifact_seconds(config, plan, windows, length) for plan in plans)
+    steps = float_steps(config, [len(agenda.windows)], max(agenda.windows), slow)
+    seconds = sum(step.units * step.cost for step in steps)
+    return seconds + sum(artifact_seconds(config, plan, agenda, slow) for plan in plans)
 
 
-def artifact_seconds(config: DecoderConfig, plan: Plan, windows: int, length: int) -> float:
+def artifact_seconds(config: DecoderConfig, plan: Plan, agenda: Agenda, slow: Slowness) -> float:
     """The same for one artifact alone."""
-    tokens = windows * length
-    run = RUN[plan.format] * (tokens + MEASURED) * config.num_parameters
-    return run + SOFTMAX * tokens * config.vocab_size
+    steps, start = artifact_steps(config, plan, agenda, slow), artifact_start(plan, slow)
+    return Estimate(steps, lambda: 0.0, start).seconds_left or 0.0
 
 
-def slowness(threads: int) -> float:
-    """Seconds of ``threads`` threads here and now for what takes the reference core one second."""
-    matrix = np.ones((SIDE, SIDE), np.float32)
-    seconds = math.inf
-    for _ in range(3):
-        begin = time.perf_counter()
-        matrix @ matrix
-        seconds = min(seconds, time.perf_counter() - begin)
-    return seconds / REFERENCE * default_threads() / min(threads, default_threads())
+def artifact_start(plan: Plan, slow: Slowness) -> float:
+    """Seconds until the runtime has loaded an artifact."""
+    return slow.alone * (START[plan.format] + LOADED * plan.weights_bytes)
 
 
-def float_steps(config: DecoderConfig, batches: Sequence[int], length: int) -> list[Step]:
+def artifact_steps(config: DecoderConfig, plan: Plan, agenda: Agenda, slow: Slowness) -> list[Step]:
+    """What an artifact's tokens cost, from the first one on: a step for each of its runs."""
+    steps = []
+    for run in agenda.runs:
+        kind = run.kind if run.kind == "decoded" else f"{run.kind} {run.tokens}"
+        cost = run_seconds(config, plan, run, slow) / run.tokens
+        steps.append(Step(run.tokens, kind, cost, until=run.until))
+    return steps
+
+
+def run_seconds(config: DecoderConfig, plan: Plan, run: Run, slow: Slowness) -> float:
+    """Seconds of one run."""
+    head = config.vocab_size * config.hidden_size
+    weights = config.num_parameters - (0 if config.tie_word_embeddings else head)
+    if run.kind in ("first", "read") and plan.format == "gguf":
+        # llama.cpp does for the last token alone what follows the last block's attention.
+        weights -= head
+        weights -= int(0.75 * weights / config.num_hidden_layers)
+    runs = run.tokens if run.kind == "decoded" else 1
+    seconds = (run.tokens + runs * MORE[plan.format]) * weights * seconds_per_weight(plan)
+    if plan.format == "coreml":
+        seconds += run.tokens * ROUNDED * config.vocab_size
+    seconds *= slow.runtime
+    if run.kind == "first":
+        seconds += slow.alone * FIRST[plan.format]
+    if run.kind == "scored":
+        seconds += slow.alone * run.tokens * COMPARED * config.vocab_size
+    return seconds
+
+
+def seconds_per_weight(plan: Plan) -> float:
+    """Of one token, the mean over an artifact's tensors."""
+    run = RUN[plan.format]
+    if plan.format != "gguf":
+        return run
+    counts = [(math.prod(entry.shape), entry.grid) for entry in plan.entries]
+    seconds = sum(count * GGUF_RUN.get(grid, run) for count, grid in counts)
+    return seconds / sum(count for count, _ in counts)
+
+
+def float_steps(
+    config: DecoderConfig, batches: Sequence[int], length: int, slow: Slowness = REFERENCE_CORE
+) -> list[Step]:
     """What ``Decoder.stream_logits`` costs and when: blocks, then the head for each window.
 
     Args:
         config: of the float model.
         batches: windows in each.
         length: tokens of a window.
+        slow: by default, one core of the reference machine.
     """
     head = config.vocab_size * config.hidden_size
     blocks = (config.num_parameters - head) / config.num_hidden_layers
-    answer = length * (FLOAT * head + SOFTMAX * config.vocab_size)
+    answer = length * (slow.runtime * FLOAT * head + slow.alone * SOFTMAX * config.vocab_size)
     steps = []
     for windows in batches:
-        block = FLOAT * windows * length * blocks
+        block = slow.runtime * FLOAT * windows * length * blocks
         steps.append(Step(config.num_hidden_layers, f"block of {windows}", block))
         steps.append(Step(windows, "answer", answer))
     return steps

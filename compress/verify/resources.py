@@ -22,9 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from compress.model import Runtime
+from compress.verify.agenda import REPEATS, SECONDS, WARM_UP
 
 STATUS = Path("/proc/self/status")
-WARM_UP = 4  # tokens decoded before anything is timed
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def measure(
     prompt: Sequence[int],
     decode_tokens: int,
     *,
-    repeats: int = 3,
-    seconds: float = 10.0,
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
 ) -> tuple[Runtime, Resources]:
     """Load an artifact in this process, run it, and say what that took.
 
@@ -107,8 +107,8 @@ def measure_speed(
     prompt: Sequence[int],
     decode_tokens: int,
     *,
-    repeats: int = 3,
-    seconds: float = 10.0,
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
 ) -> Speed:
     """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted.
 

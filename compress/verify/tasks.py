@@ -162,6 +162,11 @@ class TaskSet:
         ]
         self.baseline: list[float] = []
 
+    @property
+    def lengths(self) -> list[int]:
+        """See ``lengths``."""
+        return lengths(self.requests)
+
     def ask_baseline(self, folder: Path, logits: Logits, progress: Progress | None = None) -> None:
         """Score the float model, and leave the requests where the children find them."""
         self.baseline = score(self.requests, logits, progress)
@@ -222,9 +227,7 @@ def score(
         logits: called with at most ``BATCH`` tokens at a time (or one sequence).
         progress: called with sequences done and in all.
     """
-    fed: dict[tuple[int, ...], list[int]] = {}
-    for index, request in enumerate(requests):
-        fed.setdefault(tuple(request.tokens[:-1]), []).append(index)
+    fed = sequences(requests)
     found = [0.0] * len(requests)
     done = 0
     for batch in batches(fed):
@@ -237,10 +240,23 @@ def score(
     return found
 
 
-def batches(sequences: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def sequences(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    """What is fed for the requests, in order, and the places of those that it is fed for."""
+    fed: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        fed.setdefault(tuple(request.tokens[:-1]), []).append(index)
+    return fed
+
+
+def lengths(requests: Sequence[Request]) -> list[int]:
+    """Tokens of each sequence that ``score`` feeds, in its order."""
+    return [len(tokens) for tokens in sequences(requests)]
+
+
+def batches(fed: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
     """Sequences in order, ``BATCH`` tokens or one sequence at a time."""
     batch: list[tuple[int, ...]] = []
-    for tokens in sequences:
+    for tokens in fed:
         if batch and sum(map(len, batch)) + len(tokens) > BATCH:
             yield batch
             batch = []
