@@ -68,14 +68,16 @@ def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None
         list(pool.map(lambda begin: work(begin, min(begin + step, count)), begins))
 
 
-def in_order(works: Iterable[Callable[[], T]], at_once: int) -> Iterator[T]:
+def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> Iterator[T]:
     """What each work returns, in the order of the works, ``at_once`` of them in threads.
 
     The caller does its own between two of them: it takes works from the iterable, one more than are
-    done at once, and does what it likes with the results. A work has its share of
-    ``worker_threads``.
+    done at once, and does what it likes with the results.
+
+    Args:
+        share: what ``worker_threads`` is to a work; 0 to part those of the caller among all.
     """
-    share = max(worker_threads() // at_once, 1)
+    share = share or max(worker_threads() // at_once, 1)
     with ThreadPoolExecutor(at_once, initializer=setattr, initargs=(_here, "share", share)) as pool:
         waiting: deque[Future[T]] = deque()
         try:

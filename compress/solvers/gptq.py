@@ -14,13 +14,13 @@ When all codes are chosen, each is looked at again (``compress.solvers.descent``
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
-from compress.machine import worker_threads
+from compress.machine import in_order, worker_threads
 from compress.solvers.descent import descend
 from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import Factor, factors_of, output_errors
@@ -87,8 +87,10 @@ def gptq(
             params[key][part][better] = values[better]
         fallen.append(len(better) - int(better.sum()))
 
-    with ThreadPoolExecutor(min(worker_threads(), SLABS)) as pool:
-        list(pool.map(solve, range(0, rows, ROWS)))
+    # A slab has a thread to itself: its steps are thousands, each too short to be shared out.
+    slabs = (partial(solve, start) for start in range(0, rows, ROWS))
+    for _ in in_order(slabs, min(worker_threads(), SLABS), share=1):
+        pass
     return Quantized(codes, params, grid, searched.shape, sum(fallen))
 
 
