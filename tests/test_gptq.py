@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from compress import machine
 from compress.arch import DecoderConfig, WeightMap
 from compress.checkpoint import Checkpoint
 from compress.demo import heldout_path, model_path
@@ -353,6 +355,21 @@ def test_a_tensor_wide_table_is_whole_whatever_the_slabs_inside(monkeypatch):
     whole = gptq(weight, grid, stats)
     monkeypatch.setattr(module, "ROWS", 48)
     assert (gptq(weight, grid, stats).codes == whole.codes).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "int4-g32", "lut4-g8"])
+def test_a_slab_has_one_thread_for_all_its_steps(name, monkeypatch):
+    """Threads for each of its thousands of steps took longer than the steps."""
+    monkeypatch.setattr(machine, "default_threads", lambda: 2)
+    monkeypatch.setattr(module, "ROWS", 256)
+    weight, grid = weight_of(512, 512), get_grid(name)
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: (started.append(thread), start(thread))
+    )
+    gptq(weight, grid, stats_of(correlated(512, 1024)))
+    assert 2 <= len(started) <= 20  # two slabs, the first fit, the factor; there were 38 to 392
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "int4-g32", "lut4-g8"])
