@@ -25,7 +25,8 @@ __all__ = [
 ]  # fmt: skip
 
 # Seconds of one core of the reference machine, per token and weight: the float decoder, and each
-# runtime in a run of hundreds of tokens; by grid where that makes a difference.
+# runtime in a run of hundreds of tokens; by grid where that makes a difference. "coreml" is the MIL
+# evaluator: Core ML itself, on a Mac, was never measured and will take less.
 FLOAT = 1.6e-11
 RUN = {"gguf": 2.9e-11, "onnx": 1.8e-11, "coreml": 1.65e-11}
 GGUF_RUN = {
@@ -127,8 +128,8 @@ def run_seconds(config: DecoderConfig, plan: Plan, run: Run, slow: Slowness) -> 
     runs = run.tokens if run.kind == "decoded" else 1
     # Attention: products with the key and the value of every position, as if these were weights.
     width = config.num_attention_heads * config.head_dim
-    weights += 2 * config.num_hidden_layers * width * run.tokens // runs
-    seconds = run.tokens * weights * seconds_per_weight(plan)
+    attention = 2 * config.num_hidden_layers * width * run.tokens // runs
+    seconds = run.tokens * (weights + attention) * seconds_per_weight(plan)
     seconds += runs * BLOCK[plan.format] * config.num_hidden_layers
     if plan.format == "coreml":
         seconds += run.tokens * ROUNDED * config.vocab_size
