@@ -25,6 +25,7 @@ from compress.checkpoint import Checkpoint
 from compress.console import Console
 from compress.decoder import Decoder
 from compress.demo import model_path
+from compress.footprint import activation_bytes
 from compress.job import Job, prepare
 from compress.pruning.depth import model_divergence
 from compress.pruning.pruned import Narrower, Shallower
@@ -229,6 +230,31 @@ def test_chains_go_from_little_to_much(tmp_path: Path) -> None:
     assert widths == sorted(set(widths), reverse=True)
     assert all(width % 32 == 0 and 256 <= width < 512 for width in widths)
     assert [settings["blocks"] for settings in depth] == [1, 2]
+
+
+def test_what_a_file_may_have_at_most_counts_what_a_smaller_model_leaves_to_it(
+    tmp_path: Path,
+) -> None:
+    """Memory that the cache and the activations of pruned shapes do not take; of all of them."""
+    case = Case(tiny.make("llama", tmp_path / "m", num_hidden_layers=4), "gguf", 1 << 40)
+    (plan,) = case.job.plans
+    config, context = case.job.config, case.job.context
+    cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    tight = sizes(tmp_path / "m", "gguf").smallest_bytes + 4096
+    memory = tight + cache + activation_bytes(config, context)
+
+    def at_most(method: str) -> dict[str, int]:
+        changes = (*SETTINGS, f"prune={{method: {method}}}", f"budget.memory={memory}")
+        case.recipe = load("phone-4bit", changes, ["gguf"])
+        case.job = case.prepare()
+        return check_budget(case.job, SHIPYARD.get_exporter, case.prepare)
+
+    assert at_most("none") == {"gguf": tight}
+    found = at_most("auto")
+    ladder = Ladder(case.job, plan, SHIPYARD.get_exporter, case.prepare)
+    limits = [rung.limit.nbytes for chain in ladder.chains() for rung in chain]
+    assert found == {"gguf": max(limits)}
+    assert max(limits) >= tight + cache // 2  # half of the blocks
 
 
 def test_which_won_is_told() -> None:

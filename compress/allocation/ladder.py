@@ -9,7 +9,7 @@ Along a chain each shape is part of the one before it, so the divergence from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -119,6 +119,13 @@ class Ladder:
         (target,) = targets_of(shaped, self._get_exporter)
         return Rung(job, target, limit_for(shaped, target))
 
+    def roomiest(self) -> Limit:
+        """The limit of the rung that leaves most to the file: at the end of a chain the cache, or
+        the activations, are smallest.
+        """
+        ends = [self.rung(chain[-1]) for chain in settings_of(self._config, self._plan) if chain]
+        return max((rung.limit for rung in [self.unpruned, *ends]), key=lambda limit: limit.nbytes)
+
     def alone(self, rung: Rung) -> Replan:
         """``prepare`` for a rung's job with other grids."""
 
@@ -166,8 +173,28 @@ def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[s
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     pairs = [(target, limit_for(shaped, target)) for target in targets_of(shaped, get_exporter)]
     refusal = infeasible([(target, limit.nbytes) for target, limit in pairs])
-    if refusal is None:
-        return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
+    if refusal is not None:
+        check_pruned(job, refusal, pairs, get_exporter, prepare)
+    if job.recipe.weighs:
+        plans = [target.plan for target, _ in pairs]
+        ladders = [Ladder(job, plan, get_exporter, prepare) for plan in plans]
+        pairs = [(t, ladder.roomiest()) for (t, _), ladder in zip(pairs, ladders, strict=True)]
+    return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
+
+
+def check_pruned(
+    job: Job,
+    refusal: UsageError,
+    pairs: Sequence[tuple[Target, Limit]],
+    get_exporter: GetExporter,
+    prepare: Replan,
+) -> None:
+    """Refuse what does not fit with pruning either, or may not be pruned.
+
+    Args:
+        refusal: of the unpruned targets.
+        pairs: those targets and their limits; the others are as in ``check_budget``.
+    """
     if job.cut:
         raise refusal
     tight = [target for target, limit in pairs if target.smallest_bytes > limit.nbytes]
@@ -181,7 +208,6 @@ def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[s
     if not job.recipe.weighs:
         hint = f"{refusal.hint}; --prune auto would make it fit, by pruning"
         raise UsageError(str(refusal), hint=hint)
-    return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
 
 
 def most_bytes(target: Target, limit: Limit) -> int:
