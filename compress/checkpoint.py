@@ -26,7 +26,13 @@ from compress.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.hub import download
 from compress.remote import fetch, is_url
-from compress.safetensors_file import BYTES, TensorInfo, read_range, scan_safetensors
+from compress.safetensors_file import (
+    BYTES,
+    TensorInfo,
+    check_finite,
+    read_range,
+    scan_safetensors,
+)
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
 
@@ -214,9 +220,9 @@ class Checkpoint:
         if info.offset < 0:
             tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
             values: Float32 = tensor.float().numpy()
+            check_finite(name, values)
         else:
             values = read_range(info, start, math.prod(shape))
-        check_finite(name, values)
         return values.reshape(shape if info.shape else ())
 
     # --- facts about the whole ---------------------------------------------------------------
@@ -238,20 +244,3 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
-
-
-def check_finite(name: str, values: Float32) -> None:
-    """Refuse NaN and Inf, in one pass at memory speed.
-
-    A float32 sum is finite unless a value is not, or unless the sum itself overflows, which is
-    rare enough to count then: 2.3 s for the 3.8 billion values of Phi-3-mini; isfinite takes 5.
-
-    Raises:
-        CheckpointError: how many there are, and in which tensor.
-    """
-    with np.errstate(all="ignore"):
-        if np.isfinite(values.sum()):
-            return
-    bad = int(np.count_nonzero(~np.isfinite(values)))
-    if bad:
-        raise CheckpointError(f"{name} has {bad} NaN or Inf value(s)")

@@ -23,6 +23,7 @@ from compress.machine import in_threads
 __all__ = [
     "BYTES",
     "TensorInfo",
+    "check_finite",
     "read_range",
     "round_to",
     "scan_safetensors",
@@ -95,31 +96,50 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_range(info: TensorInfo, start_row: int, count: int) -> Float32:
-    """``count`` values from row ``start_row`` on, float32, flat; not checked for NaN.
+    """``count`` values from row ``start_row`` on, float32, flat.
 
     The system is told that as many bytes behind them will be wanted next, so that it fetches them
     from the disk meanwhile.
 
     Raises:
-        CheckpointError: a short read.
+        CheckpointError: a short read, or NaN/Inf among the values.
     """
     size = BYTES[info.dtype]
     offset = info.offset + start_row * math.prod(info.shape[1:]) * size
     values = np.empty(count, np.float32)
 
+    sums: list[float] = []
+
     def fill(begin: int, end: int) -> None:
-        _read_into(info, offset + begin * size, values[begin:end])
+        sums.append(_read_into(info, offset + begin * size, values[begin:end]))
 
     try:
         in_threads(fill, count, PIECE)
         _ask_ahead(info.file, offset + count * size, count * size)
     except OSError as error:
         raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
+    if not math.isfinite(sum(sums)):
+        check_finite(info.name, values)
     return values
 
 
-def _read_into(info: TensorInfo, offset: int, values: Float32) -> None:
+def check_finite(name: str, values: Float32) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        CheckpointError: how many there are, and in which tensor.
+    """
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise CheckpointError(f"{name} has {bad} NaN or Inf value(s)")
+
+
+def _read_into(info: TensorInfo, offset: int, values: Float32) -> float:
     """Fill ``values`` from byte ``offset`` on.
+
+    Returns:
+        Their sum, which is finite unless one of them is not, or unless the sum overflows: at a
+        quarter of the cost of looking at each.
 
     Raises:
         CheckpointError: a short read.
@@ -127,7 +147,8 @@ def _read_into(info: TensorInfo, offset: int, values: Float32) -> None:
     """
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
     raw = np.empty(min(CHUNK, values.size), kind)
-    with info.file.open("rb", buffering=0) as stream:
+    total = 0.0
+    with info.file.open("rb", buffering=0) as stream, np.errstate(all="ignore"):
         stream.seek(offset)
         for start in range(0, values.size, CHUNK):
             part = values[start : start + CHUNK]
@@ -144,6 +165,8 @@ def _read_into(info: TensorInfo, offset: int, values: Float32) -> None:
                 bits <<= 16
             else:
                 part[:] = stored
+            total += float(part.sum())
+    return total
 
 
 def _ask_ahead(file: Path, offset: int, nbytes: int) -> None:

@@ -12,6 +12,7 @@ from compress.calibration_step import CalibrationStep
 from compress.console import Console, format_bytes
 from compress.job import Job
 from compress.lockstep import in_lockstep
+from compress.machine import reuse_memory
 from compress.model import Artifact, Plan, Progress, Shipyard
 from compress.output import state_folder
 from compress.pace import expected_steps
@@ -29,6 +30,7 @@ def write_artifacts(
     All go together, unless each has to carry the hidden states of the calibration texts through
     its own quantized blocks: those are large, and so is the work beside that of reading.
     """
+    reuse_memory()
     plans = calibration.job.plans
     groups = [(plan,) for plan in plans] if calibration.propagates else [plans]
     artifacts: list[Artifact] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,8 @@ import pytest
 
 from compress import machine
 from compress.machine import available_cpus, available_memory, cpu_quotas, memory_left
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def lay_out(root: Path, files: dict[str, str]) -> None:
@@ -146,3 +151,30 @@ def test_in_order_begins_nothing_after_a_failure() -> None:
             seen.append(index)
     assert seen == [0]
     assert max(begun) <= 4
+
+
+FAULTS = """
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # pages of 4 KiB: no huge ones, which come and go
+import numpy as np
+from compress.machine import reuse_memory
+if sys.argv[1] == "reused":
+    reuse_memory()
+begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    slabs = [np.empty(8 << 20, np.uint8) for _ in range(4)]
+    for slab in slabs:
+        slab[::4096] = 1
+    del slab, slabs
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_reused_memory_is_not_fetched_again() -> None:
+    found = {}
+    for how in ("plain", "reused"):
+        command = [sys.executable, "-c", FAULTS, how]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found[how] = int(done.stdout)
+    assert found["reused"] < found["plain"] / 4

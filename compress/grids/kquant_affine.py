@@ -9,8 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, choose_unit, keep, load
+from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, UNIT, UNIT_ROWS, choose_unit, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
+
+# Rows of a sub-block's work array, LANES numbers each.
+W, WQ, WQQ, WR, WQR, WRR = range(0, 6 * LANES, LANES)  # the sums
+SCALE, LOW, INVERSE, FIRST, SPAN, LEAST = range(6 * LANES, 12 * LANES, LANES)
+WISH_SCALE, WISH_LOW, COST_SCALE, COST_LOW = range(12 * LANES, 16 * LANES, LANES)
+WHOLE_SCALE, WHOLE_LOW, BEST_SCALE, BEST_LOW, ROWS = range(16 * LANES, 21 * LANES, LANES)
+# Rows of the block's, behind those of ``choose_unit`` for either unit.
+LOWER_UNIT = UNIT + UNIT_ROWS
+T_W, T_WQ, T_WQQ, T_WR, T_WQR, T_WRR = range(2 * UNIT_ROWS, 2 * UNIT_ROWS + 6 * LANES, LANES)
+ERROR, BEST_UNIT, BEST_LOWER_UNIT, BLOCK_ROWS = range(
+    2 * UNIT_ROWS + 6 * LANES, 2 * UNIT_ROWS + 10 * LANES, LANES
+)
 
 
 @kernel
@@ -18,12 +30,12 @@ def correction(w0, wq, wqq, wr, wqr):
     """Least-squares change of (scale, minimum), from the sums; where all codes are equal it is
     undetermined, and the scale alone changes (for codes of zero: the minimum)."""
     determinant = w0 * wqq - wq * wq
-    if determinant > f4(1e-5) * w0 * wqq:
-        inverse = f4(1.0) / determinant
-        return (w0 * wqr - wq * wr) * inverse, (wqq * wr - wq * wqr) * inverse
-    if wqq > f4(0.0):
-        return wqr / wqq, f4(0.0)
-    return f4(0.0), wr / max(w0, NEARLY_ZERO)
+    both, scale = determinant > f4(1e-5) * w0 * wqq, wqq > f4(0.0)
+    inverse = f4(1.0) / (determinant if both else f4(1.0))
+    more = wqr / wqq if scale else f4(0.0)
+    lower = f4(0.0) if scale else wr / max(w0, NEARLY_ZERO)
+    more = (w0 * wqr - wq * wr) * inverse if both else more
+    return more, (wqq * wr - wq * wqr) * inverse if both else lower
 
 
 @kernel
@@ -34,160 +46,199 @@ def change_of_error(w0, wq, wqq, wr, wqr, more, lower):
 
 
 @kernel
-def sums_affine(x, w, start, n, top, scale, low, s):
-    """Round ``x ≈ scale * q + low``, q in 0..top, and sum into rows of ``s``:
-    0 w, 1 wq, 2 wq², 3 wr, 4 wqr, 5 wr²."""
-    w0, wq, wqq, wr, wqr, wrr, inverse = s[0], s[1], s[2], s[3], s[4], s[5], s[6]
-    s[0:6] = f4(0.0)
+def sums_affine(x, w, start, n, top, t):
+    """Round ``x ≈ SCALE * q + LOW``, q in 0..top, and sum into rows ``W`` to ``WRR``: of w, wq,
+    wq², wr, wqr, wr²."""
     for lane in range(LANES):
-        inverse[lane] = inverse_of(scale[lane])
+        t[INVERSE + lane] = inverse_of(t[SCALE + lane])
+    t[W : WRR + LANES] = f4(0.0)
     for i in range(start, start + n):
         for lane in range(LANES):
-            value = x[i, lane] - low[lane]
-            q = np.floor(value * inverse[lane] + f4(0.5))
+            value = x[i, lane] - t[LOW + lane]
+            q = np.floor(value * t[INVERSE + lane] + f4(0.5))
             q = min(max(q, f4(0.0)), top)
-            r = value - q * scale[lane]
-            t = w[i, lane]
-            w0[lane] += t
-            wq[lane] += t * q
-            wqq[lane] += t * q * q
-            wr[lane] += t * r
-            wqr[lane] += t * q * r
-            wrr[lane] += t * r * r
+            r = value - q * t[SCALE + lane]
+            weight = w[i, lane]
+            t[W + lane] += weight
+            t[WQ + lane] += weight * q
+            t[WQQ + lane] += weight * q * q
+            t[WR + lane] += weight * r
+            t[WQR + lane] += weight * q * r
+            t[WRR + lane] += weight * r * r
 
 
 @kernel
-def search_affine(x, w, start, n, top, tries, signed, scale, low, s):
-    """The scale and minimum of each lane that give the least weighted error.
+def search_affine(x, w, start, n, top, tries, signed, t):
+    """``SCALE`` and ``LOW`` of each lane that give the least weighted error.
 
     ``tries`` ``[n, 2]`` are numbers of steps laid over the range of the sub-block, beyond ``top``
     or short of it, and shifts of the levels in steps; each try gives codes, and these their
     least-squares scale and minimum. The minimum stays <= 0 unless ``signed``.
 
-    The sums are those of ``v = x - first`` instead of a residual, two fewer than ``sums_affine``
-    takes: digits are lost to cancellation, but a choice at 5 bits can afford that.
+    The sums are those of ``v = x - FIRST`` instead of a residual (rows ``WR``, ``WQR``), two fewer
+    than ``sums_affine`` takes: digits are lost to cancellation, but a choice at 5 bits can afford
+    that.
     """
-    w0, wq, wqq, wv, wqv, error, least = s[0], s[1], s[2], s[3], s[4], s[5], s[6]
-    first, span, inverse = s[7], s[8], s[9]
     for lane in range(LANES):
-        first[lane] = x[start, lane] if signed else f4(0.0)
-        span[lane] = x[start, lane]
+        t[FIRST + lane] = x[start, lane] if signed else f4(0.0)
+        t[SPAN + lane] = x[start, lane]
+        t[W + lane] = f4(0.0)
+        t[WR + lane] = f4(0.0)
+        t[LEAST + lane] = WORST
     for i in range(start, start + n):
         for lane in range(LANES):
-            first[lane] = min(first[lane], x[i, lane])
-            span[lane] = max(span[lane], x[i, lane])
-    w0[:] = f4(0.0)
-    wv[:] = f4(0.0)
+            t[FIRST + lane] = min(t[FIRST + lane], x[i, lane])
+            t[SPAN + lane] = max(t[SPAN + lane], x[i, lane])
     for i in range(start, start + n):
         for lane in range(LANES):
-            w0[lane] += w[i, lane]
-            wv[lane] += w[i, lane] * (x[i, lane] - first[lane])
+            t[W + lane] += w[i, lane]
+            t[WR + lane] += w[i, lane] * (x[i, lane] - t[FIRST + lane])
     for lane in range(LANES):
-        span[lane] -= first[lane]
-    least[:] = WORST
+        t[SPAN + lane] = inverse_of(t[SPAN + lane] - t[FIRST + lane])
     for attempt in range(len(tries)):
         steps, shift = tries[attempt, 0], tries[attempt, 1] + f4(0.5)
         for lane in range(LANES):
-            inverse[lane] = steps * inverse_of(span[lane])
-        wq[:] = f4(0.0)
-        wqq[:] = f4(0.0)
-        wqv[:] = f4(0.0)
+            t[INVERSE + lane] = steps * t[SPAN + lane]
+            t[WQ + lane] = f4(0.0)
+            t[WQQ + lane] = f4(0.0)
+            t[WQR + lane] = f4(0.0)
         for i in range(start, start + n):
             for lane in range(LANES):
-                v = x[i, lane] - first[lane]
-                q = min(max(np.floor(v * inverse[lane] + shift), f4(0.0)), top)
-                t = w[i, lane] * q
-                wq[lane] += t
-                wqq[lane] += t * q
-                wqv[lane] += t * v
+                v = x[i, lane] - t[FIRST + lane]
+                q = min(max(np.floor(v * t[INVERSE + lane] + shift), f4(0.0)), top)
+                wq = w[i, lane] * q
+                t[WQ + lane] += wq
+                t[WQQ + lane] += wq * q
+                t[WQR + lane] += wq * v
         for lane in range(LANES):
-            a, b, c, d, e = w0[lane], wq[lane], wqq[lane], wv[lane], wqv[lane]
+            a, b, c = t[W + lane], t[WQ + lane], t[WQQ + lane]
+            d, e, first = t[WR + lane], t[WQR + lane], t[FIRST + lane]
             slope, lower = correction(a, b, c, d, e)
-            if not signed and first[lane] + lower > f4(0.0):
-                lower = -first[lane]
-                slope = (e - lower * b) / max(c, NEARLY_ZERO)
-            error[lane] = change_of_error(a, b, c, d, e, slope, lower)
+            above = not signed and first + lower > f4(0.0)
+            lower = -first if above else lower
+            slope = (e - lower * b) / max(c, NEARLY_ZERO) if above else slope
+            error = change_of_error(a, b, c, d, e, slope, lower)
             # Of equals the first: sub-blocks that agree share their unit well. (It is negative.)
-            better = error[lane] < least[lane] * (f4(1.0) + EQUAL)
-            least[lane] = error[lane] if better else least[lane]
-            scale[lane] = slope if better else scale[lane]
-            low[lane] = first[lane] + lower if better else low[lane]
+            better = error < t[LEAST + lane] * (f4(1.0) + EQUAL)
+            t[LEAST + lane] = error if better else t[LEAST + lane]
+            t[SCALE + lane] = slope if better else t[SCALE + lane]
+            t[LOW + lane] = first + lower if better else t[LOW + lane]
 
 
 @kernel
-def whole_affine(s, scale, low, unit, limit, whole):
+def whole_affine(t, b, limit):
     """Integers 0..limit for scale and minimum of a sub-block, given the units, for the codes that
-    the sums ``s`` at (``scale``, ``low``) were taken with.
+    the sums at (``SCALE``, ``LOW``) were taken with.
 
     Tries the integers around the least-squares scale, each with the minimum that suits it.
     """
-    best = np.full(LANES, WORST)
-    for around in range(-1, 2):
-        for lane in range(LANES):
-            w0, wq, wqq, wr, wqr = s[0, lane], s[1, lane], s[2, lane], s[3, lane], s[4, lane]
-            more, lower = correction(w0, wq, wqq, wr, wqr)
-            if low[lane] + lower > f4(0.0):
-                more = (wqr + low[lane] * wq) / max(wqq, NEARLY_ZERO)
-            sc = np.floor((scale[lane] + more) * inverse_of(unit[0, lane]) + f4(0.5))
-            sc = min(max(f4(sc) + f4(around), f4(0.0)), limit)
-            more = sc * unit[0, lane] - scale[lane]
-            lower = (wr - more * wq) / max(w0, NEARLY_ZERO)
-            mn = np.floor(-(low[lane] + lower) * inverse_of(unit[1, lane]) + f4(0.5))
-            mn = min(max(f4(mn), f4(0.0)), limit)
-            lower = -mn * unit[1, lane] - low[lane]
-            error = change_of_error(w0, wq, wqq, wr, wqr, more, lower)
-            better = error < best[lane]
-            best[lane] = error if better else best[lane]
-            whole[0, lane] = sc if better else whole[0, lane]
-            whole[1, lane] = mn if better else whole[1, lane]
-
-
-@kernel
-def start_affine(x, w, n, top, limit, tries, units, used, wishes, unit, s):
-    """Scale and minimum of every sub-block by themselves (``used``, and ``s`` their sums), and the
-    units that suit all of them."""
-    signed = limit == f4(0.0)
-    for j in range(len(used)):
-        search_affine(x, w, j * n, n, top, tries, signed, used[j, 0], used[j, 1], s[j])
-        sums_affine(x, w, j * n, n, top, used[j, 0], used[j, 1], s[j])
-        for lane in range(LANES):
-            w0, wq, wqq = s[j, 0, lane], s[j, 1, lane], s[j, 2, lane]
-            more, lower = correction(w0, wq, wqq, s[j, 3, lane], s[j, 4, lane])
-            scale, down = used[j, 0, lane] + more, -used[j, 1, lane] - lower
-            wishes[0, j, lane] = max(scale, f4(0.0))
-            wishes[1, j, lane] = down if signed else max(down, f4(0.0))
-            # what a miss of the scale costs while the minimum makes up for it, and back
-            s[j, 7, lane] = wqq - wq * wq / max(w0, NEARLY_ZERO)
-            s[j, 8, lane] = w0 - wq * wq / max(wqq, NEARLY_ZERO)
-    for k in range(2):
-        unit[k] = wishes[k, 0]
-        if not signed:
-            choose_unit(wishes[k], s, 7 + k, limit, f4(0.0), limit, units, unit[k])
-
-
-@kernel
-def store_affine(x, w, n, top, limit, unit, whole, used, total, s):
-    """Round to what the file stores, and sum up over the block what the units need: ``total``,
-    rows as in ``sums_affine`` with (scale, -minimum) in units for (q, 1)."""
     for lane in range(LANES):
-        unit[0, lane] = half(unit[0, lane])
-        unit[1, lane] = half(unit[1, lane])
-    total[:] = f4(0.0)
-    for j in range(len(used)):
+        w0, wq, wqq = t[W + lane], t[WQ + lane], t[WQQ + lane]
+        wr, wqr, scale, low = t[WR + lane], t[WQR + lane], t[SCALE + lane], t[LOW + lane]
+        unit, lower_unit = b[UNIT + lane], b[LOWER_UNIT + lane]
+        per_unit, per_lower = inverse_of(unit), inverse_of(lower_unit)
+        more, lower = correction(w0, wq, wqq, wr, wqr)
+        alone = (wqr + low * wq) / max(wqq, NEARLY_ZERO)
+        more = alone if low + lower > f4(0.0) else more
+        nearest = np.floor((scale + more) * per_unit + f4(0.5))
+        least, best, best_low = WORST, f4(0.0), f4(0.0)
+        for around in (f4(-1.0), f4(0.0), f4(1.0)):
+            whole = min(max(nearest + around, f4(0.0)), limit)
+            more = whole * unit - scale
+            lower = (wr - more * wq) / max(w0, NEARLY_ZERO)
+            whole_low = np.floor(-(low + lower) * per_lower + f4(0.5))
+            whole_low = min(max(whole_low, f4(0.0)), limit)
+            lower = -whole_low * lower_unit - low
+            error = change_of_error(w0, wq, wqq, wr, wqr, more, lower)
+            better = error < least
+            least = error if better else least
+            best = whole if better else best
+            best_low = whole_low if better else best_low
+        t[WHOLE_SCALE + lane] = best
+        t[WHOLE_LOW + lane] = best_low
+
+
+@kernel
+def start_affine(x, w, n, top, limit, tries, units, s, b):
+    """Scale and minimum of every sub-block by themselves (and their sums), and the units that suit
+    all of them."""
+    signed = limit == f4(0.0)
+    for j in range(len(s)):
+        t = s[j]
+        search_affine(x, w, j * n, n, top, tries, signed, t)
+        sums_affine(x, w, j * n, n, top, t)
+        for lane in range(LANES):
+            w0, wq, wqq = t[W + lane], t[WQ + lane], t[WQQ + lane]
+            more, lower = correction(w0, wq, wqq, t[WR + lane], t[WQR + lane])
+            scale, down = t[SCALE + lane] + more, -t[LOW + lane] - lower
+            t[WISH_SCALE + lane] = max(scale, f4(0.0))
+            t[WISH_LOW + lane] = down if signed else max(down, f4(0.0))
+            # what a miss of the scale costs while the minimum makes up for it, and back
+            t[COST_SCALE + lane] = wqq - wq * wq / max(w0, NEARLY_ZERO)
+            t[COST_LOW + lane] = w0 - wq * wq / max(wqq, NEARLY_ZERO)
+    if signed:
+        for lane in range(LANES):
+            b[UNIT + lane] = s[0, WISH_SCALE + lane]
+            b[LOWER_UNIT + lane] = s[0, WISH_LOW + lane]
+    else:
+        choose_unit(s, WISH_SCALE, COST_SCALE, limit, f4(0.0), limit, units, b)
+        lower = b[UNIT_ROWS:]
+        choose_unit(s, WISH_LOW, COST_LOW, limit, f4(0.0), limit, units, lower)
+
+
+@kernel
+def store_affine(x, w, n, top, limit, s, b):
+    """Round to what the file stores, and sum up over the block what the units need: rows ``T_W`` to
+    ``T_WRR``, as in ``sums_affine`` with (scale, -minimum) in units for (q, 1)."""
+    for lane in range(LANES):
+        b[UNIT + lane] = half(b[UNIT + lane])
+        b[LOWER_UNIT + lane] = half(b[LOWER_UNIT + lane])
+    b[T_W : T_WRR + LANES] = f4(0.0)
+    for j in range(len(s)):
+        t = s[j]
         if limit > f4(0.0):
-            whole_affine(s[j], used[j, 0], used[j, 1], unit, limit, whole[j])
+            whole_affine(t, b, limit)
         for lane in range(LANES):
-            used[j, 0, lane] = unit[0, lane] * whole[j, 0, lane]
-            used[j, 1, lane] = -unit[1, lane] * whole[j, 1, lane]
-        sums_affine(x, w, j * n, n, top, used[j, 0], used[j, 1], s[j])
+            t[SCALE + lane] = b[UNIT + lane] * t[WHOLE_SCALE + lane]
+            t[LOW + lane] = -b[LOWER_UNIT + lane] * t[WHOLE_LOW + lane]
+        sums_affine(x, w, j * n, n, top, t)
         for lane in range(LANES):
-            sc, mn = whole[j, 0, lane], -whole[j, 1, lane]
-            total[0, lane] += mn * mn * s[j, 0, lane]
-            total[1, lane] += sc * mn * s[j, 1, lane]
-            total[2, lane] += sc * sc * s[j, 2, lane]
-            total[3, lane] += mn * s[j, 3, lane]
-            total[4, lane] += sc * s[j, 4, lane]
-            total[5, lane] += s[j, 5, lane]
+            scale, low = t[WHOLE_SCALE + lane], -t[WHOLE_LOW + lane]
+            b[T_W + lane] += low * low * t[W + lane]
+            b[T_WQ + lane] += scale * low * t[WQ + lane]
+            b[T_WQQ + lane] += scale * scale * t[WQQ + lane]
+            b[T_WR + lane] += low * t[WR + lane]
+            b[T_WQR + lane] += scale * t[WQR + lane]
+            b[T_WRR + lane] += t[WRR + lane]
+
+
+@kernel
+def keep_affine(s, b):
+    """What is stored becomes the best in the lanes where its error is the least so far."""
+    for j in range(len(s)):
+        t = s[j]
+        for lane in range(LANES):
+            better = b[T_WRR + lane] < b[ERROR + lane]
+            scale, low = t[WHOLE_SCALE + lane], t[WHOLE_LOW + lane]
+            t[BEST_SCALE + lane] = scale if better else t[BEST_SCALE + lane]
+            t[BEST_LOW + lane] = low if better else t[BEST_LOW + lane]
+    for lane in range(LANES):
+        better = b[T_WRR + lane] < b[ERROR + lane]
+        unit, lower = b[UNIT + lane], b[LOWER_UNIT + lane]
+        b[BEST_UNIT + lane] = unit if better else b[BEST_UNIT + lane]
+        b[BEST_LOWER_UNIT + lane] = lower if better else b[BEST_LOWER_UNIT + lane]
+        b[ERROR + lane] = b[T_WRR + lane] if better else b[ERROR + lane]
+
+
+@kernel
+def refit_affine(limit, b):
+    """The units of least error for the codes and integers as they are."""
+    for lane in range(LANES):
+        w0, wq, wqq = b[T_W + lane], b[T_WQ + lane], b[T_WQQ + lane]
+        more, lower = correction(w0, wq, wqq, b[T_WR + lane], b[T_WQR + lane])
+        b[UNIT + lane] = max(b[UNIT + lane] + more, f4(0.0))
+        unit = b[LOWER_UNIT + lane] + lower
+        b[LOWER_UNIT + lane] = max(unit, f4(0.0)) if limit > f4(0.0) else unit
 
 
 @kernel
@@ -205,41 +256,24 @@ def fit_affine(
     subs = columns // n
     x = np.empty((columns, LANES), dtype=np.float32)
     w = np.empty((columns, LANES), dtype=np.float32)
-    s = np.empty((subs, 10, LANES), dtype=np.float32)
-    used = np.empty((subs, 2, LANES), dtype=np.float32)  # scale and minimum that decode
-    wishes = np.empty((2, subs, LANES), dtype=np.float32)  # scale and -minimum before rounding
-    whole = np.empty((subs, 2, LANES), dtype=np.float32)
-    unit = np.empty((2, LANES), dtype=np.float32)
-    total = np.empty((6, LANES), dtype=np.float32)
-    best_whole = np.empty((subs, 2, LANES), dtype=np.float32)
-    best_unit = np.empty((2, LANES), dtype=np.float32)
-    least = np.empty(LANES, dtype=np.float32)
+    s = np.zeros((subs, ROWS), dtype=np.float32)
+    b = np.zeros(BLOCK_ROWS, dtype=np.float32)
     for row in range(begin, end, LANES):
         for block in range(d.shape[1]):
             column = block * columns
             load(weight, importance, row_squares, row, column, columns, power, spread, run, x, w)
-            whole[:] = f4(1.0)
-            least[:] = WORST
+            s[:, WHOLE_SCALE : WHOLE_LOW + LANES] = f4(1.0)
+            b[ERROR : ERROR + LANES] = WORST
             for start in range(starts):
                 some = tries if start == 0 else tries[:1]
-                start_affine(x, w, n, top, limit, some, units, used, wishes, unit, s)
+                start_affine(x, w, n, top, limit, some, units, s, b)
                 for _ in range(refits + 1):
-                    store_affine(x, w, n, top, limit, unit, whole, used, total, s)
-                    for k in range(2):
-                        keep(unit[k], total[5], least, best_unit[k])
-                        for j in range(subs):
-                            keep(whole[j, k], total[5], least, best_whole[j, k])
-                    keep(total[5], total[5], least, least)
-                    for lane in range(LANES):
-                        a, b, c = total[0, lane], total[1, lane], total[2, lane]
-                        more, lower = correction(a, b, c, total[3, lane], total[4, lane])
-                        unit[0, lane] = max(unit[0, lane] + more, f4(0.0))
-                        unit[1, lane] += lower
-                        if limit > f4(0.0):
-                            unit[1, lane] = max(unit[1, lane], f4(0.0))
+                    store_affine(x, w, n, top, limit, s, b)
+                    keep_affine(s, b)
+                    refit_affine(limit, b)
             for lane in range(min(LANES, end - row)):
-                d[row + lane, block] = best_unit[0, lane]
-                dmin[row + lane, block] = best_unit[1, lane]
+                d[row + lane, block] = b[BEST_UNIT + lane]
+                dmin[row + lane, block] = b[BEST_LOWER_UNIT + lane]
                 for j in range(subs if limit > f4(0.0) else 0):
-                    scales[row + lane, block * subs + j] = np.uint8(best_whole[j, 0, lane])
-                    mins[row + lane, block * subs + j] = np.uint8(best_whole[j, 1, lane])
+                    scales[row + lane, block * subs + j] = np.uint8(s[j, BEST_SCALE + lane])
+                    mins[row + lane, block * subs + j] = np.uint8(s[j, BEST_LOW + lane])

@@ -1,7 +1,10 @@
 """What the fits of the GGUF block grids share: the tile, keeping the best, choosing a unit.
 
-Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. The two families, with a
-minimum (``kquant_affine.py``) and without (``kquant_symmetric.py``), are built alike.
+Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. What belongs to a sub-block
+(``t``) or a block (``b``) lies in one flat array, LANES numbers for each quantity, whose places are
+constants: so LLVM knows that no two of them overlap, and every loop over the lanes becomes SIMD.
+The two families, with a minimum (``kquant_affine.py``) and without (``kquant_symmetric.py``), are
+built alike.
 
 Two primitives carry everything: ``sums_affine`` and ``sums_symmetric`` round a sub-block at a
 given scale (and minimum) and sum up its residual ``r = x - decoded``. Both the error and the
@@ -21,8 +24,6 @@ where the units are float16 and ``whole`` are integers up to ``limit`` (K-quants
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
-
-from math import sqrt
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def load(weight, importance, row_squares, row, column, n, power, spread, run, x,
         for i in range(start, start + length):
             for lane in range(LANES):
                 square = x[i, lane] * x[i, lane] + mean[lane]
-                w[i, lane] = importance[column + i] * (sqrt(square) if power == 1 else square)
+                w[i, lane] = importance[column + i] * (np.sqrt(square) if power == 1 else square)
 
 
 @kernel
@@ -76,30 +77,38 @@ def keep(value, error, least, kept):
         kept[lane] = value[lane] if error[lane] < least[lane] else kept[lane]
 
 
+# Rows of a block's work array that ``choose_unit`` has to itself, LANES numbers each.
+UNIT, PEAK, BEST, MISS, UNIT_ROWS = range(0, 5 * LANES, LANES)
+
+
 @kernel
-def choose_unit(wishes, s, row, level, least, most, tries, unit):
-    """The unit of a block whose multiples least..most come nearest to its sub-blocks' wishes,
-    each difference weighted by what it costs: ``s[sub-block, row]``.
+def choose_unit(s, wish, cost, level, least, most, tries, b):
+    """``UNIT`` of a block, whose multiples least..most come nearest to its sub-blocks' wishes, each
+    difference weighted by what it costs: rows ``wish`` and ``cost`` of ``s[sub-block]``.
 
     Tries put the wish of largest magnitude on ``level``, then on levels nearer to zero.
     """
-    peak = np.zeros(LANES, dtype=np.float32)
-    best = np.full(LANES, WORST)
-    error = np.empty(LANES, dtype=np.float32)
-    for j in range(len(wishes)):
+    for lane in range(LANES):
+        b[PEAK + lane] = f4(0.0)
+        b[BEST + lane] = WORST
+    for j in range(len(s)):
+        wishes = s[j, wish : wish + LANES]
         for lane in range(LANES):
-            larger = abs(wishes[j, lane]) > abs(peak[lane])
-            peak[lane] = wishes[j, lane] if larger else peak[lane]
+            larger = abs(wishes[lane]) > abs(b[PEAK + lane])
+            b[PEAK + lane] = wishes[lane] if larger else b[PEAK + lane]
     for _ in range(tries):
-        error[:] = f4(0.0)
-        for j in range(len(wishes)):
-            for lane in range(LANES):
-                d = peak[lane] / level
-                nearest = np.floor(wishes[j, lane] * inverse_of(d) + f4(0.5))
-                miss = min(max(nearest, least), most) * d - wishes[j, lane]
-                error[lane] += s[j, row, lane] * miss * miss
+        inverse = f4(1.0) / level
         for lane in range(LANES):
-            better = error[lane] < best[lane]
-            best[lane] = error[lane] if better else best[lane]
-            unit[lane] = peak[lane] / level if better else unit[lane]
+            b[MISS + lane] = f4(0.0)
+        for j in range(len(s)):
+            wishes, costs = s[j, wish : wish + LANES], s[j, cost : cost + LANES]
+            for lane in range(LANES):
+                d = b[PEAK + lane] * inverse
+                nearest = np.floor(wishes[lane] * inverse_of(d) + f4(0.5))
+                miss = min(max(nearest, least), most) * d - wishes[lane]
+                b[MISS + lane] += costs[lane] * miss * miss
+        for lane in range(LANES):
+            better = b[MISS + lane] < b[BEST + lane]
+            b[BEST + lane] = b[MISS + lane] if better else b[BEST + lane]
+            b[UNIT + lane] = b[PEAK + lane] * inverse if better else b[UNIT + lane]
         level += f4(1.0) if level < f4(0.0) else f4(-1.0)

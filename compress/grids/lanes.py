@@ -70,6 +70,15 @@ def inverse_of(value):
     return f4(1.0) / value if value != f4(0.0) else f4(0.0)
 
 
+@kernel
+def all_within(values, limit):
+    """Whether no value is larger than ``limit``, or NaN, of which every comparison is false."""
+    within = 0
+    for value in values:
+        within += 1 if abs(value) <= limit else 0
+    return within == len(values)
+
+
 def checked(weight: Float32, name: str) -> Float32:
     """The weight as the kernels want it: contiguous, finite, within float16's range.
 
@@ -77,8 +86,7 @@ def checked(weight: Float32, name: str) -> Float32:
         GridError: it is not finite, or exceeds 65504.
     """
     weight = np.ascontiguousarray(weight, dtype=np.float32)
-    # A minimum is NaN if any weight is, and every comparison with NaN is false.
-    if weight.size and not (weight.min() >= -LARGEST_HALF and weight.max() <= LARGEST_HALF):
+    if not all_within(weight.reshape(-1), LARGEST_HALF):
         raise GridError(
             f"{name}: a weight is not finite or beyond float16's range",
             hint="is the checkpoint damaged? no trained weight is that large",

@@ -24,7 +24,7 @@ import numpy as np
 from compress.errors import GridError
 from compress.grids import Array, Float32, Lattice, Params, Quantized
 from compress.grids.kquant_codes import encode_levels
-from compress.grids.kquant_symmetric import sums_symmetric
+from compress.grids.kquant_symmetric import ROWS, STEP, WRR, sums_symmetric
 from compress.grids.kquant_tiles import load
 from compress.grids.lanes import LANES, WORST, checked, kernel, normalized, over_rows
 
@@ -165,14 +165,13 @@ def fit_powers(weight, importance, values, tries, begin, end, exponents):
     ``sums_symmetric``."""
     x = np.empty((BLOCK, LANES), dtype=np.float32)
     w = np.empty((BLOCK, LANES), dtype=np.float32)
-    s = np.empty((5, LANES), dtype=np.float32)
-    scale = np.empty(LANES, dtype=np.float32)
+    t = np.zeros(ROWS, dtype=np.float32)
     power = np.empty(LANES, dtype=np.int64)
     best = np.empty(LANES, dtype=np.float32)
     kept = np.empty(LANES, dtype=np.int64)
     for row in range(begin, end, LANES):
         for block in range(exponents.shape[1]):
-            load(weight, importance, s[0, :0], row, block * BLOCK, BLOCK, 0, 0.0, 0, x, w)
+            load(weight, importance, t[:0], row, block * BLOCK, BLOCK, 0, 0.0, 0, x, w)
             for lane in range(LANES):
                 peak = np.float32(0)
                 for i in range(BLOCK):
@@ -181,11 +180,13 @@ def fit_powers(weight, importance, values, tries, begin, end, exponents):
             best[:] = WORST
             for shift in tries:
                 for lane in range(LANES):
-                    scale[lane] = ldexp(1.0, power[lane] + shift) if power[lane] > -128 else 0.0
-                sums_symmetric(x, w, 0, BLOCK, 0.0, 0.0, values, scale, s)
+                    step = ldexp(1.0, power[lane] + shift) if power[lane] > -128 else 0.0
+                    t[STEP + lane] = step
+                sums_symmetric(x, w, 0, BLOCK, 0.0, 0.0, values, t)
                 for lane in range(LANES):
-                    better = s[2, lane] < best[lane]
-                    best[lane] = s[2, lane] if better else best[lane]
+                    error = t[WRR + lane]
+                    better = error < best[lane]
+                    best[lane] = error if better else best[lane]
                     kept[lane] = power[lane] + shift if better else kept[lane]
             for lane in range(min(LANES, end - row)):
                 empty = power[lane] == -128

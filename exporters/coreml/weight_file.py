@@ -114,11 +114,9 @@ def pack_bits(values: Array, bits: int) -> Array:
     if bits >= 8:
         return raw
     if bits == 4 and raw.size % 2 == 0:
-        # As one little-endian number a pair is low + 256 * high; its lowest byte shall be
-        # low + 16 * high. The upper halves of negative numbers are ones.
-        pairs = raw.view("<u2") & 0x0F0F
-        pairs |= pairs >> 4
-        return pairs.astype(np.uint8)
+        from compress.grids.nibbles import join_pairs  # compiles: not before it is needed
+
+        return join_pairs(raw)
     fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(fields.reshape(-1), bitorder="little")
 

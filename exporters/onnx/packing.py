@@ -99,11 +99,10 @@ def pack_rows(codes: Array, bits: int) -> Array:
 
     A last half byte is filled with zeros.
     """
+    from compress.grids.nibbles import join_pairs  # compiles: not before it is needed
+
     if bits == 8:
         return codes
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    # As one little-endian number a pair is low + 256 * high; its lowest byte shall be
-    # low + 16 * high.
-    pairs = np.ascontiguousarray(codes).view("<u2")
-    return np.asarray(pairs | pairs >> 4).astype(np.uint8)
+    return join_pairs(codes)
