@@ -7,7 +7,8 @@ Runs ``packlight`` with these arguments and prints, for every phase of a second 
 it took, what time left was told after a tenth of it and what really was, by how much that was
 wrong, and the most by which the duration that follows (time gone by and time left) was wrong from
 then on. ``--cpu`` counts CPU seconds, of this process and of those that it starts, for a machine
-that others use meanwhile. What was measured so is in ``progress.md``.
+that others use meanwhile (``OMP_NUM_THREADS=1`` and ``--threads 1``: threads that wait for each
+other burn CPU there). What was measured so is in ``progress.md``.
 """
 
 from __future__ import annotations

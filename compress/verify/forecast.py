@@ -25,23 +25,29 @@ __all__ = [
 ]  # fmt: skip
 
 # Seconds of one core of the reference machine, per token and weight: the float decoder, and each
-# runtime in a run of hundreds of tokens; by grid where that makes a difference.
-FLOAT = 1.9e-11
+# runtime in a run of hundreds of tokens; by grid where that makes a difference. "coreml" is the MIL
+# evaluator: Core ML itself, on a Mac, was never measured and will take less.
+FLOAT = 1.6e-11
 RUN = {"gguf": 2.9e-11, "onnx": 1.8e-11, "coreml": 1.65e-11}
 GGUF_RUN = {
     "Q2_K": 1.9e-11, "Q3_K": 1.9e-11, "Q4_K": 1.9e-11, "Q5_K": 1.9e-11, "Q6_K": 1.9e-11,
     "IQ3_XXS": 1.9e-11, "IQ3_S": 1.9e-11, "IQ4_XS": 2.2e-11, "Q4_1": 5e-11, "Q5_0": 4e-11,
     "Q5_1": 5e-11, "F16": 4.2e-11, "BF16": 4.2e-11,
 }  # fmt: skip
+READ = 3e-9  # seconds per weight that the float decoder reads, however many tokens there are
 # A run costs as much as if it had so many tokens more: weights are unpacked for it, however few.
-MORE = {"gguf": 3.6, "onnx": 3.2, "coreml": 27.0}
+MORE = {"gguf": 3.6, "onnx": 3.2}
+# The MIL evaluator keeps so many weights as float32, or else so many as float16 and the others
+# packed: seconds per weight and run.
+AS_FLOAT32, AS_FLOAT16 = 1 << 28, 1 << 29
+FROM_FLOAT32, FROM_FLOAT16, UNPACKED = 2.5e-10, 4.5e-10, 2.9e-9
+BLOCK = {"gguf": 4e-5, "onnx": 8e-5, "coreml": 1.6e-3}  # seconds per block and run, for its calls
 ROUNDED = 1.9e-8  # seconds per logit that the MIL evaluator rounds to float16
 SOFTMAX = 8e-9  # seconds per float64 log-probability that is kept ...
 COMPARED = 1.1e-8  # ... or compared with one that was kept
 # Until a runtime has loaded an artifact: the process with its libraries, and each byte of weights.
-START = {"gguf": 0.4, "onnx": 0.5, "coreml": 1.3}
+START = {"gguf": 0.4, "onnx": 0.5, "coreml": 1.6}
 LOADED = 1e-9
-FIRST = {"gguf": 0.0, "onnx": 0.05, "coreml": 0.7}  # more that the first run takes
 SIDE = 768  # of the square matrices that are multiplied to see how fast the machine is
 PRODUCTS = 6
 REFERENCE = 2 * SIDE**3 / 1.4e11  # seconds of one core for that, where the constants were measured
@@ -120,15 +126,28 @@ def run_seconds(config: DecoderConfig, plan: Plan, run: Run, slow: Slowness) -> 
         weights -= head
         weights -= int(0.75 * weights / config.num_hidden_layers)
     runs = run.tokens if run.kind == "decoded" else 1
-    seconds = (run.tokens + runs * MORE[plan.format]) * weights * seconds_per_weight(plan)
+    # Attention: products with the key and the value of every position, as if these were weights.
+    width = config.num_attention_heads * config.head_dim
+    attention = 2 * config.num_hidden_layers * width * run.tokens // runs
+    seconds = run.tokens * (weights + attention) * seconds_per_weight(plan)
+    seconds += runs * BLOCK[plan.format] * config.num_hidden_layers
     if plan.format == "coreml":
         seconds += run.tokens * ROUNDED * config.vocab_size
+        seconds += runs * unpacking_seconds(weights, first=run.kind == "first")
+    else:
+        seconds += runs * MORE[plan.format] * weights * seconds_per_weight(plan)
     seconds *= slow.runtime
-    if run.kind == "first":
-        seconds += slow.alone * FIRST[plan.format]
     if run.kind == "scored":
         seconds += slow.alone * run.tokens * COMPARED * config.vocab_size
     return seconds
+
+
+def unpacking_seconds(weights: int, *, first: bool) -> float:
+    """What the MIL evaluator takes for its weights in one run; ``first`` it unpacks them all."""
+    if weights <= AS_FLOAT32:
+        return weights * (FROM_FLOAT32 + first * UNPACKED)
+    kept = min(weights, AS_FLOAT16)
+    return kept * FROM_FLOAT16 + (weights if first else weights - kept) * UNPACKED
 
 
 def seconds_per_weight(plan: Plan) -> float:
@@ -157,7 +176,7 @@ def float_steps(
     answer = length * (slow.runtime * FLOAT * head + slow.alone * SOFTMAX * config.vocab_size)
     steps = []
     for windows in batches:
-        block = slow.runtime * FLOAT * windows * length * blocks
+        block = slow.runtime * (FLOAT * windows * length + READ) * blocks
         steps.append(Step(config.num_hidden_layers, f"block of {windows}", block))
         steps.append(Step(windows, "answer", answer))
     return steps
