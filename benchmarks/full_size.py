@@ -98,8 +98,7 @@ ROWS = {
     "llama.cpp:IQ4_XS": Row(),
     "calibrated": Row(CALIBRATED, wanted=False),
     "gptq:1": Row(("-r", "phone-4bit", "--no-verify"), layers=1, wanted=False),
-    "gptq:2": Row(("-r", "phone-4bit", "--no-verify"), layers=2, wanted=False),
-    "gptq": Row(("-r", "phone-4bit", "--no-verify"), wanted=False),  # hours
+    "gptq": Row(("-r", "phone-4bit", "--no-verify"), wanted=False),
 }
 
 GOES_ON_FROM = {"llama.cpp": ("llama.cpp:f16",), "verify": ("all",)}

@@ -43,11 +43,6 @@ class Family:
         """Wall seconds of some rows together."""
         return sum(self(row, "wall_seconds") for row in rows)
 
-    def whole_gptq(self, what: str) -> float:
-        """Of all blocks, from checkpoints of one and of two: each further block costs the same."""
-        first, second = self("gptq:1", what), self("gptq:2", what)
-        return first + (self.facts["blocks"] - 1) * (second - first)
-
 
 @dataclass(frozen=True)
 class Bar:
@@ -100,6 +95,11 @@ def peak(row: str, what: str, limit: float, unit: str = "MB") -> Bar:
     }
     scale = {"MB": MB, "GB": GB}[unit]
     return Bar(f"{row}: {kinds[what]} peak", lambda f: f(row, what) / scale, (row,), limit, unit)
+
+
+def wall_minutes(row: str, limit: float) -> Bar:
+    """Minutes that a row takes."""
+    return Bar(f"{row}: wall", lambda f: f.wall(row) / 60, (row,), limit, "min", idle=True)
 
 
 def seconds_of_sum(what: str) -> Bar:
@@ -155,22 +155,9 @@ BARS = (
     seconds_of_sum("wall_seconds"),
     peak("verify:gguf", "main_resident", 2.5, "GB"),
     peak("calibrated", "peak_resident", 2.5, "GB"),
-    Bar(
-        "calibrated: wall",
-        lambda f: f.wall("calibrated") / 60,
-        ("calibrated",),
-        45,
-        "min",
-        idle=True,
-    ),
-    peak("gptq:2", "peak_resident", 3.0, "GB"),
-    Bar(
-        "gptq: CPU on two cores, all blocks from one and two",
-        lambda f: f.whole_gptq("cpu_seconds") / 2 / 3600,
-        ("gptq:1", "gptq:2"),
-        3,
-        "h",
-    ),
+    wall_minutes("calibrated", 45),
+    peak("gptq", "peak_resident", 3.0, "GB"),
+    wall_minutes("gptq", 180),
 )
 
 
@@ -252,7 +239,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 def digest(family: Family) -> str:
     """The family of the bars in short, for docs/performance.md."""
-    keys = [key for key in family.facts["rows"] if not key.startswith("gptq")]
+    keys = [key for key in family.facts["rows"] if key != "gptq:1"]  # one block
     columns = (0, 1, 3, 4, 5, 9)
     rows = [[shown(family, key)[column] for column in columns] for key in keys]
     head = [ROW_HEAD[column] for column in columns]
@@ -277,9 +264,7 @@ def shown(family: Family, key: str) -> tuple[str, ...]:
     """A row of the first table."""
     row = family.facts["rows"][key]
     per_weight = (
-        ""
-        if key.startswith("gptq")
-        else f"{1e9 * row['cpu_seconds'] / family.facts['parameters']:.1f}"
+        "" if key == "gptq:1" else f"{1e9 * row['cpu_seconds'] / family.facts['parameters']:.1f}"
     )
     gigabytes = (f"{row[size] / GB:.2f}" for size in ("from_disk", "written", "peak_disk", "bytes"))
     return (
