@@ -73,10 +73,10 @@ def inverse_of(value):
 @kernel
 def all_within(values, limit):
     """Whether no value is larger than ``limit``, or NaN, of which every comparison is false."""
-    within = 0
-    for value in values:
-        within += 1 if abs(value) <= limit else 0
-    return within == len(values)
+    beyond = 0
+    for i in range(len(values)):  # by index: LLVM makes no SIMD of numba's iterators
+        beyond += 0 if abs(values[i]) <= limit else 1
+    return beyond == 0
 
 
 def checked(weight: Float32, name: str) -> Float32:
