@@ -147,6 +147,9 @@ def test_a_build_killed_at_twenty_moments_has_the_bytes_of_one_that_was_not(mort
             mortals.forget()
             ends += 1
             assert ends < 40
+            if moment in moments:  # the machine may be faster now than it was for the first build
+                moments.remove(moment)
+                moments = sorted([*moments, moment * draw.random()])
             continue
         for target, names in before.items():  # nothing is done twice, nothing is lost
             assert after[target][: len(names)] == names
