@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from compress.console import Console
 from compress.errors import ArtifactError, UsageError
-from compress.machine import in_order, worker_threads
+from compress.machine import worker_threads
 
 __all__ = [
     "NAME",
@@ -73,8 +73,11 @@ def sha256_of(path: Path) -> str:
 def folder_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name."""
     names = files_in(folder)
-    works = (partial(sha256_of, folder / name) for name in names)
-    return dict(zip(names, in_order(works, worker_threads()), strict=True))
+    largest_first = sorted(names, key=lambda name: -(folder / name).stat().st_size)
+    with ThreadPoolExecutor(worker_threads()) as pool:
+        digests = pool.map(sha256_of, [folder / name for name in largest_first])
+        found = dict(zip(largest_first, digests, strict=True))
+    return {name: found[name] for name in names}
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:

@@ -85,6 +85,11 @@ class InStep(Around):
         self._reach(group_of(self.config, name))
         return self.source.read(name, rows)
 
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """See ``Source.reader``; it is this call that waits, and not the other thread."""
+        self._reach(group_of(self.config, name))
+        return self.source.reader(name, rows)
+
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
         return self.source.fingerprint()

@@ -47,13 +47,13 @@ _here = threading.local()  # ``share``: threads that this one may start, where n
 def use_threads(count: int) -> None:
     """Have reading and packing take ``count`` threads from now on; 0 for the default."""
     global _wanted_threads
-    _wanted_threads = count
+    _wanted_threads = min(count, available_cpus())
 
 
 def worker_threads() -> int:
     """Threads that reading and packing take; within ``in_order`` a share of them."""
     share: int = getattr(_here, "share", 0)
-    return share or min(_wanted_threads, available_cpus()) or default_threads()
+    return share or _wanted_threads or default_threads()
 
 
 def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
@@ -72,22 +72,26 @@ def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> 
     """What each work returns, in the order of the works, ``at_once`` of them in threads.
 
     The caller does its own between two of them: it takes works from the iterable, one more than are
-    done at once, and does what it likes with the results.
+    done at once, and does what it likes with the results; all that with one thread, once the others
+    are at work.
 
     Args:
         share: what ``worker_threads`` is to a work; 0 to part those of the caller among all.
     """
     share = share or max(worker_threads() // at_once, 1)
+    own = getattr(_here, "share", 0)
     with ThreadPoolExecutor(at_once, initializer=setattr, initargs=(_here, "share", share)) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for work in works:
                 waiting.append(pool.submit(work))
+                _here.share = 1
                 if len(waiting) > at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            _here.share = own
             for future in waiting:
                 future.cancel()
 

@@ -21,6 +21,8 @@ from compress.statistics import Statistics
 
 T = TypeVar("T")
 
+SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.LANES``
+
 Progress = Callable[[int, int], None]
 """``progress(done, total)``, in bytes of the artifact."""
 
@@ -239,6 +241,21 @@ class Weights:
             self.fallen[name] = self.fallen.get(name, 0) + found.fallen
         return found
 
+    def slabs(self, shape: Sequence[int], most: int, step: int = SIDE_BY_SIDE) -> list[slice]:
+        """Runs of rows of a matrix for ``in_slabs``: equal ones, as many for each thread, so that
+        all threads come to the end of it together.
+
+        Args:
+            shape: of the matrix.
+            most: weights that may be in memory at a time.
+            step: all runs but the last are a multiple of it, one at least.
+        """
+        rows, columns = shape
+        fewest = -(-rows // max(most // self.held // columns // step * step, step))
+        even = -(-fewest // self._at_once) * self._at_once
+        count = -(-rows // (even if fewest > 1 else 1) // step) * step
+        return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
+
     def in_slabs(
         self, name: str, grid: Grid, slabs: Iterable[slice | None], pack: Callable[[Quantized], T]
     ) -> Iterator[T]:
@@ -254,13 +271,12 @@ class Weights:
                 yield pack(self.quantize(name, grid, rows))
             return
 
-        def solved(weight: Float32) -> T:
-            return pack(self._solve(weight, grid, name))
+        def solved(read: Callable[[], Float32]) -> T:
+            return pack(self._solve(read(), grid, name))
 
-        # Read here: targets that keep step wait for each other in their own threads.
-        yield from in_order(
-            (partial(solved, self.read(name, rows)) for rows in slabs), self._at_once
-        )
+        # Asked for here: targets that keep step wait for each other in their own threads.
+        readers = (self.source.reader(name, rows) for rows in slabs)
+        yield from in_order((partial(solved, read) for read in readers), self._at_once)
 
     def finish(self, target_name: str, name: str, file: Path, end: int, **facts: Any) -> None:
         """Note that a tensor is written; see ``Ledger.add``.

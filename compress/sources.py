@@ -8,6 +8,8 @@ beyond the tensor that is being read.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from compress.arch import DecoderConfig, Float32, WeightMap
@@ -39,6 +41,14 @@ class Source(Protocol):
         """
         ...
 
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """What ``read`` returns, for another thread to get: reading may wait until it is called.
+
+        Raises:
+            CheckpointError: see ``read``; from here, or when it is called.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """Names the weights: the same for the same numbers, another after any change."""
         ...
@@ -56,6 +66,10 @@ class Stored:
         """See ``Source.read``."""
         return self._map.read(self.checkpoint, name, rows)
 
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """See ``Source.reader``: nothing is kept here, so it may be any thread and any time."""
+        return partial(self.read, name, rows)
+
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
         return self.checkpoint.fingerprint()
@@ -63,7 +77,7 @@ class Stored:
 
 class Around:
     """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
-    own.
+    own. It is read by one thread only: what it computes may take memory, and be used again.
 
     Attributes:
         source: the weights before.
@@ -78,6 +92,15 @@ class Around:
     def checkpoint(self) -> Checkpoint:
         """See ``Source.checkpoint``."""
         return self.source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        raise NotImplementedError
+
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """See ``Source.reader``."""
+        values = self.read(name, rows)
+        return lambda: values
 
 
 class Change(Around):

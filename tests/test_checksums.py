@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 from commands import packlight, refused
 
+from compress import checksums
 from compress.checksums import check_folder, read_checksums, write_checksums
 from compress.errors import ArtifactError, PacklightError, UsageError
 
@@ -43,6 +45,24 @@ def test_a_folder_as_it_was_written_is_whole(folder: Path) -> None:
     (folder / "gguf" / ".DS_Store").write_text("macOS was here")
     findings = check_folder(folder)
     assert findings.whole and findings.files == len(FILES)
+
+
+def test_large_files_are_hashed_beside_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many small ones are between them."""
+    large = sorted(FILES, key=lambda name: len(FILES[name]))[-2:]
+    both = threading.Barrier(2, timeout=30)
+    real = checksums.sha256_of
+
+    def sha256_of(path: Path) -> str:
+        if path.relative_to(folder).as_posix() in large:
+            both.wait()
+        return real(path)
+
+    monkeypatch.setattr(checksums, "sha256_of", sha256_of)
+    monkeypatch.setattr(checksums, "worker_threads", lambda: 2)
+    assert checksums.folder_digests(folder) == read_checksums(folder / "SHA256SUMS")
 
 
 @pytest.mark.parametrize("name", [name for name, content in FILES.items() if content])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.demo import model_path
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba", "numpy", "gguf"}
 
@@ -171,6 +173,20 @@ def test_help_loads_nothing_heavy():
         f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_writing_loads_no_torch(tmp_path):
+    """coremltools and others would, to be able to convert from it: seconds, and 160 MB."""
+    where = ["build", str(model_path()), "-o", str(tmp_path / "out")]
+    options = [*where, "-r", "int4-fast", "--no-verify"]
+    done = run(
+        "import sys, compress.cli as c\n"
+        f"assert c.run({options}) == 0\n"
+        "assert 'coremltools' in sys.modules\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+        "import torch, transformers  # for whoever wants them afterwards\n"
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_help_answers_in_half_a_second_of_cpu():

@@ -129,6 +129,7 @@ def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPa
     seen = []
     for index in machine.in_order(works(), 3):
         seen.append(index)
+        assert machine.worker_threads() == 1  # the others are taken
         assert taken[0] <= len(seen) + 3  # what is read ahead is memory
     assert seen == list(range(12))
     assert most[0] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from compress.checkpoint import Checkpoint
 from compress.decoder import Decoder
 from compress.errors import CheckpointError
 from compress.grids import Float32, Grid, Quantized, get_grid
-from compress.model import Plan, PlanEntry, Weights
-from compress.sources import Stored
+from compress.grids.lanes import LANES
+from compress.model import SIDE_BY_SIDE, Plan, PlanEntry, Weights
+from compress.sources import Around, Stored
 
 
 def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:
@@ -67,6 +69,69 @@ def test_slabs_of_rows_make_the_whole_tensor(weights: Weights):
     assert (np.concatenate([slab.decode() for slab in slabs]) == whole.decode()).all()
     error = np.abs(whole.decode() - weights.read(name)).max()
     assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "most", "step", "at_once"),
+    [((3072, 3072), 8 << 20, 32, 2), ((8192, 3072), 4 << 20, 256, 3), ((100, 64), 1 << 20, 32, 2),
+     ((1000, 500), 9000, 96, 2), ((5000, 64), 1, 1, 4), ((33, 2048), 1 << 16, 32, 1)],
+)  # fmt: skip
+def test_slabs_are_equal_and_as_many_for_each_thread(
+    weights: Weights, shape: tuple[int, int], most: int, step: int, at_once: int
+) -> None:
+    slabs = Weights(weights.source, rtn, at_once=at_once).slabs(shape, most, step)
+    rows = [index for slab in slabs for index in range(slab.start, slab.stop)]
+    assert rows == list(range(shape[0]))
+    sizes = [slab.stop - slab.start for slab in slabs]
+    assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]
+    if len(slabs) > 1:
+        held = at_once + 1 if at_once > 1 else 1
+        assert sizes[0] % step == 0
+        assert sizes[0] == step or sizes[0] * shape[1] * held <= most
+        spare = -(-shape[0] // step) - len(slabs)  # what rounding to whole steps could not part
+        assert len(slabs) % at_once == 0 or sizes[0] > step or spare == 0
+    else:
+        assert shape[0] * shape[1] <= most
+
+
+def test_kernels_take_slabs_of_whole_tiles() -> None:
+    assert SIDE_BY_SIDE == LANES
+
+
+def test_slabs_are_read_where_they_are_solved(checkpoint: Checkpoint) -> None:
+    """By the threads that solve them, so that the one that writes has only that to do."""
+
+    class Watched(Stored):
+        def read(self, name: str, rows: slice | None = None) -> Float32:
+            readers.add(threading.current_thread())
+            return super().read(name, rows)
+
+    readers: set[threading.Thread] = set()
+    source = Watched(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+    weights, grid = Weights(source, rtn, at_once=2), get_grid("int4-g32")
+    name = "blocks.0.gate_up_proj.weight"
+    slabs = weights.slabs((1024, 256), 1 << 17)
+    codes = list(weights.in_slabs(name, grid, slabs, lambda quantized: quantized.codes))
+    assert len(codes) == 8 and threading.main_thread() not in readers
+    assert (np.concatenate(codes) == weights.quantize(name, grid).codes).all()
+
+
+def test_a_source_around_another_is_read_by_one_thread(checkpoint: Checkpoint) -> None:
+    """What it computes may take memory, or be kept for the next slab."""
+
+    class Doubled(Around):
+        def read(self, name: str, rows: slice | None = None) -> Float32:
+            readers.add(threading.current_thread())
+            return 2 * self.source.read(name, rows)
+
+    readers: set[threading.Thread] = set()
+    stored = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+    weights, grid = Weights(Doubled(stored, stored.config), rtn, at_once=2), get_grid("int8-g64")
+    name = "blocks.0.gate_up_proj.weight"
+    slabs = weights.slabs((1024, 256), 1 << 17)
+    parts = list(weights.in_slabs(name, grid, slabs, lambda quantized: quantized.decode()))
+    assert readers == {threading.main_thread()}
+    assert np.allclose(np.concatenate(parts), 2 * stored.read(name), atol=0.01)
 
 
 def test_the_solver_is_told_which_weight_it_solves(checkpoint: Checkpoint):

@@ -7,7 +7,7 @@ bytes when the writer comes to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ OPERATIONS = {
 # Weights held at once, of a tensor that has more: the solver's temporaries are several times the
 # float32 weight, the codes a quarter of it.
 SLABS = 1 << 23
+STEP = 256  # rows: all groups of rows divide it, and their codes fill whole bytes
 
 Var = Any  # coremltools has no types
 
@@ -146,7 +147,7 @@ class LazyConstants:
 
     def _read(self, entry: PlanEntry) -> Iterator[Array]:
         """A plain constant."""
-        for rows in slabs(entry, SLABS):
+        for rows in self._slabs(entry):
             yield self._weights.read(entry.name, rows)
 
     def _packed_part(self, entry: PlanEntry, which: str) -> Iterator[Array]:
@@ -159,25 +160,18 @@ class LazyConstants:
         self._held = ("", {})  # before the next one needs the room
         names = [part.name for part in parts(entry.grid, entry.shape)]
         later: dict[str, list[Array]] = {key: [] for key in names[names.index(which) + 1 :]}
-        rows = slabs(entry, SLABS // self._weights.held)
-        for piece in self._weights.in_slabs(entry.name, get_grid(entry.grid), rows, as_stored):
+        slabs = self._slabs(entry)
+        for piece in self._weights.in_slabs(entry.name, get_grid(entry.grid), slabs, as_stored):
             yield piece[which]
             for key in later:
                 later[key].append(piece[key])
         self._held = (entry.name, later)
 
-
-def slabs(entry: PlanEntry, most: int) -> Iterator[slice | None]:
-    """Runs of ``most`` weights, of a multiple of 256 rows: all groups of rows divide that, and
-    their codes fill whole bytes. None for all rows, where those are few or share one table.
-    """
-    rows, columns = entry.shape if len(entry.shape) == 2 else (1, entry.shape[0])
-    step = max(most // columns // 256, 1) * 256
-    if step >= rows or entry.grid.endswith("-tensor"):
-        yield None
-        return
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    def _slabs(self, entry: PlanEntry) -> Sequence[slice | None]:
+        """Runs of rows; None for all of them at once, where they share one table."""
+        if len(entry.shape) == 1 or entry.grid.endswith("-tensor"):
+            return [None]
+        return self._weights.slabs(entry.shape, SLABS, STEP)
 
 
 class HollowConstants(LazyConstants):

@@ -141,15 +141,9 @@ def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:
             (blocks,) = quantized.pack().values()
             return np.ascontiguousarray(interleave(blocks, config.head_dim) if heads else blocks)
 
-        parts = slabs(entry.shape, config.head_dim if heads else 1, SLABS // weights.held)
-        yield from weights.in_slabs(entry.name, get_grid(entry.grid), parts, pack)
-
-
-def slabs(shape: tuple[int, ...], step: int, most: int) -> Iterator[slice]:
-    """Runs of a multiple of ``step`` rows, of ``most`` weights where one step is fewer."""
-    count = max(most // (shape[1] * step), 1) * step
-    for start in range(0, shape[0], count):
-        yield slice(start, min(start + count, shape[0]))
+        whole = {"step": config.head_dim} if heads else {}
+        slabs = weights.slabs(entry.shape, SLABS, **whole)
+        yield from weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
 
 
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:

@@ -97,9 +97,8 @@ def _slabs(entry: PlanEntry, weights: Weights) -> Iterator[tuple[str, int, Array
         cos, sin = weights.config.rope.cos_sin(entry.shape[0])
         yield name, 0, cos if entry.name == "rope.cos" else sin
         return
-    rows = entry.shape[0]
-    step = rows if len(entry.shape) == 1 else max(1, SLABS // weights.held // entry.shape[1])
-    slabs = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    rows, *columns = entry.shape
+    slabs = weights.slabs(entry.shape, SLABS) if columns else [slice(0, rows)]
     if entry.grid in FLOATS:
         for slab in slabs:
             yield name, slab.start, weights.read(entry.name, slab).astype(FLOATS[entry.grid])
