@@ -140,6 +140,15 @@ def test_picture_has_a_line_for_what_was_measured_everywhere() -> None:
     assert "8.0 B" in drawn
 
 
+def test_of_several_rounds_the_calmest_is_kept_with_the_highest_peaks() -> None:
+    rounds = [
+        {"cpu_seconds": 9.0, "wall_seconds": 5.0, "peak_anonymous": 7, "bytes": 3},
+        {"cpu_seconds": 8.0, "wall_seconds": 6.0, "peak_anonymous": 5, "bytes": 3},
+    ]
+    kept = {"cpu_seconds": 8.0, "wall_seconds": 6.0, "peak_anonymous": 7, "bytes": 3}
+    assert full_size.calmer(*rounds) == full_size.calmer(*reversed(rounds)) == kept
+
+
 def test_a_row_is_measured_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run on the bundled model, with a peer that is not there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
