@@ -85,7 +85,7 @@ class Estimate:
         A total that is less than was announced tells that what is missing was left out: units
         from ``done`` on, whose ``Step.until`` allows it.
         """
-        announced = sum(step.units for step in self._steps)
+        announced = self._ends[-1] if self._ends else 0
         if not self._steps or announced != total:
             # Otherwise nothing is known of its kinds.
             self._announce(leave_out(self._steps, done, announced - total) or [Step(total)])

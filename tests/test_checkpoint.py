@@ -262,6 +262,16 @@ def test_nan_and_infinity(copy: Path):
     refused(lambda: Checkpoint.open(copy).read(NAME), f"{NAME} has 2 NaN or Inf value(s)")
 
 
+def test_every_bfloat16_is_known_as_finite_or_not():
+    """All 65,536 of them, each alone among finite numbers of both signs."""
+    every = np.arange(1 << 16, dtype="<u2")
+    finite = np.isfinite((every.astype(np.uint32) << 16).view(np.float32))
+    assert finite.sum() == (1 << 16) - 2 * 128
+    for pattern, expected in zip(every, finite, strict=True):
+        among = np.array([0x3F80, pattern, 0xBF80], "<u2")
+        assert safetensors_file._all_finite(among) == expected
+
+
 def test_large_finite_values_are_no_infinity(copy: Path):
     file = copy / "model.safetensors"
     header, data = split_file(file)
