@@ -128,25 +128,29 @@ class Affine:
             GridError: the groups do not divide the row, or a weight that is NaN or beyond float16.
         """
         from compress.grids import affine_kernels as kernels
-        from compress.grids.lanes import checked, normalized, over_rows
+        from compress.grids.lanes import beyond_float16, normalized, over_rows
 
         rows, columns = weight.shape
         self.check((rows, columns))
         groups = self.groups((rows, columns))
-        weight = checked(weight, self.name)
-        shares = normalized(importance, columns, self.name)
+        weight = np.ascontiguousarray(weight, np.float32)
+        shares = np.empty(0, np.float32)
+        if importance is not None:
+            shares = normalized(importance, columns, self.name)
         tries = np.array(TRIES[self.bits, self.symmetric, self._width], np.float32)
         scale = np.empty((rows, groups), np.float32)
         zero = np.empty((rows, groups), np.float32)
         middle = self.middle if self.symmetric else -1
-        top = 2**self.bits - 1
+        top, size = 2**self.bits - 1, columns // groups
+        beyond: list[int] = []
 
         def work(begin: int, end: int) -> None:
-            kernels.fit(
-                weight, shares, columns // groups, middle, top, tries, begin, end, scale, zero
-            )
+            found = kernels.fit(weight, shares, size, middle, top, tries, begin, end, scale, zero)
+            beyond.append(found)
 
         over_rows(work, rows)
+        if any(beyond):
+            raise beyond_float16(self.name)
         return {"scale": scale.astype(np.float16), "zero_point": zero.astype(np.uint8)}
 
     def encode(self, weight: Float32, params: Params) -> Array:

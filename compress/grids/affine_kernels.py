@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from compress.grids import lanes
-from compress.grids.lanes import LANES, WORST, f4, half, inverse_of
+from compress.grids.lanes import LANES, LARGEST_HALF, WORST, f4, half, inverse_of
 
 # No "reassoc": it may expand the squared residuals, whose digits then cancel.
 kernel = partial(lanes.kernel, fastmath=("contract", "arcp", "nsz"))
@@ -31,19 +31,30 @@ WQQ, WQR, WRR, INVERSE, STEP, LEAST, MOST, ROWS = range(8)
 
 @kernel
 def load(weight, row, column, n, x, low, high):
-    """A transposed tile (missing rows are zeros), its smallest and largest values (or zero)."""
-    rows = weight.shape[0]
-    for lane in range(LANES):
-        source = min(row + lane, rows - 1)
-        keep = f4(1.0) if row + lane < rows else f4(0.0)
+    """A transposed tile (missing rows are zeros), its smallest and largest values (or zero).
+
+    Returns:
+        How many are beyond float16, or NaN, of which every comparison is false.
+    """
+    rows = min(weight.shape[0] - row, LANES)
+    if rows == LANES:
         for i in range(n):
-            x[i, lane] = weight[source, column + i] * keep
+            for lane in range(LANES):
+                x[i, lane] = weight[row + lane, column + i]
+    else:
+        x[:] = f4(0.0)
+        for i in range(n):
+            for lane in range(rows):
+                x[i, lane] = weight[row + lane, column + i]
     low[:] = f4(0.0)
     high[:] = f4(0.0)
+    beyond = 0
     for i in range(n):
         for lane in range(LANES):
             low[lane] = min(low[lane], x[i, lane])
             high[lane] = max(high[lane], x[i, lane])
+            beyond += 0 if abs(x[i, lane]) <= LARGEST_HALF else 1
+    return beyond
 
 
 @kernel
@@ -57,6 +68,16 @@ def sums(x, importance, column, n, s):
         s[WQQ, lane] = f4(0.0)
         s[WQR, lane] = f4(0.0)
         s[WRR, lane] = f4(0.0)
+    if len(importance) == 0:
+        for i in range(n):
+            for lane in range(LANES):
+                q = np.floor(x[i, lane] * s[INVERSE, lane] + f4(0.5))
+                q = min(max(q, s[LEAST, lane]), s[MOST, lane])
+                r = x[i, lane] - q * s[STEP, lane]
+                s[WQQ, lane] += q * q
+                s[WQR, lane] += q * r
+                s[WRR, lane] += r * r
+        return
     for i in range(n):
         w = importance[column + i]
         for lane in range(LANES):
@@ -74,7 +95,7 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
 
     Args:
         weight: float32 ``[rows, columns]``.
-        importance: float32 ``[columns]``.
+        importance: float32 ``[columns]``; empty where all columns count alike.
         middle: the zero point of a symmetric grid, or -1 for a zero point per group.
         top: the largest code.
         tries: float32 ``[count, 2]``; symmetric: (code, less the middle, that the largest
@@ -82,7 +103,11 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
             The first is the plain fit.
         scale: float32 ``[rows, groups]``, filled with float16 values; signed if symmetric.
         zero: float32 ``[rows, groups]``, filled with whole numbers.
+
+    Returns:
+        How many weights are beyond float16, or NaN.
     """
+    beyond = 0
     x = np.empty((n, LANES), dtype=np.float32)
     s = np.empty((ROWS, LANES), dtype=np.float32)
     low, high = np.empty(LANES, dtype=np.float32), np.empty(LANES, dtype=np.float32)
@@ -91,7 +116,7 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
     for row in range(begin, end, LANES):
         for group in range(scale.shape[1]):
             column = group * n
-            load(weight, row, column, n, x, low, high)
+            beyond += load(weight, row, column, n, x, low, high)
             best[2] = WORST
             for attempt in range(len(tries)):
                 for lane in range(LANES):
@@ -128,6 +153,7 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
                 better = s[WRR, lane] < kept[2, lane]
                 scale[row + lane, group] = s[STEP, lane] if better else kept[0, lane]
                 zero[row + lane, group] = -s[LEAST, lane] if better else -kept[1, lane]
+    return beyond
 
 
 @kernel

@@ -87,11 +87,16 @@ def checked(weight: Float32, name: str) -> Float32:
     """
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     if not all_within(weight.reshape(-1), LARGEST_HALF):
-        raise GridError(
-            f"{name}: a weight is not finite or beyond float16's range",
-            hint="is the checkpoint damaged? no trained weight is that large",
-        )
+        raise beyond_float16(name)
     return weight
+
+
+def beyond_float16(name: str) -> GridError:
+    """What is told of a weight that no scale can hold."""
+    return GridError(
+        f"{name}: a weight is not finite or beyond float16's range",
+        hint="is the checkpoint damaged? no trained weight is that large",
+    )
 
 
 def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
