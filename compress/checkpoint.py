@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
 
 Float32 = NDArray[np.float32]
 
+UNPICKLING = threading.Lock()  # slabs of a weight are read by several threads
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -180,7 +182,11 @@ class Checkpoint:
         return tensors
 
     def _load_pickle(self, file: Path) -> Mapping[str, Any]:
-        """The tensors of one shard; only the last one asked for is kept."""
+        """The tensors of one shard; only the last one asked for is kept. One thread at a time."""
+        with UNPICKLING:
+            return self._load_pickle_alone(file)
+
+    def _load_pickle_alone(self, file: Path) -> Mapping[str, Any]:
         import torch
 
         if self._pickle is not None and self._pickle[0] == file:

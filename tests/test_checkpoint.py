@@ -6,7 +6,10 @@ import json
 import os
 import pickle
 import struct
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,36 @@ def test_every_layout_holds_the_same_model(layout: str, llama: Path, tmp_path: P
 def test_a_single_file_wins_over_an_index_as_in_transformers(copy: Path):
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
     check(copy)
+
+
+def test_threads_that_read_slabs_unpickle_a_shard_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch = pytest.importorskip("torch")
+    names = ["model.layers.0.mlp.down_proj.weight", NAME]
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for index, (name, file) in enumerate(zip(names, files, strict=True)):
+        torch.save({name: torch.full((64, 8), index + 1.0)}, tmp_path / file)
+    weight_map = {"weight_map": dict(zip(names, files, strict=True))}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(weight_map))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = Checkpoint.open(tmp_path)
+    loads: list[Path] = []
+    real = torch.load
+
+    def load(file: Path, **options: Any) -> Any:
+        loads.append(file)
+        time.sleep(0.05)  # so that the others come meanwhile
+        return real(file, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    for index in (0, 1, 0):
+        loads.clear()
+        with ThreadPoolExecutor(4) as pool:
+            parts = [slice(start, start + 16) for start in range(0, 64, 16)]
+            slabs = list(pool.map(partial(checkpoint.read, names[index]), parts))
+        assert (np.concatenate(slabs) == index + 1).all()
+        assert len(loads) == 1
 
 
 def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
