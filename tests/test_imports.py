@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
      "compress.writing",
      "compress.propagation", "compress.summary", "compress.checksums",
      "compress.scorer", "compress.junit", "compress.ci_files",
-     "compress.pace", "compress.memory", "compress.pruning", "compress.save"},
+     "compress.memory", "compress.pruning", "compress.save"},
     {"compress.allocation", "compress.settings", "compress.plan_file", "compress.origin",
      "compress.provenance"},
     {"compress.resume", "compress.decision"},
