@@ -90,7 +90,7 @@ def predict(chosen: Chosen, get_exporter: GetExporter, *, verify: bool, threads:
 
 
 def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> int:
-    """Threads of one job: as asked for, else what ``build`` would take, within its share of ``jobs``."""
+    """Threads of one job: ``wanted``, else those of ``build``, within its share of ``jobs``."""
     if wanted:
         return min(wanted, cpus)
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
