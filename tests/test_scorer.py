@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import RecipeError
-from compress.job import prepare, window_count
+from compress.plan.job import prepare, window_count
 from compress.recipe import load
-from compress.scorer import describe_verification
+from compress.verify.scorer import describe_verification
 from exporters import SHIPYARD
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 
 PROMPT_TOKENS = 16  # of text before the greedy sample, or a quarter of the context
 GENERATED_TOKENS = 32  # of the greedy sample

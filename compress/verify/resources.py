@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 
 STATUS = Path("/proc/self/status")
 PREFILL_TOKENS = 256  # of a prefill measurement, or half the context
