@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from compress import cli, interrupts
+from compress import cli, machine
 
 
 def run(log: str, arguments: list[str]) -> int:
@@ -36,7 +36,7 @@ def fork(log: str, arguments: list[str]) -> int:
         return child
     code = 3
     try:
-        interrupts.install()
+        machine.handle_signals()
         code = run(log, arguments)
     except SystemExit as ending:
         code = int(ending.code or 0)

@@ -15,7 +15,7 @@ import tiny
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer, eval_windows
-from compress.output.cache import taking_turns
+from compress.files import taking_turns
 from compress.plan.job import describe_model
 from compress.verify.baseline import BaselineStore
 from compress.verify.kept import KeptBaseline

@@ -20,7 +20,7 @@ from compress.decoder.config import split_name
 from compress.decoder.decoder import reader
 from compress.demo import model_path
 from compress.grids import get_grid
-from compress.output.ledger import Ledger
+from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan
 from compress.solvers import get_solver
 from exporters import get_exporter

@@ -25,8 +25,8 @@ from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.files import cache_folder, taking_turns
 from compress.grids import Float32, Grid, get_grid
-from compress.output.cache import cache_folder, taking_turns
 from compress.plan.shapes import Solver
 
 __all__ = ["CostTable", "measured", "members"]

@@ -15,7 +15,7 @@ from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
 from compress.batch.state import stamp
 from compress.checkpoint.remote import SUMS, fingerprint_text, publish, read_text
 from compress.errors import PacklightError
-from compress.output.cache import cache_folder
+from compress.files import cache_folder
 
 __all__ = ["Publishing", "bring_back", "run_away"]
 

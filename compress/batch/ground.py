@@ -11,8 +11,8 @@ from compress.batch.away import Publishing
 from compress.batch.engine import Engine, LocalEngine
 from compress.checkpoint.remote import fingerprint_text, is_url
 from compress.errors import UsageError
+from compress.files import cache_folder
 from compress.machine import available_cpus, available_memory
-from compress.output.cache import cache_folder
 from compress.plan.job import model_name
 
 __all__ = ["Ground", "Tree", "stand_on"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from compress.calibration.step import CalibrationStep
 from compress.errors import UsageError
 from compress.solvers.folding import Folded, fold_statistics
-from compress.output.ledger import Ledger
+from compress.plan.ledger import Ledger
 from compress.machine import worker_threads
 from compress.plan.shapes import Plan, Weights
 from compress.calibration.propagation import PropagatedWeights

@@ -18,8 +18,7 @@ from compress.calibration.statistics import Statistics, file_name, is_whole, sav
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
-from compress.output.cache import cache_folder, taking_turns
-from compress.output.ledger import sync
+from compress.files import cache_folder, sync, taking_turns
 
 __all__ = ["collect"]
 

@@ -6,8 +6,8 @@ block; the walk comes to that block, its statistics are gathered, and all its te
 Their codes are kept for the writer, and decoded they carry the hidden states on to the next block.
 So every tensor is solved once, and codes and statistics of one block are in memory at a time. What
 a build that was cut off leaves are the hidden states before the block that it was at
-(``compress.calibration.walk.Boundary``), which the next one goes on with. The embedding and the head are solved
-by slabs, as the writer asks.
+(``calibration.walk.Boundary``), which the next one goes on with. The embedding and the head are
+solved by slabs, as the writer asks.
 
 Within a block the float weights speak, as in the code of GPTQ (Frantar et al., arXiv 2210.17323):
 ``o_proj`` is calibrated on what the float ``q_proj`` gives, on quantized blocks' states.
@@ -33,11 +33,10 @@ from compress.calibration.walk import Boundary, walk_beside
 from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, split_name
 from compress.grids import Float32, Grid, Quantized, get_grid
-from compress.machine import in_threads
-from compress.output.ledger import Ledger
+from compress.machine import in_threads, one_thread
+from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan, PlanEntry, Weights
 from compress.solvers import get_solver
-from compress.steady import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +57,8 @@ class PropagatedWeights(Weights):
         plan: the grid of every tensor.
         solver: one of ``compress.solvers.NEEDS``.
         windows: token ids to calibrate on, all of the same length.
-        work: folder for hidden states beyond ``compress.calibration.walk.states_limit``; stays until the last
-            tensor was asked for.
+        work: folder for hidden states beyond ``calibration.walk.states_limit``; stays until the
+            last tensor was asked for.
         ledger: see ``Weights``.
         states: folder where hidden states are kept for a build that goes on with this one; None
             keeps none.

@@ -19,13 +19,13 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan, Shipyard
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import method_of
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
-from compress.steady import set_threads
 
 
 @dataclass(frozen=True)

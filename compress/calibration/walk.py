@@ -154,7 +154,7 @@ class Listener:
         config: the model.
         windows: token ids, all of the same length.
         hessian: also the means of ``x xᵀ``.
-        roles: of the inputs to listen to (``compress.calibration.statistics.input_roles``); all where empty.
+        roles: of the inputs to listen to (``calibration.statistics.input_roles``); all where empty.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from compress.checkpoint.hub import PICKLES, SAFETENSORS, SMALL_FILES
 from compress.decoder.config_json import read_json
 from compress.decoder.families import find_family
 from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
-from compress.output.cache import taking_turns
+from compress.files import taking_turns
 
 SUMS = "SHA256SUMS"
 INDEX = ".fetched.json"  # name → tag of the copy that is here

@@ -4,7 +4,7 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.output.ledger``), its hidden states
+                             ledger for each target (``compress.plan.ledger``), its hidden states
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from compress.console import format_bytes
 from compress.decoder.config_json import json_or_empty, write_json
 from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
-from compress.output import ledger
-from compress.output.cache import is_same_file
+from compress.files import is_same_file
+from compress.plan import ledger
 
 STATE = "state"
 

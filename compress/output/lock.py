@@ -26,7 +26,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.decoder.config_json import json_or_empty, write_json
 from compress.errors import UsageError
-from compress.output.cache import cache_folder
+from compress.files import cache_folder
 from compress.output.checksums import sha256_of
 from compress.plan.document import plan_document
 from compress.plan.job import Job, looks_at_inputs

@@ -27,7 +27,7 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
     """What two builds must share for one to go on with what the other left.
 
     Verification has no part in it: what a build left for want of memory there can be continued
-    with ``--no-verify``. Neither have threads (``compress.steady``).
+    with ``--no-verify``. Neither have threads (``compress.machine``).
 
     Args:
         job: as it is before grids are chosen and weights changed; those follow from it.

@@ -17,7 +17,7 @@ from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized
 from compress.machine import in_order
-from compress.output.ledger import Ledger
+from compress.plan.ledger import Ledger
 
 T = TypeVar("T")
 

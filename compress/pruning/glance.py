@@ -24,8 +24,8 @@ from compress.console import Console
 from compress.decoder.config import split_name
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
+from compress.files import cache_folder
 from compress.grids import Array
-from compress.output.cache import cache_folder
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import Narrower, Shallower, kept_rows
 

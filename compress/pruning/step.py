@@ -26,11 +26,11 @@ from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.output.cache import cache_folder, taking_turns
+from compress.files import cache_folder, taking_turns
+from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
-from compress.steady import set_threads
 
 __all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
 

@@ -3,7 +3,7 @@
 AWQ (Lin et al., arXiv 2306.00978): a column whose input is large is multiplied by ``s > 1`` before
 it is rounded, and its input divided by ``s``: its error shrinks, at the cost of those that share
 its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
-largest magnitude to the power of 1 - α. ``compress.solvers.folding`` has the places where that is exact.
+largest magnitude to the power of 1 - α. ``solvers.folding`` has the places where that is exact.
 
 Channels may also change places where that is free. Where groups of columns share a scale they are
 sorted by the largest magnitude of what multiplies them, so that groups are of like columns; where

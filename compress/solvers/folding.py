@@ -63,8 +63,8 @@ class Folded(Around):
 
     Args:
         source: the weights.
-        folds: by input name (``compress.calibration.statistics.input_names``); a block that is stored once and
-            runs several times has one fold.
+        folds: by input name (``calibration.statistics.input_names``); a block that is stored
+            once and runs several times has one fold.
 
     Raises:
         ValueError: a fold that would change the function, or is of another width than its input.

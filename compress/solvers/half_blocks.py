@@ -33,7 +33,7 @@ class Half:
     Attributes:
         block: index of the block.
         roles: of its weights.
-        sites: names of the inputs inside, its own first (``compress.calibration.statistics.input_names``).
+        sites: names of the inputs inside, its own first (``calibration.statistics.input_names``).
     """
 
     block: int

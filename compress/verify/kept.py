@@ -18,7 +18,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from compress.errors import ArtifactError
-from compress.output.cache import taking_turns
+from compress.files import taking_turns
 from compress.verify.baseline import BaselineStore
 from compress.verify.resources import Speed
 

@@ -13,8 +13,8 @@ from compress.checkpoint.sources import Stored
 from compress.console import Console, format_bytes
 from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
+from compress.files import scratch_folder
 from compress.machine import available_memory, resident_memory
-from compress.output.scratch import scratch_folder
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
 from compress.plan.shapes import Artifact, Plan, Shipyard

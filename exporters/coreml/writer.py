@@ -83,7 +83,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.shapes.Exporter.file_bytes``: the program as it will be, its arrays counted."""
+    """See ``plan.shapes.Exporter.file_bytes``: the program as it will be, its arrays counted."""
     tools = CoreMLTools()
     weights = Weights(source, no_weights)
     constants = HollowConstants(tools.mb, tools.storage, plan, weights)

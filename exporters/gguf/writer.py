@@ -77,7 +77,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.shapes.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
+    """See ``plan.shapes.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
     vocabulary = read_vocabulary(source.checkpoint.path, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"

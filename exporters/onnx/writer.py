@@ -58,7 +58,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.shapes.Exporter.file_bytes``: the graph as it will be, and the data's end."""
+    """See ``plan.shapes.Exporter.file_bytes``: the graph as it will be, and the data's end."""
     import onnx_ir as ir
 
     from exporters.onnx.graph import build

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compress.files import sync
+
 __all__ = ["Ledger", "has_finished"]
 
 SYNC_EVERY = 5.0  # seconds of work that a loss of power may cost
@@ -144,12 +146,3 @@ def boot_id() -> str:
         return BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
         return ""
-
-
-def sync(file: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
