@@ -34,7 +34,7 @@ from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe
 from compress.report.report import Baseline, build_report, model_facts
 from compress.output.resume import resuming
-from compress.verify.scorer import Scorer, forecast, read_text, text_name
+from compress.verify.scorer import Scorer, describe_verification, read_text, text_name
 from compress.build.settings import BuildSettings, VerifySettings
 from compress.checkpoint.sources import Stored
 from compress.report.summary import finish
@@ -88,7 +88,7 @@ def rehearse(decision: Decision, shipyard: Shipyard, console: Console) -> None:
     print_plan(chosen.job, console, chosen.budgets)
     chosen.print(console)
     if settings.verify:
-        console.data(forecast(job, chosen.job.plans, settings.threads)[1])
+        console.data(describe_verification(job, chosen.job.plans))
 
 
 def lock_of(decision: Decision, console: Console) -> dict[str, Any]:

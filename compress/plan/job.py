@@ -24,7 +24,9 @@ from compress.solvers import NEEDS
 GetExporter = Callable[[str], Exporter]
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
-WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
+# (parameters, windows scored by default from there on). In any runtime a verification costs
+# parameters x tokens, so large models get fewer tokens.
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -204,7 +206,10 @@ def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> 
 
 
 def window_count(config: DecoderConfig, wanted: int) -> int:
-    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    """Windows to score: ``wanted``, or for 0 the number for the model's parameters (``WINDOWS``).
+
+    It depends on nothing else, no machine's speed: one checkpoint has the same figures anywhere.
+    """
     return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
 
 
