@@ -40,7 +40,7 @@ from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
-from exporters import SHIPYARD
+import exporters  # noqa: F401 -- fills the table of formats
 
 BITS = (3.3, 3.7, 4.1, 4.5, 5.0)
 LLAMA_MIXES = (
@@ -96,7 +96,7 @@ class Bench:
         common = [f"calibration.texts={texts}", f"verify.windows={self.chosen.windows}"]
         common.append(f"quantize.solver={self.chosen.solver}")
         recipe = load("phone-4bit", [*common, *changes], [format])
-        return prepare(self.checkpoint, recipe, SHIPYARD.get_exporter)
+        return prepare(self.checkpoint, recipe)
 
     def add(self, group: str, name: str, kind: str, job: Job, peer: type[Peer] | None = None,
             budget: int = 0) -> Artifact:  # fmt: skip
@@ -110,8 +110,8 @@ class Bench:
     def step(self, format: str, changes: Sequence[str]) -> BudgetStep:
         """The budget of a job."""
         job = self.job(format, changes)
-        calibration = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
-        return BudgetStep(calibration, SHIPYARD.get_exporter)
+        calibration = CalibrationStep(job, Importance(), Console(), threads=1)
+        return BudgetStep(calibration)
 
     def within(self, group: str, format: str, changes: Sequence[str], budget: int) -> None:
         """The artifact of a budget, if there is one so small; and the same from a sample, where
@@ -139,7 +139,7 @@ class Bench:
         settled = step.settle(
             budgeted,
             lambda choices: prepare(
-                self.checkpoint, recipe, SHIPYARD.get_exporter, choices=choices
+                self.checkpoint, recipe, choices=choices
             ),
         )
         name = settled.plans[0].type_name
@@ -188,7 +188,7 @@ class Bench:
         everything = replace(self.job("gguf", []), plans=plans)
         scorer = Scorer(everything, read_text(self.chosen.eval_text), 1, Console())
         artifacts = [entry.artifact for entry in self.entries]
-        scored = scorer.verify(artifacts, SHIPYARD, self.folder, keep_going=False)
+        scored = scorer.verify(artifacts, self.folder, keep_going=False)
         return [
             {
                 "group": entry.group,

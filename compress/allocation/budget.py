@@ -11,8 +11,9 @@ from compress.allocation.costs import CostTable, members
 from compress.allocation.solver import Option, solve
 from compress.console import format_bytes
 from compress.errors import UsageError
+from compress.formats import get_format
 from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.shapes import Plan, PlanRequest
 
 __all__ = ["Allocation", "Target", "infeasible"]
 
@@ -42,11 +43,11 @@ class Target:
         choices: in the order of the file.
     """
 
-    def __init__(self, job: Job, plan: Plan, exporter: Exporter) -> None:
+    def __init__(self, job: Job, plan: Plan) -> None:
         self.plan, self.source = plan, job.source_of(plan)
-        self._exporter = exporter
+        self._exporter = get_format(plan.format)
         rules = Rules(job.recipe.candidates, job.recipe.keep)
-        self.choices = choices_of(plan, self.source.config, exporter, rules)
+        self.choices = choices_of(plan, self.source.config, self._exporter, rules)
 
     def grids(self, options: Sequence[int]) -> dict[str, str]:
         """Entry name → grid."""
@@ -58,12 +59,9 @@ class Target:
 
     def plan_of(self, options: Sequence[int]) -> Plan:
         """The plan with these options, its file's bytes predicted."""
-        plan = self._exporter.plan(
-            self.source.config,
-            self.plan.settings,
-            model_name=self.plan.model_name,
-            choices=self.grids(options),
-        )
+        choices = self.grids(options)
+        request = PlanRequest(self.plan.settings, self.plan.model_name, choices)
+        plan = self._exporter.plan(self.source.config, request)
         return replace(plan, file_bytes=self._exporter.file_bytes(plan, self.source))
 
     @cached_property

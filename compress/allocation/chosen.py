@@ -12,7 +12,7 @@ from typing import Any
 from compress.allocation.explain import describe, print_budgets
 from compress.allocation.ladder import Replan
 from compress.allocation.lock import locked
-from compress.allocation.step import Budgeted, GetExporter, within_budget
+from compress.allocation.step import Budgeted, within_budget
 from compress.allocation.sweep import Sweep, sweep
 from compress.allocation.weigh import weigh
 from compress.calibration.step import CalibrationStep
@@ -83,22 +83,20 @@ class Chosen:
             console.table(["format", "budget", "file", "bits per weight", "expected KL"], rows)
 
 
-def choose_grids(
-    sizes: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Replan
-) -> Chosen:
+def choose_grids(sizes: str, calibration: CalibrationStep, prepare: Replan) -> Chosen:
     """Within the recipe's budget (and what to prune for it, where the recipe leaves it that), or
     for every one of a sweep's ``sizes``.
     """
     if sizes:
-        swept = sweep(sizes, calibration, get_exporter, prepare)
+        swept = sweep(sizes, calibration, prepare)
         return Chosen(swept.job, swept=swept)
     way = weigh if calibration.job.recipe.weighs else within_budget
-    job, budgeted = way(calibration, get_exporter, prepare)
+    job, budgeted = way(calibration, prepare)
     budgets = {b.target.plan.format: describe(b) for b in budgeted}
     return Chosen(job, budgets, tuple(budgeted))
 
 
-def locked_plan(path: Path, job: Job, get_exporter: GetExporter, prepare: Replan) -> Chosen:
+def locked_plan(path: Path, job: Job, prepare: Replan) -> Chosen:
     """As a ``plan.json`` has it."""
-    settled, budgets = locked(path, job, get_exporter, prepare)
+    settled, budgets = locked(path, job, prepare)
     return Chosen(settled, budgets)

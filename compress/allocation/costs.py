@@ -27,7 +27,7 @@ from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.files import cache_folder, taking_turns
 from compress.grids import Float32, Grid, get_grid
-from compress.plan.shapes import Solver
+from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 

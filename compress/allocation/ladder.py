@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from compress.allocation.budget import Target, infeasible
 from compress.allocation.limits import Limit
-from compress.allocation.step import GetExporter, limit_for, targets_of
+from compress.allocation.step import limit_for, targets_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
@@ -46,7 +46,6 @@ class Replan(Protocol):
 def replanner(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    get_exporter: GetExporter,
     context: int | None,
     command: str = "",
 ) -> Replan:
@@ -55,9 +54,7 @@ def replanner(
     def prepared(
         choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe
     ) -> Job:
-        return prepare(
-            checkpoint, recipe, get_exporter, context=context, command=command, choices=choices
-        )
+        return prepare(checkpoint, recipe, context=context, command=command, choices=choices)
 
     return prepared
 
@@ -93,13 +90,12 @@ class Ladder:
     Args:
         job: of all targets, unpruned.
         plan: of the target.
-        get_exporter: format → its exporter.
         prepare: the command's job by another recipe.
     """
 
-    def __init__(self, job: Job, plan: Plan, get_exporter: GetExporter, prepare: Replan) -> None:
+    def __init__(self, job: Job, plan: Plan, prepare: Replan) -> None:
         self._recipe, self._config, self._plan = job.recipe, job.config, plan
-        self._get_exporter, self._prepare = get_exporter, prepare
+        self._get_exporter, self._prepare = prepare
 
     @cached_property
     def unpruned(self) -> Rung:
@@ -158,7 +154,7 @@ def settings_of(config: DecoderConfig, plan: Plan) -> list[list[dict[str, Any]]]
     ]
 
 
-def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[str, int]:
+def check_budget(job: Job, prepare: Replan) -> dict[str, int]:
     """Refuse an infeasible budget before any work.
 
     Returns:
@@ -171,13 +167,13 @@ def check_budget(job: Job, get_exporter: GetExporter, prepare: Replan) -> dict[s
     if not job.recipe.budget:
         return {}
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
-    pairs = [(target, limit_for(shaped, target)) for target in targets_of(shaped, get_exporter)]
+    pairs = [(target, limit_for(shaped, target)) for target in targets_of(shaped)]
     refusal = infeasible([(target, limit.nbytes) for target, limit in pairs])
     if refusal is not None:
-        check_pruned(job, refusal, pairs, get_exporter, prepare)
+        check_pruned(job, refusal, pairs, prepare)
     if job.recipe.weighs:
         plans = [target.plan for target, _ in pairs]
-        ladders = [Ladder(job, plan, get_exporter, prepare) for plan in plans]
+        ladders = [Ladder(job, plan, prepare) for plan in plans]
         pairs = [(t, ladder.roomiest()) for (t, _), ladder in zip(pairs, ladders, strict=True)]
     return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
 
@@ -186,7 +182,6 @@ def check_pruned(
     job: Job,
     refusal: UsageError,
     pairs: Sequence[tuple[Target, Limit]],
-    get_exporter: GetExporter,
     prepare: Replan,
 ) -> None:
     """Refuse what does not fit with pruning either, or may not be pruned.
@@ -199,7 +194,7 @@ def check_pruned(
         raise refusal
     tight = [target for target, limit in pairs if target.smallest_bytes > limit.nbytes]
     for target in tight:
-        if not Ladder(job, target.plan, get_exporter, prepare).helps():
+        if not Ladder(job, target.plan, prepare).helps():
             if job.recipe.weighs:
                 name = target.plan.format
                 hint = f"{refusal.hint}; {name} does not fit with half of its MLPs or blocks either"

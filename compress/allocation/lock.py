@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.ladder import Replan, alone
-from compress.allocation.step import GetExporter
 from compress.allocation.weigh import noted
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
+from compress.formats import Format, get_format
 from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.shapes import Plan
 from compress.recipe import AMOUNTS
 
 __all__ = ["locked", "read_lock"]
 
 
-def locked(
-    path: Path, job: Job, get_exporter: GetExporter, prepare: Replan
-) -> tuple[Job, dict[str, dict[str, Any]]]:
+def locked(path: Path, job: Job, prepare: Replan) -> tuple[Job, dict[str, dict[str, Any]]]:
     """``--plan``: the job with the grids and shapes of a ``plan.json``, and what that says of its
     budgets. Targets with a shape of their own are not pruned yet.
 
@@ -41,7 +39,7 @@ def locked(
             )
         recipe = alone(job.recipe, name, prune or job.recipe.prune)
         (plan,) = prepare(recipe=recipe).plans
-        exporter = get_exporter(name)
+        exporter = get_format(name)
         grids = locked_choices(lock, plan, job.config, exporter)
         made = prepare({name: grids} if grids else None, recipe)
         shaped = made.on(Stored(made.checkpoint, made.shape)) if made.cut else made
@@ -75,7 +73,7 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def locked_choices(
-    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Exporter
+    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Format
 ) -> dict[str, str]:
     """Entry name → grid as the lock has them; empty where the plan has the same already.
 

@@ -13,15 +13,13 @@ from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration.step import CalibrationStep
 from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.shapes import Plan
 from compress.solvers import get_solver
 
 __all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
 
 Prepare = Callable[[Mapping[str, Mapping[str, str]]], Job]
 """Format → entry name → grid: the job with these grids."""
-
-GetExporter = Callable[[str], Exporter]
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,12 @@ class BudgetStep:
 
     Args:
         calibration: of the job as its recipe has it without a budget.
-        get_exporter: format → its exporter.
     """
 
-    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+    def __init__(self, calibration: CalibrationStep) -> None:
         self.job = calibration.job
         self._calibration = calibration
-        self.targets = targets_of(self.job, get_exporter)
+        self.targets = targets_of(self.job)
         self._tables: dict[str, CostTable] = {}
 
     def allocate(
@@ -144,9 +141,9 @@ def told(plan: Plan, allocated: Plan) -> Plan:
     )
 
 
-def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
+def targets_of(job: Job) -> list[Target]:
     """The targets of a job, in its order."""
-    return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
+    return [Target(job, plan) for plan in job.plans]
 
 
 def limits_of(job: Job, targets: Sequence[Target]) -> list[Limit]:
@@ -167,20 +164,17 @@ def limit_for(job: Job, target: Target) -> Limit:
     return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
-def within_budget(
-    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
-) -> tuple[Job, list[Budgeted]]:
+def within_budget(calibration: CalibrationStep, prepare: Prepare) -> tuple[Job, list[Budgeted]]:
     """The job with grids chosen within its recipe's budget.
 
     Args:
         calibration: of the job as its recipe has it without a budget, its weights as they are
             written.
-        get_exporter: format → its exporter.
         prepare: the job with other grids.
 
     Raises:
         UsageError: an infeasible budget.
     """
-    step = BudgetStep(calibration, get_exporter)
+    step = BudgetStep(calibration)
     budgeted = step.allocate(limits_of(step.job, step.targets))
     return step.settle(budgeted, prepare), budgeted

@@ -9,7 +9,7 @@ from typing import Any
 from compress.allocation.budget import Target
 from compress.allocation.explain import describe
 from compress.allocation.limits import Limit
-from compress.allocation.step import BudgetStep, GetExporter, Prepare, targets_of
+from compress.allocation.step import BudgetStep, Prepare, targets_of
 from compress.calibration.step import CalibrationStep
 from compress.checkpoint.sources import Stored
 from compress.console import format_bytes, parse_bytes
@@ -64,7 +64,7 @@ def sizes_of(text: str, target: Target) -> dict[str, int]:
     return dict(sorted(feasible.items(), key=lambda item: item[1]))
 
 
-def check_sweep(text: str, job: Job, get_exporter: GetExporter) -> None:
+def check_sweep(text: str, job: Job) -> None:
     """Refuse an infeasible sweep before any work.
 
     Raises:
@@ -73,20 +73,18 @@ def check_sweep(text: str, job: Job, get_exporter: GetExporter) -> None:
     if job.recipe.weighs:
         raise UsageError("--sweep and prune auto exclude each other", hint="one --budget at a time")
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
-    for target in targets_of(shaped, get_exporter):
+    for target in targets_of(shaped):
         sizes_of(text, target)
 
 
-def sweep(
-    text: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
-) -> Sweep:
+def sweep(text: str, calibration: CalibrationStep, prepare: Prepare) -> Sweep:
     """Every budget of every target, from one measurement.
 
     Args:
         text: as ``sizes_of`` takes it; sizes that a target cannot meet are left out of its curve.
-        calibration, get_exporter, prepare: as ``within_budget``.
+        calibration, prepare: as ``within_budget``.
     """
-    step = BudgetStep(calibration, get_exporter)
+    step = BudgetStep(calibration)
     budgets = {target.plan.format: sizes_of(text, target) for target in step.targets}
     names = list(dict.fromkeys(name for sizes in budgets.values() for name in sizes))
     plans: dict[str, tuple[Job, dict[str, dict[str, Any]]]] = {}

@@ -18,7 +18,7 @@ from typing import Any
 from compress.allocation.costs import CostTable
 from compress.allocation.effort import effort_for
 from compress.allocation.ladder import Ladder, Replan, Rung
-from compress.allocation.step import Budgeted, BudgetStep, GetExporter
+from compress.allocation.step import Budgeted, BudgetStep
 from compress.calibration.step import CalibrationStep
 from compress.checkpoint.sources import Stored
 from compress.plan.job import Job
@@ -52,14 +52,11 @@ class Outcome:
         return self.budgeted.allocation.plan.expected_divergence or 0.0
 
 
-def weigh(
-    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Replan
-) -> tuple[Job, list[Budgeted]]:
+def weigh(calibration: CalibrationStep, prepare: Replan) -> tuple[Job, list[Budgeted]]:
     """The job with a shape for each target, and grids chosen within its recipe's budget.
 
     Args:
         calibration: of the unpruned job.
-        get_exporter: format → its exporter.
         prepare: the command's job by another recipe or with other grids.
 
     Raises:
@@ -67,11 +64,11 @@ def weigh(
     """
     job = calibration.job
     effort = effort_for(job.config, job.recipe.solver)
-    scale = (AtAGlance if effort.sampled else Thorough)(calibration, get_exporter)
+    scale = (AtAGlance if effort.sampled else Thorough)(calibration)
     plans, budgeted = [], []
     sources, cuts = dict(job.sources), dict[str, Cut]()
     for plan in job.plans:
-        ladder = Ladder(job, plan, get_exporter, prepare)
+        ladder = Ladder(job, plan, prepare)
         best, rows = best_of(ladder, scale)
         made = best.step.settle([best.budgeted], ladder.alone(best.rung))
         plans.append(noted(made.plans[0], rows))
@@ -121,10 +118,9 @@ class Thorough:
 
     Args:
         calibration: of the unpruned job.
-        get_exporter: format → its exporter.
     """
 
-    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+    def __init__(self, calibration: CalibrationStep) -> None:
         self._calibration, self._get_exporter = calibration, get_exporter
 
     def pruning(self, rung: Rung) -> float:
@@ -157,9 +153,9 @@ class AtAGlance:
         calibration, get_exporter: as ``Thorough`` takes them.
     """
 
-    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+    def __init__(self, calibration: CalibrationStep) -> None:
         self._calibration, self._get_exporter = calibration, get_exporter
-        self._whole = BudgetStep(calibration, get_exporter)
+        self._whole = BudgetStep(calibration)
 
     def pruning(self, rung: Rung) -> float:
         """Nats that pruning alone costs, at most."""

@@ -22,6 +22,7 @@ from compress.build.settings import BuildSettings
 from compress.checkpoint.remote import find, is_url
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.formats import FORMATS
 from compress.recipe import explain, parse
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
@@ -229,7 +230,7 @@ def targets_of(recipe: str) -> list[str]:
     try:
         return list(load(recipe).targets)
     except RecipeError:
-        return ["gguf", "onnx", "coreml"]
+        return list(FORMATS)
 
 
 def find_models(model: str, home: Path) -> list[str]:

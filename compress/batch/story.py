@@ -34,7 +34,6 @@ from compress.errors import PacklightError, UsageError, one_line
 from compress.output.folder import check_disk, locked
 from compress.output.resume import digest, identity
 from compress.plan.memory import smallest_memory
-from compress.plan.shapes import Shipyard
 from compress.recipe import load
 from compress.report.ci import CiFiles
 from compress.verify import gates
@@ -83,7 +82,7 @@ class Planned:
         return self.job.name
 
 
-def batch(settings: BatchSettings, shipyard: Shipyard, console: Console) -> int:
+def batch(settings: BatchSettings, console: Console) -> int:
     """``packlight batch``: 0 when all passed, 1 when a gate failed, 2 when a job could not run.
 
     Raises:
@@ -96,7 +95,7 @@ def batch(settings: BatchSettings, shipyard: Shipyard, console: Console) -> int:
     options = (settings.engine, settings.address, settings.max_memory, settings.jobs)
     with stand_on(*options) as ground:
         chosen = select(file.jobs, settings.only)
-        planner = Planner(shipyard, tree.folder, ground.memory, ground.cpus, settings.jobs)
+        planner = Planner(tree.folder, ground.memory, ground.cpus, settings.jobs)
         planned = [planner.plan(job) for job in chosen]
         if settings.dry_run:
             document.print_plan(planned, console, ground.memory, ground.cpus)
@@ -227,8 +226,8 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
 class Planner:
     """Plans jobs; a model is opened (and a Hub id fetched) once for all its jobs."""
 
-    def __init__(self, shipyard: Shipyard, output: Path, memory: int, cpus: int, jobs: int) -> None:
-        self._shipyard, self._output = shipyard, output
+    def __init__(self, output: Path, memory: int, cpus: int, jobs: int) -> None:
+        self._output = output
         self._memory, self._cpus, self._jobs = memory, cpus, jobs
         self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}
 
@@ -253,17 +252,14 @@ class Planner:
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
         recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
-        get_exporter = self._shipyard.get_exporter
         gates.parse(recipe.gates)
-        replan = replanner(checkpoint, recipe, get_exporter, settings.context)
-        chosen = first_choice(settings, get_exporter, replan)
+        replan = replanner(checkpoint, recipe, settings.context)
+        chosen = first_choice(settings, replan)
         threads = share_threads(chosen.job.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(chosen, get_exporter, verify=settings.verify, threads=threads)
+        found = predict(chosen, verify=settings.verify, threads=threads)
         if job.memory is not None:
-            check_enough(
-                job.memory, smallest_memory(chosen.job, get_exporter, verify=settings.verify)
-            )
+            check_enough(job.memory, smallest_memory(chosen.job, verify=settings.verify))
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(

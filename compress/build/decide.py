@@ -12,7 +12,7 @@ from compress.allocation.sweep import check_sweep
 from compress.calibration.step import Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.plan.job import GetExporter, Job, baseline_bytes, looks_at_inputs, model_name
+from compress.plan.job import Job, baseline_bytes, looks_at_inputs, model_name
 from compress.machine import use_threads
 from compress.plan.memory import check_memory
 from compress.output.folder import baseline_folder, check_disk, check_output
@@ -64,7 +64,7 @@ class Decision:
         return self.job.recipe
 
 
-def decide(settings: BuildSettings, get_exporter: GetExporter, console: Console) -> Decision:
+def decide(settings: BuildSettings, console: Console) -> Decision:
     """Read options, recipe and headers, and plan; the memory of this process is bounded from here.
 
     Raises:
@@ -84,11 +84,10 @@ def decide(settings: BuildSettings, get_exporter: GetExporter, console: Console)
     checkpoint = open_checkpoint(settings, console)
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
     command = command_line(checkpoint, settings, output)
-    replan = replanner(checkpoint, recipe, get_exporter, settings.context, command)
-    chosen = first_choice(settings, get_exporter, replan)
+    replan = replanner(checkpoint, recipe, settings.context, command)
+    chosen = first_choice(settings, replan)
     check_memory(
         chosen.job,
-        get_exporter,
         console,
         limit=settings.max_memory,
         verify=settings.verify,
@@ -107,17 +106,17 @@ def open_checkpoint(settings: BuildSettings, console: Console) -> Checkpoint:
     return checkpoint
 
 
-def first_choice(settings: BuildSettings, get_exporter: GetExporter, replan: Replan) -> Chosen:
+def first_choice(settings: BuildSettings, replan: Replan) -> Chosen:
     """The grids that a plan file has, or the recipe's; a budget or a sweep that cannot be met is
     refused.
     """
     job = replan()
     if settings.plan:
-        return locked_plan(settings.plan, job, get_exporter, replan)
+        return locked_plan(settings.plan, job, replan)
     if settings.sweep:
-        check_sweep(settings.sweep, job, get_exporter)
+        check_sweep(settings.sweep, job)
         return Chosen(job)
-    return Chosen(job, at_most=check_budget(job, get_exporter, replan))
+    return Chosen(job, at_most=check_budget(job, replan))
 
 
 def clear_the_way(decision: Decision, console: Console) -> Scorer | None:

@@ -1,7 +1,4 @@
-"""The story of one build: open, plan, write, verify, report; and of one verification alone.
-
-What knows formats comes in as an argument, the ``Shipyard``: the workshop knows none.
-"""
+"""One build: decide, write, verify, report; and one verification alone."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from compress.errors import UsageError
 from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts, read_license
 from compress.machine import use_threads
 from compress.plan.memory import check_memory
-from compress.plan.shapes import Artifact, Shipyard
+from compress.plan.shapes import Artifact
 from compress.output.lock import lock_build
 from compress.output.folder import check_output, work_folder
 from compress.plan.document import print_plan
@@ -32,6 +29,8 @@ from compress.output.provenance import statement
 from compress.pruning.options import save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe
+from compress.report.card import model_card
+from compress.report.html import render
 from compress.report.report import Baseline, build_report, model_facts
 from compress.output.resume import resuming
 from compress.verify.scorer import Scorer, describe_verification, read_text, text_name
@@ -44,7 +43,7 @@ from compress.verify.tasks import read_task
 from compress.build.write import write_artifacts
 
 
-def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
+def build(settings: BuildSettings, console: Console) -> int:
     """``packlight build``: 0 when every gate passed, 1 when one failed, 2 when an artifact could
     not be run (which keeps it and the others).
 
@@ -52,38 +51,38 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         PacklightError: it could not be done; nothing was left behind.
     """
     console.begin("plan")
-    decision = decide(settings, shipyard.get_exporter, console)
+    decision = decide(settings, console)
     if settings.dry_run:
-        rehearse(decision, shipyard, console)
+        rehearse(decision, console)
         return 0
     scorer = clear_the_way(decision, console)
     lock = lock_of(decision, console)
     with work_folder(decision.output, resuming(decision.job, settings)) as folder:
         check_output(decision.output, overwrite=settings.overwrite)  # another may just have ended
-        ready = make_ready(decision, shipyard, console)
-        artifacts = write_artifacts(ready.calibration, shipyard, folder, console)
+        ready = make_ready(decision, console)
+        artifacts = write_artifacts(ready.calibration, folder, console)
         write_plans(ready, lock, decision.recipe, folder)
         verified: list[Outcome] = [None] * len(artifacts)
         if scorer:
-            verified = scorer.verify(artifacts, shipyard, folder, keep_going=True)
+            verified = scorer.verify(artifacts, folder, keep_going=True)
         console.begin("write the report")  # and checksums of all that was written
         report = tell(decision, ready, artifacts, verified, scorer, folder)
         if decision.previous:
             decision.previous.apply(report, console)
-        write_report(report, ready.job, lock, shipyard, folder)
+        write_report(report, ready.job, lock, folder)
         if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
             save_pruned(ready.job, settings.save_checkpoint, console)
     settings.ci_files.write(report)
     return finish(report, decision.output, console)
 
 
-def rehearse(decision: Decision, shipyard: Shipyard, console: Console) -> None:
+def rehearse(decision: Decision, console: Console) -> None:
     """``--dry-run``: the plan with its bytes; measured for a budget, and kept in the cache only."""
     settings, job, chosen = decision.settings, decision.job, decision.chosen
     if settings.locked:
         lock_of(decision, console)
     if decision.measures:
-        chosen = prune_and_choose(decision, shipyard, console, keep=False).chosen
+        chosen = prune_and_choose(decision, console, keep=False).chosen
     console.end()
     print_plan(chosen.job, console, chosen.budgets)
     chosen.print(console)
@@ -116,7 +115,7 @@ class Ready:
 
 
 def prune_and_choose(
-    decision: Decision, shipyard: Shipyard, console: Console, *, keep: bool
+    decision: Decision, console: Console, *, keep: bool
 ) -> Ready:
     """Prune what all targets share, and choose grids where that takes measuring.
 
@@ -127,18 +126,17 @@ def prune_and_choose(
     pruned = prune(job, console, threads)
     if pruned is not None:
         job = job.on(pruned.source)
-    calibration = CalibrationStep(job, decision.importance, shipyard, console, threads, keep=keep)
+    calibration = CalibrationStep(job, decision.importance, console, threads, keep=keep)
     if decision.measures:
-        sweep, get_exporter = decision.settings.sweep, shipyard.get_exporter
-        chosen = choose_grids(sweep, calibration, get_exporter, decision.replan)
+        chosen = choose_grids(decision.settings.sweep, calibration, decision.replan)
         job = chosen.job
     return Ready(job, chosen, calibration, pruned.notes if pruned else ())
 
 
-def make_ready(decision: Decision, shipyard: Shipyard, console: Console) -> Ready:
+def make_ready(decision: Decision, console: Console) -> Ready:
     """All that comes before writing: weights, grids, and statistics when they are asked for."""
     settings = decision.settings
-    shared = prune_and_choose(decision, shipyard, console, keep=settings.resume)
+    shared = prune_and_choose(decision, console, keep=settings.resume)
     job, notes = prune_targets(shared.job, console, settings.threads)
     calibration = shared.calibration.on(job)
     calibration.save_imatrix()
@@ -173,19 +171,19 @@ def write_report(
     report: dict[str, Any],
     job: Job,
     lock: Mapping[str, Any],
-    shipyard: Shipyard,
     folder: Path,
 ) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
     write_json(folder / "report.json", report)
-    shipyard.write_pages(report, folder)
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     digests = folder_digests(folder)
     if stated := statement(job, lock, digests):
         write_json(folder / PROVENANCE, stated)
     write_checksums(folder, digests)
 
 
-def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
+def verify(settings: VerifySettings, console: Console) -> int:
     """``packlight verify``: 0 when every gate passed, 1 when one failed, 2 when one of several
     artifacts could not be run; writes nothing.
     """
@@ -197,12 +195,12 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     previous = Previous.read(settings.against, settings.max_regression)
     text = read_text(settings.eval_text)
     tasks = [read_task(path) for path in settings.tasks]
-    job, artifacts = adopt_all(settings, recipe, shipyard, console)
-    check_memory(job, None, console, limit=settings.max_memory, verify=True)
+    job, artifacts = adopt_all(settings, recipe, console)
+    check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
     scorer = Scorer(job, text, settings.threads, console, tasks)
     if previous:
         previous.check_text(text_name(settings.eval_text), scorer.windows)
-    verified = scorer.verify(artifacts, shipyard, None, keep_going=len(artifacts) > 1)
+    verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
     folder = folder_of(settings.artifact)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
     if previous:
@@ -226,7 +224,7 @@ def verification_recipe(settings: VerifySettings) -> Recipe:
 
 
 def adopt_all(
-    settings: VerifySettings, recipe: Recipe, shipyard: Shipyard, console: Console
+    settings: VerifySettings, recipe: Recipe, console: Console
 ) -> tuple[Job, list[Artifact]]:
     """The artifacts that are there, and the job that they would have been made by.
 
@@ -241,7 +239,7 @@ def adopt_all(
         )
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
-    artifacts = [adopt(name, path, config, shipyard.get_exporter, console) for name, path in found]
+    artifacts = [adopt(name, path, config, console) for name, path in found]
     recipe = replace(recipe, targets={artifact.format: {} for artifact in artifacts})
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)

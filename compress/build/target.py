@@ -16,7 +16,8 @@ from compress.errors import UsageError
 from compress.solvers.folding import Folded, fold_statistics
 from compress.plan.ledger import Ledger
 from compress.machine import worker_threads
-from compress.plan.shapes import Plan, Weights
+from compress.plan.shapes import Plan
+from compress.plan.weights import Weights
 from compress.calibration.propagation import PropagatedWeights
 from compress.pruning.sparse import Sparsified
 from compress.pruning.zeros import method_of, pattern_for
@@ -127,4 +128,7 @@ def target_weights(
             inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
         )
     at_once = slabs_at_once(solver, worker_threads())
-    return Weights(inputs.source, get_solver(solver, inputs.statistics), ledger, at_once=at_once)
+    solve = get_solver(solver, inputs.statistics)
+    return Weights(
+        inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics
+    )

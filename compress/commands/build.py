@@ -95,7 +95,6 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
     from compress.build.settings import BuildSettings
-    from exporters import SHIPYARD
 
     plan = options["plan"]
     if options["locked"] and plan is None:
@@ -109,7 +108,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
     )  # fmt: skip
-    return pipeline.build(settings, SHIPYARD, console)
+    return pipeline.build(settings, console)
 
 
 @click.command(short_help="Build and verify all three formats from the bundled checkpoint.")
@@ -126,7 +125,6 @@ def demo(output: Path, **options: Any) -> int:
     from compress.build import pipeline
     from compress.build.settings import BuildSettings
     from compress.demo import model_path
-    from exporters import SHIPYARD
 
     settings = BuildSettings(
         model=str(model_path()),
@@ -136,4 +134,4 @@ def demo(output: Path, **options: Any) -> int:
         threads=options["threads"],
         overwrite=options["overwrite"],
     )
-    return pipeline.build(settings, SHIPYARD, console)
+    return pipeline.build(settings, console)

@@ -70,8 +70,7 @@ def verify(artifact: Path, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
     from compress.build.settings import VerifySettings
-    from exporters import SHIPYARD
 
     windows = options["windows"] or 0
     settings = settings_of(VerifySettings, options, artifact=artifact, windows=windows)
-    return pipeline.verify(settings, SHIPYARD, console)
+    return pipeline.verify(settings, console)

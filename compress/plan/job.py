@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ from compress.checkpoint.sources import Source, Stored
 from compress.console import Console, format_bytes
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
+from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
-from compress.plan.shapes import Artifact, Exporter, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.rotation import Rotated
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import check_zeros, method_of, plan_zeros
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
-
-GetExporter = Callable[[str], Exporter]
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
 # (parameters, windows scored by default from there on). In any runtime a verification costs
@@ -89,7 +88,6 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
 def prepare(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    get_exporter: GetExporter,
     *,
     context: int | None = None,
     command: str = "",
@@ -100,7 +98,6 @@ def prepare(
     Args:
         checkpoint: opened.
         recipe: validated.
-        get_exporter: format → its exporter.
         context: positions of KV caches, over the recipe's.
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
@@ -114,11 +111,11 @@ def prepare(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
     whole = Stored(checkpoint, config)
-    plans = make_plans(whole, recipe, get_exporter, context)
+    plans = make_plans(whole, recipe, context)
     cut = plan_cut(config, recipe.prune, plans)
     if cut is not None or choices:
         shape = whole if cut is None else Stored(checkpoint, cut.config)
-        plans = make_plans(shape, recipe, get_exporter, context, choices, whole=config)
+        plans = make_plans(shape, recipe, context, choices, whole=config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     sources = rotations(whole, recipe)
     return Job(whole, config, recipe, plans, positions, command, sources, cut)
@@ -127,7 +124,6 @@ def prepare(
 def make_plans(
     source: Source,
     recipe: Recipe,
-    get_exporter: GetExporter,
     context: int | None,
     choices: Mapping[str, Mapping[str, str]] | None = None,
     *,
@@ -140,21 +136,17 @@ def make_plans(
         whole: the float model, where the source is a pruned one: mixes go by its parameters.
 
     Raises:
-        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+        GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
     """
     name = model_name(source.checkpoint.source)
     rotated = rotations(source, recipe)
     plans = []
     for target, settings in recipe.targets.items():
-        wanted = dict(settings)
-        if target == "coreml" and context is not None:
-            wanted["context"] = context
-        if target == "gguf" and recipe.solver in NEEDS:
-            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         check_zeros(target, recipe)
         config = rotated[target].config if target in rotated else source.config
-        grids = (choices or {}).get(target)
-        plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
+        grids = (choices or {}).get(target, {})
+        request = PlanRequest(settings, name, grids, context, importance=recipe.solver in NEEDS)
+        plan = get_format(target).plan(config, request)
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         if target in rotated:
@@ -228,18 +220,7 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist")
-    if path.is_file():
-        formats = {".gguf": "gguf", ".onnx": "onnx"}
-        return [(formats[path.suffix], path)] if path.suffix in formats else []
-    if path.suffix == ".mlpackage":
-        return [("coreml", path)]
-    if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
-        return [("onnx", path)]
-    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf*/*.gguf")))]
-    # A sweep has a folder for each end of a format's curve.
-    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx*/onnx/*.onnx"))]
-    packages = (*path.glob("*.mlpackage"), *path.glob("coreml*/*.mlpackage"))
-    return found + [("coreml", package) for package in sorted(packages)]
+    return [(name, found) for name, row in FORMATS.items() for found in row.find(path)]
 
 
 SIZES = (
@@ -248,16 +229,14 @@ SIZES = (
 )  # fmt: skip
 
 
-def adopt(
-    name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter, console: Console
-) -> Artifact:
+def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Artifact:
     """An artifact that was written some time ago, from its own metadata.
 
     Raises:
         UsageError: its vocabulary is not that of the float model, so nothing can be compared.
-        ArtifactError: see ``Exporter.describe``.
+        ArtifactError: see ``compress.formats``.
     """
-    facts = get_exporter(name).describe(path)
+    facts = get_format(name).describe(path)
     for key in SIZES:
         told, expected = facts["config"].get(key), getattr(config, key)
         if isinstance(told, int) and told != expected:

@@ -1,26 +1,20 @@
-"""What passes between the rooms and the formats: Plan, Weights, Writer, Artifact, Runtime, Format."""
+"""What passes between the rooms and the formats: Plan, Writer, Artifact, Runtime."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import UsageError
-from compress.grids import Float32, Grid, Quantized
-from compress.machine import in_order
-from compress.plan.ledger import Ledger
 
 if TYPE_CHECKING:
-    from compress.calibration.statistics import Statistics
+    from compress.plan.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -217,3 +211,42 @@ def check_room(used: int, count: int, room: int) -> None:
             f"{used + count} tokens do not fit: the runtime has room for {room}",
             hint="a larger context, up to what the artifact was built for",
         )
+
+
+Written = Callable[[int], None]
+"""``written(nbytes)``: so many bytes of the artifact's tensors more."""
+
+
+class Writer(Protocol):
+    """One artifact that is being written; ``compress.build.write`` puts its tensors in one by one.
+
+    ``Writer(plan, weights, folder, written)`` begins the files in ``folder``, which lies in a
+    ``.partial`` work folder of the caller: it is empty, or what an earlier writer left there that
+    was cut off, and the tensors in ``weights.ledger`` are in it. ``written(nbytes)`` is called as
+    bytes of tensors are written.
+
+    Attributes:
+        plan: what is written.
+        weights: what it is made of.
+        file: that tensors go to.
+    """
+
+    plan: Plan
+    weights: Weights
+    file: Path
+
+    def put(self, entry: PlanEntry) -> int:
+        """Write one tensor of the plan; where its bytes end in ``file``.
+
+        Entries come in the order of the plan, some rows of one in memory at a time.
+
+        Raises:
+            CheckpointError: weights that cannot be read.
+            GridError: values that a grid cannot hold.
+            DiskFullError: no room.
+        """
+        ...
+
+    def close(self) -> Artifact:
+        """All tensors are there: write what belongs beside them."""
+        ...

@@ -17,7 +17,7 @@ from compress.files import scratch_folder
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
-from compress.plan.shapes import Artifact, Plan, Shipyard
+from compress.plan.shapes import Artifact, Plan
 from compress.verify import BaselineStore, Outcome, Verified, verify_artifact
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed, measure_speed
@@ -125,7 +125,6 @@ class Scorer:
     def verify(
         self,
         artifacts: Sequence[Artifact],
-        shipyard: Shipyard,
         folder: Path | None,
         *,
         keep_going: bool,
@@ -134,7 +133,6 @@ class Scorer:
 
         Args:
             artifacts: to run.
-            shipyard: has the command that does it.
             folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
             keep_going: an artifact that cannot be run does not keep the others from it.
 
@@ -147,21 +145,20 @@ class Scorer:
             store = self._score_baseline(scratch)
             for artifact in artifacts:
                 try:
-                    found.append(self._score(artifact, shipyard.probe, store))
+                    found.append(self._score(artifact, store))
                 except (ArtifactError, RuntimeMissingError) as error:
                     if not keep_going:
                         raise
                     found.append(error)
         return found
 
-    def _score(self, artifact: Artifact, probe: Sequence[str], store: BaselineStore) -> Verified:
+    def _score(self, artifact: Artifact, store: BaselineStore) -> Verified:
         """One artifact. Its first window is the measure of how long the others take."""
         plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
         context = min(context, plan.max_context or context)
         label = f"verify {artifact.format} {artifact.type_name}"
         with self._console.progress(label, "tokens") as update:
             return verify_artifact(
-                probe,
                 artifact.path,
                 artifact.format,
                 store,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np

@@ -34,8 +34,7 @@ from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
-from compress.plan.format import Written
-from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreml.constants import Constants, constant_name, stored
 from exporters.coreml.graph import Decoder
@@ -51,7 +50,7 @@ WEIGHT_FILE = "weight.bin"
 
 
 class Writer:
-    """See ``compress.plan.format.Writer``: the package and its side files.
+    """See ``compress.plan.shapes.Writer``: the package and its side files.
 
     The program is made first, with the place of every array; then tensors go to their places.
 
@@ -92,7 +91,7 @@ class Writer:
             return max((blob.close() for blob in blobs.values()), default=ALIGNMENT)
 
     def close(self) -> Artifact:
-        """See ``compress.plan.format.Writer.close``."""
+        """See ``compress.plan.shapes.Writer.close``."""
         plan, config = self.plan, self.weights.config
         planned = {entry.target_name for entry in plan.entries}
         with self.file.open("r+b") as stream:  # the zero biases that MIL asks for
@@ -126,7 +125,7 @@ def writing_memory(plan: Plan) -> int:
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.format``: the program as it will be, its arrays counted."""
+    """See ``compress.formats``: the program as it will be, its arrays counted."""
     tools, layout = CoreMLTools(), Layout()
     constants = Constants(tools.mb, tools.storage, plan, source.config.block_repeat)
     model = make_model(tools, plan, source, constants, layout)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.grids import Quantized, get_grid
-from compress.plan.format import Written
-from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.gguf.metadata import (
     CONTEXT_KEY,
@@ -40,7 +39,7 @@ SLABS = 8 << 20  # weights held at once: 32 MiB as float32
 
 
 class Writer:
-    """See ``compress.plan.format.Writer``. Memory: ``SLABS`` weights, never a tensor.
+    """See ``compress.plan.shapes.Writer``. Memory: ``SLABS`` weights, never a tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
@@ -83,7 +82,7 @@ class Writer:
             return stream.tell()
 
     def close(self) -> Artifact:
-        """See ``compress.plan.format.Writer.close``."""
+        """See ``compress.plan.shapes.Writer.close``."""
         plan, config = self.plan, self.weights.config
         return Artifact(
             format=plan.format,

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.checkpoint.sources import Source
-from compress.grids import Array, get_grid
 from compress.files import sync
-from compress.plan.format import Written
-from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.grids import Array, get_grid
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, layout, pack
@@ -21,7 +20,7 @@ SLABS = 4 << 20  # weights held at once: 16 MiB as float32
 
 
 class Writer:
-    """See ``compress.plan.format.Writer``: the folder with graph, external data, configs, tokenizer.
+    """See ``compress.plan.shapes.Writer``: graph, external data, configs and tokenizer.
 
     The artifact's path is the folder.
     """
@@ -65,7 +64,7 @@ class Writer:
             return file.tell()
 
     def close(self) -> Artifact:
-        """See ``compress.plan.format.Writer.close``."""
+        """See ``compress.plan.shapes.Writer.close``."""
         # Both take a second to import.
         import onnx_ir as ir
 
