@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.explain import describe, print_budgets
-from compress.allocation.ladder import Replan
 from compress.allocation.lock import locked
-from compress.allocation.step import Budgeted, GetExporter, within_budget
+from compress.allocation.step import Budgeted, GetExporter, Replan, within_budget
 from compress.allocation.sweep import Sweep, sweep
-from compress.allocation.weigh import weigh
 from compress.calibration.step import CalibrationStep
 from compress.console import Console, format_bytes
 from compress.plan.document import plan_document
@@ -84,21 +82,18 @@ class Chosen:
 
 
 def choose_grids(
-    sizes: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Replan
+    sizes: str, calibration: CalibrationStep, get_exporter: GetExporter, replan: Replan
 ) -> Chosen:
-    """Within the recipe's budget (and what to prune for it, where the recipe leaves it that), or
-    for every one of a sweep's ``sizes``.
-    """
+    """Within the recipe's budget, or for every one of a sweep's ``sizes``."""
     if sizes:
-        swept = sweep(sizes, calibration, get_exporter, prepare)
+        swept = sweep(sizes, calibration, get_exporter, replan)
         return Chosen(swept.job, swept=swept)
-    way = weigh if calibration.job.recipe.weighs else within_budget
-    job, budgeted = way(calibration, get_exporter, prepare)
+    job, budgeted = within_budget(calibration, get_exporter, replan)
     budgets = {b.target.plan.format: describe(b) for b in budgeted}
     return Chosen(job, budgets, tuple(budgeted))
 
 
-def locked_plan(path: Path, job: Job, get_exporter: GetExporter, prepare: Replan) -> Chosen:
+def locked_plan(path: Path, job: Job, get_exporter: GetExporter, replan: Replan) -> Chosen:
     """As a ``plan.json`` has it."""
-    settled, budgets = locked(path, job, get_exporter, prepare)
+    settled, budgets = locked(path, job, get_exporter, replan)
     return Chosen(settled, budgets)

@@ -9,7 +9,7 @@ from typing import Any
 from compress.allocation.budget import Target
 from compress.allocation.explain import describe
 from compress.allocation.limits import Limit
-from compress.allocation.step import BudgetStep, GetExporter, Prepare, targets_of
+from compress.allocation.step import BudgetStep, GetExporter, Replan, targets_of
 from compress.calibration.step import CalibrationStep
 from compress.checkpoint.sources import Stored
 from compress.console import format_bytes, parse_bytes
@@ -68,23 +68,21 @@ def check_sweep(text: str, job: Job, get_exporter: GetExporter) -> None:
     """Refuse an infeasible sweep before any work.
 
     Raises:
-        UsageError: see ``sizes_of``; or the recipe weighs pruning, which is done for one budget.
+        UsageError: see ``sizes_of``.
     """
-    if job.recipe.weighs:
-        raise UsageError("--sweep and prune auto exclude each other", hint="one --budget at a time")
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     for target in targets_of(shaped, get_exporter):
         sizes_of(text, target)
 
 
 def sweep(
-    text: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
+    text: str, calibration: CalibrationStep, get_exporter: GetExporter, replan: Replan
 ) -> Sweep:
     """Every budget of every target, from one measurement.
 
     Args:
         text: as ``sizes_of`` takes it; sizes that a target cannot meet are left out of its curve.
-        calibration, get_exporter, prepare: as ``within_budget``.
+        calibration, get_exporter, replan: as ``within_budget``.
     """
     step = BudgetStep(calibration, get_exporter)
     budgets = {target.plan.format: sizes_of(text, target) for target in step.targets}
@@ -96,7 +94,7 @@ def sweep(
         targets = [t for t in step.targets if name in budgets[t.plan.format]]
         limits = [Limit(budgets[target.plan.format][name]) for target in targets]
         budgeted = step.allocate(limits, targets, expect=True)
-        job = step.settle(budgeted, prepare)
+        job = step.settle(budgeted, replan)
         plans[name] = (job, {b.target.plan.format: describe(b) for b in budgeted})
         for plan, limit in zip(job.plans, limits, strict=True):
             rows.append(

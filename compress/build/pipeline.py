@@ -30,7 +30,7 @@ from compress.plan.document import print_plan
 from compress.output.provenance import NAME as PROVENANCE
 from compress.output.provenance import statement
 from compress.pruning.options import save_pruned
-from compress.pruning.step import prune, prune_targets
+from compress.pruning.step import prune
 from compress.recipe import Recipe
 from compress.report.report import Baseline, build_report, model_facts
 from compress.output.resume import resuming
@@ -132,17 +132,14 @@ def prune_and_choose(
         sweep, get_exporter = decision.settings.sweep, shipyard.get_exporter
         chosen = choose_grids(sweep, calibration, get_exporter, decision.replan)
         job = chosen.job
-    return Ready(job, chosen, calibration, pruned.notes if pruned else ())
+    return Ready(job, chosen, calibration.on(job), pruned.notes if pruned else ())
 
 
 def make_ready(decision: Decision, shipyard: Shipyard, console: Console) -> Ready:
     """All that comes before writing: weights, grids, and statistics when they are asked for."""
-    settings = decision.settings
-    shared = prune_and_choose(decision, shipyard, console, keep=settings.resume)
-    job, notes = prune_targets(shared.job, console, settings.threads)
-    calibration = shared.calibration.on(job)
-    calibration.save_imatrix()
-    return Ready(job, shared.chosen, calibration, (*shared.notes, *notes))
+    ready = prune_and_choose(decision, shipyard, console, keep=decision.settings.resume)
+    ready.calibration.save_imatrix()
+    return ready
 
 
 def write_plans(ready: Ready, lock: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:

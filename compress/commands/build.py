@@ -41,10 +41,9 @@ from compress.errors import UsageError
               help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
-@click.option("--prune", default="", metavar="METHOD:AMOUNT|auto",
+@click.option("--prune", default="", metavar="METHOD:AMOUNT",
               help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
-                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads; auto: as a "
-                   "budget needs.")  # fmt: skip
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
