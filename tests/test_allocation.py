@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from jsonschema import validate
 
 from compress.allocation import effort, sensitivity
 from compress.allocation.budget import Target
@@ -32,7 +31,6 @@ from compress.errors import UsageError
 from compress.grids import Float32, get_grid
 from compress.plan.job import describe_model, prepare
 from compress.recipe import load
-from compress.report.report import schema
 from compress.solvers import get_solver
 from compress.verify.baseline import log_softmax
 from exporters import get_exporter
@@ -376,32 +374,6 @@ def test_memory_budgets_say_which_part_is_which(tmp_path: Path) -> None:
     assert "nothing is left for weights of 2.00 MB" in told
     told = refused(build(tmp_path / "x", "--device", "iphone-1", *options))
     assert "unknown device 'iphone-1'" in told
-
-
-def test_a_sweep_draws_a_curve_and_builds_its_ends(tmp_path: Path) -> None:
-    done = build(tmp_path / "a", "--sweep", "3.6MB,2.6MB,3MB,1MB", "-f", "gguf")
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    validate(report, schema())
-    sizes = [row["bytes"] for row in report["curve"]]
-    assert sizes == sorted(sizes)
-    for row, budget in zip(report["curve"], (2_600_000, 3_000_000, 3_600_000), strict=True):
-        assert 0.99 * budget < row["bytes"] <= budget
-    expected = [row["expected_kl_divergence"] for row in report["curve"]]
-    assert expected == sorted(expected, reverse=True)
-    ends = [report["curve"][0], report["curve"][-1]]
-    assert [a["type"] for a in report["artifacts"]] == [row["type"] for row in ends]
-    for row in ends:
-        (file,) = (tmp_path / "a" / f"gguf-{row['type']}").glob("*.gguf")
-        assert file.stat().st_size == row["bytes"]
-    middle = build(tmp_path / "b", "--plan", tmp_path / "a" / "plan-3MB.json", "-f", "gguf")
-    assert middle.returncode == 0, middle.stderr
-    (file,) = (tmp_path / "b" / "gguf").glob("*.gguf")
-    assert file.stat().st_size == sizes[1]
-    told = refused(build(tmp_path / "c", "--sweep", "1MB,2GB!", "-f", "gguf"))
-    assert "--sweep: '2GB!' is not a size" in told
-    told = refused(build(tmp_path / "c", "--sweep", "1MB", "-f", "gguf"))
-    assert "none of 1MB is feasible, the smallest file has 2.08 MB" in told
 
 
 def test_plans_that_do_not_belong(tmp_path: Path) -> None:

@@ -61,25 +61,17 @@ class BudgetStep:
         self.targets = targets_of(self.job, get_exporter)
         self._tables: dict[str, CostTable] = {}
 
-    def allocate(
-        self,
-        limits: Sequence[Limit],
-        targets: Sequence[Target] | None = None,
-        *,
-        expect: bool = False,
-    ) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target (or these).
+    def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
+        """Measure what is not in the cost table yet, and choose for every target; nothing is
+        measured for one whose largest file fits.
 
         Args:
-            limits: of each.
-            targets: some of ``targets``.
-            expect: whether a divergence is wanted where the largest file fits, too; else nothing
-                is measured there.
+            limits: of each target.
         """
         gates = self.job.recipe.gates
         found = []
-        for target, limit in zip(targets or self.targets, limits, strict=True):
-            if target.largest_bytes <= limit.nbytes and not expect:
+        for target, limit in zip(self.targets, limits, strict=True):
+            if target.largest_bytes <= limit.nbytes:
                 found.append(Budgeted(target, limit, target.largest, None))
                 continue
             table = self.table(target)
@@ -117,10 +109,8 @@ class BudgetStep:
         chosen = {b.target.plan.format: b for b in budgeted}
         grids = {name: b.target.grids(b.allocation.options) for name, b in chosen.items()}
         made = replan(choices=grids)
-        plans = (
-            told(p, chosen[p.format].allocation.plan) for p in made.plans if p.format in chosen
-        )
-        return replace(self.job, plans=tuple(plans))
+        plans = tuple(told(plan, chosen[plan.format].allocation.plan) for plan in made.plans)
+        return replace(self.job, plans=plans)
 
 
 def told(plan: Plan, allocated: Plan) -> Plan:

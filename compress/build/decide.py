@@ -10,7 +10,6 @@ from pathlib import Path
 from compress.allocation.chosen import Chosen, locked_plan
 from compress.allocation.feasible import check_budget
 from compress.allocation.step import Replan
-from compress.allocation.sweep import check_sweep
 from compress.calibration.step import Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
@@ -42,7 +41,7 @@ class Decision:
         previous: the report that nothing may get worse than; None where there is none.
         text: to score on.
         output: the folder to make.
-        measures: whether grids are chosen by measurement, for a budget or for a sweep.
+        measures: whether grids are chosen by measurement, for a budget.
     """
 
     settings: BuildSettings
@@ -76,7 +75,7 @@ def decide(settings: BuildSettings, get_exporter: GetExporter, console: Console)
     use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
-    measures = not settings.plan and bool(recipe.budget or settings.sweep)
+    measures = not settings.plan and bool(recipe.budget)
     importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
     previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
@@ -126,15 +125,10 @@ def replanner(
 
 
 def first_choice(settings: BuildSettings, get_exporter: GetExporter, replan: Replan) -> Chosen:
-    """The grids that a plan file has, or the recipe's; a budget or a sweep that cannot be met is
-    refused.
-    """
+    """The grids that a plan file has, or the recipe's; a budget that cannot be met is refused."""
     job = replan()
     if settings.plan:
         return locked_plan(settings.plan, job, get_exporter, replan)
-    if settings.sweep:
-        check_sweep(settings.sweep, job, get_exporter)
-        return Chosen(job)
     return Chosen(job, at_most=check_budget(job, get_exporter, replan))
 
 

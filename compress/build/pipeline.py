@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.chosen import Chosen, choose_grids
-from compress.allocation.sweep import curve_rows
 from compress.decoder.config import DecoderConfig
 from compress.calibration.step import CalibrationStep
 from compress.checkpoint.checkpoint import Checkpoint
@@ -26,7 +25,7 @@ from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact, Shipyard
 from compress.output.lock import lock_build
 from compress.output.folder import check_output, work_folder
-from compress.plan.document import print_plan
+from compress.plan.document import plan_document, print_plan
 from compress.output.provenance import NAME as PROVENANCE
 from compress.output.provenance import statement
 from compress.pruning.options import save_pruned
@@ -129,8 +128,7 @@ def prune_and_choose(
         job = job.on(pruned.source)
     calibration = CalibrationStep(job, decision.importance, shipyard, console, threads, keep=keep)
     if decision.measures:
-        sweep, get_exporter = decision.settings.sweep, shipyard.get_exporter
-        chosen = choose_grids(sweep, calibration, get_exporter, decision.replan)
+        chosen = choose_grids(calibration, shipyard.get_exporter, decision.replan)
         job = chosen.job
     return Ready(job, chosen, calibration.on(job), pruned.notes if pruned else ())
 
@@ -143,9 +141,9 @@ def make_ready(decision: Decision, shipyard: Shipyard, console: Console) -> Read
 
 
 def write_plans(ready: Ready, lock: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """``plan.json``, or one for every budget of a sweep, and ``recipe.yaml``."""
-    for name, document in ready.chosen.documents(ready.job).items():
-        write_json(folder / name, {**document, "lock": lock})
+    """``plan.json`` and ``recipe.yaml``."""
+    document = plan_document(ready.job, ready.chosen.budgets)
+    write_json(folder / "plan.json", {**document, "lock": lock})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
@@ -160,8 +158,6 @@ def tell(
     """``report.json`` of a build, before it is compared with an earlier one."""
     text = decision.settings.eval_text
     report = make_report(ready.job, artifacts, verified, scorer, decision.limits, folder, text)
-    if ready.chosen.curve:
-        report["curve"] = curve_rows(ready.chosen.curve, report["artifacts"])
     report["notes"] += [*ready.notes, *ready.calibration.notes()]
     return report
 

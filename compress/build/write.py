@@ -10,7 +10,6 @@ from pathlib import Path
 
 from compress.calibration.step import CalibrationStep
 from compress.console import Console, format_bytes
-from compress.plan.job import Job
 from compress.build.lockstep import in_lockstep
 from compress.machine import reuse_memory
 from compress.plan.shapes import Artifact, Plan, Progress, Shipyard
@@ -47,8 +46,8 @@ def write_together(
 ) -> list[Artifact]:
     """Write some targets in lockstep (``compress.build.lockstep``), or one as it is."""
     inputs = [prepare_target(plan, calibration) for plan in plans]
-    places = [folder / target_folder(plan, calibration.job) for plan in plans]
-    formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
+    places = [folder / plan.format for plan in plans]
+    formats = ", ".join(plan.format for plan in plans)
     label = f"write {formats}" if len(plans) > 1 else f"write {formats} {plans[0].type_name}"
     with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
         weights = []
@@ -89,9 +88,3 @@ def added_up(update: Progress, totals: Sequence[int]) -> list[Progress]:
         update(sum(done), sum(totals))
 
     return [partial(add, index) for index in range(len(totals))]
-
-
-def target_folder(plan: Plan, job: Job) -> str:
-    """Folder of a target; a sweep has several of one format."""
-    alone = sum(other.format == plan.format for other in job.plans) == 1
-    return plan.format if alone else f"{plan.format}-{plan.type_name}"

@@ -57,9 +57,6 @@ from compress.errors import UsageError
               help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
 @click.option("--device", default="", metavar="NAME", shell_complete=device_names,
               help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
-@click.option("--sweep", default="", metavar="SIZES|auto",
-              help="Several budgets at once, e.g. 1.6GiB,1.8GiB,2.0GiB: a curve of size and "
-                   "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--locked", is_flag=True,

@@ -233,10 +233,9 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
         return [("coreml", path)]
     if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
         return [("onnx", path)]
-    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf*/*.gguf")))]
-    # A sweep has a folder for each end of a format's curve.
-    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx*/onnx/*.onnx"))]
-    packages = (*path.glob("*.mlpackage"), *path.glob("coreml*/*.mlpackage"))
+    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))]
+    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
+    packages = (*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage"))
     return found + [("coreml", package) for package in sorted(packages)]
 
 
