@@ -42,7 +42,6 @@ class Job:
         command: the command line that does this again, without local paths.
         sources: ... except targets that have weights of their own; by format.
         cut: how much of the float model is pruned, or None; plans are of what is left.
-        cuts: the same by format, where a budget decided it for each target.
     """
 
     source: Source
@@ -53,7 +52,6 @@ class Job:
     command: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
     cut: Cut | None = None
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""

@@ -109,8 +109,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
             ``grid``; the head's too where it is tied), ``deployment`` (``iOS18``), ``context``
-            (slots of the KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
-            that of the rotated weights), ``sparsity`` of the blocks' linears (``none``).
+            (slots of the KV cache; default 2048 or what the model has), ``rotate`` (``none``;
+            else ``config`` is that of the rotated weights), ``sparsity`` of the blocks' linears
+            (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases

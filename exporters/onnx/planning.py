@@ -51,7 +51,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         config: the model.
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
-            default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to int8).
+            default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round
+            activations to int8).
 
     Returns:
         Entries in the order of writing. Besides the weights there are two tables of cos and sin,
