@@ -24,7 +24,7 @@ from compress.batch.jobs import BatchJob, arguments, read_jobs, select
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
-from compress.build.decide import first_choice
+from compress.build.decide import first_choice, identity_of
 from compress.build.settings import BuildSettings, check_options, recipe_overrides
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.remote import write_text
@@ -32,7 +32,7 @@ from compress.console import Console, format_bytes
 from compress.decoder.config_json import write_json
 from compress.errors import PacklightError, UsageError, one_line
 from compress.output.folder import check_disk, locked
-from compress.output.resume import digest, identity
+from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Shipyard
 from compress.recipe import load
@@ -274,9 +274,9 @@ class Planner:
         text = [settings.eval_text] if settings.eval_text else []
         verification = {
             "verify": recipe.document["verify"] if settings.verify else None,
-            "text": digest(text),
+            "text": files_digest(text),
         }
-        told = {**identity(chosen.job, settings), **verification}
+        told = {**identity_of(chosen.job, settings), **verification}
         return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:

@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.allocation.chosen import Chosen, locked_plan
 from compress.allocation.ladder import Replan, check_budget, replanner
+from compress.allocation.lock import read_lock
 from compress.allocation.sweep import check_sweep
-from compress.calibration.step import Importance
+from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.plan.job import GetExporter, Job, baseline_bytes, looks_at_inputs, model_name
 from compress.machine import use_threads
+from compress.plan.document import plan_document
 from compress.plan.memory import check_memory
-from compress.output.folder import baseline_folder, check_disk, check_output
-from compress.pruning.options import check_save
+from compress.output.folder import Resume, baseline_folder, check_disk, check_output
+from compress.output.lock import check_lock, identity, lock_document
+from compress.output.pruned_checkpoint import check_save
 from compress.recipe import Recipe, load
 from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 from compress.build.settings import BuildSettings, check_options, command_line, recipe_overrides
 from compress.verify import gates
 from compress.verify.against import Previous
 
-__all__ = ["Decision", "clear_the_way", "decide", "first_choice"]
+__all__ = [
+    "Decision",
+    "clear_the_way",
+    "decide",
+    "first_choice",
+    "identity_of",
+    "lock_of",
+    "resume_of",
+]
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,52 @@ def clear_the_way(decision: Decision, console: Console) -> Scorer | None:
         check_tokenizer(job.checkpoint)
     if not settings.verify:
         return None
-    kept = settings.keep_baseline or baseline_folder(output)
-    scorer = Scorer(job, decision.text, settings.threads, console, kept=kept)
+    cache = settings.keep_baseline or baseline_folder(output)
+    scorer = Scorer(job, decision.text, settings.threads, console, cache=cache)
     if decision.previous:
         decision.previous.check_text(text_name(settings.eval_text), scorer.windows)
     return scorer
+
+
+def resume_of(decision: Decision) -> Resume:
+    """What the build's work folder must know to be continued.
+
+    Raises:
+        CheckpointError: files of the checkpoint that cannot be read.
+    """
+    settings = decision.settings
+    afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+    return Resume(identity_of(decision.job, settings), settings.resume, afresh)
+
+
+def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
+    """Everything that decides over the artifacts' bytes, as ``compress.output.lock.identity``."""
+    looks = looks_at_inputs(job.recipe) or bool(settings.sweep or settings.plan)
+    return identity(
+        job,
+        texts=texts_of(job.recipe) if looks and not settings.imatrix else [],
+        options={"context": settings.context, "sweep": settings.sweep},
+        files={"plan": settings.plan, "imatrix": settings.imatrix},
+    )
+
+
+def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
+    """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
+    against its plan.
+
+    Raises:
+        UsageError: see ``compress.output.lock.check_lock``.
+    """
+    settings, job, imatrix = decision.settings, decision.job, decision.importance.imatrix
+    inputs = texts_of(job.recipe) if looks_at_inputs(job.recipe) else []
+    with console.progress("hash the checkpoint") as update:
+        lock = lock_document(
+            job.checkpoint,
+            [imatrix] if imatrix else inputs,
+            thorough=settings.provenance or settings.locked,
+            progress=update,
+        )
+    if settings.locked and settings.plan:
+        now = {**plan_document(job, decision.chosen.budgets), "lock": lock}
+        check_lock(settings.plan.name, read_lock(settings.plan), now)
+    return lock

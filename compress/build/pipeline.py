@@ -18,22 +18,26 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.output.checksums import folder_digests, write_checksums
 from compress.decoder.config_json import write_json
 from compress.console import Console
-from compress.build.decide import Decision, clear_the_way, decide
+from compress.build.decide import Decision, clear_the_way, decide, lock_of, resume_of
 from compress.errors import UsageError
-from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts, read_license
+from compress.plan.job import (
+    DEFAULT_CONTEXT,
+    Job,
+    adopt,
+    describe_model,
+    find_artifacts,
+    read_license,
+)
 from compress.machine import use_threads
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact, Shipyard
-from compress.output.lock import lock_build
+from compress.output.lock import PROVENANCE, provenance
 from compress.output.folder import check_output, work_folder
 from compress.plan.document import print_plan
-from compress.output.provenance import NAME as PROVENANCE
-from compress.output.provenance import statement
-from compress.pruning.options import save_pruned
+from compress.output.pruned_checkpoint import save_pruned
 from compress.pruning.step import prune, prune_targets
 from compress.recipe import Recipe
 from compress.report.report import Baseline, build_report, model_facts
-from compress.output.resume import resuming
 from compress.verify.scorer import Scorer, forecast, read_text, text_name
 from compress.build.settings import BuildSettings, VerifySettings
 from compress.checkpoint.sources import Stored
@@ -58,7 +62,7 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
         return 0
     scorer = clear_the_way(decision, console)
     lock = lock_of(decision, console)
-    with work_folder(decision.output, resuming(decision.job, settings)) as folder:
+    with work_folder(decision.output, resume_of(decision)) as folder:
         check_output(decision.output, overwrite=settings.overwrite)  # another may just have ended
         ready = make_ready(decision, shipyard, console)
         artifacts = write_artifacts(ready.calibration, shipyard, folder, console)
@@ -89,13 +93,6 @@ def rehearse(decision: Decision, shipyard: Shipyard, console: Console) -> None:
     chosen.print(console)
     if settings.verify:
         console.data(forecast(job, chosen.job.plans, settings.threads)[1])
-
-
-def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
-    """What the build is made from, held against its plan with ``--locked``."""
-    return lock_build(
-        decision.job, decision.chosen, decision.importance, decision.settings, console
-    )
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def write_report(
     write_json(folder / "report.json", report)
     shipyard.write_pages(report, folder)
     digests = folder_digests(folder)
-    if stated := statement(job, lock, digests):
+    if stated := provenance(job, lock, digests):
         write_json(folder / PROVENANCE, stated)
     write_checksums(folder, digests)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.files import cache_folder, taking_turns
+from compress.files import cache_folder, computed_once, write_whole
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut, Healing
@@ -104,9 +103,7 @@ def pruning_divergence(job: Job, console: Console, threads: int) -> float:
     windows = held_back(texts.windows) or measured_windows(texts.windows)
     with console.progress(f"judge {job.cut.method}", "steps") as update:
         found = model_divergence(job.source, pruned.source, windows, update)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps({"kl": found}))
     return found
 
 
@@ -127,7 +124,7 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
     def load(folder: Path) -> Pruned:
         return kept_in(folder, source, cut, texts)
 
-    pruned = computed_once(key, compute, load)
+    pruned = folder_once(key, compute, load)
     if cut.healing is None:
         return pruned
     kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
@@ -187,7 +184,7 @@ def healed(
     def load(folder: Path) -> Pruned:
         return healed_in(folder, pruned, healing, texts)
 
-    return computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
+    return folder_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
 
 
 def healed_in(folder: Path, pruned: Pruned, healing: Healing, texts: CalibrationSet) -> Pruned:
@@ -228,7 +225,7 @@ def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
     )
 
 
-def computed_once(
+def folder_once(
     key: str, compute: Callable[[Path, Path], None], load: Callable[[Path], Pruned]
 ) -> Pruned:
     """What a folder of the cache holds.
@@ -239,17 +236,23 @@ def computed_once(
         load: reads it; raises CheckpointError where it cannot.
     """
     final = cache_folder("pruning") / key
-    with taking_turns(final.with_suffix(".lock")):
+
+    def known() -> Pruned | None:
         try:
             return load(final)
         except CheckpointError:  # not there, or damaged
-            shutil.rmtree(final, ignore_errors=True)
+            return None
+
+    def anew() -> Pruned:
+        shutil.rmtree(final, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
             folder = Path(work) / "pruned"
             folder.mkdir()
             compute(folder, Path(work))
             folder.rename(final)
         return load(final)
+
+    return computed_once(final.with_suffix(".lock"), known, anew)
 
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
