@@ -11,11 +11,11 @@ from dataclasses import replace
 from compress.allocation.budget import Target
 from compress.allocation.choices import Rules
 from compress.allocation.limits import Limit
-from compress.allocation.step import Replan, limit_for, targets_of
+from compress.allocation.step import limit_for, targets_of
 from compress.checkpoint.sources import Stored
 from compress.console import format_bytes
 from compress.errors import UsageError
-from compress.plan.job import Job
+from compress.plan.job import Job, Replan
 
 __all__ = ["check_budget"]
 

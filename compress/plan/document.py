@@ -15,15 +15,8 @@ from compress.solvers import NEEDS
 __all__ = ["plan_document", "print_plan"]
 
 
-def plan_document(
-    job: Job, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times.
-
-    Args:
-        job: the job.
-        budgets: format → what its budget says.
-    """
+def plan_document(job: Job) -> dict[str, Any]:
+    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -36,8 +29,7 @@ def plan_document(
         **({"prune": prune_document(job)} if job.cut else {}),
         "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
         "targets": {
-            plan.format: plan_target(plan, job, (budgets or {}).get(plan.format))
-            for plan in job.plans
+            plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
     }
 
@@ -85,11 +77,9 @@ def expectation(plan: Plan) -> dict[str, float]:
     return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
 
 
-def print_plan(
-    job: Job, console: Console, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def print_plan(job: Job, console: Console) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job, budgets))
+    console.result(plan_document(job))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
     if job.cut:

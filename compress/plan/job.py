@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Source, Stored
@@ -42,6 +42,9 @@ class Job:
         command: the command line that does this again, without local paths.
         sources: ... except targets that have weights of their own; by format.
         cut: how much of the float model is pruned, or None; plans are of what is left.
+        budgets: what ``plan.json`` says of the budget of each target; empty without one.
+        at_most: bytes that a budget lets the file of each target have, while grids are to be
+            chosen.
     """
 
     source: Source
@@ -52,6 +55,12 @@ class Job:
     command: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
     cut: Cut | None = None
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    at_most: Mapping[str, int] = field(default_factory=dict)
+
+    def bytes_of(self, plan: Plan) -> int:
+        """What is known of a target's file: its weights, or what a budget lets it have at most."""
+        return self.at_most.get(plan.format, plan.weights_bytes)
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
@@ -70,6 +79,16 @@ class Job:
     def shape(self) -> DecoderConfig:
         """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
         return self.config if self.cut is None else self.cut.config
+
+
+class Replan(Protocol):
+    """``prepare`` for one command, again: with other grids, or by another recipe."""
+
+    def __call__(
+        self, *, choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = ...
+    ) -> Job:
+        """``choices``: format → entry name → grid."""
+        ...
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
