@@ -18,6 +18,7 @@ from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import plan_document
 from compress.plan.job import Job, baseline_bytes, looks_at_inputs, model_name, prepare, Replan
 from compress.plan.memory import check_memory
+from compress.pruning.transforms import transforms_of
 from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.verify.against import Previous
@@ -97,7 +98,11 @@ def replanner(
     checkpoint: Checkpoint, recipe: Recipe, settings: BuildSettings, command: str = ""
 ) -> Replan:
     """``compress.plan.job.prepare`` with what all jobs of one command share."""
-    return partial(prepare, checkpoint, recipe=recipe, context=settings.context, command=command)
+    transforms = transforms_of(recipe)
+    return partial(
+        prepare, checkpoint, recipe=recipe, context=settings.context, command=command,
+        transforms=transforms,
+    )
 
 
 def first_choice(settings: BuildSettings, replan: Replan) -> Job:

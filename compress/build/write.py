@@ -6,18 +6,24 @@ from the disk once: what one target has read is still in the page cache when the
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.build.target import TargetInputs, prepare_target, target_weights
 from compress.calibration.step import CalibrationStep
 from compress.console import Console, format_bytes
+from compress.calibration.propagation import PropagatedWeights
+from compress.calibration.statistics import Statistics
+from compress.checkpoint.sources import Source
 from compress.formats import get_format
-from compress.machine import reuse_memory
+from compress.machine import reuse_memory, worker_threads
+from compress.plan.ledger import Ledger
+from compress.plan.weights import Weights
+from compress.solvers import get_solver, slabs_at_once
 from compress.output.folder import state_folder
-from compress.plan.shapes import Artifact, Writer, Written
+from compress.plan.shapes import Artifact, Plan, Writer, Written
 
 __all__ = ["put_all", "write_artifacts"]
 
@@ -89,3 +95,75 @@ def finished(writer: Writer, made_of: TargetInputs) -> Artifact:
     """The artifact of a writer, with all that its report should say."""
     artifact = writer.close()
     return replace(artifact, notes=artifact.notes + made_of.notes + writer.weights.notes())
+
+
+@dataclass(frozen=True)
+class TargetInputs:
+    """What one target is written from.
+
+    Attributes:
+        source: its weights.
+        statistics: of the inputs that those weights have; None where nothing needs them.
+        notes: lines for the report about this target.
+    """
+
+    source: Source
+    statistics: Statistics | None = None
+    notes: tuple[str, ...] = ()
+
+
+def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
+    """Source and statistics of a target, just before it is written.
+
+    Args:
+        plan: of the target.
+        calibration: of the job.
+
+    Raises:
+        PacklightError: see ``CalibrationStep.gather``.
+    """
+    job = calibration.job
+    source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
+    if calibration.propagates and not changes:  # statistics come with the codes
+        return TargetInputs(source)
+    statistics = calibration.gather(source, plan)
+    notes = []
+    for change in changes:
+        made = change.apply(plan, source, statistics, calibration.windows, calibration.console)
+        if made is not None:
+            source, statistics = made.source, made.statistics
+            notes.append(made.note)
+    return TargetInputs(source, None if calibration.propagates else statistics, tuple(notes))
+
+
+def target_weights(
+    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path, ledger_file: Path
+) -> Weights:
+    """What the writer of a target pulls from, and its ledger.
+
+    Where each block is solved with what the quantized blocks before it produce, those are kept
+    beside the ledger, too: the hidden states before the block that the walk is at.
+
+    Args:
+        plan: of the target.
+        inputs: as ``prepare_target`` made them.
+        calibration: of the job.
+        work: an empty folder that stays until the target is written.
+        ledger_file: of the target.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+    """
+    solver = calibration.job.recipe.solver
+    made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
+    ledger = Ledger(ledger_file, made_of)
+    if calibration.propagates:
+        windows, states = calibration.windows(), ledger_file.with_suffix(".states")
+        return PropagatedWeights(
+            inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
+        )
+    at_once = slabs_at_once(solver, worker_threads())
+    solve = get_solver(solver, inputs.statistics)
+    return Weights(
+        inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics
+    )
