@@ -22,7 +22,7 @@ from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UsageError
 from compress.output.pruned_checkpoint import save_checkpoint
-from compress.pruning.cut import Healing, plan_cut
+from compress.plan.cut import Healing, plan_cut
 from compress.pruning.heal import Adam, Shares, heal
 from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source

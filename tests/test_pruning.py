@@ -24,7 +24,7 @@ from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UnsupportedModelError, UsageError
 from compress.output.pruned_checkpoint import save_checkpoint
-from compress.pruning.cut import Cut, plan_cut, width_step
+from compress.plan.cut import Cut, plan_cut, width_step
 from compress.pruning.depth import Walks, choose_blocks
 from compress.pruning.options import prune_option
 from compress.pruning.pruned import Shallower

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.calibration.statistics import stored_block
-from compress.decoder.config import FUSED, DecoderConfig, split_name
+from compress.decoder.config import FUSED, DecoderConfig, split_name, stored_block
 from compress.errors import GridError
 from compress.formats import Format
 from compress.grids import get_grid

@@ -14,9 +14,9 @@ from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
+from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transform, Transforms
-from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import method_of
 from compress.recipe import Recipe

@@ -7,10 +7,8 @@ Runtimes that check an artifact take what they take, in processes of their own.
 
 from __future__ import annotations
 
-from compress.calibration.statistics import input_roles
-from compress.calibration.walk import hessian_spans
 from compress.console import Console, format_bytes
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, hessian_spans, input_roles
 from compress.errors import UsageError
 from compress.formats import get_format
 from compress.machine import available_memory, limit_memory, resident_memory
