@@ -23,7 +23,7 @@ from compress.plan.job import (
 )
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
 from compress.verify.agenda import Agenda
 from compress.verify.forecast import verification_seconds
 
@@ -45,7 +45,8 @@ MARGIN = 1.1
 START = 6.0  # imports of all processes, report
 WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing, per weight
 PALETTE = 26e-9  # Core ML's palettes, per weight
-SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
+# More, per weight and target, by what the solver needs: rtn, scale_search, gptq.
+SOLVE = {None: 0.0, "importance": 15e-9, "hessian": 430e-9}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
 
 
@@ -115,9 +116,9 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     for plan in job.plans:
         palette = plan.format == "coreml" and plan.type_name.startswith("lut")
         rate = PALETTE if palette else WEIGHT[plan.format]
-        seconds += weights * (rate + SOLVE[recipe.solver])
+        seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
-        needs = NEEDS.get(recipe.solver, "importance")
+        needs = needs_of(recipe.solver) or "importance"
         seconds += weights * recipe.calibration["tokens"] * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)

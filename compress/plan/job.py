@@ -18,8 +18,7 @@ from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.rotation import Rotated
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import check_zeros, method_of, plan_zeros
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.recipe import Recipe, needs_of
 
 GetExporter = Callable[[str], Exporter]
 
@@ -147,7 +146,7 @@ def make_plans(
         wanted = dict(settings)
         if target == "coreml" and context is not None:
             wanted["context"] = context
-        if target == "gguf" and recipe.solver in NEEDS:
+        if target == "gguf" and needs_of(recipe.solver):
             wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
         check_zeros(target, recipe)
         config = rotated[target].config if target in rotated else source.config
@@ -194,7 +193,7 @@ def looks_at_inputs(recipe: Recipe) -> bool:
     """Whether anything of a build goes by calibration texts."""
     methods = {method_of(settings) for settings in recipe.targets.values()}
     masks = bool(methods & set(MASK_NEEDS))
-    return recipe.solver in NEEDS or recipe.prunes or bool(recipe.budget) or masks
+    return bool(needs_of(recipe.solver)) or recipe.prunes or bool(recipe.budget) or masks
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
