@@ -9,8 +9,7 @@ from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.recipe import Recipe, needs_of
 
 __all__ = ["plan_document", "print_plan"]
 
@@ -94,7 +93,7 @@ def print_plan(job: Job, console: Console) -> None:
         bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
-    if job.recipe.solver in NEEDS:
+    if needs_of(job.recipe.solver):
         texts = job.recipe.document["calibration"]
         what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
         console.data(f"solver: {job.recipe.solver}, calibrated on {what}")

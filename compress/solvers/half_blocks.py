@@ -215,7 +215,7 @@ def some_rows(source: Source, name: str, grid: Grid, sample: int) -> Float32:
         float32, the shape of the weight except for the rows.
     """
     rows = WeightMap(source.config).shape(name)[0]
-    run = math.lcm(RUN, getattr(grid, "group_rows", 0) or 1)
+    run = math.lcm(RUN, grid.group_rows or 1)
     if rows <= sample or rows % run:
         return source.read(name)
     starts = np.linspace(0, rows // run - 1, max(1, sample // run)).round().astype(int) * run
