@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
-from compress.solvers import NEEDS
+from compress.recipe import NEEDS
 
 __all__ = ["Effort", "effort_for"]
 

@@ -10,7 +10,7 @@ Along a chain each shape is part of the one before it, so the divergence from th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from compress.errors import UsageError
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Plan
 from compress.pruning.cut import width_step
-from compress.recipe import Recipe
+from compress.recipe.model import Prune, Recipe
 
 __all__ = ["Ladder", "Replan", "Rung", "check_budget", "replanner", "settings_of"]
 
@@ -144,7 +144,8 @@ class Ladder:
 
 def alone(recipe: Recipe, name: str, prune: Mapping[str, Any]) -> Recipe:
     """The recipe for one target, with another ``prune``."""
-    return replace(recipe, prune=prune, targets={name: recipe.targets[name]})
+    cut = Prune.model_validate(dict(prune)) if prune else None
+    return recipe.model_copy(update={"prune": cut, "targets": {name: recipe.targets[name]}})
 
 
 def settings_of(config: DecoderConfig, plan: Plan) -> list[list[dict[str, Any]]]:

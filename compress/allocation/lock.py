@@ -39,7 +39,8 @@ def locked(
                 f"{name}: the plan prunes {prune['method']}, and the recipe prunes too",
                 hint="leave --prune out",
             )
-        recipe = alone(job.recipe, name, prune or job.recipe.prune)
+        kept = job.recipe.prune.model_dump(exclude_none=True) if job.recipe.prune else {}
+        recipe = alone(job.recipe, name, prune or kept)
         (plan,) = prepare(recipe=recipe).plans
         exporter = get_exporter(name)
         grids = locked_choices(lock, plan, job.config, exporter)

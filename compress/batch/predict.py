@@ -23,7 +23,7 @@ from compress.plan.job import (
 )
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import NEEDS
 from compress.verify.agenda import Agenda
 from compress.verify.forecast import verification_seconds
 
@@ -118,7 +118,7 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         seconds += weights * (rate + SOLVE[recipe.solver])
     if looks_at_inputs(recipe):
         needs = NEEDS.get(recipe.solver, "importance")
-        seconds += weights * recipe.calibration["tokens"] * WALK[needs]
+        seconds += weights * recipe.calibration.tokens * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)

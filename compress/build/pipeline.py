@@ -6,7 +6,7 @@ What knows formats comes in as an argument, the ``Shipyard``: the workshop knows
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +214,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
 def verification_recipe(settings: VerifySettings) -> Recipe:
     """What artifacts are held against; which they are is not known yet."""
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
-    return Recipe(
-        name="verify",
-        targets={},
-        solver="rtn",
-        windows=settings.windows,
-        sequence_length=settings.sequence_length,
-        gates=wanted,
-        document={"name": "verify", "gates": wanted},
-    )
+    return Recipe.verification(wanted, settings.windows, settings.sequence_length)
 
 
 def adopt_all(
@@ -242,7 +234,7 @@ def adopt_all(
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
     artifacts = [adopt(name, path, config, shipyard.get_exporter, console) for name, path in found]
-    recipe = replace(recipe, targets={artifact.format: {} for artifact in artifacts})
+    recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     return Job(Stored(checkpoint, config), config, recipe, plans, context), artifacts
@@ -279,7 +271,7 @@ def make_report(
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
         ),
-        recipe=job.recipe.document,
+        recipe=job.recipe.to_dict(),
         command=job.command,
         context=job.context,
         baseline=baseline,

@@ -19,7 +19,8 @@ from compress.machine import worker_threads
 from compress.plan.shapes import Plan, Weights
 from compress.calibration.propagation import PropagatedWeights
 from compress.pruning.sparse import Sparsified
-from compress.pruning.zeros import method_of, pattern_for
+from compress.pruning.zeros import pattern_for
+from compress.recipe import method_of
 from compress.solvers import get_solver, slabs_at_once
 from compress.checkpoint.sources import Source
 from compress.calibration.statistics import Statistics

@@ -50,7 +50,7 @@ def statement(
                     "command": without_output(job.command),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
-                    "recipe": job.recipe.document,
+                    "recipe": job.recipe.to_dict(),
                 },
                 "internalParameters": {
                     "system": platform.system(),

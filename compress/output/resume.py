@@ -36,7 +36,7 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
     Raises:
         CheckpointError: files of the checkpoint that cannot be read.
     """
-    recipe = {key: value for key, value in job.recipe.document.items() if key != "verify"}
+    recipe = {key: value for key, value in job.recipe.to_dict().items() if key != "verify"}
     looks = looks_at_inputs(job.recipe) or bool(settings.sweep or settings.plan)
     texts = texts_of(job.recipe) if looks and not settings.imatrix else []
     document = {

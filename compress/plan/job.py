@@ -16,10 +16,8 @@ from compress.machine import available_cpus
 from compress.plan.shapes import Artifact, Exporter, Plan, PlanEntry, mix_name
 from compress.pruning.cut import Cut, plan_cut
 from compress.pruning.rotation import Rotated
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import check_zeros, method_of, plan_zeros
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.pruning.zeros import check_zeros, plan_zeros
+from compress.recipe import MASK_NEEDS, NEEDS, Recipe, method_of
 
 GetExporter = Callable[[str], Exporter]
 

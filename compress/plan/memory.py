@@ -14,9 +14,7 @@ from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.machine import available_memory, limit_memory, resident_memory
 from compress.plan.job import GetExporter, Job, looks_at_inputs, window_length
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.solvers import NEEDS
+from compress.recipe import MASK_NEEDS, NEEDS, method_of
 
 __all__ = ["check_memory", "smallest_memory"]
 
@@ -72,11 +70,11 @@ def smallest_memory(
         alone = max(get_exporter(plan.format).writing_memory(plan) for plan in job.plans)
         needs.append(alone + WAITING * (len(job.plans) - 1))
     if get_exporter is not None and (measures or looks_at_inputs(recipe)):
-        length = min(recipe.calibration["sequence_length"], config.max_context)
+        length = min(recipe.calibration.sequence_length, config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
         hessian = NEEDS.get(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
         held = hessian_bytes(config) if hessian else 0
-        if recipe.calibration["propagate"] == "quantized" and recipe.solver in NEEDS:
+        if recipe.calibration.propagate == "quantized" and recipe.solver in NEEDS:
             held = 2 * hessian_bytes(config) + block_bytes(config) // 2  # drifts, codes
         solving = COPIES * widest_matrix(config) if hessian else 0
         block = block_bytes(config) + activations(config, length)

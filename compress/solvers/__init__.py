@@ -12,17 +12,15 @@ from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError, did_you_mean
 from compress.grids import Float32, Grid, Quantized
 from compress.plan.shapes import Solver
+from compress.recipe import NEEDS
 
-__all__ = ["NEEDS", "SOLVERS", "get_solver", "slabs_at_once"]
+__all__ = ["SOLVERS", "get_solver", "slabs_at_once"]
 
 SOLVERS: dict[str, str] = {
     "rtn": "compress.solvers.rtn",
     "scale_search": "compress.solvers.scale_search",
     "gptq": "compress.solvers.gptq",
 }
-
-# What of the statistics a solver goes by; nothing: no calibration.
-NEEDS: dict[str, str] = {"scale_search": "importance", "gptq": "hessian"}
 
 MOST_SLABS = 7
 

@@ -28,7 +28,7 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, Float32
 from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import NEEDS
 from compress.solvers.folding import Fold, Folded, columns_of, uses
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from compress.solvers.hessian import factors_of, output_errors
