@@ -28,7 +28,9 @@ class GgufSettings(TargetSettings):
             "IQ3_XS", "IQ3_S", "IQ3_M", "F16", "BF16",
         ],
         BeforeValidator(upper),
-    ] = Field(default="Q4_K_M", description="A llama.cpp type or mix; case does not matter.")  # fmt: skip
+    ] = Field(
+        default="Q4_K_M", description="A llama.cpp type or mix; case does not matter."
+    )  # fmt: skip
 
 
 class OnnxSettings(TargetSettings):

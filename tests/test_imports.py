@@ -29,7 +29,7 @@ HEAVY = {
 
 # Rooms by floor: a room imports only from floors below its own, and from itself.
 FLOORS: list[set[str]] = [
-    {"errors", "machine", "files"},
+    {"errors", "machine", "files", "progress"},
     {"console", "grids", "recipes"},
     {"decoder", "recipe", "demo"},
     {"checkpoint"},
@@ -64,6 +64,7 @@ DEBTS: set[tuple[str, str]] = {
     ("compress.plan.memory", "compress.calibration.statistics"),
     ("compress.plan.memory", "compress.calibration.walk"),
     ("compress.plan.shapes", "compress.calibration.statistics"),
+    ("compress.progress", "compress.errors"),
     ("compress.pruning.options", "compress.output.folder"),
     ("compress.pruning.sparse", "compress.solvers.hessian"),
 }
@@ -122,7 +123,6 @@ def floor(name: str) -> int | None:
 
 def test_every_module_has_a_room():
     homeless = [name for name in modules() if name != "compress" and floor(name) is None]
-    homeless = [n for n in homeless if n not in ("compress.progress", "compress.pace")]  # leaving
     assert homeless == []
 
 
@@ -130,7 +130,7 @@ def test_the_map_of_the_rooms_is_complete():
     """docs/rooms.md has a row for every room, and none for what is not there."""
     text = (ROOT / "docs" / "rooms.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `([\w.]+)/?` \|", text, re.M))
-    there = {room(name) for name in modules()} - {"compress", "__main__", "progress", "pace"}
+    there = {room(name) for name in modules()} - {"", "__main__"}
     assert rows == there
 
 

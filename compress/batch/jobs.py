@@ -1,8 +1,8 @@
-"""The jobs file and its matrix models × recipes × formats.
+"""The jobs file and its matrix models × recipes × budgets × formats.
 
 A job is one model with one recipe, all formats in one ``build``, which reads every shard once for
-all of them; ``split: true`` makes a job of each format. Jobs are named ``MODEL/RECIPE`` (and
-``/FORMAT``), and so are their folders in the output tree.
+all of them; ``split: true`` makes a job of each format, ``budgets`` one of each size. Jobs are
+named ``MODEL/RECIPE`` (``MODEL/RECIPE-1.8GiB/FORMAT``), and so are their folders in the tree.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def read_jobs(path: Path) -> BatchFile:
 
 
 def expand(file: JobsFile, home: Path) -> Iterator[BatchJob]:
-    """The matrix, in the order of the file: models, then recipes, then formats."""
+    """The matrix, in the order of the file: models, then recipes, budgets, formats."""
     taken: dict[str, str] = {}
     for entry in file.models:
         asked = ModelEntry(model=entry) if isinstance(entry, str) else entry
@@ -168,17 +168,27 @@ def expand(file: JobsFile, home: Path) -> Iterator[BatchJob]:
                     hint="give one of them a name: {model: …, name: …}",
                 )
             for recipe in asked.recipes or file.recipes:
-                yield from jobs_of(name, model, recipe, asked, file, home)
+                for budget in file.budgets or [""]:
+                    yield from jobs_of(name, model, recipe, budget, asked, file, home)
 
 
 def jobs_of(
-    name: str, model: str, recipe: str, asked: ModelEntry, file: JobsFile, home: Path
+    name: str,
+    model: str,
+    recipe: str,
+    budget: str,
+    asked: ModelEntry,
+    file: JobsFile,
+    home: Path,
 ) -> Iterator[BatchJob]:
-    """The jobs of one model and one recipe: one, or one for each format."""
+    """The jobs of one model, one recipe and one budget, if any: one, or one for each format."""
     stem = f"{name}/{Path(recipe).stem if recipe not in recipes.names() else recipe}"
+    stem += f"-{budget}" if budget else ""
     formats = asked.formats or file.formats or []
     place = recipe if recipe in recipes.names() else place_of(recipe, home)
     options = merged(merged(Options(), file.options, home), asked.options, home)
+    if budget:
+        options = options.model_copy(update={"budget": budget})
     if file.split and not formats:
         formats = targets_of(place)
     for part in [[one] for one in formats] if file.split else [formats]:

@@ -19,6 +19,10 @@ def a_size(text: str) -> str:
     return text
 
 
+def sizes(texts: list[str]) -> list[str]:
+    return [a_size(text) for text in texts]
+
+
 Recipes = Annotated[
     list[Text], Field(min_length=1, json_schema_extra={"uniqueItems": True}), Unique
 ]
@@ -44,7 +48,7 @@ class Options(Section):
     budget: str | None = Field(default=None, description="Bytes of each target's file.")
     budget_memory: str | None = Field(default=None, description="Memory of each target.")
     device: str | None = Field(default=None, description="The memory budget of a device.")
-    prune: str | None = Field(default=None, description="METHOD:AMOUNT, or auto.")
+    prune: str | None = Field(default=None, description="METHOD:AMOUNT.")
     plan: str | None = Field(default=None, description="Grids as in this plan.json.")
     allow_dense: bool | None = Field(
         default=None, description="Sparsity also in formats that store zeros."
@@ -112,6 +116,19 @@ class JobsFile(Section):
     recipes: Recipes = Field(default=["phone-4bit"], description="Shipped recipes or YAML files.")
     formats: Formats | None = Field(
         default=None, description="Targets; default: those of each recipe."
+    )
+    budgets: (
+        Annotated[
+            list[Annotated[str, Field(pattern="^[0-9][0-9.]*[A-Za-z]*$")]],
+            Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+            Unique,
+            AfterValidator(sizes),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="A job for each, such as 1.8GiB: a curve of size and quality for every model "
+        "and recipe.",
     )
     split: bool = Field(
         default=False,

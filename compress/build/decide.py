@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from compress.allocation.chosen import Chosen, locked_plan
-from compress.allocation.ladder import Replan, check_budget, replanner
-from compress.allocation.sweep import check_sweep
+from compress.allocation.feasible import check_budget
+from compress.allocation.step import Replan
 from compress.calibration.step import Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.plan.job import GetExporter, Job, baseline_bytes, looks_at_inputs, model_name
+from compress.plan.job import GetExporter, Job, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.machine import use_threads
 from compress.plan.memory import check_memory
 from compress.output.folder import baseline_folder, check_disk, check_output
@@ -23,7 +24,7 @@ from compress.build.settings import BuildSettings, check_options, command_line, 
 from compress.verify import gates
 from compress.verify.against import Previous
 
-__all__ = ["Decision", "clear_the_way", "decide", "first_choice"]
+__all__ = ["Decision", "clear_the_way", "decide", "first_choice", "replanner"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Decision:
         previous: the report that nothing may get worse than; None where there is none.
         text: to score on.
         output: the folder to make.
-        measures: whether grids are chosen by measurement, for a budget or for a sweep.
+        measures: whether grids are chosen by measurement, for a budget.
     """
 
     settings: BuildSettings
@@ -74,17 +75,15 @@ def decide(settings: BuildSettings, get_exporter: GetExporter, console: Console)
     use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
-    measures = not settings.plan and bool(recipe.budget or settings.sweep)
-    # A plan may prune, which looks at inputs whatever the solver.
-    looks = measures or settings.plan is not None
-    importance.check(recipe, settings.calibration, measures=looks)
+    measures = not settings.plan and bool(recipe.budget)
+    importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
     previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text)
     checkpoint = open_checkpoint(settings, console)
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
     command = command_line(checkpoint, settings, output)
-    replan = replanner(checkpoint, recipe, get_exporter, settings.context, command)
+    replan = replanner(checkpoint, recipe, get_exporter, settings, command)
     chosen = first_choice(settings, get_exporter, replan)
     check_memory(
         chosen.job,
@@ -107,16 +106,29 @@ def open_checkpoint(settings: BuildSettings, console: Console) -> Checkpoint:
     return checkpoint
 
 
+def replanner(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    settings: BuildSettings,
+    command: str = "",
+) -> Replan:
+    """``compress.job.prepare`` with what all jobs of one command share."""
+    return partial(
+        prepare,
+        checkpoint,
+        recipe=recipe,
+        get_exporter=get_exporter,
+        context=settings.context,
+        command=command,
+    )
+
+
 def first_choice(settings: BuildSettings, get_exporter: GetExporter, replan: Replan) -> Chosen:
-    """The grids that a plan file has, or the recipe's; a budget or a sweep that cannot be met is
-    refused.
-    """
+    """The grids that a plan file has, or the recipe's; a budget that cannot be met is refused."""
     job = replan()
     if settings.plan:
         return locked_plan(settings.plan, job, get_exporter, replan)
-    if settings.sweep:
-        check_sweep(settings.sweep, job, get_exporter)
-        return Chosen(job)
     return Chosen(job, at_most=check_budget(job, get_exporter, replan))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.chosen import Chosen, choose_grids
-from compress.allocation.sweep import curve_rows
 from compress.decoder.config import DecoderConfig
 from compress.calibration.step import CalibrationStep
 from compress.checkpoint.checkpoint import Checkpoint
@@ -26,15 +25,15 @@ from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact, Shipyard
 from compress.output.lock import lock_build
 from compress.output.folder import check_output, work_folder
-from compress.plan.document import print_plan
+from compress.plan.document import plan_document, print_plan
 from compress.output.provenance import NAME as PROVENANCE
 from compress.output.provenance import statement
 from compress.pruning.options import save_pruned
-from compress.pruning.step import prune, prune_targets
+from compress.pruning.step import prune
 from compress.recipe import Recipe
 from compress.report.report import Baseline, build_report, model_facts
 from compress.output.resume import resuming
-from compress.verify.scorer import Scorer, forecast, read_text, text_name
+from compress.verify.scorer import Scorer, describe_verification, read_text, text_name
 from compress.build.settings import BuildSettings, VerifySettings
 from compress.checkpoint.sources import Stored
 from compress.report.summary import finish
@@ -88,7 +87,7 @@ def rehearse(decision: Decision, shipyard: Shipyard, console: Console) -> None:
     print_plan(chosen.job, console, chosen.budgets)
     chosen.print(console)
     if settings.verify:
-        console.data(forecast(job, chosen.job.plans, settings.threads)[1])
+        console.data(describe_verification(job, chosen.job.plans))
 
 
 def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
@@ -129,26 +128,22 @@ def prune_and_choose(
         job = job.on(pruned.source)
     calibration = CalibrationStep(job, decision.importance, shipyard, console, threads, keep=keep)
     if decision.measures:
-        sweep, get_exporter = decision.settings.sweep, shipyard.get_exporter
-        chosen = choose_grids(sweep, calibration, get_exporter, decision.replan)
+        chosen = choose_grids(calibration, shipyard.get_exporter, decision.replan)
         job = chosen.job
-    return Ready(job, chosen, calibration, pruned.notes if pruned else ())
+    return Ready(job, chosen, calibration.on(job), pruned.notes if pruned else ())
 
 
 def make_ready(decision: Decision, shipyard: Shipyard, console: Console) -> Ready:
     """All that comes before writing: weights, grids, and statistics when they are asked for."""
-    settings = decision.settings
-    shared = prune_and_choose(decision, shipyard, console, keep=settings.resume)
-    job, notes = prune_targets(shared.job, console, settings.threads)
-    calibration = shared.calibration.on(job)
-    calibration.save_imatrix()
-    return Ready(job, shared.chosen, calibration, (*shared.notes, *notes))
+    ready = prune_and_choose(decision, shipyard, console, keep=decision.settings.resume)
+    ready.calibration.save_imatrix()
+    return ready
 
 
 def write_plans(ready: Ready, lock: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """``plan.json``, or one for every budget of a sweep, and ``recipe.yaml``."""
-    for name, document in ready.chosen.documents(ready.job).items():
-        write_json(folder / name, {**document, "lock": lock})
+    """``plan.json`` and ``recipe.yaml``."""
+    document = plan_document(ready.job, ready.chosen.budgets)
+    write_json(folder / "plan.json", {**document, "lock": lock})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
@@ -163,8 +158,6 @@ def tell(
     """``report.json`` of a build, before it is compared with an earlier one."""
     text = decision.settings.eval_text
     report = make_report(ready.job, artifacts, verified, scorer, decision.limits, folder, text)
-    if ready.chosen.curve:
-        report["curve"] = curve_rows(ready.chosen.curve, report["artifacts"])
     report["notes"] += [*ready.notes, *ready.calibration.notes()]
     return report
 

@@ -43,7 +43,6 @@ class BuildSettings:
     budget: str = ""
     budget_memory: str = ""
     device: str = ""
-    sweep: str = ""
     plan: Path | None = None
     locked: bool = False
     provenance: bool = False
@@ -89,8 +88,8 @@ def check_options(settings: BuildSettings) -> None:
         UsageError: two ways to choose grids.
     """
     budget = bool(settings.budget or settings.budget_memory or settings.device)
-    if sum((budget, bool(settings.sweep), settings.plan is not None)) > 1:
-        raise UsageError("a budget, --sweep and --plan exclude each other")
+    if budget and settings.plan is not None:
+        raise UsageError("a budget and --plan exclude each other")
 
 
 def recipe_overrides(settings: BuildSettings) -> list[str]:
@@ -134,7 +133,7 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--gate", gate]
     for path in settings.calibration:
         words += ["--calibration", path.name]
-    for option in ("budget", "budget_memory", "device", "sweep"):
+    for option in ("budget", "budget_memory", "device"):
         if value := getattr(settings, option):
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:

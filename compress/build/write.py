@@ -10,12 +10,10 @@ from pathlib import Path
 
 from compress.calibration.step import CalibrationStep
 from compress.console import Console, format_bytes
-from compress.plan.job import Job
 from compress.build.lockstep import in_lockstep
 from compress.machine import reuse_memory
 from compress.plan.shapes import Artifact, Plan, Progress, Shipyard
 from compress.output.folder import state_folder
-from compress.pace import expected_steps
 from compress.checkpoint.sources import Source
 from compress.build.target import prepare_target, target_weights
 
@@ -48,8 +46,8 @@ def write_together(
 ) -> list[Artifact]:
     """Write some targets in lockstep (``compress.build.lockstep``), or one as it is."""
     inputs = [prepare_target(plan, calibration) for plan in plans]
-    places = [folder / target_folder(plan, calibration.job) for plan in plans]
-    formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
+    places = [folder / plan.format for plan in plans]
+    formats = ", ".join(plan.format for plan in plans)
     label = f"write {formats}" if len(plans) > 1 else f"write {formats} {plans[0].type_name}"
     with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
         weights = []
@@ -61,9 +59,10 @@ def write_together(
                 console.detail(f"{place.name}: {found} arrays were written before")
 
         def write(index: int, source: Source) -> Artifact:
-            plan, pulled, tell = plans[index], weights[index], updates[index]
+            plan, pulled, progress = plans[index], weights[index], updates[index]
             pulled.source = source
-            artifact = shipyard.get_exporter(plan.format).write(plan, pulled, places[index], tell)
+            exporter = shipyard.get_exporter(plan.format)
+            artifact = exporter.write(plan, pulled, places[index], progress)
             notes = artifact.notes + inputs[index].notes + pulled.notes()
             return replace(artifact, notes=notes)
 
@@ -72,9 +71,7 @@ def write_together(
             if statistics is not None:
                 statistics.forget()
 
-        console.begin(f"{label}: estimate")
-        steps = expected_steps(plans, weights, calibration.job.recipe.solver)
-        with console.progress(label, "bytes", steps) as update:
+        with console.progress(label, "bytes") as update:
             updates = added_up(update, [plan.weights_bytes for plan in plans])
             artifacts = in_lockstep([mine.source for mine in inputs], write, let_go)
     for artifact in artifacts:
@@ -83,17 +80,11 @@ def write_together(
 
 
 def added_up(update: Progress, totals: Sequence[int]) -> list[Progress]:
-    """For each of several works its own progress, which together are ``update``'s."""
+    """A progress callback for each of several tasks; ``update`` gets their sums."""
     done = [0] * len(totals)
 
-    def tell(index: int, count: int, total: int) -> None:
+    def add(index: int, count: int, total: int) -> None:
         done[index] = count
         update(sum(done), sum(totals))
 
-    return [partial(tell, index) for index in range(len(totals))]
-
-
-def target_folder(plan: Plan, job: Job) -> str:
-    """Folder of a target; a sweep has several of one format."""
-    alone = sum(other.format == plan.format for other in job.plans) == 1
-    return plan.format if alone else f"{plan.format}-{plan.type_name}"
+    return [partial(add, index) for index in range(len(totals))]

@@ -37,8 +37,7 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
         CheckpointError: files of the checkpoint that cannot be read.
     """
     recipe = {key: value for key, value in job.recipe.to_dict().items() if key != "verify"}
-    looks = looks_at_inputs(job.recipe) or bool(settings.sweep or settings.plan)
-    texts = texts_of(job.recipe) if looks and not settings.imatrix else []
+    texts = texts_of(job.recipe) if looks_at_inputs(job.recipe) and not settings.imatrix else []
     document = {
         "versions": versions(),
         "model": job.checkpoint.source,
@@ -47,7 +46,6 @@ def identity(job: Job, settings: BuildSettings) -> dict[str, Any]:
         "recipe": recipe,
         "texts": digest(texts),
         "context": settings.context,
-        "sweep": settings.sweep,
         "plan": digest([settings.plan] if settings.plan else []),
         "imatrix": digest([settings.imatrix] if settings.imatrix else []),
     }

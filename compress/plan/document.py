@@ -53,11 +53,9 @@ def calibration_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One target of ``plan.json``; ``prune`` where it has a shape of its own."""
-    cut = job.cuts.get(plan.format)
+    """One target of ``plan.json``."""
     return {
         "type": plan.type_name,
-        **({"prune": cut.settings} if cut else {}),
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
@@ -96,9 +94,6 @@ def print_plan(
     if job.cut:
         left = job.shape.num_parameters
         console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
-    for name, cut in job.cuts.items():
-        left = cut.config.num_parameters
-        console.data(f"pruned ({name}): {cut.describe()}, {left:,} parameters are left")
     rows = []
     for plan in job.plans:
         counts: dict[str, int] = {}

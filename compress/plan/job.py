@@ -22,7 +22,9 @@ from compress.recipe import MASK_NEEDS, NEEDS, Recipe, method_of
 GetExporter = Callable[[str], Exporter]
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
-WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
+# (parameters, windows scored by default from there on). In any runtime a verification costs
+# parameters x tokens, so large models get fewer tokens.
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -39,7 +41,6 @@ class Job:
         command: the command line that does this again, without local paths.
         sources: ... except targets that have weights of their own; by format.
         cut: how much of the float model is pruned, or None; plans are of what is left.
-        cuts: the same by format, where a budget decided it for each target.
     """
 
     source: Source
@@ -50,7 +51,6 @@ class Job:
     command: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
     cut: Cut | None = None
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
@@ -202,7 +202,10 @@ def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> 
 
 
 def window_count(config: DecoderConfig, wanted: int) -> int:
-    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    """Windows to score: ``wanted``, or for 0 the number for the model's parameters (``WINDOWS``).
+
+    It depends on nothing else, no machine's speed: one checkpoint has the same figures anywhere.
+    """
     return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
 
 
@@ -228,10 +231,9 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
         return [("coreml", path)]
     if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
         return [("onnx", path)]
-    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf*/*.gguf")))]
-    # A sweep has a folder for each end of a format's curve.
-    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx*/onnx/*.onnx"))]
-    packages = (*path.glob("*.mlpackage"), *path.glob("coreml*/*.mlpackage"))
+    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))]
+    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
+    packages = (*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage"))
     return found + [("coreml", package) for package in sorted(packages)]
 
 

@@ -65,14 +65,6 @@ class Cut:
     healing: Healing | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe's ``prune`` that says the same."""
-        if self.method == "depth":
-            return {"method": "depth", "blocks": self.dropped}
-        key = {"ffn": "width", "heads": "kv_heads"}[self.method]
-        return {"method": self.method, key: self.kept, "update": self.update}
-
-    @property
     def dropped(self) -> int:
         """How many go."""
         return self.total - self.kept
@@ -84,8 +76,7 @@ class Cut:
 
 
 def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] = ()) -> Cut | None:
-    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing, or leaves that
-    to the budget.
+    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing.
 
     Args:
         config: the float model.
@@ -96,7 +87,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
         UsageError: nothing would go, or nothing would stay, or the width fits no format.
         UnsupportedModelError: heads of a model whose shape could not be told.
     """
-    if prune is None or prune.method in ("none", "auto"):
+    if prune is None or prune.method == "none":
         return None
     method, ratio, update = prune.method, prune.ratio, prune.update
     healing = Healing(prune.heal.minutes, prune.heal.steps) if prune.heal else None

@@ -33,7 +33,6 @@ MASK = "sparsegpt"
 # How much is pruned, by method: exactly one of these keys.
 AMOUNTS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "auto": (),
     "depth": ("ratio", "blocks"),
     "ffn": ("ratio", "width"),
     "heads": ("ratio", "kv_heads"),

@@ -54,6 +54,7 @@ PATTERNS = (
     ("verify.windows", "a number of windows, or auto"),
     ("quantize.keep", 'the fewest bits, such as ">=6"'),
     ("quantize.candidates", "auto, or a list such as [Q4_K, Q6_K]"),
+    ("budgets", "such as 1.8GiB"),
     ("sparsity", "none, 2of4 or a share such as 0.5"),
     ("", "such as int4-g32, int8-channel, lut4-g8"),
 )
@@ -210,14 +211,12 @@ class Heal(Section):
 
 
 class Prune(Section):
-    """What is taken out before quantization; every target gets the same pruned model, except with
-    auto."""
+    """What is taken out before quantization; every target gets the same pruned model."""
 
-    method: Literal["none", "auto", "depth", "ffn", "heads"] = Field(
+    method: Literal["none", "depth", "ffn", "heads"] = Field(
         default="none",
         description="depth drops whole blocks, ffn narrows every MLP, heads drops key-value heads "
-        "with their query heads. auto: as the budget needs, per target, and only where it beats "
-        "lower bits.",
+        "with their query heads.",
     )
     ratio: Share | None = Field(
         default=None, description="Share of blocks, MLP channels or key-value heads that goes."
@@ -247,11 +246,6 @@ class Prune(Section):
             raise refusal(
                 f"prune.{strange[0]} has no meaning with method {self.method}",
                 hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
-            )
-        if self.heal and self.method == "auto":
-            raise refusal(
-                "prune.heal goes with an amount, not with auto: it weighs unhealed shapes",
-                hint="prune.method and an amount",
             )
         if self.heal and not keys:
             raise refusal(
@@ -362,15 +356,6 @@ class Recipe(Section):
     quantize: Quantize = Field(default_factory=Quantize)
     verify: Verify = Field(default_factory=Verify)
 
-    @model_validator(mode="after")
-    def auto_within_a_budget(self) -> Self:
-        if self.weighs and not self.budget:
-            raise refusal(
-                "prune.method auto weighs pruning within a budget, and there is none",
-                hint="--budget 1.8GiB",
-            )
-        return self
-
     @property
     def solver(self) -> str:
         """How codes are chosen."""
@@ -417,11 +402,6 @@ class Recipe(Section):
     def prunes(self) -> bool:
         """Whether anything is pruned."""
         return self.prune is not None and self.prune.method != "none"
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the budget decides what is pruned."""
-        return self.prune is not None and self.prune.method == "auto"
 
     @property
     def folds(self) -> bool:
