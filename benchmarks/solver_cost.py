@@ -34,7 +34,8 @@ from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
 from compress.machine import use_threads  # noqa: E402
-from compress.solvers import NEEDS, get_solver  # noqa: E402
+from compress.recipe import NEEDS  # noqa: E402
+from compress.solvers import get_solver  # noqa: E402
 
 GRIDS = ("Q4_K", "int4-g32", "lut4-g8")
 SOLVERS = ("gptq", "scale_search", "rtn")

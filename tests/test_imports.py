@@ -15,7 +15,17 @@ import pytest
 from compress.demo import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba", "numpy", "gguf"}
+HEAVY = {
+    "pydantic",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "coremltools",
+    "onnx",
+    "numba",
+    "numpy",
+    "gguf",
+}
 
 # Rooms by floor: a room imports only from floors below its own, and from itself.
 FLOORS: list[set[str]] = [

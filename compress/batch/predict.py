@@ -106,7 +106,7 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
         needs = needs_of(recipe.solver) or "importance"
-        seconds += weights * recipe.calibration["tokens"] * WALK[needs]
+        seconds += weights * recipe.calibration.tokens * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)

@@ -180,7 +180,7 @@ def make_report(
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
         ),
-        recipe=job.recipe.document,
+        recipe=job.recipe.to_dict(),
         command=job.command,
         context=job.context,
         baseline=baseline,

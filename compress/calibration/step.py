@@ -23,9 +23,7 @@ from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe, needs_of
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def imatrix_format() -> Format:
 
 def texts_of(recipe: Recipe) -> list[Path]:
     """The recipe's own calibration files."""
-    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
+    return [Path(text) for text in recipe.calibration.texts if text != BUILTIN]
 
 
 class CalibrationStep:
@@ -167,7 +165,7 @@ class CalibrationStep:
     def propagates(self) -> bool:
         """Whether each block is solved with what the quantized blocks before it produce."""
         recipe = self.job.recipe
-        wanted = bool(needs_of(recipe.solver)) and recipe.calibration["propagate"] == "quantized"
+        wanted = bool(needs_of(recipe.solver)) and recipe.calibration.propagate == "quantized"
         return wanted and not self._importance.imatrix
 
     def windows(self) -> Sequence[Sequence[int]]:
@@ -231,9 +229,9 @@ def read_texts(job: Job) -> CalibrationSet:
     """
     settings = job.recipe.calibration
     return CalibrationSet.load(
-        settings["texts"],
+        settings.texts,
         Tokenizer(job.checkpoint.path),
-        tokens=settings["tokens"],
-        sequence_length=min(settings["sequence_length"], job.config.max_context),
-        seed=settings["seed"],
+        tokens=settings.tokens,
+        sequence_length=min(settings.sequence_length, job.config.max_context),
+        seed=settings.seed,
     )

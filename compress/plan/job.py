@@ -17,9 +17,7 @@ from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transform, Transforms
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe, needs_of
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
 # (parameters, windows scored by default from there on). In any runtime a verification costs

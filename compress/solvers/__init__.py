@@ -24,7 +24,14 @@ from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.plan.weights import Solver
-from compress.recipe import BUILTIN_SOLVERS, SOLVERS, SolverRow, checked_row, needs_of, solver_row
+from compress.recipe.solvers import (
+    BUILTIN_SOLVERS,
+    SOLVERS,
+    SolverRow,
+    checked_row,
+    needs_of,
+    solver_row,
+)
 
 __all__ = [
     "get_solver", "quantize", "register_solver", "rtn", "scale_search", "slabs_at_once",
