@@ -15,7 +15,6 @@ from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.plan.job import GetExporter, Job, baseline_bytes, looks_at_inputs, model_name
-from compress.machine import use_threads
 from compress.plan.document import plan_document
 from compress.plan.memory import check_memory
 from compress.output.folder import Resume, baseline_folder, check_disk, check_output
@@ -77,13 +76,12 @@ class Decision:
 
 
 def decide(settings: BuildSettings, get_exporter: GetExporter, console: Console) -> Decision:
-    """Read options, recipe and headers, and plan; the memory of this process is bounded from here.
+    """Read options, recipe and headers, and plan.
 
     Raises:
         PacklightError: whatever makes the build impossible, as far as they tell.
     """
     check_options(settings)
-    use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget or settings.sweep)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
@@ -124,7 +125,7 @@ class Relay:
     def run(self, work: Callable[[int], None]) -> None:
         """``work(runner)`` for all runners; returns when all have come to their ends."""
         threads = [
-            threading.Thread(target=self._run, args=(work, runner), daemon=True)
+            threading.Thread(target=copy_context().run, args=(self._run, work, runner), daemon=True)
             for runner in range(len(self._turns))
         ]
         try:

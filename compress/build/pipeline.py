@@ -28,7 +28,7 @@ from compress.plan.job import (
     find_artifacts,
     read_license,
 )
-from compress.machine import use_threads
+from compress.machine import bounded
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact, Shipyard
 from compress.output.lock import PROVENANCE, provenance
@@ -55,6 +55,12 @@ def build(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
+    with bounded(settings.threads, settings.max_memory):
+        return build_within(settings, shipyard, console)
+
+
+def build_within(settings: BuildSettings, shipyard: Shipyard, console: Console) -> int:
+    """``build`` within the bounds of its options."""
     console.begin("plan")
     decision = decide(settings, shipyard.get_exporter, console)
     if settings.dry_run:
@@ -186,9 +192,14 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     """``packlight verify``: 0 when every gate passed, 1 when one failed, 2 when one of several
     artifacts could not be run; writes nothing.
     """
+    with bounded(settings.threads, settings.max_memory):
+        return verify_within(settings, shipyard, console)
+
+
+def verify_within(settings: VerifySettings, shipyard: Shipyard, console: Console) -> int:
+    """``verify`` within the bounds of its options."""
     console.begin("read headers")
     settings.ci_files.check(settings.artifact)
-    use_threads(settings.threads)
     recipe = verification_recipe(settings)
     limits = gates.parse(recipe.gates)
     previous = Previous.read(settings.against, settings.max_regression)

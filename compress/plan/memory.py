@@ -12,7 +12,7 @@ from compress.calibration.walk import hessian_spans
 from compress.console import Console, format_bytes
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
-from compress.machine import available_memory, limit_memory, resident_memory
+from compress.machine import available_memory, resident_memory
 from compress.plan.job import GetExporter, Job, looks_at_inputs, window_length
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import method_of
@@ -35,7 +35,7 @@ def check_memory(
     verify: bool,
     measures: bool = False,
 ) -> None:
-    """Bound this process, and refuse a bound that is too small before any work.
+    """Refuse a bound that is too small before any work.
 
     Args:
         job: what will be done.
@@ -48,7 +48,6 @@ def check_memory(
     Raises:
         UsageError: a limit that the largest piece of the work does not fit in.
     """
-    limit_memory(limit)
     needed = smallest_memory(job, get_exporter, verify=verify, measures=measures)
     if limit is not None and limit < needed:
         raise UsageError(

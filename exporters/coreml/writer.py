@@ -19,11 +19,12 @@ import json
 import logging
 import math
 import sys
+import threading
 import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
 from compress.grids import Float32, Grid, Quantized
+from compress.machine import change_setting, is_own_process
 from compress.plan.shapes import Artifact, Plan, Progress, Weights
 from exporters.coreml.constants import HollowConstants, LazyConstants
 from exporters.coreml.graph import Decoder
@@ -213,8 +215,8 @@ def absent(*packages: str) -> Iterator[None]:
 
     coremltools imports every framework that it could convert from, if it finds it. Nothing is
     converted here, and torch and transformers would be 1.6 CPU seconds and 160 MB of every build.
-    The price: a script that writes a package with packlight, and imports torch only then, cannot
-    convert torch models by coremltools in the same process.
+    The price: whoever imports torch only then cannot convert torch models by coremltools in the
+    same process, so this is for processes that are packlight's alone.
     """
     hidden: dict[str, Any] = {name: None for name in packages if name not in sys.modules}
     sys.modules.update(hidden)  # None makes an import fail: docs.python.org, "The module cache"
@@ -223,6 +225,9 @@ def absent(*packages: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+IMPORTING = threading.Lock()  # filters of warnings are one list for all threads
 
 
 class CoreMLTools:
@@ -235,11 +240,12 @@ class CoreMLTools:
 
     def __init__(self) -> None:
         # It warns of a torch that it was not tested with; nothing of torch is converted here.
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
+        logger = logging.getLogger("coremltools")
+        change_setting("coremltools' log", lambda: logger.level, logger.setLevel, logging.ERROR)
         try:
-            with warnings.catch_warnings():
+            with IMPORTING, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with absent("torch", "transformers"):
+                with absent("torch", "transformers") if is_own_process() else nullcontext():
                     import coremltools
         except ImportError as error:
             raise RuntimeMissingError(
