@@ -64,12 +64,12 @@ def test_more_is_needed_the_more_is_done(model):
     assert rounded < smallest("int4-fast", gguf, verify=True)
 
 
-def test_what_a_sweep_or_a_mask_looks_at_counts(model):
+def test_what_a_budget_or_a_mask_looks_at_counts(model):
     gguf, coreml = "targets={gguf: {type: Q4_K_M}}", "targets={coreml: {grid: int4-g32, %s}}"
     rounded = job_of(model, "int4-fast", gguf)
     exporter = SHIPYARD.get_exporter
-    swept = smallest_memory(rounded, exporter, verify=False, measures=True)
-    assert smallest_memory(rounded, exporter, verify=False) < swept
+    budgeted = smallest_memory(rounded, exporter, verify=False, measures=True)
+    assert smallest_memory(rounded, exporter, verify=False) < budgeted
     sizes = []
     for method in ("wanda", "sparsegpt"):
         job = job_of(model, "int4-fast", coreml % f"sparsity: 2of4, sparsity_method: {method}")

@@ -35,10 +35,10 @@ import test_process_state as here
 torch.set_num_threads(2)
 logging.getLogger("coremltools").setLevel(logging.INFO)
 transformers.utils.logging.set_verbosity_info()
-from compress.build import pipeline
+from compress.build import pipeline, verification
 from compress.build.settings import BuildSettings, VerifySettings
 from compress.console import Console
-from exporters import SHIPYARD
+import exporters
 import coremltools
 before = here.state()
 out = Path(sys.argv[1])
@@ -46,11 +46,11 @@ settings = BuildSettings(
     model=sys.argv[2], output=out, recipe="phone-4bit", threads=1, max_memory=3 << 30,
     overrides=["calibration.tokens=256", "calibration.sequence_length=64", "verify.windows=2",
                "verify.sequence_length=32", "verify.gates={}"])
-assert pipeline.build(settings, SHIPYARD, Console("quiet")) == 0
+assert pipeline.build(settings, Console("quiet")).report["verdict"] == "passed"
 after_build = here.state()
 settings = VerifySettings(
     artifact=out / "gguf", baseline=sys.argv[2], windows=2, sequence_length=32, threads=1)
-assert pipeline.verify(settings, SHIPYARD, Console("quiet")) == 0
+assert verification.verify(settings, Console("quiet"))["verdict"] == "passed"
 print(json.dumps([before, after_build, here.state()]))
 """
 
@@ -199,22 +199,22 @@ from pathlib import Path
 from compress.build import pipeline
 from compress.build.settings import BuildSettings
 from compress.console import Console
-from exporters import SHIPYARD
+import exporters
 
 def build(out, threads):
     settings = BuildSettings(
         model=sys.argv[1], output=Path(out), recipe="phone-4bit", threads=threads, verify=False,
         overrides=["calibration.tokens=256", "calibration.sequence_length=64"])
-    codes.append(pipeline.build(settings, SHIPYARD, Console("quiet")))
+    made.append(pipeline.build(settings, Console("quiet")).folder)
 
-codes = []
+made = []
 threads = [threading.Thread(target=build, args=(out, 1 + number))
            for number, out in enumerate(sys.argv[2:])]
 for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-assert codes == [0] * len(threads), codes
+assert len(made) == len(threads)
 """
 
 

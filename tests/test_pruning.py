@@ -232,8 +232,8 @@ def test_words_of_the_command_line_and_the_recipe():
     assert prune_option("depth:3") == {"method": "depth", "blocks": 3}
     assert prune_option("ffn:10%") == {"method": "ffn", "ratio": 0.1}
     assert prune_option("heads:2") == {"method": "heads", "kv_heads": 2}
-    for wrong in ("depth", "depth:", "depth:x%", "width:3", "none:1", "ffn:-3", "ffn:1.5"):
-        with pytest.raises(UsageError):
+    for wrong in ("depth", "depth:", "depth:x%", "width:3", "none:1", "ffn:-3", "ffn:1.5", "auto"):
+        with pytest.raises(UsageError, match="METHOD:AMOUNT"):
             prune_option(wrong)
     assert not load("phone-4bit").prunes
     assert load("phone-4bit", ["prune={method: depth, blocks: 2}"]).prunes
@@ -246,6 +246,8 @@ def test_words_of_the_command_line_and_the_recipe():
     ):
         with pytest.raises(RecipeError):
             load("phone-4bit", [wrong])
+    with pytest.raises(RecipeError, match=r"prune\.method: 'auto' is not allowed"):
+        load("phone-4bit", ["prune.method=auto", "budget.weights=3MB"])
 
 
 # --- which blocks -----------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from compress.calibration.statistics import stored_block
 from compress.decoder.config import FUSED, DecoderConfig, split_name
 from compress.errors import GridError
+from compress.formats import Format
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Exporter, Plan
+from compress.plan.shapes import Candidate, Plan
 
 __all__ = ["Choice", "Rules", "bits_of", "choices_of"]
 
@@ -67,7 +68,7 @@ def bits_of(grid: str) -> int:
     return int(found[0]) if found else 0
 
 
-def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rules) -> list[Choice]:
+def choices_of(plan: Plan, config: DecoderConfig, exporter: Format, rules: Rules) -> list[Choice]:
     """The choices of a target, in the order of its file.
 
     Args:
@@ -82,7 +83,7 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rul
     """
     for name in rules.candidates:
         get_grid(name)
-    known = set(exporter.grids())
+    known = set(exporter.GRIDS)
     wanted = tuple(name for name in rules.candidates if name in known)
     groups: dict[str, list[str]] = {}
     entries = {entry.name: entry for entry in plan.entries}

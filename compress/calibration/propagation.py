@@ -35,7 +35,8 @@ from compress.decoder.config import FUSED, split_name
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.machine import in_threads, one_thread
 from compress.plan.ledger import Ledger
-from compress.plan.shapes import Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry
+from compress.plan.weights import Weights
 from compress.solvers import get_solver
 
 if TYPE_CHECKING:

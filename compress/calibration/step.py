@@ -19,9 +19,10 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
-from compress.plan.shapes import Plan, Shipyard
+from compress.plan.shapes import Plan
 from compress.pruning.sparse import MASK_NEEDS
 from compress.pruning.zeros import method_of
 from compress.recipe import Recipe
@@ -93,6 +94,11 @@ class Importance:
             raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
 
 
+def imatrix_format() -> Format:
+    """The format whose tools have importance files (llama.cpp's imatrix)."""
+    return next(row for row in FORMATS.values() if row.imatrix)
+
+
 def texts_of(recipe: Recipe) -> list[Path]:
     """The recipe's own calibration files."""
     return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
@@ -107,20 +113,17 @@ class CalibrationStep:
         self,
         job: Job,
         importance: Importance,
-        shipyard: Shipyard,
         console: Console,
         threads: int = 0,
         keep: bool = False,
     ) -> None:
         self.job, self._keep = job, keep
-        self._importance, self._shipyard = importance, shipyard
+        self._importance = importance
         self.console, self.threads = console, threads
 
     def on(self, job: Job) -> CalibrationStep:
         """The same for another job."""
-        return CalibrationStep(
-            job, self._importance, self._shipyard, self.console, self.threads, self._keep
-        )
+        return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -136,7 +139,7 @@ class CalibrationStep:
         """
         solver = self.job.recipe.solver
         if self._importance.imatrix:
-            return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
+            return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
         mask = MASK_NEEDS.get(method_of(plan.settings) or "")
         wanted = solver in NEEDS or mask is not None
         return self._calibrate(source, hessian=mask == "hessian") if wanted else None
@@ -156,7 +159,7 @@ class CalibrationStep:
         given = self._importance.imatrix
         if given:
             name = hashlib.sha256(given.read_bytes()).hexdigest()
-            return self._shipyard.read_imatrix(given, source.config), texts, name
+            return imatrix_format().read_imatrix(given, source.config), texts, name
         if tokens:
             return self._collect(source, texts, hessian=False), texts, ""
         return self._calibrate(source), texts, ""
@@ -196,9 +199,11 @@ class CalibrationStep:
             return
         given = self._importance.imatrix
         statistics = (
-            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+            imatrix_format().read_imatrix(given, source.config)
+            if given
+            else self._calibrate(source)
         )
-        self._shipyard.write_imatrix(path, source.config, statistics)
+        imatrix_format().write_imatrix(path, source.config, statistics)
         self.console.detail(f"importance: {path}")
 
     @cached_property

@@ -294,25 +294,16 @@ class WeightMap:
         tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
         return tied_head or name.endswith(".rotary_emb.inv_freq")
 
-    def read(self, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Float32:
-        """A weight as float32, whole or rows ``start:stop`` of it.
-
-        Raises:
-            CheckpointError: truncated, or with NaN or Inf.
-        """
+    def locate(self, name: str, rows: slice | None = None) -> Iterator[tuple[str, slice]]:
+        """Tensors on disk, and rows of each, that make up a weight or rows ``start:stop`` of it."""
         start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
-        pieces = []
         offset = 0  # of the part's first row within the weight
         for part in self.parts(name):
             length = part.stop - part.start
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                window = slice(part.start + first, part.start + last)
-                pieces.append(checkpoint.read(part.source, window))
+                yield part.source, slice(part.start + first, part.start + last)
             offset += length
-        if not pieces:
-            return np.empty((0, *self.shape(name)[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:

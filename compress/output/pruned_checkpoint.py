@@ -46,11 +46,6 @@ def check_save(folder: Path, output: Path, job: Job) -> None:
     Raises:
         UsageError: nothing is pruned, or the place is taken or is inside the output.
     """
-    if job.recipe.weighs or job.cuts:
-        raise UsageError(
-            "--save-checkpoint writes one pruned model, and here each target has its own shape",
-            hint="--prune with what the plan chose, e.g. ffn:2048",
-        )
     if job.cut is None:
         raise UsageError(
             "--save-checkpoint has no effect: nothing is pruned", hint="--prune depth:10%"

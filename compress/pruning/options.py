@@ -16,8 +16,6 @@ def prune_option(text: str) -> dict[str, Any]:
     Raises:
         UsageError: anything else.
     """
-    if text == "auto":
-        return {"method": "auto"}
     method, _, amount = text.partition(":")
     keys = AMOUNTS.get(method, ())
     number = amount.removesuffix("%")
@@ -31,5 +29,5 @@ def prune_option(text: str) -> dict[str, Any]:
     raise UsageError(
         f"--prune {text}: write METHOD:AMOUNT",
         hint="depth:3 or depth:10% (blocks that go), ffn:2048 (width that stays), ffn:10%, "
-        "heads:2 (key-value heads that stay), heads:25%; auto with a budget",
+        "heads:2 (key-value heads that stay), heads:25%",
     )

@@ -25,13 +25,13 @@ from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.files import cache_folder, computed_once, write_whole
+from compress.files import cache_folder, computed_once
 from compress.machine import set_threads
-from compress.plan.job import Job, choose_threads, rotations
+from compress.plan.job import Job, choose_threads
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
 
-__all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
+__all__ = ["Pruned", "prune", "prune_source"]
 
 FOUND = "found.json"  # what was measured, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
@@ -51,60 +51,15 @@ class Pruned:
     notes: tuple[str, ...]
 
 
-def prune(job: Job, console: Console, threads: int) -> Pruned | None:
-    """The job's weights, pruned as its recipe says; None where it prunes nothing.
+def prune(job: Job, cut: Cut, console: Console, threads: int) -> Pruned:
+    """The job's weights without what its cut says.
 
     Raises:
         UsageError: calibration texts that are not there or too short.
         CheckpointError: weights or a tokenizer that cannot be read.
     """
-    if job.cut is None:
-        return None
     set_threads(choose_threads(threads, job.config))
-    return prune_source(job.source, job.cut, read_texts(job), console)
-
-
-def prune_targets(job: Job, console: Console, threads: int) -> tuple[Job, list[str]]:
-    """The job with the pruned weights of those targets that have a shape of their own, and lines
-    for the report.
-
-    Raises:
-        As ``prune``.
-    """
-    sources, notes = dict(job.sources), []
-    for name, cut in job.cuts.items():
-        pruned = prune(replace(job, cut=cut), console, threads)
-        assert pruned is not None
-        sources[name] = rotations(pruned.source, job.recipe).get(name, pruned.source)
-        notes += [f"{name}: {note}" for note in pruned.notes]
-    return replace(job, sources=sources), notes
-
-
-def pruning_divergence(job: Job, console: Console, threads: int) -> float:
-    """Mean KL divergence of the pruned float model from the whole one, in nats per token, on
-    the calibration windows that no update has seen; kept in the cache.
-
-    Raises:
-        As ``prune``.
-    """
-    pruned = prune(job, console, threads)
-    if pruned is None or job.cut is None:
-        return 0.0
-    texts = read_texts(job)
-    folder = cut_folder(job.source, job.cut, texts)
-    path = folder / "held_back.json"
-    try:
-        return float(read_json(path)["kl"])
-    except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
-        pass
-    from compress.calibration.walk import held_back
-    from compress.pruning.depth import measured_windows, model_divergence
-
-    windows = held_back(texts.windows) or measured_windows(texts.windows)
-    with console.progress(f"judge {job.cut.method}", "steps") as update:
-        found = model_divergence(job.source, pruned.source, windows, update)
-    write_whole(path, json.dumps({"kl": found}))
-    return found
+    return prune_source(job.source, cut, read_texts(job), console)
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:

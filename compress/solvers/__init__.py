@@ -11,7 +11,7 @@ from collections.abc import Callable
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError, did_you_mean
 from compress.grids import Float32, Grid, Quantized
-from compress.plan.shapes import Solver
+from compress.plan.weights import Solver
 
 __all__ = ["NEEDS", "SOLVERS", "get_solver", "slabs_at_once"]
 
