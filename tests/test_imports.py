@@ -195,7 +195,8 @@ def test_writing_loads_no_torch(tmp_path):
     where = ["build", str(model_path()), "-o", str(tmp_path / "out")]
     options = [*where, "-r", "int4-fast", "--no-verify"]
     done = run(
-        "import sys, compress.cli as c\n"
+        "import sys, compress.cli as c, compress.machine as m\n"
+        "m.own_process()\n"
         f"assert c.run({options}) == 0\n"
         "assert 'coremltools' in sys.modules\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"

@@ -12,11 +12,10 @@ from compress.build.settings import BuildSettings, check_options, command_line, 
 from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.machine import use_threads
 from compress.output.folder import Resume, baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import plan_document
-from compress.plan.job import Job, baseline_bytes, looks_at_inputs, model_name, prepare, Replan
+from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
 from compress.pruning.transforms import transforms_of
 from compress.recipe import Recipe, load
@@ -34,6 +33,7 @@ __all__ = [
     "replanner",
     "resume_of",
 ]
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -64,13 +64,12 @@ class Decision:
 
 
 def decide(settings: BuildSettings, console: Console) -> Decision:
-    """Read options, recipe and headers, and plan; the memory of this process is bounded from here.
+    """Read options, recipe and headers, and plan.
 
     Raises:
         PacklightError: whatever makes the build impossible, as far as they tell.
     """
     check_options(settings)
-    use_threads(settings.threads)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
     measures = not settings.plan and bool(recipe.budget)
     importance = Importance(settings.imatrix, settings.save_imatrix)
@@ -89,9 +88,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
     replan = replanner(checkpoint, recipe, settings, command_line(checkpoint, settings, output))
     job = first_choice(settings, replan)
-    check_memory(
-        job, console, limit=settings.max_memory, verify=settings.verify, measures=measures
-    )
+    check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
 
 
@@ -101,7 +98,11 @@ def replanner(
     """``compress.plan.job.prepare`` with what all jobs of one command share."""
     transforms = transforms_of(recipe)
     return partial(
-        prepare, checkpoint, recipe=recipe, context=settings.context, command=command,
+        prepare,
+        checkpoint,
+        recipe=recipe,
+        context=settings.context,
+        command=command,
         transforms=transforms,
     )
 

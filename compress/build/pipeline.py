@@ -13,6 +13,7 @@ from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
+from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
 from compress.output.folder import check_output, work_folder
 from compress.output.lock import PROVENANCE, provenance
@@ -50,36 +51,38 @@ def build(settings: BuildSettings, console: Console) -> Built:
     Raises:
         PacklightError: it could not be done; nothing was left behind.
     """
-    console.begin("plan")
-    decision = decide(settings, console)
-    scorer = check_places(decision, console)
-    lock = lock_of(decision, console)
-    with work_folder(decision.output, resume_of(decision)) as folder:
-        check_output(decision.output, overwrite=settings.overwrite)  # another may just have ended
-        ready = choose(decision, console, keep=settings.resume)
-        job = ready.job
-        artifacts = write_artifacts(job, ready.calibration, folder, console)
-        write_json(folder / "plan.json", {**plan_document(job), "lock": lock})
-        (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
-        verified: list[Outcome] = [None] * len(artifacts)
-        if scorer:
-            verified = scorer.verify(artifacts, folder, keep_going=True)
-        console.begin("write the report")  # and checksums of all that was written
-        text = settings.eval_text
-        report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
-        report["notes"] += ready.notes
-        if ready.calibration:
-            report["notes"] += ready.calibration.notes()
-        if decision.previous:
-            decision.previous.apply(report, console)
-        write_report(report, job, lock, folder)
-        if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
-            from compress.output.pruned_checkpoint import save_pruned
+    with bounded(settings.threads, settings.max_memory):
+        console.begin("plan")
+        decision = decide(settings, console)
+        scorer = check_places(decision, console)
+        lock = lock_of(decision, console)
+        with work_folder(decision.output, resume_of(decision)) as folder:
+            # Another build may just have ended.
+            check_output(decision.output, overwrite=settings.overwrite)
+            ready = choose(decision, console, keep=settings.resume)
+            job = ready.job
+            artifacts = write_artifacts(job, ready.calibration, folder, console)
+            write_json(folder / "plan.json", {**plan_document(job), "lock": lock})
+            (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+            verified: list[Outcome] = [None] * len(artifacts)
+            if scorer:
+                verified = scorer.verify(artifacts, folder, keep_going=True)
+            console.begin("write the report")  # and checksums of all that was written
+            text = settings.eval_text
+            report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
+            report["notes"] += ready.notes
+            if ready.calibration:
+                report["notes"] += ready.calibration.notes()
+            if decision.previous:
+                decision.previous.apply(report, console)
+            write_report(report, job, lock, folder)
+            if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
+                from compress.output.pruned_checkpoint import save_pruned
 
-            save_pruned(job, settings.save_checkpoint, console)
-    if settings.ci_files:
-        settings.ci_files.write(report)
-    return Built(report, decision.output)
+                save_pruned(job, settings.save_checkpoint, console)
+        if settings.ci_files:
+            settings.ci_files.write(report)
+        return Built(report, decision.output)
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,14 @@ class Ready:
 def rehearse(settings: BuildSettings, console: Console) -> tuple[Decision, Ready | None]:
     """``--dry-run``: everything up to the plan with its bytes; for a budget that is measured, and
     what was measured stays in the cache."""
-    console.begin("plan")
-    decision = decide(settings, console)
-    if settings.locked:
-        lock_of(decision, console)
-    ready = choose(decision, console, keep=False) if decision.measures else None
-    console.end()
-    return decision, ready
+    with bounded(settings.threads, settings.max_memory):
+        console.begin("plan")
+        decision = decide(settings, console)
+        if settings.locked:
+            lock_of(decision, console)
+        ready = choose(decision, console, keep=False) if decision.measures else None
+        console.end()
+        return decision, ready
 
 
 def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
@@ -142,9 +146,7 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     return Ready(job, budgeted, calibration, notes)
 
 
-def write_report(
-    report: dict[str, Any], job: Job, lock: Mapping[str, Any], folder: Path
-) -> None:
+def write_report(report: dict[str, Any], job: Job, lock: Mapping[str, Any], folder: Path) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
     write_json(folder / "report.json", report)
     (folder / "report.html").write_text(render(report), encoding="utf-8")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.report.ci import CiFiles
 from compress.errors import UsageError
 from compress.pruning.options import prune_option
+from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
 
 __all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]

@@ -12,7 +12,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.console import Console
 from compress.errors import UsageError
-from compress.machine import use_threads
+from compress.machine import bounded
 from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact
@@ -31,30 +31,30 @@ def verify(settings: VerifySettings, console: Console) -> dict[str, Any]:
     Returns:
         ``report.json``; one of several artifacts may not have been run.
     """
-    console.begin("read headers")
-    if settings.ci_files:
-        settings.ci_files.check(settings.artifact)
-    use_threads(settings.threads)
-    recipe = verification_recipe(settings)
-    limits = gates.parse(recipe.gates)
-    previous = None
-    if settings.against or settings.max_regression:
-        previous = Previous.read(settings.against, settings.max_regression)
-    text = read_text(settings.eval_text)
-    tasks = [read_task(path) for path in settings.tasks]
-    job, artifacts = adopt_all(settings, recipe, console)
-    check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
-    scorer = Scorer(job, text, settings.threads, console, tasks)
-    if previous:
-        previous.check_text(text_name(settings.eval_text), scorer.windows)
-    verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
-    folder = folder_of(settings.artifact)
-    report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-    if previous:
-        previous.apply(report, console)
-    if settings.ci_files:
-        settings.ci_files.write(report)
-    return report
+    with bounded(settings.threads, settings.max_memory):
+        console.begin("read headers")
+        if settings.ci_files:
+            settings.ci_files.check(settings.artifact)
+        recipe = verification_recipe(settings)
+        limits = gates.parse(recipe.gates)
+        previous = None
+        if settings.against or settings.max_regression:
+            previous = Previous.read(settings.against, settings.max_regression)
+        text = read_text(settings.eval_text)
+        tasks = [read_task(path) for path in settings.tasks]
+        job, artifacts = adopt_all(settings, recipe, console)
+        check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
+        scorer = Scorer(job, text, settings.threads, console, tasks)
+        if previous:
+            previous.check_text(text_name(settings.eval_text), scorer.windows)
+        verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
+        folder = folder_of(settings.artifact)
+        report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+        if previous:
+            previous.apply(report, console)
+        if settings.ci_files:
+            settings.ci_files.write(report)
+        return report
 
 
 def verification_recipe(settings: VerifySettings) -> Recipe:

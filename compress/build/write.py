@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
 from compress.checkpoint.sources import Source
+from compress.console import Console, format_bytes
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
+from compress.output.folder import state_folder
 from compress.plan.job import Job
 from compress.plan.ledger import Ledger
+from compress.plan.shapes import Artifact, Plan, Writer, Written
 from compress.plan.weights import Weights
 from compress.solvers import get_solver, slabs_at_once
-from compress.output.folder import state_folder
-from compress.plan.shapes import Artifact, Plan, Writer, Written
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
@@ -181,6 +182,4 @@ def target_weights(
         )
     at_once = slabs_at_once(solver, worker_threads())
     solve = get_solver(solver, inputs.statistics)
-    return Weights(
-        inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics
-    )
+    return Weights(inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics)

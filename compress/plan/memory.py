@@ -11,7 +11,7 @@ from compress.console import Console, format_bytes
 from compress.decoder.config import DecoderConfig, hessian_spans, input_roles
 from compress.errors import UsageError
 from compress.formats import get_format
-from compress.machine import available_memory, limit_memory, resident_memory
+from compress.machine import available_memory, resident_memory
 from compress.plan.job import Job, looks_at_inputs, window_length
 from compress.recipe import MASK_NEEDS, method_of, needs_of
 
@@ -32,7 +32,7 @@ def check_memory(
     writes: bool = True,
     measures: bool = False,
 ) -> None:
-    """Bound this process, and refuse a bound that is too small before any work.
+    """Refuse a bound that is too small before any work.
 
     Args:
         job: what will be done.
@@ -45,7 +45,6 @@ def check_memory(
     Raises:
         UsageError: a limit that the largest piece of the work does not fit in.
     """
-    limit_memory(limit)
     needed = smallest_memory(job, verify=verify, writes=writes, measures=measures)
     if limit is not None and limit < needed:
         raise UsageError(
