@@ -33,7 +33,6 @@ class Recipe:
         targets: format → settings.
         solver: how codes are chosen.
         fold: ``awq`` scales channels before that, ``none`` does not.
-        permute: whether channels may change places before that.
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         prune: ``method`` and one amount; empty where nothing is pruned.
@@ -59,7 +58,6 @@ class Recipe:
     prune: Mapping[str, Any] = field(default_factory=dict)
     allow_dense: bool = False
     fold: str = "none"
-    permute: bool = False
     document: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     @property
@@ -69,8 +67,8 @@ class Recipe:
 
     @property
     def folds(self) -> bool:
-        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
-        return self.fold != "none" or self.permute
+        """Whether scales are searched before codes are chosen."""
+        return self.fold != "none"
 
     @property
     def budget_bytes(self) -> int | None:
@@ -197,7 +195,6 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         prune=whole.get("prune", {}),
         allow_dense=whole.get("allow_dense", False),
         fold=whole["quantize"]["fold"],
-        permute=whole["quantize"]["permute"],
         document=whole,
     )
 

@@ -75,11 +75,11 @@ def thin(plan: Plan, inputs: TargetInputs, method: str) -> TargetInputs:
 
 
 def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> TargetInputs:
-    """Scales and orders of channels that suit the target's grids (``compress.solvers.awq``)."""
+    """Scales of channels that suit the target's grids (``compress.solvers.awq``)."""
     from compress.solvers.awq import search
 
     if inputs.statistics is None:
-        raise UsageError("quantize.fold and quantize.permute need a solver that looks at inputs")
+        raise UsageError("quantize.fold needs a solver that looks at inputs")
     recipe, config = calibration.job.recipe, inputs.source.config
     with calibration.console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
         found = search(
@@ -87,8 +87,6 @@ def fold(plan: Plan, inputs: TargetInputs, calibration: CalibrationStep) -> Targ
             inputs.statistics,
             plan,
             recipe.solver,
-            scale=recipe.fold == "awq",
-            order=recipe.permute,
             length=len(calibration.windows()[0]),
             progress=update,
         )

@@ -111,8 +111,7 @@ def print_plan(
     else:
         console.data(f"solver: {job.recipe.solver}")
     if job.recipe.folds:
-        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
-        console.data(f"channels: {' and '.join(ways)} where that measures better")
+        console.data(f"channels: rescaled ({job.recipe.fold}) where that measures better")
     for plan in job.plans:
         for note in plan.notes:
             console.data(f"note ({plan.format}): {note}")
