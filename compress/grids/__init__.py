@@ -50,10 +50,6 @@ class Grid(Protocol):
         """Exact bytes of a packed tensor: codes, scales, minima, look-up tables."""
         ...
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """``nbytes * 8 / weights``."""
-        ...
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """Choose scales (zero points, minima, tables) for ``weight``.
 

@@ -112,9 +112,6 @@ class Affine:
         zeros = 0 if self.symmetric else rows * ((groups * self.bits + 7) // 8)
         return rows * columns * self.bits // 8 + rows * groups * 2 + zeros
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The scale (and zero point) of least squared error among a few, each refitted.
 

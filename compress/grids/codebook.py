@@ -130,10 +130,6 @@ class WordGrid:
         self.check(shape)
         return shape[0] * (shape[1] // BLOCK) * self.block_bytes
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """3.4375 for IQ3_S, 3.0625 for IQ3_XXS, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
 

@@ -41,10 +41,6 @@ class DenseGrid:
         """Bytes of a stored tensor."""
         return int(np.prod(shape, dtype=np.int64)) * SIZES[self.name]
 
-    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """16 or 32."""
-        return 8.0 * SIZES[self.name]
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """No parameters."""
         return {}

@@ -127,10 +127,6 @@ class BlockGrid:
         self.check(shape)
         return shape[0] * (shape[1] // self.block) * block_bytes(self.name)
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """4.5 for Q4_K, 6.5625 for Q6_K …, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
 

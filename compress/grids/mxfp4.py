@@ -69,10 +69,6 @@ class MicroscalingFloat:
         self.check(shape)
         return shape[0] * (shape[1] // BLOCK) * (1 + BLOCK // 2)
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """4.25, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The exponents of least (weighted) squared error.
 

@@ -84,9 +84,6 @@ class Palette:
         indices = (shape[0] * shape[1] * self.bits + 7) // 8
         return indices + self.groups(shape) * self.levels * 2
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """Tables of least (weighted) squared error.
 

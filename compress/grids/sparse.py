@@ -148,10 +148,6 @@ class SparseGrid:
         there = (rows * self.pattern.count(columns) * self._bits + 7) // 8
         return (rows * columns + 7) // 8 + self.inner.nbytes(shape) - dense + there
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Zeros count as weights."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """``mask``, bool ``[rows, columns]``, and the parameters of the inner grid.
 

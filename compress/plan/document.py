@@ -8,7 +8,7 @@ from typing import Any
 from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
-from compress.plan.shapes import Plan
+from compress.plan.shapes import Plan, bits_per_weight
 from compress.recipe import Recipe
 from compress.solvers import NEEDS
 
@@ -60,7 +60,7 @@ def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
-        "bits_per_weight": round(plan.weights_bytes * 8 / job.config.num_parameters, 4),
+        "bits_per_weight": round(bits_per_weight(plan.weights_bytes, job.config.num_parameters), 4),
         **expectation(plan),
         **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
@@ -101,7 +101,7 @@ def print_plan(
         for entry in plan.entries:
             counts[entry.grid] = counts.get(entry.grid, 0) + 1
         grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
-        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
+        bits = f"{bits_per_weight(plan.weights_bytes, parameters):.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
     if job.recipe.solver in NEEDS:
