@@ -19,11 +19,11 @@ from pathlib import Path
 from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
-from compress.calibration.statistics import Statistics, stored_block
+from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
 from compress.files import cache_folder, file_lock, write_whole
 from compress.grids import Float32, Grid, get_grid
 from compress.plan.weights import Solver

@@ -97,7 +97,7 @@ class Planner:
             )
         text = [settings.eval_text] if settings.eval_text else []
         verification = {
-            "verify": recipe.document["verify"] if settings.verify else None,
+            "verify": recipe.to_dict()["verify"] if settings.verify else None,
             "text": files_digest(text),
         }
         inputs = {**identity_of(prepared, settings), **verification}

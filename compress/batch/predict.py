@@ -22,7 +22,7 @@ from compress.plan.job import (
 )
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -33,7 +33,8 @@ MARGIN = 1.1
 
 # Seconds of one core.
 START = 6.0  # imports of all processes, report
-SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
+# More, per weight and target, by what the solver needs: rtn, scale_search, gptq.
+SOLVE = {None: 0.0, "importance": 15e-9, "hessian": 430e-9}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
 SCORE = 2.5e-11  # per weight and token of the text, in the float model or any runtime
 
@@ -102,10 +103,10 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         process = get_format(plan.format).process
         palette = process.palette_seconds if plan.type_name.startswith("lut") else 0.0
         rate = palette or process.seconds_per_weight
-        seconds += weights * (rate + SOLVE[recipe.solver])
+        seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
-        needs = NEEDS.get(recipe.solver, "importance")
-        seconds += weights * recipe.calibration["tokens"] * WALK[needs]
+        needs = needs_of(recipe.solver) or "importance"
+        seconds += weights * recipe.calibration.tokens * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)

@@ -71,14 +71,15 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     """
     check_options(settings)
     recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
-    importance = Importance(settings.imatrix, settings.save_imatrix)
     measures = not settings.plan and bool(recipe.budget)
-    importance.check(recipe, settings.calibration, measures=measures)
+    importance = Importance(settings.imatrix, settings.save_imatrix)
+    if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
+        importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
     previous = None
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
-    text = read_text(settings.eval_text)
+    text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
     checkpoint = Checkpoint.open(settings.model, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from compress.build.decide import Decision, check_places, decide, lock_of, resume_of
 from compress.build.settings import BuildSettings
 from compress.build.write import write_artifacts
-from compress.calibration.step import CalibrationStep
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
@@ -19,7 +18,7 @@ from compress.output.checksums import folder_digests, write_checksums
 from compress.output.folder import check_output, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import plan_document
-from compress.plan.job import Job, read_license
+from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
 from compress.report.card import model_card
 from compress.report.html import render
@@ -29,6 +28,7 @@ from compress.verify.scorer import Scorer, text_name
 
 if TYPE_CHECKING:
     from compress.allocation.step import Budgeted
+    from compress.calibration.step import CalibrationStep
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,11 @@ def build(settings: BuildSettings, console: Console) -> Built:
         scorer = check_places(decision, console)
         lock = lock_of(decision, console)
         with work_folder(decision.output, resume_of(decision)) as folder:
-            check_output(
-                decision.output, overwrite=settings.overwrite
-            )  # another may just have ended
+            # Another build may just have ended.
+            check_output(decision.output, overwrite=settings.overwrite)
             ready = choose(decision, console, keep=settings.resume)
-            artifacts = write_artifacts(ready.calibration, folder, console)
             job = ready.job
+            artifacts = write_artifacts(job, ready.calibration, folder, console)
             write_json(folder / "plan.json", {**plan_document(job), "lock": lock})
             (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
             verified: list[Outcome] = [None] * len(artifacts)
@@ -71,7 +70,9 @@ def build(settings: BuildSettings, console: Console) -> Built:
             console.begin("write the report")  # and checksums of all that was written
             text = settings.eval_text
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
-            report["notes"] += [*ready.notes, *ready.calibration.notes()]
+            report["notes"] += ready.notes
+            if ready.calibration:
+                report["notes"] += ready.calibration.notes()
             if decision.previous:
                 decision.previous.apply(report, console)
             write_report(report, job, lock, folder)
@@ -91,13 +92,13 @@ class Ready:
     Attributes:
         job: with the weights and the grids of every target.
         budgeted: what was chosen for a budget.
-        calibration: of the job.
+        calibration: of the job; None where nothing looks at inputs.
         notes: what pruning did, for the report.
     """
 
     job: Job
     budgeted: tuple[Budgeted, ...]
-    calibration: CalibrationStep
+    calibration: CalibrationStep | None
     notes: tuple[str, ...]
 
 
@@ -120,23 +121,27 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     Args:
         keep: leave what a walk has found where it ends by an exception.
     """
-    job, threads = decision.job, decision.settings.threads
+    job, importance, threads = decision.job, decision.importance, decision.settings.threads
     notes: tuple[str, ...] = ()
+    calibration: CalibrationStep | None = None
+    budgeted: tuple[Budgeted, ...] = ()
     if job.cut is not None:
         from compress.pruning.step import prune
 
         pruned = prune(job, job.cut, console, threads)
         job, notes = job.on(pruned.source), pruned.notes
-    calibration = CalibrationStep(job, decision.importance, console, threads, keep=keep)
-    budgeted: tuple[Budgeted, ...] = ()
-    if decision.measures:
+    if decision.measures or importance.save or looks_at_inputs(job.recipe):
+        from compress.calibration.step import CalibrationStep
+
+        calibration = CalibrationStep(job, importance, console, threads, keep=keep)
+    if calibration and decision.measures:
         from compress.allocation.explain import describe
         from compress.allocation.step import within_budget
 
         job, budgeted = within_budget(calibration, decision.replan)
         job = replace(job, budgets={b.target.plan.format: describe(b) for b in budgeted})
         calibration = calibration.on(job)
-    if decision.importance.save and not decision.settings.dry_run:
+    if calibration and importance.save and not decision.settings.dry_run:
         calibration.save_imatrix()
     return Ready(job, budgeted, calibration, notes)
 
@@ -177,7 +182,7 @@ def make_report(
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
         ),
-        recipe=job.recipe.document,
+        recipe=job.recipe.to_dict(),
         command=job.command,
         context=job.context,
         baseline=baseline,

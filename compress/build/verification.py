@@ -60,15 +60,7 @@ def verify(settings: VerifySettings, console: Console) -> dict[str, Any]:
 def verification_recipe(settings: VerifySettings) -> Recipe:
     """What artifacts are held against; which they are is not known yet."""
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
-    return Recipe(
-        name="verify",
-        targets={},
-        solver="rtn",
-        windows=settings.windows,
-        sequence_length=settings.sequence_length,
-        gates=wanted,
-        document={"name": "verify", "gates": wanted},
-    )
+    return Recipe.verification(wanted, settings.windows, settings.sequence_length)
 
 
 def adopt_all(
@@ -88,7 +80,7 @@ def adopt_all(
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
     artifacts = [adopt(name, path, config, console) for name, path in found]
-    recipe = replace(recipe, targets={artifact.format: {} for artifact in artifacts})
+    recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     return Job(Stored(checkpoint, config), config, recipe, plans, context), artifacts

@@ -11,35 +11,47 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.calibration.propagation import PropagatedWeights
-from compress.calibration.statistics import Statistics
-from compress.calibration.step import CalibrationStep
+from compress.console import Console, format_bytes
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
+from compress.plan.job import Job
 from compress.plan.ledger import Ledger
 from compress.plan.shapes import Artifact, Plan, Writer, Written
 from compress.plan.weights import Weights
 from compress.solvers import get_solver, slabs_at_once
 
+if TYPE_CHECKING:
+    from compress.calibration.statistics import Statistics
+    from compress.calibration.step import CalibrationStep
+
 __all__ = ["put_all", "write_artifacts"]
 
 
-def write_artifacts(calibration: CalibrationStep, folder: Path, console: Console) -> list[Artifact]:
+def write_artifacts(
+    job: Job, calibration: CalibrationStep | None, folder: Path, console: Console
+) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from its source.
 
     All go together, unless each has to carry the hidden states of the calibration texts through
     its own quantized blocks: those are large, and so is the work beside that of reading.
+
+    Args:
+        job: its plans are written.
+        calibration: of the job; None where nothing looks at inputs.
+        folder: of the build.
+        console: for progress.
     """
     reuse_memory()
-    plans = calibration.job.plans
-    groups = [(plan,) for plan in plans] if calibration.propagates else [plans]
+    propagates = calibration is not None and calibration.propagates
+    groups = [(plan,) for plan in job.plans] if propagates else [job.plans]
     artifacts: list[Artifact] = []
     for group in groups:
-        inputs = [prepare_target(plan, calibration) for plan in group]
+        inputs = [prepare_target(plan, job, calibration, console) for plan in group]
         label = f"write {', '.join(plan.format for plan in group)}"
         total, done = sum(plan.weights_bytes for plan in group), 0
         with (
@@ -57,7 +69,7 @@ def write_artifacts(calibration: CalibrationStep, folder: Path, console: Console
                 place = folder / plan.format
                 place.mkdir(exist_ok=True)
                 ledger = state_folder(folder) / f"{place.name}.ledger"
-                weights = target_weights(plan, made_of, calibration, Path(work), ledger)
+                weights = target_weights(plan, job, made_of, calibration, Path(work), ledger)
                 if found := len(weights.ledger):
                     console.detail(f"{place.name}: {found} tensors were written before")
                 writers.append(get_format(plan.format).Writer(plan, weights, place, written))
@@ -110,32 +122,37 @@ class TargetInputs:
     notes: tuple[str, ...] = ()
 
 
-def prepare_target(plan: Plan, calibration: CalibrationStep) -> TargetInputs:
+def prepare_target(
+    plan: Plan, job: Job, calibration: CalibrationStep | None, console: Console
+) -> TargetInputs:
     """Source and statistics of a target, just before it is written.
-
-    Args:
-        plan: of the target.
-        calibration: of the job.
 
     Raises:
         PacklightError: see ``CalibrationStep.gather``.
     """
-    job = calibration.job
     source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
-    if calibration.propagates and not changes:  # statistics come with the codes
-        return TargetInputs(source)
-    statistics = calibration.gather(source, plan)
+    statistics = None
+    if calibration and (changes or not calibration.propagates):
+        statistics = calibration.gather(source, plan)
+    windows = calibration.windows if calibration else list
     notes = []
     for change in changes:
-        made = change.apply(plan, source, statistics, calibration.windows, calibration.console)
+        made = change.apply(plan, source, statistics, windows, console)
         if made is not None:
             source, statistics = made.source, made.statistics
             notes.append(made.note)
-    return TargetInputs(source, None if calibration.propagates else statistics, tuple(notes))
+    if calibration and calibration.propagates:  # statistics come with the codes
+        statistics = None
+    return TargetInputs(source, statistics, tuple(notes))
 
 
 def target_weights(
-    plan: Plan, inputs: TargetInputs, calibration: CalibrationStep, work: Path, ledger_file: Path
+    plan: Plan,
+    job: Job,
+    inputs: TargetInputs,
+    calibration: CalibrationStep | None,
+    work: Path,
+    ledger_file: Path,
 ) -> Weights:
     """What the writer of a target pulls from, and its ledger.
 
@@ -144,18 +161,21 @@ def target_weights(
 
     Args:
         plan: of the target.
+        job: that it is of.
         inputs: as ``prepare_target`` made them.
-        calibration: of the job.
+        calibration: of the job; None where nothing looks at inputs.
         work: an empty folder that stays until the target is written.
         ledger_file: of the target.
 
     Raises:
         UsageError: calibration texts that are not there or too short.
     """
-    solver = calibration.job.recipe.solver
+    solver = job.recipe.solver
     made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
     ledger = Ledger(ledger_file, made_of)
-    if calibration.propagates:
+    if calibration and calibration.propagates:
+        from compress.solvers.propagation import PropagatedWeights
+
         windows, states = calibration.windows(), ledger_file.with_suffix(".states")
         return PropagatedWeights(
             inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states

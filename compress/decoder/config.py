@@ -314,6 +314,31 @@ def split_name(name: str) -> tuple[int | None, str, str]:
     return None, stem[0], kind
 
 
+def stored_block(config: DecoderConfig, block: int) -> int:
+    """The first of the blocks that share the weights of ``block``."""
+    return block - block % config.block_repeat
+
+
+def input_roles(config: DecoderConfig) -> dict[str, str]:
+    """Role of a linear, fused or not → role by which its input goes."""
+    mlp = "gate_proj" if config.gated_mlp else "up_proj"
+    if config.parallel_residual:
+        mlp = "q_proj"
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
+    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
+    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+
+
+WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
+
+
+def hessian_spans(columns: int) -> list[slice]:
+    """Diagonal blocks of a Hessian: equal, of whole 256s, none wider than ``WIDEST_HESSIAN``."""
+    count = math.ceil(columns / WIDEST_HESSIAN)
+    width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
 def check_config(config: DecoderConfig) -> None:
     """Refuse combinations that no checkpoint of the family can have.
 

@@ -256,7 +256,7 @@ def identity(
         "model": job.checkpoint.source,
         "checkpoint": job.checkpoint.fingerprint(),
         "tokenizer": files_digest(job.checkpoint.tokenizer_files()),
-        "recipe": {key: value for key, value in job.recipe.document.items() if key != "verify"},
+        "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
         "texts": files_digest(texts),
         **options,
         **{name: files_digest([file] if file else []) for name, file in files.items()},
@@ -309,7 +309,7 @@ def provenance(
                     "command": without_output(job.command),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
-                    "recipe": job.recipe.document,
+                    "recipe": job.recipe.to_dict(),
                 },
                 "internalParameters": {
                     "system": platform.system(),

@@ -9,8 +9,7 @@ from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.recipe import Recipe, needs_of
 
 __all__ = ["plan_document", "print_plan"]
 
@@ -27,7 +26,7 @@ def plan_document(job: Job) -> dict[str, Any]:
             "parameters": job.config.num_parameters,
         },
         **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
+        "quantize": {**job.recipe.to_dict()["quantize"], **calibration_document(job.recipe)},
         "targets": {
             plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
@@ -36,13 +35,13 @@ def plan_document(job: Job) -> dict[str, Any]:
 
 def prune_document(job: Job) -> dict[str, Any]:
     """``prune`` as the recipe's document has it, and how many parameters are left."""
-    return {**job.recipe.document["prune"], "parameters_left": job.shape.num_parameters}
+    return {**job.recipe.to_dict()["prune"], "parameters_left": job.shape.num_parameters}
 
 
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
     """``calibration`` as the recipe's document has it, where anything looks at inputs."""
     looks = looks_at_inputs(recipe)
-    return {"calibration": recipe.document["calibration"]} if looks else {}
+    return {"calibration": recipe.to_dict()["calibration"]} if looks else {}
 
 
 def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -94,9 +93,9 @@ def print_plan(job: Job, console: Console) -> None:
         bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
-    if job.recipe.solver in NEEDS:
-        texts = job.recipe.document["calibration"]
-        what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
+    if needs_of(job.recipe.solver):
+        seen = job.recipe.to_dict()["calibration"]
+        what = f"{seen['tokens']} tokens of {', '.join(seen['texts'])}"
         console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
     else:
         console.data(f"solver: {job.recipe.solver}")

@@ -14,13 +14,10 @@ from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
+from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transform, Transforms
-from compress.pruning.cut import Cut, plan_cut
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
 # (parameters, windows scored by default from there on). In any runtime a verification costs
@@ -162,7 +159,8 @@ def make_plans(
     plans = []
     for target, settings in recipe.targets.items():
         grids = (choices or {}).get(target, {})
-        request = PlanRequest(settings, name, grids, context, importance=recipe.solver in NEEDS)
+        importance = needs_of(recipe.solver) is not None
+        request = PlanRequest(settings, name, grids, context, importance)
         changes = transforms.get(target, ())
         changed = seen(source, changes)
         plan = get_format(target).plan(changed.config, request)
@@ -192,7 +190,7 @@ def looks_at_inputs(recipe: Recipe) -> bool:
     """Whether anything of a build goes by calibration texts."""
     methods = {method_of(settings) for settings in recipe.targets.values()}
     masks = bool(methods & set(MASK_NEEDS))
-    return recipe.solver in NEEDS or recipe.prunes or bool(recipe.budget) or masks
+    return bool(needs_of(recipe.solver)) or recipe.prunes or bool(recipe.budget) or masks
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:

@@ -27,8 +27,8 @@ from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
 from compress.files import cache_folder, computed_once
 from compress.machine import set_threads
+from compress.plan.cut import Cut, Healing
 from compress.plan.job import Job, choose_threads
-from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
 
 __all__ = ["Pruned", "prune", "prune_source"]

@@ -30,7 +30,8 @@ def transforms_of(recipe: Recipe) -> Transforms:
         if settings.get("rotate", "none") != "none":
             found.setdefault(target, []).append(Rotate(settings["rotate"]))
         if settings.get("sparsity", "none") != "none":
-            from compress.pruning.zeros import check_zeros, method_of, pattern_for
+            from compress.pruning.zeros import check_zeros, pattern_for
+            from compress.recipe import method_of
 
             check_zeros(target, recipe)
             pattern = pattern_for(settings)
@@ -82,7 +83,7 @@ class Zeros(Transform):
     """
 
     def __init__(self, pattern: Pattern, method: str, settings: Mapping[str, Any]) -> None:
-        from compress.pruning.sparse import MASK_NEEDS
+        from compress.recipe import MASK_NEEDS
 
         self._pattern, self._method, self._settings = pattern, method, settings
         self.needs = MASK_NEEDS.get(method, "")
