@@ -24,7 +24,7 @@ from compress.report.card import model_card
 from compress.report.html import render
 from compress.report.report import Baseline, build_report, model_facts
 from compress.verify import Outcome, gates
-from compress.verify.scorer import Scorer, text_name
+from compress.verify.scorer import BUILTIN_TEXT, Scorer
 
 if TYPE_CHECKING:
     from compress.allocation.step import Budgeted
@@ -172,7 +172,7 @@ def make_report(
         bytes=job.checkpoint.nbytes,
         dtype=", ".join(dtypes),
         runtime=scorer.runtime if scorer else "",
-        text=text_name(eval_text),
+        text=eval_text.name if eval_text else BUILTIN_TEXT,
         speed=scorer.speed if scorer else None,
     )
     return build_report(

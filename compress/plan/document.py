@@ -9,13 +9,14 @@ from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import Recipe, needs_of
+from compress.recipe import needs_of
 
 __all__ = ["plan_document", "print_plan"]
 
 
 def plan_document(job: Job) -> dict[str, Any]:
     """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
+    recipe = job.recipe.to_dict()
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -26,7 +27,10 @@ def plan_document(job: Job) -> dict[str, Any]:
             "parameters": job.config.num_parameters,
         },
         **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {**job.recipe.to_dict()["quantize"], **calibration_document(job.recipe)},
+        "quantize": {
+            **recipe["quantize"],
+            **({"calibration": recipe["calibration"]} if looks_at_inputs(job.recipe) else {}),
+        },
         "targets": {
             plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
@@ -38,21 +42,16 @@ def prune_document(job: Job) -> dict[str, Any]:
     return {**job.recipe.to_dict()["prune"], "parameters_left": job.shape.num_parameters}
 
 
-def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where anything looks at inputs."""
-    looks = looks_at_inputs(recipe)
-    return {"calibration": recipe.to_dict()["calibration"]} if looks else {}
-
-
 def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
     """One target of ``plan.json``."""
+    expected = plan.expected_divergence
     return {
         "type": plan.type_name,
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
         "bits_per_weight": round(plan.weights_bytes * 8 / job.config.num_parameters, 4),
-        **expectation(plan),
+        **({} if expected is None else {"expected_kl_divergence": float(f"{expected:.4g}")}),
         **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
         "tensors": [
@@ -67,13 +66,6 @@ def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[
             for entry in plan.entries
         ],
     }
-
-
-def expectation(plan: Plan) -> dict[str, float]:
-    """What a cost table says of the plan, four digits, where there was one."""
-    if plan.expected_divergence is None:
-        return {}
-    return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
 
 
 def print_plan(job: Job, console: Console) -> None:
