@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from compress.calibration.statistics import Statistics
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError, did_you_mean
 from compress.plan.shapes import Exporter, Shipyard
+
+if TYPE_CHECKING:
+    from compress.report.report import Report
 
 __all__ = ["EXPORTERS", "SHIPYARD", "get_exporter"]
 
@@ -38,8 +40,8 @@ def get_exporter(name: str) -> Exporter:
     return cast(Exporter, importlib.import_module(EXPORTERS[name]))
 
 
-def write_pages(report: Mapping[str, Any], folder: Path) -> None:
-    """``report.html`` and the model card, both from ``report.json``."""
+def write_pages(report: Report, folder: Path) -> None:
+    """``report.html`` and the model card of a report."""
     from compress.report.card import model_card
     from compress.report.html import render
 

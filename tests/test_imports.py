@@ -56,7 +56,7 @@ DEBTS: set[tuple[str, str]] = {
     ("compress.output.lock", "compress.allocation.chosen"),
     ("compress.output.lock", "compress.allocation.lock"),
     ("compress.output.lock", "compress.build.settings"),
-    ("compress.output.publish", "compress.verify.against"),
+    ("compress.output.publish", "compress.report.report"),
     ("compress.output.resume", "compress.build.settings"),
     ("compress.plan.job", "compress.pruning.cut"),
     ("compress.plan.job", "compress.pruning.rotation"),

@@ -12,11 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from compress.batch.pictures import Dot, Row, cloud, rows
-from compress.console import format_bytes
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import amount, page_template, short_size
-from compress.report.report import FORMATS
+from compress.report.html import page_template
+from compress.report.report import GateReport
+from compress.report.words import TITLES, gate_failure, short_size
 
 __all__ = ["render"]
 
@@ -60,7 +60,7 @@ def render(document: Json) -> str:
             f"{count} {WORDS[status][0][2:]}" for status, count in document["counts"].items()
         ),
         words=WORDS,
-        formats=FORMATS,
+        formats=TITLES,
         styles=STYLES,
         style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
         pictures=pictures(jobs),
@@ -70,8 +70,7 @@ def render(document: Json) -> str:
 def failed_gates(job: Json) -> list[str]:
     """A sentence for each gate that a job's artifacts did not pass."""
     return [
-        f"{job['name']}, {FORMATS[a['format']]}: {gate['name']} is {amount(gate['value'])}, "
-        f"the gate is {gate['limit']}"
+        f"{job['name']}, {TITLES[a['format']]}: {gate_failure(GateReport(**gate))}"
         for a in job["artifacts"]
         for gate in a["gates"]
         if not gate["passed"]
@@ -120,7 +119,7 @@ def figures_of(job: Json, key: str) -> list[Dot]:
 
 def title_of(job: Json, artifact: Json) -> str:
     """What a mark stands for."""
-    words = f"{job['name']}, {FORMATS[artifact['format']]} {artifact['type']}: "
+    words = f"{job['name']}, {TITLES[artifact['format']]} {artifact['type']}: "
     divergence = artifact["kl_divergence"]
     told = f", KL {divergence:.4g}" if divergence is not None else ""
-    return words + format_bytes(artifact["bytes"]).partition(" (")[0] + told
+    return words + short_size(artifact["bytes"]) + told

@@ -22,7 +22,7 @@ from compress.recipe import Recipe, load
 from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 from compress.build.settings import BuildSettings, check_options, command_line, recipe_overrides
 from compress.verify import gates
-from compress.verify.against import Previous
+from compress.report.against import Previous
 
 __all__ = ["Decision", "clear_the_way", "decide", "first_choice", "replanner"]
 

@@ -19,7 +19,14 @@ from compress.decoder.config_json import write_json
 from compress.console import Console
 from compress.build.decide import Decision, clear_the_way, decide
 from compress.errors import UsageError
-from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts, read_license
+from compress.plan.job import (
+    DEFAULT_CONTEXT,
+    Job,
+    adopt,
+    describe_model,
+    find_artifacts,
+    read_license,
+)
 from compress.machine import use_threads
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact, Shipyard
@@ -31,14 +38,15 @@ from compress.output.provenance import statement
 from compress.pruning.options import save_pruned
 from compress.pruning.step import prune
 from compress.recipe import Recipe
-from compress.report.report import Baseline, build_report, model_facts
+from compress.report.describe import Baseline, build_report, model_facts
+from compress.report.report import Report
 from compress.output.resume import resuming
 from compress.verify.scorer import Scorer, describe_verification, read_text, text_name
 from compress.build.settings import BuildSettings, VerifySettings
 from compress.checkpoint.sources import Stored
-from compress.report.summary import finish
+from compress.report.words import finish
 from compress.verify import Outcome, gates
-from compress.verify.against import Previous
+from compress.report.against import Previous
 from compress.verify.tasks import read_task
 from compress.build.write import write_artifacts
 
@@ -154,23 +162,23 @@ def tell(
     verified: Sequence[Outcome],
     scorer: Scorer | None,
     folder: Path,
-) -> dict[str, Any]:
-    """``report.json`` of a build, before it is compared with an earlier one."""
+) -> Report:
+    """The report of a build, before it is compared with an earlier one."""
     text = decision.settings.eval_text
     report = make_report(ready.job, artifacts, verified, scorer, decision.limits, folder, text)
-    report["notes"] += [*ready.notes, *ready.calibration.notes()]
+    report.notes += [*ready.notes, *ready.calibration.notes()]
     return report
 
 
 def write_report(
-    report: dict[str, Any],
+    report: Report,
     job: Job,
     lock: Mapping[str, Any],
     shipyard: Shipyard,
     folder: Path,
 ) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
-    write_json(folder / "report.json", report)
+    report.save(folder / "report.json")
     shipyard.write_pages(report, folder)
     digests = folder_digests(folder)
     if stated := statement(job, lock, digests):
@@ -198,6 +206,7 @@ def verify(settings: VerifySettings, shipyard: Shipyard, console: Console) -> in
     verified = scorer.verify(artifacts, shipyard, None, keep_going=len(artifacts) > 1)
     folder = folder_of(settings.artifact)
     report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+    report.recipe = {"name": recipe.name, "gates": recipe.gates}
     if previous:
         previous.apply(report, console)
     settings.ci_files.write(report)
@@ -247,8 +256,8 @@ def make_report(
     limits: Sequence[gates.Limit],
     folder: Path,
     eval_text: Path | None,
-) -> dict[str, Any]:
-    """``report.json`` as plain data."""
+) -> Report:
+    """The report, its gates judged."""
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,

@@ -317,7 +317,7 @@ class Shipyard:
 
     get_exporter: Callable[[str], Exporter]
     probe: Sequence[str]
-    write_pages: Callable[[Mapping[str, Any], Path], None]
+    write_pages: Callable[[Any, Path], None]
     read_imatrix: Callable[[Path, DecoderConfig], Statistics]
     write_imatrix: Callable[[Path, DecoderConfig, Statistics], None]
 
