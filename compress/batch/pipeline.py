@@ -101,7 +101,7 @@ def run_planned(
         for name in ("batch.json", "batch.html") if tree.url else ():
             write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
         reported = [job["name"] for job in result["jobs"] if job["report"]]
-        reports = {name: state.report(name) for name in reported}
+        reports = {name: found for name in reported if (found := state.report(name))}
         errors = {name: why for name, why in document.errors(result).items() if name not in reports}
         if settings.ci_files:
             settings.ci_files.write_all(reports, errors, document.markdown(result))

@@ -96,7 +96,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
     from compress.build.settings import BuildSettings
-    from compress.report.summary import finish
+    from compress.report.words import finish
 
     plan = options["plan"]
     if options["locked"] and plan is None:
@@ -145,7 +145,7 @@ def demo(output: Path, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build.settings import BuildSettings
     from compress.demo import model_path
-    from compress.report.summary import finish
+    from compress.report.words import finish
 
     settings = BuildSettings(
         model=str(model_path()),
