@@ -232,8 +232,11 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it does not.
     """
-    inner = dense_name(grid)
-    if inner != grid:
+    try:
+        inner = dense_name(grid)
+    except GridError:  # nobody has it
+        inner = ""
+    if inner and inner != grid:
         get_grid(grid).check(shape)
     if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
