@@ -38,8 +38,8 @@ from compress.demo import model_path
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact, Plan, Solver, Weights
-from compress.recipe import load
-from compress.solvers import NEEDS, get_solver
+from compress.recipe import load, needs_of
+from compress.solvers import get_solver
 from compress.verify import Verified
 from compress.verify.scorer import Scorer, read_text
 from exporters import SHIPYARD
@@ -124,7 +124,7 @@ def contestants(
 def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     """CPU seconds that the walk of each solver takes by itself; the last one's stays for all."""
     seconds: dict[str, float] = {}
-    for solver in (name for name in SOLVERS if name in chosen.solver and name in NEEDS):
+    for solver in (name for name in SOLVERS if name in chosen.solver and needs_of(name)):
         os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
         start = time.process_time()
         statistics_of(plan(checkpoint, chosen.setting[0], solver, chosen))

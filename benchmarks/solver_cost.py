@@ -34,7 +34,8 @@ from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
 from compress.machine import use_threads  # noqa: E402
-from compress.solvers import NEEDS, get_solver  # noqa: E402
+from compress.recipe import needs_of  # noqa: E402
+from compress.solvers import get_solver  # noqa: E402
 
 GRIDS = ("Q4_K", "int4-g32", "lut4-g8")
 SOLVERS = ("gptq", "scale_search", "rtn")
@@ -95,11 +96,11 @@ def measured_walk(folder: Path, tokens: int, *, hessian: bool) -> dict[str, floa
 def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
     """All linears of the block on a grid, in slabs as a writer asks for them."""
     config = phi3_mini()
-    hessian = NEEDS.get(solver) == "hessian"
-    statistics = Statistics.open(config, folder, hessian=hessian) if solver in NEEDS else None
+    hessian = needs_of(solver) == "hessian"
+    statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     solve, chosen = get_solver(solver, statistics), get_grid(grid)
     solve(weight(config, "blocks.0.k_proj.weight")[:64], chosen, "blocks.0.k_proj.weight")
-    statistics = Statistics.open(config, folder, hessian=hessian) if solver in NEEDS else None
+    statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     solve = get_solver(solver, statistics)
     spent = 0.0
     for role in LINEARS:
@@ -169,7 +170,7 @@ def page(document: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
-        need = NEEDS.get(row["solver"])
+        need = needs_of(row["solver"])
         both = row["cpu_seconds"]
         if need:
             both += walks[need]["cpu_seconds"] + walks[need]["save_cpu_seconds"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import os
 import sys
 import textwrap
@@ -15,6 +16,8 @@ import tiny
 from commands import packlight
 
 from compress import cli, grids, recipe, solvers
+from compress.allocation.effort import effort_for
+from compress.decoder.config import DecoderConfig
 from compress.errors import GridError, UsageError
 from compress.grids import Grid, Quantized, get_grid, register_grid
 from compress.solvers import quantize, register_solver
@@ -253,6 +256,15 @@ def test_a_solver_that_cannot_serve_is_one_line(
     if solver == "sime":
         assert "same" in told.partition("hint:")[2]  # installed ones are known, too
     assert not (tmp_path / "out").exists()
+
+
+def test_costs_that_are_kept_by_name_are_those_of_our_solvers(model):
+    config = DecoderConfig.from_hf(json.loads((model / "config.json").read_text()))
+    register_solver("plain", lambda weight, grid, stats: grid.quantize(weight))
+    register_solver("look", lambda weight, grid, stats: grid.quantize(weight), "hessian")
+    assert effort_for(config, "plain").solver == "rtn"
+    assert effort_for(config, "look").solver == "scale_search"
+    assert effort_for(config, "gptq").solver == "gptq"
 
 
 def test_solvers_that_cannot_be_registered():

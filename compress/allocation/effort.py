@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
-from compress.recipe import needs_of
+from compress.recipe import BUILTIN_SOLVERS, needs_of
 
 __all__ = ["Effort", "effort_for"]
 
@@ -47,8 +47,11 @@ def effort_for(config: DecoderConfig, solver: str) -> Effort:
 
     Args:
         config: the float model, whatever is pruned of it: shapes of one model compare.
-        solver: the recipe's.
+        solver: the recipe's. Costs are kept on disk by the solver's name, so one of another
+            package, whose code may change under its name, is measured as our nearest.
     """
+    if solver not in BUILTIN_SOLVERS:
+        solver = "scale_search" if needs_of(solver) else "rtn"
     if config.num_parameters < LARGE:
         return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0, sampled=False)
     second = needs_of(solver) == "hessian"

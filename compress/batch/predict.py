@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from compress.allocation.chosen import Chosen
 from compress.decoder.config import DecoderConfig
+from compress.grids import get_grid
+from compress.grids.palette import Palette
 from compress.plan.job import (
     GENERATED_ROOM,
     GetExporter,
@@ -114,7 +116,7 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     weights, recipe = job.config.num_parameters, job.recipe
     seconds = START
     for plan in job.plans:
-        palette = plan.format == "coreml" and plan.type_name.startswith("lut")
+        palette = any(isinstance(get_grid(entry.grid), Palette) for entry in plan.entries)
         rate = PALETTE if palette else WEIGHT[plan.format]
         seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
