@@ -105,7 +105,7 @@ def needs_of(solver: str) -> str | None:
     Raises:
         UsageError: as ``solver_row``.
     """
-    return solver_row(solver).needs
+    return (SOLVERS.get(solver) or solver_row(solver)).needs
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,9 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
 
     schema = json.loads(recipes.schema_text())
     whole = normalize(document)
-    allow_solver(schema, whole)
+    section = whole.get("quantize")
+    if isinstance(section, dict) and section.get("solver", "rtn") not in BUILTIN_SOLVERS:
+        schema["properties"]["quantize"]["properties"]["solver"]["enum"] = solver_names()
     problems = list(Draft202012Validator(schema).iter_errors(whole))
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
@@ -291,13 +293,6 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
         permute=whole["quantize"]["permute"],
         document=whole,
     )
-
-
-def allow_solver(schema: dict[str, Any], document: Mapping[str, Any]) -> None:
-    """Solvers that the schema does not know, into its list of names, where the document has one."""
-    section = document.get("quantize")
-    if isinstance(section, dict) and section.get("solver", "rtn") not in BUILTIN_SOLVERS:
-        schema["properties"]["quantize"]["properties"]["solver"]["enum"] = solver_names()
 
 
 def checked_budget(budget: Mapping[str, Any], source: str) -> Mapping[str, Any]:

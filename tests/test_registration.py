@@ -123,7 +123,6 @@ def tables() -> Iterator[None]:
     for table, rows in zip((grids.GRIDS, recipe.SOLVERS), kept, strict=True):
         table.clear()
         table.update(rows)
-    grids.made.cache_clear()
 
 
 def built(model: Path, out: Path, solver: str, *options: str) -> dict[str, bytes]:
@@ -150,7 +149,7 @@ def test_a_grid_is_a_file_and_a_row(weight, tmp_path, monkeypatch):
     assert isinstance(grid, Grid)
     assert (grid.bits, grid.group_size, grid.group_rows, grid.symmetric) == (2, 16, 1, True)
     found = quantize(weight, "ternary-g16")
-    assert found.bits_per_weight == 2 + 32 / 16 and found.grid is grid
+    assert found.bits_per_weight == 2 + 32 / 16 and found.grid == grid
     scale = np.abs(weight).reshape(32, 4, 16).mean(axis=2)
     steps = np.clip(np.rint(weight.reshape(32, 4, 16) / scale[..., None]), -1, 1)
     np.testing.assert_allclose(
