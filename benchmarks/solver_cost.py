@@ -33,7 +33,7 @@ from compress.calibration.statistics import Statistics, file_name, save  # noqa:
 from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
-from compress.machine import use_threads  # noqa: E402
+from compress.machine import bounded  # noqa: E402
 from compress.recipe import needs_of  # noqa: E402
 from compress.solvers import get_solver  # noqa: E402
 
@@ -127,13 +127,13 @@ def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
     """Measure, and print what it took."""
     import torch
 
-    use_threads(1)
     torch.set_num_threads(1)
     what = arguments[0]
-    if what == "walk":
-        result = measured_walk(folder, tokens, hessian=arguments[1] == "hessian")
-    else:
-        result = measured_solver(folder, *arguments)
+    with bounded(threads=1):
+        if what == "walk":
+            result = measured_walk(folder, tokens, hessian=arguments[1] == "hessian")
+        else:
+            result = measured_solver(folder, *arguments)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({k: round(v, 1) for k, v in result.items()} | {"peak_bytes": peak}))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.calibration.statistics import stored_block
-from compress.decoder.config import FUSED, DecoderConfig, split_name
+from compress.decoder.config import FUSED, DecoderConfig, split_name, stored_block
 from compress.errors import GridError
+from compress.formats import Format
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Exporter, Plan
+from compress.plan.shapes import Candidate, Plan
 
 __all__ = ["Choice", "Rules", "choices_of"]
 
@@ -60,7 +60,7 @@ class Choice:
         return self.roles == ("embed_tokens", "lm_head")
 
 
-def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rules) -> list[Choice]:
+def choices_of(plan: Plan, config: DecoderConfig, exporter: Format, rules: Rules) -> list[Choice]:
     """The choices of a target, in the order of its file.
 
     Args:
@@ -75,7 +75,7 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rul
     """
     for name in rules.candidates:
         get_grid(name)
-    known = set(exporter.grids())
+    known = set(exporter.GRIDS)
     wanted = tuple(name for name in rules.candidates if name in known)
     groups: dict[str, list[str]] = {}
     entries = {entry.name: entry for entry in plan.entries}

@@ -19,12 +19,11 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
-from compress.plan.shapes import Plan, Shipyard
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe, needs_of
+from compress.plan.shapes import Plan
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,14 @@ class Importance:
             raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
 
 
+def imatrix_format() -> Format:
+    """The format whose tools have importance files (llama.cpp's imatrix)."""
+    return next(row for row in FORMATS.values() if row.imatrix)
+
+
 def texts_of(recipe: Recipe) -> list[Path]:
     """The recipe's own calibration files."""
-    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
+    return [Path(text) for text in recipe.calibration.texts if text != BUILTIN]
 
 
 class CalibrationStep:
@@ -106,20 +110,17 @@ class CalibrationStep:
         self,
         job: Job,
         importance: Importance,
-        shipyard: Shipyard,
         console: Console,
         threads: int = 0,
         keep: bool = False,
     ) -> None:
         self.job, self._keep = job, keep
-        self._importance, self._shipyard = importance, shipyard
+        self._importance = importance
         self.console, self.threads = console, threads
 
     def on(self, job: Job) -> CalibrationStep:
         """The same for another job."""
-        return CalibrationStep(
-            job, self._importance, self._shipyard, self.console, self.threads, self._keep
-        )
+        return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -135,7 +136,7 @@ class CalibrationStep:
         """
         solver = self.job.recipe.solver
         if self._importance.imatrix:
-            return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
+            return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
         mask = MASK_NEEDS.get(method_of(plan.settings) or "")
         wanted = needs_of(solver) or mask is not None
         return self._calibrate(source, hessian=mask == "hessian") if wanted else None
@@ -155,7 +156,7 @@ class CalibrationStep:
         given = self._importance.imatrix
         if given:
             name = hashlib.sha256(given.read_bytes()).hexdigest()
-            return self._shipyard.read_imatrix(given, source.config), texts, name
+            return imatrix_format().read_imatrix(given, source.config), texts, name
         if tokens:
             return self._collect(source, texts, hessian=False), texts, ""
         return self._calibrate(source), texts, ""
@@ -164,7 +165,7 @@ class CalibrationStep:
     def propagates(self) -> bool:
         """Whether each block is solved with what the quantized blocks before it produce."""
         recipe = self.job.recipe
-        wanted = bool(needs_of(recipe.solver)) and recipe.calibration["propagate"] == "quantized"
+        wanted = bool(needs_of(recipe.solver)) and recipe.calibration.propagate == "quantized"
         return wanted and not self._importance.imatrix
 
     def windows(self) -> Sequence[Sequence[int]]:
@@ -195,9 +196,11 @@ class CalibrationStep:
             return
         given = self._importance.imatrix
         statistics = (
-            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+            imatrix_format().read_imatrix(given, source.config)
+            if given
+            else self._calibrate(source)
         )
-        self._shipyard.write_imatrix(path, source.config, statistics)
+        imatrix_format().write_imatrix(path, source.config, statistics)
         self.console.detail(f"importance: {path}")
 
     @cached_property
@@ -226,9 +229,9 @@ def read_texts(job: Job) -> CalibrationSet:
     """
     settings = job.recipe.calibration
     return CalibrationSet.load(
-        settings["texts"],
+        settings.texts,
         Tokenizer(job.checkpoint.path),
-        tokens=settings["tokens"],
-        sequence_length=min(settings["sequence_length"], job.config.max_context),
-        seed=settings["seed"],
+        tokens=settings.tokens,
+        sequence_length=min(settings.sequence_length, job.config.max_context),
+        seed=settings.seed,
     )

@@ -14,15 +14,8 @@ from compress.recipe import Recipe, needs_of
 __all__ = ["plan_document", "print_plan"]
 
 
-def plan_document(
-    job: Job, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times.
-
-    Args:
-        job: the job.
-        budgets: format → what its budget says.
-    """
+def plan_document(job: Job) -> dict[str, Any]:
+    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -33,31 +26,28 @@ def plan_document(
             "parameters": job.config.num_parameters,
         },
         **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {**job.recipe.document["quantize"], **calibration_document(job.recipe)},
+        "quantize": {**job.recipe.to_dict()["quantize"], **calibration_document(job.recipe)},
         "targets": {
-            plan.format: plan_target(plan, job, (budgets or {}).get(plan.format))
-            for plan in job.plans
+            plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
     }
 
 
 def prune_document(job: Job) -> dict[str, Any]:
     """``prune`` as the recipe's document has it, and how many parameters are left."""
-    return {**job.recipe.document["prune"], "parameters_left": job.shape.num_parameters}
+    return {**job.recipe.to_dict()["prune"], "parameters_left": job.shape.num_parameters}
 
 
 def calibration_document(recipe: Recipe) -> dict[str, Any]:
     """``calibration`` as the recipe's document has it, where anything looks at inputs."""
     looks = looks_at_inputs(recipe)
-    return {"calibration": recipe.document["calibration"]} if looks else {}
+    return {"calibration": recipe.to_dict()["calibration"]} if looks else {}
 
 
 def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One target of ``plan.json``; ``prune`` where it has a shape of its own."""
-    cut = job.cuts.get(plan.format)
+    """One target of ``plan.json``."""
     return {
         "type": plan.type_name,
-        **({"prune": cut.settings} if cut else {}),
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
@@ -86,19 +76,14 @@ def expectation(plan: Plan) -> dict[str, float]:
     return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
 
 
-def print_plan(
-    job: Job, console: Console, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def print_plan(job: Job, console: Console) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job, budgets))
+    console.result(plan_document(job))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
     if job.cut:
         left = job.shape.num_parameters
         console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")
-    for name, cut in job.cuts.items():
-        left = cut.config.num_parameters
-        console.data(f"pruned ({name}): {cut.describe()}, {left:,} parameters are left")
     rows = []
     for plan in job.plans:
         counts: dict[str, int] = {}
@@ -109,8 +94,8 @@ def print_plan(
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
     if needs_of(job.recipe.solver):
-        texts = job.recipe.document["calibration"]
-        what = f"{texts['tokens']} tokens of {', '.join(texts['texts'])}"
+        seen = job.recipe.to_dict()["calibration"]
+        what = f"{seen['tokens']} tokens of {', '.join(seen['texts'])}"
         console.data(f"solver: {job.recipe.solver}, calibrated on {what}")
     else:
         console.data(f"solver: {job.recipe.solver}")

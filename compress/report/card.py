@@ -7,13 +7,13 @@ for where they stand: YAML, a table cell, a sentence, a fenced block.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from compress.console import format_bytes
+from compress.formats import get_format
 from compress.report.markdown import fenced, pipe_table, sentence
 from compress.report.report import artifact_label, decimals
 
@@ -143,30 +143,7 @@ def measured(report: Json) -> str:
 
 def how_to_run(artifact: Json) -> list[str]:
     """A heading, and the shortest way to run an artifact."""
-    heading = f"### {label(artifact)}"
-    path = artifact["path"]
-    if artifact["format"] == "gguf":
-        command = f"llama-cli -m {shlex.quote(path)} -p 'Once upon a time' -n 64"
-        return [heading, "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
-                fenced(command, "sh")]  # fmt: skip
-    if artifact["format"] == "onnx":
-        code = (
-            "from optimum.onnxruntime import ORTModelForCausalLM\n"
-            "from transformers import AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({path!r})\n"
-            f"model = ORTModelForCausalLM.from_pretrained({path!r})\n"
-            'tokens = tokenizer("Once upon a time", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))"
-        )
-        text = "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:"
-        return [heading, text, fenced(code, "python")]
-    command = f"xcrun coremlcompiler compile {shlex.quote(path)} ."
-    text = (
-        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
-        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
-        "files lie beside the package. iOS 18 or macOS 15 and later."
-    )
-    return [heading, text, fenced(command, "sh")]
+    return [f"### {label(artifact)}", *get_format(artifact["format"]).how_to_run(artifact)]
 
 
 def notes(report: Json) -> list[str]:

@@ -209,21 +209,7 @@ def draw_scatter(report: Json, artifacts: Sequence[Json]) -> Markup:
     ]
     title = "File size against mean KL divergence, one mark per artifact"
     limit, budget = min(limits, default=None), report["budget_bytes"]
-    return charts.scatter(points, title, limit, budget, trails(report, artifacts))
-
-
-def trails(report: Json, artifacts: Sequence[Json]) -> list[charts.Trail]:
-    """What a sweep expects of each format's sizes, in the colours of its artifacts."""
-    styles = {artifact["format"]: artifact["style"] for artifact in artifacts}
-    rows = report.get("curve", [])
-    return [
-        charts.Trail(
-            styles[name],
-            [(r["bytes"], r["expected_kl_divergence"]) for r in rows if r["format"] == name],
-        )
-        for name in dict.fromkeys(row["format"] for row in rows)
-        if name in styles
-    ]
+    return charts.scatter(points, title, limit, budget)
 
 
 def draw_bytes(report: Json, artifacts: Sequence[Json]) -> Markup:

@@ -19,6 +19,7 @@ from typing import Any
 from compress import __version__
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import PacklightError
+from compress.formats import get_format
 from compress.plan.shapes import Artifact, PlanEntry
 from compress.verify import Outcome, Verified
 from compress.verify.gates import Limit, judge
@@ -28,8 +29,6 @@ from compress.verify.resources import Resources, Speed
 from compress.verify.tasks import TaskScore
 
 SCHEMA_VERSION = 1
-
-FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids → text."""
@@ -369,7 +368,7 @@ def verdict(artifacts: Sequence[Mapping[str, Any]]) -> str:
 
 def artifact_label(artifact: Mapping[str, Any]) -> str:
     """``GGUF Q4_K_M``: how pages call an artifact of the report."""
-    return f"{FORMATS[artifact['format']]} {artifact['type']}"
+    return f"{get_format(artifact['format']).title} {artifact['type']}"
 
 
 def decimals(error: float) -> int:

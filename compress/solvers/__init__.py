@@ -6,8 +6,9 @@
              none (an embedding, an input that calibration has not seen, a solver that needs none)
 
 A solver sees weights, grids and statistics, never a file format. The table of them is
-``compress.recipe.SOLVERS``. A row more: ``register_solver`` in a program, or for the command line
-the entry point of an installed package, whose function may have an attribute ``needs``:
+``compress.recipe.solvers.SOLVERS``. A row more: ``register_solver`` in a program, or for the
+command line the entry point of an installed package, whose function may have an attribute
+``needs``:
 
     [project.entry-points."packlight.solvers"]
     my_solver = "my_package:my_solver"
@@ -24,8 +25,15 @@ import numpy as np
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized, get_grid
-from compress.plan.shapes import Solver
-from compress.recipe import BUILTIN_SOLVERS, SOLVERS, SolverRow, checked_row, needs_of, solver_row
+from compress.plan.weights import Solver
+from compress.recipe.solvers import (
+    BUILTIN_SOLVERS,
+    SOLVERS,
+    SolverRow,
+    checked_row,
+    needs_of,
+    solver_row,
+)
 
 __all__ = [
     "get_solver", "quantize", "register_solver", "rtn", "scale_search", "slabs_at_once",
@@ -104,6 +112,8 @@ def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> So
     if isinstance(solve, str):
         module, _, function = solve.partition(":")
         solve = getattr(importlib.import_module(module), function)
+    if name in BUILTIN_SOLVERS and needs_of(name) is None:
+        return solve  # rtn, which looks at nothing else
 
     def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
         stats = statistics.for_weight(tensor) if statistics is not None else None

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics, input_of, input_roles
+from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.config import DecoderConfig, Float32, WeightMap, input_roles
 from compress.decoder.decoder import Block, Decoder, as_tensor, reader
 from compress.errors import UsageError
 from compress.grids import Grid

@@ -14,7 +14,7 @@ from compress.grids.affine import Affine
 from compress.grids.dense import DenseGrid
 from compress.grids.palette import Palette
 from compress.grids.sparse import SparseGrid, pattern_of
-from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -107,22 +107,16 @@ def sparse_parts(grid: SparseGrid, shape: tuple[int, int]) -> tuple[Part, ...]:
     return Part(mask, "uint1", shape, count), there, *others
 
 
-def make_plan(
-    config: DecoderConfig,
-    settings: Mapping[str, Any],
-    model_name: str,
-    choices: Mapping[str, str] | None = None,
-) -> Plan:
+def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     """Plan the Core ML artifact.
 
     Args:
         config: the model.
-        settings: ``grid`` (default ``int4-g32``), ``embedding`` (default: as ``grid``; the
-            head's too where it is tied), ``deployment`` (``iOS18``), ``context`` (slots of the
-            KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
-            that of the rotated weights), ``sparsity`` of the blocks' linears (``none``).
-        model_name: base of the package's name.
-        choices: entry name → grid, over the settings'.
+        request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
+            ``grid``; the head's too where it is tied), ``deployment`` (``iOS18``), ``context``
+            (slots of the KV cache; default 2048 or what the model has), ``rotate`` (``none``;
+            else ``config`` is that of the rotated weights), ``sparsity`` of the blocks' linears
+            (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
@@ -135,16 +129,18 @@ def make_plan(
         UnsupportedModelError: a deployment target other than iOS 18.
         UsageError: more context than the model has.
     """
-    chosen = DEFAULTS | dict(settings)
+    chosen, choices = DEFAULTS | dict(request.settings), request.choices
+    if request.context is not None:
+        chosen["context"] = request.context
     chosen.setdefault("embedding", chosen["grid"])
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     _check(config, chosen)
-    entries = tuple(_entries(config, chosen, choices or {}))
+    entries = tuple(_entries(config, chosen, choices))
     chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
     return Plan(
         format="coreml",
         type_name=mix_name(entries, config) if choices else sparse_name(chosen, chosen["grid"]),
-        model_name=model_name,
+        model_name=request.model_name,
         entries=entries,
         settings=chosen,
         notes=(*_notes(config, chosen), *sparse_notes(entries)),
@@ -204,7 +200,7 @@ def target_name(name: str) -> str:
 def candidates(
     entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
 ) -> list[Candidate]:
-    """See ``compress.plan.shapes.Exporter.candidates``.
+    """See ``compress.formats``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
     integers, which it does not; nor are there where they ask for a rotation.

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics, stored_block
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.walk import Boundary, walk_beside
 from compress.checkpoint.sources import Source
-from compress.decoder.config import FUSED, split_name
+from compress.decoder.config import FUSED, split_name, stored_block
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.machine import in_threads, one_thread
 from compress.plan.ledger import Ledger
-from compress.plan.shapes import Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry
+from compress.plan.weights import Weights
 from compress.solvers import get_solver
 
 if TYPE_CHECKING:
