@@ -28,8 +28,8 @@ from compress.console import Console  # noqa: E402
 from compress.decoder.decoder import Decoder  # noqa: E402
 from compress.decoder.tokenizer import Tokenizer, eval_windows  # noqa: E402
 from compress.demo import heldout_path, model_path  # noqa: E402
+from compress.plan.cut import plan_cut  # noqa: E402
 from compress.plan.job import describe_model  # noqa: E402
-from compress.pruning.cut import plan_cut  # noqa: E402
 from compress.pruning.step import prune_source  # noqa: E402
 from compress.recipe.model import Prune  # noqa: E402
 

@@ -30,7 +30,6 @@ from compress.plan.shapes import Artifact
 from compress.pruning.rotation import KINDS
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
-from exporters import SHIPYARD
 
 GRIDS = ("lut4-g8", "lut4-g16", "lut4-tensor", "lut3-g8", "int4-channel")
 SOLVERS = ("scale_search", "gptq")
@@ -44,14 +43,14 @@ def plan(checkpoint: Checkpoint, grid: str, solver: str, kinds: str, windows: in
         f"quantize.solver={solver}",
         f"verify.windows={windows}",
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, ["coreml"]), SHIPYARD.get_exporter)
+    return prepare(checkpoint, load("phone-4bit", changes, ["coreml"]))
 
 
 def build(job: Job, folder: Path, console: Console) -> Artifact:
     """Written with the statistics of its own source."""
     folder.mkdir()
-    calibration = CalibrationStep(job, Importance(), SHIPYARD, console, threads=1)
-    (artifact,) = write_artifacts(calibration, SHIPYARD, folder, console)
+    calibration = CalibrationStep(job, Importance(), console, threads=1)
+    (artifact,) = write_artifacts(calibration, folder, console)
     return artifact
 
 
@@ -65,7 +64,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     scorer = Scorer(everything, read_text(chosen.eval_text), 1, console)
     rows = []
     for key, artifact, found in zip(
-        keys, artifacts, scorer.verify(artifacts, SHIPYARD, folder, keep_going=False), strict=True
+        keys, artifacts, scorer.verify(artifacts, folder, keep_going=False), strict=True
     ):
         assert found is not None
         quality = found.quality

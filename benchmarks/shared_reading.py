@@ -32,7 +32,6 @@ from compress.checkpoint.safetensors import TensorInfo
 from compress.console import Console, parse_bytes
 from compress.plan.job import prepare
 from compress.recipe import load
-from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")
 SLAB = 1 << 23
@@ -62,10 +61,10 @@ def drop(info: TensorInfo) -> None:
 
 def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
     """The artifacts of some targets."""
-    job = prepare(checkpoint, load("int4-fast", (), formats), SHIPYARD.get_exporter)
-    step = CalibrationStep(job, Importance(), SHIPYARD, Console())
+    job = prepare(checkpoint, load("int4-fast", (), formats))
+    step = CalibrationStep(job, Importance(), Console())
     (folder / "work").mkdir(parents=True)
-    write_artifacts(step, SHIPYARD, folder / "work", Console())
+    write_artifacts(step, folder / "work", Console())
 
 
 def read_all(checkpoint: Checkpoint) -> None:

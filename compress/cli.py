@@ -1,6 +1,6 @@
 """The command line: the root of ``compress/commands``, and how every ending becomes an exit code.
 
-It and the commands are all that knows both the workshop and the shipyards.
+It and the commands load the table of formats.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.rope import Rope
 from compress.grids import Float32, get_grid
 from compress.plan.shapes import Artifact, Plan, Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters import coreml
 
 CONTEXT = 64

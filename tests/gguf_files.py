@@ -13,7 +13,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.plan.shapes import Artifact, Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 DEMO = Path(__file__).parents[1] / "compress" / "demo" / "model"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="packlight-gguf-")

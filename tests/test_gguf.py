@@ -25,7 +25,7 @@ from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
 from compress.plan.shapes import Runtime, Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head

@@ -17,7 +17,7 @@ from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
 from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan, Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters import get_exporter
 
 

@@ -16,7 +16,6 @@ from tiny_sources import stored, texts
 
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
-from compress.checkpoint.save import save_checkpoint
 from compress.checkpoint.sources import Stored
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap
@@ -24,7 +23,8 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UnsupportedModelError, UsageError
-from compress.pruning.cut import Cut, plan_cut, width_step
+from compress.output.pruned_checkpoint import save_checkpoint
+from compress.plan.cut import Cut, plan_cut, width_step
 from compress.pruning.depth import Walks, choose_blocks
 from compress.pruning.options import prune_option
 from compress.pruning.pruned import Shallower

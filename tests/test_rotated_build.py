@@ -20,7 +20,7 @@ from compress.plan.job import Job, describe_model, prepare
 from compress.plan.shapes import Weights
 from compress.pruning.rotation import Rotated
 from compress.recipe import load
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters import SHIPYARD, coreml
 
 

@@ -24,8 +24,9 @@ from compress.build.settings import BuildSettings
 from compress.checkpoint.remote import find, is_url
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.formats import FORMATS
 from compress.recipe import parse
-from compress.recipe.model import hint_of, settings_models
+from compress.recipe.model import hint_of
 from compress.recipe.schema import explain
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
@@ -210,7 +211,7 @@ def targets_of(recipe: str) -> list[str]:
     try:
         return list(load(recipe).targets)
     except RecipeError:
-        return list(settings_models())
+        return list(FORMATS)
 
 
 def find_models(model: str, home: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from compress.batch.engine import Outcome
 from compress.decoder.config_json import json_or_empty
 from compress.errors import ArtifactError
+from compress.files import write_whole
 from compress.report.report import Report
 from compress.report.words import REFUSED_HINT, refusal
 
@@ -122,9 +122,7 @@ class State:
         """Keep the record of a job."""
         path = self.file(name, "json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.partial")
-        whole.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        os.replace(whole, path)
+        write_whole(path, json.dumps(asdict(record), indent=1))
 
     def begin(self, name: str, fingerprint: str) -> None:
         """Note that a job starts; again, where an engine repeats it."""

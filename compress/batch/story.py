@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from compress.batch.jobs import BatchJob, arguments, read_jobs, select
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
-from compress.build.decide import first_choice, replanner
+from compress.build.decide import first_choice, identity_of, replanner
 from compress.build.settings import BuildSettings, check_options, recipe_overrides
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.remote import write_text
@@ -31,9 +31,8 @@ from compress.console import Console, format_bytes
 from compress.decoder.config_json import write_json
 from compress.errors import PacklightError, UsageError, one_line
 from compress.output.folder import check_disk, locked
-from compress.output.resume import digest, identity
+from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
-from compress.plan.shapes import Shipyard
 from compress.recipe import load
 from compress.report.ci import CiFiles
 from compress.verify import gates
@@ -55,7 +54,7 @@ class BatchSettings:
     engine: str = "local"
     address: str = ""
     dry_run: bool = False
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,21 @@ class Planned:
         return self.job.name
 
 
-def batch(settings: BatchSettings, shipyard: Shipyard, console: Console) -> int:
+def batch(settings: BatchSettings, console: Console) -> int:
     """``packlight batch``: 0 when all passed, 1 when a gate failed, 2 when a job could not run.
 
     Raises:
         PacklightError: the jobs file is not valid, another batch writes to the same tree, no
             cluster answers, or there is no room on the disk; nothing was started.
     """
-    settings.ci_files.check()
+    if settings.ci_files:
+        settings.ci_files.check()
     file = read_jobs(settings.file)
     tree = Tree.at(settings.output or file.output)
     options = (settings.engine, settings.address, settings.max_memory, settings.jobs)
     with stand_on(*options) as ground:
         chosen = select(file.jobs, settings.only)
-        planner = Planner(shipyard, tree.folder, ground.memory, ground.cpus, settings.jobs)
+        planner = Planner(tree.folder, ground.memory, ground.cpus, settings.jobs)
         planned = [planner.plan(job) for job in chosen]
         if settings.dry_run:
             document.print_plan(planned, console, ground.memory, ground.cpus)
@@ -138,7 +138,8 @@ def run_planned(
         found = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
         reports = {name: report for name, report in found.items() if report}
         errors = {name: why for name, why in document.errors(told).items() if name not in reports}
-        settings.ci_files.write_all(reports, errors, document.markdown(told))
+        if settings.ci_files:
+            settings.ci_files.write_all(reports, errors, document.markdown(told))
     return told
 
 
@@ -227,8 +228,8 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
 class Planner:
     """Plans jobs; a model is opened (and a Hub id fetched) once for all its jobs."""
 
-    def __init__(self, shipyard: Shipyard, output: Path, memory: int, cpus: int, jobs: int) -> None:
-        self._shipyard, self._output = shipyard, output
+    def __init__(self, output: Path, memory: int, cpus: int, jobs: int) -> None:
+        self._output = output
         self._memory, self._cpus, self._jobs = memory, cpus, jobs
         self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}
 
@@ -253,17 +254,14 @@ class Planner:
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
         recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
-        get_exporter = self._shipyard.get_exporter
         gates.parse(recipe.gates)
-        replan = replanner(checkpoint, recipe, get_exporter, settings)
-        chosen = first_choice(settings, get_exporter, replan)
-        threads = share_threads(chosen.job.config, settings.threads, self._cpus, self._jobs)
+        replan = replanner(checkpoint, recipe, settings)
+        prepared = first_choice(settings, replan)
+        threads = share_threads(prepared.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(chosen, get_exporter, verify=settings.verify, threads=threads)
+        found = predict(prepared, verify=settings.verify, threads=threads)
         if job.memory is not None:
-            check_enough(
-                job.memory, smallest_memory(chosen.job, get_exporter, verify=settings.verify)
-            )
+            check_enough(job.memory, smallest_memory(prepared, verify=settings.verify))
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(
@@ -274,9 +272,9 @@ class Planner:
         text = [settings.eval_text] if settings.eval_text else []
         verification = {
             "verify": recipe.to_dict()["verify"] if settings.verify else None,
-            "text": digest(text),
+            "text": files_digest(text),
         }
-        told = {**identity(chosen.job, settings), **verification}
+        told = {**identity_of(prepared, settings), **verification}
         return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:

@@ -294,25 +294,16 @@ class WeightMap:
         tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
         return tied_head or name.endswith(".rotary_emb.inv_freq")
 
-    def read(self, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Float32:
-        """A weight as float32, whole or rows ``start:stop`` of it.
-
-        Raises:
-            CheckpointError: truncated, or with NaN or Inf.
-        """
+    def locate(self, name: str, rows: slice | None = None) -> Iterator[tuple[str, slice]]:
+        """Tensors on disk, and rows of each, that make up a weight or rows ``start:stop`` of it."""
         start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
-        pieces = []
         offset = 0  # of the part's first row within the weight
         for part in self.parts(name):
             length = part.stop - part.start
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                window = slice(part.start + first, part.start + last)
-                pieces.append(checkpoint.read(part.source, window))
+                yield part.source, slice(part.start + first, part.start + last)
             offset += length
-        if not pieces:
-            return np.empty((0, *self.shape(name)[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:
@@ -321,6 +312,31 @@ def split_name(name: str) -> tuple[int | None, str, str]:
     if stem[0] == "blocks":
         return int(stem[1]), stem[2], kind
     return None, stem[0], kind
+
+
+def stored_block(config: DecoderConfig, block: int) -> int:
+    """The first of the blocks that share the weights of ``block``."""
+    return block - block % config.block_repeat
+
+
+def input_roles(config: DecoderConfig) -> dict[str, str]:
+    """Role of a linear, fused or not → role by which its input goes."""
+    mlp = "gate_proj" if config.gated_mlp else "up_proj"
+    if config.parallel_residual:
+        mlp = "q_proj"
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
+    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
+    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+
+
+WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
+
+
+def hessian_spans(columns: int) -> list[slice]:
+    """Diagonal blocks of a Hessian: equal, of whole 256s, none wider than ``WIDEST_HESSIAN``."""
+    count = math.ceil(columns / WIDEST_HESSIAN)
+    width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def check_config(config: DecoderConfig) -> None:

@@ -9,20 +9,13 @@ from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import NEEDS, Recipe
+from compress.recipe import Recipe, needs_of
 
 __all__ = ["plan_document", "print_plan"]
 
 
-def plan_document(
-    job: Job, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times.
-
-    Args:
-        job: the job.
-        budgets: format → what its budget says.
-    """
+def plan_document(job: Job) -> dict[str, Any]:
+    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -35,8 +28,7 @@ def plan_document(
         **({"prune": prune_document(job)} if job.cut else {}),
         "quantize": {**job.recipe.to_dict()["quantize"], **calibration_document(job.recipe)},
         "targets": {
-            plan.format: plan_target(plan, job, (budgets or {}).get(plan.format))
-            for plan in job.plans
+            plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
     }
 
@@ -84,11 +76,9 @@ def expectation(plan: Plan) -> dict[str, float]:
     return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
 
 
-def print_plan(
-    job: Job, console: Console, budgets: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
+def print_plan(job: Job, console: Console) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job, budgets))
+    console.result(plan_document(job))
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
     if job.cut:
@@ -103,7 +93,7 @@ def print_plan(
         bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
-    if job.recipe.solver in NEEDS:
+    if needs_of(job.recipe.solver):
         seen = job.recipe.to_dict()["calibration"]
         what = f"{seen['tokens']} tokens of {', '.join(seen['texts'])}"
         console.data(f"solver: {job.recipe.solver}, calibrated on {what}")

@@ -14,19 +14,18 @@ import yaml
 
 import recipes
 from compress.errors import RecipeError, did_you_mean
+from compress.recipe.solvers import needs_of
 
 if TYPE_CHECKING:
     from compress.recipe.model import Recipe as Recipe
 
 __all__ = [
-    "AMOUNTS", "MASK_NEEDS", "NEEDS", "Recipe", "apply_override", "describe_all", "load",
-    "method_of", "parse", "put", "read",
+    "AMOUNTS", "MASK_NEEDS", "Recipe", "apply_override", "describe_all", "load",
+    "method_of", "needs_of", "parse", "put", "read",
 ]  # fmt: skip
 
-# What of the inputs' statistics a solver goes by; nothing: no calibration.
-NEEDS: dict[str, str] = {"scale_search": "importance", "gptq": "hessian"}
-
-# The same of a choice of zeros, and the choice where the recipe names none.
+# What of the inputs' statistics a choice of zeros goes by, and the choice where the recipe names
+# none.
 MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
 MASK = "sparsegpt"
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,8 +25,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.console import parse_bytes
+from compress.formats import FORMATS
 from compress.recipe import AMOUNTS, load, put
 from compress.recipe.schema import Name, Section, Text, explain, json_schema, refusal
+from compress.recipe.solvers import BUILTIN_SOLVERS, solver_names
 
 __all__ = [
     "Budget",
@@ -39,10 +40,6 @@ __all__ = [
     "Recipe",
     "TargetSettings",
 ]
-
-# The module with ``SETTINGS``: format → the model of its settings. By name, because formats are
-# above this room and it knows none of them.
-FORMATS = "exporters.settings"
 
 # Keys of one target that others do not have, and why.
 ELSEWHERE: dict[str, str] = {
@@ -76,6 +73,12 @@ def a_format(given: str) -> str:
     return given
 
 
+def a_solver(given: str) -> str:
+    if given not in BUILTIN_SOLVERS and given not in (known := solver_names()):
+        raise PydanticCustomError("unknown_value", "{known}", {"known": known})
+    return given
+
+
 class OneOfTheFormats:
     """For the JSON schema: the formats that there are when it is made."""
 
@@ -84,6 +87,9 @@ class OneOfTheFormats:
 
 
 FormatName = Annotated[str, AfterValidator(a_format), OneOfTheFormats()]
+SolverName = Annotated[
+    str, AfterValidator(a_solver), Field(json_schema_extra={"examples": list(BUILTIN_SOLVERS)})
+]
 Auto = Annotated[str, StringConstraints(pattern="^auto$")]
 Size = Annotated[str | int, AfterValidator(a_size)]
 FewestBits = Annotated[
@@ -117,8 +123,7 @@ class TargetSettings(Section):
 
 def settings_models() -> Mapping[str, type[TargetSettings]]:
     """Format → the model of its settings."""
-    models: Mapping[str, type[TargetSettings]] = importlib.import_module(FORMATS).SETTINGS
-    return models
+    return {name: row.Settings for name, row in FORMATS.items()}
 
 
 def targets_model() -> type[Section]:
@@ -278,10 +283,11 @@ class Keep(Section):
 class Quantize(Section):
     """How codes are chosen, and on which grids."""
 
-    solver: Literal["rtn", "scale_search", "gptq"] = Field(
+    solver: SolverName = Field(
         default="rtn",
         description="How codes are chosen: rtn by the weights alone; scale_search also by the "
-        "importance of their inputs; gptq also makes up for rounding in later columns.",
+        "importance of their inputs; gptq also makes up for rounding in later columns; or a solver "
+        "of another package.",
     )
     candidates: (
         Annotated[

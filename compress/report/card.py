@@ -7,11 +7,11 @@ for where they stand: YAML, a table cell, a sentence, a fenced block.
 from __future__ import annotations
 
 import re
-import shlex
 from typing import Any
 
 import yaml
 
+from compress.formats import get_format
 from compress.report.report import ArtifactReport, KlDivergence, Report
 from compress.report.words import fenced, figure, label, pipe_table, sentence, size
 
@@ -139,30 +139,8 @@ def measured(report: Report) -> str:
 
 def how_to_run(artifact: ArtifactReport) -> list[str]:
     """A heading, and the shortest way to run an artifact."""
-    heading = f"### {markdown_label(artifact)}"
-    path = artifact.path
-    if artifact.format == "gguf":
-        command = f"llama-cli -m {shlex.quote(path)} -p 'Once upon a time' -n 64"
-        return [heading, "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
-                fenced(command, "sh")]  # fmt: skip
-    if artifact.format == "onnx":
-        code = (
-            "from optimum.onnxruntime import ORTModelForCausalLM\n"
-            "from transformers import AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({path!r})\n"
-            f"model = ORTModelForCausalLM.from_pretrained({path!r})\n"
-            'tokens = tokenizer("Once upon a time", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))"
-        )
-        text = "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:"
-        return [heading, text, fenced(code, "python")]
-    command = f"xcrun coremlcompiler compile {shlex.quote(path)} ."
-    text = (
-        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
-        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
-        "files lie beside the package. iOS 18 or macOS 15 and later."
-    )
-    return [heading, text, fenced(command, "sh")]
+    how = get_format(artifact.format).how_to_run(artifact.path)
+    return [f"### {markdown_label(artifact)}", *how]
 
 
 def notes(report: Report) -> list[str]:

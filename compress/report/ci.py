@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
-from compress.output.folder import real_path
+from compress.files import real_path
 from compress.report.words import (
     HEADERS,
     TASK_HEADERS,

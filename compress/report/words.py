@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes, print_error
 from compress.errors import PacklightError
+from compress.formats import get_format
 
 if TYPE_CHECKING:
     from compress.report.report import ArtifactReport, GateReport, Report
-
-TITLES = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
@@ -80,7 +79,7 @@ def percent(value: float | None, error: float | None = None, sign: str = "") -> 
 
 def label(artifact: ArtifactReport) -> str:
     """``GGUF Q4_K_M``: how pages call an artifact."""
-    return f"{TITLES[artifact.format]} {artifact.type}"
+    return f"{get_format(artifact.format).title} {artifact.type}"
 
 
 def gate_value(gate: GateReport) -> str:

@@ -310,3 +310,6 @@ def check_head(path: Path) -> None:
         raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
         raise ArtifactError(f"{path.name} is not a GGUF file")
+
+
+open_runtime = LlamaCpp
