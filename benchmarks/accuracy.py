@@ -38,7 +38,8 @@ from compress.demo import model_path
 from compress.formats import get_format
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
-from compress.plan.shapes import Artifact, Plan, Solver, Weights
+from compress.plan.shapes import Artifact, Plan, Solver
+from compress.plan.weights import Weights
 from compress.recipe import load
 from compress.solvers import NEEDS, get_solver
 from compress.verify import Verified

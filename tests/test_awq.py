@@ -26,7 +26,6 @@ from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
 from compress.solvers.folding import Fold, Folded, fold_statistics
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
-from exporters import SHIPYARD
 
 LENGTH = 32
 
@@ -236,10 +235,10 @@ def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propag
     written = []
     for number in range(2):
         recipe = load("phone-4bit", settings, ["gguf"])
-        job = prepare(Checkpoint.open(folder), recipe, SHIPYARD.get_exporter)
-        step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+        job = prepare(Checkpoint.open(folder), recipe)
+        step = CalibrationStep(job, Importance(), Console(), threads=1)
         (tmp_path / str(number)).mkdir()
-        (artifact,) = write_artifacts(step, SHIPYARD, tmp_path / str(number), Console())
+        (artifact,) = write_artifacts(step, tmp_path / str(number), Console())
         written.append(artifact.path.read_bytes())
         assert sum("leaves the float model as it is" in note for note in artifact.notes) == 1
     assert written[0] == written[1]
@@ -265,14 +264,12 @@ def test_the_plan_tells_of_folds(tmp_path, capsys):
     overrides = ["quantize.solver=gptq", "quantize.fold=awq"]
     build(
         BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
-        SHIPYARD,
         Console(),
     )
     text = capsys.readouterr().out
     assert "channels: rescaled (awq)" in text
     build(
         BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
-        SHIPYARD,
         Console(mode="json"),
     )
     quantize = json.loads(capsys.readouterr().out)["quantize"]

@@ -14,7 +14,7 @@ from compress.checkpoint.sources import Stored
 from compress.demo import model_path
 from compress.grids import Array, Float32, Grid, Quantized
 from compress.plan.job import describe_model
-from compress.plan.shapes import Weights
+from compress.plan.weights import Weights
 from exporters.coreml.planning import Part
 from exporters.coreml.weight_file import BlobFile, CountedBlobs, pack_bits
 

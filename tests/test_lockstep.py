@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
+from compress.build.lockstep import in_lockstep
 from test_interrupts import interrupted
 
-from compress.build.lockstep import in_lockstep
 from compress.build.write import write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, input_names
@@ -27,7 +27,6 @@ from compress.console import Console
 from compress.errors import CheckpointError
 from compress.plan.job import describe_model, prepare
 from compress.recipe import load
-from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")
 CALIBRATED = (
@@ -78,11 +77,11 @@ def write(
     checkpoint: Checkpoint, folder: Path, formats: tuple[str, ...], *settings: str
 ) -> dict[str, bytes]:
     """Every file that a build of these targets writes."""
-    job = prepare(checkpoint, load("int4-fast", settings, formats), SHIPYARD.get_exporter)
+    job = prepare(checkpoint, load("int4-fast", settings, formats))
     folder /= "work"
     folder.mkdir(parents=True)
-    step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
-    write_artifacts(step, SHIPYARD, folder, Console())
+    step = CalibrationStep(job, Importance(), Console(), threads=1)
+    write_artifacts(step, folder, Console())
     places = (folder / name for name in formats)  # not what --resume would go by
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""Weights and plans: what passes between the workshop and the exporters."""
+"""Weights and plans: what passes between the rooms and the formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.grids.lanes import LANES
-from compress.plan.shapes import SIDE_BY_SIDE, Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry
+from compress.plan.weights import SIDE_BY_SIDE, Weights
 
 
 def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:

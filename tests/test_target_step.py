@@ -17,7 +17,6 @@ from compress.checkpoint.sources import Stored
 from compress.console import Console
 from compress.plan.job import Job, prepare
 from compress.recipe import load
-from exporters import SHIPYARD
 
 SETTINGS = (
     "quantize.solver=scale_search",
@@ -42,11 +41,11 @@ def job(tmp_path, monkeypatch) -> Job:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("llama", tmp_path / "model", tie_word_embeddings=False)
     recipe = load("phone-4bit", SETTINGS, ["gguf", "onnx"])
-    return prepare(Checkpoint.open(folder), recipe, SHIPYARD.get_exporter)
+    return prepare(Checkpoint.open(folder), recipe)
 
 
 def step(job: Job) -> CalibrationStep:
-    return CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+    return CalibrationStep(job, Importance(), Console(), threads=1)
 
 
 def walks(tmp_path: Path) -> int:
@@ -84,7 +83,7 @@ def test_each_artifact_holds_its_own_source(job, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     gguf_file, onnx_folder = (
-        a.path for a in write_artifacts(step(job), SHIPYARD, folder, Console())
+        a.path for a in write_artifacts(step(job), folder, Console())
     )
     name = "blocks.0.input_layernorm.weight"
     stored = job.source.read(name)
