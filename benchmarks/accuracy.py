@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import PEERS, OnnxHqq, Peer
+from writing import write
 
 from compress.build.target import prepare_target, target_weights
 from compress.calibration.statistics import Statistics
@@ -35,11 +36,10 @@ from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
-from compress.formats import get_format
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
-from compress.plan.shapes import Artifact, Plan, Solver
-from compress.plan.weights import Weights
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Solver, Weights
 from compress.recipe import load
 from compress.solvers import NEEDS, get_solver
 from compress.verify import Verified
@@ -150,22 +150,17 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     warm(made, Weights(job.source, solver(statistics)))
     folder.mkdir(parents=True)
     start = time.process_time()
-    exporter = get_format(made.format)
     if peer is not None:
         solve = peer(statistics)
-        artifact = exporter.write(made, Weights(job.source, solve), folder, silent)
+        artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
         inputs = prepare_target(made, calibration)
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
             weights = target_weights(made, inputs, calibration, Path(work), ledger)
-            artifact = exporter.write(made, weights, folder, silent)
+            artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def warm(made: Plan, weights: Weights) -> None:

@@ -1,4 +1,4 @@
-"""What it saves to write all targets of a checkpoint in step (``compress.build.lockstep``).
+"""What it saves to write all targets of a checkpoint in one loop (``compress.build.write``).
 
     python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
     python benchmarks/shared_reading.py model [--room 400MB]
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
