@@ -107,9 +107,7 @@ def test_a_mixture_of_all_grids_runs(mixture: Built) -> None:
     inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 40))}
     found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
     assert np.abs(found - expected_logits(mixture, tokens)).max() < 5e-5
-    described = {
-        tensor["name"]: tensor for tensor in describe(mixture.artifact.path)["tensors"]
-    }
+    described = {tensor["name"]: tensor for tensor in describe(mixture.artifact.path)["tensors"]}
     for entry in mixture.plan.entries:
         tensor = described[entry.target_name]
         assert (tensor["grid"], tensor["bytes"]) == (entry.grid, entry.nbytes)

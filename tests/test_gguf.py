@@ -158,9 +158,7 @@ def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -
 
 
 def test_cached_generation_equals_uncached() -> None:
-    runtime = open_runtime(
-        gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1
-    )
+    runtime = open_runtime(gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1)
     prompt = tokens("demo")[:40]
     cached = generate(runtime, prompt, 32, cached=True)
     assert cached == generate(runtime, prompt, 32, cached=False)

@@ -82,9 +82,7 @@ def test_each_artifact_holds_its_own_source(job, tmp_path):
     job = replace(job, sources={"onnx": LouderNorms(job.checkpoint, job.config)})
     folder = tmp_path / "out"
     folder.mkdir()
-    gguf_file, onnx_folder = (
-        a.path for a in write_artifacts(step(job), folder, Console())
-    )
+    gguf_file, onnx_folder = (a.path for a in write_artifacts(step(job), folder, Console()))
     name = "blocks.0.input_layernorm.weight"
     stored = job.source.read(name)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(gguf_file).tensors}
