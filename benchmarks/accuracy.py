@@ -30,7 +30,7 @@ from typing import Any
 from peers import PEERS, OnnxHqq, Peer
 from writing import write
 
-from compress.build.target import prepare_target, target_weights
+from compress.build.write import prepare_target, target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -40,8 +40,8 @@ from compress.grids import get_grid
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Solver, Weights
-from compress.recipe import load
-from compress.solvers import NEEDS, get_solver
+from compress.recipe import load, needs_of
+from compress.solvers import get_solver
 from compress.verify import Verified
 from compress.verify.scorer import Scorer, read_text
 from exporters.gguf.mixes import MIXES
@@ -125,7 +125,7 @@ def contestants(
 def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     """CPU seconds that the walk of each solver takes by itself; the last one's stays for all."""
     seconds: dict[str, float] = {}
-    for solver in (name for name in SOLVERS if name in chosen.solver and name in NEEDS):
+    for solver in (name for name in SOLVERS if name in chosen.solver and needs_of(name)):
         os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
         start = time.process_time()
         statistics_of(plan(checkpoint, chosen.setting[0], solver, chosen))
@@ -274,7 +274,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "model": "packlight-demo" if chosen.model == DEMO else Path(chosen.model).name,
         "scored_tokens": scored[0].quality.tokens if scored[0] else 0,
-        "calibration": job.recipe.document["calibration"],
+        "calibration": job.recipe.to_dict()["calibration"],
         "walk_cpu_seconds": seconds,
         "rows": rows,
         "notes": notes,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.plan.shapes import Candidate, Plan, PlanRequest, Runtime, Written
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
+    from compress.recipe.model import TargetSettings
 
 __all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
 
@@ -64,6 +65,9 @@ class Format:
     imatrix: bool = False
 
     if TYPE_CHECKING:
+
+        @property
+        def Settings(self) -> type[TargetSettings]: ...
 
         @property
         def GRIDS(self) -> Sequence[str]: ...
@@ -137,7 +141,9 @@ class Format:
 #                   report's ``artifacts``
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
 #                   statistics), where ``imatrix``
+# Settings          pydantic model of the recipe's ``targets.<name>``, a ``TargetSettings``
 MEMBERS = {
+    "Settings": "settings",
     "GRIDS": "planning",
     "plan": "planning",
     "candidates": "planning",

@@ -39,4 +39,4 @@ def no_network(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="renew docs/help.md")
+    parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")

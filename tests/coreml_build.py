@@ -22,7 +22,7 @@ from compress.decoder.rope import Rope
 from compress.grids import Float32, get_grid
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 CONTEXT = 64
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-coreml-")  # gone when the process is

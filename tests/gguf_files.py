@@ -14,7 +14,7 @@ from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.plan.shapes import Artifact
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 DEMO = Path(__file__).parents[1] / "compress" / "demo" / "model"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="packlight-gguf-")

@@ -22,7 +22,7 @@ from compress.decoder.decoder import Decoder, reader
 from compress.grids import get_grid
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters.onnx.planning import entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UsageError
-from compress.files import cache_folder, taking_turns
+from compress.files import cache_folder, file_lock
 
 
 def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
     lock, inside, most = tmp_path / "key.lock", [], []
 
     def work(number: int) -> None:
-        with taking_turns(lock):
+        with file_lock(lock):
             inside.append(number)
             most.append(len(inside))
             time.sleep(0.01)
@@ -32,7 +32,7 @@ def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def hold(lock: Path, told: multiprocessing.synchronize.Event) -> None:
-    with taking_turns(lock):
+    with file_lock(lock):
         told.set()
         time.sleep(60)
 
@@ -46,7 +46,7 @@ def test_the_dead_let_go(tmp_path: Path) -> None:
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with taking_turns(tmp_path / "key.lock"):
+    with file_lock(tmp_path / "key.lock"):
         assert (tmp_path / "key.lock").exists()
     assert list(tmp_path.iterdir()) == []
 

@@ -13,16 +13,17 @@ import tiny
 import writing
 from writing import plan_for
 
-from compress.allocation.choices import Choice, Rules, bits_of, choices_of
+from compress.allocation.choices import Choice, Rules, choices_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.demo import model_path
 from compress.errors import GridError
 from compress.formats import Format, get_format
+from compress.grids import get_grid
 from compress.plan.job import describe_model
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 FORMATS = ("gguf", "onnx", "coreml")
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-sizes-")  # gone when the process is
@@ -129,7 +130,7 @@ def test_rules() -> None:
     with pytest.raises(GridError, match=r"no grid is left for lm_head.weight .*at least 8 bits"):
         choices("demo", gguf, plan, Rules(("Q3_K", "Q6_K"), {"lm_head": 8}))
     names = ("Q4_K", "IQ4_XS", "int8-channel", "lut6-g8", "int4-g32-asym", "F16")
-    assert [bits_of(name) for name in names] == [4, 4, 8, 6, 4, 16]
+    assert [get_grid(name).bits for name in names] == [4, 4, 8, 6, 4, 16]
 
 
 @pytest.mark.parametrize(

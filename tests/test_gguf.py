@@ -27,7 +27,7 @@ from compress.errors import ArtifactError, RuntimeMissingError, UsageError
 from compress.formats import get_format
 from compress.plan.shapes import Runtime
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head

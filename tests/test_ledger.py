@@ -19,7 +19,7 @@ from compress.grids import get_grid
 from compress.plan.ledger import Ledger
 from compress.plan.shapes import PlanEntry
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from compress.decoder import decoder as decoding
 from compress.decoder.decoder import Decoder
 from compress.errors import UsageError
 from compress.formats import get_format
-from compress.machine import available_memory, limit_memory, resident_memory
+from compress.machine import available_memory, bounded, resident_memory
 from compress.plan.job import prepare
 from compress.plan.memory import check_memory, hessian_bytes, smallest_memory
 from compress.recipe import load
@@ -29,22 +29,16 @@ def model(tmp_path_factory):
     return tiny.make("llama", tmp_path_factory.mktemp("memory") / "tiny-llama")
 
 
-@pytest.fixture(autouse=True)
-def no_limit():
-    yield
-    limit_memory(None)
-
-
 def job_of(model, recipe="int4-fast", *overrides):
     return prepare(Checkpoint.open(str(model)), load(recipe, overrides, []))
 
 
 def test_a_limit_bounds_what_is_available():
-    limit_memory(resident_memory() + (64 << 20))
-    assert 0 < available_memory() <= 64 << 20
-    limit_memory(1)
-    assert available_memory() == 0
-    limit_memory(None)
+    with bounded(memory=resident_memory() + (64 << 20)):
+        assert 0 < available_memory() <= 64 << 20
+        with bounded(memory=1):
+            assert available_memory() == 0
+        assert 0 < available_memory() <= 64 << 20
     assert available_memory() > 64 << 20
 
 

@@ -15,7 +15,7 @@ from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import ArtifactError, UsageError
 from compress.plan.weights import Weights
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from compress.verify import BaselineStore, quality, verify_artifact
 from exporters.gguf.runtime import open_runtime
 

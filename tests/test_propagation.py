@@ -14,16 +14,16 @@ import writing
 from commands import packlight
 from hooked import Model, distance, draw_windows, hooked, parameter_rows
 
-from compress.calibration.propagation import DAMPING, SHARE, PropagatedWeights, shifts
-from compress.calibration.statistics import LayerStats, Statistics, stored_block
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.walk import walk_beside
-from compress.decoder.config import split_name
+from compress.decoder.config import split_name, stored_block
 from compress.decoder.decoder import reader
 from compress.demo import model_path
 from compress.grids import get_grid
 from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan
 from compress.solvers import get_solver
+from compress.solvers.propagation import DAMPING, SHARE, PropagatedWeights, shifts
 
 # Family, format, settings: fused and separate tensors, one and two runs of a stored block, norms in
 # float32 and float16, groups along columns, of rows, and of the whole tensor.

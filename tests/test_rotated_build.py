@@ -21,7 +21,7 @@ from compress.plan.job import Job, describe_model, prepare
 from compress.plan.weights import Weights
 from compress.pruning.rotation import Rotated
 from compress.recipe import load
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from exporters.coreml.inspection import describe
 from exporters.coreml.planning import candidates
 from exporters.coreml.runtime import open_runtime

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from compress import machine
-from compress.calibration.propagation import shifts
 from compress.calibration.statistics import LayerStats
 from compress.demo import model_path
 from compress.machine import one_thread
 from compress.solvers import hessian as hessians
+from compress.solvers.propagation import shifts
 
 ROOT = Path(__file__).resolve().parents[1]
 

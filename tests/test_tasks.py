@@ -27,7 +27,7 @@ from compress.errors import UsageError
 from compress.plan.weights import Weights
 from compress.report.html import render
 from compress.report.report import schema
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
 from exporters.gguf.runtime import open_runtime

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
 
 __all__ = ["Effort", "effort_for"]
 
@@ -48,6 +48,6 @@ def effort_for(config: DecoderConfig, solver: str) -> Effort:
     """
     if config.num_parameters < LARGE:
         return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
-    second = NEEDS.get(solver) == "hessian"
+    second = needs_of(solver) == "hessian"
     light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)
     return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left)

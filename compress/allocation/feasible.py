@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 
 from compress.allocation.budget import Target
 from compress.allocation.choices import Rules
 from compress.allocation.limits import Limit
-from compress.allocation.step import Replan, limit_for, targets_of
+from compress.allocation.step import limit_for, targets_of
 from compress.checkpoint.sources import Stored
 from compress.console import format_bytes
 from compress.errors import UsageError
-from compress.plan.job import Job
+from compress.plan.job import Job, Replan
+from compress.recipe.model import Prune
 
 __all__ = ["check_budget"]
 
@@ -121,8 +121,8 @@ def fewer_blocks(job: Job, tight: Sequence[tuple[Target, Limit]], replan: Replan
     targets = {target.plan.format: recipe.targets[target.plan.format] for target, _ in tight}
 
     def reaches(count: int) -> bool:
-        prune = {"method": "depth", "blocks": count}
-        shallow = replan(recipe=replace(recipe, targets=targets, prune=prune))
+        prune = Prune(method="depth", blocks=count)
+        shallow = replan(recipe=recipe.model_copy(update={"targets": targets, "prune": prune}))
         return all(map(fits, limits_of(shallow)))
 
     most = job.config.num_hidden_layers // job.config.block_repeat // 2

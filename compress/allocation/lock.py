@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.step import Replan
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.formats import Format, get_format
-from compress.plan.job import Job
+from compress.plan.job import Job, Replan
 from compress.plan.shapes import Plan
 
 __all__ = ["locked", "read_lock"]
 
 
-def locked(path: Path, job: Job, replan: Replan) -> tuple[Job, dict[str, dict[str, Any]]]:
+def locked(path: Path, job: Job, replan: Replan) -> Job:
     """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
 
     Raises:
@@ -40,7 +39,7 @@ def locked(path: Path, job: Job, replan: Replan) -> tuple[Job, dict[str, dict[st
         )
         for plan in made.plans
     )
-    return replace(job, plans=plans), locked_budgets(lock)
+    return replace(job, plans=plans, budgets=locked_budgets(lock))
 
 
 def read_lock(path: Path) -> dict[str, Any]:

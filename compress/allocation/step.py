@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from compress.allocation.budget import Allocation, Target
 from compress.allocation.costs import CostTable, measured
 from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration.step import CalibrationStep
-from compress.plan.job import Job
+from compress.plan.job import Job, Replan
 from compress.plan.shapes import Plan
-from compress.recipe import Recipe
 from compress.solvers import get_solver
 
-__all__ = ["BudgetStep", "Budgeted", "Replan", "limit_for", "targets_of", "within_budget"]
-
-
-class Replan(Protocol):
-    """``compress.job.prepare`` of one command, again: with other grids, or by another recipe."""
-
-    def __call__(
-        self, *, choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = ...
-    ) -> Job:
-        """``choices``: format → entry name → grid."""
-        ...
+__all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ def limit_for(job: Job, target: Target) -> Limit:
     return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
-def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, list[Budgeted]]:
+def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, tuple[Budgeted, ...]]:
     """The job with grids chosen within its recipe's budget, which ``feasible.py`` let pass.
 
     Args:
@@ -139,4 +127,4 @@ def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, li
     """
     step = BudgetStep(calibration)
     budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])
-    return step.settle(budgeted, replan), budgeted
+    return step.settle(budgeted, replan), tuple(budgeted)

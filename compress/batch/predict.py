@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.allocation.chosen import Chosen
 from compress.decoder.config import DecoderConfig
 from compress.formats import get_format
 from compress.plan.job import (
@@ -23,7 +22,7 @@ from compress.plan.job import (
 )
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -34,7 +33,8 @@ MARGIN = 1.1
 
 # Seconds of one core.
 START = 6.0  # imports of all processes, report
-SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
+# More, per weight and target, by what the solver needs: rtn, scale_search, gptq.
+SOLVE = {None: 0.0, "importance": 15e-9, "hessian": 430e-9}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
 SCORE = 2.5e-11  # per weight and token of the text, in the float model or any runtime
 
@@ -56,23 +56,22 @@ class Prediction:
     seconds: float
 
 
-def predict(chosen: Chosen, *, verify: bool, threads: int) -> Prediction:
+def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
     """The prediction for a job that was planned.
 
     Args:
-        chosen: the job, no grid of a budget chosen yet.
+        job: no grid of a budget is chosen yet.
         verify: whether its artifacts are run.
         threads: as ``share_threads`` gives them.
     """
-    job = chosen.job
     # Bounded by it (--max-memory), a build holds no more.
     memory = smallest_memory(job, verify=verify)
     if verify:  # what it keeps then, and the process beside it
         formats = [get_format(plan.format) for plan in job.plans]
         libraries = PYTHON + TORCH + max(row.process.library_bytes for row in formats)
-        memory = max(memory, libraries + max(runtime_memory(chosen, plan) for plan in job.plans))
+        memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))
     return Prediction(
-        bytes=chosen.predicted_bytes,
+        bytes=sum(map(job.bytes_of, job.plans)),
         memory=int(memory * MARGIN),
         threads=threads,
         seconds=cpu_seconds(job, verify=verify) / threads,
@@ -86,15 +85,14 @@ def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> i
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
 
 
-def runtime_memory(chosen: Chosen, plan: Plan) -> int:
+def runtime_memory(job: Job, plan: Plan) -> int:
     """Bytes of the process that runs an artifact: its weights, cache and logits."""
-    job = chosen.job
     process = get_format(plan.format).process
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     positions = max(job.context, length + GENERATED_ROOM)
     cache = positions * job.shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     logits = 12 * length * job.config.vocab_size
-    return process.base_bytes + int(process.per_byte * chosen.bytes_of(plan)) + cache + logits
+    return process.base_bytes + int(process.per_byte * job.bytes_of(plan)) + cache + logits
 
 
 def cpu_seconds(job: Job, *, verify: bool) -> float:
@@ -105,10 +103,10 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
         process = get_format(plan.format).process
         palette = process.palette_seconds if plan.type_name.startswith("lut") else 0.0
         rate = palette or process.seconds_per_weight
-        seconds += weights * (rate + SOLVE[recipe.solver])
+        seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
-        needs = NEEDS.get(recipe.solver, "importance")
-        seconds += weights * recipe.calibration["tokens"] * WALK[needs]
+        needs = needs_of(recipe.solver) or "importance"
+        seconds += weights * recipe.calibration.tokens * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from compress.batch.engine import Outcome
 from compress.decoder.config_json import json_or_empty
+from compress.files import write_whole
 from compress.report.summary import REFUSED_HINT, refusal
 
 __all__ = ["Record", "State", "fingerprint", "stamp"]
@@ -120,9 +120,7 @@ class State:
         """Keep the record of a job."""
         path = self.file(name, "json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.partial")
-        whole.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        os.replace(whole, path)
+        write_whole(path, json.dumps(asdict(record), indent=1))
 
     def begin(self, name: str, fingerprint: str) -> None:
         """Note that a job starts; again, where an engine repeats it."""

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from compress.batch.jobs import BatchJob, arguments, read_jobs, select
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
-from compress.build.decide import first_choice, replanner
+from compress.build.decide import first_choice, identity_of, replanner
 from compress.build.settings import BuildSettings, check_options, recipe_overrides
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.remote import write_text
@@ -31,7 +31,7 @@ from compress.console import Console, format_bytes
 from compress.decoder.config_json import write_json
 from compress.errors import PacklightError, UsageError, one_line
 from compress.output.folder import check_disk, locked
-from compress.output.resume import digest, identity
+from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
 from compress.recipe import load
 from compress.report.ci import CiFiles
@@ -54,7 +54,7 @@ class BatchSettings:
     engine: str = "local"
     address: str = ""
     dry_run: bool = False
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def batch(settings: BatchSettings, console: Console) -> int:
         PacklightError: the jobs file is not valid, another batch writes to the same tree, no
             cluster answers, or there is no room on the disk; nothing was started.
     """
-    settings.ci_files.check()
+    if settings.ci_files:
+        settings.ci_files.check()
     file = read_jobs(settings.file)
     tree = Tree.at(settings.output or file.output)
     options = (settings.engine, settings.address, settings.max_memory, settings.jobs)
@@ -136,7 +137,8 @@ def run_planned(
             write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
         reports = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
         errors = {name: why for name, why in document.errors(told).items() if name not in reports}
-        settings.ci_files.write_all(reports, errors, document.markdown(told))
+        if settings.ci_files:
+            settings.ci_files.write_all(reports, errors, document.markdown(told))
     return told
 
 
@@ -253,12 +255,12 @@ class Planner:
         recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
         gates.parse(recipe.gates)
         replan = replanner(checkpoint, recipe, settings)
-        chosen = first_choice(settings, replan)
-        threads = share_threads(chosen.job.config, settings.threads, self._cpus, self._jobs)
+        prepared = first_choice(settings, replan)
+        threads = share_threads(prepared.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
-        found = predict(chosen, verify=settings.verify, threads=threads)
+        found = predict(prepared, verify=settings.verify, threads=threads)
         if job.memory is not None:
-            check_enough(job.memory, smallest_memory(chosen.job, verify=settings.verify))
+            check_enough(job.memory, smallest_memory(prepared, verify=settings.verify))
             found = replace(found, memory=job.memory)
         if found.memory > self._memory:
             raise UsageError(
@@ -268,10 +270,10 @@ class Planner:
             )
         text = [settings.eval_text] if settings.eval_text else []
         verification = {
-            "verify": recipe.document["verify"] if settings.verify else None,
-            "text": digest(text),
+            "verify": recipe.to_dict()["verify"] if settings.verify else None,
+            "text": files_digest(text),
         }
-        told = {**identity(chosen.job, settings), **verification}
+        told = {**identity_of(prepared, settings), **verification}
         return Planned(job, settings, found, fingerprint(told))
 
     def _open(self, job: BatchJob) -> Checkpoint:

@@ -23,10 +23,7 @@ from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class Importance:
                 "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
                 hint="texts instead, or --set targets.coreml.rotate=none",
             )
-        if self.imatrix and NEEDS.get(solver) == "hessian":
+        if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
-        if recipe.folds and solver not in NEEDS:
+        if recipe.folds and not needs_of(solver):
             raise UsageError(
                 f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
             )
@@ -76,7 +73,7 @@ class Importance:
                 "--imatrix has less than quantize.fold and quantize.permute need",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and not measures and self.imatrix:
+        if not needs_of(solver) and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or measures or self.save is not None
         if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
@@ -101,7 +98,7 @@ def imatrix_format() -> Format:
 
 def texts_of(recipe: Recipe) -> list[Path]:
     """The recipe's own calibration files."""
-    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
+    return [Path(text) for text in recipe.calibration.texts if text != BUILTIN]
 
 
 class CalibrationStep:
@@ -141,7 +138,7 @@ class CalibrationStep:
         if self._importance.imatrix:
             return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
         mask = MASK_NEEDS.get(method_of(plan.settings) or "")
-        wanted = solver in NEEDS or mask is not None
+        wanted = needs_of(solver) or mask is not None
         return self._calibrate(source, hessian=mask == "hessian") if wanted else None
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
@@ -168,7 +165,7 @@ class CalibrationStep:
     def propagates(self) -> bool:
         """Whether each block is solved with what the quantized blocks before it produce."""
         recipe = self.job.recipe
-        wanted = recipe.solver in NEEDS and recipe.calibration["propagate"] == "quantized"
+        wanted = bool(needs_of(recipe.solver)) and recipe.calibration.propagate == "quantized"
         return wanted and not self._importance.imatrix
 
     def windows(self) -> Sequence[Sequence[int]]:
@@ -186,7 +183,7 @@ class CalibrationStep:
         if self._importance.imatrix:
             name = self._importance.imatrix.name
             return [f"Codes chosen by {solver}, with the importance in {name}"]
-        if solver not in NEEDS:
+        if not needs_of(solver):
             return []
         seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
         through = " through the quantized blocks before each" if self.propagates else ""
@@ -213,7 +210,7 @@ class CalibrationStep:
     def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
         """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
         recipe = self.job.recipe
-        wanted = hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian"
+        wanted = hessian or recipe.folds or needs_of(recipe.solver) == "hessian"
         return self._collect(source, self._texts, hessian=wanted)
 
     def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
@@ -232,9 +229,9 @@ def read_texts(job: Job) -> CalibrationSet:
     """
     settings = job.recipe.calibration
     return CalibrationSet.load(
-        settings["texts"],
+        settings.texts,
         Tokenizer(job.checkpoint.path),
-        tokens=settings["tokens"],
-        sequence_length=min(settings["sequence_length"], job.config.max_context),
-        seed=settings["seed"],
+        tokens=settings.tokens,
+        sequence_length=min(settings.sequence_length, job.config.max_context),
+        seed=settings.seed,
     )

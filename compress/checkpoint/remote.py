@@ -18,7 +18,7 @@ from compress.checkpoint.hub import PICKLES, SAFETENSORS, SMALL_FILES
 from compress.decoder.config_json import read_json
 from compress.decoder.families import find_family
 from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
-from compress.files import taking_turns
+from compress.files import file_lock, write_whole
 
 SUMS = "SHA256SUMS"
 INDEX = ".fetched.json"  # name → tag of the copy that is here
@@ -93,7 +93,7 @@ def fetch(url: str, cache: Path) -> Path:
     folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with taking_turns(folder.parent / ".lock"):
+        with file_lock(folder.parent / ".lock"):
             found = listing(fs, root)
             if "config.json" not in found:
                 raise CheckpointError(f"{url} has no config.json", hint="the URL of a checkpoint")
@@ -146,8 +146,7 @@ def copy(fs: Any, found: dict[str, Any], patterns: tuple[str, ...], folder: Path
         fs.get_file(found[name]["name"], str(partial))
         partial.replace(folder / name)
         index[name] = tag
-        index_path.with_suffix(".partial").write_text(json.dumps(index), encoding="utf-8")
-        index_path.with_suffix(".partial").replace(index_path)
+        write_whole(index_path, json.dumps(index))
     for stale in set(index) - set(found):  # a checkpoint that has been stored in other shards
         (folder / stale).unlink(missing_ok=True)
     return len(names)

@@ -64,8 +64,10 @@ def hub_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in ("revision", "token", "cache_dir")}
 
 
-def ci_of(options: Mapping[str, Any]) -> CiFiles:
-    """What ``ci_options`` were given."""
+def ci_of(options: Mapping[str, Any]) -> CiFiles | None:
+    """What ``ci_options`` were given; None for none of them."""
+    if not (options["junit"] or options["summary"]):
+        return None
     from compress.report.ci import CiFiles
 
     return CiFiles(options["junit"], options["summary"])

@@ -7,17 +7,13 @@ Runtimes that check an artifact take what they take, in processes of their own.
 
 from __future__ import annotations
 
-from compress.calibration.statistics import input_roles
-from compress.calibration.walk import hessian_spans
 from compress.console import Console, format_bytes
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, hessian_spans, input_roles
 from compress.errors import UsageError
 from compress.formats import get_format
-from compress.machine import available_memory, limit_memory, resident_memory
+from compress.machine import available_memory, resident_memory
 from compress.plan.job import Job, looks_at_inputs, window_length
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.solvers import NEEDS
+from compress.recipe import MASK_NEEDS, method_of, needs_of
 
 __all__ = ["check_memory", "smallest_memory"]
 
@@ -36,7 +32,7 @@ def check_memory(
     writes: bool = True,
     measures: bool = False,
 ) -> None:
-    """Bound this process, and refuse a bound that is too small before any work.
+    """Refuse a bound that is too small before any work.
 
     Args:
         job: what will be done.
@@ -49,7 +45,6 @@ def check_memory(
     Raises:
         UsageError: a limit that the largest piece of the work does not fit in.
     """
-    limit_memory(limit)
     needed = smallest_memory(job, verify=verify, writes=writes, measures=measures)
     if limit is not None and limit < needed:
         raise UsageError(
@@ -71,11 +66,11 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
         alone = max(get_format(plan.format).writing_memory(plan) for plan in job.plans)
         needs.append(alone + WAITING * (len(job.plans) - 1))
     if writes and (measures or looks_at_inputs(recipe)):
-        length = min(recipe.calibration["sequence_length"], config.max_context)
+        length = min(recipe.calibration.sequence_length, config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
-        hessian = NEEDS.get(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
+        hessian = needs_of(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
         held = hessian_bytes(config) if hessian else 0
-        if recipe.calibration["propagate"] == "quantized" and recipe.solver in NEEDS:
+        if recipe.calibration.propagate == "quantized" and needs_of(recipe.solver):
             held = 2 * hessian_bytes(config) + block_bytes(config) // 2  # drifts, codes
         solving = COPIES * widest_matrix(config) if hessian else 0
         block = block_bytes(config) + activations(config, length)

@@ -33,7 +33,7 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED
 from compress.decoder.decoder import Block, Decoder, RopeTable
 from compress.errors import UsageError
-from compress.pruning.cut import Healing
+from compress.plan.cut import Healing
 from compress.pruning.pruned import Healed
 
 __all__ = ["Adam", "heal"]

@@ -12,9 +12,7 @@ from compress.grids.sparse import Pattern, pattern_of
 from compress.plan.shapes import Plan
 from compress.recipe import Recipe
 
-__all__ = ["METHOD", "check_zeros", "method_of", "pattern_for", "plan_zeros"]
-
-METHOD = "sparsegpt"  # where the recipe names none
+__all__ = ["check_zeros", "pattern_for", "plan_zeros"]
 
 
 def pattern_for(settings: Mapping[str, Any]) -> Pattern | None:
@@ -24,11 +22,6 @@ def pattern_for(settings: Mapping[str, Any]) -> Pattern | None:
         GridError: a sparsity that is none.
     """
     return pattern_of(settings.get("sparsity", "none"))
-
-
-def method_of(settings: Mapping[str, Any]) -> str | None:
-    """How the zeros of a target are chosen; None where there are none."""
-    return settings.get("sparsity_method", METHOD) if pattern_for(settings) else None
 
 
 def check_zeros(target: str, recipe: Recipe) -> None:

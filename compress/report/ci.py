@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
-from compress.output.folder import real_path
+from compress.files import real_path
 from compress.report.junit import junit_xml
 from compress.report.summary import markdown_summary
 

@@ -27,12 +27,13 @@ from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, Float32
 from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
+from compress.grids.palette import Palette
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
+from compress.solvers import scale_search
 from compress.solvers.folding import Fold, Folded, columns_of, uses
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from compress.solvers.hessian import factors_of, output_errors
-from compress.solvers.scale_search import scale_search
 
 __all__ = ["Found", "search"]
 
@@ -183,7 +184,7 @@ class Estimate:
         ]
         self._full = replace(stats, held_back=None)
         self._diagonal = None
-        if NEEDS[trial.solver] == "hessian":
+        if needs_of(trial.solver) == "hessian":
             self._diagonal = left_over(stats, self._weights[0][1])
         variances = stats.importance if self._diagonal is None else self._diagonal
         largest = np.max([np.abs(weight).max(axis=0) for weight, _ in self._weights], axis=0)
@@ -229,7 +230,7 @@ def propose_order(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | No
     if len(trial.stats(site).hessian or ()) > 1:
         return None
     folded = Folded(trial.source, {site: known})
-    if any(getattr(grid, "group_rows", 0) for _, grid in entries):
+    if any(isinstance(grid, Palette) and grid.rows for _, grid in entries):
         stem = site.removesuffix(role)
         makers = [made for made, use in uses(config).items() if use == role]
         rows = [folded.read(f"{stem}{maker}.weight") for maker in makers]

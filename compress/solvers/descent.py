@@ -18,9 +18,9 @@ import numpy as np
 
 from compress.calibration.statistics import LayerStats
 from compress.grids import Array, Float32
-from compress.solvers.fits import Spans, Whole
+from compress.solvers.gptq_kernels import PIECE, round_piece
 from compress.solvers.hessian import factor_in_place
-from compress.solvers.rounding import PIECE, round_piece
+from compress.solvers.parameters import Spans, Whole
 
 __all__ = ["descend"]
 

@@ -27,15 +27,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.calibration.statistics import (
-    LayerStats,
-    Statistics,
-    input_names,
-    input_of,
-    input_roles,
-)
+from compress.calibration.statistics import LayerStats, Statistics, input_names, input_of
 from compress.checkpoint.sources import Around, Source
-from compress.decoder.config import FUSED, DecoderConfig, Float32, split_name
+from compress.decoder.config import FUSED, DecoderConfig, Float32, input_roles, split_name
 
 __all__ = ["Fold", "Folded", "columns_of", "fold_statistics", "fold_stats"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics, input_of, input_roles
+from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.config import DecoderConfig, Float32, WeightMap, input_roles
 from compress.decoder.decoder import Block, Decoder, as_tensor, reader
 from compress.errors import UsageError
 from compress.grids import Grid
@@ -215,7 +215,7 @@ def some_rows(source: Source, name: str, grid: Grid, sample: int) -> Float32:
         float32, the shape of the weight except for the rows.
     """
     rows = WeightMap(source.config).shape(name)[0]
-    run = math.lcm(RUN, getattr(grid, "group_rows", 0) or 1)
+    run = math.lcm(RUN, grid.group_rows or 1)
     if rows <= sample or rows % run:
         return source.read(name)
     starts = np.linspace(0, rows // run - 1, max(1, sample // run)).round().astype(int) * run

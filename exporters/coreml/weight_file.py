@@ -102,7 +102,7 @@ def pack_bits(values: Array, bits: int) -> Array:
     if bits >= 8:
         return raw
     if bits == 4 and raw.size % 2 == 0:
-        from compress.grids.nibbles import join_pairs  # compiles: not before it is needed
+        from compress.grids.lanes import join_pairs  # compiles: not before it is needed
 
         return join_pairs(raw)
     fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")

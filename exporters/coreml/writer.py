@@ -19,11 +19,12 @@ import json
 import logging
 import math
 import sys
+import threading
 import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
+from compress.machine import change_setting, is_own_process
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreml.constants import Constants, constant_name, stored
@@ -47,6 +49,10 @@ AUTHOR = "com.apple.CoreML"
 MODEL_FILE = "model.mlmodel"
 WEIGHTS_FOLDER = "weights"
 WEIGHT_FILE = "weight.bin"
+
+# The filters of warnings are one list for all threads, and so is coremltools' stack of the blocks
+# that are being built.
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Writer:
@@ -139,9 +145,10 @@ def make_model(
 
     Small ones stand in it; they are zeros where ``weights`` is a source.
     """
-    program = build_program(tools, weights.config, plan.settings["context"], constants)
     values = weights if isinstance(weights, Weights) else None
-    model = tools.export(program, constants, layout, values)
+    with ONE_AT_A_TIME:
+        program = build_program(tools, weights.config, plan.settings["context"], constants)
+        model = tools.export(program, constants, layout, values)
     add_metadata(model, plan, weights)
     return model
 
@@ -240,8 +247,8 @@ def absent(*packages: str) -> Iterator[None]:
 
     coremltools imports every framework that it could convert from, if it finds it. Nothing is
     converted here, and torch and transformers would be 1.6 CPU seconds and 160 MB of every build.
-    The price: a script that writes a package with packlight, and imports torch only then, cannot
-    convert torch models by coremltools in the same process.
+    The price: whoever imports torch only then cannot convert torch models by coremltools in the
+    same process, so this is for processes that are packlight's alone.
     """
     hidden: dict[str, Any] = {name: None for name in packages if name not in sys.modules}
     sys.modules.update(hidden)  # None makes an import fail: docs.python.org, "The module cache"
@@ -262,11 +269,12 @@ class CoreMLTools:
 
     def __init__(self) -> None:
         # It warns of a torch that it was not tested with; nothing of torch is converted here.
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
+        logger = logging.getLogger("coremltools")
+        change_setting("coremltools' log", lambda: logger.level, logger.setLevel, logging.ERROR)
         try:
-            with warnings.catch_warnings():
+            with ONE_AT_A_TIME, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with absent("torch", "transformers"):
+                with absent("torch", "transformers") if is_own_process() else nullcontext():
                     import coremltools
         except ImportError as error:
             raise RuntimeMissingError(

@@ -74,10 +74,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     _check_group_size(config, chosen["group_size"])
     entries = tuple(_entries(config, chosen, choices))
     if choices:  # the graph's name tells the bits of its linears
-        linears = [
-            e.grid for e in entries if candidates(e, chosen) and e.name != "embed_tokens.weight"
-        ]
-        chosen["bits"] = 4 if any(grid.startswith("int4") for grid in linears) else 8
+        matrices = [e for e in entries if e.name != "embed_tokens.weight"]
+        linears = [e.grid for e in matrices if candidates(e, chosen)]
+        chosen["bits"] = 4 if any(get_grid(grid).bits == 4 for grid in linears) else 8
     return Plan(
         format="onnx",
         type_name=mix_name(entries, config) if choices else _grid_name(chosen, chosen["bits"]),
@@ -134,7 +133,7 @@ def candidates(
     grids = [
         grid
         for grid in wanted or (*CHOICES, "F16")
-        if (embedding if grid == "F16" else entry.shape[1] % get_group(grid) == 0)
+        if (embedding if grid == "F16" else entry.shape[1] % get_grid(grid).group_size == 0)
     ]
     sizes = {grid: layout_bytes(replace(entry, grid=grid)) for grid in grids}
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
@@ -148,14 +147,9 @@ def checked(name: str, grid: str, columns: int) -> str:
     """
     if grid not in GRIDS or (grid == "F16" and name != "embed_tokens.weight"):
         raise GridError(f"{name}: onnxruntime has no {grid} for it", hint=", ".join(CHOICES))
-    if grid != "F16" and columns % get_group(grid):
+    if grid != "F16" and columns % get_grid(grid).group_size:
         raise GridError(f"{name}: {grid} does not divide rows of {columns}")
     return grid
-
-
-def get_group(grid: str) -> int:
-    """``int4-g32-asym`` → 32."""
-    return int(grid.split("-")[1].removeprefix("g"))
 
 
 def layout_bytes(entry: PlanEntry) -> int:

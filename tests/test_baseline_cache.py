@@ -15,10 +15,9 @@ import tiny
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer, eval_windows
-from compress.files import taking_turns
+from compress.files import file_lock
 from compress.plan.job import describe_model
-from compress.verify.baseline import BaselineStore
-from compress.verify.kept import KeptBaseline
+from compress.verify.baseline import BaselineCache, BaselineStore
 from compress.verify.resources import Speed
 from compress.verify.scorer import read_text
 
@@ -34,17 +33,17 @@ def written(folder):
     return BaselineStore.write(folder, WINDOWS, logits)
 
 
-def test_kept_and_borrowed(tmp_path):
+def test_saved_and_loaded(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     store = written(first)
-    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     second.mkdir()
-    assert kept.borrow(second) is None
-    kept.keep(first, SPEED)
-    kept.keep(first, None)  # another was faster
+    assert cache.load(second) is None
+    cache.save(first, SPEED)
+    cache.save(first, None)  # another was faster
     for path in first.iterdir():
         path.unlink()
-    found = kept.borrow(second)
+    found = cache.load(second)
     assert found is not None
     again, speed = found
     assert speed == SPEED
@@ -55,7 +54,7 @@ def test_kept_and_borrowed(tmp_path):
 
 def test_another_model_text_or_runtime_has_answers_of_its_own(tmp_path):
     keys = {
-        KeptBaseline.of(tmp_path, model, windows, runtime).key
+        BaselineCache.of(tmp_path, model, windows, runtime).key
         for model in ("a", "b")
         for windows in (WINDOWS, WINDOWS[:1])
         for runtime in ("torch, 1 threads", "torch, 2 threads")
@@ -63,33 +62,33 @@ def test_another_model_text_or_runtime_has_answers_of_its_own(tmp_path):
     assert len(keys) == 8
 
 
-def test_what_is_damaged_is_not_borrowed(tmp_path):
+def test_what_is_damaged_is_not_loaded(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     written(first)
     second.mkdir()
-    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
-    kept.keep(first, None)
-    (tmp_path / "kept" / kept.key / "baseline.npz").write_bytes(b"")
-    assert kept.borrow(second) is None
-    (tmp_path / "kept" / kept.key / "facts.json").write_text("{")
-    assert kept.borrow(second) is None
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    cache.save(first, None)
+    (tmp_path / "kept" / cache.key / "baseline.npz").write_bytes(b"")
+    assert cache.load(second) is None
+    (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
+    assert cache.load(second) is None
 
 
 def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
-    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     together, computed = Barrier(6), []
 
     def build(number):
         work = tmp_path / f"work{number}"
         work.mkdir()
         together.wait()
-        with kept.in_turn(work) as found:
+        with cache.found(work) as found:
             if found:
                 return found
             computed.append(number)
             time.sleep(0.05)  # so that the others are there
             store = written(work)
-            kept.keep(work, SPEED)
+            cache.save(work, SPEED)
             return store, SPEED
 
     with ThreadPoolExecutor(6) as pool:
@@ -97,18 +96,18 @@ def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
     assert len(computed) == 1
     assert len({(store.folder, store.nll.tobytes(), speed) for store, speed in answers}) == 6
     assert len({store.nll.tobytes() for store, _ in answers}) == 1
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.key]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [cache.key]
 
 
 def test_what_is_damaged_is_computed_once_again(tmp_path):
-    kept = KeptBaseline.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     written(tmp_path / "first")
-    kept.keep(tmp_path / "first", None)
-    (tmp_path / "kept" / kept.key / "facts.json").write_text("{")
-    with kept.in_turn(tmp_path / "first") as found:
+    cache.save(tmp_path / "first", None)
+    (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
+    with cache.found(tmp_path / "first") as found:
         assert found is None
-        kept.keep(tmp_path / "first", SPEED)
-    with kept.in_turn(tmp_path / "first") as found:
+        cache.save(tmp_path / "first", SPEED)
+    with cache.found(tmp_path / "first") as found:
         assert found is not None and found[1] == SPEED
 
 
@@ -122,13 +121,13 @@ def test_one_of_two_builds_scores_the_float_model(tmp_path):
     checkpoint = Checkpoint.open(str(model))
     windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)
     asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads"
-    kept = KeptBaseline.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
+    cache = BaselineCache.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
     line = [sys.executable, "-m", "compress", "build", model, "-r", "int4-fast", "--threads", "1"]
     line += ["--set", "verify.windows=2", "--set", "verify.sequence_length=64", "-f", "gguf"]
-    line += ["--keep-baseline", kept.folder]
+    line += ["--keep-baseline", cache.folder]
     files = [tmp_path / "first", tmp_path / "second"]
-    kept.folder.mkdir()
-    with taking_turns(kept.folder / f"{kept.key}.lock"):
+    cache.folder.mkdir()
+    with file_lock(cache.folder / f"{cache.key}.lock"):
         builds = [
             subprocess.Popen(
                 [*line, "--progress-file", file, "-o", f"{file}-out"],
@@ -150,4 +149,4 @@ def test_one_of_two_builds_scores_the_float_model(tmp_path):
         for file in files
     )
     assert first == second and first["perplexity"] > 1
-    assert [path.name for path in kept.folder.iterdir()] == [kept.key]
+    assert [path.name for path in cache.folder.iterdir()] == [cache.key]

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics, stored_block
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.walk import Boundary, walk_beside
 from compress.checkpoint.sources import Source
-from compress.decoder.config import FUSED, split_name
+from compress.decoder.config import FUSED, split_name, stored_block
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.machine import in_threads, one_thread
 from compress.plan.ledger import Ledger
@@ -56,7 +56,7 @@ class PropagatedWeights(Weights):
     Args:
         source: the weights.
         plan: the grid of every tensor.
-        solver: one of ``compress.solvers.NEEDS``.
+        solver: one that needs statistics (``compress.recipe.needs_of``).
         windows: token ids to calibrate on, all of the same length.
         work: folder for hidden states beyond ``calibration.walk.states_limit``; stays until the
             last tensor was asked for.
@@ -173,8 +173,8 @@ class PropagatedWeights(Weights):
     def _decoded_by_slabs(self, entry: PlanEntry) -> Float32:
         """The embedding; no calibrated solver has statistics of what it multiplies."""
         rows, columns = entry.shape
-        step = rows if entry.grid.endswith("-tensor") else max(SLAB // columns // 256, 1) * 256
         grid = get_grid(entry.grid)
+        step = max(SLAB // columns // 256, 1) * 256 if grid.group_rows else rows
         decoded = np.empty((rows, columns), np.float32)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))

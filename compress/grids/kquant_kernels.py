@@ -1,6 +1,24 @@
-"""The fit of the GGUF block grids without a minimum: Q4_0, Q5_0, Q8_0, IQ4_NL, IQ4_XS, Q3_K, Q6_K.
+"""Kernels of the GGUF block grids: nearest codes, tiles, and the fit without a minimum (Q4_0, Q5_0,
+Q8_0, IQ4_NL, IQ4_XS, Q3_K, Q6_K). The fit with one is in ``kquant_affine.py``.
 
-See ``kquant_tiles.py`` for how a fit goes.
+Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. What belongs to a sub-block
+(``t``) or a block (``b``) lies in one flat array, LANES numbers for each quantity, whose places are
+constants: so LLVM knows that no two of them overlap, and every loop over the lanes becomes SIMD.
+The two families, with a minimum and without, are built alike.
+
+Two primitives carry everything: ``sums_affine`` and ``sums_symmetric`` round a sub-block at a
+given scale (and minimum) and sum up its residual ``r = x - decoded``. Both the error and the
+least-squares correction of scale and minimum follow from those sums. A *search* takes them at
+several scales and keeps the best after correction. A *refit* takes them at the parameters as the
+file would store them, corrects, rounds to what the file can store, and keeps the best.
+
+Squared errors are weighted by ``importance * (x² + spread * mean(x²)) ** (power / 2)``: a large
+weight matters more than its own size tells. llama.cpp's weights are special cases of power 1 and
+2; power 0 is the plain error.
+
+Sub-blocks hang below their block: ``scale = unit[0] * whole[0]``, ``minimum = unit[1] * whole[1]``
+where the units are float16 and ``whole`` are integers up to ``limit`` (K-quants), or all ones
+(``limit`` 0: the block is its only sub-block).
 """
 
 # mypy: allow-untyped-defs
@@ -9,8 +27,124 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, UNIT, UNIT_ROWS, choose_unit, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
+
+# Below a quarter of the smallest step that any GGUF block can express (an f16 scale of 2**-24) a
+# weight decodes to zero in any case, and as zero it cannot underflow in the sums.
+TINY = f4(2.0**-26)
+NEARLY_ZERO = f4(1e-30)
+# Part of a sum of squares below which two errors are equal but for rounding.
+EQUAL = f4(3e-7)
+
+
+@kernel
+def load(weight, importance, row_squares, row, column, n, power, spread, run, x, w):
+    """A transposed tile of weights and the weights of their errors; missing rows are zeros.
+
+    ``mean(x²)`` is taken over ``run`` columns; with run 0 it is the row's, ``row_squares``.
+    """
+    for lane in range(LANES):
+        if row + lane < weight.shape[0]:
+            values = weight[row + lane, column : column + n]
+            for i in range(n):
+                x[i, lane] = values[i] if abs(values[i]) > TINY else f4(0.0)
+        else:
+            x[:, lane] = f4(0.0)
+    if power == 0:
+        for i in range(n):
+            w[i] = importance[column + i]
+        return
+    mean = np.zeros(LANES, dtype=np.float32)
+    for lane in range(min(LANES, len(row_squares) - row)):
+        mean[lane] = spread * row_squares[row + lane]
+    length = run if run else n
+    for start in range(0, n, length):
+        if run:
+            mean[:] = f4(0.0)
+            for i in range(start, start + length):
+                for lane in range(LANES):
+                    mean[lane] += x[i, lane] * x[i, lane] * (spread / f4(length))
+        for i in range(start, start + length):
+            for lane in range(LANES):
+                square = x[i, lane] * x[i, lane] + mean[lane]
+                w[i, lane] = importance[column + i] * (np.sqrt(square) if power == 1 else square)
+
+
+@kernel
+def keep(value, error, least, kept):
+    """``kept = value`` in the lanes whose error is below the least so far."""
+    for lane in range(LANES):
+        kept[lane] = value[lane] if error[lane] < least[lane] else kept[lane]
+
+
+# Rows of a block's work array that ``choose_unit`` has to itself, LANES numbers each.
+UNIT, UNIT_PEAK, UNIT_BEST, UNIT_MISS, UNIT_ROWS = range(0, 5 * LANES, LANES)
+
+
+@kernel
+def choose_unit(s, wish, cost, level, least, most, tries, b):
+    """``UNIT`` of a block, whose multiples least..most come nearest to its sub-blocks' wishes, each
+    difference weighted by what it costs: rows ``wish`` and ``cost`` of ``s[sub-block]``.
+
+    Tries put the wish of largest magnitude on ``level``, then on levels nearer to zero.
+    """
+    for lane in range(LANES):
+        b[UNIT_PEAK + lane] = f4(0.0)
+        b[UNIT_BEST + lane] = WORST
+    for j in range(len(s)):
+        wishes = s[j, wish : wish + LANES]
+        for lane in range(LANES):
+            larger = abs(wishes[lane]) > abs(b[UNIT_PEAK + lane])
+            b[UNIT_PEAK + lane] = wishes[lane] if larger else b[UNIT_PEAK + lane]
+    for _ in range(tries):
+        inverse = f4(1.0) / level
+        for lane in range(LANES):
+            b[UNIT_MISS + lane] = f4(0.0)
+        for j in range(len(s)):
+            wishes, costs = s[j, wish : wish + LANES], s[j, cost : cost + LANES]
+            for lane in range(LANES):
+                d = b[UNIT_PEAK + lane] * inverse
+                nearest = np.floor(wishes[lane] * inverse_of(d) + f4(0.5))
+                miss = min(max(nearest, least), most) * d - wishes[lane]
+                b[UNIT_MISS + lane] += costs[lane] * miss * miss
+        for lane in range(LANES):
+            better = b[UNIT_MISS + lane] < b[UNIT_BEST + lane]
+            b[UNIT_BEST + lane] = b[UNIT_MISS + lane] if better else b[UNIT_BEST + lane]
+            b[UNIT + lane] = b[UNIT_PEAK + lane] * inverse if better else b[UNIT + lane]
+        level += f4(1.0) if level < f4(0.0) else f4(-1.0)
+
+
+@kernel
+def encode_linear(weight, scale, minimum, n, zero, top, begin, end, codes):
+    """Nearest codes 0..top of ``scale * (code - zero) - minimum``, rows begin..end; zero where
+    the scale is zero. ``scale`` and ``minimum``: float32 ``[rows, columns / n]``."""
+    for row in range(begin, end):
+        for block in range(scale.shape[1]):
+            step, low = scale[row, block], minimum[row, block]
+            inverse = f4(1.0) / step if step != f4(0.0) else f4(0.0)
+            values = weight[row, block * n : block * n + n]
+            out = codes[row, block * n : block * n + n]
+            for i in range(n):
+                v = (values[i] + low) * inverse + (zero + f4(0.5))
+                out[i] = np.uint8(np.int32(min(max(v, f4(0.0)), top)))
+
+
+@kernel
+def encode_levels(weight, scale, cells, n, begin, end, codes):
+    """Nearest codes of ``scale * level[code]``, where ``cells[floor(2 v) + 256]`` is the code of
+    the level nearest to v; rows begin..end."""
+    for row in range(begin, end):
+        for block in range(scale.shape[1]):
+            step = scale[row, block]
+            inverse = f4(2.0) / step if step != f4(0.0) else f4(0.0)
+            values = weight[row, block * n : block * n + n]
+            out = codes[row, block * n : block * n + n]
+            for i in range(n):
+                cell = min(max(np.floor(values[i] * inverse + f4(256.0)), f4(0.0)), f4(511.0))
+                out[i] = cells[np.uint32(np.int32(cell))]
+
+
+# --- the fit without a minimum ---------------------------------------------------------------
 
 # Rows of a sub-block's work array, LANES numbers each.
 WQQ, WQR, WRR, INVERSE, LEVEL = range(0, 5 * LANES, LANES)

@@ -7,14 +7,17 @@ of heads. So the pruned model is an ordinary model of its family.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.plan.shapes import Plan
+
+if TYPE_CHECKING:
+    from compress.recipe.model import Prune
 
 __all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 
@@ -72,35 +75,30 @@ class Cut:
         return f"{self.dropped} of {self.total} {WHAT[self.method]}{where}"
 
 
-def plan_cut(
-    config: DecoderConfig, settings: Mapping[str, Any], plans: Iterable[Plan] = ()
-) -> Cut | None:
+def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] = ()) -> Cut | None:
     """What the recipe's ``prune`` leaves of a model; None where it prunes nothing.
 
     Args:
         config: the float model.
-        settings: ``method`` and one amount: ``ratio`` of any, ``blocks`` to drop (depth), ``width``
-            to keep (ffn), ``kv_heads`` to keep (heads); ``update``; ``heal``.
+        prune: the method and one amount, ``update`` and ``heal``; None for nothing.
         plans: of the float model, for the multiples of channels that its formats like.
 
     Raises:
         UsageError: nothing would go, or nothing would stay, or the width fits no format.
         UnsupportedModelError: heads of a model whose shape could not be told.
     """
-    method = settings.get("method", "none")
-    if method == "none":
+    if prune is None or prune.method == "none":
         return None
-    update = bool(settings.get("update", True))
-    healing = Healing(**settings["heal"]) if "heal" in settings else None
-    ratio = settings.get("ratio")
+    method, ratio, update = prune.method, prune.ratio, prune.update
+    healing = Healing(prune.heal.minutes, prune.heal.steps) if prune.heal else None
     if method == "depth":
         total = config.num_hidden_layers // config.block_repeat
-        kept = total - (settings["blocks"] if ratio is None else round(ratio * total))
+        kept = total - ((prune.blocks or 0) if ratio is None else round(ratio * total))
         check(kept, total, "depth", f"1 to {total - 1} blocks can go")
         return Cut(method, total, kept, with_layers(config, kept), update, healing)
     if method == "ffn":
         total, step = config.intermediate_size, width_step(config, plans)
-        kept = settings["width"] if ratio is None else step * round((1 - ratio) * total / step)
+        kept = (prune.width or 0) if ratio is None else step * round((1 - ratio) * total / step)
         below = (total - 1) // step * step
         check(kept, total, "ffn", f"widths are multiples of {step}, at most {below} here")
         if kept % step:
@@ -118,7 +116,7 @@ def plan_cut(
             hint="--prune depth:10% or ffn:10%",
         )
     total = config.num_key_value_heads
-    kept = settings["kv_heads"] if ratio is None else round((1 - ratio) * total)
+    kept = (prune.kv_heads or 0) if ratio is None else round((1 - ratio) * total)
     check(kept, total, "heads", f"1 to {total - 1} of its {total} key-value heads can stay")
     group = config.num_attention_heads // total
     shrunk = with_sizes(
