@@ -112,8 +112,8 @@ class State:
 
     def ended(self, name: str, fingerprint: str) -> Record:
         """The record of a job that has made its folder, by its report."""
-        if told := refusals(self.report(name)):
-            return Record(fingerprint, "error", "; ".join(told), REFUSED_HINT, refused=True)
+        if refused := refusals(self.report(name)):
+            return Record(fingerprint, "error", "; ".join(refused), REFUSED_HINT, refused=True)
         return Record(fingerprint, self.verdict(name))
 
     def write(self, name: str, record: Record) -> None:
@@ -179,7 +179,7 @@ def stamp(folder: Path) -> int:
 
 def refusals(report: Mapping[str, Any]) -> list[str]:
     """What became of the artifacts of a report that their runtimes refused."""
-    return [told for artifact in report.get("artifacts", ()) if (told := refusal(artifact))]
+    return [why for artifact in report.get("artifacts", ()) if (why := refusal(artifact))]
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
-from compress.plan.shapes import Plan
+from compress.plan.shapes import Plan, bits_per_weight
 from compress.recipe import needs_of
 
 __all__ = ["plan_document", "print_plan"]
@@ -50,7 +50,7 @@ def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
-        "bits_per_weight": round(plan.weights_bytes * 8 / job.config.num_parameters, 4),
+        "bits_per_weight": round(bits_per_weight(plan.weights_bytes, job.config.num_parameters), 4),
         **({} if expected is None else {"expected_kl_divergence": float(f"{expected:.4g}")}),
         **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
@@ -82,7 +82,7 @@ def print_plan(job: Job, console: Console) -> None:
         for entry in plan.entries:
             counts[entry.grid] = counts.get(entry.grid, 0) + 1
         grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
-        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
+        bits = f"{bits_per_weight(plan.weights_bytes, parameters):.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
     if needs_of(job.recipe.solver):
@@ -92,8 +92,7 @@ def print_plan(job: Job, console: Console) -> None:
     else:
         console.data(f"solver: {job.recipe.solver}")
     if job.recipe.folds:
-        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
-        console.data(f"channels: {' and '.join(ways)} where that measures better")
+        console.data(f"channels: rescaled ({job.recipe.fold}) where that measures better")
     for plan in job.plans:
         for note in plan.notes:
             console.data(f"note ({plan.format}): {note}")

@@ -14,6 +14,7 @@ import yaml
 
 from compress.console import format_bytes
 from compress.formats import get_format
+from compress.plan.shapes import bits_per_weight
 from compress.report.markdown import fenced, pipe_table, sentence
 from compress.report.report import artifact_label, decimals
 
@@ -112,7 +113,7 @@ def table(report: Json) -> str:
             f"float, {sentence(base['dtype'])}",
             "–",
             size(base["bytes"]),
-            f"{base['bytes'] * 8 / base['parameters']:.3f}",
+            f"{bits_per_weight(base['bytes'], base['parameters']):.3f}",
             figure(base["perplexity"], base["perplexity_se"]),
             *["–"] * 3,
             figure(base["decode_tokens_per_second"]),

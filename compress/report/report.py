@@ -20,7 +20,7 @@ from compress import __version__
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import PacklightError
 from compress.formats import get_format
-from compress.plan.shapes import Artifact, PlanEntry
+from compress.plan.shapes import Artifact, PlanEntry, bits_per_weight
 from compress.verify import Outcome, Verified
 from compress.verify.gates import Limit, judge
 from compress.verify.generate import Generation
@@ -174,7 +174,7 @@ def describe_artifact(
         "path": artifact.path.relative_to(base).as_posix(),
         "bytes": artifact.nbytes,
         "weights_bytes": artifact.weights_bytes,
-        "bits_per_weight": artifact.nbytes * 8 / parameters,
+        "bits_per_weight": bits_per_weight(artifact.nbytes, parameters),
         "kv_cache_bytes_per_token": artifact.kv_cache_bytes_per_token,
         "kv_cache_bytes": artifact.kv_cache_bytes_per_token * context,
         "max_context": artifact.plan.max_context or None,
@@ -348,7 +348,7 @@ def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
         "grid": entry.grid,
         "shape": list(entry.shape),
         "bytes": entry.nbytes,
-        "bits_per_weight": entry.nbytes * 8 / math.prod(entry.shape),
+        "bits_per_weight": bits_per_weight(entry.nbytes, math.prod(entry.shape)),
         "note": entry.note,
     }
 
