@@ -155,10 +155,10 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
         artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, calibration)
+        inputs = prepare_target(made, job, calibration, Console())
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
-            weights = target_weights(made, inputs, calibration, Path(work), ledger)
+            weights = target_weights(made, job, inputs, calibration, Path(work), ledger)
             artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
 

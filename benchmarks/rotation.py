@@ -51,7 +51,7 @@ def build(job: Job, folder: Path, console: Console) -> Artifact:
     """Written with the statistics of its own source."""
     folder.mkdir()
     calibration = CalibrationStep(job, Importance(), console, threads=1)
-    (artifact,) = write_artifacts(calibration, folder, console)
+    (artifact,) = write_artifacts(job, calibration, folder, console)
     return artifact
 
 

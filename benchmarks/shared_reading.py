@@ -27,7 +27,6 @@ import numpy as np
 
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
-from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import TensorInfo
 from compress.console import Console, parse_bytes
@@ -63,9 +62,8 @@ def drop(info: TensorInfo) -> None:
 def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
     """The artifacts of some targets."""
     job = prepare(checkpoint, load("int4-fast", (), formats))
-    step = CalibrationStep(job, Importance(), Console())
     (folder / "work").mkdir(parents=True)
-    write_artifacts(step, folder / "work", Console())
+    write_artifacts(job, None, folder / "work", Console())
 
 
 def read_all(checkpoint: Checkpoint) -> None:

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import tiny
 from commands import packlight
-from compress.allocation.chosen import Chosen
 
 from compress.batch.predict import predict, share_threads
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.plan.job import prepare
+from compress.plan.job import Job, prepare
 from compress.plan.memory import smallest_memory
 from compress.recipe import load
 
@@ -22,8 +21,8 @@ def model(tmp_path_factory):
     return Checkpoint.open(tiny.make("phi3", tmp_path_factory.mktemp("phi3")))
 
 
-def job(model: Checkpoint, recipe: str, *formats: str) -> Chosen:
-    return Chosen(prepare(model, load(recipe, (), formats)))
+def job(model: Checkpoint, recipe: str, *formats: str) -> Job:
+    return prepare(model, load(recipe, (), formats))
 
 
 def test_memory_covers_the_build_and_the_process_beside_it(model):
@@ -33,8 +32,8 @@ def test_memory_covers_the_build_and_the_process_beside_it(model):
     found = predict(planned, verify=True, threads=1)
     assert 639e6 + 266e6 < found.memory < 1.3 * (639e6 + 266e6)
     alone = predict(planned, verify=False, threads=1)
-    assert smallest_memory(planned.job, verify=False) < alone.memory < found.memory
-    assert found.bytes == sum(plan.weights_bytes for plan in planned.job.plans)
+    assert smallest_memory(planned, verify=False) < alone.memory < found.memory
+    assert found.bytes == sum(plan.weights_bytes for plan in planned.plans)
 
 
 def test_what_asks_for_more_takes_longer(model):
@@ -49,7 +48,7 @@ def test_what_asks_for_more_takes_longer(model):
 
 
 def test_threads_are_shared(model):
-    config = job(model, "int4-fast", "gguf").job.config
+    config = job(model, "int4-fast", "gguf").config
     assert share_threads(config, 0, cpus=8, jobs=0) == 1  # small models gain nothing by more
     assert share_threads(config, 3, cpus=8, jobs=0) == 3
     assert share_threads(config, 99, cpus=8, jobs=2) == 8

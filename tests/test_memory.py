@@ -88,7 +88,8 @@ def test_what_a_package_holds_whole_counts_and_no_more(model):
 
     slabs = needed("{grid: int4-g32}")
     assert slabs < needed("{grid: lut4-tensor}")
-    assert slabs < needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
+    # Each array of a sparse matrix goes to its place at once, slab by slab.
+    assert slabs == needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
 
 
 def test_writers_that_wait_count(model):

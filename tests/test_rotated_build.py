@@ -20,6 +20,7 @@ from compress.plan.document import plan_document
 from compress.plan.job import Job, describe_model, prepare
 from compress.plan.weights import Weights
 from compress.pruning.rotation import Rotated
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.solvers import rtn
 from exporters.coreml.inspection import describe
@@ -34,7 +35,7 @@ def tied(tmp_path_factory) -> Path:
 
 def plan(model: Path, *settings: str, formats: tuple[str, ...] = ("coreml",)) -> Job:
     recipe = load("phone-4bit", [f"targets.coreml.{setting}" for setting in settings], formats)
-    return prepare(Checkpoint.open(model), recipe)
+    return prepare(Checkpoint.open(model), recipe, transforms=transforms_of(recipe))
 
 
 def test_only_the_rotated_target_has_weights_of_its_own(tied):

@@ -39,8 +39,9 @@ def made(
     """The report of a build, after its files were held against it."""
     options = {"verify": False, "threads": 1} | settings
     wanted = BuildSettings(str(model), folder, recipe, overrides=(*SHORT, *overrides), **options)
-    assert build(wanted, Console("quiet")) == 0
+    assert build(wanted, Console("quiet")).folder == folder
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    assert report["verdict"] != "failed"
     assert {a["format"] for a in report["artifacts"]} == set(load(recipe).targets)
     assert report["recipe"]["name"] == recipe
     return report

@@ -25,6 +25,7 @@ from compress.grids import Float32, Grid, Quantized
 from compress.plan.job import describe_model, prepare
 from compress.plan.shapes import Artifact, Plan, PlanEntry
 from compress.plan.weights import Weights
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 
 FORMATS = ("gguf", "onnx", "coreml")
@@ -74,11 +75,12 @@ def write(
     checkpoint: Checkpoint, folder: Path, formats: tuple[str, ...], *settings: str
 ) -> dict[str, bytes]:
     """Every file that a build of these targets writes."""
-    job = prepare(checkpoint, load("int4-fast", settings, formats))
+    recipe = load("int4-fast", settings, formats)
+    job = prepare(checkpoint, recipe, transforms=transforms_of(recipe))
     folder /= "work"
     folder.mkdir(parents=True)
     step = CalibrationStep(job, Importance(), Console(), threads=1)
-    write_artifacts(step, folder, Console())
+    write_artifacts(job, step, folder, Console())
     places = (folder / name for name in formats)  # not what --resume would go by
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
@@ -217,7 +219,7 @@ def test_each_part_goes_to_all_writers_before_the_next(source):
         if of_it == part
     ]
     for writer in writers:
-        ends = [row["end"] for row in writer.weights.ledger]
+        ends = [row["end"] for row in writer.weights.ledger.values()]
         assert len(ends) == len(writer.plan.entries)
         assert ends == sorted(ends)  # as the writers said
 
