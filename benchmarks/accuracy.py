@@ -40,6 +40,7 @@ from compress.grids import get_grid
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Solver, Weights
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load, needs_of
 from compress.solvers import get_solver
 from compress.verify import Verified
@@ -103,7 +104,8 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
         f"verify.windows={chosen.windows}",
         *chosen.set,
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, [name]))
+    recipe = load("phone-4bit", changes, [name])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def contestants(

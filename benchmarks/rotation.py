@@ -29,6 +29,7 @@ from compress.demo import model_path
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact
 from compress.pruning.rotation import KINDS
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
 
@@ -44,7 +45,8 @@ def plan(checkpoint: Checkpoint, grid: str, solver: str, kinds: str, windows: in
         f"quantize.solver={solver}",
         f"verify.windows={windows}",
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, ["coreml"]))
+    recipe = load("phone-4bit", changes, ["coreml"])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def build(job: Job, folder: Path, console: Console) -> Artifact:
