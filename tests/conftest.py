@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-import exporters  # noqa: F401 -- fills the table of formats, as the front doors do
+import exporters  # noqa: F401 -- fills the table of formats
 
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.

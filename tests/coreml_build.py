@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tiny
+import writing
 from numpy.typing import NDArray
 
 from compress.checkpoint.checkpoint import Checkpoint
@@ -19,9 +20,9 @@ from compress.decoder.config import DecoderConfig, split_name
 from compress.decoder.decoder import Decoder
 from compress.decoder.rope import Rope
 from compress.grids import Float32, get_grid
-from compress.plan.shapes import Artifact, Plan, Weights
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Weights
 from compress.solvers import rtn
-from exporters import coreml
 
 CONTEXT = 64
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-coreml-")  # gone when the process is
@@ -59,15 +60,15 @@ def write(
     path: Path,
     settings: Mapping[str, Any],
     change: Reshape = lambda plan: plan,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    written: Callable[[int], None] = lambda nbytes: None,
     folder: Path | None = None,
 ) -> Built:
     """Plan (changed, if wanted) and write into an empty folder, a new one if none is given."""
     opened = Checkpoint.open(path)
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
-    plan = change(coreml.plan(config, settings, model_name="Tiny"))
+    plan = change(writing.plan_for("coreml", config, settings, model_name="Tiny"))
     weights = Weights(Stored(opened, config), rtn)
-    artifact = coreml.write(plan, weights, folder or new_folder(), progress)
+    artifact = writing.write(plan, weights, folder or new_folder(), written)
     return Built(opened, config, plan, artifact)
 
 

@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 import tiny
+from writing import plan_for, write
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
-from compress.plan.shapes import Artifact, Weights
+from compress.plan.shapes import Artifact
+from compress.plan.weights import Weights
 from compress.solvers import rtn
 
 DEMO = Path(__file__).parents[1] / "compress" / "demo" / "model"
@@ -37,7 +38,5 @@ def build(source: Path, folder: Path, kind: str, name: str) -> Artifact:
     """Plan and write."""
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
-    plan = exporter.plan(config, {"type": kind}, model_name=name)
-    return exporter.write(
-        plan, Weights(Stored(opened, config), rtn), folder, lambda done, total: None
-    )
+    plan = plan_for("gguf", config, {"type": kind}, model_name=name)
+    return write(plan, Weights(Stored(opened, config), rtn), folder)

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import tiny
+from writing import plan_for, write
 
-import exporters.onnx
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.grids import get_grid
-from compress.plan.shapes import Artifact, Plan, Weights
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Weights
 from compress.solvers import rtn
 from exporters.onnx.planning import entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
@@ -96,11 +97,11 @@ def build(
     source = checkpoint(family, root, **(make or {}))
     config = DecoderConfig.from_hf(source.config, source.generation_config)
     weights = Weights(Stored(source, config), rtn)
-    plan = regrid(exporters.onnx.plan(config, settings), grids or {})
+    plan = regrid(plan_for("onnx", config, settings), grids or {})
     number = len(list(root.glob("onnx-*")))
     folder = root / f"onnx-{number}"
     folder.mkdir()
-    artifact = exporters.onnx.write(plan, weights, folder, lambda done, total: None)
+    artifact = write(plan, weights, folder)
     return Case(config, plan, weights, artifact)
 
 

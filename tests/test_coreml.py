@@ -16,11 +16,11 @@ import tiny
 from coreml_build import CONTEXT, Built, build, expected_logits, write
 
 from compress.errors import ArtifactError, UsageError
-from exporters import coreml
 from exporters.coreml import runtime as runtime_module
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import list_tensors
 from exporters.coreml.mil import read_package
+from exporters.coreml.runtime import open_runtime
 
 Array = Any
 # Every family, on a grid of each kind in turn.
@@ -56,7 +56,7 @@ def test_logits_of_every_family(family: str, grid: str, overrides: dict[str, Any
         expected = expected_logits(built, TOKENS[:length])
         found = run(evaluator, TOKENS[:length], zeros(length), evaluator.make_state())
         assert np.abs(found - expected).max() < 5e-5
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 1e-4
     assert (expected.argmax(1) == rounded.argmax(1)).mean() > 0.95
@@ -157,7 +157,7 @@ def test_norms_survive_a_residual_whose_square_is_beyond_float16(tmp_path: Any) 
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     built = write(path, {"grid": "F16", "context": CONTEXT})
     expected = expected_logits(built, TOKENS)
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 5e-3
 
@@ -187,7 +187,7 @@ def test_tied_embeddings_and_repeated_blocks_are_stored_once() -> None:
 
 def test_runtime_feeds_prompts_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     built = build("phi3-window", "int8-channel-asym")
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     assert runtime.name.startswith("MIL evaluator (packlight ")
     assert runtime.vocab_size == 512
     whole = runtime.logits(TOKENS)
@@ -206,10 +206,10 @@ def test_runtime_feeds_prompts_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_runtime_refusals(tmp_path: Any) -> None:
     built = build("llama3", "int4-g32")
     with pytest.raises(UsageError, match="64 positions, 65 are asked for"):
-        coreml.open_runtime(built.artifact.path, context=65)
+        open_runtime(built.artifact.path, context=65)
     with pytest.raises(ArtifactError, match=r"not an \.mlpackage"):
-        coreml.open_runtime(tmp_path, context=8)
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+        open_runtime(tmp_path, context=8)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     runtime.feed(TOKENS[:60])
     with pytest.raises(UsageError, match="65 tokens do not fit: the runtime has room for 64"):
         runtime.feed(TOKENS[:5])

@@ -18,17 +18,21 @@ import pytest
 import tiny
 import torch
 from transformers import AutoTokenizer
+from writing import plan_for, write
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.plan.shapes import Runtime, Weights
+from compress.formats import get_format
+from compress.plan.shapes import Runtime
+from compress.plan.weights import Weights
 from compress.solvers import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 
 HELD_OUT = gguf_files.DEMO.parent / "heldout.txt"
 
@@ -57,7 +61,7 @@ def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 def compare(path: Path, source: Path, ids: list[int]) -> tuple[float, torch.Tensor]:
     """KL(decoded weights in torch || llama.cpp), and the former's logits."""
     expected = logits(gguf_oracle.decoded_model(path, source), ids)
-    runtime = exporter.open_runtime(path, context=len(ids), threads=1)
+    runtime = open_runtime(path, context=len(ids), threads=1)
     got = runtime.logits(ids)
     runtime.close()
     assert got.shape == expected.shape
@@ -122,7 +126,7 @@ def test_variants(family: str, keys: dict[str, object], tmp_path: Path) -> None:
     made = gguf_files.build(source, tmp_path, "F16", "variant")
     if "layer_sharing" in keys:
         assert "shared blocks are written 2 times" in made.notes[0]
-        runtime = exporter.open_runtime(made.path, context=96, threads=1)
+        runtime = open_runtime(made.path, context=96, threads=1)
         expected = logits(tiny.reference(source), tokens(family))
         assert gguf_oracle.kl_divergence(expected, runtime.logits(tokens(family))) < 3e-5
         return
@@ -154,9 +158,7 @@ def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -
 
 
 def test_cached_generation_equals_uncached() -> None:
-    runtime = exporter.open_runtime(
-        gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1
-    )
+    runtime = open_runtime(gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1)
     prompt = tokens("demo")[:40]
     cached = generate(runtime, prompt, 32, cached=True)
     assert cached == generate(runtime, prompt, 32, cached=False)
@@ -168,9 +170,9 @@ def test_cached_generation_equals_uncached() -> None:
 def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     path = gguf_files.artifact("llama", "F16").path
     ids = tokens("llama")[:90]
-    whole = exporter.open_runtime(path, context=90, threads=1)
+    whole = open_runtime(path, context=90, threads=1)
     monkeypatch.setattr(runtimes, "BATCH", 32)
-    pieces = exporter.open_runtime(path, context=90, threads=1)
+    pieces = open_runtime(path, context=90, threads=1)
     np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
     pieces.reset()
     np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
@@ -180,7 +182,7 @@ def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_longrope_stays_on_the_short_factors() -> None:
     path = gguf_files.artifact("phi3-longrope", "F16").path
-    runtime = exporter.open_runtime(path, context=2048, threads=1)
+    runtime = open_runtime(path, context=2048, threads=1)
     assert runtime.positions == 256
     ids = tokens("phi3-longrope")
     assert gguf_oracle.kl_divergence(baseline("phi3-longrope"), runtime.logits(ids)) < 3e-5
@@ -200,24 +202,24 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     source = tiny.make("llama", tmp_path / "model", vocab_size=16384)  # 4 M weights, 16 MiB
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config)
-    plan = exporter.plan(config, {"type": "Q8_0"}, model_name="slabs")
+    plan = plan_for("gguf", config, {"type": "Q8_0"}, model_name="slabs")
     weights = Weights(Stored(opened, config), rtn)
-    whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
+    whole = write(plan, weights, folder_of(tmp_path, "whole"))
 
     monkeypatch.setattr(writer, "SLABS", 1 << 17)
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
     tracemalloc.start()
-    size = sum(block.nbytes for block in writer.tensor_data(entry, weights))
+    begun = writer.Writer(plan, weights, folder_of(tmp_path, "one"), seen.append)
+    begun.put(entry)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == entry.nbytes
+    assert sum(seen) == entry.nbytes
+    seen.clear()
     assert peak < 16 * (1 << 17)  # a slab as float32 (4 bytes each) and the steps of its encoding
-    slabs = exporter.write(
-        plan, weights, folder_of(tmp_path, "slabs"), lambda done, total: seen.append((done, total))
-    )
+    slabs = write(plan, weights, folder_of(tmp_path, "slabs"), seen.append)
     assert slabs.path.read_bytes() == whole.path.read_bytes()
-    assert seen[-1] == (plan.weights_bytes, plan.weights_bytes)
+    assert sum(seen) == plan.weights_bytes
     assert len(seen) > 64
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -232,7 +234,7 @@ def folder_of(parent: Path, name: str) -> Path:
 )
 def test_names_do_not_trip_llama_cpp(family: str, name: str, tmp_path: Path) -> None:
     made = gguf_files.build(gguf_files.checkpoint(family), tmp_path, "Q8_0", name)
-    runtime = exporter.open_runtime(made.path, context=32)
+    runtime = open_runtime(made.path, context=32)
     tokenizer = AutoTokenizer.from_pretrained(gguf_files.checkpoint(family))
     text = "<|user|>\n  Hello <|end|>\n world"
     assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"]
@@ -240,7 +242,7 @@ def test_names_do_not_trip_llama_cpp(family: str, name: str, tmp_path: Path) -> 
 
 def test_describe() -> None:
     made = gguf_files.artifact("llama3", "Q4_K_M")
-    told = exporter.describe(made.path)
+    told = describe(made.path)
     assert (told["format"], told["architecture"], told["name"]) == ("gguf", "llama", "llama3")
     config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama3")).config)
     assert told["parameters"] == config.num_parameters
@@ -271,11 +273,11 @@ def test_damaged_files_are_refused_and_nothing_crashes(tmp_path: Path) -> None:
     code = """if True:
         import sys
         from pathlib import Path
-        import exporters.gguf
+        from exporters.gguf.runtime import open_runtime
         from compress.errors import ArtifactError
         for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
             try:
-                exporters.gguf.open_runtime(path, context=32)
+                open_runtime(path, context=32)
             except ArtifactError as error:
                 print(path.stem, "->", error.message)
     """
@@ -298,21 +300,21 @@ def test_describe_refuses_what_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     for path in (tmp_path / "x.gguf", tmp_path / "absent.gguf"):
         with pytest.raises(ArtifactError):
-            exporter.describe(path)
+            describe(path)
     with pytest.raises(ArtifactError, match=r"absent\.gguf cannot be read"):
-        exporter.open_runtime(tmp_path / "absent.gguf", context=32)
+        open_runtime(tmp_path / "absent.gguf", context=32)
 
 
 def test_describe_refuses_a_file_that_ends_too_early(tmp_path: Path) -> None:
     data = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
     (tmp_path / "short.gguf").write_bytes(data[:-40])  # more than the padding of the last tensor
     with pytest.raises(ArtifactError, match=r"short\.gguf is truncated: output\.weight ends at"):
-        exporter.describe(tmp_path / "short.gguf")
+        describe(tmp_path / "short.gguf")
 
 
 def test_the_file_says_how_far_llama_cpp_agrees_with_a_windowed_model() -> None:
-    assert exporter.describe(gguf_files.artifact("mistral", "Q4_K_M").path)["context"] == 32
-    told = exporter.describe(gguf_files.artifact("llama", "Q8_0").path)
+    assert describe(gguf_files.artifact("mistral", "Q4_K_M").path)["context"] == 32
+    told = describe(gguf_files.artifact("llama", "Q8_0").path)
     assert (told["context"], told["type"]) == (0, "Q8_0")
 
 
@@ -320,7 +322,7 @@ def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     runtimes.load_library.cache_clear()
     with pytest.raises(RuntimeMissingError, match="is not installed") as caught:
-        exporter.open_runtime(gguf_files.artifact("llama", "Q8_0").path, context=32)
+        open_runtime(gguf_files.artifact("llama", "Q8_0").path, context=32)
     assert "pip install xllamacpp" in caught.value.hint
 
 
@@ -340,8 +342,8 @@ def test_llama_cpp_python_is_used_where_it_is_what_there_is(tmp_path: Path) -> N
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         from pathlib import Path
-        import exporters.gguf
-        runtime = exporters.gguf.open_runtime(Path({str(path)!r}), context=32)
+        from exporters.gguf.runtime import open_runtime
+        runtime = open_runtime(Path({str(path)!r}), context=32)
         print(runtime.name, runtime.vocab_size, runtime.logits([1, 2, 3]).shape)
     """
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
@@ -350,10 +352,10 @@ def test_llama_cpp_python_is_used_where_it_is_what_there_is(tmp_path: Path) -> N
 
 def test_plan_survives_a_round_trip_of_settings() -> None:
     config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.DEMO).config)
-    plan = exporter.plan(config, {"type": "q4_k"}, model_name="x")
-    again = exporter.plan(config, plan.settings, model_name="x")
+    plan = plan_for("gguf", config, {"type": "q4_k"}, model_name="x")
+    again = plan_for("gguf", config, plan.settings, model_name="x")
     assert dataclasses.asdict(plan) == dataclasses.asdict(again)
-    assert set(entry.grid for entry in plan.entries) <= set(exporter.grids())
+    assert set(entry.grid for entry in plan.entries) <= set(get_format("gguf").GRIDS)
 
 
 def test_head_reads_what_gguf_py_reads() -> None:

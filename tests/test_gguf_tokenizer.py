@@ -16,10 +16,11 @@ import tiny
 import tiny_tokenizers as patterns
 from transformers import AutoTokenizer
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
 from exporters.gguf.tokenizer import missing_merges, read_vocabulary
 
@@ -55,7 +56,7 @@ STRINGS = (
 @functools.cache
 def pair(family: str) -> tuple[Any, Any]:
     """The checkpoint's tokenizer, and llama.cpp with our file of it."""
-    runtime = exporter.open_runtime(gguf_files.artifact(family, "Q8_0").path, context=64, threads=1)
+    runtime = open_runtime(gguf_files.artifact(family, "Q8_0").path, context=64, threads=1)
     return AutoTokenizer.from_pretrained(gguf_files.checkpoint(family)), runtime
 
 
@@ -98,7 +99,7 @@ def test_generation_ends_where_the_model_says(family: str) -> None:
 
 def test_every_end_needs_a_place() -> None:
     # <|assistant|> ends Phi-3's turns, and llama.cpp does not know it: it goes in as `eom`.
-    described = exporter.describe(gguf_files.artifact("demo", "Q8_0").path)["metadata"]
+    described = describe(gguf_files.artifact("demo", "Q8_0").path)["metadata"]
     ids = {kind: described[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")}
     assert ids == {"eos": "2000", "eot": "2007", "eom": "2001"}
 
@@ -188,7 +189,7 @@ def test_whitespace_runs_as_tokens(tmp_path: Path) -> None:
     ]
     (source / "tokenizer.json").write_text(json.dumps(made))
     path = gguf_files.build(source, tmp_path, "Q8_0", "runs").path
-    runtime = exporter.open_runtime(path, context=64, threads=1)
+    runtime = open_runtime(path, context=64, threads=1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for text in ("def f():\n    return  1\n\t\tx", "a" + " " * 45 + "b", " \t\t  x", " \n  \n   y"):
         assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"], text

@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 import tiny
 from onnx_case import Case, build, checkpoint, greedy
+from writing import plan_for, write
 
-import exporters.onnx
 from compress.decoder.config import DecoderConfig
 from compress.errors import (
     ArtifactError,
@@ -30,6 +30,9 @@ from compress.errors import (
 from compress.grids import get_grid
 from exporters.onnx import runtime as runtime_module
 from exporters.onnx import writer
+from exporters.onnx.inspection import describe
+from exporters.onnx.planning import GRIDS
+from exporters.onnx.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_every_grid_in_one_graph(kind: str, root: Path) -> None:
     matrices = [f"blocks.{i}.{role}_proj.weight" for i in (0, 1) for role in
                 ("qkv", "o", "gate", "up", "down")]  # fmt: skip
     wanted = [f"int{bits}-g{size}{kind}" for bits in (4, 8) for size in (16, 32, 64, 128, 256)]
-    assert set(wanted) < set(exporters.onnx.grids())
+    assert set(wanted) < set(GRIDS)
     grids = dict(zip(matrices, wanted, strict=True))
     case = build("llama", root, grids=grids, accuracy_level=0)
     assert difference(case, (1, 40)) <= 1e-4
@@ -230,7 +233,7 @@ def test_what_the_graph_says(phi3: Case) -> None:
 )
 def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root: Path) -> None:
     case = build(family, root, **settings)
-    described = exporters.onnx.describe(case.folder)
+    described = describe(case.folder)
     rows = {row["name"]: row for row in described["tensors"]}
     assert set(rows) == {entry.target_name for entry in case.plan.entries}
     for entry in case.plan.entries:
@@ -255,14 +258,14 @@ def test_describe_refuses_data_that_is_missing_or_short(phi3: Case, tmp_path: Pa
     (data,) = folder.glob("onnx/*.onnx_data")
     os.truncate(data, 1000)
     with pytest.raises(ArtifactError, match=r"onnx_data is truncated: \d+ bytes are needed"):
-        exporters.onnx.describe(folder)
+        describe(folder)
     data.unlink()
     with pytest.raises(ArtifactError, match="onnx_data is missing beside"):
-        exporters.onnx.describe(folder)
+        describe(folder)
     (graph,) = folder.glob("onnx/*.onnx")
     graph.write_bytes(b"")  # parses: an empty message
     with pytest.raises(ArtifactError, match="holds no graph"):
-        exporters.onnx.describe(folder)
+        describe(folder)
 
 
 def test_same_bytes_twice_and_for_any_slab(
@@ -294,12 +297,11 @@ def test_memory_is_bounded_by_the_slab(root: Path, monkeypatch: pytest.MonkeyPat
 
 def test_progress_ends_at_the_total(root: Path) -> None:
     case = build("llama", root)
-    calls: list[tuple[int, int]] = []
+    calls: list[int] = []
     folder = root / "progress"
     folder.mkdir()
-    exporters.onnx.write(case.plan, case.weights, folder, lambda *args: calls.append(args))
-    assert calls[-1] == (case.plan.weights_bytes, case.plan.weights_bytes)
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    write(case.plan, case.weights, folder, calls.append)
+    assert sum(calls) == case.plan.weights_bytes and min(calls) > 0
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -311,27 +313,27 @@ def config_of(family: str, root: Path, **make: Any) -> DecoderConfig:
 
 
 def test_default_settings(root: Path) -> None:
-    plan = exporters.onnx.plan(config_of("llama", root), {})
+    plan = plan_for("onnx", config_of("llama", root), {})
     assert plan.type_name == "int4-g32"
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == grids["lm_head.weight"] == "int4-g32"
     assert grids["blocks.1.qkv_proj.weight"] == "int4-g32"
     assert grids["blocks.1.input_layernorm.weight"] == grids["rope.cos"] == "F32"
-    assert all(get_grid(name).name == name for name in exporters.onnx.grids())
-    assert {entry.grid for entry in plan.entries} <= {*exporters.onnx.grids(), "F32"}
+    assert all(get_grid(name).name == name for name in GRIDS)
+    assert {entry.grid for entry in plan.entries} <= {*GRIDS, "F32"}
 
 
 def test_rows_that_the_group_does_not_divide(root: Path) -> None:
     config = config_of("llama", root, intermediate_size=576)
     with pytest.raises(GridError, match="does not divide rows of 576") as caught:
-        exporters.onnx.plan(config, {"group_size": 128})
+        plan_for("onnx", config, {"group_size": 128})
     assert "group_size: 64 fits" in caught.value.hint
-    exporters.onnx.plan(config, {"group_size": 64})
+    plan_for("onnx", config, {"group_size": 64})
 
 
 def test_notes_only_where_they_apply(root: Path) -> None:
     def notes(family: str) -> str:
-        return " ".join(exporters.onnx.plan(config_of(family, root), {}).notes)
+        return " ".join(plan_for("onnx", config_of(family, root), {}).notes)
 
     assert notes("llama") == notes("phi3") == notes("mistral") == ""
     assert "256 positions, not 2048" in notes("phi3-longrope")
@@ -342,7 +344,7 @@ def test_notes_only_where_they_apply(root: Path) -> None:
 def test_rotary_dimensions_that_the_operator_refuses(root: Path) -> None:
     config = config_of("phi", root, partial_rotary_factor=0.375)
     with pytest.raises(UnsupportedModelError, match="24 rotary dimensions"):
-        exporters.onnx.plan(config, {})
+        plan_for("onnx", config, {})
 
 
 # --- the runtime -----------------------------------------------------------------------------
@@ -408,15 +410,15 @@ def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
         copy("not-onnx", b"hello", data),
     ):
         with pytest.raises(ArtifactError, match=r"model_q4\.onnx") as caught:
-            exporters.onnx.open_runtime(folder, context=64)
+            open_runtime(folder, context=64)
         assert "\n" not in caught.value.message
     with pytest.raises(ArtifactError, match="not an ONNX file"):
-        exporters.onnx.describe(tmp_path / "not-onnx")
+        describe(tmp_path / "not-onnx")
     with pytest.raises(ArtifactError, match=r"no \.onnx file"):
-        exporters.onnx.describe(tmp_path)
+        describe(tmp_path)
     (tmp_path / "no-data/onnx/model_int8.onnx").write_bytes(graph)
     with pytest.raises(ArtifactError, match=r"2 \.onnx file"):
-        exporters.onnx.open_runtime(tmp_path / "no-data", context=64)
+        open_runtime(tmp_path / "no-data", context=64)
 
 
 def test_missing_package(phi3: Case, monkeypatch: pytest.MonkeyPatch) -> None:

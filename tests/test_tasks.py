@@ -18,18 +18,18 @@ import torch
 from commands import packlight, refused
 from echo_model import EchoModel
 
-import exporters.gguf
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
-from compress.plan.shapes import Weights
+from compress.plan.weights import Weights
 from compress.report.html import render
 from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
+from exporters.gguf.runtime import open_runtime
 
 QUESTIONS = [  # white space at the end, none, a newline, not ASCII
     ("The river runs to", ["the sea.", "a mountain of stone", "7"], 0),
@@ -124,7 +124,7 @@ def test_verify_answers_in_the_artifacts_runtime(tmp_path: Path) -> None:
     folder = gguf_files.checkpoint("llama")
     artifact = gguf_files.artifact("llama", "Q2_K").path
     tokenizer = Tokenizer(folder)
-    runtime = exporters.gguf.open_runtime(artifact, context=256, threads=1)
+    runtime = open_runtime(artifact, context=256, threads=1)
     answers = best(brute_force(runtime.logits, tokenizer))
     runtime.close()
     baseline = best(brute_force(transformers_logits(folder), tokenizer))
