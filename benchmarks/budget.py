@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
 from compress.allocation import effort
-from compress.allocation.step import BudgetStep, limits_of
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.allocation.step import BudgetStep, limit_for
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.job import Job, prepare
-from compress.model import Artifact
+from compress.plan.job import Job, prepare
+from compress.plan.shapes import Artifact
 from compress.recipe import load
-from compress.scorer import Scorer, read_text
+from compress.verify.scorer import Scorer, read_text
 from exporters import SHIPYARD
 
 BITS = (3.3, 3.7, 4.1, 4.5, 5.0)
@@ -133,14 +134,12 @@ class Bench:
         if step.targets[0].smallest_bytes > budget:
             return
         start = time.process_time()
-        budgeted = step.allocate(limits_of(step.job, step.targets))
+        budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])
         self.measuring[kind] += time.process_time() - start
         recipe = step.job.recipe
         settled = step.settle(
             budgeted,
-            lambda choices: prepare(
-                self.checkpoint, recipe, SHIPYARD.get_exporter, choices=choices
-            ),
+            partial(prepare, self.checkpoint, recipe=recipe, get_exporter=SHIPYARD.get_exporter),
         )
         name = settled.plans[0].type_name
         self.add(group, name, kind, settled, budget=budget)

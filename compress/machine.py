@@ -10,12 +10,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -188,3 +192,139 @@ def read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+# --- the same sums with any number of threads -------------------------------------------------
+#
+# Floating-point sums depend on their order, and libraries choose it by the number of
+# threads. Row by row work (grids, codes) is not touched by that; matrix products are. So:
+#
+# - Products in torch (MKL): Intel's strict reproducibility mode, at no measurable cost; its
+#   products are the same bits for any number of threads on one kind of CPU. Where torch has another
+#   library, or the mode came too late, products that feed bytes run on one thread.
+# - LAPACK in torch has no such mode: factorisations and solves run on one thread (``one_thread``).
+# - Products in NumPy (OpenBLAS): one thread each; the solvers work on several slabs of rows at
+#   a time instead.
+#
+# MKL: Intel oneMKL Developer Guide, "Obtaining Numerically Reproducible Results".
+
+
+def make_deterministic() -> None:
+    """Tell the libraries; of effect only before they load.
+
+    ``MKL_CBWR`` may be given, ``AVX2,STRICT`` for example, which gives the same bits on every CPU
+    that has AVX2.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+
+def set_threads(count: int) -> None:
+    """Threads for torch's products, or one where their results would depend on it."""
+    import torch
+
+    torch.set_num_threads(count if count == 1 or same_products_with(count) else 1)
+
+
+@cache
+def same_products_with(count: int) -> bool:
+    """Whether long narrow products, which are split along the sum, are the same on one thread and
+    on ``count``; a few milliseconds.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    try:
+        for threads in (1, count):
+            torch.set_num_threads(threads)
+            generator.manual_seed(0)
+            products = []
+            for rows, long, columns in ((64, 4096, 64), (511, 8192, 96), (33, 5000, 7)):
+                left = torch.randn(rows, long, generator=generator)
+                right = torch.randn(long, columns, generator=generator)
+                products.append(left @ right)
+            found.append(products)
+    finally:
+        torch.set_num_threads(before)
+    return all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread within."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- signals ----------------------------------------------------------------------------------
+#
+# Ctrl-C, SIGTERM and SIGHUP unwind a command, so that nothing half-written stays behind.
+#
+# Python's own way, an exception wherever the signal finds us, has two holes. Libraries catch
+# whatever ends an import of theirs and go on with half a module, and then torch crashes the process
+# before its folders are cleared: so an interruption waits until an import is over. And an exception
+# inside a callback from C or a finalizer is lost: so it is raised again until it is under way.
+
+LOOK_AGAIN = 0.05  # seconds until the next look at what has become of an interruption
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle_signals() -> None:
+    """Handle the signals that end a command; those that are ignored (nohup) stay ignored.
+
+    SIGINT becomes KeyboardInterrupt, the others ``SystemExit(128 + signal)``, as shells count. A
+    second one does not disturb the cleaning up after the first.
+    """
+    ending: BaseException | None = None
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        nonlocal ending
+        if ending is None:
+            ending = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN)
+        if not is_importing(frame) and not is_unwinding(ending):
+            raise ending
+
+    def hush(lost: sys.UnraisableHookArgs) -> None:
+        if ending is None or lost.exc_value is not ending:
+            report_lost(lost)
+
+    report_lost, sys.unraisablehook = sys.unraisablehook, hush
+    for number in ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, arrive)
+    signal.signal(signal.SIGALRM, arrive)
+
+
+def ignore_signals() -> None:
+    """Deaf from here on: for the moments between the last word of a command and its end."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (*ENDINGS, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or any that called it, belongs to Python's import machinery."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_unwinding(ending: BaseException) -> bool:
+    """Whether ``finally`` and ``except`` clauses are at work on an exception right now."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if error is ending:
+            return True
+        error = error.__context__
+    return False

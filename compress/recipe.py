@@ -37,7 +37,6 @@ class Recipe:
         calibration: ``texts``, ``tokens``, ``sequence_length`` and ``seed``, for solvers that look
             at inputs.
         prune: ``method`` and one amount; empty where nothing is pruned.
-            ``auto`` has none: the budget decides, for every target.
         allow_dense: zeros also in formats that store them like other weights.
         windows, sequence_length: how much text is scored; 0 windows: by the model's size.
         gates: metric → limit such as ``"<=0.06"``.
@@ -67,11 +66,6 @@ class Recipe:
     def prunes(self) -> bool:
         """Whether anything is pruned."""
         return bool(self.prune) and self.prune["method"] != "none"
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the budget decides what is pruned."""
-        return self.prune.get("method") == "auto"
 
     @property
     def folds(self) -> bool:
@@ -181,7 +175,7 @@ def validate(document: Mapping[str, Any], source: str) -> Recipe:
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
     fill_defaults(whole, schema)
-    check_prune(whole.get("prune", {}), source, budget=bool(whole.get("budget")))
+    check_prune(whole.get("prune", {}), source)
     verify = whole["verify"]
     calibration = dict(whole["calibration"])
     named = whole["quantize"].get("candidates", "auto")
@@ -226,16 +220,14 @@ def checked_budget(budget: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 # How much goes, by method: exactly one of these keys.
 AMOUNTS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "auto": (),
     "depth": ("ratio", "blocks"),
     "ffn": ("ratio", "width"),
     "heads": ("ratio", "kv_heads"),
 }
 
 
-def check_prune(prune: Mapping[str, Any], source: str, *, budget: bool) -> None:
-    """Refuse a method without its amount, or with another's, ``auto`` without a budget, and healing
-    of nothing.
+def check_prune(prune: Mapping[str, Any], source: str) -> None:
+    """Refuse a method without its amount, or with another's, and healing of nothing.
 
     Raises:
         RecipeError: with the keys that would do.
@@ -247,16 +239,6 @@ def check_prune(prune: Mapping[str, Any], source: str, *, budget: bool) -> None:
         raise RecipeError(
             f"{source}: prune.{strange[0]} has no meaning with method {method}",
             hint=f"known here: {', '.join(keys)}" if keys else "set prune.method too",
-        )
-    if method == "auto" and not budget:
-        raise RecipeError(
-            f"{source}: prune.method auto weighs pruning within a budget, and there is none",
-            hint="--budget 1.8GiB",
-        )
-    if method == "auto" and "heal" in prune:
-        raise RecipeError(
-            f"{source}: prune.heal goes with an amount, not with auto: it weighs unhealed shapes",
-            hint="prune.method and an amount",
         )
     if not keys and "heal" in prune:
         raise RecipeError(

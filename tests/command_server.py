@@ -23,12 +23,12 @@ import signal
 import sys
 from typing import Any, TextIO
 
-from compress import steady
+from compress import machine
 
 LOADED = (
     "torch", "transformers", "transformers.models.auto.tokenization_auto", "numba",
     "onnx", "onnx_ir", "gguf", "coremltools", "jsonschema", "jinja2",
-    "compress.__main__", "compress.cli", "compress.pipeline",
+    "compress.__main__", "compress.cli", "compress.build.pipeline",
     "exporters.gguf.writer", "exporters.onnx.writer", "exporters.coreml.writer",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ CHANGES = {
 
 def main() -> None:
     """Serve until stdin ends."""
-    steady.prepare()  # before anything that computes, as the command does
+    machine.make_deterministic()  # before anything that computes, as the command does
     requests, answers = own_streams()
     for name in LOADED:
         importlib.import_module(name)

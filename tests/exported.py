@@ -20,15 +20,15 @@ import numpy as np
 import tiny
 from numpy.typing import NDArray
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder, reader
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder, reader
+from compress.decoder.rope import Rope
 from compress.demo import model_path
 from compress.grids import Float32, get_grid
-from compress.model import Artifact, Plan, Weights
-from compress.rope import Rope
+from compress.plan.shapes import Artifact, Plan, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters import get_exporter
 
 CONTEXT = 64  # of Core ML packages, which have room for no more

@@ -11,9 +11,9 @@ from commands import packlight
 
 from compress.allocation.chosen import Chosen
 from compress.batch.predict import predict, share_threads
-from compress.checkpoint import Checkpoint
-from compress.job import prepare
-from compress.memory import smallest_memory
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.plan.job import prepare
+from compress.plan.memory import smallest_memory
 from compress.recipe import load
 from exporters import get_exporter
 
@@ -59,7 +59,7 @@ def test_threads_are_shared(model):
 def test_a_budget_is_what_its_files_have_at_most(model, tmp_path):
     """Where it binds, its very bytes; where it does not, those that a build then writes."""
 
-    def told(budget: str, *formats: str) -> dict:
+    def predicted(budget: str, *formats: str) -> dict:
         jobs = {"schema": 1, "models": [str(model.path)], "recipes": ["int4-fast"]}
         jobs |= {"formats": formats, "options": {"budget": budget}}
         (tmp_path / "jobs.yaml").write_text(json.dumps(jobs))
@@ -71,11 +71,11 @@ def test_a_budget_is_what_its_files_have_at_most(model, tmp_path):
     done = packlight("build", model.path, "-r", "int4-fast", *most, "-o", out)
     assert done.returncode == 0, done.stderr
     (largest,) = (path.stat().st_size for path in out.glob("gguf/*.gguf"))
-    wide = told("1GB", "gguf")
+    wide = predicted("1GB", "gguf")
     assert wide["bytes"] == largest
-    tight = told(f"{largest // 10**3 - 1}kB", "gguf")
+    tight = predicted(f"{largest // 10**3 - 1}kB", "gguf")
     assert tight["bytes"] == (largest // 10**3 - 1) * 10**3
-    assert told(f"{largest // 10**3 - 1}kB", "gguf", "onnx")["bytes"] == 2 * tight["bytes"]
+    assert predicted(f"{largest // 10**3 - 1}kB", "gguf", "onnx")["bytes"] == 2 * tight["bytes"]
     roomy = replace(job(model, "int4-fast", "gguf"), at_most={"gguf": 3 * 10**9})
     found = predict(roomy, get_exporter, verify=True, threads=1)
     assert found.bytes == 3 * 10**9 < found.memory  # which llama.cpp has them in

@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 from compress.batch.document import exit_code
 from compress.batch.engine import Outcome, Work
 from compress.batch.state import Record, State, fingerprint
-from compress.batch.table import Board, last_line, summary, told
+from compress.batch.table import Board, describe_phase, last_line, summary
 from compress.console import Console
 
 
@@ -177,11 +177,11 @@ def test_a_batch_that_is_interrupted_is_not_one_that_passed(tmp_path):
 
 def test_the_last_whole_line_of_a_progress_file(tmp_path):
     path = tmp_path / "progress"
-    assert told(last_line(path)) == "starting"
+    assert describe_phase(last_line(path)) == "starting"
     path.write_text("")
     assert last_line(path) == {}
     path.write_text('{"phase": "plan", "total": null, "eta_s": null}\n')
-    assert told(last_line(path)) == "plan"
+    assert describe_phase(last_line(path)) == "plan"
 
 
 def test_a_job_in_a_few_words():

@@ -26,7 +26,7 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from compress.model import Plan
+from compress.plan.shapes import Plan
 from exporters import coreml
 from exporters.coreml import constants, writer
 from exporters.coreml.evaluator import Evaluator

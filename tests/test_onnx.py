@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 import tiny
+from compress.model import Plan
 from exported import Exported, Exports, greedy, reference
 
 import exporters.onnx
@@ -29,7 +30,6 @@ from compress.errors import (
     UsageError,
 )
 from compress.grids import get_grid
-from compress.model import Plan
 from exporters.onnx import runtime as runtime_module
 from exporters.onnx import writer
 from exporters.onnx.planning import entry_bytes

@@ -1,6 +1,4 @@
-"""What was chosen for a build, however it came about: by a budget, a sweep, an earlier plan, or not
-at all.
-"""
+"""What was chosen for a build, however it came about: by a budget, an earlier plan, or neither."""
 
 from __future__ import annotations
 
@@ -10,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.allocation.explain import describe, print_budgets
-from compress.allocation.ladder import Replan
 from compress.allocation.lock import locked
-from compress.allocation.step import Budgeted, GetExporter, within_budget
-from compress.allocation.sweep import Sweep, sweep
-from compress.allocation.weigh import weigh
-from compress.calibration_step import CalibrationStep
-from compress.console import Console, format_bytes
-from compress.job import Job
-from compress.model import Plan
-from compress.plan_file import plan_document
+from compress.allocation.step import Budgeted, GetExporter, Replan, within_budget
+from compress.calibration.step import CalibrationStep
+from compress.console import Console
+from compress.plan.job import Job
+from compress.plan.shapes import Plan
 
 __all__ = ["Chosen", "choose_grids", "locked_plan"]
 
@@ -32,14 +26,12 @@ class Chosen:
         job: with the plans to build.
         budgets: format → ``plan.json``'s ``budget``.
         budgeted: the choices of a budget.
-        swept: the choices of a sweep.
         at_most: format → bytes that a budget lets its file have, while grids are to be chosen.
     """
 
     job: Job
     budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     budgeted: tuple[Budgeted, ...] = ()
-    swept: Sweep | None = None
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def bytes_of(self, plan: Plan) -> int:
@@ -51,54 +43,20 @@ class Chosen:
         """The same of all targets."""
         return sum(map(self.bytes_of, self.job.plans))
 
-    @property
-    def curve(self) -> list[dict[str, Any]]:
-        """Points of a sweep."""
-        return self.swept.rows if self.swept else []
-
-    def documents(self, job: Job) -> dict[str, dict[str, Any]]:
-        """File name → plan: ``plan.json``, or one for every budget of a sweep."""
-        if self.swept is None:
-            return {"plan.json": plan_document(job, self.budgets)}
-        return {
-            f"plan-{name}.json": plan_document(made, budgets)
-            for name, (made, budgets) in self.swept.plans.items()
-        }
-
     def print(self, console: Console) -> None:
         """What ``--dry-run`` adds."""
         if self.budgeted:
             print_budgets(self.budgeted, console)
-        rows = [
-            [
-                row["format"],
-                format_bytes(row["budget_bytes"]),
-                format_bytes(row["bytes"]),
-                f"{row['bits_per_weight']:.2f}",
-                f"{row['expected_kl_divergence']:.4f}",
-            ]
-            for row in self.curve
-        ]
-        if rows:
-            console.table(["format", "budget", "file", "bits per weight", "expected KL"], rows)
 
 
-def choose_grids(
-    sizes: str, calibration: CalibrationStep, get_exporter: GetExporter, prepare: Replan
-) -> Chosen:
-    """Within the recipe's budget (and what to prune for it, where the recipe leaves it that), or
-    for every one of a sweep's ``sizes``.
-    """
-    if sizes:
-        swept = sweep(sizes, calibration, get_exporter, prepare)
-        return Chosen(swept.job, swept=swept)
-    way = weigh if calibration.job.recipe.weighs else within_budget
-    job, budgeted = way(calibration, get_exporter, prepare)
+def choose_grids(calibration: CalibrationStep, get_exporter: GetExporter, replan: Replan) -> Chosen:
+    """Within the recipe's budget."""
+    job, budgeted = within_budget(calibration, get_exporter, replan)
     budgets = {b.target.plan.format: describe(b) for b in budgeted}
     return Chosen(job, budgets, tuple(budgeted))
 
 
-def locked_plan(path: Path, job: Job, get_exporter: GetExporter, prepare: Replan) -> Chosen:
+def locked_plan(path: Path, job: Job, get_exporter: GetExporter, replan: Replan) -> Chosen:
     """As a ``plan.json`` has it."""
-    settled, budgets = locked(path, job, get_exporter, prepare)
+    settled, budgets = locked(path, job, get_exporter, replan)
     return Chosen(settled, budgets)

@@ -20,14 +20,14 @@ from pathlib import Path
 from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
-from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
-from compress.cache import cache_folder, taking_turns
-from compress.calibration_set import CalibrationSet
+from compress.calibration.statistics import Statistics, stored_block
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.sources import Source
 from compress.console import Console
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.files import cache_folder, taking_turns
 from compress.grids import Float32, Grid, get_grid
-from compress.model import Solver
-from compress.sources import Source
-from compress.statistics import Statistics, stored_block
+from compress.plan.shapes import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 
@@ -61,14 +61,6 @@ class CostTable:
             for member in members(self.config, name, tied=tied)
         )
 
-    def block_cost(self, block: int) -> float:
-        """What a stored block's tensors cost together, each on the worst of its grids."""
-        return sum(
-            self.sensitivities[name].slope * max(grids.values())
-            for name, grids in self.errors.items()
-            if split_name(name)[0] == block
-        )
-
     def missing(self, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
         """Pairs of name and grid that are not there, by unfused name."""
         found: dict[str, list[str]] = {}
@@ -78,29 +70,6 @@ class CostTable:
                 if grid not in grids:
                     grids.append(grid)
         return found
-
-    def on(self, config: DecoderConfig, kept: Sequence[int]) -> CostTable:
-        """What this table says of a pruned shape of the same model: a unit of relative error costs
-        what it costs in the whole, and rows and columns that stay are like those that go.
-
-        Args:
-            config: of the shape.
-            kept: the stored blocks that are left, ascending.
-        """
-
-        def renamed(name: str) -> str:
-            block, role, kind = split_name(name)
-            if block is None:
-                return name
-            stored, run = divmod(block, config.block_repeat)
-            return f"blocks.{kept[stored] * config.block_repeat + run}.{role}.{kind}"
-
-        names = [name for name in WeightMap(config).names() if renamed(name) in self.sensitivities]
-        return CostTable(
-            config,
-            {name: self.sensitivities[renamed(name)] for name in names},
-            {name: self.errors[renamed(name)] for name in names if renamed(name) in self.errors},
-        )
 
     @classmethod
     def load(cls, config: DecoderConfig, path: Path) -> CostTable:

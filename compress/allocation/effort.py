@@ -3,16 +3,15 @@ of a large one, whose plan shall take minutes too.
 
 A large model's inputs are known by their mean squares on a few windows. Where the recipe says
 ``gptq``, its codes are those of ``scale_search``, and one share of all their errors is taken for
-what ``gptq`` leaves: that moves expectations, and no choice. What pruning costs is looked at once,
-without the update of what stays (``compress.pruning.glance``). What that is worth on the demo
-model: docs/budgets.md.
+what ``gptq`` leaves: that moves expectations, and no choice. What that is worth on
+the demo model: docs/budgets.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.solvers import NEEDS
 
 __all__ = ["Effort", "effort_for"]
@@ -31,7 +30,6 @@ class Effort:
         noisy: tokens that noise walks with, at most.
         sample: weights of a tensor that are tried on every grid.
         left: share of the errors that counts.
-        sampled: whether this is less than the recipe has.
     """
 
     solver: str
@@ -39,18 +37,17 @@ class Effort:
     noisy: int
     sample: int
     left: float
-    sampled: bool
 
 
 def effort_for(config: DecoderConfig, solver: str) -> Effort:
     """The effort for a model.
 
     Args:
-        config: the float model, whatever is pruned of it: shapes of one model compare.
+        config: the float model, whatever is pruned of it.
         solver: the recipe's.
     """
     if config.num_parameters < LARGE:
-        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0, sampled=False)
+        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
     second = NEEDS.get(solver) == "hessian"
     light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)
-    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left, sampled=True)
+    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left)

@@ -1,8 +1,8 @@
-"""The jobs file: YAML against ``schema.json``, and the matrix models × recipes × formats.
+"""The jobs file: YAML against ``schema.json``, and the matrix models × recipes × budgets × formats.
 
 A job is one model with one recipe, all formats in one ``build``, which reads every shard once for
-all of them; ``split: true`` makes a job of each format. Jobs are named ``MODEL/RECIPE`` (and
-``/FORMAT``), and so are their folders in the output tree.
+all of them; ``split: true`` makes a job of each format, ``budgets`` one of each size. Jobs are
+named ``MODEL/RECIPE`` (``MODEL/RECIPE-1.8GiB/FORMAT``), and so are their folders in the tree.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import recipes
+from compress.build.settings import BuildSettings
+from compress.checkpoint.remote import find, is_url
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
 from compress.recipe import explain, parse
-from compress.remote import find, is_url
-from compress.settings import BuildSettings
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
 
@@ -160,12 +160,12 @@ def check(document: Mapping[str, Any], source: str) -> None:
     problems = list(Draft202012Validator(schema).iter_errors(document))
     if problems:
         raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
-    for options in every_options(document):
-        if "memory" in options:
-            try:
-                parse_bytes(options["memory"])
-            except ValueError as error:
-                raise RecipeError(f"{source}: options.memory: {error}") from error
+    sizes = [("options.memory", o["memory"]) for o in every_options(document) if "memory" in o]
+    for key, size in (*sizes, *(("budgets", size) for size in document.get("budgets", ()))):
+        try:
+            parse_bytes(size)
+        except ValueError as error:
+            raise RecipeError(f"{source}: {key}: {error}") from error
 
 
 def every_options(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -177,7 +177,7 @@ def every_options(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def expand(document: Mapping[str, Any], home: Path) -> Iterator[BatchJob]:
-    """The matrix, in the order of the file: models, then recipes, then formats."""
+    """The matrix, in the order of the file: models, then recipes, budgets, formats."""
     taken: dict[str, str] = {}
     for entry in document["models"]:
         told = {"model": entry} if isinstance(entry, str) else entry
@@ -189,23 +189,27 @@ def expand(document: Mapping[str, Any], home: Path) -> Iterator[BatchJob]:
                     hint="give one of them a name: {model: …, name: …}",
                 )
             for recipe in told.get("recipes") or document.get("recipes") or ["phone-4bit"]:
-                yield from jobs_of(name, model, recipe, told, document, home)
+                for budget in document.get("budgets", [""]):
+                    yield from jobs_of(name, model, recipe, budget, told, document, home)
 
 
 def jobs_of(
     name: str,
     model: str,
     recipe: str,
+    budget: str,
     told: Mapping[str, Any],
     document: Mapping[str, Any],
     home: Path,
 ) -> Iterator[BatchJob]:
-    """The jobs of one model and one recipe: one, or one for each format."""
+    """The jobs of one model, one recipe and one budget, if any: one, or one for each format."""
     stem = f"{name}/{Path(recipe).stem if recipe not in recipes.names() else recipe}"
+    stem += f"-{budget}" if budget else ""
     formats = told.get("formats") or document.get("formats") or []
     place = recipe if recipe in recipes.names() else place_of(recipe, home)
     options = merged({}, document.get("options", {}), home)
     options = merged(options, told.get("options", {}), home)
+    options |= {"budget": budget} if budget else {}
     splits = document.get("split", False)
     if splits and not formats:
         formats = targets_of(place)
@@ -258,7 +262,7 @@ def place_of(path: str, home: Path) -> str:
 
 def safe_name(model: str) -> str:
     """The last part of a path or a Hub id, as a folder's name."""
-    from compress.job import model_name
+    from compress.plan.job import model_name
 
     return model_name(model)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress import charts
 from compress.batch.pictures import Dot, Row, cloud, rows
 from compress.console import format_bytes
 from compress.progress import clock_time
-from compress.report import FORMATS
-from compress.report_html import amount, page_template, short_size
+from compress.report import charts
+from compress.report.html import amount, page_template, short_size
+from compress.report.report import FORMATS
 
 __all__ = ["render"]
 
@@ -62,7 +62,7 @@ def render(document: Json) -> str:
         words=WORDS,
         formats=FORMATS,
         styles=STYLES,
-        style=Markup((files("compress") / "report.css").read_text("utf-8")),
+        style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
         pictures=pictures(jobs),
     )
 
@@ -81,16 +81,18 @@ def failed_gates(job: Json) -> list[str]:
 def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
     """The pictures that there are figures for, by name."""
     drawn: dict[str, Markup] = {}
-    dots = [
-        Dot(STYLES[a["format"]], a["bytes"], title_of(job, a), a["kl_divergence"])
-        for job in jobs
-        for a in job["artifacts"]
-        if a["kl_divergence"] is not None
-    ]
-    if dots:
+    known: dict[tuple[str, str, str], list[Dot]] = {}
+    for job in jobs:
+        for a in job["artifacts"]:
+            if a["kl_divergence"] is not None:
+                dot = Dot(STYLES[a["format"]], a["bytes"], title_of(job, a), a["kl_divergence"])
+                known.setdefault((job["model"], job["recipe"], a["format"]), []).append(dot)
+    # Of one model and recipe in one format there are several where the budgets are.
+    series = [sorted(run, key=lambda dot: dot.x) for run in known.values() if len(run) > 1]
+    if dots := [dot for run in known.values() for dot in run]:
         divisor, unit = charts.unit_of(max(dot.x for dot in dots))
         drawn["cloud"] = cloud(
-            dots, "File size against mean KL divergence, one mark per artifact",
+            dots, series, "File size against mean KL divergence, one mark per artifact",
             f"file size, {unit}", "mean KL divergence, nats per token", divisor,
         )  # fmt: skip
     for name, key, axis in (

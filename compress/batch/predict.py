@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.allocation.chosen import Chosen
-from compress.arch import DecoderConfig
-from compress.job import (
+from compress.decoder.config import DecoderConfig
+from compress.plan.job import (
     GENERATED_ROOM,
     GetExporter,
     Job,
@@ -21,11 +21,9 @@ from compress.job import (
     window_count,
     window_length,
 )
-from compress.memory import smallest_memory
-from compress.model import Plan
+from compress.plan.memory import smallest_memory
+from compress.plan.shapes import Plan
 from compress.solvers import NEEDS
-from compress.verify.agenda import Agenda
-from compress.verify.forecast import verification_seconds
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
@@ -47,6 +45,7 @@ WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing,
 PALETTE = 26e-9  # Core ML's palettes, per weight
 SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
+SCORE = 2.5e-11  # per weight and token of the text, in the float model or any runtime
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def predict(chosen: Chosen, get_exporter: GetExporter, *, verify: bool, threads:
 
 
 def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> int:
-    """Threads of one job: as told, else what ``build`` would take, within its share of ``jobs``."""
+    """Threads of one job: ``wanted``, else those of ``build``, within its share of ``jobs``."""
     if wanted:
         return min(wanted, cpus)
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
@@ -122,6 +121,5 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)
-        agenda = Agenda.of([length] * count, max(job.context, length + GENERATED_ROOM))
-        seconds += verification_seconds(job.config, job.plans, agenda)
+        seconds += weights * count * length * SCORE * (1 + len(job.plans))
     return seconds

@@ -160,7 +160,7 @@ class Board:
             word, shade = WORDS[self.records[name].status]
             rows.add_row(name, Text(word, shade), Text(self.result(name)))
         for name, begun in list(self._started.items()):
-            phase = told(last_line(self._state.file(name, "progress")))
+            phase = describe_phase(last_line(self._state.file(name, "progress")))
             took = clock_time(time.monotonic() - begun)
             rows.add_row(name, Text("running", "cyan"), Text(f"{took}  {phase}"))
         waiting = [n for n in self._planned if n not in self.records and n not in self._started]
@@ -191,7 +191,7 @@ def last_line(progress: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def told(line: Mapping[str, Any]) -> str:
+def describe_phase(line: Mapping[str, Any]) -> str:
     """Phase, share and time left: ``write gguf Q4_K_M  43 %  0:12 left``."""
     words = [str(line.get("phase", "starting"))]
     if line.get("total"):

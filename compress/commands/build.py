@@ -41,10 +41,9 @@ from compress.errors import UsageError
               help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
-@click.option("--prune", default="", metavar="METHOD:AMOUNT|auto",
+@click.option("--prune", default="", metavar="METHOD:AMOUNT",
               help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
-                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads; auto: as a "
-                   "budget needs.")  # fmt: skip
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
@@ -58,9 +57,6 @@ from compress.errors import UsageError
               help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
 @click.option("--device", default="", metavar="NAME", shell_complete=device_names,
               help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
-@click.option("--sweep", default="", metavar="SIZES|auto",
-              help="Several budgets at once, e.g. 1.6GiB,1.8GiB,2.0GiB: a curve of size and "
-                   "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--locked", is_flag=True,
@@ -93,8 +89,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     """
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress import pipeline
-    from compress.settings import BuildSettings
+    from compress.build import pipeline
+    from compress.build.settings import BuildSettings
     from exporters import SHIPYARD
 
     plan = options["plan"]
@@ -123,9 +119,9 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress import pipeline
+    from compress.build import pipeline
+    from compress.build.settings import BuildSettings
     from compress.demo import model_path
-    from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
     settings = BuildSettings(

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.arch import DecoderConfig, split_name
+from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.model import Plan
+from compress.plan.shapes import Plan
 
 __all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 
@@ -62,14 +62,6 @@ class Cut:
     healing: Healing | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe's ``prune`` that says the same."""
-        if self.method == "depth":
-            return {"method": "depth", "blocks": self.dropped}
-        key = {"ffn": "width", "heads": "kv_heads"}[self.method]
-        return {"method": self.method, key: self.kept, "update": self.update}
-
-    @property
     def dropped(self) -> int:
         """How many go."""
         return self.total - self.kept
@@ -83,8 +75,7 @@ class Cut:
 def plan_cut(
     config: DecoderConfig, settings: Mapping[str, Any], plans: Iterable[Plan] = ()
 ) -> Cut | None:
-    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing, or leaves that
-    to the budget.
+    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing.
 
     Args:
         config: the float model.
@@ -97,7 +88,7 @@ def plan_cut(
         UnsupportedModelError: heads of a model whose shape could not be told.
     """
     method = settings.get("method", "none")
-    if method in ("none", "auto"):
+    if method == "none":
         return None
     update = bool(settings.get("update", True))
     healing = Healing(**settings["heal"]) if "heal" in settings else None

@@ -8,25 +8,23 @@ from typing import Any
 
 import yaml
 
+from compress.checkpoint.save import save_checkpoint
 from compress.console import Console
 from compress.errors import UsageError
-from compress.job import Job, read_license
-from compress.output import check_output, real_path
+from compress.output.folder import check_output, real_path
+from compress.plan.job import Job, read_license
 from compress.pruning.step import RECORD
 from compress.recipe import AMOUNTS
-from compress.save import save_checkpoint
 
 __all__ = ["check_save", "prune_option", "save_pruned"]
 
 
 def prune_option(text: str) -> dict[str, Any]:
-    """``depth:3``, ``ffn:10%``, ``ffn:2048``, ``heads:2``, ``auto`` → the recipe's ``prune``.
+    """``depth:3``, ``ffn:10%``, ``ffn:2048``, ``heads:2`` → the recipe's ``prune``.
 
     Raises:
         UsageError: anything else.
     """
-    if text == "auto":
-        return {"method": "auto"}
     method, _, amount = text.partition(":")
     keys = AMOUNTS.get(method, ())
     number = amount.removesuffix("%")
@@ -40,7 +38,7 @@ def prune_option(text: str) -> dict[str, Any]:
     raise UsageError(
         f"--prune {text}: write METHOD:AMOUNT",
         hint="depth:3 or depth:10% (blocks that go), ffn:2048 (width that stays), ffn:10%, "
-        "heads:2 (key-value heads that stay), heads:25%; auto with a budget",
+        "heads:2 (key-value heads that stay), heads:25%",
     )
 
 
@@ -50,11 +48,6 @@ def check_save(folder: Path, output: Path, job: Job) -> None:
     Raises:
         UsageError: nothing is pruned, or the place is taken or is inside the output.
     """
-    if job.recipe.weighs or job.cuts:
-        raise UsageError(
-            "--save-checkpoint writes one pruned model, and here each target has its own shape",
-            hint="--prune with what the plan chose, e.g. ffn:2048",
-        )
     if job.cut is None:
         raise UsageError(
             "--save-checkpoint has no effect: nothing is pruned", hint="--prune depth:10%"
@@ -68,7 +61,7 @@ def save_pruned(job: Job, folder: Path, console: Console) -> None:
     """Write the job's pruned weights as a checkpoint, with a card that says what was done.
 
     Raises:
-        PacklightError: see ``compress.save.save_checkpoint``.
+        PacklightError: see ``compress.checkpoint.save.save_checkpoint``.
     """
     save_checkpoint(job.source, folder, card(job))
     console.detail(f"checkpoint: {folder}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +18,20 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
-from compress.arch import DecoderConfig
-from compress.cache import cache_folder, taking_turns
-from compress.calibration_set import CalibrationSet
-from compress.calibration_step import read_texts
-from compress.config_json import read_json
+from compress.calibration.step import read_texts
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.sources import Source
 from compress.console import Console
+from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.job import Job, choose_threads, rotations
+from compress.files import cache_folder, taking_turns
+from compress.machine import set_threads
+from compress.plan.job import Job, choose_threads
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
-from compress.sources import Source
-from compress.steady import set_threads
 
-__all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
+__all__ = ["Pruned", "prune", "prune_source"]
 
 FOUND = "found.json"  # what was measured, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
@@ -63,51 +62,6 @@ def prune(job: Job, console: Console, threads: int) -> Pruned | None:
         return None
     set_threads(choose_threads(threads, job.config))
     return prune_source(job.source, job.cut, read_texts(job), console)
-
-
-def prune_targets(job: Job, console: Console, threads: int) -> tuple[Job, list[str]]:
-    """The job with the pruned weights of those targets that have a shape of their own, and lines
-    for the report.
-
-    Raises:
-        As ``prune``.
-    """
-    sources, notes = dict(job.sources), []
-    for name, cut in job.cuts.items():
-        pruned = prune(replace(job, cut=cut), console, threads)
-        assert pruned is not None
-        sources[name] = rotations(pruned.source, job.recipe).get(name, pruned.source)
-        notes += [f"{name}: {note}" for note in pruned.notes]
-    return replace(job, sources=sources), notes
-
-
-def pruning_divergence(job: Job, console: Console, threads: int) -> float:
-    """Mean KL divergence of the pruned float model from the whole one, in nats per token, on
-    the calibration windows that no update has seen; kept in the cache.
-
-    Raises:
-        As ``prune``.
-    """
-    pruned = prune(job, console, threads)
-    if pruned is None or job.cut is None:
-        return 0.0
-    texts = read_texts(job)
-    folder = cut_folder(job.source, job.cut, texts)
-    path = folder / "held_back.json"
-    try:
-        return float(read_json(path)["kl"])
-    except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
-        pass
-    from compress.pruning.depth import measured_windows, model_divergence
-    from compress.walk import held_back
-
-    windows = held_back(texts.windows) or measured_windows(texts.windows)
-    with console.progress(f"judge {job.cut.method}", "steps") as update:
-        found = model_divergence(job.source, pruned.source, windows, update)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
-    partial.replace(path)
-    return found
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
