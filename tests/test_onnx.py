@@ -18,7 +18,6 @@ import onnx
 import onnxruntime
 import pytest
 import tiny
-from compress.model import Plan
 from exported import Exported, Exports, greedy, reference
 
 import exporters.onnx
@@ -30,6 +29,7 @@ from compress.errors import (
     UsageError,
 )
 from compress.grids import get_grid
+from compress.plan.shapes import Plan
 from exporters.onnx import runtime as runtime_module
 from exporters.onnx import writer
 from exporters.onnx.planning import entry_bytes
