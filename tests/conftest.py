@@ -22,6 +22,14 @@ def cache(tmp_path_factory):
     os.environ["PACKLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Artifacts of tiny checkpoints, each made once in a worker: see ``exported.py``."""
+    from exported import Exports
+
+    return Exports(tmp_path_factory.mktemp("exported"))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Only this machine may be reached."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import gguf_files
 import numpy as np
 import pytest
+from exported import Exports
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
@@ -21,8 +21,8 @@ from exporters.gguf.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
-    checkpoint = Checkpoint.open(gguf_files.checkpoint("llama"))
+def baseline(exported: Exports, tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
+    checkpoint = Checkpoint.open(exported.checkpoint("llama"))
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     decoder = Decoder(config, Weights(Stored(checkpoint, config), rtn).read)
     windows = np.random.default_rng(0).integers(3, 500, (3, 40)).tolist()
@@ -30,8 +30,8 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
     return BaselineStore.write(folder, windows, decoder.stream_logits(windows))
 
 
-def test_a_gguf_file_in_llama_cpp(baseline: BaselineStore) -> None:
-    path = gguf_files.artifact("llama", "Q8_0").path
+def test_a_gguf_file_in_llama_cpp(exported: Exports, baseline: BaselineStore) -> None:
+    path = exported("gguf", "llama", type="Q8_0").path
     found = verify_artifact(path, "gguf", baseline, context=64, threads=1)
     assert found.resources.runtime.startswith("llama.cpp")
     assert found.generation.consistent and len(found.generation.tokens) == 32
@@ -47,8 +47,10 @@ def test_a_gguf_file_in_llama_cpp(baseline: BaselineStore) -> None:
     assert here.perplexity.value == pytest.approx(found.quality.perplexity.value, rel=1e-5)
 
 
-def test_a_damaged_file_is_an_error_of_ours(baseline: BaselineStore, tmp_path: Path) -> None:
-    whole = gguf_files.artifact("llama", "Q8_0").path
+def test_a_damaged_file_is_an_error_of_ours(
+    exported: Exports, baseline: BaselineStore, tmp_path: Path
+) -> None:
+    whole = exported("gguf", "llama", type="Q8_0").path
     cut = tmp_path / "cut.gguf"
     shutil.copyfile(whole, cut)
     with cut.open("r+b") as file:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import coreml_build
 import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
+from exported import Exported, reference
 from writing import plan_for
 
 from compress.calibration.statistics import Statistics
@@ -210,12 +210,10 @@ def test_rows_do_not_depend_on_each_other(demo_layer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_written_constants_decode_to_what_apple_makes_of_them(name):
+def test_written_constants_decode_to_what_apple_makes_of_them(exported, name):
     pattern, _, grid = name.partition("-")
     sparsity = pattern if "of" in pattern else int(pattern[1:]) / 100
-    path = coreml_build.checkpoint("llama", num_hidden_layers=1)
-    settings = {"grid": grid, "context": coreml_build.CONTEXT, "sparsity": sparsity}
-    built = coreml_build.write(path, settings)
+    built = exported("coreml", "llama", {"num_hidden_layers": 1}, grid=grid, sparsity=sparsity)
     grids = {e.name.split(".")[-2]: e.grid for e in built.plan.entries if len(e.shape) == 2}
     assert grids["q_proj"] == name and grids["lm_head"] == grid
     apple = apples(built)
@@ -238,11 +236,11 @@ def test_written_constants_decode_to_what_apple_makes_of_them(name):
     evaluator = Evaluator(built.artifact.path)
     inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 17))}
     found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
-    expected = coreml_build.expected_logits(built, tokens)
+    expected = reference(built, halves=True).logits(tokens)
     assert np.abs(found - expected).max() < 5e-5
 
 
-def apples(built: coreml_build.Built) -> dict[str, np.ndarray]:
+def apples(built: Exported) -> dict[str, np.ndarray]:
     """Every sparse constant as coremltools decompresses it."""
     import coremltools
     from coremltools.converters.mil.frontend.milproto import load
@@ -258,9 +256,8 @@ def apples(built: coreml_build.Built) -> dict[str, np.ndarray]:
     }
 
 
-def test_the_plan_tells_the_break_even():
-    path = coreml_build.checkpoint("llama", num_hidden_layers=1)
-    config = describe_model(Checkpoint.open(path))
+def test_the_plan_tells_the_break_even(exported):
+    config = exported.config("llama", num_hidden_layers=1)
     quarter = plan_for("coreml", config, {"grid": "int4-g32", "sparsity": 0.25})
     assert "4.500 bits per weight, 4.500 without zeros: nothing is saved" in quarter.notes[-1]
     half = plan_for("coreml", config, {"grid": "lut4-g8", "sparsity": "2of4"})

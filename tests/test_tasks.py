@@ -8,7 +8,6 @@ import statistics
 import string
 from pathlib import Path
 
-import gguf_files
 import jsonschema
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import tiny
 import torch
 from commands import packlight, refused
 from echo_model import EchoModel
+from exported import Exports
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
@@ -90,8 +90,10 @@ def transformers_logits(folder: Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # SentencePiece with BOS; bytes, none
-def test_the_float_model_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
-    folder = gguf_files.checkpoint(family)
+def test_the_float_model_answers_as_transformers_does(
+    exported: Exports, family: str, tmp_path: Path
+) -> None:
+    folder = exported.checkpoint(family)
     tokenizer = Tokenizer(folder)
     expected = brute_force(transformers_logits(folder), tokenizer)
     checkpoint = Checkpoint.open(folder)
@@ -120,9 +122,9 @@ def test_the_float_model_answers_as_transformers_does(family: str, tmp_path: Pat
     assert best(expected) != norm  # the division matters here
 
 
-def test_verify_answers_in_the_artifacts_runtime(tmp_path: Path) -> None:
-    folder = gguf_files.checkpoint("llama")
-    artifact = gguf_files.artifact("llama", "Q2_K").path
+def test_verify_answers_in_the_artifacts_runtime(exported: Exports, tmp_path: Path) -> None:
+    folder = exported.checkpoint("llama")
+    artifact = exported("gguf", "llama", type="Q2_K").path
     tokenizer = Tokenizer(folder)
     runtime = open_runtime(artifact, context=256, threads=1)
     answers = best(brute_force(runtime.logits, tokenizer))
@@ -233,8 +235,8 @@ def test_an_empty_file_and_a_missing_one(tmp_path: Path) -> None:
     assert "none.jsonl does not exist" in says
 
 
-def test_an_item_must_fit_the_context() -> None:
-    tokenizer = Tokenizer(gguf_files.checkpoint("llama"))
+def test_an_item_must_fit_the_context(exported: Exports) -> None:
+    tokenizer = Tokenizer(exported.checkpoint("llama"))
     task = Task("t", (Item("a river", ("to the sea", "b"), 0, "quiz.jsonl:7"),))
     longest = max(len(request.tokens) for request in TaskSet([task], tokenizer, 99).requests) - 1
     TaskSet([task], tokenizer, longest)
