@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
+    from compress.report.report import ArtifactReport
 
 __all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
 
@@ -97,7 +98,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def how_to_run(self) -> Callable[[Mapping[str, Any]], list[str]]: ...
+        def how_to_run(self) -> Callable[[ArtifactReport], list[str]]: ...
 
         @property
         def read_imatrix(self) -> Callable[[Path, DecoderConfig], Statistics]: ...
