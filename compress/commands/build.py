@@ -28,7 +28,6 @@ from compress.errors import UsageError
 if TYPE_CHECKING:
     from compress.build.decide import Decision
     from compress.build.pipeline import Ready
-    from compress.build.settings import BuildSettings
 
 
 @click.command()
@@ -95,7 +94,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     """
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
+    from compress.build import pipeline
     from compress.build.settings import BuildSettings
+    from compress.report.words import finish
 
     plan = options["plan"]
     if options["locked"] and plan is None:
@@ -109,23 +110,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
     )  # fmt: skip
-    return run(settings, console)
-
-
-def run(settings: BuildSettings, console: Console) -> int:
-    """Build, or plan for ``--dry-run``; print what came of it.
-
-    Returns:
-        2 where an artifact could not be run, 1 where a gate failed, else 0.
-    """
-    from compress.build import pipeline
-
     if settings.dry_run:
-        decision, ready = pipeline.rehearse(settings, console)
-        print_dry_run(decision, ready, console)
+        print_dry_run(*pipeline.rehearse(settings, console), console)
         return 0
-    from compress.report.words import finish
-
     built = pipeline.build(settings, console)
     return finish(built.report, built.folder, console)
 
@@ -158,6 +145,7 @@ def demo(output: Path, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build.settings import BuildSettings
     from compress.demo import model_path
+    from compress.report.words import finish
 
     settings = BuildSettings(
         model=str(model_path()),
@@ -167,4 +155,7 @@ def demo(output: Path, **options: Any) -> int:
         threads=options["threads"],
         overwrite=options["overwrite"],
     )
-    return run(settings, console)
+    from compress.build import pipeline
+
+    built = pipeline.build(settings, console)
+    return finish(built.report, built.folder, console)

@@ -23,6 +23,7 @@ from compress.decoder.footprint import (
 from compress.errors import UsageError
 from compress.formats import get_format
 from compress.plan.job import DEFAULT_CONTEXT, describe_model, find_artifacts, prepare
+from compress.plan.shapes import bits_per_weight
 from compress.recipe import load
 
 
@@ -69,7 +70,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": config.architecture,
         "parameters": config.num_parameters,
         "bytes": checkpoint.nbytes,
-        "bits_per_weight": checkpoint.nbytes * 8 / config.num_parameters,
+        "bits_per_weight": bits_per_weight(checkpoint.nbytes, config.num_parameters),
         "metadata": metadata,
         "tensors": [
             {"name": name, "shape": list(info.shape), "grid": info.dtype, "bytes": info.nbytes}

@@ -139,8 +139,8 @@ def measured(report: Report) -> str:
 
 def how_to_run(artifact: ArtifactReport) -> list[str]:
     """A heading, and the shortest way to run an artifact."""
-    how = get_format(artifact.format).how_to_run(artifact.path)
-    return [f"### {markdown_label(artifact)}", *how]
+    lines = get_format(artifact.format).how_to_run(artifact)
+    return [f"### {markdown_label(artifact)}", *lines]
 
 
 def notes(report: Report) -> list[str]:
