@@ -137,8 +137,8 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# how_to_run        how_to_run(path) -> lines of Markdown for the model card; the path of the
-#                   artifact, as seen from the card
+# how_to_run        how_to_run(artifact) -> lines of Markdown for the model card, from a row of the
+#                   report's ``artifacts``
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
 #                   statistics), where ``imatrix``
 # Settings          pydantic model of the recipe's ``targets.<name>``, a ``TargetSettings``

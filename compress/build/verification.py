@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compress.build.pipeline import make_report
 from compress.build.settings import VerifySettings
@@ -50,7 +51,6 @@ def verify(settings: VerifySettings, console: Console) -> Report:
         verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
         folder = folder_of(settings.artifact)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report.recipe = {"name": recipe.name, "gates": recipe.gates}
         if previous:
             previous.apply(report, console)
         if settings.ci_files:
