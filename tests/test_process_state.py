@@ -46,11 +46,11 @@ settings = BuildSettings(
     model=sys.argv[2], output=out, recipe="phone-4bit", threads=1, max_memory=3 << 30,
     overrides=["calibration.tokens=256", "calibration.sequence_length=64", "verify.windows=2",
                "verify.sequence_length=32", "verify.gates={}"])
-assert pipeline.build(settings, Console("quiet")).report["verdict"] == "passed"
+assert pipeline.build(settings, Console("quiet")).report.verdict == "passed"
 after_build = here.state()
 settings = VerifySettings(
     artifact=out / "gguf", baseline=sys.argv[2], windows=2, sequence_length=32, threads=1)
-assert verification.verify(settings, Console("quiet"))["verdict"] == "passed"
+assert verification.verify(settings, Console("quiet")).verdict == "passed"
 print(json.dumps([before, after_build, here.state()]))
 """
 
