@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from test_interrupts import interrupted
+from test_interrupts import run
 
 from compress.build.lockstep import in_lockstep
 from compress.build.write import write_artifacts
@@ -252,7 +252,8 @@ def test_a_signal_ends_all_targets(tmp_path, number):
                 for block in range(1000):
                     weights.read(f"blocks.{block}.q_proj.weight")
                     if (block, index) == (3, 1):
-                        print("ready")
+                        send(NUMBER)
+                        send(NUMBER)
                     time.sleep(0.05)
                 print("lost")
             finally:
@@ -262,6 +263,6 @@ def test_a_signal_ends_all_targets(tmp_path, number):
         in_lockstep([source] * 3, pull)
         print("lost")
     """
-    code, said = interrupted(tmp_path, body, number, number)
+    code, said = run(tmp_path, body.replace("NUMBER", str(int(number))))
     assert sorted(said) == ["0", "1", "2", "cleaned", "cleaned", "cleaned"]
     assert code == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
