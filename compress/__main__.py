@@ -9,8 +9,7 @@ from compress import machine
 
 def main() -> None:
     """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
-    machine.handle_signals()  # before anything that takes time
-    machine.make_deterministic()  # before anything that computes
+    machine.own_process()
     try:
         from compress.cli import run
 

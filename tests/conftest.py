@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+import exporters  # noqa: F401 -- fills the table of formats
+
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,4 +47,4 @@ def no_network(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="renew docs/help.md")
+    parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tiny
+import writing
 from numpy.typing import NDArray
 
 from compress.checkpoint.checkpoint import Checkpoint
@@ -27,9 +28,9 @@ from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
 from compress.demo import model_path
 from compress.grids import Float32, get_grid
-from compress.plan.shapes import Artifact, Plan, Weights
-from compress.solvers.rtn import rtn
-from exporters import get_exporter
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Weights
+from compress.solvers import rtn
 
 CONTEXT = 64  # of Core ML packages, which have room for no more
 
@@ -105,17 +106,16 @@ class Exports:
         name: str = "model",
         change: Callable[[Plan], Plan] = lambda plan: plan,
         folder: Path | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        written: Callable[[int], None] = lambda nbytes: None,
     ) -> Exported:
         """Plan (changed, if wanted) and write into an empty folder, a new one if none is given."""
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
-        exporter = get_exporter(format)
         if format == "coreml":
             settings = {"context": CONTEXT, **settings}
-        plan = change(exporter.plan(config, settings, model_name=name))
+        plan = change(writing.plan_for(format, config, settings, model_name=name))
         weights = Weights(Stored(opened, config), rtn)
-        artifact = exporter.write(plan, weights, folder or self.new_folder(), progress)
+        artifact = writing.write(plan, weights, folder or self.new_folder(), written)
         return Exported(opened, config, plan, weights, artifact)
 
     def new_folder(self) -> Path:

@@ -16,11 +16,11 @@ import tiny
 from exported import CONTEXT, Exported, Exports, reference
 
 from compress.errors import ArtifactError, UsageError
-from exporters import coreml
 from exporters.coreml import runtime as runtime_module
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import list_tensors
 from exporters.coreml.mil import read_package
+from exporters.coreml.runtime import open_runtime
 
 Array = Any
 # Every family, on a grid of each kind in turn.
@@ -62,7 +62,7 @@ def test_logits_of_every_family(
         expected = expected_logits(built, TOKENS[:length])
         found = run(evaluator, TOKENS[:length], zeros(length), evaluator.make_state())
         assert np.abs(found - expected).max() < 5e-5
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 1e-4
     assert (expected.argmax(1) == rounded.argmax(1)).mean() > 0.95
@@ -165,7 +165,7 @@ def test_norms_survive_a_residual_whose_square_is_beyond_float16(
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     built = exported.write("coreml", path, {"grid": "F16"})
     expected = expected_logits(built, TOKENS)
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 5e-3
 
@@ -197,7 +197,7 @@ def test_runtime_feeds_prompts_in_pieces(
     exported: Exports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = exported("coreml", "phi3-window", grid="int8-channel-asym")
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     assert runtime.name.startswith("MIL evaluator (packlight ")
     assert runtime.vocab_size == 512
     whole = runtime.logits(TOKENS)
@@ -216,10 +216,10 @@ def test_runtime_feeds_prompts_in_pieces(
 def test_runtime_refusals(exported: Exports, tmp_path: Any) -> None:
     built = exported("coreml", "llama3", grid="int4-g32")
     with pytest.raises(UsageError, match="64 positions, 65 are asked for"):
-        coreml.open_runtime(built.artifact.path, context=65)
+        open_runtime(built.artifact.path, context=65)
     with pytest.raises(ArtifactError, match=r"not an \.mlpackage"):
-        coreml.open_runtime(tmp_path, context=8)
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+        open_runtime(tmp_path, context=8)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     runtime.feed(TOKENS[:60])
     with pytest.raises(UsageError, match="65 tokens do not fit: the runtime has room for 64"):
         runtime.feed(TOKENS[:5])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from exported import CONTEXT, Exported, Exports, decoded, reference
+from writing import plan_for
 
 from compress.errors import (
     DiskFullError,
@@ -26,10 +27,11 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from compress.formats import get_format
 from compress.plan.shapes import Plan
-from exporters import coreml
 from exporters.coreml import constants, writer
 from exporters.coreml.evaluator import Evaluator
+from exporters.coreml.inspection import describe
 from exporters.coreml.planning import GRIDS, parts
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +110,7 @@ def test_a_mixture_of_all_grids_runs(mixture: Exported) -> None:
     inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 40))}
     found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
     assert np.abs(found - reference(mixture, halves=True).logits(tokens)).max() < 5e-5
-    described = {
-        tensor["name"]: tensor for tensor in coreml.describe(mixture.artifact.path)["tensors"]
-    }
+    described = {tensor["name"]: tensor for tensor in describe(mixture.artifact.path)["tensors"]}
     for entry in mixture.plan.entries:
         tensor = described[entry.target_name]
         assert (tensor["grid"], tensor["bytes"]) == (entry.grid, entry.nbytes)
@@ -255,15 +255,14 @@ def test_slabs_of_rows_give_the_same_bytes(
 
 
 def test_progress_counts_the_weights(exported: Exports) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[int] = []
     built = exported.write(
         "coreml",
         exported.checkpoint("llama"),
         {"grid": "int4-g32"},
-        progress=lambda done, total: told.append((done, total)),
+        written=told.append,
     )
-    assert told[-1] == (built.plan.weights_bytes, built.plan.weights_bytes)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert sum(told) == built.plan.weights_bytes and min(told) > 0
     assert len(told) > 20
 
 
@@ -297,7 +296,7 @@ def test_tokenizer_json_is_made_from_tokenizer_model(exported: Exports, tmp_path
 
 def test_describe_reads_no_weights(exported: Exports) -> None:
     built = exported("coreml", "llama3", grid="lut4-g8")
-    facts = coreml.describe(built.artifact.path)
+    facts = describe(built.artifact.path)
     assert facts["format"] == "coreml"
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] == built.config.num_parameters
@@ -312,14 +311,15 @@ def test_describe_reads_no_weights(exported: Exports) -> None:
 
 
 def test_plan_defaults(exported: Exports) -> None:
-    plan = coreml.plan(exported.config("llama3"), {}, model_name="M")
+    plan = plan_for("coreml", exported.config("llama3"), {}, model_name="M")
     assert (plan.format, plan.type_name, plan.max_context) == ("coreml", "int4-g32", 2048)
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == grids["blocks.1.down_proj.weight"] == "int4-g32"
     assert grids["norm.weight"] == "F32"
     assert "lm_head.weight" not in grids
     assert all(type(entry.nbytes) is int for entry in plan.entries)
-    plan = coreml.plan(exported.config("phi"), {"grid": "lut4-g8", "embedding": "int8-channel"})
+    settings = {"grid": "lut4-g8", "embedding": "int8-channel"}
+    plan = plan_for("coreml", exported.config("phi"), settings)
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == "int8-channel"
     assert grids["lm_head.weight"] == "lut4-g8"
@@ -328,16 +328,16 @@ def test_plan_defaults(exported: Exports) -> None:
 
 def test_rows_that_do_not_divide_take_smaller_groups_and_say_so(exported: Exports) -> None:
     config = replace(exported.config("llama"), vocab_size=514, intermediate_size=528)
-    plan = coreml.plan(config, {"grid": "lut4-g8"})
+    plan = plan_for("coreml", config, {"grid": "lut4-g8"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["embed_tokens.weight"].grid == "lut4-g2"
     assert entries["embed_tokens.weight"].note == "514×256 does not divide into lut4-g8"
     assert entries["blocks.0.q_proj.weight"].note == ""
-    plan = coreml.plan(config, {"grid": "int4-g32"})
+    plan = plan_for("coreml", config, {"grid": "int4-g32"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["blocks.0.down_proj.weight"].grid == "int4-g16"
     odd = replace(config, intermediate_size=514)
-    plan = coreml.plan(odd, {"grid": "int4-g32-asym"})
+    plan = plan_for("coreml", odd, {"grid": "int4-g32-asym"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["blocks.0.down_proj.weight"].grid == "int4-channel-asym"
 
@@ -345,7 +345,7 @@ def test_rows_that_do_not_divide_take_smaller_groups_and_say_so(exported: Export
 def test_every_grid_that_is_offered_is_a_grid() -> None:
     from compress.grids import get_grid
 
-    for name in coreml.grids():
+    for name in get_format("coreml").GRIDS:
         assert get_grid(name).name == name
         if name != "F16":
             shape = (256, 512)
@@ -353,29 +353,29 @@ def test_every_grid_that_is_offered_is_a_grid() -> None:
             # ONNX starts the zero points of every row at a byte; Core ML packs them all.
             padding = 128 if name == "int4-channel-asym" else 0
             assert stored == get_grid(name).nbytes(shape) - padding
-    assert coreml.grids() == GRIDS
+    assert get_format("coreml").GRIDS == GRIDS
 
 
 def test_plan_refusals(exported: Exports) -> None:
     config = exported.config("phi3-longrope")
     for grid in ("Q4_K", "int4-g8", "lut5-g8", "BF16"):
         with pytest.raises(GridError, match="not a grid that Core ML stores"):
-            coreml.plan(config, {"grid": grid})
+            plan_for("coreml", config, {"grid": grid})
     with pytest.raises(UnsupportedModelError, match="iOS16"):
-        coreml.plan(config, {"deployment": "iOS16"})
+        plan_for("coreml", config, {"deployment": "iOS16"})
     with pytest.raises(
         UsageError, match="context 257 is not between 2 and the 256 positions"
     ) as refusal:
-        coreml.plan(config, {"context": 257})
+        plan_for("coreml", config, {"context": 257})
     assert refusal.value.hint.startswith("--context 256")
 
 
 def test_notes_tell_what_a_user_should_know(exported: Exports) -> None:
-    notes = " ".join(coreml.plan(exported.config("phi3-longrope"), {}).notes)
+    notes = " ".join(plan_for("coreml", exported.config("phi3-longrope"), {}).notes)
     assert "allocated whole, 524,288 bytes for 256 positions" in notes
     assert "holds 256 positions, not 2048" in notes
     config = replace(exported.config("llama"), head_dim=80)
-    assert "heads of 80 are not a multiple of 32" in " ".join(coreml.plan(config, {}).notes)
+    assert "heads of 80 are not a multiple of 32" in " ".join(plan_for("coreml", config, {}).notes)
 
 
 def test_another_coremltools_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,18 +19,22 @@ import tiny
 import torch
 from exported import Exports
 from transformers import AutoTokenizer
+from writing import plan_for, write
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.demo import model_path
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.plan.shapes import Runtime, Weights
-from compress.solvers.rtn import rtn
+from compress.formats import get_format
+from compress.plan.shapes import Runtime
+from compress.plan.weights import Weights
+from compress.solvers import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 
 DEMO = model_path()
 HELD_OUT = DEMO.parent / "heldout.txt"
@@ -60,7 +64,7 @@ def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 def compare(path: Path, source: Path, ids: list[int]) -> tuple[float, torch.Tensor]:
     """KL(decoded weights in torch || llama.cpp), and the former's logits."""
     expected = logits(gguf_oracle.decoded_model(path, source), ids)
-    runtime = exporter.open_runtime(path, context=len(ids), threads=1)
+    runtime = open_runtime(path, context=len(ids), threads=1)
     got = runtime.logits(ids)
     runtime.close()
     assert got.shape == expected.shape
@@ -125,7 +129,7 @@ def test_variants(exported: Exports, family: str, keys: dict[str, Any]) -> None:
     made = exported.write("gguf", source, {"type": "F16"})
     if "layer_sharing" in keys:
         assert "shared blocks are written 2 times" in made.artifact.notes[0]
-        runtime = exporter.open_runtime(made.path, context=96, threads=1)
+        runtime = open_runtime(made.path, context=96, threads=1)
         expected = logits(tiny.reference(source), tokens(family))
         assert gguf_oracle.kl_divergence(expected, runtime.logits(tokens(family))) < 3e-5
         return
@@ -157,9 +161,7 @@ def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -
 
 
 def test_cached_generation_equals_uncached(exported: Exports) -> None:
-    runtime = exporter.open_runtime(
-        exported("gguf", "demo", type="Q4_K_M").path, context=256, threads=1
-    )
+    runtime = open_runtime(exported("gguf", "demo", type="Q4_K_M").path, context=256, threads=1)
     prompt = tokens("demo")[:40]
     cached = generate(runtime, prompt, 32, cached=True)
     assert cached == generate(runtime, prompt, 32, cached=False)
@@ -171,9 +173,9 @@ def test_cached_generation_equals_uncached(exported: Exports) -> None:
 def test_long_inputs_go_in_batches(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported("gguf", "llama", type="F16").path
     ids = tokens("llama")[:90]
-    whole = exporter.open_runtime(path, context=90, threads=1)
+    whole = open_runtime(path, context=90, threads=1)
     monkeypatch.setattr(runtimes, "BATCH", 32)
-    pieces = exporter.open_runtime(path, context=90, threads=1)
+    pieces = open_runtime(path, context=90, threads=1)
     np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
     pieces.reset()
     np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
@@ -184,7 +186,7 @@ def test_long_inputs_go_in_batches(exported: Exports, monkeypatch: pytest.Monkey
 def test_longrope_stays_on_the_short_factors(exported: Exports) -> None:
     source = exported.checkpoint("phi3-longrope")
     path = exported("gguf", "phi3-longrope", type="F16").path
-    runtime = exporter.open_runtime(path, context=2048, threads=1)
+    runtime = open_runtime(path, context=2048, threads=1)
     assert runtime.positions == 256
     ids = tokens("phi3-longrope")
     assert gguf_oracle.kl_divergence(baseline("phi3-longrope", source), runtime.logits(ids)) < 3e-5
@@ -204,24 +206,24 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     source = tiny.make("llama", tmp_path / "model", vocab_size=16384)  # 4 M weights, 16 MiB
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config)
-    plan = exporter.plan(config, {"type": "Q8_0"}, model_name="slabs")
+    plan = plan_for("gguf", config, {"type": "Q8_0"}, model_name="slabs")
     weights = Weights(Stored(opened, config), rtn)
-    whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
+    whole = write(plan, weights, folder_of(tmp_path, "whole"))
 
     monkeypatch.setattr(writer, "SLABS", 1 << 17)
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
     tracemalloc.start()
-    size = sum(block.nbytes for block in writer.tensor_data(entry, weights))
+    begun = writer.Writer(plan, weights, folder_of(tmp_path, "one"), seen.append)
+    begun.put(entry)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == entry.nbytes
+    assert sum(seen) == entry.nbytes
+    seen.clear()
     assert peak < 16 * (1 << 17)  # a slab as float32 (4 bytes each) and the steps of its encoding
-    slabs = exporter.write(
-        plan, weights, folder_of(tmp_path, "slabs"), lambda done, total: seen.append((done, total))
-    )
+    slabs = write(plan, weights, folder_of(tmp_path, "slabs"), seen.append)
     assert slabs.path.read_bytes() == whole.path.read_bytes()
-    assert seen[-1] == (plan.weights_bytes, plan.weights_bytes)
+    assert sum(seen) == plan.weights_bytes
     assert len(seen) > 64
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -236,15 +238,15 @@ def folder_of(parent: Path, name: str) -> Path:
 )
 def test_names_do_not_trip_llama_cpp(exported: Exports, family: str, name: str) -> None:
     made = exported.write("gguf", exported.checkpoint(family), {"type": "Q8_0"}, name=name)
-    runtime = exporter.open_runtime(made.path, context=32)
+    runtime = open_runtime(made.path, context=32)
     tokenizer = AutoTokenizer.from_pretrained(exported.checkpoint(family))
     text = "<|user|>\n  Hello <|end|>\n world"
-    assert runtime.tokenize(text) == tokenizer(text)["input_ids"]
+    assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"]
 
 
 def test_describe(exported: Exports) -> None:
     made = exported("gguf", "llama3", type="Q4_K_M").artifact
-    told = exporter.describe(made.path)
+    told = describe(made.path)
     assert (told["format"], told["architecture"], told["name"]) == ("gguf", "llama", "llama3")
     config = exported.config("llama3")
     assert told["parameters"] == config.num_parameters
@@ -275,11 +277,11 @@ def test_damaged_files_are_refused_and_nothing_crashes(exported: Exports, tmp_pa
     code = """if True:
         import sys
         from pathlib import Path
-        import exporters.gguf
+        from exporters.gguf.runtime import open_runtime
         from compress.errors import ArtifactError
         for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
             try:
-                exporters.gguf.open_runtime(path, context=32)
+                open_runtime(path, context=32)
             except ArtifactError as error:
                 print(path.stem, "->", error.message)
     """
@@ -302,21 +304,21 @@ def test_describe_refuses_what_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     for path in (tmp_path / "x.gguf", tmp_path / "absent.gguf"):
         with pytest.raises(ArtifactError):
-            exporter.describe(path)
+            describe(path)
     with pytest.raises(ArtifactError, match=r"absent\.gguf cannot be read"):
-        exporter.open_runtime(tmp_path / "absent.gguf", context=32)
+        open_runtime(tmp_path / "absent.gguf", context=32)
 
 
 def test_describe_refuses_a_file_that_ends_too_early(exported: Exports, tmp_path: Path) -> None:
     data = exported("gguf", "llama", type="Q8_0").path.read_bytes()
     (tmp_path / "short.gguf").write_bytes(data[:-40])  # more than the padding of the last tensor
     with pytest.raises(ArtifactError, match=r"short\.gguf is truncated: output\.weight ends at"):
-        exporter.describe(tmp_path / "short.gguf")
+        describe(tmp_path / "short.gguf")
 
 
 def test_the_file_says_how_far_llama_cpp_agrees_with_a_windowed_model(exported: Exports) -> None:
-    assert exporter.describe(exported("gguf", "mistral", type="Q4_K_M").path)["context"] == 32
-    told = exporter.describe(exported("gguf", "llama", type="Q8_0").path)
+    assert describe(exported("gguf", "mistral", type="Q4_K_M").path)["context"] == 32
+    told = describe(exported("gguf", "llama", type="Q8_0").path)
     assert (told["context"], told["type"]) == (0, "Q8_0")
 
 
@@ -324,7 +326,7 @@ def test_without_llama_cpp(exported: Exports, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     runtimes.load_library.cache_clear()
     with pytest.raises(RuntimeMissingError, match="is not installed") as caught:
-        exporter.open_runtime(exported("gguf", "llama", type="Q8_0").path, context=32)
+        open_runtime(exported("gguf", "llama", type="Q8_0").path, context=32)
     assert "pip install xllamacpp" in caught.value.hint
 
 
@@ -346,8 +348,8 @@ def test_llama_cpp_python_is_used_where_it_is_what_there_is(
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         from pathlib import Path
-        import exporters.gguf
-        runtime = exporters.gguf.open_runtime(Path({str(path)!r}), context=32)
+        from exporters.gguf.runtime import open_runtime
+        runtime = open_runtime(Path({str(path)!r}), context=32)
         print(runtime.name, runtime.vocab_size, runtime.logits([1, 2, 3]).shape)
     """
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
@@ -356,10 +358,10 @@ def test_llama_cpp_python_is_used_where_it_is_what_there_is(
 
 def test_plan_survives_a_round_trip_of_settings(exported: Exports) -> None:
     config = exported.config("demo")
-    plan = exporter.plan(config, {"type": "q4_k"}, model_name="x")
-    again = exporter.plan(config, plan.settings, model_name="x")
+    plan = plan_for("gguf", config, {"type": "q4_k"}, model_name="x")
+    again = plan_for("gguf", config, plan.settings, model_name="x")
     assert dataclasses.asdict(plan) == dataclasses.asdict(again)
-    assert set(entry.grid for entry in plan.entries) <= set(exporter.grids())
+    assert set(entry.grid for entry in plan.entries) <= set(get_format("gguf").GRIDS)
 
 
 def test_head_reads_what_gguf_py_reads(exported: Exports) -> None:

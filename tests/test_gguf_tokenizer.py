@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_oracle
 import pytest
 import tiny
 import tiny_tokenizers as patterns
 from exported import Exports
 from transformers import AutoTokenizer
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
 from exporters.gguf.tokenizer import missing_merges, read_vocabulary
 
@@ -55,7 +57,7 @@ STRINGS = (
 def pair(exported: Exports, family: str) -> tuple[Any, Any]:
     """The checkpoint's tokenizer, and llama.cpp with our file of it."""
     made = exported("gguf", family, type="Q8_0")
-    runtime = exporter.open_runtime(made.path, context=64, threads=1)
+    runtime = open_runtime(made.path, context=64, threads=1)
     return AutoTokenizer.from_pretrained(made.checkpoint.path), runtime
 
 
@@ -66,9 +68,9 @@ def test_same_ids(exported: Exports, family: str) -> None:
         if family == "phi3-longrope" and "<|endoftext|>" in text:
             continue  # this one strips behind <|endoftext|> too: the note below says so
         expected = tokenizer(text)["input_ids"]
-        assert runtime.tokenize(text) == expected, text
+        assert gguf_oracle.tokenize(runtime, text) == expected, text
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert runtime.tokenize(text, add_special=False) == bare, text
+        assert gguf_oracle.tokenize(runtime, text, add_special=False) == bare, text
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("phi", "mobilellm")])
@@ -92,13 +94,13 @@ def test_generation_ends_where_the_model_says(exported: Exports, family: str) ->
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
     runtime = pair(exported, family)[1]
     assert config.eos_token_ids
-    assert all(runtime.ends_generation(token) for token in config.eos_token_ids)
-    assert not any(runtime.ends_generation(token) for token in range(3, 300))
+    assert all(gguf_oracle.ends_generation(runtime, token) for token in config.eos_token_ids)
+    assert not any(gguf_oracle.ends_generation(runtime, token) for token in range(3, 300))
 
 
 def test_every_end_needs_a_place(exported: Exports) -> None:
     # <|assistant|> ends Phi-3's turns, and llama.cpp does not know it: it goes in as `eom`.
-    described = exporter.describe(exported("gguf", "demo", type="Q8_0").path)["metadata"]
+    described = describe(exported("gguf", "demo", type="Q8_0").path)["metadata"]
     ids = {kind: described[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")}
     assert ids == {"eos": "2000", "eot": "2007", "eom": "2001"}
 
@@ -191,10 +193,10 @@ def test_whitespace_runs_as_tokens(exported: Exports, tmp_path: Path) -> None:
     ]
     (source / "tokenizer.json").write_text(json.dumps(made))
     path = exported.write("gguf", source, {"type": "Q8_0"}).path
-    runtime = exporter.open_runtime(path, context=64, threads=1)
+    runtime = open_runtime(path, context=64, threads=1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for text in ("def f():\n    return  1\n\t\tx", "a" + " " * 45 + "b", " \t\t  x", " \n  \n   y"):
-        assert runtime.tokenize(text) == tokenizer(text)["input_ids"], text
+        assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"], text
 
 
 def test_missing_and_damaged(exported: Exports, tmp_path: Path) -> None:

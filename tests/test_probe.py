@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from exported import Exports
 
-import exporters.gguf
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import ArtifactError, UsageError
-from compress.plan.shapes import Weights
-from compress.solvers.rtn import rtn
+from compress.plan.weights import Weights
+from compress.solvers import rtn
 from compress.verify import BaselineStore, quality, verify_artifact
-from exporters import SHIPYARD
+from exporters.gguf.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def baseline(exported: Exports, tmp_path_factory: pytest.TempPathFactory) -> Bas
 
 def test_a_gguf_file_in_llama_cpp(exported: Exports, baseline: BaselineStore) -> None:
     path = exported("gguf", "llama", type="Q8_0").path
-    found = verify_artifact(SHIPYARD.probe, path, "gguf", baseline, context=64, threads=1)
+    found = verify_artifact(path, "gguf", baseline, context=64, threads=1)
     assert found.resources.runtime.startswith("llama.cpp")
     assert found.generation.consistent and len(found.generation.tokens) == 32
     assert 1e-6 < found.quality.kl_mean.value < 0.02
@@ -41,7 +40,7 @@ def test_a_gguf_file_in_llama_cpp(exported: Exports, baseline: BaselineStore) ->
     assert found.resources.peak_memory_bytes is None or (
         found.resources.peak_memory_bytes > path.stat().st_size
     )
-    runtime = exporters.gguf.open_runtime(path, context=64, threads=1)
+    runtime = open_runtime(path, context=64, threads=1)
     here = quality.compare(runtime, baseline)
     runtime.close()
     assert here.kl_mean.value == pytest.approx(found.quality.kl_mean.value, rel=1e-3)
@@ -57,9 +56,9 @@ def test_a_damaged_file_is_an_error_of_ours(
     with cut.open("r+b") as file:
         file.truncate(whole.stat().st_size // 2)
     with pytest.raises(ArtifactError, match=r"cut\.gguf"):
-        verify_artifact(SHIPYARD.probe, cut, "gguf", baseline, context=64)
+        verify_artifact(cut, "gguf", baseline, context=64)
 
 
 def test_an_unknown_format(baseline: BaselineStore) -> None:
     with pytest.raises(UsageError, match="unknown format 'zip'"):
-        verify_artifact(SHIPYARD.probe, Path("x.zip"), "zip", baseline, context=64)
+        verify_artifact(Path("x.zip"), "zip", baseline, context=64)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from commands import packlight, refused
 from exported import Exported, reference
+from writing import plan_for
 
 from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
@@ -26,9 +27,9 @@ from compress.pruning.sparse import Sparsified, sparsegpt, sparsify
 from compress.pruning.surgery import compensate
 from compress.pruning.zeros import check_zeros
 from compress.recipe import load
-from exporters import coreml
 from exporters.coreml import constexpr
 from exporters.coreml.evaluator import Evaluator
+from exporters.coreml.inspection import describe
 from exporters.coreml.mil import read_package
 from exporters.coreml.planning import parts
 
@@ -218,7 +219,7 @@ def test_written_constants_decode_to_what_apple_makes_of_them(exported, name):
     apple = apples(built)
     function = read_package(built.artifact.path).function("main")
     ours = constexpr.constants_of(function.operations)
-    described = {row["name"]: row for row in coreml.describe(built.artifact.path)["tensors"]}
+    described = {row["name"]: row for row in describe(built.artifact.path)["tensors"]}
     for entry in built.plan.entries:
         told = described[entry.target_name]
         assert (told["bytes"], told["shape"]) == (entry.nbytes, list(entry.shape))
@@ -257,16 +258,16 @@ def apples(built: Exported) -> dict[str, np.ndarray]:
 
 def test_the_plan_tells_the_break_even(exported):
     config = exported.config("llama", num_hidden_layers=1)
-    quarter = coreml.plan(config, {"grid": "int4-g32", "sparsity": 0.25})
+    quarter = plan_for("coreml", config, {"grid": "int4-g32", "sparsity": 0.25})
     assert "4.500 bits per weight, 4.500 without zeros: nothing is saved" in quarter.notes[-1]
-    half = coreml.plan(config, {"grid": "lut4-g8", "sparsity": "2of4"})
+    half = plan_for("coreml", config, {"grid": "lut4-g8", "sparsity": "2of4"})
     assert "break-even is a quarter of zeros at 4 bits" in half.notes[-1]
     assert "nothing is saved" not in half.notes[-1]
     assert half.type_name == "2of4-lut4-g8"
     # What a plan.json says is taken again.
     choices = {entry.name: entry.grid for entry in half.entries if len(entry.shape) == 2}
     choices = {name: grid for name, grid in choices.items() if not name.startswith("rope")}
-    again = coreml.plan(config, {"grid": "lut4-g8", "sparsity": "2of4"}, choices=choices)
+    again = plan_for("coreml", config, {"grid": "lut4-g8", "sparsity": "2of4"}, choices=choices)
     assert again.entries == half.entries
 
 
@@ -329,13 +330,6 @@ def test_an_experiment_stores_its_zeros(model, tmp_path):
         <= tensors["blk.0.ffn_down.weight"].size // 4
     )
     assert np.count_nonzero(tensors["token_embd.weight"]) > 0.9 * tensors["token_embd.weight"].size
-
-
-def test_moving_columns_and_their_neighbours_zeros_exclude_each_other(model, tmp_path):
-    use = ("--set", "targets.coreml.sparsity=2of4", "--set", "quantize.permute=true")
-    # A dry run, too: it is told before any walk.
-    told = refused(packlight("build", model, "-f", "coreml", "--dry-run", *use, cwd=tmp_path))
-    assert "quantize.permute would break coreml's 2of4" in told
 
 
 def test_options_that_exclude_each_other(model, tmp_path):

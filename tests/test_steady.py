@@ -13,10 +13,10 @@ import tiny
 import torch
 
 from compress import machine
-from compress.calibration.propagation import shifts
 from compress.calibration.statistics import LayerStats
 from compress.machine import one_thread
 from compress.solvers import hessian as hessians
+from compress.solvers.propagation import shifts
 
 ROOT = Path(__file__).resolve().parents[1]
 

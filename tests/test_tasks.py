@@ -18,19 +18,18 @@ from commands import packlight, refused
 from echo_model import EchoModel
 from exported import Exports
 
-import exporters.gguf
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
-from compress.plan.shapes import Weights
+from compress.plan.weights import Weights
 from compress.report.html import render
-from compress.report.report import schema
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
+from exporters.gguf.runtime import open_runtime
 
 QUESTIONS = [  # white space at the end, none, a newline, not ASCII
     ("The river runs to", ["the sea.", "a mountain of stone", "7"], 0),
@@ -127,7 +126,7 @@ def test_verify_answers_in_the_artifacts_runtime(exported: Exports, tmp_path: Pa
     folder = exported.checkpoint("llama")
     artifact = exported("gguf", "llama", type="Q2_K").path
     tokenizer = Tokenizer(folder)
-    runtime = exporters.gguf.open_runtime(artifact, context=256, threads=1)
+    runtime = open_runtime(artifact, context=256, threads=1)
     answers = best(brute_force(runtime.logits, tokenizer))
     runtime.close()
     baseline = best(brute_force(transformers_logits(folder), tokenizer))
@@ -140,7 +139,7 @@ def test_verify_answers_in_the_artifacts_runtime(exported: Exports, tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    jsonschema.validate(report, schema())
+    jsonschema.validate(report, sample_report.schema())
     first, second = report["artifacts"][0]["tasks"]
     same = sum(map(int.__eq__, answers, baseline)) / COUNT
     assert (first["name"], first["items"], first["accuracy"]) == ("artifact", COUNT, 1)
@@ -247,5 +246,5 @@ def test_an_item_must_fit_the_context(exported: Exports) -> None:
 
 def test_no_task_no_section() -> None:
     report = sample_report.make()
-    assert all(artifact["tasks"] == [] for artifact in report["artifacts"])
+    assert all(artifact.tasks == [] for artifact in report.artifacts)
     assert 'id="tasks"' not in render(report)

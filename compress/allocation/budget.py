@@ -9,8 +9,9 @@ from functools import cached_property
 from compress.allocation.choices import Choice, Rules, choices_of
 from compress.allocation.costs import CostTable, members
 from compress.allocation.solver import Option, solve
+from compress.formats import get_format
 from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.shapes import Plan, PlanRequest
 
 __all__ = ["Allocation", "Target"]
 
@@ -43,13 +44,11 @@ class Target:
         rules: what there is to choose among; None: what the job's recipe says.
     """
 
-    def __init__(
-        self, job: Job, plan: Plan, exporter: Exporter, rules: Rules | None = None
-    ) -> None:
+    def __init__(self, job: Job, plan: Plan, rules: Rules | None = None) -> None:
         self.plan, self.source = plan, job.source_of(plan)
-        self._exporter = exporter
+        self._format = get_format(plan.format)
         rules = rules or Rules(job.recipe.candidates, job.recipe.keep)
-        self.choices = choices_of(plan, self.source.config, exporter, rules)
+        self.choices = choices_of(plan, self.source.config, self._format, rules)
 
     def grids(self, options: Sequence[int]) -> dict[str, str]:
         """Entry name → grid."""
@@ -61,13 +60,10 @@ class Target:
 
     def plan_of(self, options: Sequence[int]) -> Plan:
         """The plan with these options, its file's bytes predicted."""
-        plan = self._exporter.plan(
-            self.source.config,
-            self.plan.settings,
-            model_name=self.plan.model_name,
-            choices=self.grids(options),
-        )
-        return replace(plan, file_bytes=self._exporter.file_bytes(plan, self.source))
+        choices = self.grids(options)
+        request = PlanRequest(self.plan.settings, self.plan.model_name, choices)
+        plan = self._format.plan(self.source.config, request)
+        return replace(plan, file_bytes=self._format.file_bytes(plan, self.source))
 
     @cached_property
     def smallest_bytes(self) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +19,14 @@ from pathlib import Path
 from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
-from compress.calibration.statistics import Statistics, stored_block
+from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
-from compress.files import cache_folder, taking_turns
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
+from compress.files import cache_folder, file_lock, write_whole
 from compress.grids import Float32, Grid, get_grid
-from compress.plan.shapes import Solver
+from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 
@@ -87,9 +86,7 @@ class CostTable:
             "sensitivities": {name: asdict(entry) for name, entry in self.sensitivities.items()},
             "errors": self.errors,
         }
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(document, indent=1))
 
 
 def members(config: DecoderConfig, name: str, *, tied: bool = False) -> list[str]:
@@ -126,7 +123,7 @@ def measured(
     facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {effort} {origin}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}-costs.json"
-    with taking_turns(path.with_suffix(".lock")):
+    with file_lock(path.with_suffix(".lock")):
         table = CostTable.load(source.config, path)
         if not table.sensitivities:
             with console.progress("measure sensitivities", "blocks") as told:

@@ -6,26 +6,25 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 
 from compress.allocation.budget import Target
 from compress.allocation.choices import Rules
 from compress.allocation.limits import Limit
-from compress.allocation.step import GetExporter, Replan, limit_for, targets_of
+from compress.allocation.step import limit_for, targets_of
 from compress.checkpoint.sources import Stored
 from compress.console import format_bytes
 from compress.errors import UsageError
-from compress.plan.job import Job
+from compress.plan.job import Job, Replan
+from compress.recipe.model import Prune
 
 __all__ = ["check_budget"]
 
 
-def check_budget(job: Job, get_exporter: GetExporter, replan: Replan) -> dict[str, int]:
+def check_budget(job: Job, replan: Replan) -> dict[str, int]:
     """Refuse an infeasible budget.
 
     Args:
         job: with the recipe's budget.
-        get_exporter: format → its exporter.
         replan: the job by another recipe.
 
     Returns:
@@ -37,16 +36,16 @@ def check_budget(job: Job, get_exporter: GetExporter, replan: Replan) -> dict[st
     """
     if not job.recipe.budget:
         return {}
-    pairs = limits_of(job, get_exporter)
+    pairs = limits_of(job)
     if not all(map(fits, pairs)):
-        raise refusal(job, pairs, get_exporter, replan)
+        raise refusal(job, pairs, replan)
     return {target.plan.format: most_bytes(target, limit) for target, limit in pairs}
 
 
-def limits_of(job: Job, get_exporter: GetExporter) -> list[tuple[Target, Limit]]:
+def limits_of(job: Job) -> list[tuple[Target, Limit]]:
     """Every target in the shape that is left of it, and the bytes its file may have."""
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
-    return [(target, limit_for(shaped, target)) for target in targets_of(shaped, get_exporter)]
+    return [(target, limit_for(shaped, target)) for target in targets_of(shaped)]
 
 
 def fits(pair: tuple[Target, Limit]) -> bool:
@@ -62,9 +61,7 @@ def most_bytes(target: Target, limit: Limit) -> int:
     return min(limit.nbytes, target.largest_bytes)
 
 
-def refusal(
-    job: Job, pairs: Sequence[tuple[Target, Limit]], get_exporter: GetExporter, replan: Replan
-) -> UsageError:
+def refusal(job: Job, pairs: Sequence[tuple[Target, Limit]], replan: Replan) -> UsageError:
     """The error for a budget, with what would reach it.
 
     Args:
@@ -73,7 +70,7 @@ def refusal(
     tight = [pair for pair in pairs if not fits(pair)]
     target, limit = tight[0]
     smallest = ", ".join(f"{t.plan.format} {format_bytes(t.smallest_bytes)}" for t, _ in pairs)
-    ways = [looser_rules(job, tight, get_exporter), fewer_blocks(job, tight, get_exporter, replan)]
+    ways = [looser_rules(job, tight), fewer_blocks(job, tight, replan)]
     found = " or ".join(filter(None, ways))
     advice = f"{found} would reach the budget" if found else "neither grids nor pruning reach it"
     return UsageError(
@@ -83,7 +80,7 @@ def refusal(
     )
 
 
-def looser_rules(job: Job, tight: Sequence[tuple[Target, Limit]], get_exporter: GetExporter) -> str:
+def looser_rules(job: Job, tight: Sequence[tuple[Target, Limit]]) -> str:
     """What to change in ``quantize`` so that all targets fit; empty where nothing there would do.
 
     Args:
@@ -95,10 +92,7 @@ def looser_rules(job: Job, tight: Sequence[tuple[Target, Limit]], get_exporter: 
         (Rules(recipe.candidates, {}), "--set quantize.keep={}"),
         (Rules(), "--set quantize.candidates=auto --set quantize.keep={}"),
     ):
-        wider = [
-            (Target(job, target.plan, get_exporter(target.plan.format), rules), target, limit)
-            for target, limit in tight
-        ]
+        wider = [(Target(job, target.plan, rules), target, limit) for target, limit in tight]
         if all(fits((wide, limit)) for wide, _, limit in wider):
             grids = sorted({name for wide, target, _ in wider for name in smaller(wide, target)})
             return f"{what} (a larger group or fewer bits: {', '.join(grids)})"
@@ -114,9 +108,7 @@ def smaller(wide: Target, target: Target) -> set[str]:
     }
 
 
-def fewer_blocks(
-    job: Job, tight: Sequence[tuple[Target, Limit]], get_exporter: GetExporter, replan: Replan
-) -> str:
+def fewer_blocks(job: Job, tight: Sequence[tuple[Target, Limit]], replan: Replan) -> str:
     """The ``--prune`` with the fewest blocks less, up to half, so that all targets fit; empty where
     that is not enough, or something else is pruned already.
 
@@ -129,9 +121,9 @@ def fewer_blocks(
     targets = {target.plan.format: recipe.targets[target.plan.format] for target, _ in tight}
 
     def reaches(count: int) -> bool:
-        prune = {"method": "depth", "blocks": count}
-        shallow = replan(recipe=replace(recipe, targets=targets, prune=prune))
-        return all(map(fits, limits_of(shallow, get_exporter)))
+        prune = Prune(method="depth", blocks=count)
+        shallow = replan(recipe=recipe.model_copy(update={"targets": targets, "prune": prune}))
+        return all(map(fits, limits_of(shallow)))
 
     most = job.config.num_hidden_layers // job.config.block_repeat // 2
     counts = range(1, most + 1)

@@ -8,19 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.step import GetExporter, Replan
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
-from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.formats import Format, get_format
+from compress.plan.job import Job, Replan
+from compress.plan.shapes import Plan
 
 __all__ = ["locked", "read_lock"]
 
 
-def locked(
-    path: Path, job: Job, get_exporter: GetExporter, replan: Replan
-) -> tuple[Job, dict[str, dict[str, Any]]]:
+def locked(path: Path, job: Job, replan: Replan) -> Job:
     """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
 
     Raises:
@@ -28,7 +26,7 @@ def locked(
     """
     lock = read_lock(path)
     grids = {
-        plan.format: locked_choices(lock, plan, job.config, get_exporter(plan.format))
+        plan.format: locked_choices(lock, plan, job.config, get_format(plan.format))
         for plan in job.plans
     }
     made = replan(choices={name: chosen for name, chosen in grids.items() if chosen})
@@ -36,12 +34,12 @@ def locked(
     plans = tuple(
         replace(
             plan,
-            file_bytes=get_exporter(plan.format).file_bytes(plan, shaped.source_of(plan)),
+            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source_of(plan)),
             expected_divergence=locked_divergence(lock, plan.format),
         )
         for plan in made.plans
     )
-    return replace(job, plans=plans), locked_budgets(lock)
+    return replace(job, plans=plans, budgets=locked_budgets(lock))
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def locked_choices(
-    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Exporter
+    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Format
 ) -> dict[str, str]:
     """Entry name → grid as the lock has them; empty where the plan has the same already.
 

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from compress.allocation.budget import Allocation, Target
 from compress.allocation.costs import CostTable, measured
 from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration.step import CalibrationStep
-from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
-from compress.recipe import Recipe
+from compress.plan.job import Job, Replan
+from compress.plan.shapes import Plan
 from compress.solvers import get_solver
 
-__all__ = ["BudgetStep", "Budgeted", "Replan", "limit_for", "targets_of", "within_budget"]
-
-GetExporter = Callable[[str], Exporter]
-
-
-class Replan(Protocol):
-    """``compress.job.prepare`` of one command, again: with other grids, or by another recipe."""
-
-    def __call__(
-        self, *, choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = ...
-    ) -> Job:
-        """``choices``: format → entry name → grid."""
-        ...
+__all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +38,12 @@ class BudgetStep:
 
     Args:
         calibration: of the job as its recipe has it without a budget.
-        get_exporter: format → its exporter.
     """
 
-    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+    def __init__(self, calibration: CalibrationStep) -> None:
         self.job = calibration.job
         self._calibration = calibration
-        self.targets = targets_of(self.job, get_exporter)
+        self.targets = targets_of(self.job)
         self._tables: dict[str, CostTable] = {}
 
     def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
@@ -122,9 +107,9 @@ def told(plan: Plan, allocated: Plan) -> Plan:
     )
 
 
-def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
+def targets_of(job: Job) -> list[Target]:
     """The targets of a job, in its order."""
-    return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
+    return [Target(job, plan) for plan in job.plans]
 
 
 def limit_for(job: Job, target: Target) -> Limit:
@@ -132,17 +117,14 @@ def limit_for(job: Job, target: Target) -> Limit:
     return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
-def within_budget(
-    calibration: CalibrationStep, get_exporter: GetExporter, replan: Replan
-) -> tuple[Job, list[Budgeted]]:
+def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, tuple[Budgeted, ...]]:
     """The job with grids chosen within its recipe's budget, which ``feasible.py`` let pass.
 
     Args:
         calibration: of the job as its recipe has it without a budget, its weights as they are
             written.
-        get_exporter: format → its exporter.
         replan: the job with other grids.
     """
-    step = BudgetStep(calibration, get_exporter)
+    step = BudgetStep(calibration)
     budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])
-    return step.settle(budgeted, replan), budgeted
+    return step.settle(budgeted, replan), tuple(budgeted)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.report.ci import CiFiles
 from compress.errors import UsageError
 from compress.pruning.options import prune_option
+from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
 
 __all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]
@@ -57,7 +57,7 @@ class BuildSettings:
     resume: bool = False
     verify: bool = True
     keep_baseline: Path | None = None
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class VerifySettings:
     sequence_length: int = 512
     threads: int = 0
     max_memory: int | None = None
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -5,8 +5,8 @@ How a build uses it::
     limits = gates.parse(recipe.gates)                         # before any work
     store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
     for artifact in artifacts:
-        found = verify_artifact(shipyard.probe, artifact.path, artifact.format, store, context=2048)
-    # found.quality, found.resources, found.generation → compress.report.report, → gates.judge
+        found = verify_artifact(artifact.path, artifact.format, store, context=2048)
+    # found.quality, found.resources, found.generation → compress.report.describe, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
 generation with and without the cache, then the logits of every window. Its native code may crash
@@ -18,6 +18,7 @@ buffers exist. What is large (scores of every token) comes back as a file in the
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -50,6 +51,8 @@ from compress.verify.tasks import TaskScore, TaskSet
 
 __all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
+# -P: a folder named `exporters` where the user happens to stand must not shadow ours.
+PROBE = (sys.executable, "-P", "-m", "exporters.probe")
 EVERY = 0.1  # seconds between two events of a child at work
 
 Progress = Callable[[int, int], None]
@@ -70,7 +73,6 @@ Outcome = Verified | PacklightError | None
 
 
 def verify_artifact(
-    probe: Sequence[str],
     path: Path,
     format: str,
     baseline: BaselineStore,
@@ -80,12 +82,11 @@ def verify_artifact(
     task_set: TaskSet | None = None,
     progress: Progress | None = None,
     silence: float = SILENCE,
+    probe: Sequence[str] = PROBE,
 ) -> Verified:
     """Run one artifact in a child process and compare it with the float model.
 
     Args:
-        probe: the command that opens artifacts (``exporters.SHIPYARD.probe``); it is given
-            ``FORMAT PATH --baseline FOLDER --scores FILE --context N --threads N``.
         path: the artifact.
         format: ``gguf``, ``onnx``, ``coreml``.
         baseline: the float model's logits.
@@ -95,6 +96,8 @@ def verify_artifact(
         progress: called with tokens scored and in all (of windows and tasks), first with 0 when
             loading, the measurement of speed and the greedy sample are over.
         silence: seconds without an event after which the child is ended.
+        probe: the command that opens artifacts; it is given ``FORMAT PATH --baseline FOLDER
+            --scores FILE --context N --threads N``.
 
     Raises:
         ArtifactError: the runtime refuses the artifact, crashes or hangs.

@@ -17,9 +17,9 @@ from compress.files import scratch_folder
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
-from compress.plan.shapes import Artifact, Plan, Shipyard
-from compress.verify import BaselineStore, Outcome, Verified, verify_artifact
-from compress.verify.kept import KeptBaseline
+from compress.plan.shapes import Artifact, Plan
+from compress.verify import Outcome, Verified, verify_artifact
+from compress.verify.baseline import BaselineCache, BaselineStore
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
 
@@ -43,7 +43,7 @@ def read_text(path: Path | None) -> str:
 
 def text_name(path: Path | None) -> str:
     """How reports call a text to score on."""
-    return path.name if path else "built-in"
+    return path.name if path else BUILTIN_TEXT
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -73,6 +73,7 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
     return f"verify the float model, {formats} on {windows} windows of {length} tokens"
 
 
+BUILTIN_TEXT = "built-in"  # how reports call the held-out text
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 
@@ -92,12 +93,12 @@ class Scorer:
         threads: int,
         console: Console,
         tasks: Sequence[Task] = (),
-        kept: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
-            kept: where the float model's answers are kept for other builds, or None.
+            cache: where the float model's answers are kept for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -105,7 +106,7 @@ class Scorer:
         """
         from compress.decoder.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._console, self._kept = job, console, kept
+        self._job, self._console, self._cache = job, console, cache
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
@@ -125,7 +126,6 @@ class Scorer:
     def verify(
         self,
         artifacts: Sequence[Artifact],
-        shipyard: Shipyard,
         folder: Path | None,
         *,
         keep_going: bool,
@@ -134,7 +134,6 @@ class Scorer:
 
         Args:
             artifacts: to run.
-            shipyard: has the command that does it.
             folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
             keep_going: an artifact that cannot be run does not keep the others from it.
 
@@ -147,21 +146,20 @@ class Scorer:
             store = self._score_baseline(scratch)
             for artifact in artifacts:
                 try:
-                    found.append(self._score(artifact, shipyard.probe, store))
+                    found.append(self._score(artifact, store))
                 except (ArtifactError, RuntimeMissingError) as error:
                     if not keep_going:
                         raise
                     found.append(error)
         return found
 
-    def _score(self, artifact: Artifact, probe: Sequence[str], store: BaselineStore) -> Verified:
+    def _score(self, artifact: Artifact, store: BaselineStore) -> Verified:
         """One artifact. Its first window is the measure of how long the others take."""
         plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
         context = min(context, plan.max_context or context)
         label = f"verify {artifact.format} {artifact.type_name}"
         with self._console.progress(label, "tokens") as update:
             return verify_artifact(
-                probe,
                 artifact.path,
                 artifact.format,
                 store,
@@ -178,17 +176,17 @@ class Scorer:
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
-        kept = self._kept_baseline(stored.fingerprint())
-        if kept:
+        cache = self._baseline_cache(stored.fingerprint())
+        if cache:
             self._console.begin("look for the float model's answers")  # or wait for them
-        with kept.in_turn(folder) if kept else nullcontext() as found:
+        with cache.found(folder) if cache else nullcontext() as found:
             if found:
                 store, self.speed = found
             else:
                 store = self._answers(decoder, folder)
                 self.speed = self._measure_speed(stored)
-                if kept:
-                    kept.keep(folder, self.speed)
+                if cache:
+                    cache.save(folder, self.speed)
         if self.speed is None:
             self.notes.append(
                 f"The float model's speed was not measured: its weights take "
@@ -222,9 +220,9 @@ class Scorer:
             resident.close()
         return speed
 
-    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+    def _baseline_cache(self, fingerprint: str) -> BaselineCache | None:
         """Where other builds find these answers; tasks have more to ask."""
-        if not self._kept or self.task_set.tasks:
+        if not self._cache or self.task_set.tasks:
             return None
         asked = f"{self.runtime}, {self._threads} threads"
-        return KeptBaseline.of(self._kept, fingerprint, self.windows, asked)
+        return BaselineCache.of(self._cache, fingerprint, self.windows, asked)
