@@ -29,19 +29,19 @@ from typing import Any
 
 from peers import PEERS, OnnxHqq, Peer
 
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.target import prepare_target, target_weights
+from compress.calibration.statistics import Statistics
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
 from compress.grids import get_grid
-from compress.job import Job, prepare
-from compress.model import Artifact, Plan, Solver, Weights
+from compress.plan.job import Job, prepare
+from compress.plan.shapes import Artifact, Plan, Solver, Weights
 from compress.recipe import load
-from compress.scorer import Scorer, read_text
 from compress.solvers import NEEDS, get_solver
-from compress.statistics import Statistics
-from compress.target_step import prepare_target, target_weights
 from compress.verify import Verified
+from compress.verify.scorer import Scorer, read_text
 from exporters import SHIPYARD
 from exporters.gguf.mixes import MIXES
 

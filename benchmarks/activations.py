@@ -26,7 +26,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.verify.resources import AnonymousPeak, read_status
 from exporters.gguf.planning import make_plan
 from exporters.gguf.runtime import BATCH, LlamaCpp, load_library
@@ -263,14 +263,14 @@ def in_child(path: Path, context: int, outputs: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], runtime: str) -> str:
     """The rows as Markdown, in MB of a million bytes."""
-    from compress.footprint import activation_bytes
+    from compress.decoder.footprint import activation_bytes
 
     lines = [
         "# What llama.cpp needs beside weights and KV cache",
         "",
         f"{runtime} on the CPU, {TYPE}, {THREADS} threads, one chunk of {BATCH} tokens,",
         "logits of its last position; MB of 10⁶ bytes. Written by `benchmarks/activations.py`; the",
-        "formula is `activation_bytes` of `compress/footprint.py`.",
+        "formula is `activation_bytes` of `compress/decoder/footprint.py`.",
         "",
         "| model | blocks | context | heap | compute buffer | peak | formula | all logits |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

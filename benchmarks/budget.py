@@ -33,13 +33,13 @@ from peers import PEERS, LlamaCpp, Peer
 
 from compress.allocation import effort
 from compress.allocation.step import BudgetStep, limits_of
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.job import Job, prepare
-from compress.model import Artifact
+from compress.plan.job import Job, prepare
+from compress.plan.shapes import Artifact
 from compress.recipe import load
-from compress.scorer import Scorer, read_text
+from compress.verify.scorer import Scorer, read_text
 from exporters import SHIPYARD
 
 BITS = (3.3, 3.7, 4.1, 4.5, 5.0)

@@ -45,10 +45,10 @@ from full_size_page import write_pages  # noqa: E402
 from make_checkpoint import SLAB, make  # noqa: E402
 from usage import CommandFailedError, evict, measure, room  # noqa: E402
 
-from compress.checkpoint import Checkpoint  # noqa: E402
+from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.demo import model_path  # noqa: E402
-from compress.job import describe_model  # noqa: E402
 from compress.machine import available_cpus, available_memory  # noqa: E402
+from compress.plan.job import describe_model  # noqa: E402
 
 FAMILIES = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini-4k", "phi-3-medium-4k")
 RTN = ("-r", "int4-fast", "--no-verify")

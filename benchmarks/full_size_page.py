@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress.charts import element, line, text, ticks
+from compress.report.charts import element, line, text, ticks
 
 MB, GB = 1e6, 1e9
 BUSY = 0.1  # CPU seconds of others per second of wall time, from which on a machine is not idle

@@ -18,10 +18,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from compress.checkpoint import Checkpoint  # noqa: E402
+from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from compress.checkpoint.safetensors import read_range  # noqa: E402
 from compress.grids import Quantized, get_grid  # noqa: E402
 from compress.machine import use_threads  # noqa: E402
-from compress.safetensors_file import read_range  # noqa: E402
 from exporters.coreml.constants import as_stored  # noqa: E402
 from exporters.onnx.packing import pack as pack_onnx  # noqa: E402
 

@@ -39,7 +39,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent), str(HERE)]
 from published import MODELS  # noqa: E402
 from tiny_tokenizers import save_tokenizer  # noqa: E402
 
-from compress.arch import DecoderConfig, WeightMap  # noqa: E402
+from compress.decoder.config import DecoderConfig, WeightMap  # noqa: E402
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32

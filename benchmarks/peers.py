@@ -40,11 +40,11 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
+from compress.calibration.statistics import LayerStats, Statistics  # noqa: E402
 from compress.grids import Array, Float32, Grid, Params, Quantized  # noqa: E402
 from compress.grids.affine import Affine  # noqa: E402
 from compress.grids.palette import Palette  # noqa: E402
-from compress.model import Artifact  # noqa: E402
-from compress.statistics import LayerStats, Statistics  # noqa: E402
+from compress.plan.shapes import Artifact  # noqa: E402
 
 EMBEDDING = "embed_tokens.weight"
 

@@ -23,9 +23,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compress import console, scorer
+from compress import console
 from compress.cli import run
 from compress.progress import Estimate
+from compress.verify import scorer
 from compress.verify.forecast import slowness
 
 

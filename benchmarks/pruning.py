@@ -21,16 +21,16 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from compress.calibration_set import CalibrationSet  # noqa: E402
-from compress.checkpoint import Checkpoint  # noqa: E402
+from compress.calibration.texts import CalibrationSet  # noqa: E402
+from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from compress.checkpoint.sources import Source, Stored  # noqa: E402
 from compress.console import Console  # noqa: E402
-from compress.decoder import Decoder  # noqa: E402
+from compress.decoder.decoder import Decoder  # noqa: E402
+from compress.decoder.tokenizer import Tokenizer, eval_windows  # noqa: E402
 from compress.demo import heldout_path, model_path  # noqa: E402
-from compress.job import describe_model  # noqa: E402
+from compress.plan.job import describe_model  # noqa: E402
 from compress.pruning.cut import plan_cut  # noqa: E402
 from compress.pruning.step import prune_source  # noqa: E402
-from compress.sources import Source, Stored  # noqa: E402
-from compress.tokenizer import Tokenizer, eval_windows  # noqa: E402
 
 CASES = (
     {"method": "depth", "blocks": 1},

@@ -20,16 +20,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.write import write_artifacts
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
-from compress.job import Job, prepare
-from compress.model import Artifact
+from compress.plan.job import Job, prepare
+from compress.plan.shapes import Artifact
+from compress.pruning.rotation import KINDS
 from compress.recipe import load
-from compress.rotation import KINDS
-from compress.scorer import Scorer, read_text
-from compress.writing import write_artifacts
+from compress.verify.scorer import Scorer, read_text
 from exporters import SHIPYARD
 
 GRIDS = ("lut4-g8", "lut4-g16", "lut4-tensor", "lut3-g8", "int4-channel")

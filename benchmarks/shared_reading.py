@@ -1,4 +1,4 @@
-"""What it saves to write all targets of a checkpoint in step (``compress.lockstep``).
+"""What it saves to write all targets of a checkpoint in step (``compress.build.lockstep``).
 
     python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
     python benchmarks/shared_reading.py model [--room 400MB]
@@ -25,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.write import write_artifacts
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.safetensors import TensorInfo
 from compress.console import Console, parse_bytes
-from compress.job import prepare
+from compress.plan.job import prepare
 from compress.recipe import load
-from compress.safetensors_file import TensorInfo
-from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")

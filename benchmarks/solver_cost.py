@@ -29,12 +29,12 @@ sys.path[:0] = [str(HERE.parent)]
 
 from published import MODELS  # noqa: E402
 
-from compress.arch import FUSED, DecoderConfig, split_name  # noqa: E402
+from compress.calibration.statistics import Statistics, file_name, save  # noqa: E402
+from compress.calibration.walk import walk  # noqa: E402
+from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
 from compress.machine import use_threads  # noqa: E402
 from compress.solvers import NEEDS, get_solver  # noqa: E402
-from compress.statistics import Statistics, file_name, save  # noqa: E402
-from compress.walk import walk  # noqa: E402
 
 GRIDS = ("Q4_K", "int4-g32", "lut4-g8")
 SOLVERS = ("gptq", "scale_search", "rtn")

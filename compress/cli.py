@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
 
 
 def tell_kept(ending: BaseException, prefix: str = "") -> bool:
-    """Say what a build with ``--resume`` left (``compress.output.work_folder`` notes it)."""
+    """Say what a build with ``--resume`` left (``compress.output.folder.work_folder`` notes it)."""
     notes = getattr(ending, "__notes__", [])
     for note in notes:
         click.echo(f"{prefix}{note}", err=True)

@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Sequence
 
-from compress.arch import split_name
+from compress.calibration.propagation import PropagatedWeights
+from compress.calibration.statistics import stored_block
+from compress.decoder.config import split_name
 from compress.grids import get_grid
 from compress.machine import worker_threads
-from compress.model import Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry, Weights
 from compress.progress import Step
-from compress.propagation import PropagatedWeights
-from compress.statistics import stored_block
 
 __all__ = ["expected_steps"]
 

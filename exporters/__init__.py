@@ -1,5 +1,5 @@
 """The shipyards: one target each. A format is a package with the functions that
-``compress.model.Exporter`` lists.
+``compress.plan.shapes.Exporter`` lists.
 
 Formats never see each other, and see of the workshop only what ``compress`` gives: a
 ``DecoderConfig``, a ``Plan`` and ``Weights`` to pull from, one tensor at a time.
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from compress.arch import DecoderConfig
+from compress.calibration.statistics import Statistics
+from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError, did_you_mean
-from compress.model import Exporter, Shipyard
-from compress.statistics import Statistics
+from compress.plan.shapes import Exporter, Shipyard
 
 __all__ = ["EXPORTERS", "SHIPYARD", "get_exporter"]
 
@@ -40,8 +40,8 @@ def get_exporter(name: str) -> Exporter:
 
 def write_pages(report: Mapping[str, Any], folder: Path) -> None:
     """``report.html`` and the model card, both from ``report.json``."""
-    from compress.report_html import render
-    from exporters.model_card import model_card
+    from compress.report.card import model_card
+    from compress.report.html import render
 
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")

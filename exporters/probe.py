@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 from compress.verify import BaselineStore, examine
 from compress.verify.child import Emit, speak
 from exporters import get_exporter

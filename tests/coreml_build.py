@@ -13,14 +13,14 @@ import numpy as np
 import tiny
 from numpy.typing import NDArray
 
-from compress.arch import DecoderConfig, split_name
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig, split_name
+from compress.decoder.decoder import Decoder
+from compress.decoder.rope import Rope
 from compress.grids import Float32, get_grid
-from compress.model import Artifact, Plan, Weights
-from compress.rope import Rope
+from compress.plan.shapes import Artifact, Plan, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters import coreml
 
 CONTEXT = 64

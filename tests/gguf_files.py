@@ -9,11 +9,11 @@ from pathlib import Path
 import tiny
 
 import exporters.gguf as exporter
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.model import Artifact, Weights
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.plan.shapes import Artifact, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 
 DEMO = Path(__file__).parents[1] / "compress" / "demo" / "model"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="packlight-gguf-")

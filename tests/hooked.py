@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import tiny
 
-from compress.arch import DecoderConfig, WeightMap, split_name
-from compress.checkpoint import Checkpoint
-from compress.statistics import input_names
+from compress.calibration.statistics import input_names
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 
 
 class Model:

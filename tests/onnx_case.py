@@ -15,13 +15,13 @@ import numpy as np
 import tiny
 
 import exporters.onnx
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder, reader
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder, reader
 from compress.grids import get_grid
-from compress.model import Artifact, Plan, Weights
+from compress.plan.shapes import Artifact, Plan, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters.onnx.planning import entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.model import Artifact, Plan, PlanEntry
-from compress.report import Baseline, build_report
+from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.report.report import Baseline, build_report
 from compress.verify import Verified
 from compress.verify.gates import parse
 from compress.verify.generate import Generation

@@ -15,7 +15,7 @@ from sample_report import make
 from compress.console import Console
 from compress.demo import model_path
 from compress.errors import UsageError
-from compress.report import schema
+from compress.report.report import schema
 from compress.verify.against import DEFAULT, Previous, parse_regressions
 
 

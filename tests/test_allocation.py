@@ -20,17 +20,17 @@ from compress.allocation.costs import CostTable, measure_errors, members
 from compress.allocation.effort import effort_for
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.calibration.statistics import LayerStats, Statistics
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder
 from compress.demo import model_path
 from compress.grids import Float32, get_grid
-from compress.job import describe_model, prepare
+from compress.plan.job import describe_model, prepare
 from compress.recipe import load
-from compress.report import schema
+from compress.report.report import schema
 from compress.solvers import get_solver
-from compress.sources import Stored
-from compress.statistics import LayerStats, Statistics
 from compress.verify.baseline import log_softmax
 from exporters import get_exporter
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import FUSED, DecoderConfig, Rope, WeightMap, split_name
-from compress.checkpoint import Checkpoint
-from compress.config_json import read_json
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import FUSED, DecoderConfig, Rope, WeightMap, split_name
+from compress.decoder.config_json import read_json
+from compress.decoder.families import ARCHITECTURES, FAMILIES
 from compress.errors import CheckpointError, PacklightError, UnsupportedModelError
-from compress.families import ARCHITECTURES, FAMILIES
 
 # The keys that count, as published on the Hub, and the parameters that the publishers state or
 # that transformers 4.57.6 counts on the meta device.

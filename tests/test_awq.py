@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import DecoderConfig, WeightMap
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.write import write_artifacts
+from compress.calibration.statistics import LayerStats, Statistics
+from compress.calibration.step import CalibrationStep, Importance
+from compress.calibration.walk import walk
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Source, Stored
 from compress.console import Console
+from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
-from compress.folding import Fold, Folded, fold_statistics
 from compress.grids import get_grid
-from compress.job import prepare
-from compress.model import Plan, PlanEntry
+from compress.plan.job import prepare
+from compress.plan.shapes import Plan, PlanEntry
 from compress.recipe import load
 from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
+from compress.solvers.folding import Fold, Folded, fold_statistics
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
-from compress.sources import Source, Stored
-from compress.statistics import LayerStats, Statistics
-from compress.walk import walk
-from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 LENGTH = 32
@@ -259,7 +259,7 @@ def test_what_folds_cannot_go_by_is_refused(settings, imatrix, message):
 
 
 def test_the_plan_tells_of_folds(tmp_path, capsys):
-    from compress.pipeline import BuildSettings, build
+    from compress.build.pipeline import BuildSettings, build
 
     folder = tiny.make("llama", tmp_path / "model")
     overrides = ["quantize.solver=gptq", "quantize.fold=awq"]

@@ -23,7 +23,7 @@ from commands import packlight, refused
 
 from compress.batch.document import errors, markdown
 from compress.batch.page import render
-from compress.output import locked
+from compress.output.folder import locked
 
 RECIPE = """
 schema: 1

@@ -11,9 +11,9 @@ from commands import packlight
 
 from compress.allocation.chosen import Chosen
 from compress.batch.predict import predict, share_threads
-from compress.checkpoint import Checkpoint
-from compress.job import prepare
-from compress.memory import smallest_memory
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.plan.job import prepare
+from compress.plan.memory import smallest_memory
 from compress.recipe import load
 from exporters import get_exporter
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.cache import cache_folder, taking_turns
 from compress.errors import UsageError
+from compress.output.cache import cache_folder, taking_turns
 
 
 def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:

@@ -12,14 +12,9 @@ import pytest
 import tiny
 from hooked import Model, distance, draw_windows, hooked
 
-from compress import walk as walking
-from compress.arch import DecoderConfig
-from compress.calibration import collect
-from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
-from compress.errors import CheckpointError, UsageError
-from compress.sources import Stored
-from compress.statistics import (
+from compress.calibration import walk as walking
+from compress.calibration.collect import collect
+from compress.calibration.statistics import (
     LayerStats,
     Statistics,
     input_names,
@@ -29,8 +24,13 @@ from compress.statistics import (
     save,
     unpack_hessian,
 )
-from compress.tokenizer import Tokenizer
-from compress.walk import walk
+from compress.calibration.texts import CalibrationSet
+from compress.calibration.walk import walk
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.tokenizer import Tokenizer
+from compress.errors import CheckpointError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.calibration_texts import paths
+from compress.calibration.builtin import paths
 
 KILOBYTES = {
     "prose.txt": 60,

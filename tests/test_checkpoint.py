@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import tiny
 
-from compress import machine, safetensors_file
-from compress.arch import DecoderConfig, WeightMap
-from compress.checkpoint import Checkpoint
+from compress import machine
+from compress.checkpoint import safetensors as safetensors_file
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import CheckpointError, PacklightError, UsageError
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -532,7 +533,7 @@ def test_damaged_pickles(copy: Path):
 
 def test_urls_are_opened_through_fsspec(tmp_path, monkeypatch):
     """A folder behind a URL is copied to the cache; file:// is the folder itself."""
-    from compress.remote import open_url
+    from compress.checkpoint.remote import open_url
 
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("llama", tmp_path / "tiny-llama")

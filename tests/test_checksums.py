@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from commands import packlight, refused
 
-from compress import checksums
-from compress.checksums import check_folder, read_checksums, write_checksums
 from compress.errors import ArtifactError, PacklightError, UsageError
+from compress.output import checksums
+from compress.output.checksums import check_folder, read_checksums, write_checksums
 
 FILES = {
     "report.json": b'{"schema_version": 1}\n',

@@ -11,10 +11,10 @@ import sample_report
 import tiny
 from commands import packlight, refused
 
-from compress.ci_files import CiFiles
 from compress.errors import UsageError
-from compress.junit import ANSWERS, junit_xml
-from compress.summary import HEADERS, markdown_summary, table_row
+from compress.report.ci import CiFiles
+from compress.report.junit import ANSWERS, junit_xml
+from compress.report.summary import HEADERS, markdown_summary, table_row
 
 # junit-10.xsd of Jenkins' xunit plugin: element → children, attributes that must and that may be.
 # (The rerun and flaky elements, which only Surefire writes, are left out.)

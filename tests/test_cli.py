@@ -17,9 +17,10 @@ import tiny
 from commands import packlight, refused
 
 import compress
-from compress import cli, scorer
-from compress.report import schema
-from compress.settings import without_folders
+from compress import cli
+from compress.build.settings import without_folders
+from compress.report.report import schema
+from compress.verify import scorer
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
 

@@ -19,8 +19,8 @@ import pytest
 import tiny
 from coreml_build import CONTEXT, Built, build, checkpoint, decoded, expected_logits, write
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig
 from compress.errors import (
     DiskFullError,
     GridError,
@@ -28,7 +28,7 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from compress.model import Plan
+from compress.plan.shapes import Plan
 from exporters import coreml
 from exporters.coreml import constants, writer
 from exporters.coreml.evaluator import Evaluator

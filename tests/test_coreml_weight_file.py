@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from coremltools.libmilstoragepython import _BlobStorageWriter
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.demo import model_path
 from compress.grids import Array, Float32, Grid, Quantized
-from compress.job import describe_model
-from compress.model import Weights
-from compress.sources import Stored
+from compress.plan.job import describe_model
+from compress.plan.shapes import Weights
 from exporters.coreml.planning import Part
 from exporters.coreml.weight_file import BlobFile, CountedBlobs, pack_bits
 

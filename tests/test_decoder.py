@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 
-from compress.arch import DecoderConfig, WeightMap
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder, reader, visible
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.decoder import Decoder, reader, visible
+from compress.decoder.kv_cache import Past
 from compress.errors import UsageError
-from compress.kv_cache import Past
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 
 TOLERANCE = 1e-4
 WINDOW = 32

@@ -12,13 +12,13 @@ import pytest
 import tiny
 
 from compress.allocation.choices import Choice, Rules, bits_of, choices_of
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.demo import model_path
 from compress.errors import GridError
-from compress.job import describe_model
-from compress.model import Artifact, Exporter, Plan, Weights
+from compress.plan.job import describe_model
+from compress.plan.shapes import Artifact, Exporter, Plan, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters import get_exporter
 
 FORMATS = ("gguf", "onnx", "coreml")

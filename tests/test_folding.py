@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import FUSED, DecoderConfig, WeightMap
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.calibration.statistics import LayerStats, Statistics, input_names
+from compress.calibration.walk import walk
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap
+from compress.decoder.decoder import Decoder
 from compress.demo import model_path
-from compress.folding import Fold, Folded, channels_of, check, fold_statistics, uses
-from compress.sources import Stored
-from compress.statistics import LayerStats, Statistics, input_names
-from compress.walk import walk
+from compress.solvers.folding import Fold, Folded, channels_of, check, fold_statistics, uses
 
 
 def open_source(folder: Path) -> Stored:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.arch import DecoderConfig
-from compress.errors import UsageError
-from compress.footprint import (
+from compress.decoder.config import DecoderConfig
+from compress.decoder.footprint import (
     Footprint,
     activation_bytes,
     chunk_bytes,
@@ -20,6 +19,7 @@ from compress.footprint import (
     largest_context,
     tokens_per_second,
 )
+from compress.errors import UsageError
 
 PHI3_MINI = {
     "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 3072,

@@ -8,15 +8,14 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder
 from compress.errors import RecipeError
-from compress.job import prepare, window_count
-from compress.model import Plan, PlanEntry
+from compress.plan.job import prepare, window_count
+from compress.plan.shapes import Plan, PlanEntry
 from compress.progress import Estimate, rough_time
 from compress.recipe import load
-from compress.scorer import forecast
 from compress.verify import forecast as forecasting
 from compress.verify.agenda import Agenda, Run
 from compress.verify.forecast import (
@@ -30,6 +29,7 @@ from compress.verify.forecast import (
     unpacking_seconds,
     verification_seconds,
 )
+from compress.verify.scorer import forecast
 from exporters import SHIPYARD
 
 
@@ -75,11 +75,11 @@ def test_all_is_the_float_model_and_each_artifact(job):
 
 def test_a_slow_machine_takes_longer(job, monkeypatch):
     assert 0 < slowness(1).runtime < 1000
-    monkeypatch.setattr("compress.scorer.slowness", lambda threads: Slowness(1e6, 1e6))
+    monkeypatch.setattr("compress.verify.scorer.slowness", lambda threads: Slowness(1e6, 1e6))
     seconds, told = forecast(job, job.plans, 1)
     assert told.startswith("verify the float model, gguf Q4_K_M, onnx int4-g32, coreml int4-g32 on")
     assert told.endswith(f"tokens: about {rough_time(seconds)}")
-    monkeypatch.setattr("compress.scorer.slowness", lambda threads: Slowness(2e6, 2e6))
+    monkeypatch.setattr("compress.verify.scorer.slowness", lambda threads: Slowness(2e6, 2e6))
     assert forecast(job, job.plans, 1)[0] > 1.5 * seconds
 
 

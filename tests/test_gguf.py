@@ -20,12 +20,12 @@ import torch
 from transformers import AutoTokenizer
 
 import exporters.gguf as exporter
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.model import Runtime, Weights
+from compress.plan.shapes import Runtime, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head

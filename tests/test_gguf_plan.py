@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 import exporters.gguf as exporter
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
 from exporters.gguf.metadata import display_name

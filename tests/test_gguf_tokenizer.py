@@ -16,8 +16,8 @@ import tiny_tokenizers as patterns
 from transformers import AutoTokenizer
 
 import exporters.gguf as exporter
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, UnsupportedModelError
 from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
 from exporters.gguf.tokenizer import missing_merges, read_vocabulary

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from compress import machine
-from compress.arch import DecoderConfig, WeightMap
-from compress.checkpoint import Checkpoint
+from compress.calibration.statistics import LayerStats
+from compress.calibration.walk import walk
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.tokenizer import Tokenizer
 from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
@@ -19,9 +22,6 @@ from compress.solvers.descent import descend
 from compress.solvers.gptq import Spans, Whole, gptq, round_rows
 from compress.solvers.hessian import factor_in_place, factors_of, output_errors
 from compress.solvers.scale_search import scale_search
-from compress.statistics import LayerStats
-from compress.tokenizer import Tokenizer
-from compress.walk import walk
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",

@@ -13,10 +13,13 @@ import torch
 from commands import packlight
 from tiny_sources import stored, texts
 
-from compress.arch import FUSED, WeightMap
-from compress.calibration_set import CalibrationSet
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.save import save_checkpoint
+from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder import Decoder
+from compress.decoder.config import FUSED, WeightMap
+from compress.decoder.decoder import Decoder
+from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UsageError
 from compress.pruning.cut import Healing, plan_cut
@@ -24,9 +27,6 @@ from compress.pruning.heal import Adam, Shares, heal
 from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source
 from compress.recipe import load
-from compress.save import save_checkpoint
-from compress.sources import Source
-from compress.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ TOKEN = "hf_for_this_test_only"
 # Each line of stdin is a repository and keywords; each line of stdout what became of it.
 CHILD = """
 import json, sys
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import PacklightError
 for line in sys.stdin:
     model, keywords = json.loads(line)
@@ -160,7 +160,7 @@ def open_in_child(
 def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
     hub: Hub, folder: Path, tmp_path: Path
 ):
-    from compress.checkpoint import Checkpoint
+    from compress.checkpoint.checkpoint import Checkpoint
 
     (found,) = open_in_child(hub, tmp_path, ("someone/phi3", {}))
     source, revision, norm, files, warnings = found

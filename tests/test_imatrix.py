@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import read_json
+from compress.calibration.statistics import LayerStats, Statistics, input_names
+from compress.checkpoint.checkpoint import read_json
+from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError
-from compress.statistics import LayerStats, Statistics, input_names
 from exporters.gguf.imatrix import read_imatrix, write_imatrix
 
 

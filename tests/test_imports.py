@@ -20,29 +20,29 @@ HEAVY = {"torch", "transformers", "onnxruntime", "coremltools", "onnx", "numba",
 
 # A module may import the rooms of its own line and of those below it.
 FLOORS: list[set[str]] = [
-    {"compress.errors", "compress.interrupts", "compress.steady", "compress.markdown",
-     "compress.progress", "compress.scratch"},
-    {"compress.config_json", "compress.rope", "compress.families", "compress.hub",
-     "compress.machine", "compress.cache", "compress.remote", "compress.safetensors_file",
-     "compress.ledger"},
-    {"compress.console", "compress.checkpoint", "compress.arch", "compress.recipe", "recipes",
+    {"compress.errors", "compress.interrupts", "compress.steady", "compress.report.markdown",
+     "compress.progress", "compress.output.scratch"},
+    {"compress.decoder.config_json", "compress.decoder.rope", "compress.decoder.families", "compress.checkpoint.hub",
+     "compress.machine", "compress.output.cache", "compress.checkpoint.remote", "compress.checkpoint.safetensors",
+     "compress.output.ledger"},
+    {"compress.console", "compress.checkpoint.checkpoint", "compress.decoder.config", "compress.recipe", "recipes",
      "compress.demo"},
-    {"compress.grids", "compress.tokenizer", "compress.side_files", "compress.statistics",
-     "compress.calibration_texts", "compress.calibration_set", "compress.sources",
-     "compress.folding", "compress.rotation"},
-    {"compress.model", "compress.kv_cache", "compress.decoder", "compress.footprint"},
-    {"compress.solvers", "compress.verify", "compress.report", "compress.report_html",
-     "compress.charts", "compress.output", "compress.job", "compress.calibration",
-     "compress.calibration_step", "compress.walk", "compress.target_step", "compress.lockstep",
-     "compress.writing",
-     "compress.propagation", "compress.summary", "compress.checksums",
-     "compress.scorer", "compress.junit", "compress.ci_files",
-     "compress.pace", "compress.memory", "compress.pruning", "compress.save"},
-    {"compress.allocation", "compress.settings", "compress.plan_file", "compress.origin",
-     "compress.provenance"},
-    {"compress.resume", "compress.decision"},
-    {"compress.pipeline"},
-    {"compress.inspection", "compress.doctor", "compress.publish", "compress.batch"},
+    {"compress.grids", "compress.decoder.tokenizer", "compress.checkpoint.side_files", "compress.calibration.statistics",
+     "compress.calibration.builtin", "compress.calibration.texts", "compress.checkpoint.sources",
+     "compress.solvers.folding", "compress.pruning.rotation"},
+    {"compress.plan.shapes", "compress.decoder.kv_cache", "compress.decoder.decoder", "compress.decoder.footprint"},
+    {"compress.solvers", "compress.verify", "compress.report.report", "compress.report.html",
+     "compress.report.charts", "compress.output.folder", "compress.plan.job", "compress.calibration.collect",
+     "compress.calibration.step", "compress.calibration.walk", "compress.build.target", "compress.build.lockstep",
+     "compress.build.write",
+     "compress.calibration.propagation", "compress.report.summary", "compress.output.checksums",
+     "compress.verify.scorer", "compress.report.junit", "compress.report.ci",
+     "compress.pace", "compress.plan.memory", "compress.pruning", "compress.checkpoint.save"},
+    {"compress.allocation", "compress.build.settings", "compress.plan.document", "compress.output.lock",
+     "compress.output.provenance"},
+    {"compress.output.resume", "compress.build.decide"},
+    {"compress.build.pipeline"},
+    {"compress.commands.inspection", "compress.commands.doctor_checks", "compress.output.publish", "compress.batch"},
     {"exporters"},
     {"compress.commands"},
     {"compress.cli", "compress.__main__", "compress.batch.child"},
@@ -148,13 +148,16 @@ def test_writers_never_see_solvers_and_grids_never_see_files():
             assert not any(i.startswith("compress.solvers") for i in names), name
         if name.startswith("compress.grids"):
             assert not any(
-                i.startswith(("compress.checkpoint", "compress.model")) for i in names
+                i.startswith(("compress.checkpoint.checkpoint", "compress.plan.shapes"))
+                for i in names
             ), name
         if name.startswith("compress.solvers"):
             assert not any(i.startswith("exporters") for i in names), name
 
 
-@pytest.mark.parametrize("name", ["compress.arch", "compress.recipe", "compress.checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["compress.decoder.config", "compress.recipe", "compress.checkpoint.checkpoint"]
+)
 def test_light_modules_do_not_load_torch(name):
     assert not {i.split(".")[0] for i in at_import(modules()[name])} & {"torch", "transformers"}
 

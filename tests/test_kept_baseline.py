@@ -12,15 +12,15 @@ from threading import Barrier
 import numpy as np
 import tiny
 
-from compress.cache import taking_turns
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
-from compress.job import describe_model
-from compress.scorer import read_text
-from compress.tokenizer import Tokenizer, eval_windows
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.decoder import Decoder
+from compress.decoder.tokenizer import Tokenizer, eval_windows
+from compress.output.cache import taking_turns
+from compress.plan.job import describe_model
 from compress.verify.baseline import BaselineStore
 from compress.verify.kept import KeptBaseline
 from compress.verify.resources import Speed
+from compress.verify.scorer import read_text
 
 WAIT = "look for the float model's answers"
 WINDOWS = [[1, 2, 3, 4], [5, 6, 7, 0]]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-import compress.ledger
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
+import compress.output.ledger
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
-from compress.ledger import Ledger
-from compress.model import Plan, Weights
+from compress.output.ledger import Ledger
+from compress.plan.shapes import Plan, Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters import get_exporter
 
 
@@ -81,13 +81,13 @@ def test_a_file_shorter_than_its_ledger_is_written_anew(tmp_path, data):
 def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data, monkeypatch):
     boot = tmp_path / "boot_id"
     boot.write_text("one\n")
-    monkeypatch.setattr(compress.ledger, "BOOT_ID", boot)
+    monkeypatch.setattr(compress.output.ledger, "BOOT_ID", boot)
     path = tmp_path / "ledger"
     ledger = Ledger(path, "t")
     ledger.add("a", data, 10)
-    monkeypatch.setattr(compress.ledger, "SYNC_EVERY", -1.0)
+    monkeypatch.setattr(compress.output.ledger, "SYNC_EVERY", -1.0)
     ledger.add("b", data, 20)
-    monkeypatch.setattr(compress.ledger, "SYNC_EVERY", 1e9)
+    monkeypatch.setattr(compress.output.ledger, "SYNC_EVERY", 1e9)
     ledger.add("c", data, 30)
     assert len(Ledger(path, "t")) == 3
     boot.write_text("two\n")

@@ -16,17 +16,17 @@ import tiny
 from commands import packlight, refused
 from test_interrupts import interrupted
 
-from compress import statistics
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.lockstep import in_lockstep
+from compress.build.write import write_artifacts
+from compress.calibration import statistics
+from compress.calibration.statistics import LayerStats, input_names
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Source, Stored
 from compress.console import Console
 from compress.errors import CheckpointError
-from compress.job import describe_model, prepare
-from compress.lockstep import in_lockstep
+from compress.plan.job import describe_model, prepare
 from compress.recipe import load
-from compress.sources import Source, Stored
-from compress.statistics import LayerStats, input_names
-from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")
@@ -242,7 +242,7 @@ def test_a_signal_ends_all_targets(tmp_path, number):
     """It arrives while a target works; each cleans up, one after the other."""
     body = """
         from types import SimpleNamespace
-        from compress.lockstep import in_lockstep
+        from compress.build.lockstep import in_lockstep
 
         config = SimpleNamespace(num_hidden_layers=1000, block_repeat=1)
         source = SimpleNamespace(config=config, read=lambda name, rows: None)

@@ -10,15 +10,16 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress import cli, machine, walk
-from compress import decoder as decoding
-from compress.checkpoint import Checkpoint
+from compress import cli, machine
+from compress.calibration import walk
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.decoder import Decoder
+from compress.decoder import decoder as decoding
+from compress.decoder.decoder import Decoder
 from compress.errors import UsageError
-from compress.job import prepare
 from compress.machine import available_memory, limit_memory, resident_memory
-from compress.memory import check_memory, hessian_bytes, smallest_memory
+from compress.plan.job import prepare
+from compress.plan.memory import check_memory, hessian_bytes, smallest_memory
 from compress.recipe import load
 from exporters import SHIPYARD
 
@@ -143,7 +144,7 @@ def test_the_command_refuses_in_one_line(model, tmp_path):
 
 
 def test_the_report_says_that_the_float_model_was_not_timed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.scorer.FLOAT_MEMORY", 0)
+    monkeypatch.setattr("compress.verify.scorer.FLOAT_MEMORY", 0)
     words = ["build", str(model), "-f", "gguf", "-r", "int4-fast", "-o", str(tmp_path / "out")]
     few = ["--set", "verify.windows=2", "--set", "verify.sequence_length=32"]
     assert cli.run([*words, *few]) < 2

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Around, Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.grids.lanes import LANES
-from compress.model import SIDE_BY_SIDE, Plan, PlanEntry, Weights
-from compress.sources import Around, Stored
+from compress.plan.shapes import SIDE_BY_SIDE, Plan, PlanEntry, Weights
 
 
 def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:

@@ -1,4 +1,4 @@
-"""exporters.model_card: what the Hub reads, what a person reads, and strings that stay strings."""
+"""compress.report.card: what the Hub reads, what a person reads, and strings that stay strings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import sample_report
 import yaml
 
-from compress.markdown import fenced, sentence
-from exporters.model_card import figure, model_card
+from compress.report.card import figure, model_card
+from compress.report.markdown import fenced, sentence
 
 
 def parse_head(card: str) -> dict[str, Any]:

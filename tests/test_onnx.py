@@ -19,7 +19,7 @@ import tiny
 from onnx_case import Case, build, checkpoint, greedy
 
 import exporters.onnx
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.errors import (
     ArtifactError,
     GridError,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from compress.build.settings import BuildSettings, VerifySettings
 from compress.cli import CONTEXT
 from compress.commands import build, verify
 from compress.commands.options import settings_of
-from compress.settings import BuildSettings, VerifySettings
 
 # What is handed on in another shape, and what is for the console alone.
 SHAPED = {"revision", "token", "cache_dir", "junit", "summary", "no_verify"}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from compress.checksums import write_checksums
 from compress.errors import DiskFullError, OutputExistsError, UsageError
-from compress.output import check_disk, check_output, work_folder
+from compress.output.checksums import write_checksums
+from compress.output.folder import check_disk, check_output, work_folder
 
 
 def ours(folder: Path) -> Path:
@@ -155,7 +155,7 @@ def test_a_second_build_into_the_same_folder_is_refused(tmp_path):
     output = tmp_path / "out"
     code = (
         "import sys\nfrom pathlib import Path\nfrom compress.errors import UsageError\n"
-        "from compress.output import work_folder\n"
+        "from compress.output.folder import work_folder\n"
         "try:\n    with work_folder(Path(sys.argv[1])): print('entered')\n"
         "except UsageError as error: print(error.message)"
     )

@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from compress import pace
-from compress.checkpoint import Checkpoint
-from compress.job import prepare
+from compress.calibration.propagation import PropagatedWeights
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.machine import worker_threads
-from compress.model import Weights
 from compress.pace import expected_steps
-from compress.propagation import PropagatedWeights
+from compress.plan.job import prepare
+from compress.plan.shapes import Weights
 from compress.recipe import load
 from compress.solvers import get_solver
 from exporters import SHIPYARD

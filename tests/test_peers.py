@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import accuracy
 import peers
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import get_grid
-from compress.statistics import LayerStats
 
 NAME = "blocks.0.q_proj.weight"
 

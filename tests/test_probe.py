@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import exporters.gguf
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder
 from compress.errors import ArtifactError, UsageError
-from compress.model import Weights
+from compress.plan.shapes import Weights
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from compress.verify import BaselineStore, quality, verify_artifact
 from exporters import SHIPYARD
 

@@ -13,16 +13,16 @@ import tiny
 from commands import packlight
 from hooked import Model, distance, draw_windows, hooked, parameter_rows
 
-from compress.arch import split_name
-from compress.decoder import reader
+from compress.calibration.propagation import DAMPING, SHARE, PropagatedWeights, shifts
+from compress.calibration.statistics import LayerStats, Statistics, stored_block
+from compress.calibration.walk import walk_beside
+from compress.decoder.config import split_name
+from compress.decoder.decoder import reader
 from compress.demo import model_path
 from compress.grids import get_grid
-from compress.ledger import Ledger
-from compress.model import Plan
-from compress.propagation import DAMPING, SHARE, PropagatedWeights, shifts
+from compress.output.ledger import Ledger
+from compress.plan.shapes import Plan
 from compress.solvers import get_solver
-from compress.statistics import LayerStats, Statistics, stored_block
-from compress.walk import walk_beside
 from exporters import get_exporter
 
 # Family, format, settings: fused and separate tensors, one and two runs of a stored block, norms in

@@ -13,11 +13,11 @@ import tiny
 from commands import packlight, refused
 from jsonschema import validate
 
-from compress import origin
-from compress.checkpoint import Checkpoint
-from compress.checksums import check_folder
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import UsageError
-from compress.origin import check_lock, lock_document
+from compress.output import lock as origin
+from compress.output.checksums import check_folder
+from compress.output.lock import check_lock, lock_document
 
 SHA256 = "^[0-9a-f]{64}$"
 DESCRIPTOR = {

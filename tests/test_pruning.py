@@ -14,10 +14,14 @@ import torch
 from commands import packlight, refused
 from tiny_sources import stored, texts
 
-from compress.arch import FUSED, DecoderConfig, WeightMap
-from compress.calibration_set import CalibrationSet
+from compress.calibration.texts import CalibrationSet
+from compress.calibration.walk import walk
+from compress.checkpoint.save import save_checkpoint
+from compress.checkpoint.sources import Stored
 from compress.console import Console
-from compress.decoder import Decoder
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap
+from compress.decoder.decoder import Decoder
+from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UnsupportedModelError, UsageError
 from compress.pruning.cut import Cut, plan_cut, width_step
@@ -27,10 +31,6 @@ from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source
 from compress.pruning.surgery import Remaining, choose, compensate
 from compress.recipe import load
-from compress.save import save_checkpoint
-from compress.sources import Stored
-from compress.tokenizer import Tokenizer
-from compress.walk import walk
 from exporters import get_exporter
 
 METHODS = {
@@ -394,7 +394,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
 
 
 def test_large_checkpoints_are_saved_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.save.SHARD", 300_000)
+    monkeypatch.setattr("compress.checkpoint.save.SHARD", 300_000)
     source = stored(tiny.make("qwen2", tmp_path / "whole"))
     save_checkpoint(source, tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2

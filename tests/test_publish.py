@@ -15,8 +15,8 @@ import sample_report
 from commands import packlight, refused
 from fake_hub import LARGE, TOKEN, Hub
 
-from compress.checksums import write_checksums
-from exporters.model_card import model_card
+from compress.output.checksums import write_checksums
+from compress.report.card import model_card
 
 NAME = "someone/SmolThinker-GGUF"
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import tiny
 
-from compress.checkpoint import Checkpoint
-from compress.checksums import write_checksums
-from compress.errors import CheckpointError, UnsupportedModelError, UsageError
-from compress.remote import (
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.remote import (
     fetch,
     fingerprint,
     is_url,
@@ -22,6 +20,8 @@ from compress.remote import (
     read_sums,
     read_text,
 )
+from compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from compress.output.checksums import write_checksums
 
 
 @pytest.fixture(params=["memory", "file"])

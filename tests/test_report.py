@@ -1,4 +1,4 @@
-"""compress.report: the document, its schema, what becomes of NaN, and the verdict."""
+"""compress.report.report: the document, its schema, what becomes of NaN, and the verdict."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import sample_report
 from jsonschema import Draft202012Validator
 
-from compress import report
-from compress.arch import DecoderConfig
-from compress.model import Artifact, Plan, PlanEntry
+from compress.decoder.config import DecoderConfig
+from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.report import report
 from compress.verify.gates import METRICS, find, parse
 from compress.verify.quality import Estimate
 

@@ -1,4 +1,4 @@
-"""compress.report_html: the page as a browser sees it, and the pictures by their arithmetic."""
+"""compress.report.html: the page as a browser sees it, and the pictures by their arithmetic."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import sample_report
 
-from compress import charts
-from compress.report_html import amount, figure, grids, percent, quarters, render, size
+from compress.report import charts
+from compress.report.html import amount, figure, grids, percent, quarters, render, size
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

@@ -20,7 +20,7 @@ import pytest
 import tiny
 
 from compress.errors import DiskFullError
-from compress.output import check_disk, locked
+from compress.output.folder import check_disk, locked
 
 HERE = Path(__file__).parent
 OPTIONS = (
@@ -308,9 +308,9 @@ def test_room_that_an_interrupted_build_has_taken_counts_as_free(tmp_path, monke
 DYING = """
 import os, shutil, signal, sys
 from pathlib import Path
-from compress.checksums import write_checksums
-from compress.ledger import Ledger
-from compress.output import Resume, check_output, state_folder, work_folder
+from compress.output.checksums import write_checksums
+from compress.output.ledger import Ledger
+from compress.output.folder import Resume, check_output, state_folder, work_folder
 
 CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 place = Path(sys.argv[1])

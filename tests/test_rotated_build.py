@@ -10,17 +10,17 @@ import pytest
 import tiny
 from commands import packlight
 
-from compress.calibration_step import Importance
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.calibration.step import Importance
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
-from compress.job import Job, describe_model, prepare
-from compress.model import Weights
-from compress.plan_file import plan_document
+from compress.plan.document import plan_document
+from compress.plan.job import Job, describe_model, prepare
+from compress.plan.shapes import Weights
+from compress.pruning.rotation import Rotated
 from compress.recipe import load
-from compress.rotation import Rotated
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 from exporters import SHIPYARD, coreml
 
 

@@ -11,15 +11,15 @@ import pytest
 import tiny
 import torch
 
-from compress.arch import DecoderConfig, Float32, WeightMap
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.decoder import Decoder
 from compress.demo import model_path
 from compress.errors import UnsupportedModelError
 from compress.grids import get_grid
-from compress.rotation import Rotated, Rotation, factors, hadamard_order
+from compress.pruning.rotation import Rotated, Rotation, factors, hadamard_order
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
 
 KINDS = ("r1", "r2", "r1r2")
 VARIANTS = {
@@ -215,7 +215,7 @@ def test_large_tensors_are_turned_in_slabs(stored, kinds, monkeypatch):
     rotated = Rotated(stored("llama"), kinds)
     names = [f"blocks.0.{role}.weight" for role in ("v_proj", "o_proj", "down_proj", "up_proj")]
     whole = [rotated.read(name) for name in names]
-    monkeypatch.setattr("compress.rotation.SLAB", 1000)
+    monkeypatch.setattr("compress.pruning.rotation.SLAB", 1000)
     for name, before in zip(names, whole, strict=True):
         assert np.allclose(rotated.read(name), before, atol=1e-6)
 
@@ -260,7 +260,7 @@ def test_fingerprints_tell_rotations_apart(stored):
 )
 def test_memory_is_a_few_copies_of_one_tensor(stored, name, rows, copies, monkeypatch):
     """Of the rows asked for where rows stay apart, of the tensor where R1 mixes them."""
-    monkeypatch.setattr("compress.rotation.SLAB", 4096)
+    monkeypatch.setattr("compress.pruning.rotation.SLAB", 4096)
     source = stored("llama")
     whole = source.read(name).nbytes
     rotated = Rotated(source, "r1r2")

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from compress.scratch import scratch_folder
+from compress.output.scratch import scratch_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from compress.scratch import scratch_folder
+from compress.output.scratch import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "logits").write_text("many")
     print("ready", flush=True)

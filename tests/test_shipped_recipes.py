@@ -15,12 +15,12 @@ import tiny
 
 import recipes
 from compress.allocation.choices import bits_of
-from compress.arch import DecoderConfig
+from compress.build.pipeline import build
+from compress.build.settings import BuildSettings
 from compress.console import Console
+from compress.decoder.config import DecoderConfig
 from compress.demo import model_path
-from compress.pipeline import build
 from compress.recipe import load
-from compress.settings import BuildSettings
 from exporters import SHIPYARD
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import read_json
+from compress.calibration.statistics import LayerStats, Statistics
+from compress.checkpoint.checkpoint import read_json
+from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import get_grid
 from compress.solvers import get_solver
 from compress.solvers.rtn import rtn
 from compress.solvers.scale_search import scale_search
-from compress.statistics import LayerStats, Statistics
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",

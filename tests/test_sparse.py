@@ -11,21 +11,21 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
+from compress.calibration.statistics import Statistics
+from compress.calibration.texts import CalibrationSet
+from compress.calibration.walk import walk
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import GridError, RecipeError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.grids.sparse import Pattern, SparseGrid, pattern_of
-from compress.job import describe_model
+from compress.plan.job import describe_model
 from compress.pruning.sparse import Sparsified, sparsegpt, sparsify
 from compress.pruning.surgery import compensate
 from compress.pruning.zeros import check_zeros
 from compress.recipe import load
-from compress.sources import Stored
-from compress.statistics import Statistics
-from compress.tokenizer import Tokenizer
-from compress.walk import walk
 from exporters import coreml
 from exporters.coreml import constexpr
 from exporters.coreml.evaluator import Evaluator
@@ -146,7 +146,7 @@ def test_wanda_weighs_by_the_inputs():
 
 
 def layer(hessian):
-    from compress.statistics import LayerStats
+    from compress.calibration.statistics import LayerStats
 
     return LayerStats(100, np.diagonal(hessian).copy(), hessian=(hessian,))
 

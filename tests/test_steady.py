@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from compress import machine
+from compress.calibration.propagation import shifts
+from compress.calibration.statistics import LayerStats
 from compress.demo import model_path
-from compress.propagation import shifts
 from compress.solvers import hessian as hessians
-from compress.statistics import LayerStats
 from compress.steady import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]

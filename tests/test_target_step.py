@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.build.target import prepare_target
+from compress.build.write import write_artifacts
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.console import Console
-from compress.job import Job, prepare
+from compress.plan.job import Job, prepare
 from compress.recipe import load
-from compress.sources import Stored
-from compress.target_step import prepare_target
-from compress.writing import write_artifacts
 from exporters import SHIPYARD
 
 SETTINGS = (

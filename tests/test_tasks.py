@@ -19,16 +19,16 @@ from commands import packlight, refused
 from echo_model import EchoModel
 
 import exporters.gguf
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.decoder import Decoder
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder
+from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
-from compress.model import Weights
-from compress.report import schema
-from compress.report_html import render
+from compress.plan.shapes import Weights
+from compress.report.html import render
+from compress.report.report import schema
 from compress.solvers.rtn import rtn
-from compress.sources import Stored
-from compress.tokenizer import Tokenizer
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from compress.decoder.tokenizer import Tokenizer, eval_windows
 from compress.errors import CheckpointError, UsageError
-from compress.tokenizer import Tokenizer, eval_windows
 
 ADDS_BOS = {"llama", "llama3", "mistral", "phi3", "phi3-window", "mobilellm"}
 CHAT = [{"role": "user", "content": "How small?"}, {"role": "assistant", "content": "Four bits."}]

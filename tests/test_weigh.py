@@ -20,18 +20,18 @@ from compress.allocation import effort, ladder
 from compress.allocation.budget import Target
 from compress.allocation.ladder import Ladder, check_budget, settings_of
 from compress.allocation.weigh import AtAGlance, Thorough, weigh, weighed_note
-from compress.calibration_step import CalibrationStep, Importance
-from compress.checkpoint import Checkpoint
+from compress.calibration.step import CalibrationStep, Importance
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder import Decoder
+from compress.decoder.decoder import Decoder
+from compress.decoder.footprint import activation_bytes
 from compress.demo import model_path
-from compress.footprint import activation_bytes
-from compress.job import Job, prepare
+from compress.plan.job import Job, prepare
 from compress.pruning.depth import model_divergence
 from compress.pruning.pruned import Narrower, Shallower
 from compress.pruning.step import prune, pruning_divergence
 from compress.recipe import Recipe, load
-from compress.sources import Source
 from compress.verify.baseline import log_softmax
 from exporters import SHIPYARD
 

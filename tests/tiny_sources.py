@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tiny
 
-from compress.calibration_set import CalibrationSet
-from compress.checkpoint import Checkpoint
-from compress.job import describe_model
-from compress.sources import Source, Stored
-from compress.tokenizer import Tokenizer
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Source, Stored
+from compress.decoder.tokenizer import Tokenizer
+from compress.plan.job import describe_model
 
 
 def stored(folder: Path) -> Stored:

@@ -11,8 +11,8 @@ from compress.allocation.costs import CostTable, members
 from compress.allocation.solver import Option, solve
 from compress.console import format_bytes
 from compress.errors import UsageError
-from compress.job import Job
-from compress.model import Exporter, Plan
+from compress.plan.job import Job
+from compress.plan.shapes import Exporter, Plan
 
 __all__ = ["Allocation", "Target", "infeasible"]
 

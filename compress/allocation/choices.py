@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.arch import FUSED, DecoderConfig, split_name
+from compress.calibration.statistics import stored_block
+from compress.decoder.config import FUSED, DecoderConfig, split_name
 from compress.errors import GridError
 from compress.grids import get_grid
-from compress.model import Candidate, Exporter, Plan
-from compress.statistics import stored_block
+from compress.plan.shapes import Candidate, Exporter, Plan
 
 __all__ = ["Choice", "Rules", "bits_of", "choices_of"]
 

@@ -15,11 +15,11 @@ from compress.allocation.lock import locked
 from compress.allocation.step import Budgeted, GetExporter, within_budget
 from compress.allocation.sweep import Sweep, sweep
 from compress.allocation.weigh import weigh
-from compress.calibration_step import CalibrationStep
+from compress.calibration.step import CalibrationStep
 from compress.console import Console, format_bytes
-from compress.job import Job
-from compress.model import Plan
-from compress.plan_file import plan_document
+from compress.plan.document import plan_document
+from compress.plan.job import Job
+from compress.plan.shapes import Plan
 
 __all__ = ["Chosen", "choose_grids", "locked_plan"]
 

@@ -20,14 +20,14 @@ from pathlib import Path
 from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
-from compress.arch import FUSED, DecoderConfig, WeightMap, split_name
-from compress.cache import cache_folder, taking_turns
-from compress.calibration_set import CalibrationSet
+from compress.calibration.statistics import Statistics, stored_block
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.sources import Source
 from compress.console import Console
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.grids import Float32, Grid, get_grid
-from compress.model import Solver
-from compress.sources import Source
-from compress.statistics import Statistics, stored_block
+from compress.output.cache import cache_folder, taking_turns
+from compress.plan.shapes import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 

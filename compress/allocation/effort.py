@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.solvers import NEEDS
 
 __all__ = ["Effort", "effort_for"]

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from compress.allocation.budget import Target, infeasible
 from compress.allocation.limits import Limit
 from compress.allocation.step import GetExporter, limit_for, targets_of
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
-from compress.job import Job, prepare
-from compress.model import Plan
+from compress.plan.job import Job, prepare
+from compress.plan.shapes import Plan
 from compress.pruning.cut import width_step
 from compress.recipe import Recipe
-from compress.sources import Stored
 
 __all__ = ["Ladder", "Replan", "Rung", "check_budget", "replanner", "settings_of"]
 
@@ -50,7 +50,7 @@ def replanner(
     context: int | None,
     command: str = "",
 ) -> Replan:
-    """``compress.job.prepare`` of one command; arguments and errors as there."""
+    """``compress.plan.job.prepare`` of one command; arguments and errors as there."""
 
     def prepared(
         choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = recipe

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.console import format_bytes, parse_bytes
+from compress.decoder.footprint import activation_bytes, get_device
 from compress.errors import UsageError
-from compress.footprint import activation_bytes, get_device
-from compress.job import Job
-from compress.model import Plan
+from compress.plan.job import Job
+from compress.plan.shapes import Plan
 
 __all__ = ["Limit", "limit_of"]
 

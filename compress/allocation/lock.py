@@ -11,12 +11,12 @@ from typing import Any
 from compress.allocation.ladder import Replan, alone
 from compress.allocation.step import GetExporter
 from compress.allocation.weigh import noted
-from compress.arch import DecoderConfig
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
-from compress.job import Job
-from compress.model import Exporter, Plan
+from compress.plan.job import Job
+from compress.plan.shapes import Exporter, Plan
 from compress.recipe import AMOUNTS
-from compress.sources import Stored
 
 __all__ = ["locked", "read_lock"]
 

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.allocation.tensor_error import relative_error, sample_rows
-from compress.arch import DecoderConfig, Float32, WeightMap, split_name
-from compress.sources import Source
-from compress.statistics import Statistics
+from compress.calibration.statistics import Statistics
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig, Float32, WeightMap, split_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.decoder import RopeTable
+    from compress.decoder.decoder import RopeTable
 
 __all__ = ["Sensitivity", "measure"]
 
@@ -136,7 +136,7 @@ class _Measurement:
         statistics: Statistics,
         most: int,
     ) -> None:
-        from compress.decoder import Decoder
+        from compress.decoder.decoder import Decoder
 
         self.source, self.config, self.statistics = source, source.config, statistics
         self.parts, tokens = partition(source.config, min(most, sum(map(len, windows))))
@@ -220,7 +220,7 @@ class _Measurement:
         self, index: int, weights: Mapping[str, Float32], states: list[Tensor]
     ) -> list[Tensor]:
         """States through a block with these weights, as often as it repeats."""
-        from compress.decoder import Block
+        from compress.decoder.decoder import Block
 
         def read(name: str) -> Float32:
             return weights[name.partition(".")[2].partition(".")[2]]
@@ -241,7 +241,7 @@ class _Measurement:
         import torch
         import torch.nn.functional as F
 
-        from compress.decoder import as_tensor, normalize
+        from compress.decoder.decoder import as_tensor, normalize
 
         def vector(name: str, present: bool) -> Tensor | None:
             return as_tensor(self.source.read(name)) if present else None

@@ -11,9 +11,9 @@ from compress.allocation.choices import Choice
 from compress.allocation.costs import CostTable, measured, members
 from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
-from compress.calibration_step import CalibrationStep
-from compress.job import Job
-from compress.model import Exporter, Plan
+from compress.calibration.step import CalibrationStep
+from compress.plan.job import Job
+from compress.plan.shapes import Exporter, Plan
 from compress.solvers import get_solver
 
 __all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]

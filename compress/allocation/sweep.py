@@ -10,11 +10,11 @@ from compress.allocation.budget import Target
 from compress.allocation.explain import describe
 from compress.allocation.limits import Limit
 from compress.allocation.step import BudgetStep, GetExporter, Prepare, targets_of
-from compress.calibration_step import CalibrationStep
+from compress.calibration.step import CalibrationStep
+from compress.checkpoint.sources import Stored
 from compress.console import format_bytes, parse_bytes
 from compress.errors import UsageError
-from compress.job import Job
-from compress.sources import Stored
+from compress.plan.job import Job
 
 __all__ = ["Sweep", "check_sweep", "curve_rows", "sweep"]
 

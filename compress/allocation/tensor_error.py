@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Float32
-from compress.statistics import LayerStats
 
 __all__ = ["relative_error", "sample_rows", "sampled"]
 

@@ -19,13 +19,13 @@ from compress.allocation.costs import CostTable
 from compress.allocation.effort import effort_for
 from compress.allocation.ladder import Ladder, Replan, Rung
 from compress.allocation.step import Budgeted, BudgetStep, GetExporter
-from compress.calibration_step import CalibrationStep
-from compress.job import Job
-from compress.model import Plan
+from compress.calibration.step import CalibrationStep
+from compress.checkpoint.sources import Stored
+from compress.plan.job import Job
+from compress.plan.shapes import Plan
 from compress.pruning.cut import Cut
 from compress.pruning.glance import Glance, glance
 from compress.pruning.step import prune, pruning_divergence
-from compress.sources import Stored
 
 __all__ = ["AtAGlance", "Outcome", "Thorough", "noted", "weigh", "weighed_note"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
 from compress.batch.state import stamp
-from compress.cache import cache_folder
+from compress.checkpoint.remote import SUMS, fingerprint_text, publish, read_text
 from compress.errors import PacklightError
-from compress.remote import SUMS, fingerprint_text, publish, read_text
+from compress.output.cache import cache_folder
 
 __all__ = ["Publishing", "bring_back", "run_away"]
 

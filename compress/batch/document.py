@@ -12,9 +12,9 @@ from compress import __version__
 from compress.batch.state import State
 from compress.batch.table import WORDS, Board
 from compress.console import Console, format_bytes
-from compress.markdown import pipe_table, sentence
 from compress.progress import clock_time
-from compress.summary import gate_failure
+from compress.report.markdown import pipe_table, sentence
+from compress.report.summary import gate_failure
 
 if TYPE_CHECKING:
     from compress.batch.story import Planned

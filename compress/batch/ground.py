@@ -9,11 +9,11 @@ from pathlib import Path
 
 from compress.batch.away import Publishing
 from compress.batch.engine import Engine, LocalEngine
-from compress.cache import cache_folder
+from compress.checkpoint.remote import fingerprint_text, is_url
 from compress.errors import UsageError
-from compress.job import model_name
 from compress.machine import available_cpus, available_memory
-from compress.remote import fingerprint_text, is_url
+from compress.output.cache import cache_folder
+from compress.plan.job import model_name
 
 __all__ = ["Ground", "Tree", "stand_on"]
 

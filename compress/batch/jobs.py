@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import recipes
+from compress.build.settings import BuildSettings
+from compress.checkpoint.remote import find, is_url
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
 from compress.recipe import explain, parse
-from compress.remote import find, is_url
-from compress.settings import BuildSettings
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
 
@@ -258,7 +258,7 @@ def place_of(path: str, home: Path) -> str:
 
 def safe_name(model: str) -> str:
     """The last part of a path or a Hub id, as a folder's name."""
-    from compress.job import model_name
+    from compress.plan.job import model_name
 
     return model_name(model)
 

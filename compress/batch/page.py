@@ -11,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress import charts
 from compress.batch.pictures import Dot, Row, cloud, rows
 from compress.console import format_bytes
 from compress.progress import clock_time
-from compress.report import FORMATS
-from compress.report_html import amount, page_template, short_size
+from compress.report import charts
+from compress.report.html import amount, page_template, short_size
+from compress.report.report import FORMATS
 
 __all__ = ["render"]
 
@@ -62,7 +62,7 @@ def render(document: Json) -> str:
         words=WORDS,
         formats=FORMATS,
         styles=STYLES,
-        style=Markup((files("compress") / "report.css").read_text("utf-8")),
+        style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
         pictures=pictures(jobs),
     )
 

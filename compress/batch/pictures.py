@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from compress import charts
-from compress.charts import CHARACTER, WIDTH, line, text
+from compress.report import charts
+from compress.report.charts import CHARACTER, WIDTH, line, text
 
 __all__ = ["Dot", "Row", "cloud", "rows"]
 

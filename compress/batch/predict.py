@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.allocation.chosen import Chosen
-from compress.arch import DecoderConfig
-from compress.job import (
+from compress.decoder.config import DecoderConfig
+from compress.plan.job import (
     GENERATED_ROOM,
     GetExporter,
     Job,
@@ -21,8 +21,8 @@ from compress.job import (
     window_count,
     window_length,
 )
-from compress.memory import smallest_memory
-from compress.model import Plan
+from compress.plan.memory import smallest_memory
+from compress.plan.shapes import Plan
 from compress.solvers import NEEDS
 from compress.verify.agenda import Agenda
 from compress.verify.forecast import verification_seconds

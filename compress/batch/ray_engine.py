@@ -20,11 +20,11 @@ from typing import Any
 from compress import __version__
 from compress.batch.away import bring_back, run_away
 from compress.batch.engine import PATIENCE, Outcome, Watch, Work, in_order, run_work
-from compress.config_json import json_or_empty
+from compress.checkpoint.remote import SUMS
 from compress.console import format_bytes
+from compress.decoder.config_json import json_or_empty
 from compress.errors import RuntimeMissingError, UsageError, one_line
-from compress.output import locked
-from compress.remote import SUMS
+from compress.output.folder import locked
 
 __all__ = ["RayEngine"]
 

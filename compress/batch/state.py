@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.batch.engine import Outcome
-from compress.config_json import json_or_empty
-from compress.summary import REFUSED_HINT, refusal
+from compress.decoder.config_json import json_or_empty
+from compress.report.summary import REFUSED_HINT, refusal
 
 __all__ = ["Record", "State", "fingerprint", "stamp"]
 

@@ -24,19 +24,19 @@ from compress.batch.jobs import BatchJob, arguments, read_jobs, select
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
-from compress.checkpoint import Checkpoint
-from compress.ci_files import CiFiles
-from compress.config_json import write_json
+from compress.build.decide import first_choice
+from compress.build.settings import BuildSettings, check_options, recipe_overrides
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.remote import write_text
 from compress.console import Console, format_bytes
-from compress.decision import first_choice
+from compress.decoder.config_json import write_json
 from compress.errors import PacklightError, UsageError, one_line
-from compress.memory import smallest_memory
-from compress.model import Shipyard
-from compress.output import check_disk, locked
+from compress.output.folder import check_disk, locked
+from compress.output.resume import digest, identity
+from compress.plan.memory import smallest_memory
+from compress.plan.shapes import Shipyard
 from compress.recipe import load
-from compress.remote import write_text
-from compress.resume import digest, identity
-from compress.settings import BuildSettings, check_options, recipe_overrides
+from compress.report.ci import CiFiles
 from compress.verify import gates
 
 __all__ = ["BatchSettings", "Planned", "batch"]

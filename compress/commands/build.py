@@ -93,8 +93,8 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     """
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress import pipeline
-    from compress.settings import BuildSettings
+    from compress.build import pipeline
+    from compress.build.settings import BuildSettings
     from exporters import SHIPYARD
 
     plan = options["plan"]
@@ -123,9 +123,9 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress import pipeline
+    from compress.build import pipeline
+    from compress.build.settings import BuildSettings
     from compress.demo import model_path
-    from compress.settings import BuildSettings
     from exporters import SHIPYARD
 
     settings = BuildSettings(

@@ -13,7 +13,7 @@ from compress.commands.options import make_console, output_options
 @output_options
 def doctor(**options: Any) -> int:
     """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
-    from compress import doctor as checks
+    from compress.commands import doctor_checks as checks
 
     console = make_console(options)
     return checks.doctor(console)

@@ -26,7 +26,7 @@ from compress.errors import UsageError
 @output_options
 def inspect(target: str, **options: Any) -> int:
     """Show what a checkpoint or an artifact holds, without reading its weights."""
-    from compress import inspection
+    from compress.commands import inspection
     from exporters import get_exporter
 
     console = make_console(options)
@@ -52,7 +52,7 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
     Counts weights, KV cache and an allowance for activations; the speed is the bound that memory
     bandwidth sets. Exit code 1 when nothing fits.
     """
-    from compress import inspection
+    from compress.commands import inspection
     from exporters import get_exporter
 
     if device and memory:

@@ -16,7 +16,7 @@ from compress.progress import ProgressFile
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from compress.ci_files import CiFiles
+    from compress.report.ci import CiFiles
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound="DataclassInstance")
@@ -59,13 +59,13 @@ def hub_options(command: F) -> F:
 
 
 def hub_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``hub_options`` were given, as ``compress.hub`` takes it."""
+    """What ``hub_options`` were given, as ``compress.checkpoint.hub`` takes it."""
     return {key: options[key] for key in ("revision", "token", "cache_dir")}
 
 
 def ci_of(options: Mapping[str, Any]) -> CiFiles:
     """What ``ci_options`` were given."""
-    from compress.ci_files import CiFiles
+    from compress.report.ci import CiFiles
 
     return CiFiles(options["junit"], options["summary"])
 
@@ -79,7 +79,7 @@ def recipe_names(*_: Any) -> list[str]:
 
 def device_names(*_: Any) -> list[str]:
     """Devices of the table, for shell completion."""
-    from compress.footprint import devices
+    from compress.decoder.footprint import devices
 
     return list(devices())
 
@@ -117,7 +117,7 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
     as they are handed on.
 
     Args:
-        kind: a class of ``compress.settings``.
+        kind: a class of ``compress.build.settings``.
         options: as click gives them.
         more: over them, and what has another name.
     """

@@ -31,7 +31,7 @@ def push(folder: Path, repo_id: str, **options: Any) -> int:
     token is HF_TOKEN's or that of `hf auth login`. Files that DIR does not have stay in the
     repository.
     """
-    from compress import publish
+    from compress.output import publish
 
     console = make_console(options)
     settings = publish.PushSettings(

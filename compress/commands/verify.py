@@ -52,7 +52,7 @@ def verify(artifact: Path, **options: Any) -> int:
     and compare it with the float model."""
     console = make_console(options)
     if options["checksums"]:
-        from compress import checksums
+        from compress.output import checksums
 
         if not options["baseline"] and (judging := [key for key in JUDGING if options[key]]):
             name = JUDGING[judging[0]]
@@ -68,8 +68,8 @@ def verify(artifact: Path, **options: Any) -> int:
             hint="or --checksums, which only looks at the files",
         )
     console.begin("load libraries")  # takes seconds
-    from compress import pipeline
-    from compress.settings import VerifySettings
+    from compress.build import pipeline
+    from compress.build.settings import VerifySettings
     from exporters import SHIPYARD
 
     windows = options["windows"] or 0

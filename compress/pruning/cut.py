@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.arch import DecoderConfig, split_name
+from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.model import Plan
+from compress.plan.shapes import Plan
 
 __all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.decoder import Decoder
-from compress.sources import Source
+from compress.checkpoint.sources import Source
+from compress.decoder.decoder import Decoder
 
 __all__ = [
     "Departure", "choose_blocks", "measured_windows", "model_divergence", "turning_blocks",

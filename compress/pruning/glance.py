@@ -18,16 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.arch import split_name
-from compress.cache import cache_folder
-from compress.config_json import read_json
+from compress.calibration.statistics import Statistics, input_names
+from compress.checkpoint.sources import Source
 from compress.console import Console
+from compress.decoder.config import split_name
+from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
 from compress.grids import Array
+from compress.output.cache import cache_folder
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import Narrower, Shallower, kept_rows
-from compress.sources import Source
-from compress.statistics import Statistics, input_names
 
 __all__ = ["Glance", "glance"]
 

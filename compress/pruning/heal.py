@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.arch import FUSED
-from compress.decoder import Block, Decoder, RopeTable
+from compress.calibration.walk import HELD_BACK, hidden_states
+from compress.checkpoint.safetensors import write_safetensors
+from compress.checkpoint.save import stored_dtypes
+from compress.checkpoint.sources import Source
+from compress.decoder.config import FUSED
+from compress.decoder.decoder import Block, Decoder, RopeTable
 from compress.errors import UsageError
 from compress.pruning.cut import Healing
 from compress.pruning.pruned import Healed
-from compress.safetensors_file import write_safetensors
-from compress.save import stored_dtypes
-from compress.sources import Source
-from compress.walk import HELD_BACK, hidden_states
 
 __all__ = ["Adam", "heal"]
 

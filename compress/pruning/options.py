@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
+from compress.checkpoint.save import save_checkpoint
 from compress.console import Console
 from compress.errors import UsageError
-from compress.job import Job, read_license
-from compress.output import check_output, real_path
+from compress.output.folder import check_output, real_path
+from compress.plan.job import Job, read_license
 from compress.pruning.step import RECORD
 from compress.recipe import AMOUNTS
-from compress.save import save_checkpoint
 
 __all__ = ["check_save", "prune_option", "save_pruned"]
 
@@ -68,7 +68,7 @@ def save_pruned(job: Job, folder: Path, console: Console) -> None:
     """Write the job's pruned weights as a checkpoint, with a card that says what was done.
 
     Raises:
-        PacklightError: see ``compress.save.save_checkpoint``.
+        PacklightError: see ``compress.checkpoint.save.save_checkpoint``.
     """
     save_checkpoint(job.source, folder, card(job))
     console.detail(f"checkpoint: {folder}")

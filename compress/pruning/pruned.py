@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.arch import FUSED, DecoderConfig, Float32, split_name
+from compress.checkpoint.safetensors import TensorInfo, read_range, scan_safetensors
+from compress.checkpoint.sources import Change, Source
+from compress.decoder.config import FUSED, DecoderConfig, Float32, split_name
 from compress.grids import Array
-from compress.safetensors_file import TensorInfo, read_range, scan_safetensors
-from compress.sources import Change, Source
 
 __all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.arch import FUSED, Float32, split_name
+from compress.calibration.statistics import LayerStats, Statistics
+from compress.checkpoint.sources import Change, Source
+from compress.decoder.config import FUSED, Float32, split_name
 from compress.errors import UsageError
 from compress.grids.sparse import Pattern
 from compress.pruning.surgery import diagonal_blocks
 from compress.solvers.hessian import REPAIRS, factor_in_place
-from compress.sources import Change, Source
-from compress.statistics import LayerStats, Statistics
 
 __all__ = ["MASK_NEEDS", "Sparsified", "sparsegpt", "sparsify"]
 

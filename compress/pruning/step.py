@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
-from compress.arch import DecoderConfig
-from compress.cache import cache_folder, taking_turns
-from compress.calibration_set import CalibrationSet
-from compress.calibration_step import read_texts
-from compress.config_json import read_json
+from compress.calibration.step import read_texts
+from compress.calibration.texts import CalibrationSet
+from compress.checkpoint.sources import Source
 from compress.console import Console
+from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.job import Job, choose_threads, rotations
+from compress.output.cache import cache_folder, taking_turns
+from compress.plan.job import Job, choose_threads, rotations
 from compress.pruning.cut import Cut, Healing
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
-from compress.sources import Source
 from compress.steady import set_threads
 
 __all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
@@ -98,8 +98,8 @@ def pruning_divergence(job: Job, console: Console, threads: int) -> float:
         return float(read_json(path)["kl"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
         pass
+    from compress.calibration.walk import held_back
     from compress.pruning.depth import measured_windows, model_divergence
-    from compress.walk import held_back
 
     windows = held_back(texts.windows) or measured_windows(texts.windows)
     with console.progress(f"judge {job.cut.method}", "steps") as update:

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from compress.arch import Float32, split_name
+from compress.calibration.statistics import LayerStats
+from compress.calibration.walk import walk
+from compress.checkpoint.safetensors import round_to, write_safetensors
+from compress.checkpoint.save import stored_dtypes
+from compress.checkpoint.sources import Source
+from compress.decoder.config import Float32, split_name
 from compress.errors import UnsupportedModelError
 from compress.grids import Array
 from compress.pruning.cut import Cut
 from compress.pruning.pruned import spread
 from compress.pruning.surgery import choose, compensate
-from compress.safetensors_file import round_to, write_safetensors
-from compress.save import stored_dtypes
-from compress.sources import Source
-from compress.statistics import LayerStats
-from compress.walk import walk
 
 __all__ = ["narrow"]
 

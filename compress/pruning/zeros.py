@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.errors import UnsupportedModelError, UsageError
 from compress.grids.sparse import Pattern, pattern_of
-from compress.model import Plan
+from compress.plan.shapes import Plan
 from compress.recipe import Recipe
 
 __all__ = ["METHOD", "check_zeros", "method_of", "pattern_for", "plan_zeros"]

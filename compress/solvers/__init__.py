@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError, did_you_mean
 from compress.grids import Float32, Grid, Quantized
-from compress.model import Solver
-from compress.statistics import LayerStats, Statistics
+from compress.plan.shapes import Solver
 
 __all__ = ["NEEDS", "SOLVERS", "get_solver", "slabs_at_once"]
 

@@ -3,7 +3,7 @@
 AWQ (Lin et al., arXiv 2306.00978): a column whose input is large is multiplied by ``s > 1`` before
 it is rounded, and its input divided by ``s``: its error shrinks, at the cost of those that share
 its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
-largest magnitude to the power of 1 - α. ``compress.folding`` has the places where that is exact.
+largest magnitude to the power of 1 - α. ``compress.solvers.folding`` has the places where that is exact.
 
 Channels may also change places where that is free. Where groups of columns share a scale they are
 sorted by the largest magnitude of what multiplies them, so that groups are of like columns; where
@@ -23,16 +23,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compress.arch import DecoderConfig, Float32
-from compress.folding import Fold, Folded, columns_of, uses
+from compress.calibration.statistics import LayerStats, Statistics, input_of
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig, Float32
 from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
-from compress.model import Plan
+from compress.plan.shapes import Plan
 from compress.solvers import NEEDS
+from compress.solvers.folding import Fold, Folded, columns_of, uses
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from compress.solvers.hessian import factors_of, output_errors
 from compress.solvers.scale_search import scale_search
-from compress.sources import Source
-from compress.statistics import LayerStats, Statistics, input_of
 
 __all__ = ["Found", "search"]
 

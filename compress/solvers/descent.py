@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Array, Float32
 from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import factor_in_place
 from compress.solvers.rounding import PIECE, round_piece
-from compress.statistics import LayerStats
 
 __all__ = ["descend"]
 

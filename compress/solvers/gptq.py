@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
 from compress.machine import in_order, worker_threads
 from compress.solvers.descent import descend
@@ -26,7 +27,6 @@ from compress.solvers.fits import Spans, Whole
 from compress.solvers.hessian import Factor, factors_of, output_errors
 from compress.solvers.rounding import PIECE, round_piece
 from compress.solvers.scale_search import scale_search
-from compress.statistics import LayerStats
 
 __all__ = ["gptq"]
 

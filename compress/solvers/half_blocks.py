@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.arch import DecoderConfig, Float32, WeightMap
-from compress.decoder import Block, Decoder, as_tensor, reader
+from compress.calibration.statistics import LayerStats, Statistics, input_of, input_roles
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.decoder import Block, Decoder, as_tensor, reader
 from compress.errors import UsageError
-from compress.folding import Fold, Folded, fold_statistics
 from compress.grids import Grid
 from compress.solvers import get_solver
-from compress.sources import Source
-from compress.statistics import LayerStats, Statistics, input_of, input_roles
+from compress.solvers.folding import Fold, Folded, fold_statistics
 
 __all__ = ["HeadTrial", "Trial", "halves", "some_rows"]
 
@@ -33,7 +33,7 @@ class Half:
     Attributes:
         block: index of the block.
         roles: of its weights.
-        sites: names of the inputs inside, its own first (``compress.statistics.input_names``).
+        sites: names of the inputs inside, its own first (``compress.calibration.statistics.input_names``).
     """
 
     block: int

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Array, Float32
 from compress.machine import in_threads
-from compress.statistics import LayerStats
 
 __all__ = ["Factor", "factors_of", "output_errors"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Float32, Grid, Quantized
-from compress.statistics import LayerStats
 
 
 def rtn(weight: Float32, grid: Grid, stats: LayerStats | None = None) -> Quantized:

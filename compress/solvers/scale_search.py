@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from compress.calibration.statistics import LayerStats
 from compress.grids import Float32, Grid, Quantized
-from compress.statistics import LayerStats
 
 POWER = 0.75
 

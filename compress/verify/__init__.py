@@ -6,7 +6,7 @@ How a build uses it::
     store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
     for artifact in artifacts:
         found = verify_artifact(shipyard.probe, artifact.path, artifact.format, store, context=2048)
-    # found.quality, found.resources, found.generation → compress.report, → gates.judge
+    # found.quality, found.resources, found.generation → compress.report.report, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
 generation with and without the cache, then the logits of every window (``compress.verify.agenda``
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, PacklightError
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 from compress.verify import quality, resources, tasks
 from compress.verify.agenda import REPEATS, SECONDS, Agenda
 from compress.verify.baseline import BaselineStore, Float32

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.machine import default_threads
-from compress.model import Plan
+from compress.plan.shapes import Plan
 from compress.progress import Estimate, Step
 from compress.verify.agenda import Agenda, Run
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
-from compress.cache import taking_turns
 from compress.errors import ArtifactError
+from compress.output.cache import taking_turns
 from compress.verify.baseline import BaselineStore
 from compress.verify.resources import Speed
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ArtifactError
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 from compress.verify.baseline import BaselineStore, Float32, Float64, chunks, log_softmax
 
 SERIES_POINTS = 96  # most points of a series in the report

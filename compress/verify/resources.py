@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from compress.model import Runtime
+from compress.plan.shapes import Runtime
 from compress.verify.agenda import REPEATS, SECONDS, WARM_UP
 
 STATUS = Path("/proc/self/status")

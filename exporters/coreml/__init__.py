@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.arch import DecoderConfig
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
 from compress.grids.sparse import SparseGrid
-from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
-from compress.sources import Source
+from compress.plan.shapes import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 
 __all__ = [
     "candidates",

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.arch import split_name
+from compress.decoder.config import split_name
 from compress.grids import Array, Quantized, get_grid
 from compress.grids.sparse import SparseGrid
-from compress.model import Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry, Weights
 from exporters.coreml.planning import SPARSE_NAMES, Part, parts
 
 OPERATIONS = {

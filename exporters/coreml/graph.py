@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 
 __all__ = ["Constants", "Decoder"]
 

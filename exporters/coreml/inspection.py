@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.config_json import json_or_empty
+from compress.decoder.config_json import json_or_empty
 from exporters.coreml.blobs import Packed
 from exporters.coreml.mil import Function, Operation, read_package
 
@@ -22,7 +22,7 @@ JOINT = {
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``compress.model.Exporter.describe``.
+    """See ``compress.plan.shapes.Exporter.describe``.
 
     Raises:
         ArtifactError: not a package, or a damaged one.

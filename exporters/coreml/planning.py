@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.arch import DecoderConfig, WeightMap, split_name
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.grids.sparse import Pattern, pattern_of
-from compress.model import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -199,7 +199,7 @@ def target_name(name: str) -> str:
 def candidates(
     entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
 ) -> list[Candidate]:
-    """See ``compress.model.Exporter.candidates``.
+    """See ``compress.plan.shapes.Exporter.candidates``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
     integers, which it does not; nor are there where they ask for a rotation.

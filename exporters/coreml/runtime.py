@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from compress import __version__
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
-from compress.model import Runtime, check_room
+from compress.plan.shapes import Runtime, check_room
 from exporters.coreml.mil import read_package
 
 Float32 = NDArray[np.float32]
@@ -30,7 +30,7 @@ CHUNK = 512
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
-    """Load a package; see ``compress.model.Exporter.open_runtime``.
+    """Load a package; see ``compress.plan.shapes.Exporter.open_runtime``.
 
     Raises:
         ArtifactError: not a package of ours, damaged, or refused by Core ML.
@@ -55,7 +55,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
 
 
 class CoreMLRuntime:
-    """See ``compress.model.Runtime``.
+    """See ``compress.plan.shapes.Runtime``.
 
     Args:
         name: for the report.

@@ -16,7 +16,7 @@ import numpy as np
 
 from compress.errors import DiskFullError, is_disk_full
 from compress.grids import Array
-from compress.model import Weights
+from compress.plan.shapes import Weights
 from exporters.coreml.blobs import BITS, BLOB_TYPES, RECORD, SENTINEL
 from exporters.coreml.planning import ALIGNMENT, Part
 

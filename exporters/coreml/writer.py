@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
-from compress.arch import DecoderConfig
+from compress.checkpoint.side_files import write_side_files
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
 from compress.grids import Float32, Grid, Quantized
-from compress.model import Artifact, Plan, Progress, Weights
-from compress.side_files import write_side_files
-from compress.sources import Source
+from compress.plan.shapes import Artifact, Plan, Progress, Weights
 from exporters.coreml.constants import HollowConstants, LazyConstants
 from exporters.coreml.graph import Decoder
 from exporters.coreml.planning import IMMEDIATE
@@ -50,7 +50,7 @@ WEIGHT_FILE = "weight.bin"
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """Write the package and its side files; see ``compress.model.Exporter.write``.
+    """Write the package and its side files; see ``compress.plan.shapes.Exporter.write``.
 
     Raises:
         RuntimeMissingError: coremltools is not installed, or another version is.
@@ -83,7 +83,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.model.Exporter.file_bytes``: the program as it will be, its arrays counted."""
+    """See ``compress.plan.shapes.Exporter.file_bytes``: the program as it will be, its arrays counted."""
     tools = CoreMLTools()
     weights = Weights(source, no_weights)
     constants = HollowConstants(tools.mb, tools.storage, plan, weights)

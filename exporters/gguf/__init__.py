@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.arch import DecoderConfig
-from compress.model import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
-from compress.sources import Source
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig
+from compress.plan.shapes import Artifact, Candidate, Plan, PlanEntry, Progress, Runtime, Weights
 
 __all__ = [
     "candidates",

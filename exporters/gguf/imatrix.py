@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.arch import FUSED, DecoderConfig, split_name
+from compress.calibration.statistics import LayerStats, Statistics, input_of
+from compress.decoder.config import FUSED, DecoderConfig, split_name
 from compress.errors import ArtifactError
-from compress.statistics import LayerStats, Statistics, input_of
 from exporters.gguf.metadata import architecture, target_name
 from exporters.gguf.planning import tensor_names
 

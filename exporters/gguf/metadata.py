@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from compress.arch import DecoderConfig, split_name
+from compress.decoder.config import DecoderConfig, split_name
 
 if TYPE_CHECKING:
     import gguf

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from compress.arch import DecoderConfig
+from compress.decoder.config import DecoderConfig
 from compress.errors import GridError
 
 # Weights per block and bytes per block, of ggml's block structs.
@@ -151,7 +151,7 @@ class Mix:
         """The type that the preset wants for a linear or embedding, whatever its shape.
 
         Args:
-            role: as in ``compress.arch`` (``qkv_proj`` counts as the value projection).
+            role: as in ``compress.decoder.config`` (``qkv_proj`` counts as the value projection).
             block: index of the block; 0 for what is outside the blocks.
         """
         if self.pure or self.base in ("F16", "BF16"):

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compress.arch import DecoderConfig, WeightMap, split_name
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, did_you_mean
-from compress.model import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
 from exporters.gguf.metadata import ROPE_TENSORS, architecture, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
 
@@ -29,7 +29,7 @@ def make_plan(
     model_name: str,
     choices: Mapping[str, str] | None = None,
 ) -> Plan:
-    """See ``compress.model.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
+    """See ``compress.plan.shapes.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
     ``importance``: whether the solver looks at inputs (default: no).
 
     Raises:
@@ -93,7 +93,7 @@ def check_choice(name: str, grid: str, columns: int) -> None:
 
 
 def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
-    """See ``compress.model.Exporter.candidates``: llama.cpp loads any type for any matrix."""
+    """See ``compress.plan.shapes.Exporter.candidates``: llama.cpp loads any type for any matrix."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     columns = entry.shape[1]

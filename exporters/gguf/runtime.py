@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, RuntimeMissingError
 from compress.machine import available_cpus
-from compress.model import check_room
+from compress.plan.shapes import check_room
 from exporters.gguf.planning import CONTEXT_STEP
 
 # Tokens per llama_decode: its logits buffer is this many rows of the vocabulary.
@@ -150,7 +150,7 @@ def load_library() -> Library:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp (``compress.model.Runtime``)."""
+    """A GGUF file in llama.cpp (``compress.plan.shapes.Runtime``)."""
 
     def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
         """Load the model and make room for ``context`` positions.

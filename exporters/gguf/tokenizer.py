@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.arch import DecoderConfig
-from compress.config_json import read_json
+from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import read_json
+from compress.decoder.tokenizer import Tokenizer
 from compress.errors import CheckpointError
-from compress.tokenizer import Tokenizer
 from exporters.gguf.splitting import classify, normalizer_notes, space_prefix, steps
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.arch import DecoderConfig
+from compress.checkpoint.sources import Source
+from compress.decoder.config import DecoderConfig
 from compress.grids import Quantized, get_grid
-from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
-from compress.sources import Source
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Progress, Weights
 from exporters.gguf.metadata import (
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
@@ -38,7 +38,7 @@ SLABS = 8 << 20  # weights held at once: 32 MiB as float32
 
 
 def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """See ``compress.model.Exporter.write``. Memory: ``SLABS`` weights, never a tensor.
+    """See ``compress.plan.shapes.Exporter.write``. Memory: ``SLABS`` weights, never a tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
@@ -77,7 +77,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.model.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
+    """See ``compress.plan.shapes.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
     vocabulary = read_vocabulary(source.checkpoint.path, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"

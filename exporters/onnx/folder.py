@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compress.arch import DecoderConfig
-from compress.checkpoint import Checkpoint
-from compress.config_json import write_json
-from compress.model import Plan
-from compress.side_files import hf_config, write_side_files
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.side_files import hf_config, write_side_files
+from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import write_json
+from compress.plan.shapes import Plan
 
 # Transformers.js: the `dtype` of a session → the suffix of its file. Four bits are "q4".
 DTYPES = {4: "q4", 8: "int8"}

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from compress.arch import DecoderConfig
-from compress.model import Plan, PlanEntry
+from compress.decoder.config import DecoderConfig
+from compress.plan.shapes import Plan, PlanEntry
 from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
 from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from compress.config_json import json_or_empty
+from compress.decoder.config_json import json_or_empty
 from compress.errors import ArtifactError
 from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
@@ -30,7 +30,7 @@ def find_graph(path: Path) -> Path:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Metadata and tensors; see ``compress.model.Exporter.describe``.
+    """Metadata and tensors; see ``compress.plan.shapes.Exporter.describe``.
 
     Raises:
         ArtifactError: no graph, or one that does not parse.

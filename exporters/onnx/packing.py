@@ -19,7 +19,7 @@ import numpy as np
 
 from compress.grids import Array, Quantized, get_grid
 from compress.grids.affine import Affine
-from compress.model import PlanEntry
+from compress.plan.shapes import PlanEntry
 
 FLOATS = {"F32": "<f4", "F16": "<f2"}
 # Offsets are multiples of a cache line, so that mapped arrays are aligned.

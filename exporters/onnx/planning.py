@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from compress.arch import DecoderConfig, WeightMap
+from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
-from compress.model import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -129,7 +129,7 @@ def weight_names(config: DecoderConfig) -> Iterator[str]:
 
 
 def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
-    """See ``compress.model.Exporter.candidates``."""
+    """See ``compress.plan.shapes.Exporter.candidates``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     embedding = entry.name == "embed_tokens.weight"

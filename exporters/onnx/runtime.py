@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, RuntimeMissingError, first_line
 from compress.machine import available_cpus
-from compress.model import check_room
+from compress.plan.shapes import check_room
 from exporters.onnx.inspection import find_graph
 from exporters.onnx.planning import CONTEXT_KEY
 
@@ -29,7 +29,7 @@ CHUNK = 512
 
 
 class OnnxRuntime:
-    """See ``compress.model.Runtime``."""
+    """See ``compress.plan.shapes.Runtime``."""
 
     def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
         """Load the folder.

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from compress.checkpoint.sources import Source
 from compress.grids import Array, get_grid
-from compress.model import Artifact, Plan, PlanEntry, Progress, Weights
-from compress.sources import Source
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Progress, Weights
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, Piece, layout, pack
 
@@ -58,7 +58,7 @@ def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Art
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.model.Exporter.file_bytes``: the graph as it will be, and the data's end."""
+    """See ``compress.plan.shapes.Exporter.file_bytes``: the graph as it will be, and the data's end."""
     import onnx_ir as ir
 
     from exporters.onnx.graph import build

@@ -1,0 +1,1 @@
+"""``packlight build``: decide, write, verify, report."""

@@ -1,0 +1,154 @@
+"""What a command was asked for: the recipe's overrides, and the command that does it again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.report.ci import CiFiles
+from compress.errors import UsageError
+from compress.pruning.options import prune_option
+from compress.verify.gates import parse_option
+
+__all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What ``packlight build`` was asked for; the options of the same names.
+
+    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
+    and ``cache_dir``.
+    """
+
+    model: str
+    output: Path | None = None
+    recipe: str = "phone-4bit"
+    overrides: Sequence[str] = ()
+    formats: Sequence[str] = ()
+    eval_text: Path | None = None
+    gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
+    calibration: Sequence[Path] = ()
+    seed: int | None = None
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
+    budget: str = ""
+    budget_memory: str = ""
+    device: str = ""
+    sweep: str = ""
+    plan: Path | None = None
+    locked: bool = False
+    provenance: bool = False
+    prune: str = ""
+    save_checkpoint: Path | None = None
+    allow_dense: bool = False
+    context: int | None = None
+    threads: int = 0
+    max_memory: int | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = True
+    keep_baseline: Path | None = None
+    ci_files: CiFiles = field(default_factory=CiFiles)
+    source: str = ""
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What ``packlight verify`` was asked for; the options of the same names."""
+
+    artifact: Path
+    baseline: str
+    eval_text: Path | None = None
+    tasks: Sequence[Path] = ()
+    gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
+    windows: int = 0
+    sequence_length: int = 512
+    threads: int = 0
+    max_memory: int | None = None
+    ci_files: CiFiles = field(default_factory=CiFiles)
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_options(settings: BuildSettings) -> None:
+    """Refuse options that do not fit together.
+
+    Raises:
+        UsageError: two ways to choose grids.
+    """
+    budget = bool(settings.budget or settings.budget_memory or settings.device)
+    if sum((budget, bool(settings.sweep), settings.plan is not None)) > 1:
+        raise UsageError("a budget, --sweep and --plan exclude each other")
+
+
+def recipe_overrides(settings: BuildSettings) -> list[str]:
+    """``--set``, and the options that stand for keys of the recipe."""
+    overrides = list(settings.overrides)
+    if settings.prune:  # first, so that --set prune.heal adds to it
+        overrides.insert(0, f"prune={json.dumps(prune_option(settings.prune))}")
+    if settings.calibration:
+        overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
+    if settings.seed is not None:
+        overrides.append(f"calibration.seed={settings.seed}")
+    for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
+        if value := getattr(settings, option):
+            overrides.append(f"budget.{key}={value}")
+    if settings.allow_dense:
+        overrides.append("allow_dense=true")
+    for name, limit in map(parse_option, settings.gates):
+        overrides.append(f"verify.gates.{name}={json.dumps(limit)}")
+    return overrides
+
+
+def without_folders(text: str) -> str:
+    """An override without the folders of absolute paths in it, which are this machine's."""
+    return re.sub(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+", "", text)
+
+
+def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
+    """The command that makes this again, for the report: names instead of local paths."""
+    if settings.source == "packlight-demo":
+        return "packlight demo"
+    words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
+    if revision := settings.hub.get("revision"):
+        words += ["--revision", revision]
+    for name in settings.formats:
+        words += ["-f", name]
+    for override in settings.overrides:
+        words += ["--set", without_folders(override)]
+    if settings.eval_text:
+        words += ["--eval-text", settings.eval_text.name]
+    for gate in settings.gates:
+        words += ["--gate", gate]
+    for path in settings.calibration:
+        words += ["--calibration", path.name]
+    for option in ("budget", "budget_memory", "device", "sweep"):
+        if value := getattr(settings, option):
+            words += [f"--{option.replace('_', '-')}", value]
+    if settings.plan:
+        words += ["--plan", settings.plan.name]
+    if settings.locked:
+        words.append("--locked")
+    if settings.imatrix:
+        words += ["--imatrix", settings.imatrix.name]
+    if settings.seed is not None:
+        words += ["--seed", str(settings.seed)]
+    if settings.prune:
+        words += ["--prune", settings.prune]
+    if settings.allow_dense:
+        words.append("--allow-dense")
+    if settings.context:
+        words += ["--context", str(settings.context)]
+    return shlex.join([*words, "-o", output.name])

@@ -1,0 +1,246 @@
+"""What calibration knows about the inputs of the linears, in memory and on disk.
+
+Linears that multiply the same input share its statistics: q, k and v; gate and up; in a parallel
+block (phi) also up and q. An input goes by the name of its first linear: ``blocks.3.q_proj``,
+``blocks.3.o_proj``, ``blocks.3.gate_proj`` (``up_proj`` without a gate), ``blocks.3.down_proj``,
+``lm_head``. A stored block that runs several times (MobileLLM-LS) pools its repeats.
+
+On disk: one ``.npz`` per stored block and one for the head. A Hessian is kept as the square roots
+of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
+mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Inputs held
+back are kept in float16, each row over its largest magnitude.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, is_zipfile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.decoder.config import DecoderConfig, split_name
+from compress.errors import CheckpointError, one_line
+
+__all__ = ["LayerStats", "Statistics", "input_names", "input_of"]
+
+Float32 = NDArray[np.float32]
+
+CORRELATION_STEPS = 32767  # of int16: correlations are in [-1, 1]
+TINY = np.float32(1e-30)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one input ``x`` over the calibration tokens; ``columns`` is its width.
+
+    Attributes:
+        count: tokens seen.
+        importance: mean of ``x²``, float32 ``[columns]``: weights of the squared error.
+        mean: mean of ``x``, float32 ``[columns]``; None where it is not known (an imatrix file).
+        hessian: mean of ``x xᵀ`` as its diagonal blocks in order, float32 ``[n, n]`` each, the
+            ``n`` adding up to ``columns``: usually one block, several where a wide input was split
+            to save memory. None where no solver asked for it.
+        held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
+            seen: to measure on. None without a Hessian, or with too few windows to spare any.
+        drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
+            the Hessian's. None where ``x`` is the float model's; never kept on disk.
+    """
+
+    count: int
+    importance: Float32
+    mean: Float32 | None = None
+    hessian: tuple[Float32, ...] | None = None
+    held_back: Float32 | None = None
+    drift: tuple[Float32, ...] | None = None
+
+
+class Statistics:
+    """Statistics by weight name.
+
+    Args:
+        config: the model.
+        load: input name (see ``input_names``) → its statistics, or None where there are none.
+    """
+
+    def __init__(self, config: DecoderConfig, load: Callable[[str], LayerStats | None]) -> None:
+        self._config = config
+        self.load = load
+        self._last: tuple[str, LayerStats | None] = ("", None)
+        self._lock = threading.Lock()  # slabs of one weight are solved at a time
+
+    def for_weight(self, name: str) -> LayerStats | None:
+        """Statistics of what a weight multiplies; None for an embedding or an unseen input.
+
+        Args:
+            name: as in ``compress.decoder.config.WeightMap``, fused or not.
+
+        The same object comes back while weights of the same input are asked for one after the
+        other (row slabs; q, k and v), so that a solver may keep what it made of it.
+        """
+        key = input_of(self._config, name)
+        if key is None:
+            return None
+        with self._lock:
+            if key != self._last[0]:
+                self.forget()  # before the next is made: it is large
+                self._last = (key, self.load(key))
+            return self._last[1]
+
+    def forget(self) -> None:
+        """Let go what was asked for last; the next time it is read again."""
+        self._last = ("", None)
+
+    @classmethod
+    def of(cls, config: DecoderConfig, stats: Mapping[str, LayerStats]) -> Statistics:
+        """Over a mapping from input names, all in memory."""
+        return cls(config, stats.get)
+
+    @classmethod
+    def open(cls, config: DecoderConfig, folder: Path, *, hessian: bool) -> Statistics:
+        """Over the files that ``save`` wrote, read when asked for.
+
+        Args:
+            hessian: False leaves Hessians on disk where there are any.
+        """
+        return cls(config, lambda key: load(folder / file_name(key), key, hessian=hessian))
+
+
+def input_of(config: DecoderConfig, name: str) -> str | None:
+    """Input name of a weight: ``blocks.3.v_proj.weight`` → ``blocks.3.q_proj``.
+
+    None for embeddings, norms and biases.
+    """
+    block, role, kind = split_name(name)
+    if kind != "weight":
+        return None
+    if role == "lm_head":
+        return role
+    leader = input_roles(config).get(role)
+    if block is None or leader is None:
+        return None
+    return f"blocks.{stored_block(config, block)}.{leader}"
+
+
+def stored_block(config: DecoderConfig, block: int) -> int:
+    """The first of the blocks that share the weights of ``block``."""
+    return block - block % config.block_repeat
+
+
+def input_roles(config: DecoderConfig) -> dict[str, str]:
+    """Role of a linear, fused or not → role by which its input goes."""
+    mlp = "gate_proj" if config.gated_mlp else "up_proj"
+    if config.parallel_residual:
+        mlp = "q_proj"
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
+    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
+    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+
+
+def input_names(config: DecoderConfig) -> Iterator[str]:
+    """Every input once, in order of execution."""
+    roles = dict.fromkeys(input_roles(config)[role] for role in config.linear_roles)
+    for block in range(0, config.num_hidden_layers, config.block_repeat):
+        for role in roles:
+            yield f"blocks.{block}.{role}"
+    yield "lm_head"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def file_name(key: str) -> str:
+    """The file that holds an input: ``blocks.3.npz``, ``lm_head.npz``."""
+    return ".".join(key.split(".")[:2]) + ".npz"
+
+
+def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
+    """Write the inputs of one file."""
+    arrays: dict[str, Any] = {}
+    for key, entry in stats.items():
+        arrays[f"{key}.count"] = np.int64(entry.count)
+        arrays[f"{key}.importance"] = entry.importance
+        if entry.mean is not None:
+            arrays[f"{key}.mean"] = entry.mean
+        for index, hessian in enumerate(entry.hessian or ()):
+            roots, triangle = pack_hessian(hessian)
+            arrays[f"{key}.hessian.{index}.roots"] = roots
+            arrays[f"{key}.hessian.{index}.correlations"] = triangle
+        if entry.held_back is not None:
+            peaks = np.maximum(np.abs(entry.held_back).max(axis=1, keepdims=True), TINY)
+            arrays[f"{key}.held_back.peaks"] = peaks
+            arrays[f"{key}.held_back.rows"] = (entry.held_back / peaks).astype(np.float16)
+    np.savez(path, **arrays)
+
+
+def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
+    """Read one input; None where the file does not have it.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        return read(path, key, hessian=hessian)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {one_line(error)}",
+            hint=f"delete {path.parent}, a cache that will be made again",
+        ) from error
+
+
+def is_whole(config: DecoderConfig, folder: Path) -> bool:
+    """Whether a folder has every file, each to its end; what is inside them is not read."""
+    return all(is_zipfile(folder / file_name(key)) for key in input_names(config))
+
+
+def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
+    """What ``load`` reads, in the words of NumPy and zipfile where it cannot be."""
+    with np.load(path) as arrays:
+        if f"{key}.count" not in arrays:
+            return None
+        blocks: list[Float32] = []
+        while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
+            stem = f"{key}.hessian.{len(blocks)}"
+            blocks.append(unpack_hessian(arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]))
+        held_back = None
+        if hessian and f"{key}.held_back.rows" in arrays:
+            held_back = arrays[f"{key}.held_back.rows"] * arrays[f"{key}.held_back.peaks"]
+        return LayerStats(
+            count=int(arrays[f"{key}.count"]),
+            importance=arrays[f"{key}.importance"],
+            mean=arrays.get(f"{key}.mean"),
+            hessian=tuple(blocks) or None,
+            held_back=held_back,
+        )
+
+
+def pack_hessian(hessian: Float32) -> tuple[Float32, NDArray[np.int16]]:
+    """Square roots of the diagonal, and the correlations of the upper triangle row by row."""
+    size = hessian.shape[0]
+    roots = np.sqrt(np.diagonal(hessian))
+    inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
+    triangle = np.empty(size * (size + 1) // 2, np.int16)
+    start = 0
+    for row in range(size):
+        correlations = hessian[row, row:] * inverse[row] * inverse[row:]
+        steps = np.rint(correlations * CORRELATION_STEPS)
+        triangle[start : start + size - row] = steps.clip(-CORRELATION_STEPS, CORRELATION_STEPS)
+        start += size - row
+    return roots, triangle
+
+
+def unpack_hessian(roots: Float32, triangle: NDArray[np.int16]) -> Float32:
+    """What ``pack_hessian`` packed, float32 ``[n, n]``."""
+    size = len(roots)
+    hessian = np.empty((size, size), np.float32)
+    start = 0
+    for row in range(size):
+        correlations = triangle[start : start + size - row]
+        hessian[row, row:] = correlations * (roots[row] / CORRELATION_STEPS) * roots[row:]
+        hessian[row:, row] = hessian[row, row:]
+        start += size - row
+    return hessian

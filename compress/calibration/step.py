@@ -1,0 +1,235 @@
+"""The step of a build between plan and writing: what the solver must know of the inputs.
+
+Statistics come from the recipe's texts (walked, or from the cache) or from an imatrix file; ``rtn``
+needs none, and then nothing is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from compress.calibration.collect import collect
+from compress.calibration.statistics import Statistics
+from compress.calibration.texts import BUILTIN, CalibrationSet
+from compress.checkpoint.sources import Source
+from compress.console import Console
+from compress.decoder.tokenizer import Tokenizer
+from compress.errors import UsageError
+from compress.plan.job import Job, choose_threads, looks_at_inputs
+from compress.plan.shapes import Plan, Shipyard
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import method_of
+from compress.recipe import Recipe
+from compress.solvers import NEEDS
+from compress.steady import set_threads
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The options that go around the recipe's calibration.
+
+    Attributes:
+        imatrix: take importance from this file of llama.cpp.
+        save: write the importance to such a file.
+    """
+
+    imatrix: Path | None = None
+    save: Path | None = None
+
+    def check(self, recipe: Recipe, calibration: Sequence[Path], *, measures: bool = False) -> None:
+        """Refuse options that would have no effect, and files that are not there.
+
+        Args:
+            recipe: its solver and, where that looks at inputs, its texts count.
+            calibration: ``--calibration``.
+            measures: whether grids are chosen by measurement, which looks at inputs too.
+
+        Raises:
+            UsageError: with what to type instead.
+        """
+        use, solver = "--set quantize.solver=scale_search", recipe.solver
+        if self.imatrix and calibration:
+            raise UsageError("--imatrix and --calibration exclude each other")
+        if self.imatrix and recipe.prunes:
+            raise UsageError(
+                "--imatrix counts inputs of the whole model, and the recipe prunes it",
+                hint="--calibration, or an imatrix of what --save-checkpoint writes",
+            )
+        if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
+            raise UsageError(
+                "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
+                hint="texts instead, or --set targets.coreml.rotate=none",
+            )
+        if self.imatrix and NEEDS.get(solver) == "hessian":
+            raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
+        if recipe.folds and solver not in NEEDS:
+            raise UsageError(
+                f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
+            )
+        if recipe.folds and self.imatrix:
+            raise UsageError(
+                "--imatrix has less than quantize.fold and quantize.permute need",
+                hint="leave it out: calibration texts have it",
+            )
+        if solver not in NEEDS and not measures and self.imatrix:
+            raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
+        looks = looks_at_inputs(recipe) or measures or self.save is not None
+        if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
+            raise UsageError(
+                "--imatrix has less than sparsegpt needs",
+                hint="texts, or --set targets.coreml.sparsity_method=wanda",
+            )
+        if not looks and calibration:
+            raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
+        for path in texts_of(recipe) if looks else []:
+            if not path.is_file() and not self.imatrix:
+                what = "is not a file" if path.exists() else "does not exist"
+                raise UsageError(f"{path} {what}", hint="a calibration text: .txt or .jsonl")
+        if self.imatrix and not self.imatrix.is_file():
+            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
+
+
+def texts_of(recipe: Recipe) -> list[Path]:
+    """The recipe's own calibration files."""
+    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
+
+
+class CalibrationStep:
+    """Statistics for the targets of one job; texts are tokenized once, and equal sources walked
+    once. ``keep``: leave what a walk has found where it ends by an exception.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        importance: Importance,
+        shipyard: Shipyard,
+        console: Console,
+        threads: int = 0,
+        keep: bool = False,
+    ) -> None:
+        self.job, self._keep = job, keep
+        self._importance, self._shipyard = importance, shipyard
+        self.console, self.threads = console, threads
+
+    def on(self, job: Job) -> CalibrationStep:
+        """The same for another job."""
+        return CalibrationStep(
+            job, self._importance, self._shipyard, self.console, self.threads, self._keep
+        )
+
+    def gather(self, source: Source, plan: Plan) -> Statistics | None:
+        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
+
+        Args:
+            source: the weights that ``plan`` is made of.
+            plan: of the target.
+
+        Raises:
+            UsageError: texts that are not there or too short.
+            ArtifactError: an imatrix file that cannot be read or is another model's.
+            CheckpointError: weights or a tokenizer that cannot be read.
+        """
+        solver = self.job.recipe.solver
+        if self._importance.imatrix:
+            return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
+        mask = MASK_NEEDS.get(method_of(plan.settings) or "")
+        wanted = solver in NEEDS or mask is not None
+        return self._calibrate(source, hessian=mask == "hessian") if wanted else None
+
+    def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
+        """What a cost table is measured with, whatever the solver: statistics of the inputs of the
+        float model, texts, and a name for where the statistics are from.
+
+        Args:
+            source: the weights.
+            tokens: of the texts, which then leave no second moments; 0: what the recipe says.
+
+        Raises:
+            As ``gather``.
+        """
+        texts = self._texts.first(tokens) if tokens else self._texts
+        given = self._importance.imatrix
+        if given:
+            name = hashlib.sha256(given.read_bytes()).hexdigest()
+            return self._shipyard.read_imatrix(given, source.config), texts, name
+        if tokens:
+            return self._collect(source, texts, hessian=False), texts, ""
+        return self._calibrate(source), texts, ""
+
+    @property
+    def propagates(self) -> bool:
+        """Whether each block is solved with what the quantized blocks before it produce."""
+        recipe = self.job.recipe
+        wanted = recipe.solver in NEEDS and recipe.calibration["propagate"] == "quantized"
+        return wanted and not self._importance.imatrix
+
+    def windows(self) -> Sequence[Sequence[int]]:
+        """The recipe's texts as windows of tokens, for a walk that starts now.
+
+        Raises:
+            UsageError: texts that are not there or too short.
+        """
+        set_threads(choose_threads(self.threads, self.job.config))
+        return self._texts.windows
+
+    def notes(self) -> list[str]:
+        """A line for the report that says where the solver's statistics are from."""
+        solver = self.job.recipe.solver
+        if self._importance.imatrix:
+            name = self._importance.imatrix.name
+            return [f"Codes chosen by {solver}, with the importance in {name}"]
+        if solver not in NEEDS:
+            return []
+        seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
+        through = " through the quantized blocks before each" if self.propagates else ""
+        return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
+
+    def save_imatrix(self) -> None:
+        """``--save-imatrix``: the importance of the common source's inputs, as llama.cpp's file."""
+        path, source = self._importance.save, self.job.source
+        if path is None:
+            return
+        given = self._importance.imatrix
+        statistics = (
+            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+        )
+        self._shipyard.write_imatrix(path, source.config, statistics)
+        self.console.detail(f"importance: {path}")
+
+    @cached_property
+    def _texts(self) -> CalibrationSet:
+        return read_texts(self.job)
+
+    def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
+        """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
+        recipe = self.job.recipe
+        wanted = hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian"
+        return self._collect(source, self._texts, hessian=wanted)
+
+    def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
+        """From these texts."""
+        set_threads(choose_threads(self.threads, self.job.config))
+        with self.console.progress("calibrate", "windows") as update:
+            return collect(source, texts, hessian=hessian, keep=self._keep, progress=update)
+
+
+def read_texts(job: Job) -> CalibrationSet:
+    """The recipe's calibration texts as windows of tokens.
+
+    Raises:
+        UsageError: texts that are not there or too short.
+        CheckpointError: no tokenizer.
+    """
+    settings = job.recipe.calibration
+    return CalibrationSet.load(
+        settings["texts"],
+        Tokenizer(job.checkpoint.path),
+        tokens=settings["tokens"],
+        sequence_length=min(settings["sequence_length"], job.config.max_context),
+        seed=settings["seed"],
+    )

@@ -1,0 +1,206 @@
+"""Calibration texts become windows of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from compress.decoder.tokenizer import Tokenizer
+from compress.errors import UsageError
+
+__all__ = ["BUILTIN", "CalibrationSet"]
+
+BUILTIN = "builtin"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Windows of token ids to calibrate on.
+
+    Attributes:
+        windows: all of the same length.
+        sources: names of the texts, for the report: ``builtin`` or file names.
+    """
+
+    windows: tuple[tuple[int, ...], ...]
+    sources: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return sum(map(len, self.windows))
+
+    def digest(self) -> str:
+        """SHA-256 of the windows: names texts, tokenizer and sampling at once."""
+        return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+
+    def first(self, tokens: int) -> CalibrationSet:
+        """The windows of the first so many tokens, at least one."""
+        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))])
+
+    @classmethod
+    def load(
+        cls,
+        sources: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        tokens: int,
+        sequence_length: int,
+        seed: int,
+    ) -> CalibrationSet:
+        """Draw windows from texts: sources in equal parts, and the files of ``builtin`` too.
+
+        Args:
+            sources: ``builtin``, plain text files, or ``.jsonl`` files whose lines have a ``text``
+                or chat ``messages``.
+            tokens: how many to draw, rounded down to whole windows, at least one.
+            sequence_length: of a window, a BOS included where the tokenizer adds one.
+            seed: of the order of passages.
+
+        Fewer windows come back where the texts are shorter.
+
+        Raises:
+            UsageError: a text that is not there, not readable, or shorter than one window.
+        """
+        streams = []
+        for source in sources:
+            paths = builtin_paths() if source == BUILTIN else [Path(source)]
+            parts = [windows_of(path, tokenizer, sequence_length, seed) for path in paths]
+            stream = take_turns(parts)
+            first = next(stream, None)
+            if first is None:
+                raise UsageError(
+                    f"{source} does not fill one window of {sequence_length} tokens",
+                    hint="a longer text, or --set calibration.sequence_length=128",
+                )
+            streams.append(chain([first], stream))
+        count = max(1, tokens // sequence_length)
+        windows = tuple(tuple(window) for window in islice(take_turns(streams), count))
+        names = tuple(s if s == BUILTIN else Path(s).name for s in sources)
+        return cls(windows, names)
+
+
+def builtin_paths() -> list[Path]:
+    """The files of the built-in set."""
+    from compress.calibration.builtin import paths
+
+    return paths()
+
+
+def take_turns(streams: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
+    """One from each in turn, as long as any has one."""
+    waiting = list(streams)
+    while waiting:
+        for stream in list(waiting):
+            item = next(stream, None)
+            if item is None:
+                waiting.remove(stream)
+            else:
+                yield item
+
+
+def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iterator[list[int]]:
+    """Windows of one file: its passages in shuffled order, one after the other, cut to length.
+
+    Tokenizes no more than is asked for. An incomplete last window is dropped.
+    """
+    passages = read_passages(path, tokenizer, characters=4 * length)
+    random.Random(seed).shuffle(passages)
+    head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    body = length - len(head)
+    pending: list[int] = []
+    for passage in passages:
+        ids = tokenizer.encode(passage)
+        if head and ids[:1] == head:  # a chat template writes its own
+            ids = ids[1:]
+        pending += ids
+        while len(pending) >= body:
+            yield [*head, *pending[:body]]
+            pending = pending[body:]
+
+
+def read_words(path: Path, missing: str, empty: str) -> str:
+    """A text of the user's.
+
+    Args:
+        path: UTF-8.
+        missing, empty: hints for a file that is.
+
+    Raises:
+        UsageError: not there, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist", hint=missing) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text, see byte {error.start}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty", hint=empty)
+    return text
+
+
+def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str]:
+    """A plain text in pieces of whole lines, each at least ``characters`` long; or the lines of a
+    JSONL file as texts.
+
+    Raises:
+        UsageError: not there, not UTF-8, empty, or a line without ``text`` and ``messages``.
+    """
+    text = read_words(
+        path,
+        "calibration texts are .txt or .jsonl files, or builtin",
+        "a few hundred KB of the model's kind of text",
+    )
+    if path.suffix == ".jsonl":
+        rows = enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold a U+2028
+        return [read_row(f"{path} line {n}", row, tokenizer) for n, row in rows if row.strip()]
+    passages, piece, size = [], [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= characters:
+            passages.append("".join(piece))
+            piece, size = [], 0
+    return [*passages, "".join(piece)]
+
+
+def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
+    """The text of one JSONL line; a chat through the tokenizer's template, or plainly without one.
+
+    Raises:
+        UsageError: not an object with ``text`` or ``messages``.
+        CheckpointError: the template refuses the chat.
+    """
+    try:
+        record = json.loads(row)
+        if "messages" not in record:
+            return checked(record["text"])
+        messages = [
+            {"role": checked(turn["role"]), "content": checked(turn["content"])}
+            for turn in record["messages"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{where} is not a calibration text",
+            hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '
+            '"content": "..."}]}',
+        ) from error
+    if tokenizer.has_chat_template:
+        return tokenizer.render_chat(messages, add_generation_prompt=False)
+    return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
+
+
+def checked(value: Any) -> str:
+    """A string of JSON; anything else (null, a list of parts) is a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value

@@ -1,0 +1,1 @@
+"""Checkpoints: shard headers, weights by name, side files, the Hub and URLs."""

@@ -1,0 +1,252 @@
+"""A checkpoint on disk: names, types and byte ranges from the shard headers; tensors when asked.
+
+Nothing is loaded on opening. ``read`` touches the bytes of one tensor (or some of its rows) and
+returns float32. The safetensors layout (8-byte little-endian header length, JSON header, data) is
+that of https://huggingface.co/docs/safetensors. Pickles (``.bin``) are read with
+``weights_only=True`` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.checkpoint.hub import download
+from compress.checkpoint.remote import fetch, is_url
+from compress.checkpoint.safetensors import (
+    BYTES,
+    TensorInfo,
+    check_finite,
+    read_range,
+    scan_safetensors,
+)
+from compress.decoder.config_json import read_json, short
+from compress.errors import CheckpointError, UsageError
+from compress.output.cache import cache_folder
+
+__all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
+
+Float32 = NDArray[np.float32]
+
+UNPICKLING = threading.Lock()  # slabs of a weight are read by several threads
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint folder.
+
+    Attributes:
+        path: the folder.
+        source: what the user typed: a Hub id, or the folder's name.
+        revision: commit of a Hub checkpoint, or ``""``.
+        config: ``config.json``.
+        generation_config: ``generation_config.json``, or empty.
+        tensors: name → TensorInfo, of all shards.
+        warnings: lines for the user (pickled weights).
+    """
+
+    def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
+        self.path = path
+        self.source = source or path.resolve().name
+        self.revision = revision
+        self.warnings: list[str] = []
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        generation = path / "generation_config.json"
+        self.generation_config: dict[str, Any] = (
+            read_json(generation) if generation.exists() else {}
+        )
+        self._pickle: tuple[Path, Mapping[str, Any]] | None = None
+        self.tensors: dict[str, TensorInfo] = self._scan()
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+    ) -> Checkpoint:
+        """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
+        a URL through fsspec.
+
+        Raises:
+            UsageError: neither a folder nor something that can be a Hub id.
+            CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
+        """
+        name = str(model)
+        if not name:  # an unset variable of a script is not the current folder
+            raise UsageError("the model's name is empty")
+        # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            return cls(folder)
+        if name.startswith("file://"):
+            return cls.open(name.removeprefix("file://"))
+        if is_url(name):
+            return cls(fetch(name, cache_folder("checkpoints")), source=name)
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+        if looks_local or folder.exists():
+            raise UsageError(
+                f"{name} is not a folder with a checkpoint",
+                hint="give a folder that holds config.json and *.safetensors, a Hub id "
+                "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
+            )
+        path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        # Hub snapshots live in folders named after the commit.
+        return cls(path, source=name, revision=path.name)
+
+    # --- headers -----------------------------------------------------------------------------
+
+    def _scan(self) -> dict[str, TensorInfo]:
+        # The order in which transformers looks.
+        for single, scan in (
+            ("model.safetensors", scan_safetensors),
+            ("pytorch_model.bin", self._scan_pickle),
+        ):
+            file, index = self.path / single, self.path / f"{single}.index.json"
+            try:
+                if file.is_file():
+                    return scan(file)
+                if index.is_file():
+                    return self._scan_index(index, scan)
+            except OSError as error:
+                raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"no weights in {self.path}",
+            hint="expected model.safetensors or model.safetensors.index.json",
+        )
+
+    def _scan_index(
+        self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
+    ) -> dict[str, TensorInfo]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index.name} has no weight_map")
+        shards = sorted(set(map(str, weight_map.values())))
+        for shard in shards:
+            # A plain name only: no folder, no "..", nothing absolute.
+            if Path(shard).name != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
+            if not (self.path / shard).is_file():
+                raise CheckpointError(
+                    f"{short(shard)} is missing, {index.name} names it", hint="finish the download"
+                )
+        found = {shard: scan(self.path / shard) for shard in shards}
+        for name, shard in weight_map.items():
+            if name not in found[str(shard)]:
+                raise CheckpointError(
+                    f"{index.name} places {short(name)} in {short(shard)}, it is not there"
+                )
+        # What no index line names is kept too, to be refused as unexpected.
+        return {
+            name: info
+            for shard, tensors in found.items()
+            for name, info in tensors.items()
+            if weight_map.get(name, shard) == shard
+        }
+
+    def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
+        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+        names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+        tensors = {}
+        for name, tensor in self._load_pickle(file).items():
+            dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None or str(tensor.layout) != "torch.strided":
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
+            nbytes = tensor.numel() * BYTES[dtype]
+            tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
+        return tensors
+
+    def _load_pickle(self, file: Path) -> Mapping[str, Any]:
+        """The tensors of one shard; only the last one asked for is kept. One thread at a time."""
+        with UNPICKLING:
+            return self._load_pickle_alone(file)
+
+    def _load_pickle_alone(self, file: Path) -> Mapping[str, Any]:
+        import torch
+
+        if self._pickle is not None and self._pickle[0] == file:
+            return self._pickle[1]
+        self._pickle = None
+        try:
+            # mmap: tensors stay on disk until touched. Files older than torch 1.6 are no zips
+            # and cannot be mapped.
+            state = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{file.name} holds more than weights, and unpickling code is never run",
+                hint="convert it to safetensors where you trust it",
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file.name} cannot be read: damaged or truncated") from error
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"{file.name} holds no table of tensors")
+        self._pickle = (file, state)
+        return state
+
+    # --- tensors -----------------------------------------------------------------------------
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A tensor as float32 in its own shape, or rows ``start:stop`` of it.
+
+        Raises:
+            CheckpointError: no such tensor, a short read, or NaN/Inf among the values.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"no tensor {name!r} in the checkpoint")
+        info = self.tensors[name]
+        start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
+        shape = (max(stop - start, 0), *info.shape[1:])
+        if info.offset < 0:
+            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            values: Float32 = tensor.float().numpy()
+            check_finite(name, values)
+        else:
+            values = read_range(info, start, math.prod(shape))
+        return values.reshape(shape if info.shape else ())
+
+    # --- facts about the whole ---------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config, shard headers, sizes and times: names a checkpoint for resuming."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            stat = info.file.stat()
+            row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files, those that exist."""
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]

@@ -1,0 +1,237 @@
+"""Folders behind URLs, through fsspec: ``s3://``, ``gs://``, ``file://`` and whatever it knows.
+
+A checkpoint is copied to this machine before it is read, an output is copied away when it is whole.
+Object stores have no rename: ``SHA256SUMS`` goes last, and a folder without it is not finished.
+Protocols come from fsspec's own packages (``pip install s3fs gcsfs adlfs``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from compress.checkpoint.hub import PICKLES, SAFETENSORS, SMALL_FILES
+from compress.decoder.config_json import read_json
+from compress.decoder.families import find_family
+from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
+from compress.output.cache import taking_turns
+
+SUMS = "SHA256SUMS"
+INDEX = ".fetched.json"  # name → tag of the copy that is here
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL of fsspec rather than a folder or a Hub id."""
+    return "://" in location
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the folder's path in it.
+
+    Raises:
+        UsageError: a protocol that fsspec does not know, or whose package is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        protocol = url.split("://")[0]
+        raise UsageError(
+            f"{url}: {one_line(error)}",
+            hint=f"install fsspec's package for {protocol}://, such as s3fs, gcsfs or adlfs",
+        ) from error
+    return fs, root.rstrip("/")
+
+
+def fingerprint_text(text: str) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find(pattern: str) -> list[str]:
+    """URLs of the folders that match a pattern and hold a ``config.json``, sorted.
+
+    Raises:
+        CheckpointError: the store cannot be listed.
+        UsageError: see ``open_url``.
+    """
+    fs, root = open_url(pattern)
+    try:
+        fs.invalidate_cache()
+        found = [path for path in fs.glob(root) if fs.isfile(f"{path}/config.json")]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list {pattern}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+    return [str(fs.unstrip_protocol(path)) for path in sorted(found)]
+
+
+def fetch(url: str, cache: Path) -> Path:
+    """The checkpoint behind a URL as a folder of this machine; what is there already stays.
+
+    A file is fetched again when its tag (ETag or checksum, else size and time) has changed. The
+    small files come first: a model that packlight does not build is refused before its gigabytes.
+    Two processes that want the same URL take turns.
+
+    Args:
+        url: a folder with ``config.json`` in it.
+        cache: where copies are kept, one folder for each URL.
+
+    Raises:
+        CheckpointError: not there, not readable; the reason in one line.
+        UnsupportedModelError: its ``config.json`` names a model that packlight does not build.
+        DiskFullError: no room for it.
+        UsageError: see ``open_url``.
+    """
+    fs, root = open_url(url)
+    name = PurePosixPath(root).name
+    folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with taking_turns(folder.parent / ".lock"):
+            found = listing(fs, root)
+            if "config.json" not in found:
+                raise CheckpointError(f"{url} has no config.json", hint="the URL of a checkpoint")
+            copy(fs, found, SMALL_FILES, folder)
+            find_family(read_json(folder / "config.json"))
+            if not copy(fs, found, SAFETENSORS, folder):
+                copy(fs, found, PICKLES, folder)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(f"no room left to fetch {url}") from error
+        raise CheckpointError(
+            f"cannot fetch {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+    return folder
+
+
+def listing(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    """File name → what the store tells of it, of now: some file systems keep old listings."""
+    fs.invalidate_cache()
+    return {PurePosixPath(row["name"]).name: row for row in fs.ls(root, detail=True)}
+
+
+def fingerprint(url: str) -> str:
+    """Names what lies at a URL, without reading it: another after any change of a file.
+
+    Raises:
+        CheckpointError: nothing is there, or it cannot be listed.
+        UsageError: see ``open_url``.
+    """
+    fs, root = open_url(url)
+    try:
+        rows = sorted((name, version_tag(row)) for name, row in listing(fs, root).items())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+    return fingerprint_text(json.dumps(rows))
+
+
+def copy(fs: Any, found: dict[str, Any], patterns: tuple[str, ...], folder: Path) -> int:
+    """Fetch the files of some patterns unless this very version is here; returns how many match."""
+    index_path = folder.parent / INDEX
+    index = json.loads(index_path.read_text("utf-8")) if index_path.is_file() else {}
+    names = [n for n in sorted(found) if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+    for name in names:
+        tag = version_tag(found[name])
+        if index.get(name) == tag and (folder / name).is_file():
+            continue
+        partial = folder.parent / f"{name}.partial"
+        fs.get_file(found[name]["name"], str(partial))
+        partial.replace(folder / name)
+        index[name] = tag
+        index_path.with_suffix(".partial").write_text(json.dumps(index), encoding="utf-8")
+        index_path.with_suffix(".partial").replace(index_path)
+    for stale in set(index) - set(found):  # a checkpoint that has been stored in other shards
+        (folder / stale).unlink(missing_ok=True)
+    return len(names)
+
+
+def version_tag(row: dict[str, Any]) -> str:
+    """What changes when a file changes, as its store tells it."""
+    for key in ("ETag", "etag", "md5Hash", "checksum", "content_hash"):
+        if row.get(key):
+            return str(row[key])
+    changed = row.get("mtime") or row.get("LastModified") or row.get("last_modified") or ""
+    return f"{row.get('size')}-{changed or row.get('created', '')}"
+
+
+def publish(folder: Path, url: str) -> None:
+    """Copy a finished output folder to a URL; whole once its ``SHA256SUMS`` is there.
+
+    An output that lies there already is replaced: what it listed and the new one has not goes;
+    files that packlight did not make stay.
+
+    Raises:
+        UsageError: cannot be written; the reason in one line.
+    """
+    fs, root = open_url(url)
+    sums = (folder / SUMS).read_text(encoding="utf-8")
+    try:
+        old = read_sums(url)
+        if old == sums:
+            return
+        if old:
+            fs.rm_file(f"{root}/{SUMS}")
+        for name in listed(sums):
+            target = f"{root}/{name}"
+            fs.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
+            fs.put_file(str(folder / name), target)
+        fs.put_file(str(folder / SUMS), f"{root}/{SUMS}")
+        for name in set(listed(old or "")) - set(listed(sums)):
+            with suppress(FileNotFoundError):
+                fs.rm_file(f"{root}/{name}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+
+
+def write_text(url: str, name: str, text: str) -> None:
+    """Put a small UTF-8 file into a folder behind a URL.
+
+    Raises:
+        UsageError: cannot be written; the reason in one line.
+    """
+    fs, root = open_url(url)
+    try:
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(f"{root}/{name}", text.encode())
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+
+
+def read_sums(url: str) -> str | None:
+    """``SHA256SUMS`` of the finished output at a URL, or None where there is none.
+
+    Raises:
+        UsageError: see ``open_url``.
+    """
+    return read_text(url, SUMS)
+
+
+def read_text(url: str, name: str) -> str | None:
+    """A small UTF-8 file of a folder behind a URL, or None where there is none.
+
+    Raises:
+        UsageError: see ``open_url``.
+    """
+    fs, root = open_url(url)
+    fs.invalidate_cache()
+    try:
+        return bytes(fs.cat_file(f"{root}/{name}")).decode("utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def listed(sums: str) -> list[str]:
+    """File names of a ``SHA256SUMS``, in its order."""
+    return [line.partition("  ")[2] for line in sums.splitlines() if line]

@@ -1,0 +1,253 @@
+"""safetensors files, read by byte range and written one tensor at a time.
+
+The layout (8 bytes of header length, little-endian; JSON; data without gaps) is that of
+https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.decoder.config_json import short
+from compress.errors import CheckpointError
+from compress.machine import in_threads
+
+__all__ = [
+    "BYTES",
+    "TensorInfo",
+    "check_finite",
+    "read_range",
+    "round_to",
+    "scan_safetensors",
+    "write_safetensors",
+]
+
+Float32 = NDArray[np.float32]
+
+BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+CHUNK = 1 << 16  # values widened at once: what is stored and what is made stay in a core's cache
+PIECE = 1 << 20  # values that are worth a thread
+NEGATIVE, INFINITE = 0x8000, 0x7F80  # bits of bfloat16: the sign, an exponent of ones
+MAX_HEADER = 100_000_000  # the limit of the safetensors reference implementation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a shard header tells it.
+
+    Attributes:
+        dtype: ``F32``, ``F16`` or ``BF16``.
+        file: the shard.
+        offset: of the first byte in the file; -1 in a pickle.
+        nbytes: length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file, from its header.
+
+    Raises:
+        CheckpointError: not such a file, truncated, or with numbers that are not float.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            lfs = prefix == b"version "
+            raise CheckpointError(
+                f"{file.name} is not a safetensors file, or is truncated",
+                hint="it is a Git LFS pointer: run git lfs pull" if lfs else "",
+            )
+        rows = _header_rows(file, stream.read(length))
+    start = 8 + length
+    tensors = {}
+    for name, dtype, shape, begin, end in rows:
+        if dtype not in BYTES:
+            raise CheckpointError(
+                f"{file.name}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16",
+                hint="packlight starts from float checkpoints, not from quantized ones",
+            )
+        whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
+        if not whole or begin < 0:
+            raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
+        if start + end > size:
+            raise CheckpointError(
+                f"{file.name} is truncated: {short(name)} ends at byte {start + end}, "
+                f"the file has {size}",
+                hint="download it again",
+            )
+        tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+    return tensors
+
+
+def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = True) -> Float32:
+    """``count`` values from row ``start_row`` on, float32, flat.
+
+    The system is told that as many bytes behind them will be wanted next, so that it fetches them
+    from the disk meanwhile.
+
+    Raises:
+        CheckpointError: a short read, or, ``checked``, NaN/Inf among the values.
+    """
+    size = BYTES[info.dtype]
+    offset = info.offset + start_row * math.prod(info.shape[1:]) * size
+    values = np.empty(count, np.float32)
+
+    finite: list[bool] = []
+
+    def fill(begin: int, end: int) -> None:
+        finite.append(_read_into(info, offset + begin * size, values[begin:end]))
+
+    try:
+        in_threads(fill, count, PIECE)
+        _ask_ahead(info.file, offset + count * size, count * size)
+    except OSError as error:
+        raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
+    if checked and not all(finite):
+        check_finite(info.name, values)
+    return values
+
+
+def check_finite(name: str, values: Float32) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        CheckpointError: how many there are, and in which tensor.
+    """
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise CheckpointError(f"{name} has {bad} NaN or Inf value(s)")
+
+
+def _read_into(info: TensorInfo, offset: int, values: Float32) -> bool:
+    """Fill ``values`` from byte ``offset`` on.
+
+    Returns:
+        True only where all of them are finite. Where it is False, only ``check_finite`` knows.
+
+    Raises:
+        CheckpointError: a short read.
+        OSError: none at all.
+    """
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
+    raw = np.empty(min(CHUNK, values.size), kind)
+    finite = True
+    with info.file.open("rb", buffering=0) as stream, np.errstate(all="ignore"):
+        stream.seek(offset)
+        for start in range(0, values.size, CHUNK):
+            part = values[start : start + CHUNK]
+            stored = raw[: part.size]
+            read = 0
+            while read < stored.nbytes:
+                got = stream.readinto(stored.view(np.uint8)[read:].data)
+                if not got:
+                    raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
+                read += got
+            if info.dtype == "BF16":
+                finite &= _all_finite(stored)
+                bits = part.view(np.uint32)
+                bits[:] = stored
+                bits <<= 16
+            else:
+                part[:] = stored
+                # Finite unless one of them is not, or the sum overflows; a quarter of the cost of
+                # looking at each.
+                finite &= math.isfinite(float(part.sum()))
+    return finite
+
+
+def _all_finite(bf16: NDArray[np.uint16]) -> bool:
+    """Whether none is NaN or Inf, by its bits.
+
+    Of the numbers without sign those are the largest as signed integers (a sign makes them
+    negative), of those with a sign the largest as unsigned ones: two maxima, which are SIMD.
+    """
+    return int(bf16.view("<i2").max()) < INFINITE and int(bf16.max()) < NEGATIVE | INFINITE
+
+
+def _ask_ahead(file: Path, offset: int, nbytes: int) -> None:
+    """Have bytes of a file fetched; where the system knows no such wish, nothing."""
+    if not hasattr(os, "posix_fadvise") or not nbytes:
+        return
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(handle)
+
+
+def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype, shape, first and last byte of each tensor of a safetensors header."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        rows = []
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            numbers = (*entry["shape"], begin, end)
+            if any(type(number) is not int for number in numbers):
+                raise ValueError(name)
+            rows.append((name, str(entry["dtype"]), tuple(entry["shape"]), begin, end))
+        return rows
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} has a damaged header") from error
+
+
+def write_safetensors(
+    path: Path,
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+    values: Iterable[Float32],
+) -> None:
+    """Write a file.
+
+    Args:
+        path: of the file.
+        headers: name → dtype (``F32``, ``F16``, ``BF16``) and shape, in the order of the data.
+        values: of each tensor in that order, float32; taken one at a time.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, (dtype, shape) in headers.items():
+        begin, end = end, end + math.prod(shape) * BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little"))
+        stream.write(header)
+        for (dtype, _), tensor in zip(headers.values(), values, strict=True):
+            encode(tensor, dtype).tofile(stream)
+
+
+def encode(values: Float32, dtype: str) -> NDArray[np.generic]:
+    """The numbers of a file: float32 or float16 as they are, bfloat16 as its 16 bits."""
+    if dtype == "F32":
+        return values.astype("<f4", copy=False)
+    if dtype == "F16":
+        return values.astype("<f2")
+    bits = np.ascontiguousarray(values, dtype="<f4").view(np.uint32)
+    # To nearest, ties to even.
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def round_to(values: Float32, dtype: str) -> Float32:
+    """Values as a file of ``dtype`` gives them back, float32."""
+    if dtype != "BF16":
+        return encode(values, dtype).astype(np.float32)
+    return (encode(values, dtype).astype(np.uint32) << 16).view(np.float32)

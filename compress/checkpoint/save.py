@@ -1,0 +1,126 @@
+"""A ``Source`` as a checkpoint folder of Hugging Face's: sharded safetensors, config, tokenizer.
+
+Written one tensor at a time. Blocks that a checkpoint shares (MobileLLM-LS) are written as often as
+they run: the folder is of a class that transformers has.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.safetensors import BYTES, write_safetensors
+from compress.checkpoint.side_files import hf_config, write_side_files
+from compress.checkpoint.sources import Source
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.decoder.config_json import write_json
+from compress.decoder.families import FAMILIES
+from compress.output.folder import check_disk, check_output, work_folder
+
+__all__ = ["save_checkpoint", "stored_dtypes"]
+
+SHARD = 5 * 10**9  # bytes, the default of transformers
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def save_checkpoint(source: Source, folder: Path, card: str = "") -> None:
+    """Write the weights of ``source`` as a checkpoint.
+
+    Args:
+        source: of any config; its weights are written in the dtypes of its checkpoint.
+        folder: to make; appears whole or not at all.
+        card: ``README.md``, where there is one to write.
+
+    Raises:
+        OutputExistsError, UsageError: the folder is there, or cannot be made.
+        DiskFullError: before or while writing.
+    """
+    config = DecoderConfig.from_hf(hf_config(source.config), source.checkpoint.generation_config)
+    shards = split(tensor_headers(config, stored_dtypes(source.checkpoint)))
+    check_output(folder, overwrite=False)
+    check_disk(folder, sum(map(shard_bytes, shards)))
+    with work_folder(folder) as partial:
+        write_side_files(source.config, source.checkpoint, partial)
+        for license_file in sorted(source.checkpoint.path.glob("LICENSE*")):
+            shutil.copyfile(license_file, partial / license_file.name)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_shards(partial, config, source, shards)
+
+
+def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: list[Shapes]) -> None:
+    """The weights, and an index where there are several files."""
+    names = {tensor: name for name, tensor in disk_tensors(config)}
+    count = len(shards)
+    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = ["model.safetensors"]
+    for file, headers in zip(files, shards, strict=True):
+        values = (source.read(names[tensor]) for tensor in headers)
+        write_safetensors(folder / file, headers, values)
+    if count > 1:
+        where = {
+            tensor: file for file, headers in zip(files, shards, strict=True) for tensor in headers
+        }
+        total = sum(map(shard_bytes, shards))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def disk_tensors(config: DecoderConfig) -> Iterator[tuple[str, str]]:
+    """Our name and the file's of every tensor, in order of execution; a tied head is left out."""
+    shapes = WeightMap(config)
+    on_disk = FAMILIES[config.family].names
+    fused = {m: whole for whole, members in FUSED.items() if whole in on_disk for m in members}
+    seen = set()
+    for name in shapes.names():
+        block, role, kind = split_name(name)
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if role in fused:
+            name = f"blocks.{block}.{fused[role]}.{kind}"
+        if name not in seen:
+            seen.add(name)
+            yield name, shapes.parts(name)[0].source
+
+
+def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str]) -> Shapes:
+    """dtype and shape of every tensor of the file."""
+    shapes = WeightMap(config)
+    headers: Shapes = {}
+    for name, tensor in disk_tensors(config):
+        _, role, kind = split_name(name)
+        headers[tensor] = (dtypes[role, kind], shapes.shape(name))
+    return headers
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
+    """Role and kind → the dtype that the checkpoint holds it in; float32 where blocks differ."""
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    found: dict[tuple[str, str], str] = {}
+    for name, tensor in disk_tensors(config):
+        _, role, kind = split_name(name)
+        dtype = checkpoint.tensors[tensor].dtype
+        if found.setdefault((role, kind), dtype) != dtype:
+            found[role, kind] = "F32"
+    return found
+
+
+def shard_bytes(headers: Shapes) -> int:
+    """Bytes of a shard's data."""
+    return sum(math.prod(shape) * BYTES[dtype] for dtype, shape in headers.values())
+
+
+def split(headers: Shapes) -> list[Shapes]:
+    """Shards of at most ``SHARD`` bytes, at least one tensor each."""
+    shards: list[Shapes] = [{}]
+    for tensor, (dtype, shape) in headers.items():
+        size = math.prod(shape) * BYTES[dtype]
+        if shards[-1] and shard_bytes(shards[-1]) + size > SHARD:
+            shards.append({})
+        shards[-1][tensor] = (dtype, shape)
+    return shards

@@ -1,0 +1,116 @@
+"""Where weights come from: a checkpoint as it is stored, or one seen through a change.
+
+A change (pruning, folding, rotation) is a ``Source`` around another ``Source``: it has a config of
+its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
+beyond the tensor that is being read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig, Float32, WeightMap
+
+__all__ = ["Around", "Change", "Source", "Stored"]
+
+
+class Source(Protocol):
+    """Weights of one decoder under our names (``compress.decoder.config.WeightMap``)."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The folder that tokenizer and side files are taken from."""
+        ...
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder that these weights make; not always the checkpoint's own."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A weight as float32, whole or some of its rows; checked to be finite.
+
+        Fused roles (``qkv_proj``, ``gate_up_proj``) and their parts are both readable.
+
+        Raises:
+            CheckpointError: not there, truncated, or with NaN/Inf.
+        """
+        ...
+
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """What ``read`` returns, for another thread to get: reading may wait until it is called.
+
+        Raises:
+            CheckpointError: see ``read``; from here, or when it is called.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Names the weights: the same for the same numbers, another after any change."""
+        ...
+
+
+class Stored:
+    """The weights of a checkpoint as they are, read when asked for and never kept."""
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self._map = WeightMap(config)
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        return self._map.read(self.checkpoint, name, rows)
+
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """See ``Source.reader``: nothing is kept here, so it may be any thread and any time."""
+        return partial(self.read, name, rows)
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        return self.checkpoint.fingerprint()
+
+
+class Around:
+    """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
+    own. It is read by one thread only: what it computes may take memory, and be used again.
+
+    Attributes:
+        source: the weights before.
+        config: the decoder after.
+    """
+
+    def __init__(self, source: Source, config: DecoderConfig) -> None:
+        self.source = source
+        self.config = config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """See ``Source.checkpoint``."""
+        return self.source.checkpoint
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``Source.read``."""
+        raise NotImplementedError
+
+    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
+        """See ``Source.reader``."""
+        values = self.read(name, rows)
+        return lambda: values
+
+
+class Change(Around):
+    """A change that has a name: ``what`` it is, and of which source, is the fingerprint."""
+
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
+        super().__init__(source, config)
+        self._what = what
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        facts = f"{self._what} of {self.source.fingerprint()}"
+        return hashlib.sha256(facts.encode()).hexdigest()

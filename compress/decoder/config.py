@@ -1,0 +1,343 @@
+"""What kind of decoder a checkpoint holds: ``config.json`` becomes one ``DecoderConfig``, and a
+``WeightMap`` says where on disk each weight is. A family is a row in ``compress.decoder.families``.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.decoder.config_json import short
+from compress.decoder.families import FAMILIES, find_family
+from compress.decoder.rope import Rope
+from compress.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from compress.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["FUSED", "DecoderConfig", "Part", "Rope", "WeightMap", "split_name"]
+
+Float32 = NDArray[np.float32]
+
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder, whatever its family. Names are Hugging Face's.
+
+    Attributes:
+        family: row of ``FAMILIES``.
+        model_type: for the ``config.json`` that travels with an artifact (MobileLLM → ``llama``).
+        architecture: class name for the same.
+        norm: ``rmsnorm`` or ``layernorm`` (with bias).
+        activation: ``silu`` or ``gelu_new`` (the tanh approximation).
+        gated_mlp: ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
+        parallel_residual: attention and MLP share one norm and are added together (phi).
+        qkv_bias, o_bias, mlp_bias, lm_head_bias: which linears have a bias.
+        qk_norm: RMSNorm per head on q and k before rope (qwen3).
+        sliding_window: attention sees this many last positions, or None where there is no window
+            or it is never reached within ``max_context``.
+        max_context: positions up to which artifacts are exported and verified (``longrope``:
+            the original context; else ``max_position_embeddings``).
+        block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
+        raw: the ``config.json`` as read.
+    """
+
+    family: str
+    model_type: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm: str
+    norm_eps: float
+    activation: str
+    gated_mlp: bool
+    parallel_residual: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    lm_head_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    rope: Rope
+    sliding_window: int | None
+    max_position_embeddings: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    block_repeat: int = 1
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_hf(
+        cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+    ) -> DecoderConfig:
+        """From ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
+
+        Raises:
+            UnsupportedModelError: an architecture or a setting that is not in ``FAMILIES``.
+            CheckpointError: a key is missing or has an impossible value.
+        """
+        family = find_family(config)
+        try:
+            fields = FAMILIES[family].describe(config, generation or {})
+            described = cls(family=family, **fields)
+            check_config(described)
+        except (KeyError, ValueError) as error:
+            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"config.json: {what}") from error
+        return described
+
+    @property
+    def linear_roles(self) -> tuple[str, ...]:
+        """Roles of a block's linears, unfused, in order of execution."""
+        mlp = ("gate_proj", "up_proj", "down_proj") if self.gated_mlp else ("up_proj", "down_proj")
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *mlp)
+
+    @property
+    def norm_roles(self) -> tuple[str, ...]:
+        """Roles of a block's norms."""
+        second = () if self.parallel_residual else ("post_attention_layernorm",)
+        return ("input_layernorm", *second, *(("q_norm", "k_norm") if self.qk_norm else ()))
+
+    def has_bias(self, role: str) -> bool:
+        """Whether the weight of ``role`` (fused or not) comes with a bias."""
+        if role in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+            return self.qkv_bias
+        if role == "o_proj":
+            return self.o_bias
+        if role in ("gate_proj", "up_proj", "down_proj", "gate_up_proj"):
+            return self.mlp_bias
+        if role == "lm_head":
+            return self.lm_head_bias
+        return role.endswith("norm") and self.norm == "layernorm"
+
+    def weight_shape(self, role: str) -> tuple[int, ...]:
+        """``[rows, columns]`` of a linear or embedding, ``[n]`` of a norm."""
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        hidden, ffn, head = self.hidden_size, self.intermediate_size, self.head_dim
+        return {
+            "embed_tokens": (self.vocab_size, hidden),
+            "lm_head": (self.vocab_size, hidden),
+            "q_proj": (heads * head, hidden),
+            "k_proj": (kv * head, hidden),
+            "v_proj": (kv * head, hidden),
+            "qkv_proj": ((heads + 2 * kv) * head, hidden),
+            "o_proj": (hidden, heads * head),
+            "gate_proj": (ffn, hidden),
+            "up_proj": (ffn, hidden),
+            "gate_up_proj": (2 * ffn, hidden),
+            "down_proj": (hidden, ffn),
+            "q_norm": (head,),
+            "k_norm": (head,),
+            "norm": (hidden,),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }[role]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the float model; a tied head counts once, repeated blocks once."""
+        weights = WeightMap(self)
+        return sum(
+            math.prod(weights.shape(name))
+            for name in weights.names()
+            if not (name.startswith("lm_head.weight") and self.tie_word_embeddings)
+            and weights.first_use(name)
+        )
+
+    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes that one cached position takes: keys and values of every layer."""
+        per_layer = 2 * self.num_key_value_heads * self.head_dim
+        return self.num_hidden_layers * per_layer * bytes_per_value
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start:stop`` of the tensor ``source`` on disk."""
+
+    source: str
+    start: int
+    stop: int
+
+
+class WeightMap:
+    """Where each weight is on disk.
+
+    Our names: ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight`` and, per block,
+    ``blocks.{i}.{role}.weight``; biases end in ``.bias``. A fused role (``qkv_proj``,
+    ``gate_up_proj``) and its parts can both be asked for, however the checkpoint stores them.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.config = config
+        self._disk = FAMILIES[config.family].names
+
+    def names(self) -> Iterator[str]:
+        """Every weight and bias once, unfused, in order of execution; a tied head included."""
+        c = self.config
+        yield "embed_tokens.weight"
+        for block in range(c.num_hidden_layers):
+            for role in (*c.norm_roles, *c.linear_roles):
+                yield from self._with_bias(f"blocks.{block}.{role}", role)
+        yield from self._with_bias("norm", "norm")
+        yield from self._with_bias("lm_head", "lm_head")
+
+    def _with_bias(self, stem: str, role: str) -> Iterator[str]:
+        yield f"{stem}.weight"
+        if self.config.has_bias(role):
+            yield f"{stem}.bias"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight (``[rows, columns]`` or ``[n]``) or of a bias (``[rows]``)."""
+        _, role, kind = split_name(name)
+        shape = self.config.weight_shape(role)
+        return shape if kind == "weight" else shape[:1]
+
+    def first_use(self, name: str) -> bool:
+        """False for a block that repeats the stored block before it (MobileLLM-LS)."""
+        block, _, _ = split_name(name)
+        return block is None or block % self.config.block_repeat == 0
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """The pieces on disk whose rows, one after the other, make the weight.
+
+        Raises:
+            KeyError: the model has no such weight.
+        """
+        block, role, kind = split_name(name)
+        if role == "lm_head" and kind == "weight" and self.config.tie_word_embeddings:
+            role = "embed_tokens"
+        if role in self._disk:
+            return (Part(self._source(block, role, kind), 0, self._rows(role)),)
+        for fused, members in FUSED.items():
+            if role in members and fused in self._disk:
+                start = sum(self._rows(member) for member in members[: members.index(role)])
+                stop = start + self._rows(role)
+                return (Part(self._source(block, fused, kind), start, stop),)
+        if role in FUSED:
+            return tuple(
+                Part(self._source(block, member, kind), 0, self._rows(member))
+                for member in FUSED[role]
+            )
+        raise KeyError(name)
+
+    def _rows(self, role: str) -> int:
+        return self.config.weight_shape(role)[0]
+
+    def _source(self, block: int | None, role: str, kind: str) -> str:
+        stored = 0 if block is None else block // self.config.block_repeat
+        return f"{self._disk[role].format(i=stored)}.{kind}"
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must hold, with its shape."""
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name in self.names():
+            columns = self.shape(name)[1:]
+            for part in self.parts(name):
+                rows = max(part.stop, tensors.get(part.source, (0,))[0])
+                tensors[part.source] = (rows, *columns)
+        return tensors
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Hold the checkpoint's headers against the config, without reading a weight.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, or of another shape.
+        """
+        expected = self.expected()
+        found = {name for name in checkpoint.tensors if not self._ignored(name)}
+        missing = sorted(set(expected) - found)
+        if missing:
+            hint = "an incomplete download? packlight never fills in weights"
+            if missing == ["lm_head.weight"]:
+                hint = "if the head is the embedding, config.json should tie_word_embeddings"
+            raise CheckpointError(
+                f"{len(missing)} tensor(s) missing from the checkpoint, first {missing[0]!r}",
+                hint=hint,
+            )
+        unexpected = sorted(found - set(expected))
+        if unexpected:
+            raise CheckpointError(
+                f"{len(unexpected)} tensor(s) that a {self.config.family} model does not have, "
+                f"first {short(unexpected[0])}",
+                hint="an adapter, or another architecture than config.json says?",
+            )
+        for name, shape in expected.items():
+            if checkpoint.tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"{name} has shape {list(checkpoint.tensors[name].shape)}, "
+                    f"but config.json makes it {list(shape)}",
+                    hint="config.json and the weights belong to different models",
+                )
+
+    def _ignored(self, name: str) -> bool:
+        # Old Llama checkpoints store the rope table; some tied models store the head again,
+        # which transformers ignores too.
+        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
+        return tied_head or name.endswith(".rotary_emb.inv_freq")
+
+    def read(self, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Float32:
+        """A weight as float32, whole or rows ``start:stop`` of it.
+
+        Raises:
+            CheckpointError: truncated, or with NaN or Inf.
+        """
+        start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
+        pieces = []
+        offset = 0  # of the part's first row within the weight
+        for part in self.parts(name):
+            length = part.stop - part.start
+            first, last = max(start - offset, 0), min(stop - offset, length)
+            if first < last:
+                window = slice(part.start + first, part.start + last)
+                pieces.append(checkpoint.read(part.source, window))
+            offset += length
+        if not pieces:
+            return np.empty((0, *self.shape(name)[1:]), np.float32)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def split_name(name: str) -> tuple[int | None, str, str]:
+    """``blocks.3.q_proj.weight`` → ``(3, "q_proj", "weight")``; ``norm.weight`` → ``(None, …)``."""
+    *stem, kind = name.split(".")
+    if stem[0] == "blocks":
+        return int(stem[1]), stem[2], kind
+    return None, stem[0], kind
+
+
+def check_config(config: DecoderConfig) -> None:
+    """Refuse combinations that no checkpoint of the family can have.
+
+    Raises:
+        ValueError: heads that do not divide.
+        UnsupportedModelError: an activation that is not the family's.
+    """
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+            f"num_key_value_heads ({config.num_key_value_heads})"
+        )
+    expected = "silu" if config.gated_mlp else "gelu_new"
+    if config.activation != expected:
+        raise UnsupportedModelError(
+            f"hidden_act {short(config.activation)} is not supported for {config.family}, "
+            f"only {expected}"
+        )

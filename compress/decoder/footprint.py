@@ -1,0 +1,189 @@
+"""Will it fit, and how fast can it be: arithmetic only, nothing is loaded.
+
+Memory of a running model is three numbers that are added up here and never mixed: weights, KV
+cache at a context, and an allowance for activations. The bound on tokens per second is memory
+bandwidth ÷ bytes read per token: a decoder cannot answer faster than it can read its weights.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from compress.console import parse_bytes
+from compress.decoder.config import DecoderConfig
+from compress.errors import UsageError, did_you_mean
+from compress.plan.shapes import PlanEntry
+
+# Tokens that go through the model at once while the prompt is read: llama.cpp's n_ubatch.
+PREFILL = 512
+
+# Measured with llama.cpp (benchmarks/activations.md) as memory above what the process had before it
+# loaded the model: an app has no Python, and what it holds itself is not for us to guess.
+RUNTIME_BYTES = 4_000_000  # graphs, tables of tensors, scratch of threads: 2 MB for six blocks
+# Tokenizer, per token: 170 for its text and type, 220 to 300 more for each merge. Llama 3, with 2.2
+# merges per token, sets the figure; a vocabulary without merges takes a third of it.
+TOKEN_BYTES = 600
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes while running.
+
+    Attributes:
+        weights: packed weights, all resident.
+        kv_cache: keys and values at ``context``.
+        activations: allowance for a prompt chunk and the runtime itself.
+        read_per_token: weights (one row of the embedding, not all) and KV cache that one
+            generated token reads at ``context``.
+        context: positions.
+    """
+
+    weights: int
+    kv_cache: int
+    activations: int
+    read_per_token: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+
+def activation_bytes(config: DecoderConfig, context: int, chunk: int = PREFILL) -> int:
+    """Allowance for the runtime: tokenizer, logits of one position, and the buffer of a chunk.
+
+    Against the peaks measured in llama.cpp for eight models from 6 million to 8 billion weights
+    (benchmarks/activations.md) it is 2 to 42 % too high, and by 40 MB at most: mostly the tokenizer
+    of models with fewer merges than Llama 3, and pages of the buffer that are never touched. It
+    does not hold the logits of a whole chunk: an app asks for the last position only
+    (``n_outputs_max = 1``).
+
+    Args:
+        config: the model.
+        context: positions in the cache.
+        chunk: tokens of the prompt that are computed at once.
+    """
+    fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
+    return fixed + chunk_bytes(config, min(chunk, context), context)
+
+
+def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
+    """llama.cpp's compute buffer while ``tokens`` positions go through a block: to 1 %.
+
+    float32 values that are alive together at the widest place, the MLP. Gated: gate, up and their
+    product at its width, and five of the hidden size; not gated: one, in place, and six. It is
+    used again for every block. Beside them the attention mask in float16, one row per token;
+    flash attention, llama.cpp's default, never holds the scores themselves. Attention would be
+    the widest place with an MLP under 1.4 times the hidden size, which no family has.
+    """
+    wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
+    values = wide * config.intermediate_size + narrow * config.hidden_size
+    return tokens * (4 * values + 2 * context)
+
+
+def footprint(
+    config: DecoderConfig,
+    weights_bytes: int,
+    embedding_bytes: int,
+    context: int,
+    bytes_per_kv_value: int = 2,
+) -> Footprint:
+    """The three numbers, and what one token reads.
+
+    Args:
+        config: the model.
+        weights_bytes: of the artifact.
+        embedding_bytes: of ``embed_tokens`` among them when it is not the head too, else 0.
+        context: positions in the cache.
+        bytes_per_kv_value: 2 for float16 caches.
+    """
+    cache = context * config.kv_cache_bytes_per_token(bytes_per_kv_value)
+    return Footprint(
+        weights=weights_bytes,
+        kv_cache=cache,
+        activations=activation_bytes(config, context),
+        read_per_token=weights_bytes - embedding_bytes + cache,
+        context=context,
+    )
+
+
+def embedding_bytes(config: DecoderConfig, entries: Sequence[PlanEntry]) -> int:
+    """Bytes of the embedding table that decoding does not read whole: 0 when it is the head."""
+    if config.tie_word_embeddings:
+        return 0
+    return sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One row of ``devices.yaml``; bytes and bytes per second."""
+
+    name: str
+    label: str
+    chip: str
+    memory: int
+    app_limit: int
+    entitled: int
+    bandwidth: int
+    estimated: tuple[str, ...]
+
+
+def devices() -> dict[str, Device]:
+    """The table of devices, from package data."""
+    import yaml
+
+    rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
+        (files("compress.decoder") / "devices.yaml").read_text(encoding="utf-8")
+    )
+    return {
+        name: Device(
+            name=name,
+            label=row["label"],
+            chip=row["chip"],
+            memory=parse_bytes(row["memory"]),
+            app_limit=parse_bytes(row["app_limit"]),
+            entitled=parse_bytes(row["entitled"]),
+            bandwidth=parse_bytes(row["bandwidth"]),
+            estimated=tuple(row.get("estimated", ())),
+        )
+        for name, row in rows.items()
+    }
+
+
+def get_device(name: str) -> Device:
+    """A device by name.
+
+    Raises:
+        UsageError: not in the table.
+    """
+    table = devices()
+    if name not in table:
+        raise UsageError(f"unknown device {name!r}", hint=did_you_mean(name, table))
+    return table[name]
+
+
+def judge(need: Footprint, device: Device) -> str:
+    """``fits``, ``with entitlement`` (increased-memory-limit) or ``too large``."""
+    if need.total <= device.app_limit:
+        return "fits"
+    return "with entitlement" if need.total <= device.entitled else "too large"
+
+
+def tokens_per_second(need: Footprint, device: Device) -> float:
+    """Upper bound on decode speed at the context: bandwidth ÷ bytes read per token."""
+    return device.bandwidth / need.read_per_token
+
+
+def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
+    """Positions with which weights, KV cache and activations still fit in ``memory`` bytes."""
+    per_token = need.kv_cache // max(need.context, 1)
+
+    def total(context: int) -> int:
+        return need.weights + context * per_token + activation_bytes(config, context)
+
+    # It grows with the context: the last one that does not exceed the memory.
+    return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

@@ -1,0 +1,1 @@
+"""The output folder: locks, ledger, checksums, provenance, cache, push."""

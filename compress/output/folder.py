@@ -1,0 +1,318 @@
+"""The output folder: refused, locked, written as ``.partial``, renamed.
+
+Nothing half-written ever stands under the final name, whatever stops a build.
+
+    OUTPUT.partial/new/      what will be OUTPUT
+    OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
+                             ledger for each target (``compress.output.ledger``), its hidden states
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.console import format_bytes
+from compress.decoder.config_json import json_or_empty, write_json
+from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
+from compress.output import ledger
+from compress.output.cache import is_same_file
+
+STATE = "state"
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is there, and never delete what packlight did not make.
+
+    Raises:
+        OutputExistsError: it exists and is not empty, without ``overwrite``.
+        UsageError: ``overwrite`` of something that is not a packlight output, or holds anything
+            else; a folder that cannot be replaced: the current one, or a mount point.
+    """
+    place = real_path(output)
+    if Path.cwd().is_relative_to(place):
+        raise UsageError(
+            f"the output {output} would replace the folder that you are in",
+            hint="name a folder inside it, such as -o out",
+        )
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise UsageError(f"{output} is a file, not a folder")
+    if place.is_mount():
+        raise UsageError(
+            f"{output} is a mount point, which cannot be replaced",
+            hint=f"name a folder inside it, such as -o {output / 'out'}",
+        )
+    if not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{output} exists", hint="--overwrite, or another --output")
+    if not all((place / name).is_file() for name in ("plan.json", "SHA256SUMS")):
+        raise UsageError(
+            f"{output} was not made by packlight, so it is not overwritten",
+            hint="choose another --output",
+        )
+    if stranger := find_stranger(place):
+        raise UsageError(
+            f"{output} holds {stranger}, which packlight did not make, so it is not overwritten",
+            hint="move it elsewhere, or choose another --output",
+        )
+
+
+def real_path(output: Path) -> Path:
+    """Where an output really is: absolute, through links (one that leads nowhere yet, too)."""
+    return Path(os.path.realpath(output))
+
+
+def find_stranger(folder: Path) -> str:
+    """The first file of a build's folder that its ``SHA256SUMS`` does not list, or ``""``."""
+    sums = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
+    known = {"SHA256SUMS", *(line.partition("  ")[2] for line in sums.splitlines())}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        harmless = path.name == ".DS_Store" or (path.is_dir() and not path.is_symlink())
+        if name not in known and not harmless:
+            return name
+    return ""
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """See a full disk before the work starts. What a killed build left will be gone or be used.
+
+    Raises:
+        DiskFullError: fewer bytes free than the artifacts will take.
+    """
+    folder = real_path(output).parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + disk_bytes(partial_folder(real_path(output)))
+    if free < needed:
+        raise DiskFullError(
+            f"not enough room in {folder}: the artifacts take {format_bytes(needed)}, "
+            f"{format_bytes(free)} are free",
+            hint="free some space, choose another --output, or fewer formats with -f",
+        )
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a build of an output (see ``real_path``) works."""
+    return output.with_name(output.name + ".partial")
+
+
+def retired_folder(output: Path) -> Path:
+    """Where an output that is being replaced is for a moment."""
+    return output.with_name(output.name + ".old.partial")
+
+
+def baseline_folder(output: Path) -> Path:
+    """Where a build keeps the float model's answers, for itself if it is cut off."""
+    return partial_folder(real_path(output)) / STATE / "baseline"
+
+
+def state_folder(folder: Path) -> Path:
+    """Where the build that works in ``folder`` (see ``work_folder``) keeps what it goes on with."""
+    return folder.parent / STATE
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes on the disk of everything in a folder, which may be missing; holes take none."""
+    found = (path.lstat() for path in folder.rglob("*"))
+    return sum(stat.st_blocks * 512 for stat in found)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Whether a build may be continued.
+
+    Attributes:
+        identity: what decides over its bytes; a build with another does not go on with them.
+        wanted: continue what is there, and leave what there will be, whatever stops it.
+        afresh: where it is not wanted: throw away what could be continued, unasked.
+    """
+
+    identity: Mapping[str, Any]
+    wanted: bool
+    afresh: bool = False
+
+    def begin(self, partial: Path) -> None:
+        """Take over a work folder, or empty it.
+
+        Raises:
+            UsageError: another build's is there, or one that should be continued.
+        """
+        record = partial / STATE / "build.json"
+        known = json_or_empty(record)
+        if self.wanted and known and known != self.identity:
+            raise UsageError(
+                f"{partial.name} is of another build: {difference(known, self.identity)}",
+                hint="the same options again, or leave --resume out to begin afresh",
+            )
+        ledgers = list((partial / STATE).glob("*.ledger"))
+        finished = any(ledger.has_finished(path) for path in ledgers)
+        if not self.wanted and not self.afresh and known == self.identity and finished:
+            raise UsageError(
+                f"{partial.name} holds what an interrupted build has finished",
+                hint="--resume to continue it, --overwrite to begin afresh",
+            )
+        if self.wanted and known:
+            states = [path.with_suffix(".states") for path in ledgers]
+            baseline = partial / STATE / "baseline"
+            clear(partial, {record, baseline, partial / "new", *ledgers, *states})
+            clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        record.parent.mkdir(parents=True)
+        whole = record.with_suffix(".partial")
+        write_json(whole, self.identity)
+        whole.replace(record)
+
+
+def clear(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what is in a folder but these, and what is in them."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path in kept:
+            continue
+        if any(path in other.parents for other in kept):
+            clear(path, kept)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first key in which two builds differ, in words."""
+    for key in (*wanted, *known):
+        then, now = known.get(key), wanted.get(key)
+        if then != now and isinstance(then, Mapping) and isinstance(now, Mapping):
+            return f"{key}.{difference(then, now)}"
+        if then != now:
+            return f"{key} is {brief(now)}, was {brief(then)}"
+    return ""
+
+
+def brief(value: Any) -> str:
+    """A value for one line: what is long (a digest, a list of grids) is only said to be another."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+@contextmanager
+def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
+    """``OUTPUT.partial/new``, renamed to ``OUTPUT`` on success and deleted on any failure.
+
+    Args:
+        output: to make.
+        resume: on a failure the folder stays, if this wants it.
+
+    Raises:
+        DiskFullError: the device ran full meanwhile.
+        UsageError: another build writes to the same output, or the place is not writable; see
+            ``Resume.begin``.
+    """
+    place = real_path(output)
+    partial = partial_folder(place)
+    keeps = resume is not None and resume.wanted
+    with locked(place):
+        bring_back(place)
+        if resume is None:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed build
+        else:
+            resume.begin(partial)
+        try:
+            (partial / "new").mkdir(parents=True, exist_ok=True)
+            yield partial / "new"
+            replace(place, partial / "new")
+            keeps = False
+        except BaseException as error:
+            if keeps:
+                error.add_note(f"what is finished stays in {partial.name}: --resume continues it")
+            if isinstance(error, OSError) and is_disk_full(error):
+                left = "what is finished stays" if keeps else "nothing was left behind"
+                raise DiskFullError(
+                    f"the disk ran full while writing to {output.parent} ({error.strerror})",
+                    hint=f"{left}; free some space and run it again",
+                ) from error
+            raise
+        finally:
+            if not keeps:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def bring_back(output: Path) -> None:
+    """The old output, where a build was killed in the moment of replacing it."""
+    retired = retired_folder(output)
+    if retired.is_dir() and not output.exists():
+        retired.rename(output)
+
+
+def replace(output: Path, partial: Path) -> None:
+    """Put ``partial`` in the place of ``output``; on a failure, the old output is still there."""
+    retired = retired_folder(output)
+    shutil.rmtree(retired, ignore_errors=True)
+    if not output.exists():
+        partial.rename(output)
+        return
+    try:
+        output.rename(retired)
+        partial.rename(output)
+    except BaseException:  # Ctrl-C between the two as well
+        if not output.exists():
+            retired.rename(output)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold ``OUTPUT.lock``, which the kernel lets go with the process, even after kill -9.
+
+    Missing parent folders are made, and removed again if they are still empty at the end.
+
+    Raises:
+        UsageError: another process holds it, or the place is not writable.
+    """
+    lock = output.with_name(output.name + ".lock")
+    missing = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise UsageError(f"cannot write to {output.parent}: {error.strerror}") from error
+    try:
+        take_lock(handle, lock)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # by its holder only
+    finally:
+        os.close(handle)
+        for folder in missing:
+            with suppress(OSError):  # not empty: the build succeeded
+                folder.rmdir()
+
+
+def take_lock(handle: int, lock: Path) -> None:
+    """Lock an open lock file.
+
+    Raises:
+        UsageError: another process has it, or has just unlinked the file that we opened.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = is_same_file(handle, lock)
+    except BlockingIOError:
+        ours = False
+    if not ours:
+        raise UsageError(
+            f"another build is writing to {lock.with_suffix('')}",
+            hint="wait for it, or another --output",
+        )

@@ -1,0 +1,262 @@
+"""``packlight push``: a finished build's folder becomes a commit on the Hugging Face Hub.
+
+Through huggingface_hub's own client: ``HF_TOKEN`` or ``hf auth login``, ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE``. What is uploaded are the files that ``SHA256SUMS`` lists, each with the digest
+that stands there, and ``SHA256SUMS``. Large files go first, then all appear in one commit: after an
+interruption the repository is as before, and the next run uploads only what is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.console import Console, format_bytes
+from compress.decoder.config_json import read_json
+from compress.errors import ArtifactError, PublishError, UsageError, one_line
+from compress.output.checksums import NAME, files_in, read_checksums
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+__all__ = ["PushSettings", "push"]
+
+FINISHED = ("report.json", "README.md", "plan.json", NAME)
+"""What a folder without its last step, or another folder, does not have."""
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """What ``packlight push`` was asked for; the options of the same names."""
+
+    folder: Path
+    repo_id: str
+    private: bool = False
+    revision: str = ""
+    create_pr: bool = False
+    card: Path | None = None
+    message: str = ""
+    allow_failed: bool = False
+    dry_run: bool = False
+
+
+def push(settings: PushSettings, console: Console) -> int:
+    """Check the folder, then upload it; 0, or an exception.
+
+    Raises:
+        UsageError: not a repository's name, not a finished build, or, without ``allow_failed``, one
+            whose gates failed.
+        ArtifactError: files that are not as ``SHA256SUMS`` has them, or not what they seem.
+        PublishError: the Hub cannot be reached or does not take it.
+    """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    check_name(settings.repo_id)
+    report = read_report(settings)
+    operations = checked_operations(settings.folder, console)
+    if settings.card is not None:
+        operations = with_card(operations, settings.card)
+    elif "/" not in report["model"]["source"]:
+        console.warning(
+            f"the card's base model is {report['model']['source']}, a folder's name; "
+            "--card uploads another card"
+        )
+    total = sum(operation.upload_info.size for operation in operations)
+    what = f"{len(operations)} files, {format_bytes(total)}"
+    url = ""
+    if not settings.dry_run:
+        if console.mode != "human" or not sys.stderr.isatty():
+            disable_progress_bars()
+        with warnings.catch_warnings(record=True) as caught:
+            url = upload(settings, operations, report)
+        for warning in caught:  # what the Hub has to say about the card, among others
+            console.warning(" ".join(str(warning.message).split()))
+    console.result(
+        {
+            "repo_id": settings.repo_id,
+            "verdict": report["verdict"],
+            "files": [operation.path_in_repo for operation in operations],
+            "bytes": total,
+            "url": url or None,
+        }
+    )
+    for operation in operations:
+        console.detail(f"{operation.path_in_repo}: {format_bytes(operation.upload_info.size)}")
+    if settings.dry_run:
+        console.data(f"{settings.repo_id}: would get {what}")
+    else:
+        console.data(f"{url}  ({what})")
+        console.path(url)
+    return 0
+
+
+def check_name(repo_id: str) -> None:
+    """See that a repository can have this name.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
+        raise UsageError(f"{repo_id} is no repository of the Hub", hint="write USER/NAME")
+
+
+def read_report(settings: PushSettings) -> Mapping[str, Any]:
+    """The report of a folder that may be published.
+
+    Raises:
+        UsageError, ArtifactError: see ``push``.
+    """
+    from compress.verify.against import is_report
+
+    folder = settings.folder
+    for name in FINISHED:
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} is not a finished build: it has no {name}",
+                hint="the folder that packlight build -o made",
+            )
+    report = read_json(folder / "report.json")
+    if not is_report(report):
+        raise ArtifactError(f"{folder / 'report.json'} is not a report of packlight")
+    verdict = report["verdict"]
+    if verdict != "passed" and not settings.allow_failed:
+        what = "was not verified" if verdict == "not verified" else "failed its gates"
+        raise UsageError(f"{folder} {what}, so it is not pushed", hint="--allow-failed")
+    return report
+
+
+def checked_operations(folder: Path, console: Console) -> list[CommitOperationAdd]:
+    """An addition for each file of a build; each is read once, for its digest.
+
+    Raises:
+        ArtifactError: a file is missing, or has other bytes than ``SHA256SUMS`` says.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    listed = read_checksums(folder / NAME)
+    if unlisted := sorted({*FINISHED} - {NAME, *listed}):
+        raise ArtifactError(f"{folder} is damaged: {unlisted[0]} is not in {NAME}")
+    for name in files_in(folder):
+        if name not in listed:
+            console.warning(f"{name} is not in {NAME}, so it is not pushed")
+    sizes = {name: (folder / name).stat().st_size for name in listed if (folder / name).is_file()}
+    if missing := sorted(set(listed) - set(sizes)):
+        raise ArtifactError(f"{folder} is damaged: {missing[0]} is missing", hint="build it again")
+    operations = []
+    done, total = 0, sum(sizes.values())
+    with console.progress("read checksums") as update:
+        for name, digest in listed.items():
+            operation = CommitOperationAdd(name, folder / name)
+            if operation.upload_info.sha256.hex() != digest:
+                raise ArtifactError(
+                    f"{folder} is damaged: {name} is not as {NAME} has it",
+                    hint=f"packlight verify {folder} --checksums; or build it again",
+                )
+            operations.append(operation)
+            done += sizes[name]
+            update(done, total)
+    return [*operations, CommitOperationAdd(NAME, folder / NAME)]
+
+
+def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[CommitOperationAdd]:
+    """The same with another ``README.md``, and its digest in ``SHA256SUMS``.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    by_name = {operation.path_in_repo: operation for operation in operations}
+    try:
+        text = card.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--card {card}: {error.strerror}") from error
+    old = by_name["README.md"].upload_info.sha256.hex()
+    by_name["README.md"] = CommitOperationAdd("README.md", text)
+    new = by_name["README.md"].upload_info.sha256.hex()
+    with by_name[NAME].as_file() as stream:
+        sums = stream.read().replace(old.encode(), new.encode())
+    by_name[NAME] = CommitOperationAdd(NAME, sums)
+    return list(by_name.values())
+
+
+def upload(
+    settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Mapping[str, Any]
+) -> str:
+    """Make the repository if there is none, and commit; the URL of the commit or pull request.
+
+    Raises:
+        PublishError: the Hub cannot be reached or does not take it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import XetError
+
+    api = HfApi(library_name="packlight", library_version=report["tool"]["version"])
+    try:
+        return commit(api, settings, operations, report)
+    # What the client raises: HTTP and connection errors (OSErrors), a name that is none or a card
+    # that the Hub refuses (ValueError), a large file that did not get through (RuntimeError around
+    # an HTTP error, or XetError).
+    except (OSError, ValueError, RuntimeError, XetError) as error:
+        raise explain(error, settings) from error
+
+
+def commit(
+    api: HfApi,
+    settings: PushSettings,
+    operations: Sequence[CommitOperationAdd],
+    report: Mapping[str, Any],
+) -> str:
+    """The requests of ``upload``."""
+    repo_id = settings.repo_id
+    api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
+    if settings.revision and not settings.revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=settings.revision, exist_ok=True)
+    formats = ", ".join(f"{found['format']} {found['type']}" for found in report["artifacts"])
+    done = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=settings.message or f"{formats} ({report['recipe']['name']})",
+        commit_description=f"Written by packlight {report['tool']['version']}.",
+        revision=settings.revision or None,
+        create_pr=settings.create_pr,
+    )
+    return done.pr_url or str(done.commit_url)
+
+
+# Status → what the Hub says with it, and what to do.
+ANSWERS = {
+    401: ("the Hub does not accept the token", "set HF_TOKEN, or hf auth login"),
+    403: ("the token may not write there", "a token with write access to that account"),
+    404: ("the Hub has no such account, repository or branch", "check the name"),
+}
+AGAIN = "run it again; what was uploaded is not uploaded twice"
+
+
+def explain(error: Exception, settings: PushSettings) -> PublishError:
+    """One clear line for what the client raised."""
+    import requests
+    from huggingface_hub import errors, get_token
+
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        why, hint = "HF_HUB_OFFLINE is set", "unset it"
+    elif isinstance(cause, requests.ConnectionError | requests.Timeout):
+        why, hint = "no connection to the Hub", AGAIN
+    elif error is not cause:  # of a large file's store: its answers are not about the token
+        why, hint = f"{one_line(error)} ({status or type(cause).__name__})", AGAIN
+    elif status == 401 and not get_token():
+        why, hint = "the Hub wants to know who you are", ANSWERS[401][1]
+    elif status in ANSWERS:
+        why, hint = ANSWERS[status]
+    elif status is not None and (status >= 500 or status == 429):
+        why, hint = f"the Hub answered {status}", AGAIN
+    else:
+        why, hint = one_line(cause), ""
+    return PublishError(f"cannot push to {settings.repo_id}: {why}", hint=hint)

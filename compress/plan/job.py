@@ -1,0 +1,318 @@
+"""Everything that can be known before work: the model, a plan per target, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Source, Stored
+from compress.console import Console, format_bytes
+from compress.decoder.config import DecoderConfig, WeightMap
+from compress.errors import UsageError
+from compress.machine import available_cpus
+from compress.plan.shapes import Artifact, Exporter, Plan, PlanEntry, mix_name
+from compress.pruning.cut import Cut, plan_cut
+from compress.pruning.rotation import Rotated
+from compress.pruning.sparse import MASK_NEEDS
+from compress.pruning.zeros import check_zeros, method_of, plan_zeros
+from compress.recipe import Recipe
+from compress.solvers import NEEDS
+
+GetExporter = Callable[[str], Exporter]
+
+DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
+GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint and what to make of it: known before any work is done.
+
+    Attributes:
+        source: the weights that artifacts are made of ...
+        config: the float model that they are compared with, as its checkpoint has it.
+        recipe: what to reach.
+        plans: per target, in the order of the recipe.
+        context: positions that KV caches and memory are told for.
+        command: the command line that does this again, without local paths.
+        sources: ... except targets that have weights of their own; by format.
+        cut: how much of the float model is pruned, or None; plans are of what is left.
+        cuts: the same by format, where a budget decided it for each target.
+    """
+
+    source: Source
+    config: DecoderConfig
+    recipe: Recipe
+    plans: tuple[Plan, ...]
+    context: int
+    command: str = ""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    cut: Cut | None = None
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+
+    def source_of(self, plan: Plan) -> Source:
+        """The weights that a target is made of, before anything that goes by statistics."""
+        return self.sources.get(plan.format, self.source)
+
+    def on(self, source: Source) -> Job:
+        """The same job on other weights of the shape that it was planned for."""
+        return replace(self, source=source, sources=rotations(source, self.recipe))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The float model's."""
+        return self.source.checkpoint
+
+    @property
+    def shape(self) -> DecoderConfig:
+        """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
+        return self.config if self.cut is None else self.cut.config
+
+
+def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
+    """The architecture, held against the shard headers.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
+    """
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    WeightMap(config).check(checkpoint)
+    return config
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    *,
+    context: int | None = None,
+    command: str = "",
+    choices: Mapping[str, Mapping[str, str]] | None = None,
+) -> Job:
+    """Everything that can be known before work: the architecture and a plan per target.
+
+    Args:
+        checkpoint: opened.
+        recipe: validated.
+        get_exporter: format → its exporter.
+        context: positions of KV caches, over the recipe's.
+        command: for the report.
+        choices: format → entry name → grid, over the recipe's.
+
+    Raises:
+        PacklightError: whatever makes the build impossible, before any work is done.
+    """
+    config = describe_model(checkpoint)
+    if context is not None and context > config.max_context:
+        raise UsageError(
+            f"--context {context} is more than the {config.max_context} positions of this model"
+        )
+    whole = Stored(checkpoint, config)
+    plans = make_plans(whole, recipe, get_exporter, context)
+    cut = plan_cut(config, recipe.prune, plans)
+    if cut is not None or choices:
+        shape = whole if cut is None else Stored(checkpoint, cut.config)
+        plans = make_plans(shape, recipe, get_exporter, context, choices, whole=config)
+    positions = context or min(DEFAULT_CONTEXT, config.max_context)
+    sources = rotations(whole, recipe)
+    return Job(whole, config, recipe, plans, positions, command, sources, cut)
+
+
+def make_plans(
+    source: Source,
+    recipe: Recipe,
+    get_exporter: GetExporter,
+    context: int | None,
+    choices: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    whole: DecoderConfig | None = None,
+) -> tuple[Plan, ...]:
+    """A plan for each target of the recipe, from the config of a source; nothing is read.
+
+    Args:
+        choices: format → entry name → grid, over the recipe's.
+        whole: the float model, where the source is a pruned one: mixes go by its parameters.
+
+    Raises:
+        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+    """
+    name = model_name(source.checkpoint.source)
+    rotated = rotations(source, recipe)
+    plans = []
+    for target, settings in recipe.targets.items():
+        wanted = dict(settings)
+        if target == "coreml" and context is not None:
+            wanted["context"] = context
+        if target == "gguf" and recipe.solver in NEEDS:
+            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
+        check_zeros(target, recipe)
+        config = rotated[target].config if target in rotated else source.config
+        grids = (choices or {}).get(target)
+        plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
+        if grids and whole:
+            plan = replace(plan, type_name=mix_name(plan.entries, whole))
+        if target in rotated:
+            plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
+        plans.append(plan_zeros(plan, settings))
+    return tuple(plans)
+
+
+def rotations(source: Source, recipe: Recipe) -> dict[str, Rotated]:
+    """Targets whose weights are turned, by format.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be.
+    """
+    return {
+        target: Rotated(source, settings["rotate"])
+        for target, settings in recipe.targets.items()
+        if settings.get("rotate", "none") != "none"
+    }
+
+
+def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
+    """What was turned, for the report; and what a head that had to be untied costs."""
+    yield rotated.summary()
+    if rotated.unties:
+        (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
+        added = format_bytes(head.nbytes)
+        yield f"R1 unties the embedding: the head is a tensor of its own, {added} more"
+
+
+def model_name(source: str) -> str:
+    """Base of file names: the last part of the Hub id or folder, safe on every file system."""
+    last = source.rstrip("/").rsplit("/", 1)[-1]
+    safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
+    return safe or "model"
+
+
+def looks_at_inputs(recipe: Recipe) -> bool:
+    """Whether anything of a build goes by calibration texts."""
+    methods = {method_of(settings) for settings in recipe.targets.values()}
+    masks = bool(methods & set(MASK_NEEDS))
+    return recipe.solver in NEEDS or recipe.prunes or bool(recipe.budget) or masks
+
+
+def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
+    """Tokens in a scored window: as the recipe says, within what every artifact can hold."""
+    limits = [plan.max_context for plan in plans if plan.max_context]
+    return min(wanted, config.max_context, *limits)
+
+
+def window_count(config: DecoderConfig, wanted: int) -> int:
+    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
+
+
+def baseline_bytes(job: Job) -> int:
+    """Disk that the float logits take while artifacts are compared: two bytes per logit."""
+    length = window_length(job.config, job.plans, job.recipe.sequence_length)
+    count = window_count(job.config, job.recipe.windows)
+    return 2 * count * length * job.config.vocab_size
+
+
+def find_artifacts(path: Path) -> list[tuple[str, Path]]:
+    """Format and path of the artifacts at a place: one, or those in the folder of a build.
+
+    Raises:
+        UsageError: nothing is there.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if path.is_file():
+        formats = {".gguf": "gguf", ".onnx": "onnx"}
+        return [(formats[path.suffix], path)] if path.suffix in formats else []
+    if path.suffix == ".mlpackage":
+        return [("coreml", path)]
+    if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
+        return [("onnx", path)]
+    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf*/*.gguf")))]
+    # A sweep has a folder for each end of a format's curve.
+    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx*/onnx/*.onnx"))]
+    packages = (*path.glob("*.mlpackage"), *path.glob("coreml*/*.mlpackage"))
+    return found + [("coreml", package) for package in sorted(packages)]
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+
+
+def adopt(
+    name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter, console: Console
+) -> Artifact:
+    """An artifact that was written some time ago, from its own metadata.
+
+    Raises:
+        UsageError: its vocabulary is not that of the float model, so nothing can be compared.
+        ArtifactError: see ``Exporter.describe``.
+    """
+    facts = get_exporter(name).describe(path)
+    for key in SIZES:
+        told, expected = facts["config"].get(key), getattr(config, key)
+        if isinstance(told, int) and told != expected:
+            what = f"{path.name} has a {key} of {told}, the float model {expected}"
+            if key == "vocab_size":
+                hint = "--baseline is the checkpoint that the artifact was made from"
+                raise UsageError(what, hint=hint)
+            console.warning(f"{what}: pruned, or another model?")
+    entries = tuple(
+        PlanEntry("", row["name"], row["grid"], tuple(row["shape"]), row["bytes"])
+        for row in facts["tensors"]
+    )
+    plan = Plan(
+        format=name,
+        type_name=facts.get("type") or prevailing_grid(facts["tensors"]),
+        model_name=facts["name"],
+        entries=entries,
+        max_context=min(config.max_context, facts["context"] or config.max_context),
+        kv_bytes_per_value=facts["kv_bytes_per_value"],
+    )
+    told = facts["config"]  # a pruned model keeps less
+    shape = replace(
+        config,
+        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+    )
+    cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
+    return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
+
+
+def prevailing_grid(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """The grid of most of an artifact's bytes."""
+    sizes: dict[str, int] = {}
+    for row in tensors:
+        sizes[row["grid"]] = sizes.get(row["grid"], 0) + row["bytes"]
+    return max(sizes, key=lambda grid: sizes[grid], default="unknown")
+
+
+def read_license(checkpoint: Checkpoint) -> str | None:
+    """The licence that the checkpoint's own model card names in its YAML head, if any."""
+    import yaml
+
+    try:
+        text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    name = head.get("license") if isinstance(head, dict) else None
+    return name if isinstance(name, str) else None
+
+
+# A decoder smaller than this is slower on two threads than on one: its matrices are over before
+# the threads have met.
+ONE_THREAD = 100_000_000
+
+
+def choose_threads(wanted: int, config: DecoderConfig) -> int:
+    """Threads for every runtime and for the float model alike, so that their speeds compare."""
+    if wanted:  # more than there are is never faster; hundreds take minutes to meet
+        return min(wanted, available_cpus())
+    if config.num_parameters < ONE_THREAD:
+        return 1
+    return available_cpus()

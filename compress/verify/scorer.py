@@ -1,0 +1,262 @@
+"""Scoring on a text: the float model once, then every artifact in its runtime, against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.calibration.texts import read_words
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.console import Console, format_bytes
+from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
+from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
+from compress.machine import available_memory, resident_memory
+from compress.output.scratch import scratch_folder
+from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
+from compress.plan.memory import embedding_bytes
+from compress.plan.shapes import Artifact, Plan, Shipyard
+from compress.progress import rough_time
+from compress.verify import BaselineStore, Outcome, Verified, verify_artifact
+from compress.verify.agenda import Agenda
+from compress.verify.forecast import (
+    artifact_start,
+    artifact_steps,
+    float_steps,
+    slowness,
+    verification_seconds,
+)
+from compress.verify.kept import KeptBaseline
+from compress.verify.resources import Speed, measure_speed
+from compress.verify.tasks import Task, TaskSet
+
+if TYPE_CHECKING:
+    from compress.decoder.decoder import Decoder
+
+__all__ = ["Scorer", "check_tokenizer", "read_text", "text_name"]
+
+
+def read_text(path: Path | None) -> str:
+    """The text to score on: the user's, or the built-in held-out text.
+
+    Raises:
+        UsageError: not there, not UTF-8, or empty.
+    """
+    from compress.demo import heldout_path
+
+    empty = "a few hundred KB of plain text are right"
+    return read_words(path or heldout_path(), "--eval-text takes a text file", empty)
+
+
+def text_name(path: Path | None) -> str:
+    """How reports call a text to score on."""
+    return path.name if path else "built-in"
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot read the texts a build wants.
+
+    Raises:
+        CheckpointError: no tokenizer.
+    """
+    if not has_tokenizer(checkpoint.path):
+        raise CheckpointError(
+            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
+            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
+            "text, with -f onnx or -f coreml",
+        )
+
+
+def forecast(
+    job: Job, plans: Sequence[Plan], threads: int, windows: int | None = None
+) -> tuple[float, str]:
+    """About how long a verification takes here and now.
+
+    Args:
+        job: its float model.
+        plans: of the artifacts.
+        threads: for all runtimes; 0 for the default.
+        windows: of the text; as many as the recipe wants where that is not known.
+
+    Returns:
+        Seconds, and a line that tells what is scored and how long it takes.
+    """
+    windows = windows or window_count(job.config, job.recipe.windows)
+    length = window_length(job.config, job.plans, job.recipe.sequence_length)
+    agenda = Agenda.of([length] * windows, max(job.context, length + GENERATED_ROOM))
+    slow = slowness(choose_threads(threads, job.config))
+    seconds = LOADING + verification_seconds(job.config, plans, agenda, slow)
+    formats = ", ".join(f"{plan.format} {plan.type_name}" for plan in plans)
+    text = f"{windows} windows of {length} tokens"
+    return seconds, f"verify the float model, {formats} on {text}: about {rough_time(seconds)}"
+
+
+LOADING = 5.0  # seconds until torch is there
+FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
+
+
+class Scorer:
+    """Scores artifacts on one text against the float model, which is computed once.
+
+    Attributes:
+        speed: of the float model with its weights in memory; None when they would not fit.
+        runtime: what computed the float logits.
+        notes: lines for the report.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        text: str,
+        threads: int,
+        console: Console,
+        tasks: Sequence[Task] = (),
+        kept: Path | None = None,
+    ) -> None:
+        """Cut the text into windows, and the tasks into requests.
+
+        Args:
+            kept: where the float model's answers are kept for other builds, or None.
+
+        Raises:
+            UsageError: the text gives fewer than two windows, or a question is too long.
+            CheckpointError: no tokenizer.
+        """
+        from compress.decoder.tokenizer import Tokenizer, eval_windows
+
+        self._job, self._console, self._kept = job, console, kept
+        self._threads = choose_threads(threads, job.config)
+        self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
+        self.tokenizer = Tokenizer(job.checkpoint.path)
+        count = window_count(job.config, job.recipe.windows)
+        self.windows = eval_windows(text, self.tokenizer, self.length, count)
+        room = window_length(job.config, job.plans, job.context)
+        self.task_set = TaskSet(tasks, self.tokenizer, room)
+        self.speed: Speed | None = None
+        self.runtime = ""
+        self.notes: list[str] = []
+        if len(self.windows) < 2:
+            raise UsageError(
+                f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
+                hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
+            )
+
+    def verify(
+        self,
+        artifacts: Sequence[Artifact],
+        shipyard: Shipyard,
+        folder: Path | None,
+        *,
+        keep_going: bool,
+    ) -> list[Outcome]:
+        """The float model, then every artifact in its runtime, each in a child process.
+
+        Args:
+            artifacts: to run.
+            shipyard: has the command that does it.
+            folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
+            keep_going: an artifact that cannot be run does not keep the others from it.
+
+        Raises:
+            PacklightError: the float model cannot be computed; without ``keep_going`` also an
+                artifact that cannot be run.
+        """
+        found: list[Outcome] = []
+        plans = [artifact.plan for artifact in artifacts]
+        seconds, told = forecast(self._job, plans, self._threads, len(self.windows))
+        if seconds > 60:
+            self._console.say(told)
+        with scratch_folder(folder) as scratch:
+            store = self._score_baseline(scratch)
+            for artifact in artifacts:
+                try:
+                    found.append(self._score(artifact, shipyard.probe, store))
+                except (ArtifactError, RuntimeMissingError) as error:
+                    if not keep_going:
+                        raise
+                    found.append(error)
+        return found
+
+    def _score(self, artifact: Artifact, probe: Sequence[str], store: BaselineStore) -> Verified:
+        """One artifact, in a phase that expects its runs to cost what they do elsewhere."""
+        plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
+        context = min(context, plan.max_context or context)
+        lengths = [len(window) for window in self.windows]
+        agenda = Agenda.of(lengths, context, self.task_set.lengths)
+        slow = slowness(self._threads)
+        steps = artifact_steps(self._job.config, plan, agenda, slow)
+        label = f"verify {artifact.format} {artifact.type_name}"
+        start = artifact_start(plan, slow)
+        with self._console.progress(label, "tokens", steps, start) as update:
+            return verify_artifact(
+                probe,
+                artifact.path,
+                artifact.format,
+                store,
+                context=context,
+                threads=self._threads,
+                task_set=self.task_set,
+                progress=update,
+            )
+
+    def _score_baseline(self, folder: Path) -> BaselineStore:
+        from compress.decoder.decoder import Decoder
+
+        job = self._job
+        stored = Stored(job.checkpoint, job.config)
+        decoder = Decoder(job.config, stored.read, threads=self._threads)
+        self.runtime = decoder.name
+        kept = self._kept_baseline(stored.fingerprint())
+        if kept:
+            self._console.begin("look for the float model's answers")  # or wait for them
+        with kept.in_turn(folder) if kept else nullcontext() as found:
+            if found:
+                store, self.speed = found
+            else:
+                store = self._answers(decoder, folder)
+                self.speed = self._measure_speed(stored)
+                if kept:
+                    kept.keep(folder, self.speed)
+        if self.speed is None:
+            self.notes.append(
+                f"The float model's speed was not measured: its weights take "
+                f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
+                f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
+            )
+        return store
+
+    def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
+        """What the float model says to the windows and the tasks, as files in ``folder``."""
+        batches = [len(batch) for batch in decoder.batches(self.windows)]
+        steps = float_steps(self._job.config, batches, self.length, slowness(self._threads))
+        with self._console.progress("score the float model", "steps", steps) as update:
+            logits = decoder.stream_logits(self.windows, progress=update)
+            store = BaselineStore.write(folder, self.windows, logits)
+        if self.task_set.tasks:
+            with self._console.progress("ask the float model", "sequences") as update:
+                self.task_set.ask_baseline(folder, decoder.stream_logits, update)
+        return store
+
+    def _measure_speed(self, stored: Stored) -> Speed | None:
+        """Only to tell the ratio of speeds: not of a model too large for it."""
+        from compress.decoder.decoder import Decoder
+
+        config = self._job.config
+        needed = 4 * config.num_parameters + embedding_bytes(config)
+        if needed > min(available_memory(), FLOAT_MEMORY - resident_memory()):
+            return None
+        with self._console.progress("time the float model", ""):
+            resident = Decoder(config, stored.read, threads=self._threads, resident=True)
+            prompt = self.windows[0][: self.length // 2]
+            speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            resident.close()
+        return speed
+
+    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+        """Where other builds find these answers; tasks have more to ask."""
+        if not self._kept or self.task_set.tasks:
+            return None
+        asked = f"{self.runtime}, {self._threads} threads"
+        return KeptBaseline.of(self._kept, fingerprint, self.windows, asked)
