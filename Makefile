@@ -36,7 +36,8 @@ type: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python -m pytest -n 0 tests/test_help.py --update-golden
+	$(BIN)/python -m pytest -n 0 tests/test_help.py tests/test_schemas.py \
+		--update-golden
 
 check: lint type test
 

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from peers import PEERS, OnnxHqq, Peer
+from writing import write
 
-from compress.build.target import prepare_target, target_weights
+from compress.build.write import prepare_target, target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -37,12 +38,13 @@ from compress.console import Console
 from compress.demo import model_path
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
-from compress.plan.shapes import Artifact, Plan, Solver, Weights
-from compress.recipe import load
-from compress.solvers import NEEDS, get_solver
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Solver, Weights
+from compress.pruning.transforms import transforms_of
+from compress.recipe import load, needs_of
+from compress.solvers import get_solver
 from compress.verify import Verified
 from compress.verify.scorer import Scorer, read_text
-from exporters import SHIPYARD
 from exporters.gguf.mixes import MIXES
 
 FORMATS = {"GGUF": "gguf", "ONNX": "onnx", "Core ML": "coreml"}
@@ -102,7 +104,8 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
         f"verify.windows={chosen.windows}",
         *chosen.set,
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, [name]), SHIPYARD.get_exporter)
+    recipe = load("phone-4bit", changes, [name])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def contestants(
@@ -124,7 +127,7 @@ def contestants(
 def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     """CPU seconds that the walk of each solver takes by itself; the last one's stays for all."""
     seconds: dict[str, float] = {}
-    for solver in (name for name in SOLVERS if name in chosen.solver and name in NEEDS):
+    for solver in (name for name in SOLVERS if name in chosen.solver and needs_of(name)):
         os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
         start = time.process_time()
         statistics_of(plan(checkpoint, chosen.setting[0], solver, chosen))
@@ -134,7 +137,7 @@ def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> d
 
 def statistics_of(job: Job) -> tuple[CalibrationStep, Statistics | None]:
     """Of the inputs of the job's source, from the cache or from a walk that then stands in it."""
-    calibration = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+    calibration = CalibrationStep(job, Importance(), Console(), threads=1)
     return calibration, calibration.gather(job.source, job.plans[0])
 
 
@@ -149,22 +152,17 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     warm(made, Weights(job.source, solver(statistics)))
     folder.mkdir(parents=True)
     start = time.process_time()
-    exporter = SHIPYARD.get_exporter(made.format)
     if peer is not None:
         solve = peer(statistics)
-        artifact = exporter.write(made, Weights(job.source, solve), folder, silent)
+        artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, calibration)
+        inputs = prepare_target(made, job, calibration, Console())
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
-            weights = target_weights(made, inputs, calibration, Path(work), ledger)
-            artifact = exporter.write(made, weights, folder, silent)
+            weights = target_weights(made, job, inputs, calibration, Path(work), ledger)
+            artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def warm(made: Plan, weights: Weights) -> None:
@@ -268,7 +266,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             console.detail(f"{setting}, {name}: {spent:.1f} CPU s")
     everything = replace(job, plans=tuple(entry.artifact.plan for entry in built))
     scorer = Scorer(everything, read_text(chosen.eval_text), 0, console)
-    scored = scorer.verify([entry.artifact for entry in built], SHIPYARD, folder, keep_going=False)
+    scored = scorer.verify([entry.artifact for entry in built], folder, keep_going=False)
     rows = [
         row(entry, found, job.config.num_parameters)
         for entry, found in zip(built, scored, strict=True)
@@ -278,7 +276,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "model": "packlight-demo" if chosen.model == DEMO else Path(chosen.model).name,
         "scored_tokens": scored[0].quality.tokens if scored[0] else 0,
-        "calibration": job.recipe.document["calibration"],
+        "calibration": job.recipe.to_dict()["calibration"],
         "walk_cpu_seconds": seconds,
         "rows": rows,
         "notes": notes,

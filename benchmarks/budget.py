@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ import numpy as np
 from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.allocation import effort
-from compress.allocation.step import BudgetStep, limits_of
+from compress.allocation.step import BudgetStep, limit_for
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
@@ -40,7 +42,6 @@ from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
-from exporters import SHIPYARD
 
 BITS = (3.3, 3.7, 4.1, 4.5, 5.0)
 LLAMA_MIXES = (
@@ -96,7 +97,7 @@ class Bench:
         common = [f"calibration.texts={texts}", f"verify.windows={self.chosen.windows}"]
         common.append(f"quantize.solver={self.chosen.solver}")
         recipe = load("phone-4bit", [*common, *changes], [format])
-        return prepare(self.checkpoint, recipe, SHIPYARD.get_exporter)
+        return prepare(self.checkpoint, recipe)
 
     def add(self, group: str, name: str, kind: str, job: Job, peer: type[Peer] | None = None,
             budget: int = 0) -> Artifact:  # fmt: skip
@@ -110,8 +111,8 @@ class Bench:
     def step(self, format: str, changes: Sequence[str]) -> BudgetStep:
         """The budget of a job."""
         job = self.job(format, changes)
-        calibration = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
-        return BudgetStep(calibration, SHIPYARD.get_exporter)
+        calibration = CalibrationStep(job, Importance(), Console(), threads=1)
+        return BudgetStep(calibration)
 
     def within(self, group: str, format: str, changes: Sequence[str], budget: int) -> None:
         """The artifact of a budget, if there is one so small; and the same from a sample, where
@@ -133,14 +134,12 @@ class Bench:
         if step.targets[0].smallest_bytes > budget:
             return
         start = time.process_time()
-        budgeted = step.allocate(limits_of(step.job, step.targets))
+        budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])
         self.measuring[kind] += time.process_time() - start
         recipe = step.job.recipe
         settled = step.settle(
             budgeted,
-            lambda choices: prepare(
-                self.checkpoint, recipe, SHIPYARD.get_exporter, choices=choices
-            ),
+            partial(prepare, self.checkpoint, recipe=recipe),
         )
         name = settled.plans[0].type_name
         self.add(group, name, kind, settled, budget=budget)
@@ -188,7 +187,7 @@ class Bench:
         everything = replace(self.job("gguf", []), plans=plans)
         scorer = Scorer(everything, read_text(self.chosen.eval_text), 1, Console())
         artifacts = [entry.artifact for entry in self.entries]
-        scored = scorer.verify(artifacts, SHIPYARD, self.folder, keep_going=False)
+        scored = scorer.verify(artifacts, self.folder, keep_going=False)
         return [
             {
                 "group": entry.group,

@@ -4,12 +4,12 @@
     python benchmarks/budget_full.py /tmp/full/phi-3-mini-4k [--budget 1.8GiB --budget 1.8GB]
                                      [--solver rtn] [--no-build] [--out DIR]
 
-Each budget is planned by ``packlight build MODEL -f gguf -f coreml --budget B --dry-run --json``,
-and with ``-f onnx --prune auto``: wall and CPU seconds, and the most memory that the process
-held. The first starts from an empty cache (or that of ``PACKLIGHT_CACHE``); the next finds the
-cost table there. Then the GGUF file is written from the plan and its bytes held against the
-plan's. Weights of ``make_checkpoint.py`` are random: sizes, time and memory are those of the real
-model, expected divergences are not. Writes DIR/budget_NAME.json and .md (default:
+Each budget is planned by ``packlight build MODEL -f gguf -f coreml --budget B --dry-run --json``:
+wall and CPU seconds, and the most memory that the process held. (ONNX has no grid below 4 bits, and
+fits in neither.) The first starts from an empty cache (or that of ``PACKLIGHT_CACHE``); the next
+finds the cost table there. Then the GGUF file is written from the plan and its bytes held against
+the plan's. Weights of ``make_checkpoint.py`` are random: sizes, time and memory are those of the
+real model, expected divergences are not. Writes DIR/budget_NAME.json and .md (default:
 benchmarks/budget_phi3).
 """
 
@@ -31,11 +31,7 @@ sys.path[:0] = [str(HERE.parent)]
 from compress.console import parse_bytes  # noqa: E402
 
 PACKLIGHT = (sys.executable, "-m", "compress")
-PLANS = {
-    "gguf, coreml": ("-f", "gguf", "-f", "coreml"),
-    # Below what 4 bits take: the other two need no pruning for these budgets.
-    "onnx": ("-f", "onnx", "--prune", "auto"),
-}
+FORMATS = ("gguf", "coreml")
 EXACT = 4096  # bytes that a file may be away from its plan
 
 
@@ -76,7 +72,6 @@ def rows_of(document: dict[str, Any]) -> list[dict[str, Any]]:
             "file_bytes": target["file_bytes"],
             "used": round(target["file_bytes"] / target["budget"]["limit_bytes"], 5),
             "smallest_bytes": target["budget"]["smallest_bytes"],
-            "pruned": target.get("prune"),
             "expected_kl": target["expected_kl_divergence"],
         }
         for name, target in document["targets"].items()
@@ -89,16 +84,14 @@ def page(document: dict[str, Any]) -> str:
         f"`{document['model']}`, {document['parameters']:,} parameters, random weights of "
         f"`make_checkpoint.py`; {document['machine']}.",
         "",
-        "| budget | target | file | of the budget | grids | pruned | expected KL |",
-        "|---|---|--:|--:|---|---|--:|",
+        "| budget | target | file | of the budget | grids | expected KL |",
+        "|---|---|--:|--:|---|--:|",
     ]
     for run in document["budgets"]:
         for row in run["targets"]:
-            pruned = row["pruned"]
-            what = ", ".join(f"{v}" for v in pruned.values()) if pruned else "–"
             lines.append(
                 f"| {run['budget']} | {row['format']} | {row['file_bytes']:,} "
-                f"| {100 * row['used']:.2f} % | {row['type']} | {what} "
+                f"| {100 * row['used']:.2f} % | {row['type']} "
                 f"| {row['expected_kl']:.3f} |"
             )
     lines += [
@@ -107,8 +100,8 @@ def page(document: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for run in document["budgets"]:
-        work = {f"plan {what}": took for what, took in run["plans"].items()}
-        work |= {"build GGUF": run["build"]} if "build" in run else {}
+        names = {"plan": "plan gguf, coreml", "build": "build GGUF"}
+        work = {name: run[key] for key, name in names.items() if key in run}
         for what, took in work.items():
             sizes = [f"{took[key]:,}" if key in took else "" for key in ("bytes", "planned")]
             lines.append(
@@ -134,21 +127,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         os.environ["PACKLIGHT_CACHE"] = os.environ.get("PACKLIGHT_CACHE", f"{folder}/cache")
         for budget in budgets:
-            run: dict[str, Any] = {"budget": budget, "plans": {}, "targets": []}
-            for what, options in PLANS.items():
-                place = Path(folder) / f"plan-{budget}-{what[:4]}.json"
-                command = [
-                    *PACKLIGHT, "build", "--json", model, "-r", chosen.recipe, *options,
-                    "--budget", budget, "--dry-run",
-                ]  # fmt: skip
-                run["plans"][what] = measured(command, place)
-                document = json.loads(place.read_text(encoding="utf-8"))
-                parameters = document["model"]["parameters"]
-                run["targets"] += rows_of(document)
-                print(json.dumps(run, indent=1), file=sys.stderr, flush=True)
+            place = Path(folder) / f"plan-{budget}.json"
+            command = [
+                *PACKLIGHT, "build", "--json", model, "-r", chosen.recipe, "--budget", budget,
+                "--dry-run", *(word for name in FORMATS for word in ("-f", name)),
+            ]  # fmt: skip
+            run: dict[str, Any] = {"budget": budget, "plan": measured(command, place)}
+            document = json.loads(place.read_text(encoding="utf-8"))
+            parameters = document["model"]["parameters"]
+            run["targets"] = rows_of(document)
+            print(json.dumps(run, indent=1), file=sys.stderr, flush=True)
             assert all(row["file_bytes"] <= parse_bytes(budget) for row in run["targets"])
             if not chosen.no_build:
-                place = Path(folder) / f"plan-{budget}-gguf.json"
                 took, nbytes = build(model, place, chosen.solver, Path(folder) / budget)
                 planned = run["targets"][0]["file_bytes"]
                 assert abs(nbytes - planned) <= EXACT and nbytes <= parse_bytes(budget)

@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE.parent)]
 from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.checkpoint.safetensors import read_range  # noqa: E402
 from compress.grids import Quantized, get_grid  # noqa: E402
-from compress.machine import use_threads  # noqa: E402
+from compress.machine import bounded  # noqa: E402
 from exporters.coreml.constants import as_stored  # noqa: E402
 from exporters.onnx.packing import pack as pack_onnx  # noqa: E402
 
@@ -71,7 +71,6 @@ def profile(folder: Path, grid_name: str, pack: Callable[[Quantized], Any]) -> l
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    use_threads(1)
     print("| grid | format | " + " | ".join(STEPS) + " | sum |")
     print("|---|---|" + "--:|" * (len(STEPS) + 1))
     for name, (format_name, pack) in GRIDS.items():
@@ -81,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with bounded(threads=1):
+        main()

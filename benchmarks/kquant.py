@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 import ggml_oracle  # noqa: E402
 
 from compress.grids import codebook, get_grid, kquant  # noqa: E402
-from compress.machine import use_threads  # noqa: E402
+from compress.machine import bounded  # noqa: E402
 
 ROWS, COLUMNS, REPEATS, PATIENCE = 256, 4096, 5, 10.0
 SLOWEST = 3.0  # times llama.cpp's seconds
@@ -121,7 +121,6 @@ def bar(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    use_threads(1)
     importance = np.exp(np.random.default_rng(1).standard_normal(COLUMNS)).astype(np.float32)
     names = sys.argv[1:] or TYPES
     measured = [measure(name, given) for name in names for given in (None, importance)]
@@ -143,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with bounded(threads=1):
+        main()

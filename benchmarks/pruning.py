@@ -28,9 +28,10 @@ from compress.console import Console  # noqa: E402
 from compress.decoder.decoder import Decoder  # noqa: E402
 from compress.decoder.tokenizer import Tokenizer, eval_windows  # noqa: E402
 from compress.demo import heldout_path, model_path  # noqa: E402
+from compress.plan.cut import plan_cut  # noqa: E402
 from compress.plan.job import describe_model  # noqa: E402
-from compress.pruning.cut import plan_cut  # noqa: E402
 from compress.pruning.step import prune_source  # noqa: E402
+from compress.recipe.model import Prune  # noqa: E402
 
 CASES = (
     {"method": "depth", "blocks": 1},
@@ -74,7 +75,7 @@ def main() -> None:
         steps = {"heal": {"steps": options.heal}}
         cases = [case | heal for case in HEALED for heal in ({}, steps)]
     for case in cases:
-        cut = plan_cut(source.config, case)
+        cut = plan_cut(source.config, Prune(**case))
         assert cut is not None
         start = time.process_time()
         found = prune_source(source, cut, texts, Console("quiet", False)).source

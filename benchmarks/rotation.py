@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -28,9 +29,9 @@ from compress.demo import model_path
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact
 from compress.pruning.rotation import KINDS
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
-from exporters import SHIPYARD
 
 GRIDS = ("lut4-g8", "lut4-g16", "lut4-tensor", "lut3-g8", "int4-channel")
 SOLVERS = ("scale_search", "gptq")
@@ -44,14 +45,15 @@ def plan(checkpoint: Checkpoint, grid: str, solver: str, kinds: str, windows: in
         f"quantize.solver={solver}",
         f"verify.windows={windows}",
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, ["coreml"]), SHIPYARD.get_exporter)
+    recipe = load("phone-4bit", changes, ["coreml"])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def build(job: Job, folder: Path, console: Console) -> Artifact:
     """Written with the statistics of its own source."""
     folder.mkdir()
-    calibration = CalibrationStep(job, Importance(), SHIPYARD, console, threads=1)
-    (artifact,) = write_artifacts(calibration, SHIPYARD, folder, console)
+    calibration = CalibrationStep(job, Importance(), console, threads=1)
+    (artifact,) = write_artifacts(job, calibration, folder, console)
     return artifact
 
 
@@ -65,7 +67,7 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     scorer = Scorer(everything, read_text(chosen.eval_text), 1, console)
     rows = []
     for key, artifact, found in zip(
-        keys, artifacts, scorer.verify(artifacts, SHIPYARD, folder, keep_going=False), strict=True
+        keys, artifacts, scorer.verify(artifacts, folder, keep_going=False), strict=True
     ):
         assert found is not None
         quality = found.quality

@@ -1,4 +1,4 @@
-"""What it saves to write all targets of a checkpoint in step (``compress.build.lockstep``).
+"""What it saves to write all targets of a checkpoint in one loop (``compress.build.write``).
 
     python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
     python benchmarks/shared_reading.py model [--room 400MB]
@@ -25,14 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
-from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import TensorInfo
 from compress.console import Console, parse_bytes
 from compress.plan.job import prepare
 from compress.recipe import load
-from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")
 SLAB = 1 << 23
@@ -62,10 +61,9 @@ def drop(info: TensorInfo) -> None:
 
 def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
     """The artifacts of some targets."""
-    job = prepare(checkpoint, load("int4-fast", (), formats), SHIPYARD.get_exporter)
-    step = CalibrationStep(job, Importance(), SHIPYARD, Console())
+    job = prepare(checkpoint, load("int4-fast", (), formats))
     (folder / "work").mkdir(parents=True)
-    write_artifacts(step, SHIPYARD, folder / "work", Console())
+    write_artifacts(job, None, folder / "work", Console())
 
 
 def read_all(checkpoint: Checkpoint) -> None:

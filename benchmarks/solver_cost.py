@@ -33,8 +33,9 @@ from compress.calibration.statistics import Statistics, file_name, save  # noqa:
 from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
 from compress.grids import Float32, get_grid  # noqa: E402
-from compress.machine import use_threads  # noqa: E402
-from compress.solvers import NEEDS, get_solver  # noqa: E402
+from compress.machine import bounded  # noqa: E402
+from compress.recipe import needs_of  # noqa: E402
+from compress.solvers import get_solver  # noqa: E402
 
 GRIDS = ("Q4_K", "int4-g32", "lut4-g8")
 SOLVERS = ("gptq", "scale_search", "rtn")
@@ -95,11 +96,11 @@ def measured_walk(folder: Path, tokens: int, *, hessian: bool) -> dict[str, floa
 def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
     """All linears of the block on a grid, in slabs as a writer asks for them."""
     config = phi3_mini()
-    hessian = NEEDS.get(solver) == "hessian"
-    statistics = Statistics.open(config, folder, hessian=hessian) if solver in NEEDS else None
+    hessian = needs_of(solver) == "hessian"
+    statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     solve, chosen = get_solver(solver, statistics), get_grid(grid)
     solve(weight(config, "blocks.0.k_proj.weight")[:64], chosen, "blocks.0.k_proj.weight")
-    statistics = Statistics.open(config, folder, hessian=hessian) if solver in NEEDS else None
+    statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     solve = get_solver(solver, statistics)
     spent = 0.0
     for role in LINEARS:
@@ -126,13 +127,13 @@ def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
     """Measure, and print what it took."""
     import torch
 
-    use_threads(1)
     torch.set_num_threads(1)
     what = arguments[0]
-    if what == "walk":
-        result = measured_walk(folder, tokens, hessian=arguments[1] == "hessian")
-    else:
-        result = measured_solver(folder, *arguments)
+    with bounded(threads=1):
+        if what == "walk":
+            result = measured_walk(folder, tokens, hessian=arguments[1] == "hessian")
+        else:
+            result = measured_solver(folder, *arguments)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({k: round(v, 1) for k, v in result.items()} | {"peak_bytes": peak}))
 
@@ -169,7 +170,7 @@ def page(document: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
-        need = NEEDS.get(row["solver"])
+        need = needs_of(row["solver"])
         both = row["cpu_seconds"]
         if need:
             both += walks[need]["cpu_seconds"] + walks[need]["save_cpu_seconds"]

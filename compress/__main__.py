@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from compress import interrupts, steady
+from compress import machine
 
 
 def main() -> None:
     """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
-    interrupts.install()  # before anything that takes time
-    steady.prepare()  # before anything that computes
+    machine.own_process()
     try:
         from compress.cli import run
 
@@ -18,7 +17,7 @@ def main() -> None:
     except KeyboardInterrupt:  # before the command line could catch it
         sys.exit(130)
     finally:
-        interrupts.uninstall()
+        machine.ignore_signals()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One sink for everything a person or a script reads.
 
-Data goes to stdout, talk goes to stderr. ``human`` shows both, ``json`` prints one document on
-stdout and nothing else there, ``quiet`` prints paths only. Progress bars live on stderr and are
-silent when it is not a terminal. ``NO_COLOR`` is honoured.
+Data goes to stdout, messages go to stderr. ``human`` shows both, ``json`` prints one document on
+stdout and nothing else there, ``quiet`` prints paths only. Progress (``compress.progress``) is a
+bar on stderr, and a line once a minute where that is not a terminal. ``NO_COLOR`` is honoured.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from compress.errors import PacklightError
-from compress.progress import Estimate, ProgressFile, Step, clock_time
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from compress.progress import Phase, ProgressFile, clock_time
 
 Update = Callable[[int, int], None]
 
@@ -32,7 +28,7 @@ class Console:
     Args:
         mode: ``human``, ``json`` or ``quiet``.
         verbose: also show ``detail`` lines.
-        progress_file: where to tell another program how far the work is.
+        progress_file: how far the work is, for another program.
     """
 
     def __init__(
@@ -65,7 +61,7 @@ class Console:
         if self.mode == "human":
             click.echo(format_table(headers, rows))
 
-    # --- talk, to stderr ---------------------------------------------------------------------
+    # --- messages, to stderr -----------------------------------------------------------------
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
@@ -88,49 +84,35 @@ class Console:
             click.echo(f"{mark}  {text}", err=True, color=color())
 
     @contextmanager
-    def progress(
-        self,
-        phase: str,
-        unit: str = "bytes",
-        steps: Sequence[Step] = (),
-        start: float | None = None,
-    ) -> Iterator[Update]:
-        """One phase of the work, with a bar where a person looks on, what is done per second and
-        the time left: ``with … as update: update(done, total)``.
+    def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
+        """One phase of the work: ``with … as update: update(done, total)``.
 
         Args:
             phase: its name.
             unit: what ``done`` and ``total`` count.
-            steps: its tensors in their order, where it has some that cost more than others.
-            start: seconds until the first unit begins, where that is told (``Estimate``).
         """
-        self.begin(phase, unit, steps, start)
+        self.begin(phase, unit)
         begun = self._phase
         assert begun is not None
         yield begun.update
         if self._phase is begun:
             self.end()
 
-    def begin(
-        self,
-        phase: str,
-        unit: str = "",
-        steps: Sequence[Step] = (),
-        start: float | None = None,
-    ) -> None:
-        """A phase that lasts until the next one begins, or ``end``."""
+    def begin(self, phase: str, unit: str = "") -> None:
+        """A phase that lasts until the next one begins, or ``end``; without a unit it counts
+        nothing.
+        """
         self.end()
         self.detail(phase)
-        shown = self.mode == "human" and sys.stderr.isatty()
-        estimate = Estimate(steps, start=start)
-        self._phase = Phase(phase, unit, estimate, self._progress_file, shown=shown)
+        bar = self.mode == "human" and sys.stderr.isatty()
+        self._phase = Phase(phase, unit, self._progress_file, None if bar else self.say, bar=bar)
 
     def end(self) -> None:
         """The phase is over, whether or not it came to its end."""
         phase, self._phase = self._phase, None
         if phase is not None:
             phase.close()
-            self.detail(f"{phase.name}: {clock_time(phase.estimate.seconds)}")
+            self.detail(f"{phase.name}: {clock_time(phase.rate.seconds)}")
 
     def abandon(self) -> None:
         """The command is over, perhaps by an error: take the bar off the screen."""
@@ -139,99 +121,6 @@ class Console:
             phase.hide()
         if self._progress_file is not None:
             self._progress_file.close()
-
-
-class Phase:
-    """A phase that is under way.
-
-    Args:
-        name: what a person is told.
-        unit: what it counts.
-        estimate: of its time.
-        file: told of everything, too.
-        shown: as a bar on stderr.
-    """
-
-    def __init__(
-        self, name: str, unit: str, estimate: Estimate, file: ProgressFile | None, *, shown: bool
-    ) -> None:
-        self.name, self.estimate = name, estimate
-        self._unit, self._file = unit, file
-        self._bar: Progress | None = None
-        if shown:
-            told = partial(describe_progress, estimate, unit)
-            self._bar = make_bar(told, passing=not unit)
-            self._task = self._bar.add_task(name, total=None)
-            self._bar.start()
-        if file:
-            file.tell(name, unit, estimate, begun=True)
-
-    def update(self, done: int, total: int) -> None:
-        """So many units of so many are done."""
-        self.estimate.update(done, total)
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=total)
-        if self._file:
-            self._file.tell(self.name, self._unit, self.estimate)
-
-    def close(self) -> None:
-        """It came to its end."""
-        self.hide()
-        if self._file:
-            self._file.tell(self.name, self._unit, self.estimate, ended=True)
-
-    def hide(self) -> None:
-        """No more bar; what it came to stays on the screen, where it counted something."""
-        if self._bar:
-            self._bar.stop()
-
-
-def make_bar(describe: Callable[[], str], *, passing: bool) -> Progress:
-    """A bar on stderr, with a line of text beside it that is asked for as it is drawn.
-
-    ``passing``: it leaves nothing on the screen.
-    """
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.table import Column
-    from rich.text import Text
-
-    class Told(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(describe())
-
-    whole = Column(no_wrap=True)  # in a narrow terminal it is the bar that gives way
-    return Progress(
-        TextColumn("{task.description:<25}", table_column=whole),
-        BarColumn(table_column=Column(ratio=1)),
-        Told(table_column=Column(no_wrap=True)),
-        console=RichConsole(stderr=True),
-        redirect_stdout=False,  # data is not talk
-        transient=passing,
-    )
-
-
-def describe_progress(estimate: Estimate, unit: str) -> str:
-    """``0.12/0.40 GB  17/290 tensors  31.0 MB/s  0:09 left``."""
-    left = estimate.seconds_left
-    words = []
-    if not estimate.total:
-        words.append(clock_time(estimate.seconds))
-    elif unit == "bytes":
-        size, name = next((s, n) for s, n in SIZES if estimate.total >= s or s == 1)
-        words.append(f"{estimate.done / size:.2f}/{estimate.total / size:.2f} {name}")
-        done, count = estimate.steps_done
-        if count > 1:
-            words.append(f"{done}/{count} tensors")
-        words.append(f"{estimate.done / max(estimate.seconds, 1e-9) / 1e6:.1f} MB/s")
-    else:
-        words.append(f"{estimate.done}/{estimate.total} {unit}")
-    if left is not None and (estimate.done < estimate.total or not estimate.total):
-        words.append(f"{clock_time(left)} left")
-    return "  ".join(words)
-
-
-SIZES = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
 def print_error(error: PacklightError) -> None:

@@ -10,13 +10,18 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -40,20 +45,71 @@ def default_threads() -> int:
     return min(available_cpus(), int(wanted) if wanted.isdigit() and int(wanted) else 1 << 30)
 
 
-_wanted_threads = 0
-_here = threading.local()  # ``share``: threads that this one may start, where not all are its own
+_threads: ContextVar[int] = ContextVar("threads", default=0)  # 0: default_threads()
+_share: ContextVar[int] = ContextVar("share", default=0)  # of them, where not all are free; 0: all
+_memory: ContextVar[int | None] = ContextVar("memory", default=None)
 
 
-def use_threads(count: int) -> None:
-    """Have reading and packing take ``count`` threads from now on; 0 for the default."""
-    global _wanted_threads
-    _wanted_threads = min(count, available_cpus())
+@contextmanager
+def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
+    """Bound what the work inside may take; other threads of the process have bounds of their own.
+
+    Meanwhile products are deterministic (``make_deterministic``). Whatever ``change_setting`` sets
+    inside is as before when the last such block of the process is left.
+
+    Args:
+        threads: that reading and packing take; 0 for the default.
+        memory: bytes that the process should hold at most; None for no limit but the machine's.
+    """
+    global _blocks
+    with _settings_lock:
+        _blocks += 1
+    count = _threads.set(min(threads, available_cpus()))
+    share = _share.set(0)
+    limit = _memory.set(memory)
+    try:
+        one_openblas_thread()
+        for name, value in DETERMINISTIC.items():
+            if name not in os.environ:
+                get, put = partial(os.environ.get, name), partial(set_variable, name)
+                change_setting(name, get, put, value)
+        yield
+    finally:
+        _threads.reset(count)
+        _share.reset(share)
+        _memory.reset(limit)
+        with _settings_lock:
+            _blocks -= 1
+            if not _blocks:
+                while _before:
+                    _before.popitem()[1]()
+
+
+_settings_lock = threading.RLock()
+_before: dict[str, Callable[[], None]] = {}  # setting → what sets it as it was
+_blocks = 0  # of ``bounded`` that are entered now, in all threads
+
+
+def change_setting(
+    name: str, get: Callable[[], Any], put: Callable[[Any], Any], value: Any
+) -> None:
+    """Change a setting of the whole process until the last ``bounded`` block is left; outside of
+    one, for good.
+
+    Args:
+        name: of the setting.
+        get, put: read and write it.
+        value: to set.
+    """
+    with _settings_lock:
+        if _blocks and name not in _before:
+            _before[name] = partial(put, get())
+        put(value)
 
 
 def worker_threads() -> int:
     """Threads that reading and packing take; within ``in_order`` a share of them."""
-    share: int = getattr(_here, "share", 0)
-    return share or _wanted_threads or default_threads()
+    return _share.get() or _threads.get() or default_threads()
 
 
 def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
@@ -64,8 +120,12 @@ def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None
         return
     step = -(-count // threads)
     with ThreadPoolExecutor(threads) as pool:
-        begins = range(0, count, step)
-        list(pool.map(lambda begin: work(begin, min(begin + step, count)), begins))
+        futures = [
+            pool.submit(copy_context().run, work, begin, min(begin + step, count))
+            for begin in range(0, count, step)
+        ]
+        for future in futures:
+            future.result()
 
 
 def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> Iterator[T]:
@@ -79,59 +139,50 @@ def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> 
         share: what ``worker_threads`` is to a work; 0 to part those of the caller among all.
     """
     share = share or max(worker_threads() // at_once, 1)
-    own = getattr(_here, "share", 0)
-    with ThreadPoolExecutor(at_once, initializer=setattr, initargs=(_here, "share", share)) as pool:
+    own = _share.get()
+    with ThreadPoolExecutor(at_once) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for work in works:
-                waiting.append(pool.submit(work))
-                _here.share = 1
+                _share.set(share)
+                waiting.append(pool.submit(copy_context().run, work))
+                _share.set(1)
                 if len(waiting) > at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            _here.share = own
+            _share.set(own)
             for future in waiting:
                 future.cancel()
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-KEPT = (
-    64 << 20
-)  # bytes that malloc keeps for what comes next; arrays of half of it and more go back
+RETAINED = 64 << 20  # bytes that malloc retains for reuse; arrays of half of it and more go back
 
 
 def reuse_memory() -> None:
     """Have malloc give one slab's memory to the next.
 
     Otherwise it goes back to the kernel each time, whose fresh pages are zeroed and mapped one by
-    one: a twentieth of the time of packing. For glibc; elsewhere nothing happens.
+    one: a twentieth of the time of packing. For glibc; elsewhere nothing happens, nor in a process
+    that is not ours (``own_process``), since there is no way back.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    posix = _own and os.name == "posix"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if posix else None
     if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, KEPT // 2)
-        mallopt(TRIM_THRESHOLD, KEPT)
-
-
-_memory_limit: int | None = None
-
-
-def limit_memory(size: int | None) -> None:
-    """Have this process choose to hold no more than so many bytes; None for no limit but the
-    machine's."""
-    global _memory_limit
-    _memory_limit = size
+        mallopt(MMAP_THRESHOLD, RETAINED // 2)
+        mallopt(TRIM_THRESHOLD, RETAINED)
 
 
 def available_memory() -> int:
     """Bytes that may be taken without swapping: the machine's, what is left in the cgroup, or what
-    is left under ``limit_memory``."""
+    is left within ``bounded``."""
     import psutil
 
     left = [int(psutil.virtual_memory().available), *memory_left()]
-    if _memory_limit is not None:
-        left.append(max(_memory_limit - resident_memory(), 0))
+    if (limit := _memory.get()) is not None:
+        left.append(max(limit - resident_memory(), 0))
     return min(left)
 
 
@@ -188,3 +239,187 @@ def read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+# --- the same sums with any number of threads -------------------------------------------------
+#
+# Floating-point sums depend on their order, and libraries choose it by the number of
+# threads. Row by row work (grids, codes) is not touched by that; matrix products are. So:
+#
+# - Products in torch (MKL): Intel's strict reproducibility mode, at no measurable cost; its
+#   products are the same bits for any number of threads on one kind of CPU. Where torch has another
+#   library, or the mode came too late, products that feed bytes run on one thread.
+# - LAPACK in torch has no such mode: factorisations and solves run on one thread (``one_thread``).
+# - Products in NumPy (OpenBLAS): one thread each; the solvers work on several slabs of rows at
+#   a time instead.
+#
+# MKL: Intel oneMKL Developer Guide, "Obtaining Numerically Reproducible Results".
+
+
+DETERMINISTIC = {"MKL_CBWR": "AUTO,STRICT", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def make_deterministic() -> None:
+    """Set the environment variables of the libraries; of effect only before they load.
+
+    ``MKL_CBWR`` may be given, ``AVX2,STRICT`` for example, which gives the same bits on every CPU
+    that has AVX2.
+    """
+    os.environ.setdefault("MKL_CBWR", DETERMINISTIC["MKL_CBWR"])
+    os.environ["OPENBLAS_NUM_THREADS"] = DETERMINISTIC["OPENBLAS_NUM_THREADS"]
+
+
+def set_variable(name: str, value: str | None) -> None:
+    """Set an environment variable, or remove it."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def one_openblas_thread() -> None:
+    """NumPy's products on one thread, also where NumPy is loaded already."""
+    if _own and os.environ.get("OPENBLAS_NUM_THREADS") == "1":
+        return
+    import numpy  # before the environment is changed, which would hold for good
+
+    package = Path(numpy.__file__).parent
+    for folder in (package.parent / "numpy.libs", package / ".dylibs"):  # of Linux and of macOS
+        for file in folder.glob("*openblas*"):
+            library = ctypes.CDLL(str(file))  # the one that is loaded
+            get = getattr(library, "scipy_openblas_get_num_threads64_", None)
+            put = getattr(library, "scipy_openblas_set_num_threads64_", None)
+            if get and put:
+                change_setting("OpenBLAS threads", get, put, 1)
+
+
+def set_threads(count: int) -> None:
+    """Threads for torch's products, or one where their results would depend on it."""
+    set_torch_threads(count if count == 1 or same_products_with(count) else 1)
+
+
+def set_torch_threads(count: int) -> None:
+    """Threads for torch, process-wide, whatever that does to results."""
+    import torch
+
+    change_setting("torch threads", torch.get_num_threads, torch.set_num_threads, count)
+
+
+@cache
+def same_products_with(count: int) -> bool:
+    """Whether long narrow products, which are split along the sum, are the same on one thread and
+    on ``count``; a few milliseconds.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    try:
+        for threads in (1, count):
+            torch.set_num_threads(threads)
+            generator.manual_seed(0)
+            products = []
+            for rows, long, columns in ((64, 4096, 64), (511, 8192, 96), (33, 5000, 7)):
+                left = torch.randn(rows, long, generator=generator)
+                right = torch.randn(long, columns, generator=generator)
+                products.append(left @ right)
+            found.append(products)
+    finally:
+        torch.set_num_threads(before)
+    return all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread within."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- signals ----------------------------------------------------------------------------------
+#
+# Ctrl-C, SIGTERM and SIGHUP unwind a command, so that nothing half-written stays behind.
+#
+# Python's own way, an exception wherever the signal finds us, has two holes. Libraries catch
+# whatever ends an import of theirs and go on with half a module, and then torch crashes the process
+# before its folders are cleared: so an interruption waits until an import is over. And an exception
+# inside a callback from C or a finalizer is lost: so it is raised again until it is under way.
+
+LOOK_AGAIN = 0.05  # seconds until the next look at what has become of an interruption
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_own = False
+
+
+def own_process() -> None:
+    """For a process that is packlight's alone: what cannot be, or need not be, as before."""
+    global _own
+    _own = True
+    handle_signals()  # before anything that takes time
+    make_deterministic()  # before anything that computes
+
+
+def is_own_process() -> bool:
+    """Whether nothing but packlight runs in this process."""
+    return _own
+
+
+def handle_signals() -> None:
+    """Handle the signals that end a command; those that are ignored (nohup) stay ignored.
+
+    SIGINT becomes KeyboardInterrupt, the others ``SystemExit(128 + signal)``, as shells count. A
+    second one does not disturb the cleaning up after the first.
+    """
+    ending: BaseException | None = None
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        nonlocal ending
+        if ending is None:
+            ending = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN)
+        if not is_importing(frame) and not is_unwinding(ending):
+            raise ending
+
+    def report_others(lost: sys.UnraisableHookArgs) -> None:
+        if ending is None or lost.exc_value is not ending:
+            report_lost(lost)
+
+    report_lost, sys.unraisablehook = sys.unraisablehook, report_others
+    for number in ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, arrive)
+    signal.signal(signal.SIGALRM, arrive)
+
+
+def ignore_signals() -> None:
+    """Ignore them from here on, between the last output of a command and its end."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (*ENDINGS, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a frame, or any that called it, belongs to Python's import machinery."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_unwinding(ending: BaseException) -> bool:
+    """Whether ``finally`` and ``except`` clauses are at work on an exception right now."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if error is ending:
+            return True
+        error = error.__context__
+    return False

@@ -10,10 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import exporters  # noqa: F401 -- fills the table of formats
+from compress.formats import get_format
 from compress.plan.shapes import Runtime
 from compress.verify import BaselineStore, examine
 from compress.verify.child import Emit, speak
-from exporters import get_exporter
 
 
 def main() -> int:
@@ -27,13 +28,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
-    def open_runtime() -> Runtime:
-        exporter = get_exporter(options.format)
-        return exporter.open_runtime(options.path, context=options.context, threads=options.threads)
+    def opened() -> Runtime:
+        open_runtime = get_format(options.format).open_runtime
+        return open_runtime(options.path, context=options.context, threads=options.threads)
 
     def work(emit: Emit) -> None:
         baseline = BaselineStore(options.baseline)
-        examine(open_runtime, baseline, options.scores, options.context, emit)
+        examine(opened, baseline, options.scores, options.context, emit)
 
     return speak(work)
 

@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+import exporters  # noqa: F401 -- fills the table of formats
+
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,14 @@ os.environ["NO_COLOR"] = "1"
 def cache(tmp_path_factory):
     """Statistics of calibration go where a person's own are not."""
     os.environ["PACKLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Artifacts of tiny checkpoints, each made once in a worker: see ``exported.py``."""
+    from exported import Exports
+
+    return Exports(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,4 +47,4 @@ def no_network(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="renew docs/help.md")
+    parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from jsonschema import validate
 
 from compress.allocation import effort, sensitivity
 from compress.allocation.budget import Target
 from compress.allocation.costs import CostTable, measure_errors, members
 from compress.allocation.effort import effort_for
+from compress.allocation.feasible import check_budget
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
 from compress.calibration.statistics import LayerStats, Statistics
@@ -26,13 +27,12 @@ from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path
+from compress.errors import UsageError
 from compress.grids import Float32, get_grid
 from compress.plan.job import describe_model, prepare
 from compress.recipe import load
-from compress.report.report import schema
 from compress.solvers import get_solver
 from compress.verify.baseline import log_softmax
-from exporters import get_exporter
 
 DEMO = model_path()
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
@@ -117,9 +117,9 @@ def test_large_models_are_looked_at_less() -> None:
     parts, tokens = partition(config, 16384)
     assert len(parts) < 7
     assert 128 <= tokens <= 256
-    assert not effort_for(source("phi3").config, "gptq").sampled
+    assert effort_for(source("phi3").config, "gptq").tokens == 0  # all there are
     sampled = effort_for(config, "gptq")
-    assert sampled.sampled and sampled.solver == "scale_search"  # no second moments
+    assert sampled.tokens == 1024 and sampled.solver == "scale_search"  # no second moments
     assert effort_for(config, "rtn").solver == "rtn"
 
 
@@ -160,9 +160,9 @@ def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
         recipe = load("phone-4bit", changes, ["gguf"])
-        (plan,) = prepare(checkpoint, recipe, get_exporter).plans
+        (plan,) = prepare(checkpoint, recipe).plans
         choices = {"gguf": {plan.entries[-1].name: "Q8_0"}}
-        job = prepare(checkpoint, recipe, get_exporter, choices=choices)
+        job = prepare(checkpoint, recipe, choices=choices)
         bits = 8 * job.plans[0].weights_bytes / job.config.num_parameters
         assert job.plans[0].type_name == f"mix-{bits:.2f}bpw"
 
@@ -223,10 +223,9 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
 def test_no_file_is_larger_than_its_budget(format: str) -> None:
     """Every byte counts: the graph of a mix is not always that of the smallest file."""
     weights = source("phi3")
-    exporter = get_exporter(format)
     recipe = load("phone-4bit", [], [format])
-    job = prepare(weights.checkpoint, recipe, get_exporter)
-    target = Target(job, job.plans[0], exporter)
+    job = prepare(weights.checkpoint, recipe)
+    target = Target(job, job.plans[0])
     rng = np.random.default_rng(0)
     table = CostTable(weights.config)
     for name, grid in target.wanted():
@@ -304,7 +303,61 @@ def test_an_infeasible_budget_names_the_smallest_sizes(tmp_path: Path) -> None:
     told = refused(build(tmp_path / "x", "--budget", "1MB", "-f", "gguf", "-f", "onnx"))
     assert "gguf: no choice of grids fits in 1.00 MB" in told
     assert "smallest feasible sizes: gguf 2.08 MB (1.99 MiB), onnx 3.31 MB" in told
+    assert "neither grids nor pruning reach it" in told
     assert list(tmp_path.iterdir()) == []
+
+
+GROUPS = "a larger group or fewer bits: int4-g256"
+
+
+@pytest.mark.parametrize(
+    ("budget", "formats", "changes", "advice"),
+    [
+        # As many blocks less as it takes, and no more.
+        ("3MB", ["onnx"], [], "--prune depth:1 would reach the budget"),
+        ("2.6MB", ["onnx", "gguf"], [], "--prune depth:2 would reach the budget"),
+        ("2.6MB", ["onnx"], ["prune={method: depth, blocks: 1}"], "--prune depth:2 would"),
+        ("3MB", ["onnx"], ["prune={method: ffn, width: 736}"], "neither grids nor pruning"),
+        # What the recipe leaves out.
+        (
+            "3.4MB", ["onnx"], ["quantize.candidates=[int4-g32]"],
+            f"--set quantize.candidates=auto ({GROUPS}) or --prune depth:1 would reach the budget",
+        ),
+        (
+            "3.4MB", ["onnx"], ['quantize.keep={lm_head: ">=8"}'],
+            f"--set quantize.keep={{}} ({GROUPS}) or --prune depth:1 would reach the budget",
+        ),
+        (
+            "3.4MB", ["onnx"], ["quantize.candidates=[int4-g32, int8-g32]",
+                                'quantize.keep={lm_head: ">=8"}'],
+            f"auto --set quantize.keep={{}} ({GROUPS}) or --prune depth:2 would reach the budget",
+        ),
+        ("2.5MB", ["gguf"], ["quantize.candidates=[Q4_K]"], "(a larger group or fewer bits: Q2_K)"),
+    ],
+)  # fmt: skip
+def test_an_infeasible_budget_names_what_would_reach_it(
+    budget: str, formats: list[str], changes: list[str], advice: str
+) -> None:
+    checkpoint = Checkpoint.open(DEMO)
+
+    def check(*more: str) -> None:
+        wanted = load("phone-4bit", [f"budget.weights={budget}", *changes, *more], formats)
+        replan = partial(prepare, checkpoint, recipe=wanted)
+        found = check_budget(replan(), replan)
+        assert list(found) == formats
+
+    with pytest.raises(UsageError, match="no choice of grids fits") as caught:
+        check()
+    hint = caught.value.hint
+    assert advice in hint
+    if pruning := re.search(r"--prune depth:(\d+)", hint):
+        count = int(pruning[1])
+        check(f"prune={{method: depth, blocks: {count}}}")
+        if count > 1:
+            with pytest.raises(UsageError, match="no choice of grids fits"):
+                check(f"prune={{method: depth, blocks: {count - 1}}}")
+    if "quantize." in hint:
+        check(*re.findall(r"quantize\.(?:candidates=auto|keep={})", hint))
 
 
 def test_memory_budgets_say_which_part_is_which(tmp_path: Path) -> None:
@@ -319,32 +372,6 @@ def test_memory_budgets_say_which_part_is_which(tmp_path: Path) -> None:
     assert "nothing is left for weights of 2.00 MB" in told
     told = refused(build(tmp_path / "x", "--device", "iphone-1", *options))
     assert "unknown device 'iphone-1'" in told
-
-
-def test_a_sweep_draws_a_curve_and_builds_its_ends(tmp_path: Path) -> None:
-    done = build(tmp_path / "a", "--sweep", "3.6MB,2.6MB,3MB,1MB", "-f", "gguf")
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    validate(report, schema())
-    sizes = [row["bytes"] for row in report["curve"]]
-    assert sizes == sorted(sizes)
-    for row, budget in zip(report["curve"], (2_600_000, 3_000_000, 3_600_000), strict=True):
-        assert 0.99 * budget < row["bytes"] <= budget
-    expected = [row["expected_kl_divergence"] for row in report["curve"]]
-    assert expected == sorted(expected, reverse=True)
-    ends = [report["curve"][0], report["curve"][-1]]
-    assert [a["type"] for a in report["artifacts"]] == [row["type"] for row in ends]
-    for row in ends:
-        (file,) = (tmp_path / "a" / f"gguf-{row['type']}").glob("*.gguf")
-        assert file.stat().st_size == row["bytes"]
-    middle = build(tmp_path / "b", "--plan", tmp_path / "a" / "plan-3MB.json", "-f", "gguf")
-    assert middle.returncode == 0, middle.stderr
-    (file,) = (tmp_path / "b" / "gguf").glob("*.gguf")
-    assert file.stat().st_size == sizes[1]
-    told = refused(build(tmp_path / "c", "--sweep", "1MB,2GB!", "-f", "gguf"))
-    assert "--sweep: '2GB!' is not a size" in told
-    told = refused(build(tmp_path / "c", "--sweep", "1MB", "-f", "gguf"))
-    assert "none of 1MB is feasible, the smallest file has 2.08 MB" in told
 
 
 def test_plans_that_do_not_belong(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import tiny
@@ -281,6 +282,43 @@ def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_t
     }
 
 
+def test_budgets_of_a_model_share_one_cost_table_and_make_a_curve(shop, tmp_path):
+    jobs = {
+        "schema": 1,
+        "output": str(tmp_path / "tree"),
+        "models": ["shelf/llama"],
+        "recipes": ["plain.yaml"],
+        "budgets": ["1.6MB", "1MB", "1.3MB"],
+        "options": {"set": {"quantize.candidates": ["Q3_K", "Q4_K", "Q8_0"]}},
+    }
+    (shop / "budgets.yaml").write_text(json.dumps(jobs))
+    environment = {"PACKLIGHT_CACHE": str(tmp_path / "cache")}
+    done = packlight("batch", "budgets.yaml", cwd=shop, env=environment)
+    assert done.returncode == 0, done.stderr
+    document = told(tmp_path, "tree")
+    names = [job["name"] for job in document["jobs"]]
+    assert names == [f"llama/plain-{size}" for size in jobs["budgets"]]
+    phases: list[str] = []
+    for name in names:
+        lines = (tmp_path / "tree" / ".batch" / f"{name}.progress").read_text().splitlines()
+        phases += {json.loads(line)["phase"] for line in lines}
+    assert [phases.count(p) for p in ("measure sensitivities", "measure grids")] == [1, 1]
+    assert len(list((tmp_path / "cache").rglob("*-costs.json"))) == 1
+    found = {name: job["artifacts"][0] for name, job in zip(names, document["jobs"], strict=True)}
+    for size, artifact in zip((1_600_000, 1_000_000, 1_300_000), found.values(), strict=True):
+        assert 0.95 * size < artifact["bytes"] <= size
+    page = (tmp_path / "tree" / "batch.html").read_text()
+    (line,) = re.findall(r'<polyline points="([^"]*)" class="curve c0"', page)
+    places = [tuple(map(float, place.split(","))) for place in line.split()]
+    assert places == sorted(places) and len(places) == 3
+    # Up is a small y: larger files stand lower where they are nearer to the float model.
+    ordered = sorted(found.values(), key=lambda artifact: artifact["bytes"])
+    heights = [y for _, y in places]
+    assert (
+        np.argsort(heights).tolist() == np.argsort([-a["kl_divergence"] for a in ordered]).tolist()
+    )
+
+
 def test_two_batches_into_one_tree(shop):
     with locked((shop / "busy").resolve()):
         done = packlight("batch", "jobs.yaml", "-o", "busy", "--only", "llama", cwd=shop)
@@ -317,7 +355,7 @@ def test_what_no_job_could_do_is_told_by_the_dry_run(shop):
     options = {
         "plain": ({"eval-text": "none.txt"}, f"{shop / 'none.txt'}: No such file or directory"),
         "scaled": ({"memory": "10MB"}, "memory: 10.00 MB"),
-        "int4-fast": ({"plan": "p", "budget": "1MB"}, "a budget, --sweep and --plan exclude"),
+        "int4-fast": ({"plan": "p", "budget": "1MB"}, "a budget and --plan exclude"),
         "small-4bit": ({"budget": "10kB"}, "gguf: no choice of grids fits in 10.00 kB"),
         "phone-4bit": (
             {"set": {"verify.gates.bytes": "<=lots"}},

@@ -58,6 +58,23 @@ def test_the_matrix(shelf):
     ]
 
 
+def test_budgets_are_jobs_of_their_own(shelf):
+    path = write(
+        shelf,
+        models=["shelf/a"],
+        recipes=["int4-fast"],
+        formats=["gguf", "onnx"],
+        budgets=["1.8GiB", "2GB"],
+        overrides=[{"jobs": "*-2GB", "formats": ["gguf"]}],
+    )
+    first, second = read_jobs(path).jobs
+    assert (first.name, first.formats) == ("a/int4-fast-1.8GiB", ("gguf", "onnx"))
+    assert (second.name, second.formats) == ("a/int4-fast-2GB", ("gguf",))
+    assert arguments(first.settings(Path("/out")))[-2:] == ["--budget", "1.8GiB"]
+    with pytest.raises(RecipeError, match="budgets: '2XB' is not a size"):
+        read_jobs(write(shelf, models=["shelf/a"], budgets=["2XB"]))
+
+
 def test_options_of_all_of_a_model_and_of_some_jobs(shelf):
     path = write(
         shelf,

@@ -90,7 +90,7 @@ def test_states_in_a_file_change_nothing(models, monkeypatch, tmp_path):
 def test_a_wide_hessian_is_its_diagonal_blocks(models, monkeypatch):
     model, windows = models("llama"), draw_windows()
     whole = gathered(model, windows)["blocks.1.down_proj"]
-    monkeypatch.setattr(walking, "WIDEST_HESSIAN", 256)
+    monkeypatch.setattr("compress.decoder.config.WIDEST_HESSIAN", 256)
     split = gathered(model, windows)["blocks.1.down_proj"]
     assert [block.shape for block in split.hessian] == [(256, 256), (256, 256)]
     np.testing.assert_allclose(split.hessian[1], whole.hessian[0][256:, 256:], rtol=1e-5, atol=1e-6)

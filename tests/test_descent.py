@@ -9,11 +9,11 @@ import pytest
 from test_gptq import correlated, stats_of, weight_of
 
 from compress.grids import get_grid
+from compress.solvers import scale_search
 from compress.solvers.descent import best_factors, costs, descend, metric_of
-from compress.solvers.fits import FACTORS, Spans, Whole
 from compress.solvers.gptq import round_rows
 from compress.solvers.hessian import factors_of
-from compress.solvers.scale_search import scale_search
+from compress.solvers.parameters import FACTORS, Spans, Whole
 
 DAMPING = 0.03
 CASES = [

@@ -12,16 +12,16 @@ from compress import machine
 from compress.calibration.statistics import LayerStats
 from compress.calibration.walk import walk
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig, WeightMap
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
-from compress.solvers import hessian
+from compress.solvers import hessian, scale_search
 from compress.solvers.descent import descend
 from compress.solvers.gptq import Spans, Whole, gptq, round_rows
 from compress.solvers.hessian import factor_in_place, factors_of, output_errors
-from compress.solvers.scale_search import scale_search
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
@@ -137,11 +137,7 @@ def demo():
     """Weights by name, and the statistics of two halves of a text."""
     checkpoint = Checkpoint.open(model_path())
     config = DecoderConfig.from_hf(checkpoint.config)
-    weights = WeightMap(config)
-
-    def read(name: str) -> np.ndarray:
-        return weights.read(checkpoint, name)
-
+    read = Stored(checkpoint, config).read
     tokens = Tokenizer(model_path()).encode(heldout_path().read_text(encoding="utf-8"))
     windows = [tokens[start : start + 256] for start in range(0, 32 * 256, 256)]
     seen, fresh = {}, {}

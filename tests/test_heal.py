@@ -14,7 +14,6 @@ from commands import packlight
 from tiny_sources import stored, texts
 
 from compress.calibration.texts import CalibrationSet
-from compress.checkpoint.save import save_checkpoint
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import FUSED, WeightMap
@@ -22,11 +21,13 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UsageError
-from compress.pruning.cut import Healing, plan_cut
+from compress.output.pruned_checkpoint import save_checkpoint
+from compress.plan.cut import Healing, plan_cut
 from compress.pruning.heal import Adam, Shares, heal
 from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source
 from compress.recipe import load
+from compress.recipe.model import Prune
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def pruned(source: Source, calibration: CalibrationSet | None = None, **settings) -> Pruned:
-    cut = plan_cut(source.config, settings)
+    cut = plan_cut(source.config, Prune(**settings))
     assert cut is not None
     return prune_source(source, cut, calibration or texts(source), Console("quiet", False))
 

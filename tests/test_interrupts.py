@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 START = """
 import atexit, time
-from compress import interrupts
-interrupts.install()
-atexit.register(interrupts.uninstall)
+from compress import machine
+machine.handle_signals()
+atexit.register(machine.ignore_signals)
 """
 
 
@@ -98,7 +98,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     body = """
         import signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        interrupts.install()
+        machine.handle_signals()
         print("ready")
         time.sleep(0.3)
         print("done")

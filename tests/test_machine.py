@@ -88,10 +88,9 @@ def test_threads_are_the_users_then_the_environments_then_all(
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     machine.default_threads.cache_clear()
     try:
-        machine.use_threads(wanted)
-        assert machine.worker_threads() == threads
+        with machine.bounded(threads=wanted):
+            assert machine.worker_threads() == threads
     finally:
-        machine.use_threads(0)
         machine.default_threads.cache_clear()
 
 
@@ -158,9 +157,10 @@ FAULTS = """
 import ctypes, resource, sys
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # pages of 4 KiB: no huge ones, which come and go
 import numpy as np
-from compress.machine import reuse_memory
-if sys.argv[1] == "reused":
-    reuse_memory()
+from compress import machine
+if sys.argv[1] != "plain":
+    machine.own_process()
+machine.reuse_memory()
 begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     slabs = [np.empty(8 << 20, np.uint8) for _ in range(4)]

@@ -13,10 +13,10 @@ import tiny
 import torch
 from commands import packlight, refused
 from tiny_sources import stored, texts
+from writing import plan_for
 
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
-from compress.checkpoint.save import save_checkpoint
 from compress.checkpoint.sources import Stored
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap
@@ -24,14 +24,15 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import RecipeError, UnsupportedModelError, UsageError
-from compress.pruning.cut import Cut, plan_cut, width_step
+from compress.output.pruned_checkpoint import save_checkpoint
+from compress.plan.cut import Cut, plan_cut, width_step
 from compress.pruning.depth import Walks, choose_blocks
 from compress.pruning.options import prune_option
 from compress.pruning.pruned import Shallower
 from compress.pruning.step import Pruned, prune_source
 from compress.pruning.surgery import Remaining, choose, compensate
 from compress.recipe import load
-from exporters import get_exporter
+from compress.recipe.model import Prune
 
 METHODS = {
     "depth": {"method": "depth", "blocks": 1},
@@ -54,7 +55,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def pruned(source: Stored, **settings) -> tuple[Cut, Pruned]:
-    cut = plan_cut(source.config, settings)
+    cut = plan_cut(source.config, Prune(**settings))
     assert cut is not None
     return cut, prune_source(source, cut, texts(source), Console("quiet", False))
 
@@ -185,7 +186,7 @@ def test_the_update_helps_on_inputs_of_the_demo_that_it_has_not_seen():
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_the_config_reads_back(family, method, tmp_path):
     source = stored(tiny.make(family, tmp_path, num_hidden_layers=3))
-    cut = plan_cut(source.config, METHODS[method])
+    cut = plan_cut(source.config, Prune(**METHODS[method]))
     assert cut is not None
     assert DecoderConfig.from_hf(cut.config.raw, source.checkpoint.generation_config) == cut.config
     assert cut.config.num_parameters < source.config.num_parameters
@@ -195,15 +196,15 @@ def test_widths_are_what_the_grids_take():
     source = stored(model_path())
 
     def step(target, **settings):
-        return width_step(source.config, [get_exporter(target).plan(source.config, settings)])
+        return width_step(source.config, [plan_for(target, source.config, settings)])
 
     assert step("gguf", type="Q4_K_M") == 256
     assert step("gguf", type="Q4_0") == 32
     assert step("onnx", group_size=128) == 128
     assert step("coreml", grid="lut4-g8") == 32
     narrow = replace(source.config, intermediate_size=864)  # no K-quant takes it as it is
-    assert width_step(narrow, [get_exporter("gguf").plan(narrow, {"type": "Q4_K_M"})]) == 32
-    half = plan_cut(source.config, {"method": "ffn", "ratio": 0.4})
+    assert width_step(narrow, [plan_for("gguf", narrow, {"type": "Q4_K_M"})]) == 32
+    half = plan_cut(source.config, Prune(method="ffn", ratio=0.4))
     assert half is not None and half.kept == 448  # of 768, the nearest multiple of 32 to 460.8
 
 
@@ -219,21 +220,21 @@ def test_widths_are_what_the_grids_take():
 )
 def test_amounts_that_cannot_be(settings, words):
     with pytest.raises(UsageError, match=words):
-        plan_cut(stored(model_path()).config, settings)
+        plan_cut(stored(model_path()).config, Prune(**settings))
 
 
 def test_longrope_keeps_its_heads(tmp_path):
     source = stored(tiny.make("phi4-mini", tmp_path))
     with pytest.raises(UnsupportedModelError, match="transformers counts its factors"):
-        plan_cut(source.config, METHODS["heads"])
+        plan_cut(source.config, Prune(**METHODS["heads"]))
 
 
 def test_words_of_the_command_line_and_the_recipe():
     assert prune_option("depth:3") == {"method": "depth", "blocks": 3}
     assert prune_option("ffn:10%") == {"method": "ffn", "ratio": 0.1}
     assert prune_option("heads:2") == {"method": "heads", "kv_heads": 2}
-    for wrong in ("depth", "depth:", "depth:x%", "width:3", "none:1", "ffn:-3", "ffn:1.5"):
-        with pytest.raises(UsageError):
+    for wrong in ("depth", "depth:", "depth:x%", "width:3", "none:1", "ffn:-3", "ffn:1.5", "auto"):
+        with pytest.raises(UsageError, match="METHOD:AMOUNT"):
             prune_option(wrong)
     assert not load("phone-4bit").prunes
     assert load("phone-4bit", ["prune={method: depth, blocks: 2}"]).prunes
@@ -246,6 +247,8 @@ def test_words_of_the_command_line_and_the_recipe():
     ):
         with pytest.raises(RecipeError):
             load("phone-4bit", [wrong])
+    with pytest.raises(RecipeError, match=r"prune\.method: 'auto' is not allowed"):
+        load("phone-4bit", ["prune.method=auto", "budget.weights=3MB"])
 
 
 # --- which blocks -----------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from echo_model import EchoModel, text_windows
 from compress import verify
 from compress.errors import ArtifactError, RuntimeMissingError
 from compress.verify import BaselineStore, quality, verify_artifact
-from compress.verify.agenda import Agenda, Run
 from compress.verify.child import Event
 from compress.verify.generate import check_generation, greedy
 from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
@@ -35,17 +34,17 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
 def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
     done: list[tuple[int, int]] = []
     found = verify_artifact(
-        PROBE,
         Path("model.echo"),
         "works",
         baseline,
         context=128,
         progress=lambda *step: done.append(step),
+        probe=PROBE,
     )
-    total = Agenda.of([33] * 4, 128).tokens
-    assert done[0] == (0, total) and done[-1] == (total, total)  # from the first moment on
+    total = 4 * 33
+    assert done[0] == (0, total) and done[-1] == (total, total)
     assert done == sorted(done)
-    assert found.quality == quality.compare(EchoModel(64, noise=0.5), baseline)
+    assert found.quality == quality.summarize(quality.score(EchoModel(64, noise=0.5), baseline))
     assert found.generation.consistent and len(found.generation.tokens) == 32
     assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
     used = found.resources
@@ -60,8 +59,8 @@ def test_the_peak_is_the_childs_own(baseline: BaselineStore) -> None:
     """200 MiB held for a moment in the child are seen; 300 MiB held here are not."""
     ballast = np.ones(300 << 17)
     path = Path("model.echo")
-    calm = verify_artifact(PROBE, path, "works", baseline, context=128).resources
-    greedy = verify_artifact(PROBE, path, "greedy", baseline, context=128).resources
+    calm = verify_artifact(path, "works", baseline, context=128, probe=PROBE).resources
+    greedy = verify_artifact(path, "greedy", baseline, context=128, probe=PROBE).resources
     assert ballast[0] == 1
     for field in ("peak_memory_bytes", "peak_anonymous_bytes"):
         low, high = getattr(calm, field), getattr(greedy, field)
@@ -86,68 +85,67 @@ def test_a_child_that_fails(
 ) -> None:
     begin = time.monotonic()
     with pytest.raises(error, match=message):
-        verify_artifact(PROBE, Path("m.echo"), how, baseline, context=128, silence=2)
+        verify_artifact(Path("m.echo"), how, baseline, context=128, silence=2, probe=PROBE)
     assert time.monotonic() - begin < 30
 
 
-def test_a_slow_runtime_is_heard_after_every_run(
-    baseline: BaselineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def examine(runtime: EchoModel, baseline: BaselineStore, folder: Path, **options) -> list[Event]:  # type: ignore[no-untyped-def]
+    events: list[Event] = []
+    scores = folder / "scores.npz"
+    verify.examine(lambda: runtime, baseline, scores, 128, events.append, **options)
+    return events
+
+
+def test_a_slow_runtime_sends_an_event_after_every_run(
+    baseline: BaselineStore, tmp_path: Path
 ) -> None:
     """So that ``silence`` is about one run, not about a stage of hundreds."""
-    monkeypatch.setattr(verify, "EVERY", 0.0)
-    events: list[Event] = []
-    verify.examine(lambda: EchoModel(64), baseline, tmp_path / "s.npz", 128, events.append)
+    events = examine(EchoModel(64), baseline, tmp_path, every=0.0)
     stages = [index for index, event in enumerate(events) if "stage" in event]
-    told = [["tokens" in event for event in events[i:j]] for i, j in itertools.pairwise(stages)]
-    loading, generating, computing = map(sum, told)
-    assert loading > 2 * (1 + 32)  # a warm-up, then prompts of one run and 32 tokens
-    assert generating == 32 + 1 and computing == 1 + len(baseline.windows)  # one when it begins
+    counts = [j - i - 1 for i, j in itertools.pairwise(stages)]
+    loading, generating, computing = counts
+    assert loading == 1 + (1 + 4) + 3 * (1 + 32)  # loaded, a warm-up, three measurements
+    assert generating == 32 and computing == len(baseline.windows)
 
 
-class Notes(EchoModel):
-    """Writes down what is asked of it; ``slow`` takes a while for what it is fed."""
+class Calls(EchoModel):
+    """Records what is asked of it; sleeps ``slow`` seconds for what it is fed."""
 
     def __init__(self, slow: float = 0.0) -> None:
         super().__init__(64)
-        self.runs: list[Run] = []
+        self.calls: list[tuple[str, int]] = []
         self.slow = slow
 
     def logits(self, tokens: Sequence[int]):  # type: ignore[no-untyped-def]
-        self.runs.append(Run(len(tokens), "logits"))
+        self.calls.append(("logits", len(tokens)))
         return super().logits(tokens)
 
     def feed(self, tokens: Sequence[int]):  # type: ignore[no-untyped-def]
-        self.runs.append(Run(len(tokens), "feed"))
+        self.calls.append(("feed", len(tokens)))
         time.sleep(self.slow)
         return super().feed(tokens)
 
 
-def test_the_agenda_is_what_is_done(baseline: BaselineStore, tmp_path: Path) -> None:
-    notes, events = Notes(), list[Event]()
-    verify.examine(lambda: notes, baseline, tmp_path / "s.npz", 128, events.append)
-    agenda = Agenda.of([33] * 4, 128)
-    wanted: list[Run] = []
-    for run in agenda.runs:
-        times = run.tokens if run.kind == "decoded" else 1
-        call = "logits" if run.kind in ("answered", "scored") else "feed"
-        wanted += [Run(run.tokens // times, call)] * times
-    assert notes.runs == wanted
+def test_speed_then_a_sample_then_every_window(baseline: BaselineStore, tmp_path: Path) -> None:
+    runtime = Calls()
+    events = examine(runtime, baseline, tmp_path, every=0.0)
+    speed = [("feed", 64), *[("feed", 1)] * 4, *[("feed", 64), *[("feed", 1)] * 32] * 3]
+    sample = [("feed", 16), *[("feed", 1)] * 31, ("logits", 16 + 31)]
+    assert runtime.calls == [*speed, *sample, *[("logits", 33)] * 4]
     assert events[-1]["log_likelihoods"] == []
-    assert [e["tokens"] for e in events if "tokens" in e][-1] == agenda.tokens
-    assert [e["left_out"] for e in events if "left_out" in e] == [0]
+    tokens = [event["tokens"] for event in events if "tokens" in event]
+    assert tokens == [0, 33, 66, 99, 132, 132, 132]
 
 
-def test_what_there_is_no_time_for_is_told(
-    baseline: BaselineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_measurements_of_speed_end_when_their_seconds_are_over(
+    baseline: BaselineStore, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(verify, "SECONDS", 0.1)
-    notes, events = Notes(slow=0.01), list[Event]()
-    verify.examine(lambda: notes, baseline, tmp_path / "s.npz", 128, events.append)
-    agenda = Agenda.of([33] * 4, 128)
-    (left_out,) = [event["left_out"] for event in events if "left_out" in event]
-    assert left_out > 2 * 64  # it had time for one measurement, of three
-    assert sum(run.tokens for run in notes.runs) == agenda.tokens - left_out
-    assert [e["tokens"] for e in events if "tokens" in e][-1] == agenda.tokens - left_out
+    runtime = Calls(slow=0.01)
+    events = examine(runtime, baseline, tmp_path, seconds=0.0)
+    (used,) = [event["resources"] for event in events if "resources" in event]
+    assert used["speed"]["repeats"] == 1 and used["speed"]["decode_tokens"] == 4
+    assert runtime.calls[:10] == [("feed", 64), *[("feed", 1)] * 4] * 2
+    assert runtime.calls[10] == ("feed", 16)
 
 
 def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore) -> None:
@@ -155,7 +153,7 @@ def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify_artifact(PROBE, Path("m"), "works", baseline, context=128, progress=interrupt)
+        verify_artifact(Path("m"), "works", baseline, context=128, progress=interrupt, probe=PROBE)
     if sys.platform == "linux":
         children = Path(f"/proc/self/task/{threading_id()}/children")
         assert not children.exists() or children.read_text() == ""

@@ -19,7 +19,7 @@ from compress.demo import model_path
 from compress.errors import UnsupportedModelError
 from compress.grids import get_grid
 from compress.pruning.rotation import Rotated, Rotation, factors, hadamard_order
-from compress.solvers.rtn import rtn
+from compress.solvers import rtn
 
 KINDS = ("r1", "r2", "r1r2")
 VARIANTS = {

@@ -11,9 +11,7 @@ from compress.checkpoint.checkpoint import read_json
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.grids import get_grid
-from compress.solvers import get_solver
-from compress.solvers.rtn import rtn
-from compress.solvers.scale_search import scale_search
+from compress.solvers import get_solver, rtn, scale_search
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",

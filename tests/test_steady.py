@@ -1,4 +1,4 @@
-"""compress.steady: the same bits with any number of threads."""
+"""compress.machine: the same bits with any number of threads."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 import torch
 
 from compress import machine
-from compress.calibration.propagation import shifts
 from compress.calibration.statistics import LayerStats
 from compress.demo import model_path
+from compress.machine import one_thread
 from compress.solvers import hessian as hessians
-from compress.steady import one_thread
+from compress.solvers.propagation import shifts
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # Products that OpenBLAS and MKL split by the number of threads (as seen without ``prepare``).
 PRODUCTS = """
 import hashlib, sys
-from compress import steady
+from compress import machine
 if sys.argv[2] == "prepared":
-    steady.prepare()
+    machine.make_deterministic()
 import numpy as np, torch
-steady.set_threads(int(sys.argv[1])) if sys.argv[2] == "prepared" else torch.set_num_threads(
+machine.set_threads(int(sys.argv[1])) if sys.argv[2] == "prepared" else torch.set_num_threads(
     int(sys.argv[1]))
 found = hashlib.sha256()
 random = np.random.default_rng(0)

@@ -8,9 +8,8 @@ float model says.
     solver.py       the least cost within the bytes
     budget.py       from a budget to a plan
     limits.py       what a budget leaves for a file
-    step.py         the step of a build; sweep.py: several budgets at once
-    ladder.py       pruned shapes that a budget may take instead of lower bits
-    weigh.py        which of them wins
+    step.py         the step of a build
+    feasible.py     a budget that no file fits in: refused, with what would reach it
     explain.py      what is told of it
     lock.py         plan.json, and back
 

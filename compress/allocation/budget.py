@@ -1,4 +1,4 @@
-"""From a budget to a plan: what is feasible before any work, then the least cost within it."""
+"""One target under a budget: its smallest and largest file, and the best that fits between."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import cached_property
 from compress.allocation.choices import Choice, Rules, choices_of
 from compress.allocation.costs import CostTable, members
 from compress.allocation.solver import Option, solve
-from compress.console import format_bytes
-from compress.errors import UsageError
+from compress.formats import get_format
 from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.shapes import Plan, PlanRequest
 
-__all__ = ["Allocation", "Target", "infeasible"]
+__all__ = ["Allocation", "Target"]
 
 ROUNDS = 16  # of correcting the budget by what a graph or a header takes beside the tensors
 GOOD = 0.05  # nats per token that a recommended size stays below ...
@@ -40,13 +39,16 @@ class Target:
     Attributes:
         plan: as the recipe has it without a budget.
         choices: in the order of the file.
+
+    Args:
+        rules: what there is to choose among; None: what the job's recipe says.
     """
 
-    def __init__(self, job: Job, plan: Plan, exporter: Exporter) -> None:
+    def __init__(self, job: Job, plan: Plan, rules: Rules | None = None) -> None:
         self.plan, self.source = plan, job.source_of(plan)
-        self._exporter = exporter
-        rules = Rules(job.recipe.candidates, job.recipe.keep)
-        self.choices = choices_of(plan, self.source.config, exporter, rules)
+        self._format = get_format(plan.format)
+        rules = rules or Rules(job.recipe.candidates, job.recipe.keep)
+        self.choices = choices_of(plan, self.source.config, self._format, rules)
 
     def grids(self, options: Sequence[int]) -> dict[str, str]:
         """Entry name → grid."""
@@ -58,13 +60,10 @@ class Target:
 
     def plan_of(self, options: Sequence[int]) -> Plan:
         """The plan with these options, its file's bytes predicted."""
-        plan = self._exporter.plan(
-            self.source.config,
-            self.plan.settings,
-            model_name=self.plan.model_name,
-            choices=self.grids(options),
-        )
-        return replace(plan, file_bytes=self._exporter.file_bytes(plan, self.source))
+        choices = self.grids(options)
+        request = PlanRequest(self.plan.settings, self.plan.model_name, choices)
+        plan = self._format.plan(self.source.config, request)
+        return replace(plan, file_bytes=self._format.file_bytes(plan, self.source))
 
     @cached_property
     def smallest_bytes(self) -> int:
@@ -122,21 +121,17 @@ class Target:
         cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 
-    def recommended_bytes(
-        self, table: CostTable, gates: Mapping[str, str], spent: float = 0.0
-    ) -> int:
+    def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
         """The smallest file that is expected to be good: within ``GOOD``, and within the recipe's
         gate for KL with a margin; the largest file where none is.
 
         Args:
             table: as ``allocate`` takes it.
             gates: the recipe's.
-            spent: nats that pruning costs already.
         """
         goal = GOOD
         if "kl_divergence" in gates:
             goal = min(goal, MARGIN * float(gates["kl_divergence"].lstrip("<= ")))
-        goal -= spent
         options = [self.options(choice, table) for choice in self.choices]
         low, high = self.smallest_bytes - self.overhead, self.largest_bytes - self.overhead
         while high - low > max(4096, high // 500):
@@ -145,22 +140,3 @@ class Target:
             cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
             low, high = (low, middle) if cost <= goal else (middle, high)
         return high + self.overhead
-
-
-def infeasible(targets: Sequence[tuple[Target, int]]) -> UsageError | None:
-    """The refusal, where the smallest file of some target is more than its limit.
-
-    Args:
-        targets: each with its limit in bytes.
-    """
-    if all(target.smallest_bytes <= limit for target, limit in targets):
-        return None
-    sizes = ", ".join(
-        f"{target.plan.format} {format_bytes(target.smallest_bytes)}" for target, _ in targets
-    )
-    target, limit = next((t, limit) for t, limit in targets if t.smallest_bytes > limit)
-    return UsageError(
-        f"{target.plan.format}: no choice of grids fits in {format_bytes(limit)} "
-        f"({limit:,} bytes; the smallest is {target.smallest_bytes:,})",
-        hint=f"smallest feasible sizes: {sizes}; quantize.keep and quantize.candidates raise them",
-    )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.calibration.statistics import stored_block
-from compress.decoder.config import FUSED, DecoderConfig, split_name
+from compress.decoder.config import FUSED, DecoderConfig, split_name, stored_block
 from compress.errors import GridError
+from compress.formats import Format
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Exporter, Plan
+from compress.plan.shapes import Candidate, Plan
 
-__all__ = ["Choice", "Rules", "bits_of", "choices_of"]
+__all__ = ["Choice", "Rules", "choices_of"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,7 @@ class Choice:
         return self.roles == ("embed_tokens", "lm_head")
 
 
-def bits_of(grid: str) -> int:
-    """Bits of a code, by the grid's name: ``Q4_K`` → 4, ``lut6-g8`` → 6, ``F16`` → 16."""
-    found = re.search(r"\d+", grid)
-    return int(found[0]) if found else 0
-
-
-def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rules) -> list[Choice]:
+def choices_of(plan: Plan, config: DecoderConfig, exporter: Format, rules: Rules) -> list[Choice]:
     """The choices of a target, in the order of its file.
 
     Args:
@@ -82,7 +75,7 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rul
     """
     for name in rules.candidates:
         get_grid(name)
-    known = set(exporter.grids())
+    known = set(exporter.GRIDS)
     wanted = tuple(name for name in rules.candidates if name in known)
     groups: dict[str, list[str]] = {}
     entries = {entry.name: entry for entry in plan.entries}
@@ -98,7 +91,7 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Exporter, rules: Rul
         options = tuple(
             Candidate(option.grid, option.nbytes * len(names))
             for option in exporter.candidates(first, plan.settings, wanted)
-            if bits_of(option.grid) >= floor
+            if get_grid(option.grid).bits >= floor
         )
         if not options:
             raise GridError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +19,14 @@ from pathlib import Path
 from compress.allocation.effort import Effort
 from compress.allocation.sensitivity import Sensitivity, measure
 from compress.allocation.tensor_error import relative_error, sampled
-from compress.calibration.statistics import Statistics, stored_block
+from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
+from compress.files import cache_folder, file_lock, write_whole
 from compress.grids import Float32, Grid, get_grid
-from compress.output.cache import cache_folder, taking_turns
-from compress.plan.shapes import Solver
+from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 
@@ -61,14 +60,6 @@ class CostTable:
             for member in members(self.config, name, tied=tied)
         )
 
-    def block_cost(self, block: int) -> float:
-        """What a stored block's tensors cost together, each on the worst of its grids."""
-        return sum(
-            self.sensitivities[name].slope * max(grids.values())
-            for name, grids in self.errors.items()
-            if split_name(name)[0] == block
-        )
-
     def missing(self, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
         """Pairs of name and grid that are not there, by unfused name."""
         found: dict[str, list[str]] = {}
@@ -78,29 +69,6 @@ class CostTable:
                 if grid not in grids:
                     grids.append(grid)
         return found
-
-    def on(self, config: DecoderConfig, kept: Sequence[int]) -> CostTable:
-        """What this table says of a pruned shape of the same model: a unit of relative error costs
-        what it costs in the whole, and rows and columns that stay are like those that go.
-
-        Args:
-            config: of the shape.
-            kept: the stored blocks that are left, ascending.
-        """
-
-        def renamed(name: str) -> str:
-            block, role, kind = split_name(name)
-            if block is None:
-                return name
-            stored, run = divmod(block, config.block_repeat)
-            return f"blocks.{kept[stored] * config.block_repeat + run}.{role}.{kind}"
-
-        names = [name for name in WeightMap(config).names() if renamed(name) in self.sensitivities]
-        return CostTable(
-            config,
-            {name: self.sensitivities[renamed(name)] for name in names},
-            {name: self.errors[renamed(name)] for name in names if renamed(name) in self.errors},
-        )
 
     @classmethod
     def load(cls, config: DecoderConfig, path: Path) -> CostTable:
@@ -118,9 +86,7 @@ class CostTable:
             "sensitivities": {name: asdict(entry) for name, entry in self.sensitivities.items()},
             "errors": self.errors,
         }
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(document, indent=1))
 
 
 def members(config: DecoderConfig, name: str, *, tied: bool = False) -> list[str]:
@@ -157,7 +123,7 @@ def measured(
     facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()} {effort} {origin}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}-costs.json"
-    with taking_turns(path.with_suffix(".lock")):
+    with file_lock(path.with_suffix(".lock")):
         table = CostTable.load(source.config, path)
         if not table.sensitivities:
             with console.progress("measure sensitivities", "blocks") as told:

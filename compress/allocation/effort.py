@@ -3,9 +3,8 @@ of a large one, whose plan shall take minutes too.
 
 A large model's inputs are known by their mean squares on a few windows. Where the recipe says
 ``gptq``, its codes are those of ``scale_search``, and one share of all their errors is taken for
-what ``gptq`` leaves: that moves expectations, and no choice. What pruning costs is looked at once,
-without the update of what stays (``compress.pruning.glance``). What that is worth on the demo
-model: docs/budgets.md.
+what ``gptq`` leaves: that moves expectations, and no choice. What that is worth on
+the demo model: docs/budgets.md.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
-from compress.solvers import NEEDS
+from compress.recipe import needs_of
+from compress.recipe.solvers import BUILTIN_SOLVERS
 
 __all__ = ["Effort", "effort_for"]
 
@@ -31,7 +31,6 @@ class Effort:
         noisy: tokens that noise walks with, at most.
         sample: weights of a tensor that are tried on every grid.
         left: share of the errors that counts.
-        sampled: whether this is less than the recipe has.
     """
 
     solver: str
@@ -39,18 +38,20 @@ class Effort:
     noisy: int
     sample: int
     left: float
-    sampled: bool
 
 
 def effort_for(config: DecoderConfig, solver: str) -> Effort:
     """The effort for a model.
 
     Args:
-        config: the float model, whatever is pruned of it: shapes of one model compare.
-        solver: the recipe's.
+        config: the float model, whatever is pruned of it.
+        solver: the recipe's. Costs are kept on disk by the solver's name, so one of another
+            package, whose code may change under its name, is measured as our nearest.
     """
+    if solver not in BUILTIN_SOLVERS:
+        solver = "scale_search" if needs_of(solver) else "rtn"
     if config.num_parameters < LARGE:
-        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0, sampled=False)
-    second = NEEDS.get(solver) == "hessian"
+        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
+    second = needs_of(solver) == "hessian"
     light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)
-    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left, sampled=True)
+    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left)

@@ -27,7 +27,6 @@ def describe(budgeted: Budgeted) -> dict[str, Any]:
         "smallest_bytes": target.smallest_bytes,
         **({"recommended_bytes": budgeted.recommended} if budgeted.table else {}),
         "kept_high": kept_high(budgeted),
-        **({"weighed": list(budgeted.weighed)} if budgeted.weighed else {}),
     }
 
 
@@ -82,7 +81,6 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
         )
     headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
     console.table(headers, rows)
-    print_weighed(budgeted, console)
     for b in budgeted:
         if b.table is None:
             name = b.target.plan.format
@@ -91,25 +89,6 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
             console.data(f"{b.target.plan.format}: {b.limit.told}")
         for row in kept_high(b):
             console.data(f"{b.target.plan.format}: {row['name']} is {row['grid']}: {row['why']}")
-
-
-def print_weighed(budgeted: Sequence[Budgeted], console: Console) -> None:
-    """What was weighed against lower bits; nothing where nothing was."""
-    rows = [
-        [
-            b.target.plan.format,
-            row["what"],
-            format_bytes(row["smallest_bytes"]),
-            told(row.get("pruning_kl_divergence")),
-            told(row.get("expected_kl_divergence")),
-            row["outcome"],
-        ]
-        for b in budgeted
-        for row in b.weighed
-    ]
-    if rows:
-        headers = ["format", "pruned", "smallest", "KL of pruning", "expected KL", "outcome"]
-        console.table(headers, rows)
 
 
 def told(divergence: float | None) -> str:

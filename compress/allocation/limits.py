@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compress.console import format_bytes, parse_bytes
 from compress.decoder.footprint import activation_bytes, get_device
 from compress.errors import UsageError
 from compress.plan.job import Job
 from compress.plan.shapes import Plan
+
+if TYPE_CHECKING:
+    from compress.recipe.model import Budget
 
 __all__ = ["Limit", "limit_of"]
 
@@ -28,23 +30,25 @@ class Limit:
     told: str = ""
 
 
-def limit_of(budget: Mapping[str, Any], job: Job, plan: Plan) -> Limit | None:
+def limit_of(budget: Budget | None, job: Job, plan: Plan) -> Limit | None:
     """The limit of a target; None where the recipe has no budget.
 
     Args:
-        budget: the recipe's: ``weights`` (bytes of a file), ``memory`` (bytes while running),
-            ``device`` (whose limit for one app stands for ``memory`` where that is not said).
+        budget: the recipe's; a device's limit for one app stands for ``memory`` where that is not
+            said.
         job: its context counts.
         plan: of the target, for the bytes of its KV cache.
 
     Raises:
         UsageError: cache and activations alone are more than the memory.
     """
+    if budget is None:
+        return None
     found = []
-    if "weights" in budget:
-        found.append(Limit(parse_bytes(str(budget["weights"]))))
-    device = get_device(budget["device"]) if "device" in budget else None
-    memory = parse_bytes(str(budget["memory"])) if "memory" in budget else None
+    if budget.weights is not None:
+        found.append(Limit(parse_bytes(str(budget.weights))))
+    device = get_device(budget.device) if budget.device is not None else None
+    memory = None if budget.memory is None else parse_bytes(str(budget.memory))
     if memory is None and device is not None:
         memory = device.app_limit
     if memory is not None:

@@ -1,4 +1,4 @@
-"""``plan.json`` read back: the same grids and shapes again, without measuring grids."""
+"""``plan.json`` read back: the same grids again, nothing measured."""
 
 from __future__ import annotations
 
@@ -8,53 +8,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.allocation.ladder import Replan, alone
-from compress.allocation.step import GetExporter
-from compress.allocation.weigh import noted
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
-from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
-from compress.recipe import AMOUNTS
+from compress.formats import Format, get_format
+from compress.plan.job import Job, Replan
+from compress.plan.shapes import Plan
 
 __all__ = ["locked", "read_lock"]
 
 
-def locked(
-    path: Path, job: Job, get_exporter: GetExporter, prepare: Replan
-) -> tuple[Job, dict[str, dict[str, Any]]]:
-    """``--plan``: the job with the grids and shapes of a ``plan.json``, and what that says of its
-    budgets. Targets with a shape of their own are not pruned yet.
+def locked(path: Path, job: Job, replan: Replan) -> Job:
+    """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
 
     Raises:
-        UsageError: not a plan, or one of another model, or one that prunes where the recipe does.
+        UsageError: not a plan, or one of another model.
     """
     lock = read_lock(path)
-    plans, cuts, budgets = [], {}, locked_budgets(lock)
-    for name in job.recipe.targets:
-        prune = locked_prune(lock, name)
-        if prune and job.cut:
-            raise UsageError(
-                f"{name}: the plan prunes {prune['method']}, and the recipe prunes too",
-                hint="leave --prune out",
-            )
-        recipe = alone(job.recipe, name, prune or job.recipe.prune)
-        (plan,) = prepare(recipe=recipe).plans
-        exporter = get_exporter(name)
-        grids = locked_choices(lock, plan, job.config, exporter)
-        made = prepare({name: grids} if grids else None, recipe)
-        shaped = made.on(Stored(made.checkpoint, made.shape)) if made.cut else made
-        (plan,) = made.plans
-        plan = replace(
+    grids = {
+        plan.format: locked_choices(lock, plan, job.config, get_format(plan.format))
+        for plan in job.plans
+    }
+    made = replan(choices={name: chosen for name, chosen in grids.items() if chosen})
+    shaped = made.on(Stored(made.checkpoint, made.shape)) if made.cut else made
+    plans = tuple(
+        replace(
             plan,
-            file_bytes=exporter.file_bytes(plan, shaped.source_of(plan)),
-            expected_divergence=locked_divergence(lock, name),
+            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source_of(plan)),
+            expected_divergence=locked_divergence(lock, plan.format),
         )
-        plans.append(noted(plan, budgets.get(name, {}).get("weighed", ())))
-        if prune and made.cut:
-            cuts[name] = made.cut
-    return replace(job, plans=tuple(plans), cuts=cuts), budgets
+        for plan in made.plans
+    )
+    return replace(job, plans=plans, budgets=locked_budgets(lock))
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -75,7 +60,7 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def locked_choices(
-    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Exporter
+    lock: Mapping[str, Any], plan: Plan, config: DecoderConfig, exporter: Format
 ) -> dict[str, str]:
     """Entry name → grid as the lock has them; empty where the plan has the same already.
 
@@ -112,21 +97,6 @@ def locked_choices(
         raise UsageError(f"the plan says nothing of {missing[0]}", hint="it is another model's")
     found = {name: grids[name] for name in free if name in grids}
     return {} if found == free else found
-
-
-def locked_prune(lock: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The recipe's ``prune`` for a target with a shape of its own; empty where it has none.
-
-    Raises:
-        UsageError: damaged.
-    """
-    try:
-        found = dict(lock["targets"].get(name, {}).get("prune") or {})
-        if found and not isinstance(found[AMOUNTS[found["method"]][1]], int):
-            raise TypeError("prune counts whole things")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the plan is damaged: {type(error).__name__}: {error}") from error
-    return found
 
 
 def locked_divergence(lock: Mapping[str, Any], format: str) -> float | None:

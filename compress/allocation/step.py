@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from compress.allocation.budget import Allocation, Target, infeasible
-from compress.allocation.choices import Choice
-from compress.allocation.costs import CostTable, measured, members
+from compress.allocation.budget import Allocation, Target
+from compress.allocation.costs import CostTable, measured
 from compress.allocation.effort import effort_for
 from compress.allocation.limits import Limit, limit_of
 from compress.calibration.step import CalibrationStep
-from compress.plan.job import Job
-from compress.plan.shapes import Exporter, Plan
+from compress.plan.job import Job, Replan
+from compress.plan.shapes import Plan
 from compress.solvers import get_solver
 
 __all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
-
-Prepare = Callable[[Mapping[str, Mapping[str, str]]], Job]
-"""Format → entry name → grid: the job with these grids."""
-
-GetExporter = Callable[[str], Exporter]
 
 
 @dataclass(frozen=True)
@@ -31,7 +24,6 @@ class Budgeted:
     Attributes:
         table: what was measured; None where the largest file fits, and nothing had to be.
         recommended: bytes of the smallest file that is expected to be good; 0 without a table.
-        weighed: the shapes that were weighed, as ``weigh.py`` tells them; none: nothing was.
     """
 
     target: Target
@@ -39,7 +31,6 @@ class Budgeted:
     allocation: Allocation
     table: CostTable | None = field(repr=False)
     recommended: int = 0
-    weighed: tuple[Mapping[str, Any], ...] = ()
 
 
 class BudgetStep:
@@ -47,34 +38,25 @@ class BudgetStep:
 
     Args:
         calibration: of the job as its recipe has it without a budget.
-        get_exporter: format → its exporter.
     """
 
-    def __init__(self, calibration: CalibrationStep, get_exporter: GetExporter) -> None:
+    def __init__(self, calibration: CalibrationStep) -> None:
         self.job = calibration.job
         self._calibration = calibration
-        self.targets = targets_of(self.job, get_exporter)
+        self.targets = targets_of(self.job)
         self._tables: dict[str, CostTable] = {}
 
-    def allocate(
-        self,
-        limits: Sequence[Limit],
-        targets: Sequence[Target] | None = None,
-        *,
-        expect: bool = False,
-    ) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target (or these).
+    def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
+        """Measure what is not in the cost table yet, and choose for every target; nothing is
+        measured for one whose largest file fits.
 
         Args:
-            limits: of each.
-            targets: some of ``targets``.
-            expect: whether a divergence is wanted where the largest file fits, too; else nothing
-                is measured there.
+            limits: of each target.
         """
         gates = self.job.recipe.gates
         found = []
-        for target, limit in zip(targets or self.targets, limits, strict=True):
-            if target.largest_bytes <= limit.nbytes and not expect:
+        for target, limit in zip(self.targets, limits, strict=True):
+            if target.largest_bytes <= limit.nbytes:
                 found.append(Budgeted(target, limit, target.largest, None))
                 continue
             table = self.table(target)
@@ -107,32 +89,13 @@ class BudgetStep:
             )
         return self._tables[key]
 
-    def adopt(self, table: CostTable) -> None:
-        """Take a table in the place of measuring; grids that it does not know are no options."""
-        for target in self.targets:
-            target.choices = [known_options(choice, table) for choice in target.choices]
-            self._tables[target.source.fingerprint()] = table
-
-    def settle(self, budgeted: Sequence[Budgeted], prepare: Prepare) -> Job:
+    def settle(self, budgeted: Sequence[Budgeted], replan: Replan) -> Job:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""
         chosen = {b.target.plan.format: b for b in budgeted}
-        made = prepare({name: b.target.grids(b.allocation.options) for name, b in chosen.items()})
-        plans = (
-            told(p, chosen[p.format].allocation.plan) for p in made.plans if p.format in chosen
-        )
-        return replace(self.job, plans=tuple(plans))
-
-
-def known_options(choice: Choice, table: CostTable) -> Choice:
-    """A choice among what a table knows."""
-    unknown = {
-        grid
-        for member in members(table.config, choice.name, tied=choice.tied)
-        for grid in (option.grid for option in choice.options)
-        if grid not in table.errors.get(member, {})
-    }
-    options = tuple(option for option in choice.options if option.grid not in unknown)
-    return replace(choice, options=options)
+        grids = {name: b.target.grids(b.allocation.options) for name, b in chosen.items()}
+        made = replan(choices=grids)
+        plans = tuple(told(plan, chosen[plan.format].allocation.plan) for plan in made.plans)
+        return replace(self.job, plans=plans)
 
 
 def told(plan: Plan, allocated: Plan) -> Plan:
@@ -144,22 +107,9 @@ def told(plan: Plan, allocated: Plan) -> Plan:
     )
 
 
-def targets_of(job: Job, get_exporter: GetExporter) -> list[Target]:
+def targets_of(job: Job) -> list[Target]:
     """The targets of a job, in its order."""
-    return [Target(job, plan, get_exporter(plan.format)) for plan in job.plans]
-
-
-def limits_of(job: Job, targets: Sequence[Target]) -> list[Limit]:
-    """A limit for each target.
-
-    Raises:
-        UsageError: the smallest file of some target is more.
-    """
-    found = [limit_for(job, target) for target in targets]
-    pairs = [(target, limit.nbytes) for target, limit in zip(targets, found, strict=True)]
-    if refusal := infeasible(pairs):
-        raise refusal
-    return found
+    return [Target(job, plan) for plan in job.plans]
 
 
 def limit_for(job: Job, target: Target) -> Limit:
@@ -167,20 +117,14 @@ def limit_for(job: Job, target: Target) -> Limit:
     return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
-def within_budget(
-    calibration: CalibrationStep, get_exporter: GetExporter, prepare: Prepare
-) -> tuple[Job, list[Budgeted]]:
-    """The job with grids chosen within its recipe's budget.
+def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, tuple[Budgeted, ...]]:
+    """The job with grids chosen within its recipe's budget, which ``feasible.py`` let pass.
 
     Args:
         calibration: of the job as its recipe has it without a budget, its weights as they are
             written.
-        get_exporter: format → its exporter.
-        prepare: the job with other grids.
-
-    Raises:
-        UsageError: an infeasible budget.
+        replan: the job with other grids.
     """
-    step = BudgetStep(calibration, get_exporter)
-    budgeted = step.allocate(limits_of(step.job, step.targets))
-    return step.settle(budgeted, prepare), budgeted
+    step = BudgetStep(calibration)
+    budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])
+    return step.settle(budgeted, replan), tuple(budgeted)

@@ -1,8 +1,8 @@
-"""The jobs file: YAML against ``schema.json``, and the matrix models × recipes × formats.
+"""The jobs file and its matrix models × recipes × budgets × formats.
 
 A job is one model with one recipe, all formats in one ``build``, which reads every shard once for
-all of them; ``split: true`` makes a job of each format. Jobs are named ``MODEL/RECIPE`` (and
-``/FORMAT``), and so are their folders in the output tree.
+all of them; ``split: true`` makes a job of each format, ``budgets`` one of each size. Jobs are
+named ``MODEL/RECIPE`` (``MODEL/RECIPE-1.8GiB/FORMAT``), and so are their folders in the tree.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import recipes
+from compress.batch.jobs_file import JobsFile, ModelEntry, Options
 from compress.build.settings import BuildSettings
 from compress.checkpoint.remote import find, is_url
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
-from compress.recipe import explain, parse
+from compress.formats import FORMATS
+from compress.recipe import parse
+from compress.recipe.model import hint_of
+from compress.recipe.schema import explain
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
 
 # Options whose values are files, and so relative to the jobs file.
-PATHS = ("eval-text", "imatrix", "plan")
+PATHS = ("eval_text", "imatrix", "plan")
 # Those that stand in the command line as they are.
-WORDS = ("budget", "budget-memory", "device", "prune", "context", "seed", "threads")
+WORDS = ("budget", "budget_memory", "device", "prune", "context", "seed", "threads")
 GLOB = "*?["
 
 
@@ -43,7 +48,7 @@ class BatchJob:
         model_name: the first part of the name; jobs of one model share work.
         recipe: shipped name or path.
         formats: of this job; empty for those of the recipe.
-        options: of ``packlight build``, by the schema's names; paths made absolute.
+        options: of ``packlight build``; paths made absolute.
         revision: of a Hub model; empty for its main branch.
     """
 
@@ -52,16 +57,16 @@ class BatchJob:
     model_name: str
     recipe: str
     formats: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
     revision: str = ""
 
     def settings(self, output: Path) -> BuildSettings:
         """What ``build`` is asked for."""
         options = self.options
         words: dict[str, Any] = {
-            key.replace("-", "_"): Path(options[key]) if key in PATHS else options[key]
-            for key in (*PATHS, *WORDS)
-            if key in options
+            name: Path(value) if name in PATHS else value
+            for name, value in options.given()
+            if name in (*PATHS, *WORDS)
         }
         return BuildSettings(
             model=self.model,
@@ -69,9 +74,9 @@ class BatchJob:
             recipe=self.recipe,
             overrides=overrides(options),
             formats=self.formats,
-            calibration=tuple(map(Path, options.get("calibration", ()))),
-            allow_dense=options.get("allow-dense", False),
-            verify=options.get("verify", True),
+            calibration=tuple(map(Path, options.calibration or ())),
+            allow_dense=options.allow_dense or False,
+            verify=options.verify is not False,
             hub={"revision": self.revision or None},
             **words,
         )
@@ -79,12 +84,12 @@ class BatchJob:
     @property
     def memory(self) -> int | None:
         """What the file says that it takes, in bytes."""
-        return parse_bytes(self.options["memory"]) if "memory" in self.options else None
+        return None if self.options.memory is None else parse_bytes(self.options.memory)
 
 
-def overrides(options: Mapping[str, Any]) -> tuple[str, ...]:
+def overrides(options: Options) -> tuple[str, ...]:
     """``set`` as ``--set`` takes it; values are JSON, which is YAML."""
-    return tuple(f"{key}={json.dumps(value)}" for key, value in options.get("set", {}).items())
+    return tuple(f"{key}={json.dumps(value)}" for key, value in (options.set or {}).items())
 
 
 def arguments(settings: BuildSettings) -> list[str]:
@@ -97,9 +102,9 @@ def arguments(settings: BuildSettings) -> list[str]:
     for text in settings.calibration:
         words += ["--calibration", str(text)]
     for key in (*PATHS, *WORDS):
-        value = getattr(settings, key.replace("-", "_"))
+        value = getattr(settings, key)
         if value not in (None, "", 0) or (key == "seed" and value == 0):
-            words += [f"--{key}", str(value)]
+            words += [f"--{key.replace('_', '-')}", str(value)]
     if settings.allow_dense:
         words.append("--allow-dense")
     if not settings.verify:
@@ -132,12 +137,15 @@ def read_jobs(path: Path) -> BatchFile:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"{path} cannot be read: {why}", hint="docs/batch.md shows one") from error
     document = parse(text, str(path), "a jobs file", "docs/batch.md shows one")
-    check(document, str(path))
+    try:
+        file = JobsFile.model_validate(document)
+    except ValidationError as error:
+        raise explain(error, str(path), document, hint_of) from None
     home = path.resolve().parent
-    jobs = list(expand(document, home))
+    jobs = list(expand(file, home))
     if not jobs:
         raise UsageError(f"{path}: overrides skip every job")
-    output = document.get("output", path.stem)
+    output = file.output or path.stem
     output = output if is_url(output) else str(home / output)
     twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
     if twice:
@@ -148,77 +156,51 @@ def read_jobs(path: Path) -> BatchFile:
     return BatchFile(path, output, tuple(jobs))
 
 
-def check(document: Mapping[str, Any], source: str) -> None:
-    """Hold a document against the schema.
-
-    Raises:
-        RecipeError: the first problem, with its path.
-    """
-    from jsonschema import Draft202012Validator
-
-    schema = json.loads((files(__package__) / "schema.json").read_text(encoding="utf-8"))
-    problems = list(Draft202012Validator(schema).iter_errors(document))
-    if problems:
-        raise explain(min(problems, key=lambda error: list(map(str, error.absolute_path))), source)
-    for options in every_options(document):
-        if "memory" in options:
-            try:
-                parse_bytes(options["memory"])
-            except ValueError as error:
-                raise RecipeError(f"{source}: options.memory: {error}") from error
-
-
-def every_options(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All mappings of options in a file."""
-    sections = [document, *document["models"], *document.get("overrides", ())]
-    yield from (
-        part["options"] for part in sections if isinstance(part, dict) and "options" in part
-    )
-
-
-def expand(document: Mapping[str, Any], home: Path) -> Iterator[BatchJob]:
-    """The matrix, in the order of the file: models, then recipes, then formats."""
+def expand(file: JobsFile, home: Path) -> Iterator[BatchJob]:
+    """The matrix, in the order of the file: models, then recipes, budgets, formats."""
     taken: dict[str, str] = {}
-    for entry in document["models"]:
-        told = {"model": entry} if isinstance(entry, str) else entry
-        for model in find_models(told["model"], home):
-            name = told.get("name") or safe_name(model)
+    for entry in file.models:
+        asked = ModelEntry(model=entry) if isinstance(entry, str) else entry
+        for model in find_models(asked.model, home):
+            name = asked.name or safe_name(model)
             if taken.setdefault(name, model) != model:
                 raise UsageError(
                     f"two models would go to {name}/: {taken[name]} and {model}",
                     hint="give one of them a name: {model: …, name: …}",
                 )
-            for recipe in told.get("recipes") or document.get("recipes") or ["phone-4bit"]:
-                yield from jobs_of(name, model, recipe, told, document, home)
+            for recipe in asked.recipes or file.recipes:
+                for budget in file.budgets or [""]:
+                    yield from jobs_of(name, model, recipe, budget, asked, file, home)
 
 
 def jobs_of(
     name: str,
     model: str,
     recipe: str,
-    told: Mapping[str, Any],
-    document: Mapping[str, Any],
+    budget: str,
+    asked: ModelEntry,
+    file: JobsFile,
     home: Path,
 ) -> Iterator[BatchJob]:
-    """The jobs of one model and one recipe: one, or one for each format."""
+    """The jobs of one model, one recipe and one budget, if any: one, or one for each format."""
     stem = f"{name}/{Path(recipe).stem if recipe not in recipes.names() else recipe}"
-    formats = told.get("formats") or document.get("formats") or []
+    stem += f"-{budget}" if budget else ""
+    formats = asked.formats or file.formats or []
     place = recipe if recipe in recipes.names() else place_of(recipe, home)
-    options = merged({}, document.get("options", {}), home)
-    options = merged(options, told.get("options", {}), home)
-    splits = document.get("split", False)
-    if splits and not formats:
+    options = merged(merged(Options(), file.options, home), asked.options, home)
+    if budget:
+        options = options.model_copy(update={"budget": budget})
+    if file.split and not formats:
         formats = targets_of(place)
-    for part in [[one] for one in formats] if splits else [formats]:
-        own, mine, skip = f"{stem}/{part[0]}" if splits else stem, options, False
-        for rule in document.get("overrides", ()):
-            if fnmatchcase(own, rule["jobs"]):
-                mine = merged(mine, rule.get("options", {}), home)
-                part = part if splits else rule.get("formats", part)
-                skip = rule.get("skip", skip)
+    for part in [[one] for one in formats] if file.split else [formats]:
+        own, mine, skip = f"{stem}/{part[0]}" if file.split else stem, options, False
+        for rule in file.overrides:
+            if fnmatchcase(own, rule.jobs):
+                mine = merged(mine, rule.options, home)
+                part = part if file.split else rule.formats or part
+                skip = skip if rule.skip is None else rule.skip
         if not skip:
-            revision = told.get("revision", "")
-            yield BatchJob(own, model, name, place, tuple(part), mine, revision)
+            yield BatchJob(own, model, name, place, tuple(part), mine, asked.revision)
 
 
 def targets_of(recipe: str) -> list[str]:
@@ -229,7 +211,7 @@ def targets_of(recipe: str) -> list[str]:
     try:
         return list(load(recipe).targets)
     except RecipeError:
-        return ["gguf", "onnx", "coreml"]
+        return list(FORMATS)
 
 
 def find_models(model: str, home: Path) -> list[str]:
@@ -263,17 +245,17 @@ def safe_name(model: str) -> str:
     return model_name(model)
 
 
-def merged(options: Mapping[str, Any], more: Mapping[str, Any], home: Path) -> dict[str, Any]:
+def merged(options: Options, more: Options, home: Path) -> Options:
     """Options under those that go over them; keys of ``set`` one by one; paths from ``home``."""
-    told = dict(more)
+    changes = dict(more.given())
     for key in PATHS:
-        if key in told:
-            told[key] = place_of(told[key], home)
-    if "calibration" in told:
-        told["calibration"] = [place_of(text, home) for text in told["calibration"]]
-    if "set" in told:
-        told["set"] = {**options.get("set", {}), **told["set"]}
-    return {**options, **told}
+        if changes.get(key) is not None:
+            changes[key] = place_of(changes[key], home)
+    if more.calibration is not None:
+        changes["calibration"] = [place_of(text, home) for text in more.calibration]
+    if more.set is not None:
+        changes["set"] = {**(options.set or {}), **more.set}
+    return options.model_copy(update=changes)
 
 
 def select(jobs: Sequence[BatchJob], patterns: Iterable[str]) -> list[BatchJob]:

@@ -12,17 +12,17 @@ from typing import Any
 from markupsafe import Markup
 
 from compress.batch.pictures import Dot, Row, cloud, rows
-from compress.console import format_bytes
+from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import amount, page_template, short_size
-from compress.report.report import FORMATS
+from compress.report.html import page_template
+from compress.report.report import GateReport
+from compress.report.words import gate_failure, short_size
 
 __all__ = ["render"]
 
 Json = Mapping[str, Any]
 
-STYLES = {"gguf": "c0", "onnx": "c1", "coreml": "c2"}
 WORDS = {
     "passed": ("✓ passed", "good"),
     "failed": ("✕ gate failed", "bad"),
@@ -60,18 +60,22 @@ def render(document: Json) -> str:
             f"{count} {WORDS[status][0][2:]}" for status, count in document["counts"].items()
         ),
         words=WORDS,
-        formats=FORMATS,
-        styles=STYLES,
+        formats={name: row.title for name, row in FORMATS.items()},
+        styles={name: style_of(name) for name in FORMATS},
         style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
         pictures=pictures(jobs),
     )
 
 
+def style_of(name: str) -> str:
+    """The colour of a format's artifacts: a class of the style sheet."""
+    return f"c{list(FORMATS).index(name)}"
+
+
 def failed_gates(job: Json) -> list[str]:
     """A sentence for each gate that a job's artifacts did not pass."""
     return [
-        f"{job['name']}, {FORMATS[a['format']]}: {gate['name']} is {amount(gate['value'])}, "
-        f"the gate is {gate['limit']}"
+        f"{job['name']}, {get_format(a['format']).title}: {gate_failure(GateReport(**gate))}"
         for a in job["artifacts"]
         for gate in a["gates"]
         if not gate["passed"]
@@ -81,16 +85,18 @@ def failed_gates(job: Json) -> list[str]:
 def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
     """The pictures that there are figures for, by name."""
     drawn: dict[str, Markup] = {}
-    dots = [
-        Dot(STYLES[a["format"]], a["bytes"], title_of(job, a), a["kl_divergence"])
-        for job in jobs
-        for a in job["artifacts"]
-        if a["kl_divergence"] is not None
-    ]
-    if dots:
+    known: dict[tuple[str, str, str], list[Dot]] = {}
+    for job in jobs:
+        for a in job["artifacts"]:
+            if a["kl_divergence"] is not None:
+                dot = Dot(style_of(a["format"]), a["bytes"], title_of(job, a), a["kl_divergence"])
+                known.setdefault((job["model"], job["recipe"], a["format"]), []).append(dot)
+    # Of one model and recipe in one format there are several where the budgets are.
+    series = [sorted(run, key=lambda dot: dot.x) for run in known.values() if len(run) > 1]
+    if dots := [dot for run in known.values() for dot in run]:
         divisor, unit = charts.unit_of(max(dot.x for dot in dots))
         drawn["cloud"] = cloud(
-            dots, "File size against mean KL divergence, one mark per artifact",
+            dots, series, "File size against mean KL divergence, one mark per artifact",
             f"file size, {unit}", "mean KL divergence, nats per token", divisor,
         )  # fmt: skip
     for name, key, axis in (
@@ -110,7 +116,7 @@ def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
 def figures_of(job: Json, key: str) -> list[Dot]:
     """One figure of each artifact of a job, where it was measured."""
     return [
-        Dot(STYLES[a["format"]], a[key], title_of(job, a))
+        Dot(style_of(a["format"]), a[key], title_of(job, a))
         for a in job["artifacts"]
         if a[key] is not None
     ]
@@ -118,7 +124,7 @@ def figures_of(job: Json, key: str) -> list[Dot]:
 
 def title_of(job: Json, artifact: Json) -> str:
     """What a mark stands for."""
-    words = f"{job['name']}, {FORMATS[artifact['format']]} {artifact['type']}: "
+    words = f"{job['name']}, {get_format(artifact['format']).title} {artifact['type']}: "
     divergence = artifact["kl_divergence"]
-    told = f", KL {divergence:.4g}" if divergence is not None else ""
-    return words + format_bytes(artifact["bytes"]).partition(" (")[0] + told
+    quality = f", KL {divergence:.4g}" if divergence is not None else ""
+    return words + short_size(artifact["bytes"]) + quality

@@ -72,11 +72,19 @@ def marked(dot: Dot, x: float, y: float) -> Markup:
     return charts.element("g", charts.element("title", dot.title), charts.marker(x, y, dot.style))
 
 
-def cloud(dots: Sequence[Dot], title: str, x_axis: str, y_axis: str, divisor: float) -> Markup:
+def cloud(
+    dots: Sequence[Dot],
+    series: Sequence[Sequence[Dot]],
+    title: str,
+    x_axis: str,
+    y_axis: str,
+    divisor: float,
+) -> Markup:
     """Every artifact as a mark: size to the right, divergence up.
 
     Args:
         dots: not empty.
+        series: some of them, each run joined by a line in the style of its first.
         title: for those who do not see the picture.
         x_axis, y_axis: what they are, with the unit.
         divisor: from ``x`` to the unit of its axis.
@@ -96,6 +104,9 @@ def cloud(dots: Sequence[Dot], title: str, x_axis: str, y_axis: str, divisor: fl
         marks.append(text(x, bottom + 17, charts.plain(value), "middle", "tick"))
     marks.append(text((left + right) / 2, bottom + 36, x_axis, "middle", "axis"))
     marks.append(text(0, top - 14, y_axis, "start", "axis"))
+    for run in series:
+        path = " ".join(f"{across.place(dot.x / divisor):.1f},{up.place(dot.y):.1f}" for dot in run)
+        marks.append(charts.element("polyline", points=path, class_=f"curve {run[0].style}"))
     marks += [marked(dot, across.place(dot.x / divisor), up.place(dot.y)) for dot in dots]
     return charts.picture(bottom + 44, title, *marks)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.allocation.chosen import Chosen
 from compress.decoder.config import DecoderConfig
+from compress.formats import get_format
+from compress.grids import get_grid
+from compress.grids.palette import Palette
 from compress.plan.job import (
     GENERATED_ROOM,
-    GetExporter,
     Job,
     choose_threads,
     looks_at_inputs,
@@ -23,30 +24,21 @@ from compress.plan.job import (
 )
 from compress.plan.memory import smallest_memory
 from compress.plan.shapes import Plan
-from compress.solvers import NEEDS
-from compress.verify.agenda import Agenda
-from compress.verify.forecast import verification_seconds
+from compress.recipe import needs_of
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
 # Resident bytes of a process that has loaded its libraries and nothing else.
 PYTHON = 200_000_000  # with numpy, numba, onnx, jinja2
 TORCH = 200_000_000
-COREMLTOOLS = 280_000_000
-# A process that runs the artifact: what it has without it, and bytes per byte of weights.
-RUNTIME = {
-    "gguf": (80_000_000, 1.05),
-    "onnx": (100_000_000, 1.65),
-    "coreml": (290_000_000, 1.15),
-}
 MARGIN = 1.1
 
 # Seconds of one core.
 START = 6.0  # imports of all processes, report
-WEIGHT = {"gguf": 17e-9, "onnx": 7e-9, "coreml": 11e-9}  # rounding and packing, per weight
-PALETTE = 26e-9  # Core ML's palettes, per weight
-SOLVE = {"rtn": 0.0, "scale_search": 15e-9, "gptq": 430e-9}  # more, per weight and target
+# More, per weight and target, by what the solver needs: rtn, scale_search, gptq.
+SOLVE = {None: 0.0, "importance": 15e-9, "hessian": 430e-9}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
+SCORE = 2.5e-11  # per weight and token of the text, in the float model or any runtime
 
 
 @dataclass(frozen=True)
@@ -66,24 +58,22 @@ class Prediction:
     seconds: float
 
 
-def predict(chosen: Chosen, get_exporter: GetExporter, *, verify: bool, threads: int) -> Prediction:
+def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
     """The prediction for a job that was planned.
 
     Args:
-        chosen: the job, no grid of a budget chosen yet.
-        get_exporter: format → its exporter.
+        job: no grid of a budget is chosen yet.
         verify: whether its artifacts are run.
         threads: as ``share_threads`` gives them.
     """
-    job = chosen.job
     # Bounded by it (--max-memory), a build holds no more.
-    memory = smallest_memory(job, get_exporter, verify=verify)
+    memory = smallest_memory(job, verify=verify)
     if verify:  # what it keeps then, and the process beside it
-        coreml = any(plan.format == "coreml" for plan in job.plans)
-        libraries = PYTHON + TORCH + COREMLTOOLS * coreml
-        memory = max(memory, libraries + max(runtime_memory(chosen, plan) for plan in job.plans))
+        formats = [get_format(plan.format) for plan in job.plans]
+        libraries = PYTHON + TORCH + max(row.process.library_bytes for row in formats)
+        memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))
     return Prediction(
-        bytes=chosen.predicted_bytes,
+        bytes=sum(map(job.bytes_of, job.plans)),
         memory=int(memory * MARGIN),
         threads=threads,
         seconds=cpu_seconds(job, verify=verify) / threads,
@@ -91,21 +81,20 @@ def predict(chosen: Chosen, get_exporter: GetExporter, *, verify: bool, threads:
 
 
 def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> int:
-    """Threads of one job: as told, else what ``build`` would take, within its share of ``jobs``."""
+    """Threads of one job: ``wanted``, else those of ``build``, within its share of ``jobs``."""
     if wanted:
         return min(wanted, cpus)
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
 
 
-def runtime_memory(chosen: Chosen, plan: Plan) -> int:
+def runtime_memory(job: Job, plan: Plan) -> int:
     """Bytes of the process that runs an artifact: its weights, cache and logits."""
-    job = chosen.job
-    base, factor = RUNTIME[plan.format]
+    process = get_format(plan.format).process
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     positions = max(job.context, length + GENERATED_ROOM)
     cache = positions * job.shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     logits = 12 * length * job.config.vocab_size
-    return base + int(factor * chosen.bytes_of(plan)) + cache + logits
+    return process.base_bytes + int(process.per_byte * job.bytes_of(plan)) + cache + logits
 
 
 def cpu_seconds(job: Job, *, verify: bool) -> float:
@@ -113,15 +102,17 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     weights, recipe = job.config.num_parameters, job.recipe
     seconds = START
     for plan in job.plans:
-        palette = plan.format == "coreml" and plan.type_name.startswith("lut")
-        rate = PALETTE if palette else WEIGHT[plan.format]
-        seconds += weights * (rate + SOLVE[recipe.solver])
+        process = get_format(plan.format).process
+        palette = process.palette_seconds and any(
+            isinstance(get_grid(entry.grid), Palette) for entry in plan.entries
+        )
+        rate = process.palette_seconds if palette else process.seconds_per_weight
+        seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
-        needs = NEEDS.get(recipe.solver, "importance")
-        seconds += weights * recipe.calibration["tokens"] * WALK[needs]
+        needs = needs_of(recipe.solver) or "importance"
+        seconds += weights * recipe.calibration.tokens * WALK[needs]
     if verify:
         length = window_length(job.config, job.plans, recipe.sequence_length)
         count = window_count(job.config, recipe.windows)
-        agenda = Agenda.of([length] * count, max(job.context, length + GENERATED_ROOM))
-        seconds += verification_seconds(job.config, job.plans, agenda)
+        seconds += weights * count * length * SCORE * (1 + len(job.plans))
     return seconds

@@ -14,6 +14,8 @@ from compress.batch.engine import Work
 from compress.batch.state import Record, State
 from compress.console import Console, color, format_bytes
 from compress.progress import clock_time
+from compress.report.report import Report
+from compress.report.words import short_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -160,7 +162,7 @@ class Board:
             word, shade = WORDS[self.records[name].status]
             rows.add_row(name, Text(word, shade), Text(self.result(name)))
         for name, begun in list(self._started.items()):
-            phase = told(last_line(self._state.file(name, "progress")))
+            phase = describe_phase(last_line(self._state.file(name, "progress")))
             took = clock_time(time.monotonic() - begun)
             rows.add_row(name, Text("running", "cyan"), Text(f"{took}  {phase}"))
         waiting = [n for n in self._planned if n not in self.records and n not in self._started]
@@ -191,7 +193,7 @@ def last_line(progress: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def told(line: Mapping[str, Any]) -> str:
+def describe_phase(line: Mapping[str, Any]) -> str:
     """Phase, share and time left: ``write gguf Q4_K_M  43 %  0:12 left``."""
     words = [str(line.get("phase", "starting"))]
     if line.get("total"):
@@ -201,12 +203,10 @@ def told(line: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Report | None) -> str:
     """A finished job in a few words: its formats, their sizes, the worst divergence."""
-    artifacts = report.get("artifacts", [])
-    sizes = ", ".join(
-        f"{a['format']} {format_bytes(a['bytes']).partition(' (')[0]}" for a in artifacts
-    )
-    found = [(a["kl_divergence"] or {}).get("mean") for a in artifacts]
-    known = [value for value in found if value is not None]
+    artifacts = report.artifacts if report else []
+    sizes = ", ".join(f"{found.format} {short_size(found.bytes)}" for found in artifacts)
+    divergences = [found.kl_divergence.mean for found in artifacts if found.kl_divergence]
+    known = [value for value in divergences if value is not None]
     return sizes + (f"  KL up to {max(known):.4f}" if known else "")

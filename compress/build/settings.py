@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.report.ci import CiFiles
 from compress.errors import UsageError
 from compress.pruning.options import prune_option
+from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
 
 __all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]
@@ -43,7 +43,6 @@ class BuildSettings:
     budget: str = ""
     budget_memory: str = ""
     device: str = ""
-    sweep: str = ""
     plan: Path | None = None
     locked: bool = False
     provenance: bool = False
@@ -58,7 +57,7 @@ class BuildSettings:
     resume: bool = False
     verify: bool = True
     keep_baseline: Path | None = None
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
     source: str = ""
     hub: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,7 +77,7 @@ class VerifySettings:
     sequence_length: int = 512
     threads: int = 0
     max_memory: int | None = None
-    ci_files: CiFiles = field(default_factory=CiFiles)
+    ci_files: CiFiles | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,8 +88,8 @@ def check_options(settings: BuildSettings) -> None:
         UsageError: two ways to choose grids.
     """
     budget = bool(settings.budget or settings.budget_memory or settings.device)
-    if sum((budget, bool(settings.sweep), settings.plan is not None)) > 1:
-        raise UsageError("a budget, --sweep and --plan exclude each other")
+    if budget and settings.plan is not None:
+        raise UsageError("a budget and --plan exclude each other")
 
 
 def recipe_overrides(settings: BuildSettings) -> list[str]:
@@ -134,7 +133,7 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--gate", gate]
     for path in settings.calibration:
         words += ["--calibration", path.name]
-    for option in ("budget", "budget_memory", "device", "sweep"):
+    for option in ("budget", "budget_memory", "device"):
         if value := getattr(settings, option):
             words += [f"--{option.replace('_', '-')}", value]
     if settings.plan:

@@ -1,99 +1,180 @@
-"""Writing the artifacts of a build, each from its own weights and all beside each other."""
+"""Writing the artifacts of a build: one loop over the parts of the model drives all writers.
+
+The embedding goes to every target, then the first block, and so on, so that the checkpoint comes
+from the disk once: what one target has read is still in the page cache when the next ones ask.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.calibration.step import CalibrationStep
-from compress.console import Console, format_bytes
-from compress.plan.job import Job
-from compress.build.lockstep import in_lockstep
-from compress.machine import reuse_memory
-from compress.plan.shapes import Artifact, Plan, Progress, Shipyard
-from compress.output.folder import state_folder
-from compress.pace import expected_steps
 from compress.checkpoint.sources import Source
-from compress.build.target import prepare_target, target_weights
+from compress.console import Console, format_bytes
+from compress.formats import get_format
+from compress.machine import reuse_memory, worker_threads
+from compress.output.folder import state_folder
+from compress.plan.job import Job
+from compress.plan.ledger import Ledger
+from compress.plan.shapes import Artifact, Plan, Writer, Written
+from compress.plan.weights import Weights
+from compress.solvers import get_solver, slabs_at_once
 
-__all__ = ["write_artifacts"]
+if TYPE_CHECKING:
+    from compress.calibration.statistics import Statistics
+    from compress.calibration.step import CalibrationStep
+
+__all__ = ["put_all", "write_artifacts"]
 
 
 def write_artifacts(
-    calibration: CalibrationStep, shipyard: Shipyard, folder: Path, console: Console
+    job: Job, calibration: CalibrationStep | None, folder: Path, console: Console
 ) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from its source.
 
     All go together, unless each has to carry the hidden states of the calibration texts through
     its own quantized blocks: those are large, and so is the work beside that of reading.
+
+    Args:
+        job: its plans are written.
+        calibration: of the job; None where nothing looks at inputs.
+        folder: of the build.
+        console: for progress.
     """
     reuse_memory()
-    plans = calibration.job.plans
-    groups = [(plan,) for plan in plans] if calibration.propagates else [plans]
+    propagates = calibration is not None and calibration.propagates
+    groups = [(plan,) for plan in job.plans] if propagates else [job.plans]
     artifacts: list[Artifact] = []
     for group in groups:
-        artifacts += write_together(group, calibration, shipyard, folder, console)
+        sources = [prepare_target(plan, job, calibration, console) for plan in group]
+        label = f"write {', '.join(plan.format for plan in group)}"
+        total, done = sum(plan.weights_bytes for plan in group), 0
+        with (
+            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
+            console.progress(label, "bytes") as update,
+        ):
+
+            def written(nbytes: int) -> None:
+                nonlocal done
+                done += nbytes
+                update(min(done, total), total)
+
+            writers: list[Writer] = []
+            for plan, made_of in zip(group, sources, strict=True):
+                place = folder / plan.format
+                place.mkdir(exist_ok=True)
+                ledger = state_folder(folder) / f"{plan.format}.ledger"
+                weights = target_weights(plan, job, made_of, calibration, Path(work), ledger)
+                if found := len(weights.ledger):
+                    console.detail(f"{plan.format}: {found} tensors were written before")
+                writers.append(get_format(plan.format).Writer(plan, weights, place, written))
+            put_all(writers, written)
+            for writer, made_of in zip(writers, sources, strict=True):
+                artifact = writer.close()
+                notes = (*artifact.notes, *made_of.notes, *writer.weights.notes())
+                artifacts.append(replace(artifact, notes=notes))
+                console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
     return artifacts
 
 
-def write_together(
-    plans: Sequence[Plan],
-    calibration: CalibrationStep,
-    shipyard: Shipyard,
-    folder: Path,
-    console: Console,
-) -> list[Artifact]:
-    """Write some targets in lockstep (``compress.build.lockstep``), or one as it is."""
-    inputs = [prepare_target(plan, calibration) for plan in plans]
-    places = [folder / target_folder(plan, calibration.job) for plan in plans]
-    formats = ", ".join(dict.fromkeys(plan.format for plan in plans))
-    label = f"write {formats}" if len(plans) > 1 else f"write {formats} {plans[0].type_name}"
-    with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-        weights = []
-        for plan, mine, place in zip(plans, inputs, places, strict=True):
-            place.mkdir(exist_ok=True)
-            ledger = state_folder(folder) / f"{place.name}.ledger"
-            weights.append(target_weights(plan, mine, calibration, Path(work), ledger))
-            if found := len(weights[-1].ledger):
-                console.detail(f"{place.name}: {found} arrays were written before")
+def put_all(writers: Sequence[Writer], written: Written = lambda nbytes: None) -> None:
+    """Every tensor of every writer's plan, part of the model by part; those in its ledger are
+    there.
 
-        def write(index: int, source: Source) -> Artifact:
-            plan, pulled, tell = plans[index], weights[index], updates[index]
-            pulled.source = source
-            artifact = shipyard.get_exporter(plan.format).write(plan, pulled, places[index], tell)
-            notes = artifact.notes + inputs[index].notes + pulled.notes()
-            return replace(artifact, notes=notes)
-
-        def let_go(index: int) -> None:
-            statistics = inputs[index].statistics
-            if statistics is not None:
-                statistics.forget()
-
-        console.begin(f"{label}: estimate")
-        steps = expected_steps(plans, weights, calibration.job.recipe.solver)
-        with console.progress(label, "bytes", steps) as update:
-            updates = added_up(update, [plan.weights_bytes for plan in plans])
-            artifacts = in_lockstep([mine.source for mine in inputs], write, let_go)
-    for artifact in artifacts:
-        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
-    return artifacts
+    Args:
+        writers: just begun.
+        written: told the bytes of what is there.
+    """
+    parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
+    for part in sorted({number for numbers in parts for number in numbers}):
+        for writer, entries in zip(writers, parts, strict=True):
+            weights = writer.weights
+            for entry in entries.get(part, ()):
+                if entry.target_name in weights.ledger:
+                    written(entry.nbytes)
+                else:
+                    weights.finish(entry, writer.file, writer.put(entry))
+            if weights.statistics is not None:
+                weights.statistics.forget()  # those of a block die with it
 
 
-def added_up(update: Progress, totals: Sequence[int]) -> list[Progress]:
-    """For each of several works its own progress, which together are ``update``'s."""
-    done = [0] * len(totals)
+@dataclass(frozen=True)
+class TargetInputs:
+    """What one target is written from.
 
-    def tell(index: int, count: int, total: int) -> None:
-        done[index] = count
-        update(sum(done), sum(totals))
+    Attributes:
+        source: its weights.
+        statistics: of the inputs that those weights have; None where nothing needs them.
+        notes: lines for the report about this target.
+    """
 
-    return [partial(tell, index) for index in range(len(totals))]
+    source: Source
+    statistics: Statistics | None = None
+    notes: tuple[str, ...] = ()
 
 
-def target_folder(plan: Plan, job: Job) -> str:
-    """Folder of a target; a sweep has several of one format."""
-    alone = sum(other.format == plan.format for other in job.plans) == 1
-    return plan.format if alone else f"{plan.format}-{plan.type_name}"
+def prepare_target(
+    plan: Plan, job: Job, calibration: CalibrationStep | None, console: Console
+) -> TargetInputs:
+    """Source and statistics of a target, just before it is written.
+
+    Raises:
+        PacklightError: see ``CalibrationStep.gather``.
+    """
+    source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
+    statistics = None
+    if calibration and (changes or not calibration.propagates):
+        statistics = calibration.gather(source, plan)
+    windows = calibration.windows if calibration else list
+    notes = []
+    for change in changes:
+        made = change.apply(plan, source, statistics, windows, console)
+        if made is not None:
+            source, statistics = made.source, made.statistics
+            notes.append(made.note)
+    if calibration and calibration.propagates:  # statistics come with the codes
+        statistics = None
+    return TargetInputs(source, statistics, tuple(notes))
+
+
+def target_weights(
+    plan: Plan,
+    job: Job,
+    inputs: TargetInputs,
+    calibration: CalibrationStep | None,
+    work: Path,
+    ledger_file: Path,
+) -> Weights:
+    """What the writer of a target pulls from, and its ledger.
+
+    Where each block is solved with what the quantized blocks before it produce, those are kept
+    beside the ledger, too: the hidden states before the block that the walk is at.
+
+    Args:
+        plan: of the target.
+        job: that it is of.
+        inputs: as ``prepare_target`` made them.
+        calibration: of the job; None where nothing looks at inputs.
+        work: an empty folder that stays until the target is written.
+        ledger_file: of the target.
+
+    Raises:
+        UsageError: calibration texts that are not there or too short.
+    """
+    solver = job.recipe.solver
+    made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
+    ledger = Ledger(ledger_file, made_of)
+    if calibration and calibration.propagates:
+        from compress.solvers.propagation import PropagatedWeights
+
+        windows, states = calibration.windows(), ledger_file.with_suffix(".states")
+        return PropagatedWeights(
+            inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
+        )
+    at_once = slabs_at_once(solver, worker_threads())
+    solve = get_solver(solver, inputs.statistics)
+    return Weights(inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics)

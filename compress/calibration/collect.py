@@ -18,8 +18,7 @@ from compress.calibration.statistics import Statistics, file_name, is_whole, sav
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
-from compress.output.cache import cache_folder, taking_turns
-from compress.output.ledger import sync
+from compress.files import cache_folder, computed_once, sync
 
 __all__ = ["collect"]
 
@@ -54,17 +53,15 @@ def collect(
                 return Statistics.open(config, folder, hessian=hessian)
         return None
 
-    if found := known():
-        return found
-    with taking_turns(place / f"{key}.lock"):
-        if found := known():
-            return found
+    def walked() -> Statistics:
         final = full if hessian else light
         shutil.rmtree(final, ignore_errors=True)  # damaged
         collect_anew(source, calibration, final, hessian, keep, progress)
         if hessian:  # they serve both, so the lesser ones may go
             shutil.rmtree(light, ignore_errors=True)
-    return Statistics.open(config, final, hessian=hessian)
+        return Statistics.open(config, final, hessian=hessian)
+
+    return computed_once(place / f"{key}.lock", known, walked)
 
 
 def collect_anew(

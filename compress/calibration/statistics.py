@@ -23,7 +23,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config import DecoderConfig, split_name
+from compress.decoder.config import DecoderConfig, input_roles, split_name, stored_block
 from compress.errors import CheckpointError, one_line
 
 __all__ = ["LayerStats", "Statistics", "input_names", "input_of"]
@@ -124,21 +124,6 @@ def input_of(config: DecoderConfig, name: str) -> str | None:
     if block is None or leader is None:
         return None
     return f"blocks.{stored_block(config, block)}.{leader}"
-
-
-def stored_block(config: DecoderConfig, block: int) -> int:
-    """The first of the blocks that share the weights of ``block``."""
-    return block - block % config.block_repeat
-
-
-def input_roles(config: DecoderConfig) -> dict[str, str]:
-    """Role of a linear, fused or not → role by which its input goes."""
-    mlp = "gate_proj" if config.gated_mlp else "up_proj"
-    if config.parallel_residual:
-        mlp = "q_proj"
-    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
-    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
-    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
 
 
 def input_names(config: DecoderConfig) -> Iterator[str]:

@@ -19,13 +19,11 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.formats import FORMATS, Format
+from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
-from compress.plan.shapes import Plan, Shipyard
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
-from compress.steady import set_threads
+from compress.plan.shapes import Plan
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,16 @@ class Importance:
                 "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
                 hint="texts instead, or --set targets.coreml.rotate=none",
             )
-        if self.imatrix and NEEDS.get(solver) == "hessian":
+        if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
-        if recipe.folds and solver not in NEEDS:
-            raise UsageError(
-                f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
-            )
+        if recipe.folds and not needs_of(solver):
+            raise UsageError(f"quantize.fold looks at inputs, {solver} does not", hint=use)
         if recipe.folds and self.imatrix:
             raise UsageError(
-                "--imatrix has less than quantize.fold and quantize.permute need",
+                "--imatrix has less than quantize.fold needs",
                 hint="leave it out: calibration texts have it",
             )
-        if solver not in NEEDS and not measures and self.imatrix:
+        if not needs_of(solver) and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or measures or self.save is not None
         if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
@@ -93,9 +89,14 @@ class Importance:
             raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
 
 
+def imatrix_format() -> Format:
+    """The format whose tools have importance files (llama.cpp's imatrix)."""
+    return next(row for row in FORMATS.values() if row.imatrix)
+
+
 def texts_of(recipe: Recipe) -> list[Path]:
     """The recipe's own calibration files."""
-    return [Path(text) for text in recipe.calibration["texts"] if text != BUILTIN]
+    return [Path(text) for text in recipe.calibration.texts if text != BUILTIN]
 
 
 class CalibrationStep:
@@ -107,20 +108,17 @@ class CalibrationStep:
         self,
         job: Job,
         importance: Importance,
-        shipyard: Shipyard,
         console: Console,
         threads: int = 0,
         keep: bool = False,
     ) -> None:
         self.job, self._keep = job, keep
-        self._importance, self._shipyard = importance, shipyard
+        self._importance = importance
         self.console, self.threads = console, threads
 
     def on(self, job: Job) -> CalibrationStep:
         """The same for another job."""
-        return CalibrationStep(
-            job, self._importance, self._shipyard, self.console, self.threads, self._keep
-        )
+        return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
         """What the recipe's solver must know of the inputs of ``source``; None if nothing.
@@ -136,9 +134,9 @@ class CalibrationStep:
         """
         solver = self.job.recipe.solver
         if self._importance.imatrix:
-            return self._shipyard.read_imatrix(self._importance.imatrix, source.config)
+            return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
         mask = MASK_NEEDS.get(method_of(plan.settings) or "")
-        wanted = solver in NEEDS or mask is not None
+        wanted = needs_of(solver) or mask is not None
         return self._calibrate(source, hessian=mask == "hessian") if wanted else None
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
@@ -156,7 +154,7 @@ class CalibrationStep:
         given = self._importance.imatrix
         if given:
             name = hashlib.sha256(given.read_bytes()).hexdigest()
-            return self._shipyard.read_imatrix(given, source.config), texts, name
+            return imatrix_format().read_imatrix(given, source.config), texts, name
         if tokens:
             return self._collect(source, texts, hessian=False), texts, ""
         return self._calibrate(source), texts, ""
@@ -165,7 +163,7 @@ class CalibrationStep:
     def propagates(self) -> bool:
         """Whether each block is solved with what the quantized blocks before it produce."""
         recipe = self.job.recipe
-        wanted = recipe.solver in NEEDS and recipe.calibration["propagate"] == "quantized"
+        wanted = bool(needs_of(recipe.solver)) and recipe.calibration.propagate == "quantized"
         return wanted and not self._importance.imatrix
 
     def windows(self) -> Sequence[Sequence[int]]:
@@ -183,7 +181,7 @@ class CalibrationStep:
         if self._importance.imatrix:
             name = self._importance.imatrix.name
             return [f"Codes chosen by {solver}, with the importance in {name}"]
-        if solver not in NEEDS:
+        if not needs_of(solver):
             return []
         seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
         through = " through the quantized blocks before each" if self.propagates else ""
@@ -196,9 +194,11 @@ class CalibrationStep:
             return
         given = self._importance.imatrix
         statistics = (
-            self._shipyard.read_imatrix(given, source.config) if given else self._calibrate(source)
+            imatrix_format().read_imatrix(given, source.config)
+            if given
+            else self._calibrate(source)
         )
-        self._shipyard.write_imatrix(path, source.config, statistics)
+        imatrix_format().write_imatrix(path, source.config, statistics)
         self.console.detail(f"importance: {path}")
 
     @cached_property
@@ -208,7 +208,7 @@ class CalibrationStep:
     def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
         """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
         recipe = self.job.recipe
-        wanted = hessian or recipe.folds or NEEDS.get(recipe.solver) == "hessian"
+        wanted = hessian or recipe.folds or needs_of(recipe.solver) == "hessian"
         return self._collect(source, self._texts, hessian=wanted)
 
     def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
@@ -227,9 +227,9 @@ def read_texts(job: Job) -> CalibrationSet:
     """
     settings = job.recipe.calibration
     return CalibrationSet.load(
-        settings["texts"],
+        settings.texts,
         Tokenizer(job.checkpoint.path),
-        tokens=settings["tokens"],
-        sequence_length=min(settings["sequence_length"], job.config.max_context),
-        seed=settings["seed"],
+        tokens=settings.tokens,
+        sequence_length=min(settings.sequence_length, job.config.max_context),
+        seed=settings.seed,
     )

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration.statistics import LayerStats, input_of, stored_block
-from compress.decoder.config import DecoderConfig, Float32, split_name
+from compress.calibration.statistics import LayerStats, input_of
+from compress.decoder.config import DecoderConfig, Float32, hessian_spans, split_name, stored_block
 from compress.machine import available_memory
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ __all__ = ["Boundary", "held_back", "walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where that is less ...
 STATES_SHARE = 1 / 8  # ... this share of what may be taken
-WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
 HELD_BACK = 16  # of so many windows one is kept out of the Hessian, to measure solvers on ...
 HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
 
@@ -85,13 +84,6 @@ class Accumulator:
             held_back=torch.cat(self.held_back).float().numpy() if self.held_back else None,
             drift=tuple(mean(d, self.hessian_count) for d in self.drifts) or None,
         )
-
-
-def hessian_spans(columns: int) -> list[slice]:
-    """Diagonal blocks of a Hessian: equal, of whole 256s, none wider than ``WIDEST_HESSIAN``."""
-    count = math.ceil(columns / WIDEST_HESSIAN)
-    width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def spacing(windows: Sequence[Sequence[int]]) -> int:
@@ -154,7 +146,7 @@ class Listener:
         config: the model.
         windows: token ids, all of the same length.
         hessian: also the means of ``x xᵀ``.
-        roles: of the inputs to listen to (``compress.calibration.statistics.input_roles``); all where empty.
+        roles: of the inputs to listen to (``calibration.statistics.input_roles``); all where empty.
     """
 
     def __init__(

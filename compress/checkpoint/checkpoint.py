@@ -33,7 +33,7 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
-from compress.output.cache import cache_folder
+from compress.files import cache_folder
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
 

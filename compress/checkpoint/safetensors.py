@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,15 @@ def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = 
     values = np.empty(count, np.float32)
 
     finite: list[bool] = []
-
-    def fill(begin: int, end: int) -> None:
-        finite.append(_read_into(info, offset + begin * size, values[begin:end]))
-
     try:
-        in_threads(fill, count, PIECE)
-        _ask_ahead(info.file, offset + count * size, count * size)
+        in_threads(partial(_read_into, info, offset, values, finite), count, PIECE)
+        if hasattr(os, "posix_fadvise") and count:
+            handle = os.open(info.file, os.O_RDONLY)
+            try:
+                end, ahead = offset + count * size, count * size
+                os.posix_fadvise(handle, end, ahead, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
     except OSError as error:
         raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
     if checked and not all(finite):
@@ -135,21 +138,24 @@ def check_finite(name: str, values: Float32) -> None:
         raise CheckpointError(f"{name} has {bad} NaN or Inf value(s)")
 
 
-def _read_into(info: TensorInfo, offset: int, values: Float32) -> bool:
-    """Fill ``values`` from byte ``offset`` on.
+def _read_into(
+    info: TensorInfo, offset: int, whole: Float32, finite: list[bool], begin: int, end: int
+) -> None:
+    """Fill ``whole[begin:end]`` of what lies from byte ``offset`` on.
 
-    Returns:
-        True only where all of them are finite. Where it is False, only ``check_finite`` knows.
+    ``finite`` gets True only where all of them are finite. Where it is False, only
+    ``check_finite`` knows.
 
     Raises:
         CheckpointError: a short read.
         OSError: none at all.
     """
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
+    values = whole[begin:end]
     raw = np.empty(min(CHUNK, values.size), kind)
-    finite = True
+    fine = True
     with info.file.open("rb", buffering=0) as stream, np.errstate(all="ignore"):
-        stream.seek(offset)
+        stream.seek(offset + begin * BYTES[info.dtype])
         for start in range(0, values.size, CHUNK):
             part = values[start : start + CHUNK]
             stored = raw[: part.size]
@@ -160,7 +166,11 @@ def _read_into(info: TensorInfo, offset: int, values: Float32) -> bool:
                     raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
                 read += got
             if info.dtype == "BF16":
-                finite &= _all_finite(stored)
+                # Of the numbers without sign NaN and Inf are the largest as signed integers (a
+                # sign makes them negative), of those with a sign the largest as unsigned ones:
+                # two maxima, which are SIMD.
+                fine &= int(stored.view("<i2").max()) < INFINITE
+                fine &= int(stored.max()) < NEGATIVE | INFINITE
                 bits = part.view(np.uint32)
                 bits[:] = stored
                 bits <<= 16
@@ -168,28 +178,8 @@ def _read_into(info: TensorInfo, offset: int, values: Float32) -> bool:
                 part[:] = stored
                 # Finite unless one of them is not, or the sum overflows; a quarter of the cost of
                 # looking at each.
-                finite &= math.isfinite(float(part.sum()))
-    return finite
-
-
-def _all_finite(bf16: NDArray[np.uint16]) -> bool:
-    """Whether none is NaN or Inf, by its bits.
-
-    Of the numbers without sign those are the largest as signed integers (a sign makes them
-    negative), of those with a sign the largest as unsigned ones: two maxima, which are SIMD.
-    """
-    return int(bf16.view("<i2").max()) < INFINITE and int(bf16.max()) < NEGATIVE | INFINITE
-
-
-def _ask_ahead(file: Path, offset: int, nbytes: int) -> None:
-    """Have bytes of a file fetched; where the system knows no such wish, nothing."""
-    if not hasattr(os, "posix_fadvise") or not nbytes:
-        return
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(handle)
+                fine &= math.isfinite(float(part.sum()))
+    finite.append(fine)
 
 
 def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:

@@ -18,38 +18,33 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.decoder.config_json import write_json
 from compress.decoder.families import FAMILIES
-from compress.output.folder import check_disk, check_output, work_folder
 
-__all__ = ["save_checkpoint", "stored_dtypes"]
+__all__ = ["checkpoint_bytes", "stored_dtypes", "write_checkpoint"]
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def save_checkpoint(source: Source, folder: Path, card: str = "") -> None:
-    """Write the weights of ``source`` as a checkpoint.
+def write_checkpoint(source: Source, folder: Path) -> None:
+    """Write the weights of ``source`` as a checkpoint, in the dtypes of its own checkpoint.
 
     Args:
-        source: of any config; its weights are written in the dtypes of its checkpoint.
-        folder: to make; appears whole or not at all.
-        card: ``README.md``, where there is one to write.
-
-    Raises:
-        OutputExistsError, UsageError: the folder is there, or cannot be made.
-        DiskFullError: before or while writing.
+        source: of any config.
+        folder: to write to.
     """
     config = DecoderConfig.from_hf(hf_config(source.config), source.checkpoint.generation_config)
+    write_side_files(source.config, source.checkpoint, folder)
+    for license_file in sorted(source.checkpoint.path.glob("LICENSE*")):
+        shutil.copyfile(license_file, folder / license_file.name)
     shards = split(tensor_headers(config, stored_dtypes(source.checkpoint)))
-    check_output(folder, overwrite=False)
-    check_disk(folder, sum(map(shard_bytes, shards)))
-    with work_folder(folder) as partial:
-        write_side_files(source.config, source.checkpoint, partial)
-        for license_file in sorted(source.checkpoint.path.glob("LICENSE*")):
-            shutil.copyfile(license_file, partial / license_file.name)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        write_shards(partial, config, source, shards)
+    write_shards(folder, config, source, shards)
+
+
+def checkpoint_bytes(source: Source) -> int:
+    """Bytes of the weights that ``write_checkpoint`` writes."""
+    config = DecoderConfig.from_hf(hf_config(source.config), source.checkpoint.generation_config)
+    return shard_bytes(tensor_headers(config, stored_dtypes(source.checkpoint)))
 
 
 def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: list[Shapes]) -> None:

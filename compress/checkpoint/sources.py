@@ -8,9 +8,9 @@ beyond the tensor that is being read.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig, Float32, WeightMap
@@ -31,6 +31,11 @@ class Source(Protocol):
         """The decoder that these weights make; not always the checkpoint's own."""
         ...
 
+    @property
+    def threadsafe(self) -> bool:
+        """Whether several threads may read at a time."""
+        ...
+
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """A weight as float32, whole or some of its rows; checked to be finite.
 
@@ -38,14 +43,6 @@ class Source(Protocol):
 
         Raises:
             CheckpointError: not there, truncated, or with NaN/Inf.
-        """
-        ...
-
-    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
-        """What ``read`` returns, for another thread to get: reading may wait until it is called.
-
-        Raises:
-            CheckpointError: see ``read``; from here, or when it is called.
         """
         ...
 
@@ -57,6 +54,8 @@ class Source(Protocol):
 class Stored:
     """The weights of a checkpoint as they are, read when asked for and never kept."""
 
+    threadsafe = True
+
     def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
         self.checkpoint = checkpoint
         self.config = config
@@ -64,11 +63,12 @@ class Stored:
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
-        return self._map.read(self.checkpoint, name, rows)
-
-    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
-        """See ``Source.reader``: nothing is kept here, so it may be any thread and any time."""
-        return partial(self.read, name, rows)
+        pieces = []
+        for tensor, window in self._map.locate(name, rows):
+            pieces.append(self.checkpoint.read(tensor, window))
+        if not pieces:
+            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
@@ -84,6 +84,8 @@ class Around:
         config: the decoder after.
     """
 
+    threadsafe = False
+
     def __init__(self, source: Source, config: DecoderConfig) -> None:
         self.source = source
         self.config = config
@@ -96,11 +98,6 @@ class Around:
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         raise NotImplementedError
-
-    def reader(self, name: str, rows: slice | None = None) -> Callable[[], Float32]:
-        """See ``Source.reader``."""
-        values = self.read(name, rows)
-        return lambda: values
 
 
 class Change(Around):

@@ -39,9 +39,8 @@ def batch(file: Path, **options: Any) -> int:
     Jobs that were finished before are left out, half-done ones are continued.
     """
     console = make_console(options)
-    from compress.batch.story import BatchSettings
-    from compress.batch.story import batch as run
-    from exporters import SHIPYARD
+    from compress.batch.pipeline import BatchSettings
+    from compress.batch.pipeline import batch as run
 
     settings = BatchSettings(
         file=file,
@@ -56,4 +55,4 @@ def batch(file: Path, **options: Any) -> int:
         dry_run=options["dry_run"],
         ci_files=ci_of(options),
     )
-    return run(settings, SHIPYARD, console)
+    return run(settings, console)

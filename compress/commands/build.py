@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,12 @@ from compress.commands.options import (
     settings_of,
     threads_option,
 )
+from compress.console import Console
 from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.build.decide import Decision
+    from compress.build.pipeline import Ready
 
 
 @click.command()
@@ -41,10 +46,9 @@ from compress.errors import UsageError
               help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the importance as llama.cpp reads it.")  # fmt: skip
-@click.option("--prune", default="", metavar="METHOD:AMOUNT|auto",
+@click.option("--prune", default="", metavar="METHOD:AMOUNT",
               help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
-                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads; auto: as a "
-                   "budget needs.")  # fmt: skip
+                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
               help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
@@ -58,9 +62,6 @@ from compress.errors import UsageError
               help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
 @click.option("--device", default="", metavar="NAME", shell_complete=device_names,
               help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
-@click.option("--sweep", default="", metavar="SIZES|auto",
-              help="Several budgets at once, e.g. 1.6GiB,1.8GiB,2.0GiB: a curve of size and "
-                   "quality, its ends built.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--locked", is_flag=True,
@@ -95,7 +96,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
     from compress.build.settings import BuildSettings
-    from exporters import SHIPYARD
+    from compress.report.words import finish
 
     plan = options["plan"]
     if options["locked"] and plan is None:
@@ -109,7 +110,26 @@ def build(model: str, output: Path | None, **options: Any) -> int:
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
     )  # fmt: skip
-    return pipeline.build(settings, SHIPYARD, console)
+    if settings.dry_run:
+        print_dry_run(*pipeline.rehearse(settings, console), console)
+        return 0
+    built = pipeline.build(settings, console)
+    return finish(built.report, built.folder, console)
+
+
+def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> None:
+    """The plan with its bytes, what a budget decided, and what would be verified."""
+    from compress.plan.document import print_plan
+    from compress.verify.scorer import describe_verification
+
+    job = ready.job if ready else decision.job
+    print_plan(job, console)
+    if ready and ready.budgeted:
+        from compress.allocation.explain import print_budgets
+
+        print_budgets(ready.budgeted, console)
+    if decision.settings.verify:
+        console.data(describe_verification(decision.job, job.plans))
 
 
 @click.command(short_help="Build and verify all three formats from the bundled checkpoint.")
@@ -123,10 +143,9 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress.build import pipeline
     from compress.build.settings import BuildSettings
     from compress.demo import model_path
-    from exporters import SHIPYARD
+    from compress.report.words import finish
 
     settings = BuildSettings(
         model=str(model_path()),
@@ -136,4 +155,7 @@ def demo(output: Path, **options: Any) -> int:
         threads=options["threads"],
         overwrite=options["overwrite"],
     )
-    return pipeline.build(settings, SHIPYARD, console)
+    from compress.build import pipeline
+
+    built = pipeline.build(settings, console)
+    return finish(built.report, built.folder, console)

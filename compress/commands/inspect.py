@@ -27,11 +27,10 @@ from compress.errors import UsageError
 def inspect(target: str, **options: Any) -> int:
     """Show what a checkpoint or an artifact holds, without reading its weights."""
     from compress.commands import inspection
-    from exporters import get_exporter
 
     console = make_console(options)
     hub = hub_of(options)
-    return inspection.inspect(target, get_exporter, hub, console)
+    return inspection.inspect(target, hub, console)
 
 
 @click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
@@ -53,14 +52,12 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
     bandwidth sets. Exit code 1 when nothing fits.
     """
     from compress.commands import inspection
-    from exporters import get_exporter
 
     if device and memory:
         raise UsageError("--device and --memory exclude each other")
     console = make_console(options)
     return inspection.fit(
         target,
-        get_exporter,
         console,
         device=device,
         memory=read_size("--memory", memory),

@@ -21,17 +21,17 @@ from compress.decoder.footprint import (
     tokens_per_second,
 )
 from compress.errors import UsageError
-from compress.plan.job import DEFAULT_CONTEXT, GetExporter, describe_model, find_artifacts, prepare
+from compress.formats import get_format
+from compress.plan.job import DEFAULT_CONTEXT, describe_model, find_artifacts, prepare
+from compress.plan.shapes import bits_per_weight
 from compress.recipe import load
 
 
-def inspect(
-    target: str, get_exporter: GetExporter, hub: Mapping[str, Any], console: Console
-) -> int:
+def inspect(target: str, hub: Mapping[str, Any], console: Console) -> int:
     """Show a checkpoint or an artifact; ``-v`` lists the tensors."""
     found = find_artifacts(Path(target)) if Path(target).exists() else []
     if found:
-        described = [get_exporter(name).describe(path) for name, path in found]
+        described = [get_format(name).describe(path) for name, path in found]
     else:
         described = [describe_checkpoint(Checkpoint.open(target, **hub))]
     console.result(described[0] if len(described) == 1 else described)
@@ -70,7 +70,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": config.architecture,
         "parameters": config.num_parameters,
         "bytes": checkpoint.nbytes,
-        "bits_per_weight": checkpoint.nbytes * 8 / config.num_parameters,
+        "bits_per_weight": bits_per_weight(checkpoint.nbytes, config.num_parameters),
         "metadata": metadata,
         "tensors": [
             {"name": name, "shape": list(info.shape), "grid": info.dtype, "bytes": info.nbytes}
@@ -120,7 +120,6 @@ def shorten(value: Any, limit: int = 100) -> str:
 
 def fit(
     target: str,
-    get_exporter: GetExporter,
     console: Console,
     *,
     device: str | None,
@@ -134,12 +133,11 @@ def fit(
     """Weights + KV cache + activations against memory; 1 when nothing fits anywhere asked."""
     found = find_artifacts(Path(target)) if Path(target).exists() else []
     if found:
-        needs = artifact_needs(found, get_exporter, context)
+        needs = artifact_needs(found, context)
     else:
         job = prepare(
             Checkpoint.open(target, **hub),
             load(recipe, overrides, formats),
-            get_exporter,
             context=context,
         )
         needs = []
@@ -162,12 +160,12 @@ def fit(
 
 
 def artifact_needs(
-    found: list[tuple[str, Path]], get_exporter: GetExporter, context: int | None
+    found: list[tuple[str, Path]], context: int | None
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each artifact, from its own metadata."""
     needs = []
     for name, path in found:
-        facts = get_exporter(name).describe(path)
+        facts = get_format(name).describe(path)
         if not facts["config"]:
             raise UsageError(
                 f"{path} does not say what model it holds",

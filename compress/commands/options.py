@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.console import Console, parse_bytes
 from compress.errors import UsageError
+from compress.formats import FORMATS
 from compress.progress import ProgressFile
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound="DataclassInstance")
-FORMATS = ("gguf", "onnx", "coreml")
 
 
 def output_options(command: F) -> F:
@@ -63,8 +64,10 @@ def hub_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in ("revision", "token", "cache_dir")}
 
 
-def ci_of(options: Mapping[str, Any]) -> CiFiles:
-    """What ``ci_options`` were given."""
+def ci_of(options: Mapping[str, Any]) -> CiFiles | None:
+    """What ``ci_options`` were given; None for none of them."""
+    if not (options["junit"] or options["summary"]):
+        return None
     from compress.report.ci import CiFiles
 
     return CiFiles(options["junit"], options["summary"])
@@ -121,8 +124,8 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
         options: as click gives them.
         more: over them, and what has another name.
     """
-    told = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
-    return kind(**{each.name: told[each.name] for each in fields(kind) if each.name in told})
+    given = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
+    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
 
 
 def run_options(command: F) -> F:
@@ -154,7 +157,7 @@ set_option = click.option(
     help="Override a key of the recipe, e.g. targets.gguf.type=Q5_K_M.",
 )  # fmt: skip
 format_option = click.option(
-    "-f", "--format", "formats", multiple=True, type=click.Choice(FORMATS),
+    "-f", "--format", "formats", multiple=True, type=click.Choice(list(FORMATS)),
     help="Only this target; may be repeated.",
 )  # fmt: skip
 gate_option = click.option(

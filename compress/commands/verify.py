@@ -68,10 +68,10 @@ def verify(artifact: Path, **options: Any) -> int:
             hint="or --checksums, which only looks at the files",
         )
     console.begin("load libraries")  # takes seconds
-    from compress.build import pipeline
+    from compress.build import verification
     from compress.build.settings import VerifySettings
-    from exporters import SHIPYARD
+    from compress.report.words import finish
 
     windows = options["windows"] or 0
     settings = settings_of(VerifySettings, options, artifact=artifact, windows=windows)
-    return pipeline.verify(settings, SHIPYARD, console)
+    return finish(verification.verify(settings, console), None, console)

@@ -193,17 +193,17 @@ class WeightMap:
     def names(self) -> Iterator[str]:
         """Every weight and bias once, unfused, in order of execution; a tied head included."""
         c = self.config
+        roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *c.linear_roles)]
         yield "embed_tokens.weight"
         for block in range(c.num_hidden_layers):
-            for role in (*c.norm_roles, *c.linear_roles):
-                yield from self._with_bias(f"blocks.{block}.{role}", role)
-        yield from self._with_bias("norm", "norm")
-        yield from self._with_bias("lm_head", "lm_head")
-
-    def _with_bias(self, stem: str, role: str) -> Iterator[str]:
-        yield f"{stem}.weight"
-        if self.config.has_bias(role):
-            yield f"{stem}.bias"
+            for role, biased in roles:
+                yield f"blocks.{block}.{role}.weight"
+                if biased:
+                    yield f"blocks.{block}.{role}.bias"
+        for role in ("norm", "lm_head"):
+            yield f"{role}.weight"
+            if c.has_bias(role):
+                yield f"{role}.bias"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight (``[rows, columns]`` or ``[n]``) or of a bias (``[rows]``)."""
@@ -225,26 +225,25 @@ class WeightMap:
         block, role, kind = split_name(name)
         if role == "lm_head" and kind == "weight" and self.config.tie_word_embeddings:
             role = "embed_tokens"
-        if role in self._disk:
-            return (Part(self._source(block, role, kind), 0, self._rows(role)),)
-        for fused, members in FUSED.items():
-            if role in members and fused in self._disk:
-                start = sum(self._rows(member) for member in members[: members.index(role)])
-                stop = start + self._rows(role)
-                return (Part(self._source(block, fused, kind), start, stop),)
-        if role in FUSED:
-            return tuple(
-                Part(self._source(block, member, kind), 0, self._rows(member))
-                for member in FUSED[role]
-            )
-        raise KeyError(name)
-
-    def _rows(self, role: str) -> int:
-        return self.config.weight_shape(role)[0]
-
-    def _source(self, block: int | None, role: str, kind: str) -> str:
-        stored = 0 if block is None else block // self.config.block_repeat
-        return f"{self._disk[role].format(i=stored)}.{kind}"
+        rows = self.config.weight_shape(role)[0]
+        stored, first, pieces = 0 if block is None else block // self.config.block_repeat, 0, [role]
+        if role not in self._disk:
+            whole = [f for f, members in FUSED.items() if role in members and f in self._disk]
+            if whole:
+                pieces, members = whole, FUSED[whole[0]]
+                before = members[: members.index(role)]
+                first = sum(self.config.weight_shape(member)[0] for member in before)
+            elif role in FUSED:
+                pieces = list(FUSED[role])
+            else:
+                raise KeyError(name)
+        parts = []
+        for piece in pieces:
+            if len(pieces) > 1:
+                rows = self.config.weight_shape(piece)[0]
+            source = f"{self._disk[piece].format(i=stored)}.{kind}"
+            parts.append(Part(source, first, first + rows))
+        return tuple(parts)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold, with its shape."""
@@ -263,7 +262,14 @@ class WeightMap:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
         expected = self.expected()
-        found = {name for name in checkpoint.tensors if not self._ignored(name)}
+        # Old Llama checkpoints store the rope table; some tied models store the head again, which
+        # transformers ignores too.
+        tied_head = "lm_head.weight" if self.config.tie_word_embeddings else ""
+        found = {
+            name
+            for name in checkpoint.tensors
+            if name != tied_head and not name.endswith(".rotary_emb.inv_freq")
+        }
         missing = sorted(set(expected) - found)
         if missing:
             hint = "an incomplete download? packlight never fills in weights"
@@ -288,31 +294,16 @@ class WeightMap:
                     hint="config.json and the weights belong to different models",
                 )
 
-    def _ignored(self, name: str) -> bool:
-        # Old Llama checkpoints store the rope table; some tied models store the head again,
-        # which transformers ignores too.
-        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-        return tied_head or name.endswith(".rotary_emb.inv_freq")
-
-    def read(self, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Float32:
-        """A weight as float32, whole or rows ``start:stop`` of it.
-
-        Raises:
-            CheckpointError: truncated, or with NaN or Inf.
-        """
+    def locate(self, name: str, rows: slice | None = None) -> Iterator[tuple[str, slice]]:
+        """Tensors on disk, and rows of each, that make up a weight or rows ``start:stop`` of it."""
         start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
-        pieces = []
         offset = 0  # of the part's first row within the weight
         for part in self.parts(name):
             length = part.stop - part.start
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                window = slice(part.start + first, part.start + last)
-                pieces.append(checkpoint.read(part.source, window))
+                yield part.source, slice(part.start + first, part.start + last)
             offset += length
-        if not pieces:
-            return np.empty((0, *self.shape(name)[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:
@@ -321,6 +312,31 @@ def split_name(name: str) -> tuple[int | None, str, str]:
     if stem[0] == "blocks":
         return int(stem[1]), stem[2], kind
     return None, stem[0], kind
+
+
+def stored_block(config: DecoderConfig, block: int) -> int:
+    """The first of the blocks that share the weights of ``block``."""
+    return block - block % config.block_repeat
+
+
+def input_roles(config: DecoderConfig) -> dict[str, str]:
+    """Role of a linear, fused or not → role by which its input goes."""
+    mlp = "gate_proj" if config.gated_mlp else "up_proj"
+    if config.parallel_residual:
+        mlp = "q_proj"
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
+    mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
+    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+
+
+WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)
+
+
+def hessian_spans(columns: int) -> list[slice]:
+    """Diagonal blocks of a Hessian: equal, of whole 256s, none wider than ``WIDEST_HESSIAN``."""
+    count = math.ceil(columns / WIDEST_HESSIAN)
+    width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def check_config(config: DecoderConfig) -> None:

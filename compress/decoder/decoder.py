@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.decoder.config import FUSED, DecoderConfig, split_name
 from compress.decoder.kv_cache import Past
 from compress.errors import UsageError
-from compress.machine import available_memory
+from compress.machine import available_memory, set_torch_threads
 
 Float32 = NDArray[np.float32]
 
@@ -226,7 +226,7 @@ class Decoder:
         self, config: DecoderConfig, read: Read, *, threads: int = 0, resident: bool = False
     ) -> None:
         if threads:
-            torch.set_num_threads(threads)
+            set_torch_threads(threads)
         self.config = config
         self.resident = resident
         self._read = read

@@ -11,12 +11,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.console import parse_bytes
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError, did_you_mean
-from compress.plan.shapes import PlanEntry
+
+if TYPE_CHECKING:
+    from compress.plan.shapes import PlanEntry
 
 # Tokens that go through the model at once while the prompt is read: llama.cpp's n_ubatch.
 PREFILL = 512

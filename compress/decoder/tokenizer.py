@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError, UsageError, one_line
+from compress.machine import change_setting
 
 Messages = Sequence[Mapping[str, str]]
 """A chat: ``[{"role": "user", "content": "..."}, ...]``."""
@@ -32,7 +33,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
-        logging.set_verbosity_error()  # advice to programmers, of no use to a command line
+        # Its warnings are advice to programmers, of no use to a command line.
+        verbosity = logging.get_verbosity, logging.set_verbosity
+        change_setting("transformers' verbosity", *verbosity, logging.ERROR)
         folder = Path(path)
         if not has_tokenizer(folder):
             raise CheckpointError(

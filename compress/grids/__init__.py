@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,8 +26,8 @@ Float32 = NDArray[np.float32]
 Params = Mapping[str, Array]
 
 __all__ = [
-    "Array", "Codebook", "CodebookGrid", "Float32", "Grid", "Lattice", "LatticeGrid", "Params",
-    "Quantized", "get_grid",
+    "Array", "BaseGrid", "BlockedGrid", "Codebook", "CodebookGrid", "Float32", "Grid", "Lattice",
+    "LatticeGrid", "Params", "Quantized", "get_grid", "register_grid",
 ]  # fmt: skip
 
 
@@ -36,11 +36,29 @@ class Grid(Protocol):
     """One number format.
 
     Attributes:
-        name: as its users spell it: ``Q4_K``, ``int4-g32``, ``lut4-g8``, ``F16``.
+        name: as its users spell it: ``Q4_K``, ``int4-g32``, ``lut4-g8``, ``F16``. Only
+            ``get_grid`` parses it; everybody else asks the attributes below.
+        bits: of a code: 4 for ``Q4_K`` and ``lut4-g8``; of a number for ``F16``, 16.
+        group_size: columns that share a scale; 0 where whole rows do, or where there is none.
+        group_rows: rows that share parameters: 8 for ``lut4-g8``, 0 where all rows of a tensor do
+            (``lut4-tensor``), 1 for the other grids, whose rows are independent.
+        symmetric: zero points and minima are not stored. False for palettes.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def group_rows(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool: ...
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise GridError (with the reason and a hint) when ``shape`` does not fit the grid."""
@@ -48,10 +66,6 @@ class Grid(Protocol):
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Exact bytes of a packed tensor: codes, scales, minima, look-up tables."""
-        ...
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """``nbytes * 8 / weights``."""
         ...
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
@@ -79,6 +93,67 @@ class Grid(Protocol):
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``fit`` then ``encode``; a grid may fuse the two."""
         ...
+
+
+class BaseGrid:
+    """What grids have in common; a grid needs nothing of it to be one."""
+
+    @property
+    def group_rows(self) -> int:
+        """1: rows are independent."""
+        return 1
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Every shape fits."""
+
+    def quantize(self: Grid, weight: Float32, importance: Float32 | None = None) -> Quantized:
+        """``fit``, then ``encode``."""
+        params = self.fit(weight, importance)
+        shape = (weight.shape[0], weight.shape[1])
+        return Quantized(self.encode(weight, params), params, self, shape)
+
+
+class BlockedGrid(BaseGrid):
+    """A GGUF type: each row is cut into blocks of equal bytes, with parameters of their own.
+
+    Attributes:
+        name: ggml's name.
+        block: columns of a block, 32 or 256.
+        block_bytes: of a packed block.
+    """
+
+    name: str
+    block: int
+    block_bytes: int
+
+    @property
+    def span(self) -> int:
+        """See ``LatticeGrid``: a block is fitted on its own."""
+        return self.block
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise GridError when the rows are not whole blocks."""
+        if len(shape) != 2 or shape[1] % self.block or shape[1] == 0:
+            raise GridError(
+                f"{self.name}: rows of {shape[-1]} columns are not whole blocks of {self.block}",
+                hint="Q8_0, Q5_0, Q4_0, IQ4_NL, MXFP4 need a multiple of 32; F16 takes any length",
+            )
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of the packed blocks."""
+        self.check(shape)
+        return shape[0] * (shape[1] // self.block) * self.block_bytes
+
+    def checked(self, weight: Float32) -> Float32:
+        """The weight, contiguous float32.
+
+        Raises:
+            GridError: a shape that does not fit, a weight that is not finite or exceeds 65504.
+        """
+        from compress.grids.lanes import checked
+
+        self.check((weight.shape[0], weight.shape[1]) if weight.ndim == 2 else weight.shape)
+        return checked(weight, self.name)
 
 
 @dataclass(frozen=True)
@@ -168,6 +243,10 @@ class Quantized:
     """A tensor after quantization: what a solver returns and an exporter packs.
 
     Attributes:
+        codes: as ``grid.encode`` returns them: uint8 ``[rows, columns]``, dense grids the values.
+        params: as ``grid.fit`` returns them.
+        grid: that both are of.
+        shape: ``(rows, columns)`` of the weight.
         fallen: rows for which the solver fell back on a simpler one.
     """
 
@@ -176,6 +255,11 @@ class Quantized:
     grid: Grid
     shape: tuple[int, int]
     fallen: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that the packed tensor takes for each of its weights, scales and tables included."""
+        return self.grid.nbytes(self.shape) * 8 / (self.shape[0] * self.shape[1])
 
     def decode(self) -> Float32:
         """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""
@@ -197,9 +281,10 @@ class Quantized:
         return self.grid.pack(self.codes, self.params)
 
 
-# Which module makes the grids whose names match; the module's `make(name)` returns the Grid.
-# Modules are loaded when first asked for: numba takes a second to import.
-GRIDS: dict[str, str] = {
+# Rows of the table of grids: a pattern that the whole name matches → the function ``make(name)``
+# that returns the Grid, or the name of a module that has one. Modules are loaded when first asked
+# for: numba takes a second to import. The first pattern that matches counts.
+GRIDS: dict[str, str | Callable[[str], Grid]] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
     r"IQ3_(?:S|XXS)": "compress.grids.codebook",
@@ -210,15 +295,42 @@ GRIDS: dict[str, str] = {
 }
 
 
+def register_grid(pattern: str, make: str | Callable[[str], Grid]) -> None:
+    """Add a row to the table of grids: ``get_grid`` finds names of the pattern from now on.
+
+    That makes the grid known to ``quantize``; which grids a format's files can hold is up to the
+    format.
+
+    Args:
+        pattern: regular expression that a whole name matches; grids that are there already keep
+            their names. The same pattern again replaces its row.
+        make: ``make(name) -> Grid``, raising GridError for a name that it does not know, or the
+            name of a module that has such a function.
+    """
+    GRIDS[pattern] = make
+
+
 def get_grid(name: str) -> Grid:
     """The grid of that name.
 
+    Args:
+        name: ``Q4_K``, ``int4-g32``, ``int8-g128-asym``, ``lut4-g8``, ``2of4-lut4-g8``, ``F16`` …
+
     Raises:
         GridError: no grid has that name.
+
+    Example:
+        >>> grid = get_grid("int4-g32-asym")
+        >>> grid.bits, grid.group_size, grid.symmetric
+        (4, 32, False)
+        >>> grid.nbytes((64, 256))  # 4 bits a weight; a scale and half a byte of zero point a group
+        9472
     """
-    for pattern, module in GRIDS.items():
+    for pattern, make in list(GRIDS.items()):
         if re.fullmatch(pattern, name):
-            grid: Grid = importlib.import_module(module).make(name)
+            if isinstance(make, str):
+                make = importlib.import_module(make).make
+            grid: Grid = make(name)
             return grid
     raise GridError(
         f"there is no grid {name!r}",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Lattice, Params, Quantized
+from compress.grids import Array, BaseGrid, Float32, Lattice, Params
 
 NARROW = 64  # columns of a group; wider ones have their outliers farther out
 # What the search tries, the plain fit first, by bits, symmetry and width of the groups. The others
@@ -56,7 +56,7 @@ def make(name: str) -> Affine:
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(BaseGrid):
     """See the module.
 
     Attributes:
@@ -111,9 +111,6 @@ class Affine:
         groups = self.groups(shape)
         zeros = 0 if self.symmetric else rows * ((groups * self.bits + 7) // 8)
         return rows * columns * self.bits // 8 + rows * groups * 2 + zeros
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The scale (and zero point) of least squared error among a few, each refitted.
@@ -200,8 +197,3 @@ class Affine:
             ``codes`` uint8 ``[rows, columns]`` unpacked, ``scale`` float16, ``zero_point`` uint8.
         """
         return {"codes": codes, **params}
-
-    def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
-        params = self.fit(weight, importance)
-        shape = (weight.shape[0], weight.shape[1])
-        return Quantized(self.encode(weight, params), params, self, shape)

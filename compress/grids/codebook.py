@@ -10,6 +10,22 @@ There is no zero.
 
 A code is the number of the weight's level, plus 8 where it is negative; four of them are a word.
 The codebooks are tables of the format and come from gguf-py.
+
+The squared error of a word is a sum over its four columns, each with one of eight levels, so it is
+one entry of a table of 64 (the first two columns) plus one of another 64. A search over the words
+is then a minimum over the entries of the second table that go with each entry of the first: one
+load and one minimum per word. What goes with the minimum is carried in the lowest bits of its
+mantissa, which makes the choice exact to 2**-16 of the error.
+
+Where the number of minus signs of eight columns has to be even and it is not, exactly one sign is
+turned, in either of two words. All ways of turning one are searched along, jointly with the words:
+a column that is turned costs ``w (|x| + scale * level)²``, and turning one of the first two columns
+leaves the minima over the second table as they are.
+
+A sub-block is rounded whole at several scales; each time the words that came out tell how the error
+would grow away from their own best scale. From those parabolas follow the unit of the block and an
+odd multiple of it for each sub-block. With the unit as stored, each multiple and its neighbours are
+rounded again, and least squares correct the unit.
 """
 
 from __future__ import annotations
@@ -23,10 +39,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import GridError
-from compress.grids import Array, Codebook, Float32, Params, Quantized
-from compress.grids.codebook_kernels import encode_words, fit_words
-from compress.grids.codebook_words import SUB
-from compress.grids.lanes import checked, normalized, over_rows
+from compress.grids import Array, BlockedGrid, Codebook, Float32, Params, Quantized
+from compress.grids.codebook_kernels import SUB, encode_words, fit_words
+from compress.grids.lanes import normalized, over_rows
 
 __all__ = ["WordGrid", "make"]
 
@@ -56,7 +71,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class WordGrid:
+class WordGrid(BlockedGrid):
     """One codebook type of GGUF; see the module and ``compress.grids.Grid``.
 
     Attributes:
@@ -72,11 +87,10 @@ class WordGrid:
     even: bool
     plain: Search
     weighted: Search
-
-    @property
-    def span(self) -> int:
-        """A block is fitted on its own."""
-        return BLOCK
+    block: int = BLOCK
+    bits: int = 3
+    group_size: int = SUB
+    symmetric: bool = True
 
     @property
     def together(self) -> int:
@@ -107,7 +121,7 @@ class WordGrid:
     @cached_property
     def _book(self) -> tuple[Array, Array, Array]:
         """Levels, and for each first half of a word the second halves that go with it, in fours:
-        see ``codebook_words.search_words``."""
+        see ``codebook_kernels.search_words``."""
         starts, partners = [0], []
         cells = np.sort(_cells(self.words))
         for first in range(64):
@@ -116,23 +130,6 @@ class WordGrid:
             partners += seconds
             starts.append(len(partners))
         return self.levels, np.array(starts), np.array(partners)
-
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raise GridError when the rows are not whole blocks."""
-        if len(shape) != 2 or shape[1] % BLOCK or shape[1] == 0:
-            raise GridError(
-                f"{self.name}: rows of {shape[-1]} columns are not whole blocks of {BLOCK}",
-                hint="Q8_0, Q5_0, Q4_0, IQ4_NL need a multiple of 32; F16 takes any length",
-            )
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the packed blocks."""
-        self.check(shape)
-        return shape[0] * (shape[1] // BLOCK) * self.block_bytes
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """3.4375 for IQ3_S, 3.0625 for IQ3_XXS, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
@@ -157,8 +154,7 @@ class WordGrid:
         Which word is nearest depends on how its columns are weighed, so these codes are better
         than those of ``encode``.
         """
-        self.check(weight.shape)
-        weight = checked(weight, self.name)
+        weight = self.checked(weight)
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         shares = normalized(importance, columns, self.name)
@@ -192,8 +188,7 @@ class WordGrid:
         Raises:
             GridError: as ``fit``.
         """
-        self.check(weight.shape)
-        weight = checked(weight, self.name)
+        weight = self.checked(weight)
         codes = np.empty(weight.shape, np.uint8)
         scale, ones = self.effective(params), np.ones(weight.shape[1], np.float32)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Params, Quantized
+from compress.grids import Array, BaseGrid, Float32, Params, Quantized
 
 __all__ = ["DenseGrid", "make"]
 
@@ -29,21 +29,29 @@ def make(name: str) -> DenseGrid:
 
 
 @dataclass(frozen=True)
-class DenseGrid:
+class DenseGrid(BaseGrid):
     """A float format; see ``compress.grids.Grid``. Tensors may have any number of dimensions."""
 
     name: str
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Every shape fits."""
+    @property
+    def bits(self) -> int:
+        """16 or 32."""
+        return 8 * SIZES[self.name]
+
+    @property
+    def group_size(self) -> int:
+        """0: there are no scales."""
+        return 0
+
+    @property
+    def symmetric(self) -> bool:
+        """True: there are no zero points."""
+        return True
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a stored tensor."""
         return int(np.prod(shape, dtype=np.int64)) * SIZES[self.name]
-
-    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """16 or 32."""
-        return 8.0 * SIZES[self.name]
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """No parameters."""

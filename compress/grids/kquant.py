@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Lattice, Params, Quantized
+from compress.grids import Array, BlockedGrid, Float32, Lattice, Params, Quantized
 from compress.grids.kquant_affine import fit_affine
-from compress.grids.kquant_codes import encode_levels, encode_linear
+from compress.grids.kquant_kernels import encode_levels, encode_linear, fit_symmetric
 from compress.grids.kquant_layout import block_bytes, pack, unpack
-from compress.grids.kquant_symmetric import fit_symmetric
-from compress.grids.lanes import checked, normalized, over_rows
+from compress.grids.lanes import normalized, over_rows
 
 __all__ = ["BlockGrid", "make"]
 
@@ -71,7 +70,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class BlockGrid:
+class BlockGrid(BlockedGrid):
     """One block type of GGUF; see the module and ``compress.grids.Grid``.
 
     Attributes:
@@ -83,8 +82,10 @@ class BlockGrid:
         limit: largest integer scale (with a minimum), or the magnitude of the lowest (without);
             0 where the scale is a float16 of its own.
         has_minimum: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
+        curved: the levels are those of a table, not evenly spaced: IQ4_NL, IQ4_XS.
         plain: the search when no importance is given.
         weighted: the search beside a given importance.
+        block_bytes: of a packed block.
     """
 
     name: str
@@ -94,8 +95,10 @@ class BlockGrid:
     top: int
     limit: int
     has_minimum: bool
+    curved: bool
     plain: Search
     weighted: Search
+    block_bytes: int
 
     @property
     def levels(self) -> Float32:
@@ -105,31 +108,19 @@ class BlockGrid:
         return np.arange(self.top + 1, dtype=np.float32) - np.float32(self.zero)
 
     @property
-    def curved(self) -> bool:
-        """The levels are those of a table, not evenly spaced."""
-        return self.name.startswith("IQ4")
+    def bits(self) -> int:
+        """Of a code."""
+        return self.top.bit_length()
 
     @property
-    def span(self) -> int:
-        """A block is fitted on its own."""
-        return self.block
+    def group_size(self) -> int:
+        """``sub``."""
+        return self.sub
 
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raise GridError when the rows are not whole blocks."""
-        if len(shape) != 2 or shape[1] % self.block or shape[1] == 0:
-            raise GridError(
-                f"{self.name}: rows of {shape[-1]} columns are not whole blocks of {self.block}",
-                hint="Q8_0, Q5_0, Q4_0, IQ4_NL, MXFP4 need a multiple of 32; F16 takes any length",
-            )
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the packed blocks."""
-        self.check(shape)
-        return shape[0] * (shape[1] // self.block) * block_bytes(self.name)
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """4.5 for Q4_K, 6.5625 for Q6_K …, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
+    @property
+    def symmetric(self) -> bool:
+        """There is no minimum."""
+        return not self.has_minimum
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
@@ -149,7 +140,7 @@ class BlockGrid:
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        return self._fit(self._checked(weight), importance)
+        return self._fit(self.checked(weight), importance)
 
     def _fit(self, weight: Float32, importance: Float32 | None) -> Params:
         rows, columns = weight.shape
@@ -229,7 +220,7 @@ class BlockGrid:
         Raises:
             GridError: as ``fit``.
         """
-        return self._encode(self._checked(weight), params)
+        return self._encode(self.checked(weight), params)
 
     def _encode(self, weight: Float32, params: Params) -> Array:
         scale, minimum = self.effective(params)
@@ -264,7 +255,7 @@ class BlockGrid:
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """``blocks``: uint8 ``[rows, bytes_per_row]``, a GGUF tensor's data."""
         rows, columns = codes.shape
-        blocks = np.empty((rows, columns // self.block * block_bytes(self.name)), np.uint8)
+        blocks = np.empty((rows, columns // self.block * self.block_bytes), np.uint8)
 
         def work(begin: int, end: int) -> None:
             some = {name: values[begin:end] for name, values in params.items()}
@@ -279,13 +270,9 @@ class BlockGrid:
 
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``fit``, then ``encode``; the weight is checked once."""
-        weight = self._checked(weight)
+        weight = self.checked(weight)
         params = self._fit(weight, importance)
         return Quantized(self._encode(weight, params), params, self, weight.shape)
-
-    def _checked(self, weight: Float32) -> Float32:
-        self.check(weight.shape)
-        return checked(weight, self.name)
 
 
 def _half(values: Float32) -> Array:
@@ -315,20 +302,20 @@ LEVELS_Q3 = (-4.25, -3.25, -5.375, 4.75, -3.875, 4, -6, -4.625)
 LEVELS_IQ4 = (-128, 115, -109, -140, 129, -122, 91, -91)
 LEVELS_IQ4_XS = (-133, 117, -123, -107, -143, 110, 129, 93, -150, -128)
 
-# name: block, sub, zero, top, limit, has_minimum
+# name: block, sub, zero, top, limit, has_minimum, curved
 SHAPES = {
-    "Q8_0": (32, 32, 128, 255, 0, False),
-    "Q4_0": (32, 32, 8, 15, 0, False),
-    "Q5_0": (32, 32, 16, 31, 0, False),
-    "IQ4_NL": (32, 32, 0, 15, 0, False),
-    "Q4_1": (32, 32, 0, 15, 0, True),
-    "Q5_1": (32, 32, 0, 31, 0, True),
-    "Q2_K": (256, 16, 0, 3, 15, True),
-    "Q3_K": (256, 16, 4, 7, 32, False),
-    "Q4_K": (256, 32, 0, 15, 63, True),
-    "Q5_K": (256, 32, 0, 31, 63, True),
-    "Q6_K": (256, 16, 32, 63, 128, False),
-    "IQ4_XS": (256, 32, 0, 15, 32, False),
+    "Q8_0": (32, 32, 128, 255, 0, False, False),
+    "Q4_0": (32, 32, 8, 15, 0, False, False),
+    "Q5_0": (32, 32, 16, 31, 0, False, False),
+    "IQ4_NL": (32, 32, 0, 15, 0, False, True),
+    "Q4_1": (32, 32, 0, 15, 0, True, False),
+    "Q5_1": (32, 32, 0, 31, 0, True, False),
+    "Q2_K": (256, 16, 0, 3, 15, True, False),
+    "Q3_K": (256, 16, 4, 7, 32, False, False),
+    "Q4_K": (256, 32, 0, 15, 63, True, False),
+    "Q5_K": (256, 32, 0, 31, 63, True, False),
+    "Q6_K": (256, 16, 32, 63, 128, False, False),
+    "IQ4_XS": (256, 32, 0, 15, 32, False, True),
 }
 
 # name: search without, and with importance. The error's weights were chosen so that both the
@@ -349,7 +336,9 @@ SEARCHES = {
 }
 
 
-TYPES = {name: BlockGrid(name, *SHAPES[name], *SEARCHES[name]) for name in SHAPES}
+TYPES = {
+    name: BlockGrid(name, *SHAPES[name], *SEARCHES[name], block_bytes(name)) for name in SHAPES
+}
 
 
 def make(name: str) -> BlockGrid:

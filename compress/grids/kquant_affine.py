@@ -1,6 +1,6 @@
 """The fit of the GGUF block grids with a minimum: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
 
-See ``kquant_tiles.py`` for how a fit goes.
+See ``kquant_kernels.py`` for how a fit goes.
 """
 
 # mypy: allow-untyped-defs
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.grids.kquant_tiles import EQUAL, NEARLY_ZERO, UNIT, UNIT_ROWS, choose_unit, load
+from compress.grids.kquant_kernels import EQUAL, NEARLY_ZERO, UNIT, UNIT_ROWS, choose_unit, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
 # Rows of a sub-block's work array, LANES numbers each.

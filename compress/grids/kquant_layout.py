@@ -26,13 +26,15 @@ Scales of IQ4_XS (6 bits, plus 32): the high pairs of bits of all eight, then th
 by two.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.grids import Array, Params
-from compress.grids.kquant_codes import join_codes
+from compress.grids.lanes import kernel
 
 Bytes = NDArray[np.uint8]
 SIGN = np.uint8(0x80)
@@ -181,3 +183,22 @@ def _cut_scales(name: str, part: Bytes) -> dict[str, Array]:
     scales = np.concatenate([head & 63, (tail & 15) | ((head >> 6) << 4)], axis=-1)
     mins = np.concatenate([middle & 63, (tail >> 4) | ((middle >> 6) << 4)], axis=-1)
     return {"scales": scales.reshape(rows, -1), "mins": mins.reshape(rows, -1)}
+
+
+@kernel
+def join_codes(codes, bits, first, run, start, size, blocks):
+    """Bit fields of codes into bytes ``start..start + size`` of every block.
+
+    Each byte holds ``8 / bits`` fields of ``bits`` bits, cut from bit ``first`` of codes that are
+    ``run`` columns apart. ``codes``: uint8 ``[blocks, columns]``, ``blocks``: ``[blocks, bytes]``.
+    """
+    fields = 8 // bits
+    mask = np.uint8((1 << bits) - 1)
+    for block in range(len(blocks)):
+        for begin in range(0, size, run):
+            out = blocks[block, start + begin : start + begin + run]
+            for k in range(fields):
+                source = codes[block, begin * fields + k * run : begin * fields + (k + 1) * run]
+                for i in range(run):
+                    field = np.uint8(((source[i] >> first) & mask) << (k * bits))
+                    out[i] = field if k == 0 else out[i] | field

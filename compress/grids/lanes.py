@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from compress.errors import GridError
-from compress.grids import Float32
+from compress.grids import Array, Float32
 from compress.machine import worker_threads
 
 f4 = np.float32
@@ -92,7 +92,7 @@ def checked(weight: Float32, name: str) -> Float32:
 
 
 def beyond_float16(name: str) -> GridError:
-    """What is told of a weight that no scale can hold."""
+    """The error of a weight that is NaN, infinite or larger than 65504."""
     return GridError(
         f"{name}: a weight is not finite or beyond float16's range",
         hint="is the checkpoint damaged? no trained weight is that large",
@@ -131,3 +131,25 @@ def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) ->
     with ThreadPoolExecutor(threads) as pool:
         begins = range(0, rows, step)
         list(pool.map(lambda begin: work(begin, min(begin + step, rows)), begins))
+
+
+def join_pairs(codes: Array) -> Array:
+    """Two 4-bit codes to a byte, the first in its low half: as ONNX and Core ML store them.
+
+    Args:
+        codes: uint8 or int8, of an even number of columns; of each the low 4 bits count.
+
+    Returns:
+        uint8, with half as many columns.
+    """
+    flat = np.ascontiguousarray(codes).view(np.uint8).reshape(-1)
+    joined = np.empty(flat.size // 2, np.uint8)
+    join(flat, joined)
+    return joined.reshape(*codes.shape[:-1], -1)
+
+
+@kernel
+def join(codes, joined):
+    """``joined[i]`` from ``codes[2 i]`` and ``codes[2 i + 1]``."""
+    for i in range(len(joined)):
+        joined[i] = (codes[2 * i] & 15) | (codes[2 * i + 1] << 4)

@@ -22,11 +22,9 @@ from math import frexp, ldexp
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Lattice, Params, Quantized
-from compress.grids.kquant_codes import encode_levels
-from compress.grids.kquant_symmetric import ROWS, STEP, WRR, sums_symmetric
-from compress.grids.kquant_tiles import load
-from compress.grids.lanes import LANES, WORST, checked, kernel, normalized, over_rows
+from compress.grids import Array, BlockedGrid, Float32, Lattice, Params
+from compress.grids.kquant_kernels import ROWS, STEP, WRR, encode_levels, load, sums_symmetric
+from compress.grids.lanes import LANES, WORST, kernel, normalized, over_rows
 
 __all__ = ["MicroscalingFloat", "make"]
 
@@ -46,32 +44,15 @@ SMALLEST = 2  # exponents below make scales whose inverse no float32 can hold
 
 
 @dataclass(frozen=True)
-class MicroscalingFloat:
+class MicroscalingFloat(BlockedGrid):
     """See the module and ``compress.grids.Grid``."""
 
     name: str = "MXFP4"
-
-    @property
-    def span(self) -> int:
-        """A block is fitted on its own."""
-        return BLOCK
-
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raise GridError when the rows are not whole blocks."""
-        if len(shape) != 2 or shape[1] % BLOCK or shape[1] == 0:
-            raise GridError(
-                f"MXFP4: rows of {shape[-1]} columns are not whole blocks of {BLOCK}",
-                hint="F16 takes any length",
-            )
-
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the packed blocks."""
-        self.check(shape)
-        return shape[0] * (shape[1] // BLOCK) * (1 + BLOCK // 2)
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """4.25, whatever the shape."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
+    block: int = BLOCK
+    block_bytes: int = 1 + BLOCK // 2
+    bits: int = 4
+    group_size: int = BLOCK
+    symmetric: bool = True
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The exponents of least (weighted) squared error.
@@ -87,7 +68,7 @@ class MicroscalingFloat:
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        weight = self._checked(weight)
+        weight = self.checked(weight)
         rows, columns = weight.shape
         shares = normalized(importance, columns, self.name)
         exponents = np.zeros((rows, columns // BLOCK), dtype=np.uint8)
@@ -104,7 +85,7 @@ class MicroscalingFloat:
         Raises:
             GridError: as ``fit``.
         """
-        weight = self._checked(weight)
+        weight = self.checked(weight)
         scale = self.lattice(params).scale
         codes = np.empty(weight.shape, dtype=np.uint8)
         over_rows(
@@ -141,15 +122,6 @@ class MicroscalingFloat:
         joined = parts[..., 1:]
         nibbles = np.concatenate([joined & 15, joined >> 4], axis=-1)
         return np.take(CODES, nibbles).reshape(len(blocks), -1), {"e": parts[..., 0].copy()}
-
-    def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
-        """``fit``, then ``encode``."""
-        params = self.fit(weight, importance)
-        return Quantized(self.encode(weight, params), params, self, weight.shape)
-
-    def _checked(self, weight: Float32) -> Float32:
-        self.check(weight.shape)
-        return checked(weight, self.name)
 
 
 def make(name: str) -> MicroscalingFloat:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Grid, Params, Quantized, get_grid
+from compress.grids import Array, BaseGrid, Float32, Grid, Params, get_grid
+from compress.grids.palette import Palette
 
 __all__ = ["Pattern", "SparseGrid", "make", "pattern_of"]
 
@@ -115,7 +116,7 @@ def make(name: str) -> SparseGrid:
 
 
 @dataclass(frozen=True)
-class SparseGrid:
+class SparseGrid(BaseGrid):
     """See the module and ``compress.grids.Grid``.
 
     Attributes:
@@ -131,10 +132,24 @@ class SparseGrid:
         return f"{self.pattern.name}-{self.inner.name}"
 
     @property
-    def _bits(self) -> int:
-        found = re.match(r"(?:int|lut|F)(\d+)", self.inner.name)
-        assert found is not None
-        return int(found[1])
+    def bits(self) -> int:
+        """Those of the inner grid."""
+        return self.inner.bits
+
+    @property
+    def group_size(self) -> int:
+        """That of the inner grid."""
+        return self.inner.group_size
+
+    @property
+    def group_rows(self) -> int:
+        """Those of the inner grid."""
+        return self.inner.group_rows
+
+    @property
+    def symmetric(self) -> bool:
+        """As the inner grid."""
+        return self.inner.symmetric
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise GridError when the pattern or the inner grid does not fit."""
@@ -144,13 +159,9 @@ class SparseGrid:
     def nbytes(self, shape: tuple[int, int]) -> int:
         """The mask, the codes that are there, and the inner grid's scales or tables."""
         rows, columns = shape
-        dense = (rows * columns * self._bits + 7) // 8
-        there = (rows * self.pattern.count(columns) * self._bits + 7) // 8
+        dense = (rows * columns * self.bits + 7) // 8
+        there = (rows * self.pattern.count(columns) * self.bits + 7) // 8
         return (rows * columns + 7) // 8 + self.inner.nbytes(shape) - dense + there
-
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Zeros count as weights."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """``mask``, bool ``[rows, columns]``, and the parameters of the inner grid.
@@ -160,7 +171,7 @@ class SparseGrid:
         """
         self.pattern.check(weight.shape[1])
         mask = self.pattern.mask(np.abs(weight))
-        if self.inner.name.startswith("lut"):
+        if isinstance(self.inner, Palette):
             params = self.inner.fit(weight[mask].reshape(len(weight), -1))
         else:
             params = self.inner.fit(np.where(mask, weight, np.float32(0)), importance)
@@ -181,11 +192,6 @@ class SparseGrid:
         inner grid has besides."""
         mask = params["mask"]
         return {**_inner(params), "mask": mask.astype(np.uint8), "codes": codes[mask]}
-
-    def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
-        params = self.fit(weight, importance)
-        shape = (weight.shape[0], weight.shape[1])
-        return Quantized(self.encode(weight, params), params, self, shape)
 
 
 def _inner(params: Params) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -23,8 +23,10 @@ __all__ = [
     "Findings",
     "check_folder",
     "folder_digests",
+    "parse_checksums",
     "read_checksums",
     "sha256_of",
+    "unlisted",
     "verify",
     "write_checksums",
 ]
@@ -102,19 +104,39 @@ def files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths if path != folder / NAME]
 
 
+def unlisted(folder: Path, listed: Collection[str]) -> list[str]:
+    """Names of the files below a folder that its ``SHA256SUMS`` does not list."""
+    there = [name for name in files_in(folder) if PurePosixPath(name).name != HARMLESS]
+    return [name for name in there if name not in listed]
+
+
 def read_checksums(file: Path) -> dict[str, str]:
     """Name → digest, in the order of the file.
 
     Raises:
         UsageError: not there, or not readable.
-        ArtifactError: damaged: a line that is none, a name that leads elsewhere or comes twice.
+        ArtifactError: see ``parse_checksums``.
     """
     try:
-        lines = file.read_bytes().decode("utf-8").split("\n")
+        return parse_checksums(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(
             f"{file}: {error.strerror}", hint="--checksums takes the folder of a build"
         ) from error
+
+
+def parse_checksums(content: bytes, file: str) -> dict[str, str]:
+    """Name → digest, in the order of the lines.
+
+    Args:
+        content: of a ``SHA256SUMS``.
+        file: names it in errors.
+
+    Raises:
+        ArtifactError: damaged: a line that is none, a name that leads elsewhere or comes twice.
+    """
+    try:
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{file} is damaged: byte {error.start} is not UTF-8") from error
     if lines.pop() or not lines:
@@ -143,11 +165,11 @@ def unescape(text: str) -> str:
 
 
 def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
-    """``packlight verify --checksums``: whether a folder is as it was written; tells what is not.
+    """``packlight verify --checksums``: whether a folder is as it was written.
 
     Args:
         folder: of a build.
-        console: told.
+        console: for what is not.
         alone: whether nothing else is verified, which would have a document of its own.
 
     Raises:
@@ -160,8 +182,8 @@ def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
     for line in findings.lines():
         console.warning(line)
     count = len(findings.lines())
-    told = f"{findings.files} files as in" if not count else f"{count} not as in"
-    console.verdict(findings.whole, f"{told} {folder / NAME}")
+    outcome = f"{findings.files} files as in" if not count else f"{count} not as in"
+    console.verdict(findings.whole, f"{outcome} {folder / NAME}")
     return findings.whole
 
 
@@ -178,7 +200,6 @@ def check_folder(
         UsageError, ArtifactError: see ``read_checksums``.
     """
     listed = read_checksums(folder / NAME)
-    there = files_in(folder)
     present = [name for name in listed if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     changed, done = [], 0
@@ -187,10 +208,9 @@ def check_folder(
             changed.append(name)
         done += (folder / name).stat().st_size
         progress(done, total)
-    strangers = [n for n in there if n not in listed and PurePosixPath(n).name != HARMLESS]
     return Findings(
         files=len(listed),
         changed=tuple(sorted(changed)),
         missing=tuple(sorted(set(listed) - set(present))),
-        extra=tuple(sorted(strangers)),
+        extra=tuple(sorted(unlisted(folder, listed))),
     )

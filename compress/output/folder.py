@@ -4,24 +4,31 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.output.ledger``), its hidden states
+                             ledger for each target (``compress.plan.ledger``), its hidden states
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.console import format_bytes
-from compress.decoder.config_json import json_or_empty, write_json
-from compress.errors import DiskFullError, OutputExistsError, UsageError, is_disk_full
-from compress.output import ledger
-from compress.output.cache import is_same_file
+from compress.decoder.config_json import json_or_empty
+from compress.errors import (
+    ArtifactError,
+    DiskFullError,
+    OutputExistsError,
+    UsageError,
+    is_disk_full,
+)
+from compress.files import file_lock, real_path, write_whole
+from compress.output.checksums import NAME, read_checksums, unlisted
+from compress.plan import ledger
 
 STATE = "state"
 
@@ -53,7 +60,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{output} exists", hint="--overwrite, or another --output")
-    if not all((place / name).is_file() for name in ("plan.json", "SHA256SUMS")):
+    if not all((place / name).is_file() for name in ("plan.json", NAME)):
         raise UsageError(
             f"{output} was not made by packlight, so it is not overwritten",
             hint="choose another --output",
@@ -65,21 +72,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
 
 
-def real_path(output: Path) -> Path:
-    """Where an output really is: absolute, through links (one that leads nowhere yet, too)."""
-    return Path(os.path.realpath(output))
-
-
 def find_stranger(folder: Path) -> str:
     """The first file of a build's folder that its ``SHA256SUMS`` does not list, or ``""``."""
-    sums = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
-    known = {"SHA256SUMS", *(line.partition("  ")[2] for line in sums.splitlines())}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        harmless = path.name == ".DS_Store" or (path.is_dir() and not path.is_symlink())
-        if name not in known and not harmless:
-            return name
-    return ""
+    try:
+        return next(iter(unlisted(folder, read_checksums(folder / NAME))), "")
+    except ArtifactError:
+        return f"a {NAME} that is damaged"
 
 
 def check_disk(output: Path, needed: int) -> None:
@@ -168,9 +166,7 @@ class Resume:
             return
         shutil.rmtree(partial, ignore_errors=True)
         record.parent.mkdir(parents=True)
-        whole = record.with_suffix(".partial")
-        write_json(whole, self.identity)
-        whole.replace(record)
+        write_whole(record, json.dumps(self.identity))
 
 
 def clear(folder: Path, kept: Collection[Path]) -> None:
@@ -278,41 +274,23 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or the place is not writable.
     """
-    lock = output.with_name(output.name + ".lock")
     missing = [folder for folder in output.parents if not folder.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise UsageError(f"cannot write to {output.parent}: {error.strerror}") from error
-    try:
-        take_lock(handle, lock)
+    with ExitStack() as stack:
         try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)  # by its holder only
-    finally:
-        os.close(handle)
-        for folder in missing:
-            with suppress(OSError):  # not empty: the build succeeded
-                folder.rmdir()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(missing):
+                stack.callback(remove_if_empty, folder)
+            stack.enter_context(file_lock(output.with_name(output.name + ".lock"), wait=False))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another build is writing to {output}", hint="wait for it, or another --output"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"cannot write to {output.parent}: {error.strerror}") from error
+        yield
 
 
-def take_lock(handle: int, lock: Path) -> None:
-    """Lock an open lock file.
-
-    Raises:
-        UsageError: another process has it, or has just unlinked the file that we opened.
-    """
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = is_same_file(handle, lock)
-    except BlockingIOError:
-        ours = False
-    if not ours:
-        raise UsageError(
-            f"another build is writing to {lock.with_suffix('')}",
-            hint="wait for it, or another --output",
-        )
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()

@@ -1,5 +1,8 @@
-"""What a build was made from, byte for byte: versions, checkpoint, other files; and ``--locked``,
-which refuses to build from anything else.
+"""What decides over a build's bytes, in three uses: versions, checkpoint, recipe, other files.
+
+- ``identity``: whether a build may go on with what another left (``--resume``).
+- ``lock_document``: by hash, in ``plan.json``; ``--locked`` refuses to build from anything else.
+- ``provenance``: by hash, as ``provenance.json``.
 
 Hashing takes about 0.8 CPU seconds per gigabyte and reads every shard once more than a build does,
 so a large local checkpoint is hashed only on demand (``--provenance``, ``--locked``); the hash then
@@ -11,27 +14,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.allocation.chosen import Chosen
-from compress.allocation.lock import read_lock
-from compress.build.settings import BuildSettings
-from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.console import Console
-from compress.decoder.config_json import json_or_empty, write_json
+from compress.checkpoint.remote import is_url
+from compress.decoder.config_json import json_or_empty
 from compress.errors import UsageError
-from compress.output.cache import cache_folder
+from compress.files import cache_folder, write_whole
 from compress.output.checksums import sha256_of
-from compress.plan.document import plan_document
-from compress.plan.job import Job, looks_at_inputs
+from compress.plan.job import Job
 
-__all__ = ["check_lock", "lock_build", "lock_document", "source_files", "versions"]
+__all__ = [
+    "PROVENANCE",
+    "check_lock",
+    "files_digest",
+    "identity",
+    "lock_document",
+    "provenance",
+    "source_files",
+    "versions",
+]
 
 # What has a part in the bytes of artifacts; runtimes only read them.
 LIBRARIES = (
@@ -40,7 +49,12 @@ LIBRARIES = (
 )  # fmt: skip
 
 SMALL = 256_000_000  # bytes that are always hashed: a fifth of a second
-TOLD = 4  # differences that one line names
+SHOWN = 4  # differences that one line names
+
+PROVENANCE = "provenance.json"
+DOCUMENT = "https://github.com/packlight/packlight/blob/main/docs/reproducible.md"
+BUILD_TYPE = f"{DOCUMENT}#build-type-v1"
+BUILDER = f"{DOCUMENT}#builder"
 
 Progress = Callable[[int, int], None]
 
@@ -54,30 +68,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def lock_build(
-    job: Job, chosen: Chosen, importance: Importance, settings: BuildSettings, console: Console
-) -> dict[str, Any]:
-    """The ``lock`` of a build that is about to begin; with ``--locked``, held against its plan.
-
-    Raises:
-        UsageError: see ``check_lock``.
-    """
-    inputs = texts_of(job.recipe) if looks_at_inputs(job.recipe) else []
-    if importance.imatrix:
-        inputs = [importance.imatrix]
-    with console.progress("hash the checkpoint") as update:
-        lock = lock_document(
-            job.checkpoint,
-            inputs,
-            thorough=settings.provenance or settings.locked,
-            progress=update,
-        )
-    if settings.locked and settings.plan:
-        now = {**plan_document(job, chosen.budgets), "lock": lock}
-        check_lock(settings.plan.name, read_lock(settings.plan), now)
-    return lock
 
 
 def lock_document(
@@ -95,7 +85,7 @@ def lock_document(
     Args:
         checkpoint: opened.
         inputs: other files that the artifacts depend on: calibration texts, an imatrix.
-        thorough: hash every file of the checkpoint, however large, even where the Hub told.
+        thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
     """
     files = source_files(checkpoint)
@@ -172,8 +162,11 @@ def cached_digest(path: Path) -> str:
     if {name: found.get(name) for name in facts} == facts and "sha256" in found:
         return str(found["sha256"])
     digest = sha256_of(real)
-    write_json(entry, {**facts, "sha256": digest})
+    write_whole(entry, json.dumps({**facts, "sha256": digest}))
     return digest
+
+
+# --- --locked --------------------------------------------------------------------------------
 
 
 def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -185,7 +178,7 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         now: what this build's would say, with its ``lock``.
 
     Raises:
-        UsageError: what differs, old and new; or the plan cannot tell.
+        UsageError: what differs, old and new; or the plan does not say.
     """
     lock = before.get("lock")
     if not isinstance(lock, dict) or not (lock.get("checkpoint") or {}).get("files"):
@@ -196,9 +189,9 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     found = list(differences(facts(before), facts(now)))
     if not found:
         return
-    more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     raise UsageError(
-        f"--locked: this would not be the build of {name}: {'; '.join(found[:TOLD])}{more}",
+        f"--locked: this would not be the build of {name}: {'; '.join(found[:SHOWN])}{more}",
         hint="the same versions, checkpoint and recipe; or leave --locked out",
     )
 
@@ -236,3 +229,136 @@ def show(value: Any) -> str:
         return "not there"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# --- --resume --------------------------------------------------------------------------------
+
+
+def identity(
+    job: Job, *, texts: Sequence[Path], options: Mapping[str, Any], files: Mapping[str, Path | None]
+) -> dict[str, Any]:
+    """What two builds must share for one to go on with what the other left.
+
+    Verification has no part in it: what a build left for want of memory there can be continued
+    with ``--no-verify``. Neither have threads (``compress.machine``).
+
+    Args:
+        job: as it is before grids are chosen and weights changed; those follow from it.
+        texts: of the calibration, where a build looks at them.
+        options: others that decide over the bytes, by name.
+        files: the same for files, None where there is none.
+
+    Raises:
+        CheckpointError: files of the checkpoint that cannot be read.
+    """
+    document = {
+        "versions": versions(),
+        "model": job.checkpoint.source,
+        "checkpoint": job.checkpoint.fingerprint(),
+        "tokenizer": files_digest(job.checkpoint.tokenizer_files()),
+        "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
+        "texts": files_digest(texts),
+        **options,
+        **{name: files_digest([file] if file else []) for name, file in files.items()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
+def files_digest(files: Sequence[Path]) -> str | None:
+    """SHA-256 of some files; None for none."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest() if files else None
+
+
+# --- provenance.json -------------------------------------------------------------------------
+
+
+def provenance(
+    job: Job, lock: Mapping[str, Any], digests: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Which files were made from which: an in-toto Statement v1 with a SLSA provenance v1
+    predicate; None where the checkpoint's hashes are not known.
+
+    Of their optional fields there are none that would differ between two builds of the same bytes:
+    no times, no id of the run, no report (whose speeds are measured). It is not signed: whoever
+    signs vouches for the machine (docs/reproducible.md).
+
+    https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
+    https://slsa.dev/spec/v1.0/provenance
+
+    Args:
+        job: what was built.
+        lock: from ``lock_document``.
+        digests: SHA-256 of the files that were written, by their names in the build's folder.
+    """
+    if lock["checkpoint"]["files"] is None:
+        return None
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        # Targets have folders of their own; beside them lie the documents about them.
+        "subject": [resource(name, digests[name]) for name in sorted(digests) if "/" in name],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {
+                    "command": without_output(job.command),
+                    "model": job.checkpoint.source,
+                    **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
+                    "recipe": job.recipe.to_dict(),
+                },
+                "internalParameters": {
+                    "system": platform.system(),
+                    "processor": platform.machine(),
+                },
+                "resolvedDependencies": [*dependencies(job, lock)],
+            },
+            "runDetails": {
+                "builder": {
+                    "id": BUILDER,
+                    "version": {
+                        "packlight": lock["versions"]["packlight"],
+                        "python": platform.python_version(),
+                    },
+                },
+                "byproducts": [
+                    resource(name, digests[name])
+                    for name in sorted(digests)
+                    if name == "recipe.yaml" or (name.startswith("plan") and "/" not in name)
+                ],
+            },
+        },
+    }
+
+
+def without_output(command: str) -> str:
+    """A command line but for the folder's name, which has no part in what is written there."""
+    words = shlex.split(command)
+    return shlex.join(words[:-2] if words[-2:-1] == ["-o"] else words)
+
+
+def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:
+    """A ResourceDescriptor of in-toto."""
+    return {"name": name, **({"uri": uri} if uri else {}), "digest": {"sha256": sha256}}
+
+
+def dependencies(job: Job, lock: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Checkpoint files, texts and the like by hash; libraries by package URL."""
+    checkpoint = job.checkpoint
+    for name, digest in lock["checkpoint"]["files"].items():
+        uri = ""
+        if is_url(checkpoint.source):
+            uri = f"{checkpoint.source.rstrip('/')}/{name}"
+        elif checkpoint.revision:
+            at = f"{checkpoint.source}/resolve/{checkpoint.revision}"
+            uri = f"https://huggingface.co/{at}/{name}"
+        yield resource(name, digest, uri)
+    for name, digest in lock["inputs"].items():
+        yield resource(name, digest)
+    for name, installed in lock["versions"].items():
+        if name != "packlight":
+            yield {"name": name, "uri": f"pkg:pypi/{name.lower()}@{installed}"}

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Source, Stored
-from compress.console import Console, format_bytes
+from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
+from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
-from compress.plan.shapes import Artifact, Exporter, Plan, PlanEntry, mix_name
-from compress.pruning.cut import Cut, plan_cut
-from compress.pruning.rotation import Rotated
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import check_zeros, method_of, plan_zeros
-from compress.recipe import Recipe
-from compress.solvers import NEEDS
-
-GetExporter = Callable[[str], Exporter]
+from compress.plan.cut import Cut, plan_cut
+from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
+from compress.plan.transform import Transforms
+from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
-WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))  # scored by default, from so many parameters on
+# (parameters, windows scored by default from there on). In any runtime a verification costs
+# parameters x tokens, so large models get fewer tokens.
+WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -33,15 +31,17 @@ class Job:
     """One checkpoint and what to make of it: known before any work is done.
 
     Attributes:
-        source: the weights that artifacts are made of ...
+        source: the weights that artifacts are made of.
         config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
         context: positions that KV caches and memory are told for.
         command: the command line that does this again, without local paths.
-        sources: ... except targets that have weights of their own; by format.
+        transforms: of each target's weights, by format; most recipes have none.
         cut: how much of the float model is pruned, or None; plans are of what is left.
-        cuts: the same by format, where a budget decided it for each target.
+        budgets: what ``plan.json`` says of the budget of each target; empty without one.
+        at_most: bytes that a budget lets the file of each target have, while grids are to be
+            chosen.
     """
 
     source: Source
@@ -50,17 +50,25 @@ class Job:
     plans: tuple[Plan, ...]
     context: int
     command: str = ""
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    transforms: Transforms = field(default_factory=dict)
     cut: Cut | None = None
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    at_most: Mapping[str, int] = field(default_factory=dict)
+
+    def bytes_of(self, plan: Plan) -> int:
+        """What is known of a target's file: its weights, or what a budget lets it have at most."""
+        return self.at_most.get(plan.format, plan.weights_bytes)
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
-        return self.sources.get(plan.format, self.source)
+        source = self.source
+        for change in self.transforms.get(plan.format, ()):
+            source = change.seen(source)
+        return source
 
     def on(self, source: Source) -> Job:
         """The same job on other weights of the shape that it was planned for."""
-        return replace(self, source=source, sources=rotations(source, self.recipe))
+        return replace(self, source=source)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -71,6 +79,16 @@ class Job:
     def shape(self) -> DecoderConfig:
         """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
         return self.config if self.cut is None else self.cut.config
+
+
+class Replan(Protocol):
+    """``prepare`` for one command, again: with other grids, or by another recipe."""
+
+    def __call__(
+        self, *, choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = ...
+    ) -> Job:
+        """``choices``: format → entry name → grid."""
+        ...
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
@@ -87,21 +105,21 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
 def prepare(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    get_exporter: GetExporter,
     *,
     context: int | None = None,
     command: str = "",
     choices: Mapping[str, Mapping[str, str]] | None = None,
+    transforms: Transforms | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
     Args:
         checkpoint: opened.
         recipe: validated.
-        get_exporter: format → its exporter.
         context: positions of KV caches, over the recipe's.
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
+        transforms: of the recipe's targets (``compress.pruning.transforms``).
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
@@ -112,21 +130,21 @@ def prepare(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
     whole = Stored(checkpoint, config)
-    plans = make_plans(whole, recipe, get_exporter, context)
-    cut = plan_cut(config, recipe.prune, plans)
+    changes = transforms or {}
+    plans = make_plans(whole, recipe, context, changes)
+    cut = plan_cut(config, recipe.prune, plans) if recipe.prunes else None
     if cut is not None or choices:
         shape = whole if cut is None else Stored(checkpoint, cut.config)
-        plans = make_plans(shape, recipe, get_exporter, context, choices, whole=config)
+        plans = make_plans(shape, recipe, context, changes, choices, whole=config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    sources = rotations(whole, recipe)
-    return Job(whole, config, recipe, plans, positions, command, sources, cut)
+    return Job(whole, config, recipe, plans, positions, command, changes, cut)
 
 
 def make_plans(
     source: Source,
     recipe: Recipe,
-    get_exporter: GetExporter,
     context: int | None,
+    transforms: Transforms,
     choices: Mapping[str, Mapping[str, str]] | None = None,
     *,
     whole: DecoderConfig | None = None,
@@ -138,49 +156,24 @@ def make_plans(
         whole: the float model, where the source is a pruned one: mixes go by its parameters.
 
     Raises:
-        GridError, UnsupportedModelError, UsageError: see ``Exporter.plan``.
+        GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
     """
     name = model_name(source.checkpoint.source)
-    rotated = rotations(source, recipe)
     plans = []
     for target, settings in recipe.targets.items():
-        wanted = dict(settings)
-        if target == "coreml" and context is not None:
-            wanted["context"] = context
-        if target == "gguf" and recipe.solver in NEEDS:
-            wanted["importance"] = True  # llama.cpp's presets then raise fewer tensors
-        check_zeros(target, recipe)
-        config = rotated[target].config if target in rotated else source.config
-        grids = (choices or {}).get(target)
-        plan = get_exporter(target).plan(config, wanted, model_name=name, choices=grids)
+        grids = (choices or {}).get(target, {})
+        importance = needs_of(recipe.solver) is not None
+        request = PlanRequest(settings, name, grids, context, importance)
+        changed, changes = source, transforms.get(target, ())
+        for change in changes:
+            changed = change.seen(changed)
+        plan = get_format(target).plan(changed.config, request)
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
-        if target in rotated:
-            plan = replace(plan, notes=(*plan.notes, *rotation_notes(rotated[target], plan)))
-        plans.append(plan_zeros(plan, settings))
+        for change in changes:
+            plan = change.planned(plan, changed)
+        plans.append(plan)
     return tuple(plans)
-
-
-def rotations(source: Source, recipe: Recipe) -> dict[str, Rotated]:
-    """Targets whose weights are turned, by format.
-
-    Raises:
-        UnsupportedModelError: a model that cannot be.
-    """
-    return {
-        target: Rotated(source, settings["rotate"])
-        for target, settings in recipe.targets.items()
-        if settings.get("rotate", "none") != "none"
-    }
-
-
-def rotation_notes(rotated: Rotated, plan: Plan) -> Iterator[str]:
-    """What was turned, for the report; and what a head that had to be untied costs."""
-    yield rotated.summary()
-    if rotated.unties:
-        (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
-        added = format_bytes(head.nbytes)
-        yield f"R1 unties the embedding: the head is a tensor of its own, {added} more"
 
 
 def model_name(source: str) -> str:
@@ -194,7 +187,7 @@ def looks_at_inputs(recipe: Recipe) -> bool:
     """Whether anything of a build goes by calibration texts."""
     methods = {method_of(settings) for settings in recipe.targets.values()}
     masks = bool(methods & set(MASK_NEEDS))
-    return recipe.solver in NEEDS or recipe.prunes or bool(recipe.budget) or masks
+    return bool(needs_of(recipe.solver)) or recipe.prunes or bool(recipe.budget) or masks
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
@@ -204,7 +197,10 @@ def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> 
 
 
 def window_count(config: DecoderConfig, wanted: int) -> int:
-    """Windows to score: as many as wanted, or for 0 as many as a model of this size allows."""
+    """Windows to score: ``wanted``, or for 0 the number for the model's parameters (``WINDOWS``).
+
+    It depends on nothing else, no machine's speed: one checkpoint has the same figures anywhere.
+    """
     return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
 
 
@@ -223,18 +219,7 @@ def find_artifacts(path: Path) -> list[tuple[str, Path]]:
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist")
-    if path.is_file():
-        formats = {".gguf": "gguf", ".onnx": "onnx"}
-        return [(formats[path.suffix], path)] if path.suffix in formats else []
-    if path.suffix == ".mlpackage":
-        return [("coreml", path)]
-    if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
-        return [("onnx", path)]
-    found = [("gguf", file) for file in sorted((*path.glob("*.gguf"), *path.glob("gguf*/*.gguf")))]
-    # A sweep has a folder for each end of a format's curve.
-    found += [("onnx", graph.parents[1]) for graph in sorted(path.glob("onnx*/onnx/*.onnx"))]
-    packages = (*path.glob("*.mlpackage"), *path.glob("coreml*/*.mlpackage"))
-    return found + [("coreml", package) for package in sorted(packages)]
+    return [(name, found) for name, row in FORMATS.items() for found in row.find(path)]
 
 
 SIZES = (
@@ -243,16 +228,14 @@ SIZES = (
 )  # fmt: skip
 
 
-def adopt(
-    name: str, path: Path, config: DecoderConfig, get_exporter: GetExporter, console: Console
-) -> Artifact:
+def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Artifact:
     """An artifact that was written some time ago, from its own metadata.
 
     Raises:
         UsageError: its vocabulary is not that of the float model, so nothing can be compared.
-        ArtifactError: see ``Exporter.describe``.
+        ArtifactError: see ``compress.formats``.
     """
-    facts = get_exporter(name).describe(path)
+    facts = get_format(name).describe(path)
     for key in SIZES:
         told, expected = facts["config"].get(key), getattr(config, key)
         if isinstance(told, int) and told != expected:

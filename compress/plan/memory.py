@@ -7,49 +7,45 @@ Runtimes that check an artifact take what they take, in processes of their own.
 
 from __future__ import annotations
 
-from compress.calibration.statistics import input_roles
-from compress.calibration.walk import hessian_spans
 from compress.console import Console, format_bytes
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, hessian_spans, input_roles
 from compress.errors import UsageError
-from compress.machine import available_memory, limit_memory, resident_memory
-from compress.plan.job import GetExporter, Job, looks_at_inputs, window_length
-from compress.pruning.sparse import MASK_NEEDS
-from compress.pruning.zeros import method_of
-from compress.solvers import NEEDS
+from compress.formats import get_format
+from compress.machine import available_memory, resident_memory
+from compress.plan.job import Job, looks_at_inputs, window_length
+from compress.recipe import MASK_NEEDS, method_of, needs_of
 
 __all__ = ["check_memory", "smallest_memory"]
 
 PYTHON = 256 << 20  # the interpreter, numpy, numba as it compiles the kernels for the first time
 TORCH = 320 << 20  # its libraries and the tokenizer's
-WAITING = 48 << 20  # what a writer holds while another is at work (``compress.build.lockstep``)
+WAITING = 48 << 20  # what a writer holds while another is at work
 COPIES = 6  # float32 copies of the widest matrix while GPTQ is at it
 
 
 def check_memory(
     job: Job,
-    get_exporter: GetExporter | None,
     console: Console,
     *,
     limit: int | None,
     verify: bool,
+    writes: bool = True,
     measures: bool = False,
 ) -> None:
-    """Bound this process, and refuse a bound that is too small before any work.
+    """Refuse a bound that is too small before any work.
 
     Args:
         job: what will be done.
-        get_exporter: format → its exporter; None where nothing is written.
         console: warned where no bound was set but the machine has less than is needed.
         limit: ``--max-memory``, bytes.
         verify: whether the float model is scored, too.
+        writes: whether anything is written.
         measures: whether grids are chosen by measurement, whatever the recipe says.
 
     Raises:
         UsageError: a limit that the largest piece of the work does not fit in.
     """
-    limit_memory(limit)
-    needed = smallest_memory(job, get_exporter, verify=verify, measures=measures)
+    needed = smallest_memory(job, verify=verify, writes=writes, measures=measures)
     if limit is not None and limit < needed:
         raise UsageError(
             f"--max-memory {format_bytes(limit)} is too little for this model",
@@ -62,21 +58,19 @@ def check_memory(
         )
 
 
-def smallest_memory(
-    job: Job, get_exporter: GetExporter | None, *, verify: bool, measures: bool = False
-) -> int:
+def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bool = False) -> int:
     """Bytes of this process at its largest, with everything that bends at its smallest."""
     recipe, config = job.recipe, job.config
     needs: list[int] = []
-    if get_exporter is not None:
-        alone = max(get_exporter(plan.format).writing_memory(plan) for plan in job.plans)
+    if writes:
+        alone = max(get_format(plan.format).writing_memory(plan) for plan in job.plans)
         needs.append(alone + WAITING * (len(job.plans) - 1))
-    if get_exporter is not None and (measures or looks_at_inputs(recipe)):
-        length = min(recipe.calibration["sequence_length"], config.max_context)
+    if writes and (measures or looks_at_inputs(recipe)):
+        length = min(recipe.calibration.sequence_length, config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
-        hessian = NEEDS.get(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
+        hessian = needs_of(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
         held = hessian_bytes(config) if hessian else 0
-        if recipe.calibration["propagate"] == "quantized" and recipe.solver in NEEDS:
+        if recipe.calibration.propagate == "quantized" and needs_of(recipe.solver):
             held = 2 * hessian_bytes(config) + block_bytes(config) // 2  # drifts, codes
         solving = COPIES * widest_matrix(config) if hessian else 0
         block = block_bytes(config) + activations(config, length)

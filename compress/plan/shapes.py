@@ -1,33 +1,20 @@
-"""What passes between the workshop and the shipyards: Plan, Weights, Artifact, Runtime."""
+"""What passes between the rooms and the formats: Plan, Writer, Artifact, Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.calibration.statistics import Statistics
-from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import UsageError
-from compress.grids import Float32, Grid, Quantized
-from compress.machine import in_order
-from compress.output.ledger import Ledger
 
-T = TypeVar("T")
-
-SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.LANES``
-
-Progress = Callable[[int, int], None]
-"""``progress(done, total)``, in bytes of the artifact."""
-
-Solver = Callable[[Float32, Grid, str], Quantized]
-"""``solve(weight, grid, name)``: the solver with its statistics already bound."""
+if TYPE_CHECKING:
+    from compress.plan.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -100,10 +87,29 @@ class Plan:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries)
 
+    def by_part(self, config: DecoderConfig) -> dict[int, list[PlanEntry]]:
+        """The entries of each part of the model: 0 the embedding, then the stored blocks, at last
+        norm and head. A computed table belongs to the part of the entry before it."""
+        parts: dict[int, list[PlanEntry]] = {}
+        part = 0
+        for entry in self.entries:
+            block, role, _ = split_name(entry.name) if entry.name else (None, "", "")
+            if block is not None:
+                part = 1 + block // config.block_repeat
+            elif role in ("norm", "lm_head"):
+                part = 1 + config.num_hidden_layers
+            parts.setdefault(part, []).append(entry)
+        return parts
+
+
+def bits_per_weight(nbytes: int, weights: int | None) -> float:
+    """Bits that ``nbytes`` bytes are for each of ``weights`` weights; 0 where none are known."""
+    return nbytes * 8 / weights if weights else 0.0
+
 
 def mix_name(entries: Sequence[PlanEntry], config: DecoderConfig) -> str:
     """``Plan.type_name`` of a mix: bytes of its tensors in bits per weight of the float model."""
-    bits = 8 * sum(entry.nbytes for entry in entries) / config.num_parameters
+    bits = bits_per_weight(sum(entry.nbytes for entry in entries), config.num_parameters)
     return f"mix-{bits:.2f}bpw"
 
 
@@ -132,6 +138,26 @@ class Artifact:
     kv_cache_bytes_per_token: int
     plan: Plan
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a format plans by.
+
+    Attributes:
+        settings: the recipe's ``targets.<format>``, validated.
+        model_name: base of the file names.
+        choices: entry name → grid, for entries that shall not have the settings' grid; the plan
+            then goes by ``mix_name``.
+        context: positions of the KV cache, where somebody asked for a number.
+        importance: whether the solver looks at inputs.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model_name: str = "model"
+    choices: Mapping[str, str] = field(default_factory=dict)
+    context: int | None = None
+    importance: bool = False
 
 
 class Runtime(Protocol):
@@ -192,226 +218,40 @@ def check_room(used: int, count: int, room: int) -> None:
         )
 
 
-class Weights:
-    """The weights that an artifact is made of, under our names, read when asked for, never kept.
-
-    Names (see ``compress.decoder.config.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
-    ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
-    ``gate_up_proj``) and their parts are both readable, however the checkpoint stores them.
-
-    Attributes:
-        fallen: rows by weight name for which the solver fell back on a simpler one, in this run.
-        ledger: what the writer has finished, in this run or before: it need not ask for that.
-        held: slabs of a weight that are in memory at a time, at most.
-    """
-
-    def __init__(
-        self, source: Source, solve: Solver, ledger: Ledger | None = None, *, at_once: int = 1
-    ) -> None:
-        """
-        Args:
-            source: of the weights.
-            solve: puts one on a grid.
-            ledger: of an earlier run.
-            at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
-                with one.
-        """
-        self.source = source
-        self.checkpoint = source.checkpoint
-        self.config = source.config
-        self.ledger = Ledger() if ledger is None else ledger
-        self.fallen: dict[str, int] = {}
-        self.held = at_once + 1 if at_once > 1 else 1
-        self._solve, self._at_once = solve, at_once
-
-    def read(self, name: str, rows: slice | None = None) -> Float32:
-        """A weight as float32, whole or some of its rows; checked to be finite.
-
-        Raises:
-            CheckpointError: not there, truncated, or with NaN/Inf.
-        """
-        return self.source.read(name, rows)
-
-    def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
-        """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
-        if rows is None or rows.start == 0:
-            self.fallen.pop(name, None)  # begun anew
-        found = self._solve(self.read(name, rows), grid, name)
-        if found.fallen:
-            self.fallen[name] = self.fallen.get(name, 0) + found.fallen
-        return found
-
-    def slabs(self, shape: Sequence[int], most: int, step: int = SIDE_BY_SIDE) -> list[slice]:
-        """Runs of rows of a matrix for ``in_slabs``: equal ones, as many for each thread, so that
-        all threads come to the end of it together.
-
-        Args:
-            shape: of the matrix.
-            most: weights that may be in memory at a time.
-            step: all runs but the last are a multiple of it, one at least.
-        """
-        rows, columns = shape
-        fewest = -(-rows // max(most // self.held // columns // step * step, step))
-        even = -(-fewest // self._at_once) * self._at_once
-        count = -(-rows // (even if fewest > 1 else 1) // step) * step
-        return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
-
-    def in_slabs(
-        self, name: str, grid: Grid, slabs: Iterable[slice | None], pack: Callable[[Quantized], T]
-    ) -> Iterator[T]:
-        """What ``pack`` makes of each slab of a weight on a grid, in order; it and the solver may
-        be at work on the next ones meanwhile, in threads.
-
-        Args:
-            slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
-        """
-        slabs = list(slabs)
-        if self._at_once == 1 or len(slabs) == 1:
-            for rows in slabs:
-                yield pack(self.quantize(name, grid, rows))
-            return
-
-        def solved(read: Callable[[], Float32]) -> T:
-            return pack(self._solve(read(), grid, name))
-
-        # Asked for here: targets that keep step wait for each other in their own threads.
-        readers = (self.source.reader(name, rows) for rows in slabs)
-        yield from in_order((partial(solved, read) for read in readers), self._at_once)
-
-    def finish(self, target_name: str, name: str, file: Path, end: int, **facts: Any) -> None:
-        """Note that a tensor is written; see ``Ledger.add``.
-
-        Args:
-            target_name: of the tensor, in the artifact.
-            name: of the weight that it holds.
-            file, end, facts: as ``Ledger.add``.
-        """
-        fallen = self.fallen.get(name, 0)
-        self.ledger.add(target_name, file, end, weight=name, fallen=fallen, **facts)
-
-    def notes(self) -> tuple[str, ...]:
-        """A line for the report, where rows fell back."""
-        told = {row["weight"]: row["fallen"] for row in self.ledger}
-        fallen = {name: rows for name, rows in (self.fallen | told).items() if rows}
-        if not fallen:
-            return ()
-        worst = max(sorted(fallen), key=lambda name: fallen[name])
-        return (
-            f"{sum(fallen.values()):,} rows of {len(fallen)} tensors are as scale_search "
-            "leaves them, which measured better on inputs held back from calibration; most in "
-            f"{worst}: {fallen[worst]:,}",
-        )
+Written = Callable[[int], None]
+"""``written(nbytes)``: so many bytes of the artifact's tensors more."""
 
 
-@dataclass(frozen=True)
-class Shipyard:
-    """What the pipeline is given of the exporters, which it does not import.
+class Writer(Protocol):
+    """One artifact that is being written; ``compress.build.write`` puts its tensors in one by one.
+
+    ``Writer(plan, weights, folder, written)`` begins the files in ``folder``, which lies in a
+    ``.partial`` work folder of the caller: it is empty, or what an earlier writer left there that
+    was cut off, and the tensors in ``weights.ledger`` are in it. ``written(nbytes)`` is called as
+    bytes of tensors are written.
 
     Attributes:
-        get_exporter: format → exporter.
-        probe: the command that opens one artifact in a child process.
-        write_pages: writes ``report.html`` and ``README.md`` for a report into a folder.
-        read_imatrix: statistics from an importance file of llama.cpp.
-        write_imatrix: and to one.
+        plan: what is written.
+        weights: what it is made of.
+        file: that tensors go to.
     """
 
-    get_exporter: Callable[[str], Exporter]
-    probe: Sequence[str]
-    write_pages: Callable[[Mapping[str, Any], Path], None]
-    read_imatrix: Callable[[Path, DecoderConfig], Statistics]
-    write_imatrix: Callable[[Path, DecoderConfig, Statistics], None]
+    plan: Plan
+    weights: Weights
+    file: Path
 
+    def put(self, entry: PlanEntry) -> int:
+        """Write one tensor of the plan; where its bytes end in ``file``.
 
-class Exporter(Protocol):
-    """What the package of a format offers (its ``__init__`` has these as plain functions)."""
-
-    def grids(self) -> Sequence[str]:
-        """Names of the grids that the format can write."""
-        ...
-
-    def plan(
-        self,
-        config: DecoderConfig,
-        settings: Mapping[str, Any],
-        *,
-        model_name: str = "model",
-        choices: Mapping[str, str] | None = None,
-    ) -> Plan:
-        """Which tensor gets which grid, and its bytes; arithmetic only, nothing is read.
-
-        Args:
-            config: the model.
-            settings: the recipe's ``targets.<format>`` (already validated).
-            model_name: base of the file names.
-            choices: entry name → grid, for entries that shall not have the settings' grid; the
-                plan then goes by ``mix_name``.
+        Entries come in the order of the plan, some rows of one in memory at a time.
 
         Raises:
-            GridError: a row that no grid of the target can hold.
-            UnsupportedModelError: a model that the target cannot express.
+            CheckpointError: weights that cannot be read.
+            GridError: values that a grid cannot hold.
+            DiskFullError: no room.
         """
         ...
 
-    def candidates(
-        self, entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
-    ) -> Sequence[Candidate]:
-        """Grids that a planned tensor may have instead, by bytes; what the runtime takes for the
-        tensor's role and row length.
-
-        Args:
-            entry: of a plan.
-            settings: the plan's; a format may leave out what its preferred hardware runs badly.
-            wanted: names of grids to choose among, some of ``grids()``; none: the format's choice.
-
-        Empty for what has one form only: norms, biases, computed tables.
-        """
-        ...
-
-    def file_bytes(self, plan: Plan, source: Source) -> int:
-        """``Artifact.nbytes`` of what ``write`` would make: graph, header and tokenizer are made
-        as for writing, without a weight being read.
-
-        Raises:
-            CheckpointError: no tokenizer, where it is part of the file.
-            UnsupportedModelError: a tokenizer that the target cannot express.
-            RuntimeMissingError: what writes the format is not installed.
-        """
-        ...
-
-    def write(self, plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-        """Write the artifact into ``folder``, streaming.
-
-        ``folder`` is in a ``.partial`` work folder of the caller, who renames it when all is well.
-        It exists, and is empty or what an earlier call left there that was cut off: tensors in
-        ``weights.ledger`` are in it. Calls ``progress(done_bytes, total_bytes)`` as it goes.
-        """
-        ...
-
-    def writing_memory(self, plan: Plan) -> int:
-        """Bytes that ``write`` holds at most, libraries included, beside what ``Weights`` does."""
-        ...
-
-    def open_runtime(self, path: Path, *, context: int, threads: int = 0) -> Runtime:
-        """Load a written artifact in the runtime that will execute it.
-
-        Args:
-            path: the artifact as ``Artifact.path`` names it (file or folder).
-            context: positions to make room for.
-            threads: 0 for the CPUs that the process may use.
-
-        Raises:
-            ArtifactError: unreadable, or refused by the runtime.
-            RuntimeMissingError: the runtime is not installed.
-        """
-        ...
-
-    def describe(self, path: Path) -> dict[str, Any]:
-        """What ``packlight inspect`` shows of an artifact: metadata and tensors, no weights read.
-
-        Keys: ``format``, ``type`` (only where the file names one), ``name``, ``architecture``,
-        ``parameters`` (None when unknown), ``bytes``, ``bits_per_weight``, ``kv_bytes_per_value``,
-        ``context`` (positions that the file itself holds; 0 where only the model sets a limit),
-        ``config`` (as ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str
-        → printable), ``tensors`` (list of name, shape, grid, bytes).
-        """
+    def close(self) -> Artifact:
+        """All tensors are there: write what belongs beside them."""
         ...

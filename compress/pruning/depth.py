@@ -23,9 +23,7 @@ from torch import Tensor
 from compress.checkpoint.sources import Source
 from compress.decoder.decoder import Decoder
 
-__all__ = [
-    "Departure", "choose_blocks", "measured_windows", "model_divergence", "turning_blocks",
-]  # fmt: skip
+__all__ = ["Departure", "choose_blocks", "measured_windows"]
 
 TOKENS = 2048  # that candidates are measured on
 CANDIDATES = 8  # of a deep model are measured; or twice as many as go, where that is more
@@ -72,49 +70,9 @@ def choose_blocks(
     return gone
 
 
-def turning_blocks(
-    source: Source,
-    windows: Sequence[Sequence[int]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[int]:
-    """The stored blocks, those that turn the hidden states furthest first; one walk.
-
-    Args:
-        source, windows, progress: as ``choose_blocks`` takes them.
-    """
-    walks = Walks(source, measured_windows(windows), progress, 1)
-    influences, _ = walks.survey()
-    return sorted(range(walks.blocks), key=lambda block: -influences[block])
-
-
 def measured_windows(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
     """The windows that candidates are measured on: the first ``TOKENS`` tokens, at least one."""
     return windows[: max(1, TOKENS // len(windows[0]))]
-
-
-def model_divergence(
-    source: Source,
-    other: Source,
-    windows: Sequence[Sequence[int]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """Mean KL(source ‖ other) of the logits, nats a token; both models walk, one after the other.
-
-    Args:
-        other: with the same head and final norm.
-        windows: token ids.
-        progress: ``progress(done, total)`` in blocks of both.
-    """
-    last: list[States] = []
-    total = source.config.num_hidden_layers + other.config.num_hidden_layers
-    done = 0
-    for model in (source, other):
-        states: States = []
-        for block, states in enumerate(Decoder(model.config, model.read).walk(windows)):  # noqa: B007
-            progress(done + block, total)
-        done += model.config.num_hidden_layers
-        last.append(states)
-    return divergence(last[0], last[1], Decoder(source.config, source.read).head())
 
 
 def divergence(final: States, states: States, head: Callable[[Tensor], Tensor]) -> float:

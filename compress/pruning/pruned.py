@@ -20,10 +20,6 @@ from compress.grids import Array
 __all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
 
 
-# Role whose columns go → role whose rows go with them.
-FEEDS = {"down_proj": "up_proj", "o_proj": "q_proj"}
-
-
 class Shallower(Change):
     """Some of the stored blocks of a source, in their order.
 
@@ -52,8 +48,7 @@ class Narrower(Change):
     Args:
         source: the whole model.
         config: with the smaller sizes.
-        folder: of ``step.py``: a file per stored block with its changed weight; None where the
-            columns that stay are as they were.
+        folder: of ``step.py``: a file per stored block with its changed weight.
         kept: first run of a stored block → rows that stay, by role (``kept_rows``).
         name: of the folder's contents; part of the fingerprint.
     """
@@ -62,13 +57,13 @@ class Narrower(Change):
         self,
         source: Source,
         config: DecoderConfig,
-        folder: Path | None,
+        folder: Path,
         kept: Mapping[int, Mapping[str, Array]],
         name: str,
     ) -> None:
         super().__init__(source, config, name)
         self._kept = kept
-        self._changed = scan_folder(folder) if folder else {}
+        self._changed = scan_folder(folder)
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
@@ -79,9 +74,6 @@ class Narrower(Change):
         changed = f"blocks.{stored}.{role}.{kind}"
         if changed in self._changed:
             return read_rows(self._changed[changed], rows)
-        columns = self._kept[stored].get(FEEDS.get(role, ""))
-        if columns is not None and kind == "weight":
-            return self.source.read(name, rows)[:, columns]
         index = self._rows(stored, role)
         if index is None:
             return self.source.read(name, rows)

@@ -19,12 +19,10 @@ from compress.decoder.config import FUSED, Float32, split_name
 from compress.errors import UsageError
 from compress.grids.sparse import Pattern
 from compress.pruning.surgery import diagonal_blocks
+from compress.recipe import MASK_NEEDS
 from compress.solvers.hessian import REPAIRS, factor_in_place
 
-__all__ = ["MASK_NEEDS", "Sparsified", "sparsegpt", "sparsify"]
-
-# What of the statistics a choice goes by.
-MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
+__all__ = ["Sparsified", "sparsegpt", "sparsify"]
 
 DAMPING = 0.01
 BLOCK = 128  # columns whose mask is chosen together, and whose errors later ones take up at once

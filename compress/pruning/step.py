@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +25,13 @@ from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.output.cache import cache_folder, taking_turns
-from compress.plan.job import Job, choose_threads, rotations
-from compress.pruning.cut import Cut, Healing
+from compress.files import cache_folder, computed_once
+from compress.machine import set_threads
+from compress.plan.cut import Cut, Healing
+from compress.plan.job import Job, choose_threads
 from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
-from compress.steady import set_threads
 
-__all__ = ["Pruned", "prune", "prune_source", "prune_targets", "pruning_divergence"]
+__all__ = ["Pruned", "prune", "prune_source"]
 
 FOUND = "found.json"  # what was measured, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
@@ -52,62 +51,15 @@ class Pruned:
     notes: tuple[str, ...]
 
 
-def prune(job: Job, console: Console, threads: int) -> Pruned | None:
-    """The job's weights, pruned as its recipe says; None where it prunes nothing.
+def prune(job: Job, cut: Cut, console: Console, threads: int) -> Pruned:
+    """The job's weights without what its cut says.
 
     Raises:
         UsageError: calibration texts that are not there or too short.
         CheckpointError: weights or a tokenizer that cannot be read.
     """
-    if job.cut is None:
-        return None
     set_threads(choose_threads(threads, job.config))
-    return prune_source(job.source, job.cut, read_texts(job), console)
-
-
-def prune_targets(job: Job, console: Console, threads: int) -> tuple[Job, list[str]]:
-    """The job with the pruned weights of those targets that have a shape of their own, and lines
-    for the report.
-
-    Raises:
-        As ``prune``.
-    """
-    sources, notes = dict(job.sources), []
-    for name, cut in job.cuts.items():
-        pruned = prune(replace(job, cut=cut), console, threads)
-        assert pruned is not None
-        sources[name] = rotations(pruned.source, job.recipe).get(name, pruned.source)
-        notes += [f"{name}: {note}" for note in pruned.notes]
-    return replace(job, sources=sources), notes
-
-
-def pruning_divergence(job: Job, console: Console, threads: int) -> float:
-    """Mean KL divergence of the pruned float model from the whole one, in nats per token, on
-    the calibration windows that no update has seen; kept in the cache.
-
-    Raises:
-        As ``prune``.
-    """
-    pruned = prune(job, console, threads)
-    if pruned is None or job.cut is None:
-        return 0.0
-    texts = read_texts(job)
-    folder = cut_folder(job.source, job.cut, texts)
-    path = folder / "held_back.json"
-    try:
-        return float(read_json(path)["kl"])
-    except (CheckpointError, KeyError, TypeError, ValueError):  # not there, or damaged
-        pass
-    from compress.calibration.walk import held_back
-    from compress.pruning.depth import measured_windows, model_divergence
-
-    windows = held_back(texts.windows) or measured_windows(texts.windows)
-    with console.progress(f"judge {job.cut.method}", "steps") as update:
-        found = model_divergence(job.source, pruned.source, windows, update)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"kl": found}), encoding="utf-8")
-    partial.replace(path)
-    return found
+    return prune_source(job.source, cut, read_texts(job), console)
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
@@ -127,7 +79,7 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
     def load(folder: Path) -> Pruned:
         return kept_in(folder, source, cut, texts)
 
-    pruned = computed_once(key, compute, load)
+    pruned = folder_once(key, compute, load)
     if cut.healing is None:
         return pruned
     kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
@@ -187,7 +139,7 @@ def healed(
     def load(folder: Path) -> Pruned:
         return healed_in(folder, pruned, healing, texts)
 
-    return computed_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
+    return folder_once(hashlib.sha256(facts.encode()).hexdigest()[:16], compute, load)
 
 
 def healed_in(folder: Path, pruned: Pruned, healing: Healing, texts: CalibrationSet) -> Pruned:
@@ -228,7 +180,7 @@ def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
     )
 
 
-def computed_once(
+def folder_once(
     key: str, compute: Callable[[Path, Path], None], load: Callable[[Path], Pruned]
 ) -> Pruned:
     """What a folder of the cache holds.
@@ -239,17 +191,23 @@ def computed_once(
         load: reads it; raises CheckpointError where it cannot.
     """
     final = cache_folder("pruning") / key
-    with taking_turns(final.with_suffix(".lock")):
+
+    def known() -> Pruned | None:
         try:
             return load(final)
         except CheckpointError:  # not there, or damaged
-            shutil.rmtree(final, ignore_errors=True)
+            return None
+
+    def anew() -> Pruned:
+        shutil.rmtree(final, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{key}.partial-") as work:
             folder = Path(work) / "pruned"
             folder.mkdir()
             compute(folder, Path(work))
             folder.rename(final)
         return load(final)
+
+    return computed_once(final.with_suffix(".lock"), known, anew)
 
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:

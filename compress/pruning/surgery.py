@@ -11,7 +11,7 @@ Kurtić et al., arXiv 2302.04089), in rounds: after each, weights and inverse ar
 left, so that of two channels that stand in for each other one stays. Without the update it is what
 their absence costs by itself, ``W_P H_PP W_Pᵀ``.
 
-A wide Hessian is known as diagonal blocks only (``compress.calibration.walk``); then columns make up for
+A wide Hessian is known as diagonal blocks only (``calibration.walk``); then columns make up for
 columns of their own block.
 """
 

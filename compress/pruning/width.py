@@ -21,7 +21,7 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import Float32, split_name
 from compress.errors import UnsupportedModelError
 from compress.grids import Array
-from compress.pruning.cut import Cut
+from compress.plan.cut import Cut
 from compress.pruning.pruned import spread
 from compress.pruning.surgery import choose, compensate
 

@@ -7,14 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from compress.errors import UnsupportedModelError, UsageError
+from compress.formats import FORMATS, get_format
 from compress.grids.sparse import Pattern, pattern_of
 from compress.plan.shapes import Plan
 from compress.recipe import Recipe
 
-__all__ = ["METHOD", "check_zeros", "method_of", "pattern_for", "plan_zeros"]
-
-METHOD = "sparsegpt"  # where the recipe names none
-STORES_ZEROS = ("coreml",)
+__all__ = ["check_zeros", "pattern_for", "plan_zeros"]
 
 
 def pattern_for(settings: Mapping[str, Any]) -> Pattern | None:
@@ -26,18 +24,12 @@ def pattern_for(settings: Mapping[str, Any]) -> Pattern | None:
     return pattern_of(settings.get("sparsity", "none"))
 
 
-def method_of(settings: Mapping[str, Any]) -> str | None:
-    """How the zeros of a target are chosen; None where there are none."""
-    return settings.get("sparsity_method", METHOD) if pattern_for(settings) else None
-
-
 def check_zeros(target: str, recipe: Recipe) -> None:
     """Refuse zeros where they cost quality and save nothing.
 
     Raises:
         UnsupportedModelError: the format stores every zero, and the recipe does not allow that.
-        UsageError: a budget, too; or columns that are to change places, and zeros that count on
-            their neighbours.
+        UsageError: a budget, too.
         GridError: a sparsity that is none.
     """
     pattern = pattern_for(recipe.targets[target])
@@ -46,23 +38,19 @@ def check_zeros(target: str, recipe: Recipe) -> None:
             f"a budget chooses among dense grids, and {target} asks for sparsity {pattern.name}",
             hint=f"--set targets.{target}.sparsity=none, or no budget",
         )
-    if pattern is not None and pattern.of and recipe.permute:
-        raise UsageError(
-            f"quantize.permute would break {target}'s {pattern.name}: it moves columns",
-            hint="--set quantize.permute=false, or a share such as 0.5",
-        )
-    if pattern is None or target in STORES_ZEROS or recipe.allow_dense:
+    if pattern is None or get_format(target).stores_zeros or recipe.allow_dense:
         return
+    saving = [name for name, row in FORMATS.items() if row.stores_zeros]
     raise UnsupportedModelError(
         f"{target}: sparsity {pattern.name} would cost quality and save nothing: the format stores "
         "a zero like any other weight, and its runtime multiplies by it",
-        hint="targets.coreml.sparsity saves bytes; --allow-dense writes it all the same",
+        hint=f"targets.{saving[0]}.sparsity saves bytes; --allow-dense writes it all the same",
     )
 
 
 def plan_zeros(plan: Plan, settings: Mapping[str, Any]) -> Plan:
     """The plan with what the target's weights need, and a line where zeros are stored."""
-    if pattern_for(settings) is None or plan.format in STORES_ZEROS:
+    if pattern_for(settings) is None or get_format(plan.format).stores_zeros:
         return plan
     kept = {key: settings[key] for key in ("sparsity", "sparsity_method") if key in settings}
     note = "the zeros of this experiment are stored like other weights: nothing is saved"

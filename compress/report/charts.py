@@ -30,14 +30,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Trail:
-    """A line through sizes and what is expected of them."""
-
-    style: str
-    places: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class Bar:
     """A bar: what it is, its value in words, and its parts from left to right (value, style)."""
 
@@ -138,7 +130,6 @@ def scatter(
     title: str,
     limit: float | None,
     budget: float | None,
-    trails: Sequence[Trail] = (),
 ) -> Markup:
     """Size against KL divergence, with ±2 standard errors; the gate and the budget as lines.
 
@@ -150,17 +141,15 @@ def scatter(
         title: for those who do not see the picture.
         limit: of the mean KL divergence, or None.
         budget: in bytes, or None.
-        trails: lines behind the points.
     """
     left, right, top, bottom = 48.0, WIDTH - 14, 26.0, 240.0
-    places = [place for trail in trails for place in trail.places]
-    sizes = [point.x for point in points] + [x for x, _ in places]
+    sizes = [point.x for point in points]
     if budget and min(sizes) / 1.5 < budget < max(sizes) * 1.5:
         sizes.append(budget)
     divisor, unit = unit_of(max(sizes))
     margin = (max(sizes) - min(sizes)) * 0.15 or max(sizes) * 0.1
     x_ticks = ticks(max(0.0, min(sizes) - margin) / divisor, (max(sizes) + margin) / divisor, 4)
-    highest = max([point.y + 2 * (point.error or 0) for point in points] + [y for _, y in places])
+    highest = max(point.y + 2 * (point.error or 0) for point in points)
     near = limit is not None and limit < 2 * highest
     y_ticks = ticks(0.0, max(highest, limit or 0.0 if near else 0.0) * 1.1 or 1.0, 4)
 
@@ -191,9 +180,6 @@ def scatter(
         x = x_of(budget or 0.0)
         marks.append(line(x, top, x, bottom, "limit"))
         marks.append(text(x - 4, top + 10, "budget", "end", "limit-label"))
-    for trail in trails:
-        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in trail.places)
-        marks.append(element("polyline", points=path, class_=f"curve {trail.style}"))
     places = [(x_of(point.x), y_of(point.y)) for point in points]
     taken = [(x - 7, x + 7, y + 4) for x, y in places]
     for point, (x, y) in zip(points, places, strict=True):

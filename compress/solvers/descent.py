@@ -1,4 +1,4 @@
-"""Another look at every code, once all of them are chosen.
+"""Coordinate descent: every code of GPTQ is chosen once more, given all others.
 
 GPTQ is greedy: what a column is rounded to takes account of the columns before it and of how those
 after it could still make up for it, not of what they became. Here each column in turn is rounded to
@@ -18,9 +18,9 @@ import numpy as np
 
 from compress.calibration.statistics import LayerStats
 from compress.grids import Array, Float32
-from compress.solvers.fits import Spans, Whole
+from compress.solvers.gptq_kernels import PIECE, round_piece
 from compress.solvers.hessian import factor_in_place
-from compress.solvers.rounding import PIECE, round_piece
+from compress.solvers.parameters import Spans, Whole
 
 __all__ = ["descend"]
 

@@ -22,11 +22,11 @@ import numpy as np
 from compress.calibration.statistics import LayerStats
 from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
 from compress.machine import in_order, worker_threads
+from compress.solvers import scale_search
 from compress.solvers.descent import descend
-from compress.solvers.fits import Spans, Whole
+from compress.solvers.gptq_kernels import PIECE, round_piece
 from compress.solvers.hessian import Factor, factors_of, output_errors
-from compress.solvers.rounding import PIECE, round_piece
-from compress.solvers.scale_search import scale_search
+from compress.solvers.parameters import Spans, Whole
 
 __all__ = ["gptq"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics, input_of, input_roles
+from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.config import DecoderConfig, Float32, WeightMap, input_roles
 from compress.decoder.decoder import Block, Decoder, as_tensor, reader
 from compress.errors import UsageError
 from compress.grids import Grid
 from compress.solvers import get_solver
-from compress.solvers.folding import Fold, Folded, fold_statistics
+from compress.solvers.folding import Folded, Folds, fold_statistics
 
 __all__ = ["HeadTrial", "Trial", "halves", "some_rows"]
 
@@ -33,7 +33,7 @@ class Half:
     Attributes:
         block: index of the block.
         roles: of its weights.
-        sites: names of the inputs inside, its own first (``compress.calibration.statistics.input_names``).
+        sites: names of the inputs inside, its own first (``calibration.statistics.input_names``).
     """
 
     block: int
@@ -90,7 +90,7 @@ class Trial:
         config = self.source.config
         return [(n, grid) for n, grid in self._entries.items() if input_of(config, n) == site]
 
-    def error(self, folds: Mapping[str, Fold]) -> float:
+    def error(self, folds: Folds) -> float:
         """Mean squared error of the output over its mean square, under folds."""
         config = self.source.config
         folded = Folded(self.source, folds)
@@ -155,7 +155,7 @@ class HeadTrial:
         """As ``Trial``'s."""
         return [(f"{HEAD}.weight", self._grid)]
 
-    def error(self, folds: Mapping[str, Fold]) -> float:
+    def error(self, folds: Folds) -> float:
         """Mean KL divergence of the next token's probabilities, under folds."""
         statistics = fold_statistics(self.source.config, self._statistics, folds)
         weight = self._rows(Folded(self.source, folds))
@@ -215,7 +215,7 @@ def some_rows(source: Source, name: str, grid: Grid, sample: int) -> Float32:
         float32, the shape of the weight except for the rows.
     """
     rows = WeightMap(source.config).shape(name)[0]
-    run = math.lcm(RUN, getattr(grid, "group_rows", 0) or 1)
+    run = math.lcm(RUN, grid.group_rows or 1)
     if rows <= sample or rows % run:
         return source.read(name)
     starts = np.linspace(0, rows // run - 1, max(1, sample // run)).round().astype(int) * run

@@ -5,12 +5,11 @@ How a build uses it::
     limits = gates.parse(recipe.gates)                         # before any work
     store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
     for artifact in artifacts:
-        found = verify_artifact(shipyard.probe, artifact.path, artifact.format, store, context=2048)
-    # found.quality, found.resources, found.generation → compress.report.report, → gates.judge
+        found = verify_artifact(artifact.path, artifact.format, store, context=2048)
+    # found.quality, found.resources, found.generation → compress.report.describe, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
-generation with and without the cache, then the logits of every window (``compress.verify.agenda``
-has it run by run, and so has whoever waits for it). Its native code may crash
+generation with and without the cache, then the logits of every window. Its native code may crash
 without taking the build along, the model is loaded once, and its memory is read before the scoring
 buffers exist. What is large (scores of every token) comes back as a file in the work folder. Where
 ``packlight verify --task`` left requests there (``compress.verify.tasks``), they are scored last.
@@ -18,27 +17,43 @@ buffers exist. What is large (scores of every token) comes back as a file in the
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, PacklightError
 from compress.plan.shapes import Runtime
-from compress.verify import quality, resources, tasks
-from compress.verify.agenda import REPEATS, SECONDS, Agenda
+from compress.verify import quality, tasks
 from compress.verify.baseline import BaselineStore, Float32
-from compress.verify.child import SILENCE, Emit, run_child
-from compress.verify.generate import Generation, check_generation
+from compress.verify.child import SILENCE, Emit, Event, run_child
+from compress.verify.generate import (
+    GENERATED_TOKENS,
+    PROMPT_TOKENS,
+    Generation,
+    check_generation,
+)
 from compress.verify.quality import Quality, TokenScores
-from compress.verify.resources import Resources, Speed
+from compress.verify.resources import (
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    SECONDS,
+    Resources,
+    Speed,
+    measure,
+)
 from compress.verify.tasks import TaskScore, TaskSet
 
 __all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
-EVERY = 0.1  # seconds between two signs of life
+# -P: a folder named `exporters` where the user happens to stand must not shadow ours.
+PROBE = (sys.executable, "-P", "-m", "exporters.probe")
+EVERY = 0.1  # seconds between two events of a child at work
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +73,6 @@ Outcome = Verified | PacklightError | None
 
 
 def verify_artifact(
-    probe: Sequence[str],
     path: Path,
     format: str,
     baseline: BaselineStore,
@@ -68,21 +82,22 @@ def verify_artifact(
     task_set: TaskSet | None = None,
     progress: Progress | None = None,
     silence: float = SILENCE,
+    probe: Sequence[str] = PROBE,
 ) -> Verified:
     """Run one artifact in a child process and compare it with the float model.
 
     Args:
-        probe: the command that opens artifacts (``exporters.SHIPYARD.probe``); it is given
-            ``FORMAT PATH --baseline FOLDER --scores FILE --context N --threads N``.
         path: the artifact.
         format: ``gguf``, ``onnx``, ``coreml``.
         baseline: the float model's logits.
         context: positions to make room for; windows and generation must fit.
         threads: 0 for the CPUs that the process may use.
         task_set: with the float model's answers, which left the requests in ``baseline.folder``.
-        progress: called with tokens done and in all, when it is loaded and then as they are run
-            (``Agenda.tokens``; speed is measured for a time, and what is left out is in no total).
-        silence: seconds without news after which the child is ended.
+        progress: called with tokens scored and in all (of windows and tasks), first with 0 when
+            loading, the measurement of speed and the greedy sample are over.
+        silence: seconds without an event after which the child is ended.
+        probe: the command that opens artifacts; it is given ``FORMAT PATH --baseline FOLDER
+            --scores FILE --context N --threads N``.
 
     Raises:
         ArtifactError: the runtime refuses the artifact, crashes or hangs.
@@ -91,21 +106,19 @@ def verify_artifact(
     scores = baseline.folder / f"scores-{format}.npz"
     command = [*probe, format, str(path), "--baseline", str(baseline.folder)]
     command += ["--scores", str(scores), "--context", str(context), "--threads", str(threads)]
-    agenda = Agenda.of(
-        [len(window) for window in baseline.windows], context, task_set.lengths if task_set else ()
-    )
-    found: dict[str, Any] = {"left_out": 0}
+    total = sum(map(len, baseline.windows)) + (sum(task_set.lengths) if task_set else 0)
+    found: dict[str, Any] = {}
     with closing(run_child(command, f"{path.name} ({format})", silence=silence)) as events:
         for event in events:
             found.update(event)
             if "tokens" in event and progress:
-                progress(event["tokens"], agenda.tokens - found["left_out"])
+                progress(event["tokens"], total)
     try:
         summary = quality.summarize(TokenScores.load(scores))
         speed = Speed(**found["resources"].pop("speed"))
         used = Resources(**found["resources"], speed=speed)
-        told = found["generation"]  # JSON has lists for tuples
-        generation = Generation(tuple(told.pop("prompt")), tuple(told.pop("tokens")), **told)
+        sample = found["generation"]  # JSON has lists for tuples
+        generation = Generation(tuple(sample.pop("prompt")), tuple(sample.pop("tokens")), **sample)
         judged = task_set.judge(found["log_likelihoods"]) if task_set else ()
     except (KeyError, OSError) as error:
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
@@ -120,72 +133,81 @@ def examine(
     scores: Path,
     context: int,
     emit: Emit,
+    *,
+    seconds: float = SECONDS,
+    every: float = EVERY,
 ) -> None:
     """The child's work, from loading to the scores of every token, and of every choice of tasks.
 
     Emits ``stage`` before each part, ``resources``, ``generation`` and ``log_likelihoods``;
-    ``tokens`` (run so far) in between, so that a large model in a slow runtime is not taken for
-    dead, and once ``left_out`` (tokens that there was no time for when speed was measured).
+    ``tokens`` (scored so far) as windows and tasks are, and empty events while it is fed before
+    that, so that a large model in a slow runtime is not taken for dead.
+
+    Args:
+        open_runtime: loads the artifact.
+        baseline: the float model's logits.
+        scores: the file for the scores of every token.
+        context: positions that the runtime has room for.
+        emit: sends an event to the parent.
+        seconds: after which no measurement of speed is begun.
+        every: seconds between two events of a kind that is not needed.
     """
     requests = tasks.load_requests(baseline.folder)
-    agenda = Agenda.of(
-        [len(window) for window in baseline.windows], context, tasks.lengths(requests)
-    )
+    asked = tasks.lengths(requests)
     text = [int(token) for window in baseline.windows[:4] for token in window]
-    prompt, count = text[: agenda.prompt], Count(emit)
+    prompt = text[: max(1, min(PREFILL_TOKENS, context // 2))]
+    decoded = min(DECODE_TOKENS, context - len(prompt))
+    sample_prompt = prompt[: max(1, min(PROMPT_TOKENS, context // 4))]
+    generated = min(GENERATED_TOKENS, context - len(sample_prompt))
+    events = Throttled(emit, every)
     emit({"stage": "loading"})
-    runtime, used = resources.measure(
-        lambda: Audible(open_runtime(), count),
+    runtime, used = measure(
+        lambda: Observed(open_runtime(), lambda: events.emit({})),
         prompt,
-        agenda.decoded,
-        repeats=REPEATS,
-        seconds=SECONDS,
+        decoded,
+        seconds=seconds,
     )
     try:
-        left_out = sum(run.tokens for run in agenda.speed_runs) - count.tokens
-        emit({"resources": asdict(used), "tokens": count.tokens, "left_out": left_out})
-        emit({"stage": "generating"})
-        sample = check_generation(runtime, prompt[: agenda.sample_prompt], agenda.generated)
-        count.add(agenda.sample_runs[-1].tokens)
-        emit({"generation": asdict(sample), "tokens": count.tokens, "stage": "computing logits"})
+        emit({"resources": asdict(used), "stage": "generating"})
+        sample = check_generation(runtime, sample_prompt, generated)
+        emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
+        scored = list(accumulate(map(len, baseline.windows)))
         result = quality.score(
-            runtime, baseline, lambda done, total: count.add(agenda.windows[done - 1])
+            runtime, baseline, lambda done, total: events.emit({"tokens": scored[done - 1]})
         )
         result.save(scores)
-        emit({"tokens": count.tokens, "stage": "answering tasks"})
+        emit({"tokens": scored[-1], "stage": "answering tasks"})
+        scored = list(accumulate(asked, initial=scored[-1]))
         answers = tasks.score(
             requests,
             lambda batch: map(runtime.logits, batch),
-            lambda done, total: count.add(agenda.asked[done - 1]),
+            lambda done, total: events.emit({"tokens": scored[done]}),
         )
-        emit({"tokens": count.tokens, "log_likelihoods": answers})
+        emit({"tokens": scored[-1], "log_likelihoods": answers})
     finally:
         runtime.close()
 
 
-class Count:
-    """Tokens that were run; told at first, and then once in ``EVERY`` seconds at most."""
+class Throttled:
+    """Passes on the first event, and then one in ``every`` seconds at most."""
 
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._said = -EVERY
-        self.tokens = 0
+    def __init__(self, emit: Emit, every: float) -> None:
+        self._emit, self._every = emit, every
+        self._last = -math.inf
 
-    def add(self, tokens: int) -> None:
-        """So many more."""
-        self.tokens += tokens
-        if time.monotonic() > self._said + EVERY:
-            self._said = time.monotonic()
-            self._emit({"tokens": self.tokens})
+    def emit(self, event: Event) -> None:
+        """Pass an event on, or drop it."""
+        if time.monotonic() >= self._last + self._every:
+            self._last = time.monotonic()
+            self._emit(event)
 
 
-class Audible:
-    """A runtime that counts what it is fed."""
+class Observed:
+    """A runtime that calls ``seen()`` when it is loaded and whenever it was fed."""
 
-    def __init__(self, runtime: Runtime, count: Count) -> None:
-        self._runtime = runtime
-        self._count = count
-        count.add(0)  # it is loaded
+    def __init__(self, runtime: Runtime, seen: Callable[[], None]) -> None:
+        self._runtime, self._seen = runtime, seen
+        seen()
 
     @property
     def name(self) -> str:
@@ -196,14 +218,14 @@ class Audible:
         return self._runtime.vocab_size
 
     def logits(self, tokens: Sequence[int]) -> Float32:
-        return self._runtime.logits(tokens)  # counted by who asked for them, when all is done
+        return self._runtime.logits(tokens)
 
     def reset(self) -> None:
         self._runtime.reset()
 
     def feed(self, tokens: Sequence[int]) -> Float32:
         result = self._runtime.feed(tokens)
-        self._count.add(len(tokens))
+        self._seen()
         return result
 
     def close(self) -> None:

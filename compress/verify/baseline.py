@@ -1,4 +1,4 @@
-"""What the float model said, kept on disk: log-probabilities of every scored position.
+"""What the float model said, on disk: log-probabilities of every scored position.
 
 One file of fixed-point numbers, written window by window and mapped into memory for reading, so
 that neither the writer nor a reader ever holds more than a few rows.
@@ -14,19 +14,29 @@ thousands (tested). The largest code stands for ``p < 1.7e-18`` and is read as e
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, CheckpointError, DiskFullError, is_disk_full
+from compress.files import file_lock
+from compress.verify.resources import Speed
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 STEPS_PER_NAT = 1600
+FILES = ("baseline.npz", "logprobs.u16")
 ZERO = 65535  # the code of "never": p < exp(-65534.5 / 1600) = 1.63e-18
 CHUNK = 1 << 21  # elements of a vocabulary-wide float64 array worked on at once: 16 MiB
 
@@ -172,3 +182,78 @@ def chunks(rows: int, vocab: int) -> list[slice]:
     """Slices of rows that keep a ``[rows, vocab]`` float64 array near 16 MiB."""
     step = max(1, CHUNK // vocab)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+@dataclass(frozen=True)
+class BaselineCache:
+    """The answers of one float model to one set of windows, kept for other builds: the files of a
+    ``BaselineStore``, and ``facts.json`` with the model's speed.
+
+    A build that loads them has links of its own, so that neither can harm the other.
+
+    Attributes:
+        folder: of all such answers.
+        key: names this model, these windows and what computes them.
+    """
+
+    folder: Path
+    key: str
+
+    @classmethod
+    def of(
+        cls, folder: Path, fingerprint: str, windows: Sequence[Sequence[int]], runtime: str
+    ) -> BaselineCache:
+        """The place for a model (``Source.fingerprint``), windows and the decoder's name."""
+        facts = json.dumps([fingerprint, [list(map(int, window)) for window in windows], runtime])
+        return cls(folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
+
+    @contextmanager
+    def found(self, work: Path) -> Iterator[tuple[BaselineStore, Speed | None] | None]:
+        """As ``load``, after those who compute these answers now; where there are none then, no
+        other build of this machine computes them while the caller does, and saves them.
+        """
+        if found := self.load(work):
+            yield found
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.folder / f"{self.key}.lock"):
+            found = self.load(work)
+            if found is None:  # damaged, if it is there
+                shutil.rmtree(self.folder / self.key, ignore_errors=True)
+            yield found
+
+    def load(self, work: Path) -> tuple[BaselineStore, Speed | None] | None:
+        """The answers as files in ``work``, and the float model's speed; None if there are none."""
+        place = self.folder / self.key
+        try:
+            facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
+            for name in FILES:
+                link(place / name, work / name)
+            speed = Speed(**facts["speed"]) if facts["speed"] else None
+            return BaselineStore(work), speed
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, ArtifactError):
+            return None  # damaged: it will be computed again
+
+    def save(self, work: Path, speed: Speed | None) -> None:
+        """Save the answers that lie in ``work``: whole or not at all, and the first ones stay."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=f"{self.key}.partial-") as partial:
+            whole = Path(partial) / "whole"
+            whole.mkdir()
+            for name in FILES:
+                link(work / name, whole / name)
+            facts = {"speed": asdict(speed) if speed else None}
+            (whole / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            if not (self.folder / self.key).exists():
+                whole.rename(self.folder / self.key)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no such thing."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

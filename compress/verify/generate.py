@@ -9,6 +9,9 @@ import numpy as np
 
 from compress.plan.shapes import Runtime
 
+PROMPT_TOKENS = 16  # of text before the greedy sample, or a quarter of the context
+GENERATED_TOKENS = 32  # of the greedy sample
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -47,7 +50,9 @@ def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
     return tokens
 
 
-def check_generation(runtime: Runtime, prompt: Sequence[int], count: int = 32) -> Generation:
+def check_generation(
+    runtime: Runtime, prompt: Sequence[int], count: int = GENERATED_TOKENS
+) -> Generation:
     """Generate through the cache, then run prompt and tokens at once, without it.
 
     Where every token is the most likely one after those before it, generating without the cache,

@@ -7,7 +7,7 @@ good on Linux: a child starts with its parent's figure, which survives ``exec``.
 are never one: the weights (bytes of the file), the KV cache (bytes per token × context), and the
 peak of the whole process, which holds both, and Python, the runtime's libraries and its buffers.
 Pages of a memory-mapped file count in the resident size but can be dropped at any time, so the peak
-of anonymous memory (what the process must really have) is told beside it.
+of anonymous memory (what the process must really have) is given beside it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from pathlib import Path
 from types import TracebackType
 
 from compress.plan.shapes import Runtime
-from compress.verify.agenda import REPEATS, SECONDS, WARM_UP
 
 STATUS = Path("/proc/self/status")
+PREFILL_TOKENS = 256  # of a prefill measurement, or half the context
+DECODE_TOKENS = 32  # of a decode measurement
+WARM_UP_TOKENS = 4  # decoded before anything is timed
+REPEATS = 3  # measurements of speed after the warm-up, at most
+SECONDS = 10.0  # after which no measurement is begun, and decoding stops
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def measure_speed(
     """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted.
 
     Args:
-        decode_tokens: at most so many; ``WARM_UP`` of them at least, however slow the runtime.
+        decode_tokens: at most so many; at least ``WARM_UP_TOKENS``, however slow the runtime.
         repeats: at most so many measurements.
         seconds: after this long no repeat is begun, and decoding stops.
     """
@@ -127,11 +131,11 @@ def measure_speed(
         last = runtime.feed(prompt)
         middle = end = time.perf_counter()
         count = 0
-        while count < (decode_tokens if run else min(decode_tokens, WARM_UP)):
+        while count < (decode_tokens if run else min(decode_tokens, WARM_UP_TOKENS)):
             last = runtime.feed([int(last.argmax())])
             count += 1
             end = time.perf_counter()
-            if count >= WARM_UP and end > deadline:
+            if count >= WARM_UP_TOKENS and end > deadline:
                 break
         if run:
             prefill.append(middle - begin)

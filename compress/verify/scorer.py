@@ -13,29 +13,20 @@ from compress.checkpoint.sources import Stored
 from compress.console import Console, format_bytes
 from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
+from compress.files import scratch_folder
 from compress.machine import available_memory, resident_memory
-from compress.output.scratch import scratch_folder
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
-from compress.plan.shapes import Artifact, Plan, Shipyard
-from compress.progress import rough_time
-from compress.verify import BaselineStore, Outcome, Verified, verify_artifact
-from compress.verify.agenda import Agenda
-from compress.verify.forecast import (
-    artifact_start,
-    artifact_steps,
-    float_steps,
-    slowness,
-    verification_seconds,
-)
-from compress.verify.kept import KeptBaseline
+from compress.plan.shapes import Artifact, Plan
+from compress.verify import Outcome, Verified, verify_artifact
+from compress.verify.baseline import BaselineCache, BaselineStore
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
 
 if TYPE_CHECKING:
     from compress.decoder.decoder import Decoder
 
-__all__ = ["Scorer", "check_tokenizer", "read_text", "text_name"]
+__all__ = ["Scorer", "check_tokenizer", "describe_verification", "read_text", "text_name"]
 
 
 def read_text(path: Path | None) -> str:
@@ -52,7 +43,7 @@ def read_text(path: Path | None) -> str:
 
 def text_name(path: Path | None) -> str:
     """How reports call a text to score on."""
-    return path.name if path else "built-in"
+    return path.name if path else BUILTIN_TEXT
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -69,31 +60,20 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
-def forecast(
-    job: Job, plans: Sequence[Plan], threads: int, windows: int | None = None
-) -> tuple[float, str]:
-    """About how long a verification takes here and now.
+def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
+    """``verify the float model, gguf Q4_K_M on 16 windows of 512 tokens``.
 
     Args:
-        job: its float model.
+        job: its float model, and how much text its recipe asks for.
         plans: of the artifacts.
-        threads: for all runtimes; 0 for the default.
-        windows: of the text; as many as the recipe wants where that is not known.
-
-    Returns:
-        Seconds, and a line that tells what is scored and how long it takes.
     """
-    windows = windows or window_count(job.config, job.recipe.windows)
+    windows = window_count(job.config, job.recipe.windows)
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
-    agenda = Agenda.of([length] * windows, max(job.context, length + GENERATED_ROOM))
-    slow = slowness(choose_threads(threads, job.config))
-    seconds = LOADING + verification_seconds(job.config, plans, agenda, slow)
     formats = ", ".join(f"{plan.format} {plan.type_name}" for plan in plans)
-    text = f"{windows} windows of {length} tokens"
-    return seconds, f"verify the float model, {formats} on {text}: about {rough_time(seconds)}"
+    return f"verify the float model, {formats} on {windows} windows of {length} tokens"
 
 
-LOADING = 5.0  # seconds until torch is there
+BUILTIN_TEXT = "built-in"  # how reports call the held-out text
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 
@@ -113,12 +93,12 @@ class Scorer:
         threads: int,
         console: Console,
         tasks: Sequence[Task] = (),
-        kept: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
-            kept: where the float model's answers are kept for other builds, or None.
+            cache: where the float model's answers are kept for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -126,7 +106,7 @@ class Scorer:
         """
         from compress.decoder.tokenizer import Tokenizer, eval_windows
 
-        self._job, self._console, self._kept = job, console, kept
+        self._job, self._console, self._cache = job, console, cache
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = Tokenizer(job.checkpoint.path)
@@ -146,7 +126,6 @@ class Scorer:
     def verify(
         self,
         artifacts: Sequence[Artifact],
-        shipyard: Shipyard,
         folder: Path | None,
         *,
         keep_going: bool,
@@ -155,7 +134,6 @@ class Scorer:
 
         Args:
             artifacts: to run.
-            shipyard: has the command that does it.
             folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
             keep_going: an artifact that cannot be run does not keep the others from it.
 
@@ -164,34 +142,24 @@ class Scorer:
                 artifact that cannot be run.
         """
         found: list[Outcome] = []
-        plans = [artifact.plan for artifact in artifacts]
-        seconds, told = forecast(self._job, plans, self._threads, len(self.windows))
-        if seconds > 60:
-            self._console.say(told)
         with scratch_folder(folder) as scratch:
             store = self._score_baseline(scratch)
             for artifact in artifacts:
                 try:
-                    found.append(self._score(artifact, shipyard.probe, store))
+                    found.append(self._score(artifact, store))
                 except (ArtifactError, RuntimeMissingError) as error:
                     if not keep_going:
                         raise
                     found.append(error)
         return found
 
-    def _score(self, artifact: Artifact, probe: Sequence[str], store: BaselineStore) -> Verified:
-        """One artifact, in a phase that expects its runs to cost what they do elsewhere."""
+    def _score(self, artifact: Artifact, store: BaselineStore) -> Verified:
+        """One artifact. Its first window is the measure of how long the others take."""
         plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
         context = min(context, plan.max_context or context)
-        lengths = [len(window) for window in self.windows]
-        agenda = Agenda.of(lengths, context, self.task_set.lengths)
-        slow = slowness(self._threads)
-        steps = artifact_steps(self._job.config, plan, agenda, slow)
         label = f"verify {artifact.format} {artifact.type_name}"
-        start = artifact_start(plan, slow)
-        with self._console.progress(label, "tokens", steps, start) as update:
+        with self._console.progress(label, "tokens") as update:
             return verify_artifact(
-                probe,
                 artifact.path,
                 artifact.format,
                 store,
@@ -208,17 +176,17 @@ class Scorer:
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
         self.runtime = decoder.name
-        kept = self._kept_baseline(stored.fingerprint())
-        if kept:
+        cache = self._baseline_cache(stored.fingerprint())
+        if cache:
             self._console.begin("look for the float model's answers")  # or wait for them
-        with kept.in_turn(folder) if kept else nullcontext() as found:
+        with cache.found(folder) if cache else nullcontext() as found:
             if found:
                 store, self.speed = found
             else:
                 store = self._answers(decoder, folder)
                 self.speed = self._measure_speed(stored)
-                if kept:
-                    kept.keep(folder, self.speed)
+                if cache:
+                    cache.save(folder, self.speed)
         if self.speed is None:
             self.notes.append(
                 f"The float model's speed was not measured: its weights take "
@@ -229,9 +197,7 @@ class Scorer:
 
     def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
         """What the float model says to the windows and the tasks, as files in ``folder``."""
-        batches = [len(batch) for batch in decoder.batches(self.windows)]
-        steps = float_steps(self._job.config, batches, self.length, slowness(self._threads))
-        with self._console.progress("score the float model", "steps", steps) as update:
+        with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)
         if self.task_set.tasks:
@@ -240,7 +206,7 @@ class Scorer:
         return store
 
     def _measure_speed(self, stored: Stored) -> Speed | None:
-        """Only to tell the ratio of speeds: not of a model too large for it."""
+        """For the ratio of speeds in the report; None for a model too large for it."""
         from compress.decoder.decoder import Decoder
 
         config = self._job.config
@@ -254,9 +220,9 @@ class Scorer:
             resident.close()
         return speed
 
-    def _kept_baseline(self, fingerprint: str) -> KeptBaseline | None:
+    def _baseline_cache(self, fingerprint: str) -> BaselineCache | None:
         """Where other builds find these answers; tasks have more to ask."""
-        if not self._kept or self.task_set.tasks:
+        if not self._cache or self.task_set.tasks:
             return None
         asked = f"{self.runtime}, {self._threads} threads"
-        return KeptBaseline.of(self._kept, fingerprint, self.windows, asked)
+        return BaselineCache.of(self._cache, fingerprint, self.windows, asked)

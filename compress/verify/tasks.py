@@ -12,7 +12,7 @@ lm-evaluation-harness does it for ``output_type: multiple_choice``:
 
 - With ``n = len(encode(question))``, the scored tokens are ``encode(question + " " + choice)[n:]``,
   behind the tokens of ``question`` alone, and a BOS where the tokenizer puts one before a text, as
-  in the windows of ``compress.decoder.tokenizer`` (the harness needs ``add_bos_token=True`` for that).
+  in the windows of ``decoder.tokenizer`` (the harness needs ``add_bos_token=True`` for that).
   White space at the end of ``question`` is not part of it for ``n``: it belongs to what follows.
 - A choice's log-likelihood is the sum of log p over its scored tokens. The largest is the answer
   (``acc`` there). ``accuracy_norm`` divides by the UTF-8 bytes of ``choice`` first, without the

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
-from compress.grids import get_grid
-from compress.grids.sparse import Pattern, pattern_of
-from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
+from compress.grids import Grid, get_grid
+from compress.grids.affine import Affine
+from compress.grids.dense import DenseGrid
+from compress.grids.palette import Palette
+from compress.grids.sparse import SparseGrid, pattern_of
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -33,8 +35,7 @@ IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools it
 NEURAL_ENGINE_MULTIPLE = 32
 
 
-# A sparse grid is a pattern and a grid of the weights that are there.
-SPARSE = re.compile(r"(\d+of\d+|s\d+)-")
+# Names of the mask and of the codes that are there, by the name of the codes of a dense tensor.
 SPARSE_NAMES = {
     "val": ("mask", "nonzero_data"),
     "indices": ("indices_mask", "indices_nonzero_data"),
@@ -64,60 +65,58 @@ class Part:
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
-def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """How Core ML stores a tensor on a grid.
 
     ``int4`` and ``int8`` are signed and centered where symmetric, else unsigned with an offset;
     palettes have one table per group of rows, ``[groups, 1, levels, 1]``.
+
+    Raises:
+        GridError: a grid that Core ML does not store.
     """
-    if grid in ("F16", "F32"):
-        return (Part("val", "fp16" if grid == "F16" else "fp32", shape),)
-    rows, columns = shape
-    if found := SPARSE.match(grid):
-        return sparse_parts(found[1], grid[found.end() :], (rows, columns))
-    kind, *group = grid.split("-")
-    bits = kind.removeprefix("int").removeprefix("lut")
-    if kind.startswith("lut"):
-        groups = 1 if group[0] == "tensor" else rows // int(group[0][1:])
-        table = (groups, 1, 1 << int(bits), 1)
-        return Part("indices", f"uint{bits}", shape), Part("lut", "fp16", table)
-    groups = 1 if group[0] == "channel" else columns // int(group[0][1:])
-    scale = Part("scale", "fp16", (rows, groups))
-    if group[-1] != "asym":
-        return Part("data", f"int{bits}", shape), scale
-    unsigned = f"uint{bits}"
-    return Part("data", unsigned, shape), scale, Part("offset", unsigned, (rows, groups))
+    if isinstance(grid, str):
+        grid = get_grid(grid)
+    match grid:
+        case DenseGrid(name="F16" | "F32"):
+            return (Part("val", f"fp{grid.bits}", shape),)
+        case SparseGrid():
+            return sparse_parts(grid, (shape[0], shape[1]))
+        case Palette():
+            table = (grid.groups((shape[0], shape[1])), 1, grid.levels, 1)
+            return Part("indices", f"uint{grid.bits}", shape), Part("lut", "fp16", table)
+        case Affine():
+            scales = (shape[0], grid.groups((shape[0], shape[1])))
+            scale = Part("scale", "fp16", scales)
+            if grid.symmetric:
+                return Part("data", f"int{grid.bits}", shape), scale
+            unsigned = f"uint{grid.bits}"
+            return Part("data", unsigned, shape), scale, Part("offset", unsigned, scales)
+    raise GridError(f"Core ML does not store {grid.name}")
 
 
-def sparse_parts(pattern: str, grid: str, shape: tuple[int, int]) -> tuple[Part, ...]:
+def sparse_parts(grid: SparseGrid, shape: tuple[int, int]) -> tuple[Part, ...]:
     """``parts`` of a sparse grid: a bit for every weight, and the codes of those that are there.
 
     The parameters are those of ``constexpr_sparse_to_dense``, ``constexpr_lut_to_sparse`` and
     ``constexpr_sparse_blockwise_shift_scale``.
     """
-    codes, *others = parts(grid, shape)
-    count = Pattern.parse(pattern).count(shape[1])
+    codes, *others = parts(grid.inner, shape)
+    count = grid.pattern.count(shape[1])
     mask, values = SPARSE_NAMES[codes.name]
     there = Part(values, codes.dtype, (shape[0] * count,))
     return Part(mask, "uint1", shape, count), there, *others
 
 
-def make_plan(
-    config: DecoderConfig,
-    settings: Mapping[str, Any],
-    model_name: str,
-    choices: Mapping[str, str] | None = None,
-) -> Plan:
+def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     """Plan the Core ML artifact.
 
     Args:
         config: the model.
-        settings: ``grid`` (default ``int4-g32``), ``embedding`` (default: as ``grid``; the
-            head's too where it is tied), ``deployment`` (``iOS18``), ``context`` (slots of the
-            KV cache; default 2048 or what the model has), ``rotate`` (``none``; else ``config`` is
-            that of the rotated weights), ``sparsity`` of the blocks' linears (``none``).
-        model_name: base of the package's name.
-        choices: entry name → grid, over the settings'.
+        request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
+            ``grid``; the head's too where it is tied), ``deployment`` (``iOS18``), ``context``
+            (slots of the KV cache; default 2048 or what the model has), ``rotate`` (``none``;
+            else ``config`` is that of the rotated weights), ``sparsity`` of the blocks' linears
+            (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
@@ -130,16 +129,18 @@ def make_plan(
         UnsupportedModelError: a deployment target other than iOS 18.
         UsageError: more context than the model has.
     """
-    chosen = DEFAULTS | dict(settings)
+    chosen, choices = DEFAULTS | dict(request.settings), request.choices
+    if request.context is not None:
+        chosen["context"] = request.context
     chosen.setdefault("embedding", chosen["grid"])
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     _check(config, chosen)
-    entries = tuple(_entries(config, chosen, choices or {}))
+    entries = tuple(_entries(config, chosen, choices))
     chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
     return Plan(
         format="coreml",
         type_name=mix_name(entries, config) if choices else sparse_name(chosen, chosen["grid"]),
-        model_name=model_name,
+        model_name=request.model_name,
         entries=entries,
         settings=chosen,
         notes=(*_notes(config, chosen), *sparse_notes(entries)),
@@ -179,7 +180,7 @@ def harmed(grid: str, settings: Mapping[str, Any]) -> bool:
 
     See ``docs/solvers.md``.
     """
-    return settings["rotate"] != "none" and re.match(r"int\d-g", grid) is not None
+    return settings["rotate"] != "none" and get_grid(grid).group_size > 0
 
 
 def stored_names(config: DecoderConfig) -> Iterator[str]:
@@ -199,7 +200,7 @@ def target_name(name: str) -> str:
 def candidates(
     entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
 ) -> list[Candidate]:
-    """See ``compress.plan.shapes.Exporter.candidates``.
+    """See ``compress.formats``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
     integers, which it does not; nor are there where they ask for a rotation.
@@ -207,7 +208,7 @@ def candidates(
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     shape = (entry.shape[0], entry.shape[1])
-    palettes = str(settings["grid"]).startswith("lut")
+    palettes = isinstance(get_grid(settings["grid"]), Palette)
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
     if entry.name == "embed_tokens.weight":
         grids.append("F16")
@@ -223,8 +224,11 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it does not.
     """
-    inner = SPARSE.sub("", grid)
-    if inner != grid:
+    try:
+        inner = dense_name(grid)
+    except GridError:  # nobody has it
+        inner = ""
+    if inner and inner != grid:
         get_grid(grid).check(shape)
     if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
@@ -265,18 +269,24 @@ def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
 
     Where no smaller group does: a scale per row, a palette per row.
     """
-    if asked == "F16":
-        return asked
-    kind, group, *rest = asked.split("-")
-    if group in ("tensor", "channel"):
-        return asked
-    size = int(group[1:])
-    least, divided = (1, shape[0]) if kind.startswith("lut") else (16, shape[1])
-    while size >= least:
-        if divided % size == 0:
-            return "-".join((kind, f"g{size}", *rest))
-        size //= 2
-    return "-".join((kind, "channel", *rest))
+    grid = get_grid(asked)
+    if isinstance(grid, Palette):
+        size = grid.rows
+        while size and shape[0] % size:
+            size //= 2
+        return replace(grid, rows=size).name
+    if isinstance(grid, Affine):
+        size = grid.group_size
+        while size and shape[1] % size:
+            size = size // 2 if size > 16 else 0
+        return replace(grid, group_size=size).name
+    return asked
+
+
+def dense_name(grid: str) -> str:
+    """The grid, or the inner one where it is sparse: ``2of4-lut4-g8`` → ``lut4-g8``."""
+    found = get_grid(grid)
+    return found.inner.name if isinstance(found, SparseGrid) else grid
 
 
 def zero_bias_sizes(config: DecoderConfig) -> list[int]:
@@ -325,11 +335,11 @@ def sparse_name(settings: Mapping[str, Any], grid: str) -> str:
 
 def sparse_notes(entries: Iterable[PlanEntry]) -> Iterator[str]:
     """What zeros save, and what they do not."""
-    sparse = [entry for entry in entries if SPARSE.match(entry.grid)]
+    sparse = [entry for entry in entries if isinstance(get_grid(entry.grid), SparseGrid)]
     if not sparse:
         return
     weights = sum(math.prod(entry.shape) for entry in sparse)
-    dense = sum(_entry(e.name, SPARSE.sub("", e.grid), e.shape).nbytes for e in sparse)
+    dense = sum(_entry(e.name, dense_name(e.grid), e.shape).nbytes for e in sparse)
     now, before = (8 * n / weights for n in (sum(e.nbytes for e in sparse), dense))
     saved = "" if now < before else ": nothing is saved"
     yield (

@@ -19,11 +19,12 @@ import json
 import logging
 import math
 import sys
+import threading
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
-from compress.grids import Float32, Grid, Quantized
-from compress.plan.shapes import Artifact, Plan, Progress, Weights
-from exporters.coreml.constants import HollowConstants, LazyConstants
+from compress.grids import get_grid
+from compress.machine import change_setting, is_own_process
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
+from compress.plan.weights import Weights
+from exporters.coreml.constants import Constants, constant_name, stored
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import IMMEDIATE
-from exporters.coreml.weight_file import BlobFile, Blobs, CountedBlobs
+from exporters.coreml.planning import ALIGNMENT, IMMEDIATE, parts
+from exporters.coreml.weight_file import HEADER, VERSION, Blob, Layout
 
 COREMLTOOLS = "9.0"
 SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
@@ -48,79 +51,100 @@ MODEL_FILE = "model.mlmodel"
 WEIGHTS_FOLDER = "weights"
 WEIGHT_FILE = "weight.bin"
 
+# The filters of warnings are one list for all threads, and so is coremltools' stack of the blocks
+# that are being built.
+ONE_AT_A_TIME = threading.Lock()
 
-def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """Write the package and its side files; see ``compress.plan.shapes.Exporter.write``.
+
+class Writer:
+    """See ``compress.plan.shapes.Writer``: the package and its side files.
+
+    The program is made first, with the place of every array; then tensors go to their places.
 
     Raises:
         RuntimeMissingError: coremltools is not installed, or another version is.
-        DiskFullError: no room left.
     """
-    tools = CoreMLTools()
-    package = folder / f"{plan.model_name}.mlpackage"
-    model_folder = package / "Data" / AUTHOR
-    weight_file = model_folder / WEIGHTS_FOLDER / WEIGHT_FILE
-    weight_file.parent.mkdir(parents=True, exist_ok=True)
-    config = weights.config
-    constants = LazyConstants(tools.mb, tools.storage, plan, weights)
-    blobs = BlobFile(weight_file, weights, counted(plan, progress))
-    model = make_model(tools, plan, weights, constants, blobs)
-    _check_weight_file(plan, weight_file)
-    # Without `deterministic`, protobuf's maps come out in the order of a random hash.
-    (model_folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
-    (package / "Manifest.json").write_text(manifest(), encoding="utf-8")
-    write_side_files(config, weights.checkpoint, folder)
-    return Artifact(
-        format="coreml",
-        type_name=plan.type_name,
-        path=package,
-        nbytes=sum(file.stat().st_size for file in package.rglob("*") if file.is_file()),
-        weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
-        plan=plan,
-        notes=plan.notes,
-    )
+
+    def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
+        self.plan, self.weights, self._written = plan, weights, written
+        tools = CoreMLTools()
+        self._folder, self._package = folder, folder / f"{plan.model_name}.mlpackage"
+        self._model_folder = self._package / "Data" / AUTHOR
+        self.file = self._model_folder / WEIGHTS_FOLDER / WEIGHT_FILE
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        config, self._layout = weights.config, Layout()
+        self._constants = Constants(tools.mb, tools.storage, plan, config.block_repeat)
+        self._storage = tools.storage
+        program = build_program(tools, config, plan.settings["context"], self._constants)
+        self._model = tools.export(program, self._constants, self._layout, weights)
+        add_metadata(self._model, plan, weights)
+        if not weights.ledger.cut(self.file):
+            self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
+
+    def put(self, entry: PlanEntry) -> int:
+        """The arrays of one tensor to their places in ``weight.bin``."""
+        pieces = {part.name: part for part in parts(entry.grid, entry.shape)}
+        names = {key: constant_name(entry, part) for key, part in pieces.items()}
+        computed = self._constants.computed.get(entry.target_name)
+        slabs = [{"val": computed()}] if computed else stored(entry, self.weights)
+        with self.file.open("r+b") as stream:
+            blobs = {
+                key: Blob(stream, self._layout.offsets[names[key]], part)
+                for key, part in pieces.items()
+                if names[key] in self._layout.offsets  # a few numbers stand in the graph
+            }
+            for arrays in slabs if blobs else ():
+                for key, blob in blobs.items():
+                    values = np.asarray(arrays[key], self._storage[pieces[key].dtype])
+                    self._written(blob.append(values))
+            return max((blob.close() for blob in blobs.values()), default=ALIGNMENT)
+
+    def close(self) -> Artifact:
+        """See ``compress.plan.shapes.Writer.close``."""
+        plan, config = self.plan, self.weights.config
+        planned = {entry.target_name for entry in plan.entries}
+        with self.file.open("r+b") as stream:  # the zero biases that MIL asks for
+            for name in self._constants.computed.keys() - planned:
+                if name in self._layout.offsets:
+                    blob = Blob(stream, self._layout.offsets[name], self._constants.parts[name])
+                    blob.append(self._constants.values(name, None))
+        check_weight_file(plan, self.file)
+        # Without `deterministic`, protobuf's maps come out in the order of a random hash.
+        model = self._model.SerializeToString(deterministic=True)
+        (self._model_folder / MODEL_FILE).write_bytes(model)
+        (self._package / "Manifest.json").write_text(manifest(), encoding="utf-8")
+        write_side_files(config, self.weights.checkpoint, self._folder)
+        return Artifact(
+            format=plan.format,
+            type_name=plan.type_name,
+            path=self._package,
+            nbytes=sum(file.stat().st_size for file in self._package.rglob("*") if file.is_file()),
+            weights_bytes=plan.weights_bytes,
+            kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
+            plan=plan,
+            notes=plan.notes,
+        )
+
+
+def writing_memory(plan: Plan) -> int:
+    """coremltools with its program, and what does not go slab by slab: a matrix that shares one
+    table."""
+    whole = [8 * math.prod(e.shape) for e in plan.entries if not get_grid(e.grid).group_rows]
+    return (360 << 20) + max([0, *whole])
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.shapes.Exporter.file_bytes``: the program as it will be, its arrays counted."""
-    tools = CoreMLTools()
-    weights = Weights(source, no_weights)
-    constants = HollowConstants(tools.mb, tools.storage, plan, weights)
-    blobs = CountedBlobs()
-    model = make_model(tools, plan, weights, constants, blobs)
-    return blobs.end + int(model.ByteSize()) + len(manifest())
-
-
-def no_weights(weight: Float32, grid: Grid, name: str) -> Quantized:
-    """The solver of ``file_bytes``, which asks for none."""
-    raise AssertionError(name)
-
-
-def make_model(
-    tools: CoreMLTools, plan: Plan, weights: Weights, constants: LazyConstants, blobs: Blobs
-) -> Any:
-    """The model (protobuf), its large arrays handed to ``blobs``."""
-    program = build_program(tools, weights.config, plan.settings["context"], constants)
-    model = tools.export(program, constants, blobs)
-    add_metadata(model, plan, weights)
-    return model
-
-
-def counted(plan: Plan, progress: Progress) -> Callable[[int], None]:
-    """``written(nbytes)``, which adds up and tells ``progress``."""
-    done = 0
-
-    def written(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(min(done, plan.weights_bytes), plan.weights_bytes)
-
-    return written
+    """See ``compress.formats``: the program as it will be, its arrays counted."""
+    tools, layout = CoreMLTools(), Layout()
+    constants = Constants(tools.mb, tools.storage, plan, source.config.block_repeat)
+    program = build_program(tools, source.config, plan.settings["context"], constants)
+    model = tools.export(program, constants, layout)
+    add_metadata(model, plan, source)
+    return layout.end + int(model.ByteSize()) + len(manifest())
 
 
 def build_program(
-    tools: CoreMLTools, config: DecoderConfig, context: int, constants: LazyConstants
+    tools: CoreMLTools, config: DecoderConfig, context: int, constants: Constants
 ) -> Any:
     """The MIL program: one function, ``main``, whose inputs have flexible shapes."""
     mb, ct, types = tools.mb, tools.ct, tools.types
@@ -144,7 +168,7 @@ def build_program(
     return program
 
 
-def add_metadata(model: Any, plan: Plan, weights: Weights) -> None:
+def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
     """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
     config, context = weights.config, plan.settings["context"]
     floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is told against
@@ -196,7 +220,7 @@ def manifest() -> str:
     return json.dumps(document, indent=4, sort_keys=True) + "\n"
 
 
-def _check_weight_file(plan: Plan, file: Path) -> None:
+def check_weight_file(plan: Plan, file: Path) -> None:
     """The plan knows the size."""
     expected = plan.weights_bytes + plan.settings["container_bytes"]
     found = file.stat().st_size
@@ -213,8 +237,8 @@ def absent(*packages: str) -> Iterator[None]:
 
     coremltools imports every framework that it could convert from, if it finds it. Nothing is
     converted here, and torch and transformers would be 1.6 CPU seconds and 160 MB of every build.
-    The price: a script that writes a package with packlight, and imports torch only then, cannot
-    convert torch models by coremltools in the same process.
+    The price: whoever imports torch only then cannot convert torch models by coremltools in the
+    same process, so this is for processes that are packlight's alone.
     """
     hidden: dict[str, Any] = {name: None for name in packages if name not in sys.modules}
     sys.modules.update(hidden)  # None makes an import fail: docs.python.org, "The module cache"
@@ -235,11 +259,12 @@ class CoreMLTools:
 
     def __init__(self) -> None:
         # It warns of a torch that it was not tested with; nothing of torch is converted here.
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
+        logger = logging.getLogger("coremltools")
+        change_setting("coremltools' log", lambda: logger.level, logger.setLevel, logging.ERROR)
         try:
-            with warnings.catch_warnings():
+            with ONE_AT_A_TIME, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with absent("torch", "transformers"):
+                with absent("torch", "transformers") if is_own_process() else nullcontext():
                     import coremltools
         except ImportError as error:
             raise RuntimeMissingError(
@@ -271,33 +296,38 @@ class CoreMLTools:
             "uint8": np.dtype(np.uint8),
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
 
-    def export(self, program: Any, constants: LazyConstants, blobs: Blobs) -> Any:
-        """The program as a Core ML model (protobuf); its arrays go to ``blobs``.
+    def export(
+        self,
+        program: Any,
+        constants: Constants,
+        layout: Layout,
+        weights: Weights | None = None,
+    ) -> Any:
+        """The program as a Core ML model (protobuf), its arrays in the places of ``layout``.
+
+        Small ones stand in it; they are zeros without ``weights``.
 
         coremltools' own passes are not run: one of them would merge all placeholders of equal
         shape, and the program is float16 already.
         """
         load, helper = self._load, self._helper
 
-        class StreamingExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
+        class HollowExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
             def get_milproto_value(self, var: Any) -> Any:
                 name = var.op.name
-                if not constants.is_lazy(name):
+                part = constants.parts.get(name)
+                if part is None:
                     return super().get_milproto_value(var)
-                part, slabs = constants.part(name), constants.fill(name)
                 if math.prod(part.shape) < IMMEDIATE:
-                    return helper.create_tensor_value(next(slabs).reshape(part.shape))
-                offset = blobs.find(name)
-                if offset is None:
-                    offset = blobs.append(name, part, slabs, constants.weight_of(name))
+                    return helper.create_tensor_value(constants.values(name, weights))
                 return helper.create_file_value_tensor(
                     file_name=f"@model_path/{WEIGHTS_FOLDER}/{WEIGHT_FILE}",
-                    offset=offset,
+                    offset=layout.add(name, part),
                     dim=part.shape,
                     data_type=helper.types_to_proto_primitive(var.dtype),
                 )
 
-        proto = StreamingExporter(program, "", SPECIFICATION_VERSION).export()
+        proto = HollowExporter(program, "", SPECIFICATION_VERSION).export()
         described = load.CoreMLProtoExporter(
             program,
             proto,

@@ -8,9 +8,11 @@ from typing import Any
 
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, did_you_mean
-from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.gguf.metadata import ROPE_TENSORS, architecture, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
+
+GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
@@ -23,28 +25,23 @@ WIDE = (
 NARROW = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
-def make_plan(
-    config: DecoderConfig,
-    settings: Mapping[str, Any],
-    model_name: str,
-    choices: Mapping[str, str] | None = None,
-) -> Plan:
-    """See ``compress.plan.shapes.Exporter.plan``; ``settings``: ``type`` (default Q4_K_M), and
-    ``importance``: whether the solver looks at inputs (default: no).
+def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
+    """See ``compress.formats``; the setting is ``type`` (default Q4_K_M). Where the solver looks at
+    inputs, llama.cpp's presets raise fewer tensors.
 
     Raises:
         GridError: an unknown type.
         UnsupportedModelError: a model that llama.cpp cannot express.
     """
     check_expressible(config)
-    importance = bool(settings.get("importance", False))
-    mix = Mix.parse(str(settings.get("type", "Q4_K_M")), importance=importance)
-    entries = tuple(plan_entries(config, mix, choices or {}))
+    importance = bool(request.importance or request.settings.get("importance", False))
+    mix = Mix.parse(str(request.settings.get("type", "Q4_K_M")), importance=importance)
+    entries = tuple(plan_entries(config, mix, request.choices))
     context, caveats = context_limit(config)
     return Plan(
         format="gguf",
-        type_name=mix_name(entries, config) if choices else mix.name,
-        model_name=model_name,
+        type_name=mix_name(entries, config) if request.choices else mix.name,
+        model_name=request.model_name,
         entries=entries,
         settings={"type": mix.name, **({"importance": True} if importance else {})},
         notes=(*fallback_notes(entries), *caveats),
@@ -92,8 +89,10 @@ def check_choice(name: str, grid: str, columns: int) -> None:
         )
 
 
-def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
-    """See ``compress.plan.shapes.Exporter.candidates``: llama.cpp loads any type for any matrix."""
+def candidates(
+    entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> list[Candidate]:
+    """See ``compress.formats``: llama.cpp loads any type for any matrix."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     columns = entry.shape[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.grids import Quantized, get_grid
-from compress.plan.shapes import Artifact, Plan, PlanEntry, Progress, Weights
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
+from compress.plan.weights import Weights
 from exporters.gguf.metadata import (
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
@@ -37,47 +38,71 @@ ALIGNMENT = 32  # gguf's default, so no key says it
 SLABS = 8 << 20  # weights held at once: 32 MiB as float32
 
 
-def write(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Artifact:
-    """See ``compress.plan.shapes.Exporter.write``. Memory: ``SLABS`` weights, never a tensor.
+class Writer:
+    """See ``compress.plan.shapes.Writer``. Memory: ``SLABS`` weights, never a tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
         UnsupportedModelError: a tokenizer that llama.cpp cannot express.
-        GridError: values that a grid cannot hold.
     """
-    config = weights.config
-    vocabulary = read_vocabulary(weights.checkpoint.path, config)
-    path = folder / f"{plan.model_name}-{plan.type_name}.gguf"
-    if not weights.ledger.cut(path):
-        write_head(path, plan, config, vocabulary)
-    done = 0
-    with path.open("ab") as stream:
-        pad(stream)
-        for entry in plan.entries:
-            if entry.target_name in weights.ledger:
-                done += entry.nbytes
-                continue
-            for block in tensor_data(entry, weights):
+
+    def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
+        self.plan, self.weights, self._written = plan, weights, written
+        self._vocabulary = read_vocabulary(weights.checkpoint.path, weights.config)
+        self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
+        if not weights.ledger.cut(self.file):
+            write_head(self.file, plan, weights.config, self._vocabulary)
+        self._tables = rope_tensors(weights.config)
+
+    def put(self, entry: PlanEntry) -> int:
+        """Append a tensor, slab by slab, its rows in llama.cpp's order."""
+        weights, head_dim = self.weights, self.weights.config.head_dim
+        heads = permuted_heads(weights.config, entry.name)
+
+        def pack(quantized: Quantized) -> NDArray[Any]:
+            # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
+            (blocks,) = quantized.pack().values()
+            return np.ascontiguousarray(interleave(blocks, head_dim) if heads else blocks)
+
+        blocks: Iterable[NDArray[Any]]
+        if entry.name in ROPE_TENSORS:
+            blocks = [np.asarray(self._tables[entry.name], "<f4")]
+        elif len(entry.shape) == 1:
+            values = weights.read(entry.name).astype("<f4", copy=False)
+            blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if heads else values]
+        else:
+            slabs = weights.slabs(entry.shape, SLABS, **({"step": head_dim} if heads else {}))
+            blocks = weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
+        with self.file.open("ab") as stream:
+            stream.write(bytes(-stream.tell() % ALIGNMENT))
+            for block in blocks:
                 stream.write(block.data)
-                done += block.nbytes
-                progress(done, plan.weights_bytes)
-            pad(stream)
-            stream.flush()
-            weights.finish(entry.target_name, entry.name, path, stream.tell())
-    return Artifact(
-        format="gguf",
-        type_name=plan.type_name,
-        path=path,
-        nbytes=path.stat().st_size,
-        weights_bytes=plan.weights_bytes,
-        kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
-        plan=plan,
-        notes=(*plan.notes, *vocabulary.notes),
-    )
+                self._written(block.nbytes)
+            stream.write(bytes(-stream.tell() % ALIGNMENT))
+            return stream.tell()
+
+    def close(self) -> Artifact:
+        """See ``compress.plan.shapes.Writer.close``."""
+        plan, config = self.plan, self.weights.config
+        return Artifact(
+            format=plan.format,
+            type_name=plan.type_name,
+            path=self.file,
+            nbytes=self.file.stat().st_size,
+            weights_bytes=plan.weights_bytes,
+            kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
+            plan=plan,
+            notes=(*plan.notes, *self._vocabulary.notes),
+        )
+
+
+def writing_memory(plan: Plan) -> int:
+    """Slabs of weights, and their blocks."""
+    return 160 << 20
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.plan.shapes.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
+    """See ``compress.formats``: the head as it will be, and aligned tensors."""
     vocabulary = read_vocabulary(source.checkpoint.path, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
@@ -125,27 +150,6 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.close()  # also on a full disk
 
 
-def tensor_data(entry: PlanEntry, weights: Weights) -> Iterator[NDArray[Any]]:
-    """The bytes of one tensor, slab by slab, rows in llama.cpp's order."""
-    config = weights.config
-    heads = permuted_heads(config, entry.name)
-    if entry.name in ROPE_TENSORS:
-        yield np.asarray(rope_tensors(config)[entry.name], "<f4")
-    elif len(entry.shape) == 1:
-        values = weights.read(entry.name).astype("<f4", copy=False)
-        yield interleave(values[:, None], config.head_dim)[:, 0].copy() if heads else values
-    else:
-
-        def pack(quantized: Quantized) -> NDArray[Any]:
-            # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
-            (blocks,) = quantized.pack().values()
-            return np.ascontiguousarray(interleave(blocks, config.head_dim) if heads else blocks)
-
-        whole = {"step": config.head_dim} if heads else {}
-        slabs = weights.slabs(entry.shape, SLABS, **whole)
-        yield from weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
-
-
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Rows of whole heads from halves (0, d/2, 1, d/2+1, …): what llama's rotation expects.
 
@@ -153,8 +157,3 @@ def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """
     halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def pad(stream: Any) -> None:
-    """Zeros up to the next multiple of ``ALIGNMENT``."""
-    stream.write(bytes(-stream.tell() % ALIGNMENT))

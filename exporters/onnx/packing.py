@@ -99,7 +99,7 @@ def pack_rows(codes: Array, bits: int) -> Array:
 
     A last half byte is filled with zeros.
     """
-    from compress.grids.nibbles import join_pairs  # compiles: not before it is needed
+    from compress.grids.lanes import join_pairs  # compiles: not before it is needed
 
     if bits == 8:
         return codes

@@ -10,7 +10,7 @@ from typing import Any
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Plan, PlanEntry, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -44,21 +44,15 @@ FLOAT_BYTES = {"F16": 2, "F32": 4}
 BROWSER_LIMIT = 2**31
 
 
-def make_plan(
-    config: DecoderConfig,
-    settings: Mapping[str, Any],
-    model_name: str,
-    choices: Mapping[str, str] | None = None,
-) -> Plan:
+def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     """Plan the ONNX artifact.
 
     Args:
         config: the model.
-        settings: ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32), ``symmetric`` (true),
-            ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both default to ``bits``),
-            ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to int8).
-        model_name: base name, for the report.
-        choices: entry name → grid, over the settings'.
+        request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
+            ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
+            default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round
+            activations to int8).
 
     Returns:
         Entries in the order of writing. Besides the weights there are two tables of cos and sin,
@@ -74,18 +68,19 @@ def make_plan(
             f"onnx: {config.rope.rotary_dim} rotary dimensions per head are not a multiple of 16, "
             "which onnxruntime's GroupQueryAttention needs"
         )
-    chosen = DEFAULTS | dict(settings)
+    chosen, choices = DEFAULTS | dict(request.settings), request.choices
     chosen.setdefault("embedding_bits", chosen["bits"])
     chosen.setdefault("head_bits", chosen["bits"])
     _check_group_size(config, chosen["group_size"])
-    entries = tuple(_entries(config, chosen, choices or {}))
+    entries = tuple(_entries(config, chosen, choices))
     if choices:  # the graph's name tells the bits of its linears
-        linears = [e.grid for e in entries if candidates(e) and e.name != "embed_tokens.weight"]
-        chosen["bits"] = 4 if any(grid.startswith("int4") for grid in linears) else 8
+        matrices = [e for e in entries if e.name != "embed_tokens.weight"]
+        linears = [e.grid for e in matrices if candidates(e, chosen)]
+        chosen["bits"] = 4 if any(get_grid(grid).bits == 4 for grid in linears) else 8
     return Plan(
         format="onnx",
         type_name=mix_name(entries, config) if choices else _grid_name(chosen, chosen["bits"]),
-        model_name=model_name,
+        model_name=request.model_name,
         entries=entries,
         settings=chosen,
         notes=tuple(_notes(config, sum(entry.nbytes for entry in entries))),
@@ -128,15 +123,17 @@ def weight_names(config: DecoderConfig) -> Iterator[str]:
             yield f"{stem}.bias"
 
 
-def candidates(entry: PlanEntry, wanted: Sequence[str] = ()) -> list[Candidate]:
-    """See ``compress.plan.shapes.Exporter.candidates``."""
+def candidates(
+    entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> list[Candidate]:
+    """See ``compress.formats``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     embedding = entry.name == "embed_tokens.weight"
     grids = [
         grid
         for grid in wanted or (*CHOICES, "F16")
-        if (embedding if grid == "F16" else entry.shape[1] % get_group(grid) == 0)
+        if (embedding if grid == "F16" else entry.shape[1] % get_grid(grid).group_size == 0)
     ]
     sizes = {grid: layout_bytes(replace(entry, grid=grid)) for grid in grids}
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
@@ -150,14 +147,9 @@ def checked(name: str, grid: str, columns: int) -> str:
     """
     if grid not in GRIDS or (grid == "F16" and name != "embed_tokens.weight"):
         raise GridError(f"{name}: onnxruntime has no {grid} for it", hint=", ".join(CHOICES))
-    if grid != "F16" and columns % get_group(grid):
+    if grid != "F16" and columns % get_grid(grid).group_size:
         raise GridError(f"{name}: {grid} does not divide rows of {columns}")
     return grid
-
-
-def get_group(grid: str) -> int:
-    """``int4-g32-asym`` → 32."""
-    return int(grid.split("-")[1].removeprefix("g"))
 
 
 def layout_bytes(entry: PlanEntry) -> int:

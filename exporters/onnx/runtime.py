@@ -132,3 +132,6 @@ def untouched(shape: tuple[int, ...]) -> Float32:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, np.float32).reshape(shape)
+
+
+open_runtime = OnnxRuntime

@@ -1,0 +1,93 @@
+"""The verification of artifacts that are there already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compress.build.pipeline import make_report
+from compress.build.settings import VerifySettings
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.console import Console
+from compress.errors import UsageError
+from compress.machine import bounded
+from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts
+from compress.plan.memory import check_memory
+from compress.plan.shapes import Artifact
+from compress.recipe import Recipe
+from compress.verify import gates
+from compress.report.against import Previous
+from compress.report.report import Report
+from compress.verify.scorer import Scorer, read_text, text_name
+from compress.verify.tasks import read_task
+
+__all__ = ["verify"]
+
+
+def verify(settings: VerifySettings, console: Console) -> Report:
+    """Run artifacts that are there, and compare them with the float model; writes nothing.
+
+    Returns:
+        The report; one of several artifacts may not have been run.
+    """
+    with bounded(settings.threads, settings.max_memory):
+        console.begin("read headers")
+        if settings.ci_files:
+            settings.ci_files.check(settings.artifact)
+        recipe = verification_recipe(settings)
+        limits = gates.parse(recipe.gates)
+        previous = None
+        if settings.against or settings.max_regression:
+            previous = Previous.read(settings.against, settings.max_regression)
+        text = read_text(settings.eval_text)
+        tasks = [read_task(path) for path in settings.tasks]
+        job, artifacts = adopt_all(settings, recipe, console)
+        check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
+        scorer = Scorer(job, text, settings.threads, console, tasks)
+        if previous:
+            previous.check_text(text_name(settings.eval_text), scorer.windows)
+        verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
+        folder = folder_of(settings.artifact)
+        report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
+        if previous:
+            previous.apply(report, console)
+        if settings.ci_files:
+            settings.ci_files.write(report)
+        return report
+
+
+def verification_recipe(settings: VerifySettings) -> Recipe:
+    """What artifacts are held against; which they are is not known yet."""
+    wanted = dict(gates.parse_option(gate) for gate in settings.gates)
+    return Recipe.verification(wanted, settings.windows, settings.sequence_length)
+
+
+def adopt_all(
+    settings: VerifySettings, recipe: Recipe, console: Console
+) -> tuple[Job, list[Artifact]]:
+    """The artifacts that are there, and the job that they would have been made by.
+
+    Raises:
+        UsageError: there are none, or one is not of the float model.
+    """
+    found = find_artifacts(settings.artifact)
+    if not found:
+        raise UsageError(
+            f"{settings.artifact} is not an artifact",
+            hint="a .gguf or .onnx file, an ONNX folder, a .mlpackage, or the folder of a build",
+        )
+    checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
+    config = describe_model(checkpoint)
+    artifacts = [adopt(name, path, config, console) for name, path in found]
+    recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
+    plans = tuple(artifact.plan for artifact in artifacts)
+    context = min(DEFAULT_CONTEXT, config.max_context)
+    return Job(Stored(checkpoint, config), config, recipe, plans, context), artifacts
+
+
+def folder_of(artifact: Path) -> Path:
+    """What an artifact's path in a report is relative to; the package's own folder hides it."""
+    folder = artifact if artifact.is_dir() else artifact.parent
+    return folder.parent if folder.suffix == ".mlpackage" else folder

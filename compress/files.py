@@ -1,0 +1,175 @@
+"""Files and folders that processes share: the cache, locks, scratch folders, files written whole.
+
+A lock is the kernel's (``flock``), which lets go of it with its process, so that none outlives a
+``kill -9``. (filelock's locks are of the same kind, but its files stay, and beside every output
+there would be one.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from compress.errors import UsageError
+
+__all__ = [
+    "cache_folder",
+    "computed_once",
+    "file_lock",
+    "real_path",
+    "scratch_folder",
+    "sync",
+    "write_whole",
+]
+
+T = TypeVar("T")
+
+LOCK = "lock"
+
+
+def cache_folder(kind: str = "calibration") -> Path:
+    """The folder of one kind of work: in ``PACKLIGHT_CACHE``, or below the Hub's assets.
+
+    Raises:
+        UsageError: not writable.
+    """
+    from huggingface_hub import cached_assets_path
+
+    chosen = os.environ.get("PACKLIGHT_CACHE")
+    try:
+        if not chosen:
+            return Path(cached_assets_path("packlight", namespace=kind))
+        folder = Path(chosen) / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {error.filename}: {error.strerror}",
+            hint="set PACKLIGHT_CACHE to a folder for such work",
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file that others see whole or not at all, after kill -9 and beside other
+    writers of it, too.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[], T]) -> T:
+    """What ``load`` finds, or else what ``compute`` returns: processes of this machine that want
+    the same wait for the one that computes, and load what it left.
+
+    Args:
+        lock: a file that is there while one of them computes.
+        load: None where there is nothing, or nothing whole.
+        compute: also leaves its result where ``load`` finds it.
+    """
+    if (found := load()) is not None:
+        return found
+    with file_lock(lock):
+        if (found := load()) is not None:
+            return found
+        return compute()
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is there meanwhile and gone afterwards.
+
+    Args:
+        path: of the file; the kernel lets go of it with its process.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: without ``wait``, another process holds it or has just let go of it.
+        OSError: the file cannot be made.
+    """
+    flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, flags)
+            if not is_same_file(handle, path):  # its holder has just ended, and taken it away
+                if wait:
+                    continue
+                raise BlockingIOError(f"{path} has just been let go of")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # by its holder only
+            return
+        finally:
+            os.close(handle)
+
+
+def is_same_file(handle: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def real_path(path: Path) -> Path:
+    """Where a path really leads: absolute, through links (one that leads nowhere yet, too)."""
+    return Path(os.path.realpath(path))
+
+
+def sync(file: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """An empty folder below ``parent`` (where ``TMPDIR`` says, for None) until the block is left.
+
+    Folders that killed processes left there are deleted first. Each holds a lock that the kernel
+    lets go with its process, so that those of living ones stay, whatever container they are in.
+    """
+    place = Path(parent or tempfile.gettempdir())
+    for folder in place.glob("packlight-*.scratch"):
+        clear_abandoned(folder)
+    # Locked before it has the name that others look for.
+    unnamed = Path(tempfile.mkdtemp(prefix="packlight-", dir=place))
+    folder = unnamed.with_name(f"{unnamed.name}.scratch")
+    try:
+        handle = os.open(unnamed / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unnamed.rename(folder)
+            (folder / "work").mkdir()
+            yield folder / "work"
+        finally:
+            os.close(handle)
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Delete a folder whose process is gone."""
+    with suppress(OSError):  # another user's, or another process holds it
+        handle = os.open(folder / LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)

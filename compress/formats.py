@@ -1,0 +1,173 @@
+"""Formats of artifacts: a table that ``exporters.formats`` fills, and what a row of it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from compress.calibration.statistics import Statistics
+    from compress.checkpoint.sources import Source
+    from compress.decoder.config import DecoderConfig
+    from compress.plan.shapes import Candidate, Plan, PlanRequest, Runtime, Written
+    from compress.plan.shapes import Writer as WriterShape
+    from compress.plan.weights import Weights
+    from compress.recipe.model import TargetSettings
+
+__all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
+
+
+@dataclass(frozen=True)
+class ProcessCost:
+    """What a process that loads and runs an artifact takes, measured on the bundled models.
+
+    Attributes:
+        base_bytes: memory whatever the artifact's size.
+        per_byte: memory for each byte of the artifact.
+        seconds_per_weight: of one core, to round to nearest and to pack.
+        palette_seconds: the same for palettes; 0 where that is no other.
+        library_bytes: what a build that writes it has loaded besides.
+    """
+
+    base_bytes: int
+    per_byte: float
+    seconds_per_weight: float
+    palette_seconds: float = 0.0
+    library_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of artifacts: a row of ``exporters.formats``.
+
+    What it can do lies in the modules of its package (``MEMBERS``), which are imported at the
+    first use.
+
+    Attributes:
+        name: in recipes, reports and on the command line.
+        title: on pages.
+        package: that its modules are in.
+        process: what verifying it takes beside its bytes, for ``packlight batch``.
+        stores_zeros: whether zeros of a sparse grid take no bytes.
+        imatrix: whether its tools have files with the importance of inputs.
+    """
+
+    name: str
+    title: str
+    package: str
+    process: ProcessCost
+    stores_zeros: bool = False
+    imatrix: bool = False
+
+    if TYPE_CHECKING:
+
+        @property
+        def Settings(self) -> type[TargetSettings]: ...
+
+        @property
+        def GRIDS(self) -> Sequence[str]: ...
+
+        @property
+        def plan(self) -> Callable[[DecoderConfig, PlanRequest], Plan]: ...
+
+        @property
+        def candidates(self) -> Callable[..., Sequence[Candidate]]: ...
+
+        @property
+        def Writer(self) -> Callable[[Plan, Weights, Path, Written], WriterShape]: ...
+
+        @property
+        def file_bytes(self) -> Callable[[Plan, Source], int]: ...
+
+        @property
+        def writing_memory(self) -> Callable[[Plan], int]: ...
+
+        @property
+        def open_runtime(self) -> Callable[..., Runtime]: ...
+
+        @property
+        def describe(self) -> Callable[[Path], dict[str, Any]]: ...
+
+        @property
+        def find(self) -> Callable[[Path], list[Path]]: ...
+
+        @property
+        def how_to_run(self) -> Callable[[str], list[str]]: ...
+
+        @property
+        def read_imatrix(self) -> Callable[[Path, DecoderConfig], Statistics]: ...
+
+        @property
+        def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in MEMBERS:
+            raise AttributeError(name)
+        found = getattr(importlib.import_module(f"{self.package}.{MEMBERS[name]}"), name)
+        object.__setattr__(self, name, found)
+        return found
+
+
+# Members of a format, and the module of its package that has each:
+#
+# GRIDS             names of the grids that it can write
+# plan              plan(config, request) -> Plan: which tensor gets which grid, and its bytes;
+#                   arithmetic only. Raises GridError (a row that no grid can hold),
+#                   UnsupportedModelError (a model that it cannot express)
+# candidates        candidates(entry, settings, wanted=()) -> grids that a planned tensor may have
+#                   instead, by bytes; among ``wanted`` if there are any. Empty for norms, biases
+#                   and computed tables
+# Writer            see ``Writer``
+# file_bytes        file_bytes(plan, source) -> ``Artifact.nbytes`` of what would be written: graph,
+#                   header and tokenizer are made as for writing, without a weight being read
+# writing_memory    writing_memory(plan) -> bytes that a writer holds at most, libraries included,
+#                   beside what ``Weights`` does
+# open_runtime      open_runtime(path, *, context, threads=0) -> Runtime: a written artifact in the
+#                   runtime that will execute it. Raises ArtifactError, RuntimeMissingError
+# describe          describe(path) -> what ``packlight inspect`` shows, no weights read. Keys:
+#                   ``format``, ``type`` (only where the file names one), ``name``,
+#                   ``architecture``, ``parameters`` (None when unknown), ``bytes``,
+#                   ``bits_per_weight``, ``kv_bytes_per_value``, ``context`` (positions that the
+#                   file itself holds; 0 where only the model sets a limit), ``config`` (as
+#                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
+#                   printable), ``tensors`` (list of name, shape, grid, bytes)
+# find              find(path) -> its artifacts at a place: one, or those in the folder of a build
+# how_to_run        how_to_run(artifact) -> lines of Markdown for the model card, from a row of the
+#                   report's ``artifacts``
+# read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
+#                   statistics), where ``imatrix``
+# Settings          pydantic model of the recipe's ``targets.<name>``, a ``TargetSettings``
+MEMBERS = {
+    "Settings": "settings",
+    "GRIDS": "planning",
+    "plan": "planning",
+    "candidates": "planning",
+    "Writer": "writer",
+    "file_bytes": "writer",
+    "writing_memory": "writer",
+    "open_runtime": "runtime",
+    "describe": "inspection",
+    "find": "card",
+    "how_to_run": "card",
+    "read_imatrix": "imatrix",
+    "write_imatrix": "imatrix",
+}
+
+FORMATS: dict[str, Format] = {}
+"""Rows by name, in the order of reports."""
+
+
+def get_format(name: str) -> Format:
+    """A row of the table.
+
+    Raises:
+        UsageError: no such format.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}", hint=did_you_mean(name, FORMATS))
+    return FORMATS[name]

@@ -1,0 +1,181 @@
+"""How much is pruned: arithmetic on the config, known before any work.
+
+All layers keep one shape, because that is what loaders read: one ``intermediate_size``, one number
+of heads. So the pruned model is an ordinary model of its family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from compress.decoder.config import DecoderConfig, split_name
+from compress.errors import GridError, UnsupportedModelError, UsageError
+from compress.grids import get_grid
+from compress.plan.shapes import Plan
+
+if TYPE_CHECKING:
+    from compress.recipe.model import Prune
+
+__all__ = ["Cut", "Healing", "plan_cut", "width_step"]
+
+STEP = 32  # channels: the least block of every 4-bit format
+WIDEST_STEP = 256  # of the K-quants, and the widest group of ONNX and Core ML
+
+WHAT = {"depth": "blocks", "ffn": "MLP channels", "heads": "key-value heads"}
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How long what is left is trained, block by block (``heal.py``); one of the two.
+
+    Attributes:
+        minutes: for all blocks together.
+        steps: for each stored block.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def describe(self) -> str:
+        """``2 minutes``, ``100 steps a block``."""
+        return f"{self.minutes:g} minutes" if self.steps is None else f"{self.steps} steps a block"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a model's shape.
+
+    Attributes:
+        method: ``depth``, ``ffn`` or ``heads``.
+        total: stored blocks, channels of an MLP, or key-value heads before ...
+        kept: ... and after.
+        config: the pruned model's, ``raw`` included.
+        update: whether the kept columns of ``down_proj`` and ``o_proj`` make up for the others.
+        healing: what follows, or None.
+    """
+
+    method: str
+    total: int
+    kept: int
+    config: DecoderConfig
+    update: bool
+    healing: Healing | None = None
+
+    @property
+    def dropped(self) -> int:
+        """How many go."""
+        return self.total - self.kept
+
+    def describe(self) -> str:
+        """``2 of 32 blocks``."""
+        where = " in every layer" if self.method != "depth" else ""
+        return f"{self.dropped} of {self.total} {WHAT[self.method]}{where}"
+
+
+def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] = ()) -> Cut | None:
+    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing.
+
+    Args:
+        config: the float model.
+        prune: the method and one amount, ``update`` and ``heal``; None for nothing.
+        plans: of the float model, for the multiples of channels that its formats like.
+
+    Raises:
+        UsageError: nothing would go, or nothing would stay, or the width fits no format.
+        UnsupportedModelError: heads of a model whose shape could not be told.
+    """
+    if prune is None or prune.method == "none":
+        return None
+    method, ratio, update = prune.method, prune.ratio, prune.update
+    healing = Healing(prune.heal.minutes, prune.heal.steps) if prune.heal else None
+    if method == "depth":
+        total = config.num_hidden_layers // config.block_repeat
+        kept = total - ((prune.blocks or 0) if ratio is None else round(ratio * total))
+        check(kept, total, "depth", f"1 to {total - 1} blocks can go")
+        return Cut(method, total, kept, with_layers(config, kept), update, healing)
+    if method == "ffn":
+        total, step = config.intermediate_size, width_step(config, plans)
+        kept = (prune.width or 0) if ratio is None else step * round((1 - ratio) * total / step)
+        below = (total - 1) // step * step
+        check(kept, total, "ffn", f"widths are multiples of {step}, at most {below} here")
+        if kept % step:
+            raise UsageError(
+                f"prune.width {kept} is not a multiple of {step}, which rows of this model's "
+                "formats are made of",
+                hint=f"{max(kept // step * step, step)} or {min(-(-kept // step) * step, below)}",
+            )
+        shrunk = with_sizes(config, intermediate_size=kept)
+        return Cut(method, total, kept, shrunk, update, healing)
+    if config.rope.kind == "longrope":
+        raise UnsupportedModelError(
+            "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
+            "/ num_attention_heads, and would not load the checkpoint",
+            hint="--prune depth:10% or ffn:10%",
+        )
+    total = config.num_key_value_heads
+    kept = (prune.kv_heads or 0) if ratio is None else round((1 - ratio) * total)
+    check(kept, total, "heads", f"1 to {total - 1} of its {total} key-value heads can stay")
+    group = config.num_attention_heads // total
+    shrunk = with_sizes(
+        config,
+        num_attention_heads=kept * group,
+        num_key_value_heads=kept,
+        head_dim=config.head_dim,
+    )
+    return Cut(method, total, kept, shrunk, update, healing)
+
+
+def check(kept: int, total: int, method: str, range_text: str) -> None:
+    """Refuse to keep nothing or everything.
+
+    Raises:
+        UsageError: either.
+    """
+    if not 0 < kept < total:
+        raise UsageError(
+            f"prune: {method} would keep {max(kept, 0)} of {total} {WHAT[method]}", hint=range_text
+        )
+
+
+def width_step(config: DecoderConfig, plans: Iterable[Plan]) -> int:
+    """Channels that an MLP loses at a time: what every planned grid of ``down_proj`` divides.
+
+    256 where K-quants are used, else 32 or the group size; never more than the float model's own
+    width is a multiple of, so that a grid that fitted before fits after.
+    """
+    step = STEP
+    for plan in plans:
+        for entry in plan.entries:
+            if entry.name and split_name(entry.name)[1] == "down_proj" and len(entry.shape) == 2:
+                step = max(step, row_multiple(entry.grid, entry.shape[0]))
+    return math.gcd(step, config.intermediate_size)
+
+
+def row_multiple(grid: str, rows: int) -> int:
+    """The least power of two, from 32 to 256, whose multiples a grid takes as row lengths."""
+    size = STEP
+    while size < WIDEST_STEP:
+        try:
+            get_grid(grid).check((rows, size))
+            return size
+        except GridError:
+            size *= 2
+    return size
+
+
+def with_layers(config: DecoderConfig, stored: int) -> DecoderConfig:
+    """The config with so many stored blocks."""
+    raw = {**config.raw, "num_hidden_layers": stored}
+    kinds = raw.get("layer_types")  # of transformers: all alike, mixtures are not built
+    if isinstance(kinds, list):
+        raw["layer_types"] = kinds[:stored]
+    return replace(config, num_hidden_layers=stored * config.block_repeat, raw=raw)
+
+
+def with_sizes(config: DecoderConfig, **sizes: int) -> DecoderConfig:
+    """The config with other sizes, each under its key of ``config.json``."""
+    changes: dict[str, Any] = dict(sizes)
+    return replace(config, **changes, raw={**config.raw, **sizes})

@@ -1,0 +1,156 @@
+"""The transforms of a recipe's targets: rotations, folds, zeros; most recipes have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from compress.console import format_bytes
+from compress.plan.transform import Changed, Transform, Transforms
+
+if TYPE_CHECKING:
+    from compress.checkpoint.sources import Source
+    from compress.console import Console
+    from compress.grids.sparse import Pattern
+    from compress.plan.shapes import Plan
+    from compress.recipe import Recipe
+
+__all__ = ["transforms_of"]
+
+
+def transforms_of(recipe: Recipe) -> Transforms:
+    """What a recipe asks to be done to each target's weights.
+
+    Raises:
+        UnsupportedModelError, UsageError, GridError: see ``compress.pruning.zeros.check_zeros``.
+    """
+    found: dict[str, list[Transform]] = {}
+    for target, settings in recipe.targets.items():
+        if settings.get("rotate", "none") != "none":
+            found.setdefault(target, []).append(Rotate(settings["rotate"]))
+        if settings.get("sparsity", "none") != "none":
+            from compress.pruning.zeros import check_zeros, pattern_for
+            from compress.recipe import method_of
+
+            check_zeros(target, recipe)
+            pattern = pattern_for(settings)
+            if pattern is not None:
+                method = str(method_of(settings))
+                found.setdefault(target, []).append(Zeros(pattern, method, settings))
+        if recipe.folds:
+            found.setdefault(target, []).append(Fold(recipe))
+    return found
+
+
+class Rotate(Transform):
+    """Hadamard rotations folded into the weights (``rotation.py``).
+
+    Args:
+        kind: ``r1``, ``r2`` or ``r1r2``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def seen(self, source: Source) -> Source:
+        """See ``Transform.seen``."""
+        from compress.pruning.rotation import Rotated
+
+        return Rotated(source, self._kind)
+
+    def planned(self, plan: Plan, source: Source) -> Plan:
+        """See ``Transform.planned``: what was turned, and what a head that had to be untied
+        costs."""
+        from compress.pruning.rotation import Rotated
+
+        assert isinstance(source, Rotated)
+        notes = [source.summary()]
+        if source.unties:
+            (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
+            added = format_bytes(head.nbytes)
+            notes.append(f"R1 unties the embedding: the head is a tensor of its own, {added} more")
+        return replace(plan, notes=(*plan.notes, *notes))
+
+
+class Zeros(Transform):
+    """Some weights of the blocks' linears become zero (``sparse.py``).
+
+    Args:
+        pattern: how many of a row stay.
+        method: ``magnitude``, ``wanda`` or ``sparsegpt``.
+        settings: the target's.
+    """
+
+    def __init__(self, pattern: Pattern, method: str, settings: Mapping[str, Any]) -> None:
+        from compress.recipe import MASK_NEEDS
+
+        self._pattern, self._method, self._settings = pattern, method, settings
+        self.needs = MASK_NEEDS.get(method, "")
+
+    def planned(self, plan: Plan, source: Source) -> Plan:
+        """See ``Transform.planned``."""
+        from compress.pruning.zeros import plan_zeros
+
+        return plan_zeros(plan, self._settings)
+
+    def apply(
+        self,
+        plan: Plan,
+        source: Source,
+        statistics: Any,
+        windows: Callable[[], Sequence[Sequence[int]]],
+        console: Console,
+    ) -> Changed:
+        """See ``Transform.apply``."""
+        from compress.pruning.sparse import Sparsified
+
+        note = f"zeros chosen by {self._method} ({self._pattern.name}) in the blocks' linears"
+        changed = Sparsified(source, statistics, self._pattern, self._method)
+        return Changed(changed, statistics, note)
+
+
+class Fold(Transform):
+    """Scales of channels that suit the target's grids (``compress.solvers.awq``).
+
+    Args:
+        recipe: its solver judges the scales.
+    """
+
+    needs = "hessian"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def apply(
+        self,
+        plan: Plan,
+        source: Source,
+        statistics: Any,
+        windows: Callable[[], Sequence[Sequence[int]]],
+        console: Console,
+    ) -> Changed:
+        """See ``Transform.apply``.
+
+        Raises:
+            UsageError: no statistics.
+        """
+        from compress.errors import UsageError
+        from compress.solvers.awq import search
+        from compress.solvers.folding import Folded, fold_statistics
+
+        if statistics is None:
+            raise UsageError("quantize.fold needs a solver that looks at inputs")
+        recipe = self._recipe
+        with console.progress(f"fold {plan.format} {plan.type_name}", "blocks") as update:
+            found = search(
+                source,
+                statistics,
+                plan,
+                recipe.solver,
+                length=len(windows()[0]),
+                progress=update,
+            )
+        statistics.forget()  # from here on by the folded ones
+        folded = fold_statistics(source.config, statistics, found.folds)
+        return Changed(Folded(source, found.folds), folded, found.note())

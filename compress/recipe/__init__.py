@@ -1,0 +1,145 @@
+"""Recipes: YAML in, a validated ``Recipe`` out.
+
+What a recipe may hold is typed in ``compress.recipe.model``, which loads pydantic and is imported
+on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import recipes
+from compress.errors import RecipeError, did_you_mean
+from compress.recipe.solvers import needs_of
+
+if TYPE_CHECKING:
+    from compress.recipe.model import Recipe as Recipe
+
+__all__ = [
+    "AMOUNTS", "MASK_NEEDS", "Recipe", "apply_override", "describe_all", "load",
+    "method_of", "needs_of", "parse", "put", "read",
+]  # fmt: skip
+
+# What of the inputs' statistics a choice of zeros goes by, and the choice where the recipe names
+# none.
+MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
+MASK = "sparsegpt"
+
+# How much is pruned, by method: exactly one of these keys.
+AMOUNTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "depth": ("ratio", "blocks"),
+    "ffn": ("ratio", "width"),
+    "heads": ("ratio", "kv_heads"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Recipe":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from compress.recipe.model import Recipe
+
+    return Recipe
+
+
+def method_of(settings: Mapping[str, Any]) -> str | None:
+    """How the zeros of a target are chosen, by its settings; None where there are none."""
+    if settings.get("sparsity", "none") in ("none", None):
+        return None
+    return str(settings.get("sparsity_method", MASK))
+
+
+def load(source: str, overrides: Iterable[str] = (), formats: Iterable[str] = ()) -> Recipe:
+    """A recipe by shipped name or file path, with ``--set`` overrides and chosen formats.
+
+    Args:
+        source: ``phone-4bit`` or ``./mine.yaml``.
+        overrides: ``targets.gguf.type=Q5_K_M`` …; values are YAML.
+        formats: keep these targets only; one that the recipe lacks is added with its defaults.
+
+    Raises:
+        RecipeError: not found, not YAML, or not valid; the message names the key's path.
+    """
+    from compress.recipe.model import Recipe
+
+    document = parse(read(source), source)
+    targets = document.setdefault("targets", {}) if isinstance(document, dict) else {}
+    chosen = list(formats)
+    if chosen and isinstance(targets, dict):
+        document["targets"] = {name: targets.get(name) or {} for name in chosen}
+    for override in overrides:
+        apply_override(document, override)
+    return Recipe.from_dict(document, source)
+
+
+def read(source: str) -> str:
+    """The YAML text of a shipped recipe or a file."""
+    if source in recipes.names():
+        return recipes.read(source)
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe named {source!r}, and no such file",
+            hint=did_you_mean(source, recipes.names(), "shipped"),
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"{source} cannot be read: {why}") from error
+
+
+def parse(
+    text: str, source: str, what: str = "a recipe", hint: str = "see `packlight recipes show`"
+) -> dict[str, Any]:
+    """YAML to a mapping.
+
+    Raises:
+        RecipeError: not YAML, or something else than a mapping, which ``what`` is.
+    """
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise RecipeError(f"{source}:{where} {problem}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{source}: {what} is a mapping", hint=hint)
+    return document
+
+
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way.
+
+    A limit needs no quotes of YAML's (``verify.gates.top1_agreement=>=0.9``).
+    """
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set targets.gguf.type=Q4_0")
+    try:
+        put(document, keys, text if text.startswith((">=", "<=")) else yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
+
+
+def put(document: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set a value at a path, making the mappings on the way."""
+    node = document
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    node[keys[-1]] = value
+
+
+def describe_all() -> list[tuple[str, str]]:
+    """Name and one-line description of each shipped recipe."""
+    return [
+        (name, parse(recipes.read(name), name).get("description", "")) for name in recipes.names()
+    ]

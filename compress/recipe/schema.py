@@ -1,0 +1,183 @@
+"""What the typed documents (recipe, jobs file, plan, report) share: a base model, errors on one
+line with the key's path, and JSON schemas made from the models.
+
+pydantic takes a tenth of a second to load: import this where a document is read, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from compress.errors import RecipeError, did_you_mean
+
+__all__ = ["Name", "Section", "Text", "Unique", "explain", "json_schema", "refusal"]
+
+# Words of JSON, which is what the reader of a YAML file knows.
+TYPES = {
+    "int_type": "integer", "int_from_float": "integer", "string_type": "string",
+    "bool_type": "boolean", "float_type": "number", "list_type": "array", "dict_type": "object",
+    "model_type": "object", "model_attributes_type": "object",
+}  # fmt: skip
+RANGES = {
+    "greater_than_equal": ("ge", "less than the minimum of"),
+    "less_than_equal": ("le", "greater than the maximum of"),
+    "greater_than": ("gt", "less than or equal to the minimum of"),
+    "less_than": ("lt", "greater than or equal to the maximum of"),
+}
+
+
+class Section(BaseModel):
+    """A mapping of a document: only known keys, values of the very type, not changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def known_keys(cls, given: Any) -> Any:
+        """Refuse a key that the section does not have, and name the nearest that it has."""
+        known = sorted(field.alias or name for name, field in cls.model_fields.items())
+        if isinstance(given, Mapping):
+            unknown = sorted(str(key) for key in given if key not in known)
+            if unknown:
+                context = {"key": unknown[0], "known": known}
+                raise PydanticCustomError("unknown_key", "unknown key {key}", context)
+        return given
+
+
+def refusal(message: str, hint: str = "") -> PydanticCustomError:
+    """An error of a validator whose message stands as it is, without the path before it."""
+    return PydanticCustomError("refusal", "{message}", {"message": message, "hint": hint})
+
+
+def unlike(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("twice", "{values} has non-unique elements", {"values": values})
+    return values
+
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Unique = AfterValidator(unlike)
+"""Of a list: no element twice."""
+
+
+def explain(
+    error: ValidationError,
+    source: str,
+    document: Any,
+    hint_of: Callable[[str, str], str] | None = None,
+) -> RecipeError:
+    """One line from the first of the errors, in the order of their paths.
+
+    Args:
+        error: what a model said.
+        source: the document's name, which the line begins with.
+        document: what was validated.
+        hint_of: path and kind of an error → a hint of the model's own, or ``""``.
+    """
+    found = [(key_path(detail["loc"], document), detail) for detail in error.errors()]
+    path, first = min(found, key=lambda pair: pair[0])
+    dotted = ".".join(path)
+    where = f"{source}: {dotted}" if path else source
+    message, hint = words(first)
+    kinds = [TYPES.get(detail["type"], "") for of, detail in found if of == path]
+    if len(kinds) > 1 and all(kinds):  # of the branches of a union
+        message = f"{first['input']!r} is not of type {', '.join(map(repr, kinds))}"
+    if first["type"] == "unknown_key":
+        dotted = ".".join([*path, first["ctx"]["key"]])
+        message, where = f"unknown key {dotted}", source
+    elif first["type"] == "refusal":
+        where = source
+    own = hint_of(dotted, first["type"]) if hint_of else ""
+    return RecipeError(f"{where}: {message}", hint=own or hint)
+
+
+def key_path(location: Sequence[int | str], document: Any) -> list[str]:
+    """The keys of an error's location that are in the document: without the names of a union's
+    branches, and without a key that is missing."""
+    path, node = [], document
+    for part in location:
+        inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if inside or (isinstance(node, Mapping) and part in node):
+            path.append(str(part))
+            node = node[part]
+    return path
+
+
+def words(detail: ErrorDetails) -> tuple[str, str]:
+    """Message and hint of one error of pydantic's."""
+    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "unknown_key":
+        return "", did_you_mean(context["key"], context["known"], "known keys")
+    if kind == "missing":
+        return f"{detail['loc'][-1]!r} is a required property", ""
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'|(\d+)", context["expected"])
+        known = [word or number for word, number in allowed]
+        if len(known) == 1:
+            return f"must be {known[0]}, not {given!r}", ""
+        return f"{given!r} is not allowed", did_you_mean(str(given).upper(), known)
+    if kind == "unknown_value":
+        return f"{given!r} is not allowed", did_you_mean(str(given).upper(), context["known"])
+    if kind in TYPES:
+        return f"{given!r} is not of type {TYPES[kind]!r}", ""
+    if kind in RANGES:
+        key, text = RANGES[kind]
+        return f"{given!r} is {text} {context[key]:.15g}", ""
+    if kind in ("too_short", "string_too_short"):
+        return f"{given!r} should be non-empty", ""
+    if kind == "string_pattern_mismatch":
+        return f"{given!r} is not allowed", ""
+    if kind == "refusal":
+        return context["message"], context["hint"]
+    if kind == "value_error":
+        return str(context["error"]), ""
+    return detail["msg"], ""
+
+
+def json_schema(model: type[BaseModel], title: str, mode: str = "validation") -> str:
+    """The JSON schema (draft 2020-12) of a model, as the file that editors read.
+
+    Args:
+        model: of the document.
+        title: of the schema.
+        mode: ``serialization`` for what packlight writes: keys with defaults are always there.
+    """
+    document = model.model_json_schema(mode=mode)  # type: ignore[arg-type]
+    definitions = document.pop("$defs", {})
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": title,
+        **plain(document),
+        "$defs": plain(definitions),
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def plain(node: Any) -> Any:
+    """A schema without the titles that repeat the names of keys and without defaults of null;
+    descriptions are the first paragraph, on one line."""
+    if isinstance(node, list):
+        return [plain(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    found = {}
+    for key, inner in node.items():
+        if key == "description" and isinstance(inner, str):
+            found[key] = " ".join(inner.partition("\n\n")[0].split())
+        elif (key, type(inner)) != ("title", str) and (key, inner) != ("default", None):
+            found[key] = plain(inner)
+    return found

@@ -1,0 +1,26 @@
+"""Where Core ML packages of a build lie, and how to run one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from compress.report.words import fenced
+
+
+def find(path: Path) -> list[Path]:
+    """An ``.mlpackage``, or those in a folder or in the folder of a build."""
+    if path.suffix == ".mlpackage":
+        return [path] if path.is_dir() else []
+    return sorted((*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage")))
+
+
+def how_to_run(path: str) -> list[str]:
+    """On a device, with swift-transformers."""
+    command = f"xcrun coremlcompiler compile {shlex.quote(path)} ."
+    text = (
+        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
+        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
+        "files lie beside the package. iOS 18 or macOS 15 and later."
+    )
+    return [text, fenced(command, "sh")]

@@ -1,0 +1,44 @@
+"""What a recipe may say of this format: ``targets.coreml``. pydantic is loaded with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from compress.recipe.model import TargetSettings
+
+__all__ = ["Settings"]
+
+
+GridName = Annotated[
+    str,
+    StringConstraints(
+        pattern="^(F16|int[48]-(g(16|32|64|128|256)|channel)(-asym)?|lut[123468]-(g[0-9]+|tensor))$"
+    ),
+]
+
+
+class Settings(TargetSettings):
+    """Core ML's package."""
+
+    grid: GridName = Field(
+        default="int4-g32", description="int4-g32 (GPU), lut4-g8 or lut4-g16 (Neural Engine) …"
+    )
+    embedding: GridName | None = Field(
+        default=None, description="Grid of embed_tokens; default: the same."
+    )
+    rotate: Literal["none", "r1", "r2", "r1r2"] = Field(
+        default="none",
+        description="Fold rotations into the weights: r1 of the residual stream, r2 of the values "
+        "in each head; for palettes and channel grids of models with RMSNorm.",
+    )
+    deployment: Literal["iOS18"] = Field(
+        default="iOS18", description="Oldest system that must run it."
+    )
+    context: int | None = Field(
+        default=None,
+        ge=32,
+        le=131072,
+        description="Positions of the KV cache; default 2048 or the model's limit.",
+    )

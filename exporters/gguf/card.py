@@ -1,0 +1,24 @@
+"""Where GGUF files of a build lie, and how to run one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from compress.report.words import fenced
+
+
+def find(path: Path) -> list[Path]:
+    """A ``.gguf`` file, or those in a folder or in the folder of a build."""
+    if path.is_file():
+        return [path] if path.suffix == ".gguf" else []
+    return sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))
+
+
+def how_to_run(path: str) -> list[str]:
+    """With llama.cpp."""
+    command = f"llama-cli -m {shlex.quote(path)} -p 'Once upon a time' -n 64"
+    return [
+        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
+        fenced(command, "sh"),
+    ]

@@ -1,0 +1,30 @@
+"""Where ONNX folders of a build lie, and how to run one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.report.words import fenced
+
+
+def find(path: Path) -> list[Path]:
+    """An ``.onnx`` file, a folder with one, or the folder in that of a build."""
+    if path.is_file():
+        return [path] if path.suffix == ".onnx" else []
+    if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
+        return [path]
+    return [graph.parents[1] for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
+
+
+def how_to_run(path: str) -> list[str]:
+    """With Optimum."""
+    code = (
+        "from optimum.onnxruntime import ORTModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({path!r})\n"
+        f"model = ORTModelForCausalLM.from_pretrained({path!r})\n"
+        'tokens = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))"
+    )
+    text = "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:"
+    return [text, fenced(code, "python")]

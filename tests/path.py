@@ -1,0 +1,94 @@
+"""The path of one build: which of our functions run, in how many files, how deep.
+
+``python tests/path.py FORMAT SOLVER`` prints them as JSON; ``test_path.py`` holds the figures. What
+runs while a module is imported does not count, nor do lambdas and comprehensions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = tuple(f"{ROOT / package}/" for package in ("compress", "exporters", "packlight"))
+# What is left of a build without its report, checksums, lock and folder: plan and write.
+PLAN_AND_WRITE = (
+    "compress/decoder/", "compress/checkpoint/", "compress/grids/", "compress/plan/",
+    "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",
+    "compress/build/write.py", "exporters/",
+)  # fmt: skip
+
+
+class Trace:
+    """What a profile function has seen."""
+
+    def __init__(self) -> None:
+        self.codes: set[CodeType] = set()
+        self.deepest: list[str] = []
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event != "call" or not is_ours(frame.f_code):
+            return
+        above: list[str] = []
+        caller: FrameType | None = frame
+        while caller is not None:
+            code = caller.f_code
+            if code.co_name == "<module>" and code.co_filename.startswith(OURS):
+                return  # an import is under way
+            if is_ours(code):
+                above.append(label(code))
+            caller = caller.f_back
+        self.codes.add(frame.f_code)
+        if len(above) > len(self.deepest):
+            self.deepest = above[::-1]
+
+
+def is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(OURS) and not code.co_name.startswith("<")
+
+
+def label(code: CodeType) -> str:
+    return f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}"
+
+
+def traced_build(name: str, solver: str) -> dict[str, Any]:
+    """Build one format of the demo; functions, files and the deepest stack, by the command line."""
+    from compress.__main__ import main
+    from compress.demo import model_path
+
+    seen = Trace()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [
+            "packlight", "build", str(model_path()), "-r", "int4-fast", "-f", name,
+            "--set", f"quantize.solver={solver}", "--no-verify", "-o", f"{folder}/out", "-q",
+        ]  # fmt: skip
+        threading.setprofile(seen)
+        sys.setprofile(seen)
+        try:
+            main()
+        except SystemExit as ending:
+            code = ending.code
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)
+    assert code == 0
+    functions = sorted(map(label, seen.codes))
+    return {"functions": functions, "deepest": seen.deepest, **figures(functions, seen.deepest)}
+
+
+def figures(functions: list[str], deepest: list[str]) -> dict[str, Any]:
+    part = [name for name in functions if name.startswith(PLAN_AND_WRITE)]
+    return {
+        "all": [len(functions), len({f.partition(":")[0] for f in functions}), len(deepest)],
+        "plan and write": [len(part), len({f.partition(":")[0] for f in part})],
+    }
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    print(json.dumps(traced_build(*sys.argv[1:3])))

@@ -1,0 +1,152 @@
+"""The float model's answers, kept for the next build of the same model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import tiny
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.decoder import Decoder
+from compress.decoder.tokenizer import Tokenizer, eval_windows
+from compress.files import file_lock
+from compress.plan.job import describe_model
+from compress.verify.baseline import BaselineCache, BaselineStore
+from compress.verify.resources import Speed
+from compress.verify.scorer import read_text
+
+WAIT = "look for the float model's answers"
+WINDOWS = [[1, 2, 3, 4], [5, 6, 7, 0]]
+SPEED = Speed(100.0, 50.0, 16, 8, 3)
+
+
+def written(folder):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    logits = [rng.standard_normal((4, 8)).astype(np.float32) for _ in WINDOWS]
+    return BaselineStore.write(folder, WINDOWS, logits)
+
+
+def test_saved_and_loaded(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    store = written(first)
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    second.mkdir()
+    assert cache.load(second) is None
+    cache.save(first, SPEED)
+    cache.save(first, None)  # another was faster
+    for path in first.iterdir():
+        path.unlink()
+    found = cache.load(second)
+    assert found is not None
+    again, speed = found
+    assert speed == SPEED
+    assert np.array_equal(again.nll, store.nll) and np.array_equal(again.top, store.top)
+    assert [list(window) for window in again.windows] == WINDOWS
+    assert (second / "logprobs.u16").stat().st_nlink == 2  # no second copy on the disk
+
+
+def test_another_model_text_or_runtime_has_answers_of_its_own(tmp_path):
+    keys = {
+        BaselineCache.of(tmp_path, model, windows, runtime).key
+        for model in ("a", "b")
+        for windows in (WINDOWS, WINDOWS[:1])
+        for runtime in ("torch, 1 threads", "torch, 2 threads")
+    }
+    assert len(keys) == 8
+
+
+def test_what_is_damaged_is_not_loaded(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    written(first)
+    second.mkdir()
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    cache.save(first, None)
+    (tmp_path / "kept" / cache.key / "baseline.npz").write_bytes(b"")
+    assert cache.load(second) is None
+    (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
+    assert cache.load(second) is None
+
+
+def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    together, computed = Barrier(6), []
+
+    def build(number):
+        work = tmp_path / f"work{number}"
+        work.mkdir()
+        together.wait()
+        with cache.found(work) as found:
+            if found:
+                return found
+            computed.append(number)
+            time.sleep(0.05)  # so that the others are there
+            store = written(work)
+            cache.save(work, SPEED)
+            return store, SPEED
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(build, range(6)))
+    assert len(computed) == 1
+    assert len({(store.folder, store.nll.tobytes(), speed) for store, speed in answers}) == 6
+    assert len({store.nll.tobytes() for store, _ in answers}) == 1
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [cache.key]
+
+
+def test_what_is_damaged_is_computed_once_again(tmp_path):
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    written(tmp_path / "first")
+    cache.save(tmp_path / "first", None)
+    (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
+    with cache.found(tmp_path / "first") as found:
+        assert found is None
+        cache.save(tmp_path / "first", SPEED)
+    with cache.found(tmp_path / "first") as found:
+        assert found is not None and found[1] == SPEED
+
+
+def phases(path):
+    return [json.loads(line)["phase"] for line in path.read_text().splitlines()]
+
+
+def test_one_of_two_builds_scores_the_float_model(tmp_path):
+    """Two processes that get there at the same moment: at a lock that the test holds."""
+    model = tiny.make("llama", tmp_path / "model")
+    checkpoint = Checkpoint.open(str(model))
+    windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)
+    asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads"
+    cache = BaselineCache.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
+    line = [sys.executable, "-m", "compress", "build", model, "-r", "int4-fast", "--threads", "1"]
+    line += ["--set", "verify.windows=2", "--set", "verify.sequence_length=64", "-f", "gguf"]
+    line += ["--keep-baseline", cache.folder]
+    files = [tmp_path / "first", tmp_path / "second"]
+    cache.folder.mkdir()
+    with file_lock(cache.folder / f"{cache.key}.lock"):
+        builds = [
+            subprocess.Popen(
+                [*line, "--progress-file", file, "-o", f"{file}-out"],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for file in files
+        ]  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not all(file.is_file() and WAIT in phases(file) for file in files):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [phases(file)[-1] for file in files] == [WAIT, WAIT]
+    for build in builds:
+        said = build.communicate(timeout=120)[1]
+        assert build.returncode in (0, 1), said  # a random model need not pass its gates
+    assert sorted("score the float model" in phases(file) for file in files) == [False, True]
+    first, second = (
+        json.loads((tmp_path / f"{file.name}-out" / "report.json").read_text())["baseline"]
+        for file in files
+    )
+    assert first == second and first["perplexity"] > 1
+    assert [path.name for path in cache.folder.iterdir()] == [cache.key]
