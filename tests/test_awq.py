@@ -14,8 +14,8 @@ from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import RecipeError, UsageError

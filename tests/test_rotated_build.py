@@ -12,8 +12,7 @@ from commands import packlight
 from writing import plan_for, write
 
 from compress.calibration.step import Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
 from compress.plan.document import plan_document

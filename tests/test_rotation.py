@@ -11,8 +11,7 @@ import pytest
 import tiny
 import torch
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, Float32, WeightMap
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path

@@ -11,8 +11,8 @@ import tiny
 
 from compress.build.write import prepare_target, write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.plan.job import Job, prepare
 from compress.plan.transform import Transform

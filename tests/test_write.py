@@ -18,8 +18,8 @@ from compress.build.write import put_all, write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.step import CalibrationStep, Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.grids import Float32, Grid, Quantized
 from compress.plan.job import describe_model, prepare

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.formats import Format, get_format

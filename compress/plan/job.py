@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
