@@ -125,7 +125,7 @@ def prepare_target(
     Raises:
         PacklightError: see ``CalibrationStep.gather``.
     """
-    source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
+    source, changes = job.source, job.transforms.get(plan.format, ())
     statistics = None
     if calibration and (changes or not calibration.propagates):
         statistics = calibration.gather(source, plan)
@@ -133,9 +133,8 @@ def prepare_target(
     notes = []
     for change in changes:
         made = change.apply(plan, source, statistics, windows, console)
-        if made is not None:
-            source, statistics = made.source, made.statistics
-            notes.append(made.note)
+        source, statistics = made.source, made.statistics
+        notes.append(made.note)
     if calibration and calibration.propagates:  # statistics come with the codes
         statistics = None
     return TargetInputs(source, statistics, tuple(notes))
