@@ -108,7 +108,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
     [
         (),
         CALIBRATED,
-        ("targets.coreml.grid=lut4-g8", "targets.coreml.rotate=r1r2"),
+        ("targets.coreml.grid=lut4-g8",),
         ("targets.onnx.embedding_bits=8",),
         GPTQ,
         (*GPTQ, "calibration.propagate=quantized"),
@@ -119,7 +119,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
             "quantize.fold=awq",
         ),
     ],
-    ids=["plain", "calibrated", "rotated", "tied head apart", "gptq", "propagated", "folded"],
+    ids=["plain", "calibrated", "palettes", "tied head apart", "gptq", "propagated", "folded"],
 )
 def test_the_bytes_are_those_of_builds_of_one_target(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))

@@ -34,7 +34,7 @@ def locked(path: Path, job: Job, replan: Replan) -> Job:
     plans = tuple(
         replace(
             plan,
-            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source_of(plan)),
+            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source),
             expected_divergence=locked_divergence(lock, plan.format),
         )
         for plan in made.plans

@@ -128,7 +128,7 @@ def target_weights(
         UsageError: calibration texts that are not there or too short.
         PacklightError: see ``CalibrationStep.gather``.
     """
-    source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
+    source, changes = job.source, job.transforms.get(plan.format, ())
     propagates = calibration is not None and calibration.propagates
     statistics = None
     if calibration and (changes or not propagates):
@@ -137,9 +137,8 @@ def target_weights(
     for change in changes:
         windows = calibration.windows if calibration else list
         made = change.apply(plan, source, statistics, windows, console)
-        if made is not None:
-            source, statistics = made.source, made.statistics
-            notes.append(made.note)
+        source, statistics = made.source, made.statistics
+        notes.append(made.note)
     solver = job.recipe.solver
     made_of = hashlib.sha256(f"{plan} {source.fingerprint()}".encode()).hexdigest()
     ledger = Ledger(ledger_file, made_of)

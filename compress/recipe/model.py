@@ -40,11 +40,6 @@ __all__ = [
     "TargetSettings",
 ]
 
-# Keys of one target that others do not have, and why.
-ELSEWHERE: dict[str, str] = {
-    path: "rotation is for Core ML palettes and channel grids; small groups only lose by it"
-    for path in ("targets.gguf.rotate", "targets.onnx.rotate")
-}
 # What a text must look like, by the end of the path or its beginning.
 PATTERNS = (
     ("verify.windows", "a number of windows, or auto"),
@@ -480,8 +475,6 @@ class Recipe(Section):
 
 def hint_of(path: str, kind: str) -> str:
     """The hint that a recipe's own key has for an error."""
-    if kind == "unknown_key":
-        return ELSEWHERE.get(path, "")
     if kind == "string_pattern_mismatch":
         if path.endswith("name"):
             return "letters, digits, . _ -"
