@@ -127,15 +127,18 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     notes: tuple[str, ...] = ()
     calibration: CalibrationStep | None = None
     budgeted: tuple[Budgeted, ...] = ()
-    if job.cut is not None:
-        from compress.pruning.step import prune
-
-        pruned = prune(job, job.cut, console, threads)
-        job, notes = job.on(pruned.source), pruned.notes
     if decision.measures or importance.save or looks_at_inputs(job.recipe):
         from compress.calibration.step import CalibrationStep
 
         calibration = CalibrationStep(job, importance, console, threads, keep=keep)
+        if not importance.imatrix:
+            _ = calibration.texts  # refused before the work, where they will not do
+    if calibration and job.cut is not None:
+        from compress.pruning.step import prune
+
+        pruned = prune(job, job.cut, calibration.texts, console, threads)
+        job, notes = job.on(pruned.source), pruned.notes
+        calibration = calibration.on(job)
     if calibration and decision.measures:
         from compress.allocation.explain import describe
         from compress.allocation.step import within_budget
