@@ -44,9 +44,9 @@ def test_only_the_rotated_target_has_weights_of_its_own(tied):
     assert job.source_of(gguf) is job.source
     assert job.source_of(coreml).fingerprint() != job.source.fingerprint()
     assert job.config.tie_word_embeddings  # what artifacts are compared with
-    notes = plan_document(job)["targets"]["coreml"]["notes"]
+    notes = plan_document(job).targets["coreml"].notes
     assert any("residual stream (R1) and the values in each head (R2)" in note for note in notes)
-    assert not any("rotated" in note for note in plan_document(job)["targets"]["gguf"]["notes"])
+    assert not any("rotated" in note for note in plan_document(job).targets["gguf"].notes)
 
 
 def test_r1_counts_the_bytes_of_the_head_it_unties(tied):
