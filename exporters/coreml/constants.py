@@ -58,7 +58,8 @@ class Constants:
         for entry in plan.entries if block_repeat > 1 else ():  # MobileLLM-LS: the same constants
             block, role, kind = split_name(entry.name)
             for repeat in range(block_repeat) if block is not None else ():
-                self._planned[f"blocks.{block + repeat}.{role}.{kind}"] = entry
+                number = (block or 0) + repeat
+                self._planned[f"blocks.{number}.{role}.{kind}"] = entry
         self._pieces = {entry.name: parts(entry.grid, entry.shape) for entry in plan.entries}
         self._vars: dict[str, Var] = {}
         self.parts: dict[str, Part] = {}
