@@ -24,7 +24,7 @@ from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import State, fingerprint
 from compress.batch.table import Board
 from compress.build.decide import first_choice, identity_of, replanner
-from compress.build.settings import BuildSettings, check_options, recipe_overrides
+from compress.build.settings import BuildSettings, check_options, resolved_recipe
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.remote import write_text
 from compress.console import Console, format_bytes
@@ -33,7 +33,6 @@ from compress.errors import PacklightError, UsageError, one_line
 from compress.output.folder import check_disk, locked
 from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
-from compress.recipe import load
 from compress.report.ci import CiFiles
 from compress.verify import gates
 
@@ -252,7 +251,7 @@ class Planner:
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
-        recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+        recipe = resolved_recipe(settings)
         gates.parse(recipe.gates)
         replan = replanner(checkpoint, recipe, settings)
         prepared = first_choice(settings, replan)

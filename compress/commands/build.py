@@ -23,7 +23,6 @@ from compress.commands.options import (
     threads_option,
 )
 from compress.console import Console
-from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from compress.build.decide import Decision
@@ -95,16 +94,9 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     """
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress.build.settings import BuildSettings
+    from compress.build.settings import BuildSettings, plan_file
 
-    plan = options["plan"]
-    if options["locked"] and plan is None:
-        plan = output / "plan.json" if output else None
-        if plan is None or not plan.is_file():
-            missing = f": {plan} is not there" if plan else ""
-            raise UsageError(
-                f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
-            )
+    plan = plan_file(options["plan"], output, locked=options["locked"])
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],

@@ -425,7 +425,7 @@ class Recipe(Section):
         cls, source: str | Path, overrides: Iterable[str] = (), formats: Iterable[str] = ()
     ) -> Recipe:
         """A recipe by shipped name or file path; see ``compress.recipe.load``."""
-        return load(str(source), overrides, formats)
+        return load(source, overrides, formats)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str = "recipe") -> Recipe:
