@@ -378,7 +378,9 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
         "gates": limits(given.get("gates")),
         "calibration": paths(given.get("calibration", ())),
         "max_memory": size("max_memory", given.get("max_memory")),
-        "plan": plan_file(given.get("plan"), given.get("output"), locked=given.get("locked", False)),
+        "plan": plan_file(
+            given.get("plan"), given.get("output"), locked=given.get("locked", False)
+        ),
     }
     if isinstance(recipe, str | Path):
         given["recipe"] = str(recipe)

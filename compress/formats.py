@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
+    from compress.report.report import ArtifactReport
 
 __all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
 
@@ -97,7 +98,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def how_to_run(self) -> Callable[[Mapping[str, Any]], list[str]]: ...
+        def how_to_run(self) -> Callable[[ArtifactReport], list[str]]: ...
 
         @property
         def read_imatrix(self) -> Callable[[Path, DecoderConfig], Statistics]: ...
@@ -137,8 +138,8 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# how_to_run        how_to_run(artifact) -> lines of Markdown for the model card, from a row of the
-#                   report's ``artifacts``
+# how_to_run        how_to_run(artifact) -> lines of Markdown for the model card, from its
+#                   ``ArtifactReport``
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
 #                   statistics), where ``imatrix``
 # Settings          pydantic model of the recipe's ``targets.<name>``, a ``TargetSettings``

@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+import exporters  # noqa: F401 -- fills the table of formats, as every command does
+
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

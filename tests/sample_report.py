@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from compress.plan.shapes import Artifact, Plan, PlanEntry
-from compress.report.report import Baseline, build_report
+from compress.report.describe import Baseline, build_report
+from compress.report.report import ModelFacts, Report
 from compress.verify import Verified
 from compress.verify.gates import parse
 from compress.verify.generate import Generation
 from compress.verify.quality import TokenScores, summarize
 from compress.verify.resources import Resources, Speed
+
+SCHEMA = Path(__file__).resolve().parents[1] / "compress/report/report.schema.json"
 
 HIDDEN, FFN, VOCAB, LAYERS = 2048, 8192, 32064, 16
 PARAMETERS = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN + 2 * HIDDEN) + 2 * VOCAB * HIDDEN
@@ -93,7 +98,7 @@ def make(
     notes: tuple[str, ...] = ("Scored on held-out text; another text gives other figures.",),
     budget_bytes: int | None = 640_000_000,
     command: str = "packlight build acme/SmolThinker-1.1B -r phone-4bit -o out",
-) -> dict[str, Any]:
+) -> Report:
     folder = Path("out")
     made = []
     for format, type_name, low, high, path, kl, memory, speed, runtime in (
@@ -120,19 +125,19 @@ def make(
         found = simulated(seed, kl, memory, speed, runtime) if verified else None
         made.append((artifact, found))
     return build_report(
-        model={
-            "name": name,
-            "source": f"acme/{name}",
-            "revision": "0123abcd",
-            "license": "apache-2.0",
-            "family": "llama",
-            "architecture": "LlamaForCausalLM",
-            "parameters": PARAMETERS,
-            "num_hidden_layers": LAYERS,
-            "hidden_size": HIDDEN,
-            "vocab_size": VOCAB,
-            "max_context": 4096,
-        },
+        model=ModelFacts(
+            name=name,
+            source=f"acme/{name}",
+            revision="0123abcd",
+            license="apache-2.0",
+            family="llama",
+            architecture="LlamaForCausalLM",
+            parameters=PARAMETERS,
+            num_hidden_layers=LAYERS,
+            hidden_size=HIDDEN,
+            vocab_size=VOCAB,
+            max_context=4096,
+        ),
         recipe={"name": "phone-4bit", "schema": 1, "quantize": {"solver": "rtn"}},
         command=command,
         context=2048,
@@ -150,3 +155,15 @@ def make(
         budget_bytes=budget_bytes,
         notes=notes,
     )
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of ``report.json``."""
+    found: dict[str, Any] = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return found
+
+
+def change(part: BaseModel, **values: Any) -> None:
+    """Set keys of one mapping of a report."""
+    for key, value in values.items():
+        setattr(part, key, value)

@@ -1,8 +1,7 @@
-"""compress.verify.against: what got worse since an earlier report."""
+"""compress.report.against: what got worse since an earlier report."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,31 +9,31 @@ from typing import Any
 import pytest
 from commands import packlight, refused
 from jsonschema import validate
-from sample_report import make
+from sample_report import change, make, schema
 
 from compress.console import Console
 from compress.demo import model_path
 from compress.errors import UsageError
-from compress.report.report import schema
-from compress.verify.against import DEFAULT, Previous, parse_regressions
+from compress.report.against import DEFAULT, Previous, parse_regressions
+from compress.report.report import KlDivergence, Report
 
 
-def sample() -> dict[str, Any]:
+def sample() -> Report:
     return make(gates={})
 
 
-def previous(tmp_path: Path, report: dict[str, Any], limits: str = DEFAULT) -> Previous:
+def previous(tmp_path: Path, report: Report, limits: str = DEFAULT) -> Previous:
     path = tmp_path / "last.json"
-    path.write_text(json.dumps(report))
+    report.save(path)
     return Previous(path, parse_regressions([limits]))
 
 
-def changed(report: dict[str, Any], **figures: Any) -> dict[str, Any]:
+def changed(report: Report, **figures: Any) -> Report:
     """A copy whose first artifact has other figures."""
-    new = copy.deepcopy(report)
-    for artifact in new["artifacts"]:
-        artifact["gates"] = []
-    new["artifacts"][0].update(figures)
+    new = report.model_copy(deep=True)
+    for artifact in new.artifacts:
+        artifact.gates = []
+    change(new.artifacts[0], **figures)
     return new
 
 
@@ -59,26 +58,28 @@ def changed(report: dict[str, Any], **figures: Any) -> dict[str, Any]:
 def test_a_regression_is_a_gate(tmp_path: Path, limits: str, factor: float, passed: bool) -> None:
     old = sample()
     (limit,) = parse_regressions([limits])
-    first = old["artifacts"][0]
+    first = old.artifacts[0]
     if limit.name == "kl_divergence":
-        kl = first["kl_divergence"]
-        value: Any = {**kl, "mean": kl["mean"] * factor}
+        kl = first.kl_divergence
+        assert kl is not None and kl.mean is not None
+        value: Any = kl.model_copy(update={"mean": kl.mean * factor})
     else:
-        value = type(first[limit.name])(first[limit.name] * factor)
+        before = getattr(first, limit.name)
+        value = type(before)(before * factor)
     new = changed(old, **{limit.name: value})
     previous(tmp_path, old, limits).apply(new, Console("quiet"))
-    gate = new["artifacts"][0]["gates"][-1]
-    assert gate["name"] == f"regression: {limit.name}" and gate["passed"] is passed, gate
-    assert " before, " in gate["limit"]
-    assert (new["verdict"] == "failed") is not passed
-    validate(json.loads(json.dumps(new)), schema())
+    gate = new.artifacts[0].gates[-1]
+    assert gate.name == f"regression: {limit.name}" and gate.passed is passed, gate
+    assert " before, " in gate.limit
+    assert (new.verdict == "failed") is not passed
+    validate(new.to_dict(), schema())
 
 
 def test_an_absolute_amount(tmp_path: Path) -> None:
     old = sample()
-    mean = old["artifacts"][0]["kl_divergence"]["mean"]
+    mean = old.artifacts[0].kl_divergence.mean
     for more, passed in ((0.0009, True), (0.0011, False)):
-        new = changed(old, kl_divergence={"mean": mean + more})
+        new = changed(old, kl_divergence=KlDivergence(mean=mean + more))
         judged, _ = previous(tmp_path, old, "kl=0.001").judge(new)
         assert judged[0][0].passed is passed
 
@@ -87,22 +88,20 @@ def test_what_is_missing_before_is_told_and_what_is_missing_now_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = sample()
-    first, *others = old["artifacts"]
+    first, *others = old.artifacts
     bare = changed(old, kl_divergence=None)
-    bare["artifacts"] = bare["artifacts"][:1]
+    bare.artifacts = bare.artifacts[:1]
     new = changed(old)
     previous(tmp_path, bare).apply(new, Console())
-    assert [gate["name"] for gate in new["artifacts"][0]["gates"]] == ["regression: bytes"]
-    assert all(artifact["gates"] == [] for artifact in new["artifacts"][1:])
+    assert [gate.name for gate in new.artifacts[0].gates] == ["regression: bytes"]
+    assert all(artifact.gates == [] for artifact in new.artifacts[1:])
     told = capsys.readouterr().err
-    assert f"last.json has no kl_divergence of {first['format']} {first['type']}" in told
+    assert f"last.json has no kl_divergence of {first.format} {first.type}" in told
     for artifact in others:
-        assert f"last.json has no {artifact['format']} {artifact['type']}" in told
+        assert f"last.json has no {artifact.format} {artifact.type}" in told
     previous(tmp_path, old).apply(bare, Console())
-    assert bare["verdict"] == "failed"
-    assert (
-        f"{others[0]['format']} {others[0]['type']}, this build has not" in capsys.readouterr().err
-    )
+    assert bare.verdict == "failed"
+    assert f"{others[0].format} {others[0].type}, this build has not" in capsys.readouterr().err
 
 
 def test_another_type_of_the_same_format_is_compared_and_told(tmp_path: Path) -> None:
@@ -114,17 +113,17 @@ def test_another_type_of_the_same_format_is_compared_and_told(tmp_path: Path) ->
 
 def test_reports_of_another_text_are_refused(tmp_path: Path) -> None:
     old = sample()
-    baseline = old["baseline"]
-    tokens = baseline["tokens"] // baseline["windows"] + 1
-    same = [[0] * tokens] * baseline["windows"]
+    baseline = old.baseline
+    tokens = baseline.tokens // baseline.windows + 1
+    same = [[0] * tokens] * baseline.windows
     last = previous(tmp_path, old)
-    last.check_text(baseline["text"], same)
-    for text, windows in (("novel.txt", same), (baseline["text"], same[1:])):
+    last.check_text(baseline.text, same)
+    for text, windows in (("novel.txt", same), (baseline.text, same[1:])):
         with pytest.raises(UsageError, match=r"last.json scored \d+ windows"):
             last.check_text(text, windows)
     previous(tmp_path, old, "bytes=1%").check_text("novel.txt", same[1:])  # any text does
     new = changed(old)
-    new["baseline"]["perplexity"] *= 1.01
+    new.baseline.perplexity *= 1.01
     with pytest.raises(UsageError, match="another text or another checkpoint"):
         last.judge(new)
 
@@ -132,7 +131,7 @@ def test_reports_of_another_text_are_refused(tmp_path: Path) -> None:
 def test_another_machine_is_told_where_it_matters(tmp_path: Path) -> None:
     old = sample()
     new = changed(old)
-    new["machine"] = {**new["machine"], "processor": "riscv64"}
+    new.machine.processor = "riscv64"
     assert previous(tmp_path, old).judge(new)[1] == []
     (note,) = previous(tmp_path, old, "tokens/s=10%,kl=5%").judge(new)[1]
     assert note.startswith("decode_tokens_per_second of last.json")

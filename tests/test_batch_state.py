@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console as RichConsole
 
@@ -14,6 +15,7 @@ from compress.batch.engine import Outcome, Work
 from compress.batch.state import Record, State, fingerprint
 from compress.batch.table import Board, describe_phase, last_line, summary
 from compress.console import Console
+from compress.report.report import Report
 
 
 def finish(
@@ -24,7 +26,8 @@ def finish(
     folder.mkdir(parents=True, exist_ok=True)
     artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}
     artifact |= {"type": "Q4_0", "failure": failure or None}
-    document = {"verdict": verdict, "artifacts": [artifact]}
+    document = {"schema_version": 1, "tool": {"version": "1"}, "model": {"source": "m"}}
+    document |= {"baseline": {}, "verdict": verdict, "artifacts": [artifact]}
     (folder / "report.json").write_text(json.dumps(document))
     (folder / "SHA256SUMS").write_text("")
     os.utime(folder / "SHA256SUMS", ns=(stamp, stamp))
@@ -184,10 +187,16 @@ def test_the_last_whole_line_of_a_progress_file(tmp_path):
     assert describe_phase(last_line(path)) == "plan"
 
 
+def report_of(artifacts: list[dict[str, Any]]) -> Report:
+    found = [{"type": "t", **artifact} for artifact in artifacts]
+    parts: dict[str, Any] = {"tool": {"version": "1"}, "model": {"source": "m"}, "baseline": {}}
+    return Report.from_dict({"schema_version": 1, **parts, "artifacts": found})
+
+
 def test_a_job_in_a_few_words():
-    assert summary({}) == ""
+    assert summary(None) == ""
     artifacts = [{"format": "onnx", "bytes": 1000, "kl_divergence": None}]
-    assert summary({"artifacts": artifacts}) == "onnx 1.00 kB"
+    assert summary(report_of(artifacts)) == "onnx 1.00 kB"
 
 
 def test_paths(tmp_path):

@@ -12,9 +12,8 @@ import tiny
 from commands import packlight, refused
 
 from compress.errors import UsageError
-from compress.report.ci import CiFiles
-from compress.report.junit import ANSWERS, junit_xml
-from compress.report.summary import HEADERS, markdown_summary, table_row
+from compress.report.ci import ANSWERS, CiFiles, junit_xml, markdown_summary
+from compress.report.words import HEADERS, table_row
 
 # junit-10.xsd of Jenkins' xunit plugin: element → children, attributes that must and that may be.
 # (The rerun and flaky elements, which only Surefire writes, are left out.)
@@ -67,23 +66,23 @@ def test_junit_has_a_suite_per_artifact_and_a_case_per_gate():
         "SmolThinker-1.1B ONNX int4-g32",
         "SmolThinker-1.1B Core ML lut4-g8",
     ]
-    for suite, artifact in zip(root, report["artifacts"], strict=True):
+    for suite, artifact in zip(root, report.artifacts, strict=True):
         names = [case.attrib["name"] for case in suite.findall("testcase")]
         gates = [f"{name} {limit}" for name, limit in sample_report.GATES.items()]
         assert names == [ANSWERS, *gates]
-        for case, gate in zip(suite.findall("testcase")[1:], artifact["gates"], strict=True):
-            assert (case.find("failure") is None) == gate["passed"]
+        for case, gate in zip(suite.findall("testcase")[1:], artifact.gates, strict=True):
+            assert (case.find("failure") is None) == gate.passed
         facts = {p.attrib["name"]: p.attrib["value"] for p in suite.iter("property")}
-        assert int(facts["bytes"]) == artifact["bytes"]
-        assert int(facts["peak_memory_bytes"]) == artifact["peak_memory_bytes"]
-        assert float(facts["kl_divergence"]) == artifact["kl_divergence"]["mean"]
+        assert int(facts["bytes"]) == artifact.bytes
+        assert int(facts["peak_memory_bytes"]) == artifact.peak_memory_bytes
+        assert float(facts["kl_divergence"]) == artifact.kl_divergence.mean
         assert facts["recipe"] == "phone-4bit"
 
 
 def test_a_failure_tells_the_measured_value_and_the_limit():
     report = sample_report.make()
-    assert report["verdict"] == "failed"  # the third artifact's KL is above its gate
-    kl = report["artifacts"][2]["kl_divergence"]["mean"]
+    assert report.verdict == "failed"  # the third artifact's KL is above its gate
+    kl = report.artifacts[2].kl_divergence.mean
     failures = [
         failure
         for failure in parse(junit_xml({"SmolThinker-1.1B": report})).iter("failure")
@@ -99,7 +98,7 @@ def test_what_was_not_run_is_skipped_and_what_is_not_a_number_fails():
     assert [len(suite.findall("testcase")) for suite in root] == [1, 1, 1]
     assert len(list(root.iter("skipped"))) == 3
     report = sample_report.make(gates={}, artifacts=1)
-    report["artifacts"][0]["perplexity_ratio"] = None
+    report.artifacts[0].perplexity_ratio = None
     (failure,) = parse(junit_xml({"SmolThinker-1.1B": report})).iter("failure")
     assert failure.attrib["message"].endswith("its answers are not numbers")
 
@@ -120,7 +119,7 @@ def test_hostile_names_stay_text():
     report = sample_report.make(artifacts=1)
     (suite,) = parse(junit_xml({name: report}))
     assert suite.attrib["name"] == 'a<b>&"��[31m]]>�| x GGUF Q4_K_M'
-    report["model"]["name"] = "<script>|`$(x)`"
+    report.model.name = "<script>|`$(x)`"
     heading = markdown_summary(report).splitlines()[0]
     assert heading.startswith("### packlight: \\<script\\>\\|\\`\\$(x)\\`, recipe")
 
@@ -136,9 +135,9 @@ def test_the_summary_is_the_table_of_the_terminal():
     header, rule, *body = rows(text)
     assert header == list(HEADERS)
     assert rule == ["---", "---", *["---:"] * (len(HEADERS) - 2)]
-    assert body == [table_row(artifact) for artifact in report["artifacts"]]
+    assert body == [table_row(artifact) for artifact in report.artifacts]
     assert "**failed**" in text
-    kl = report["artifacts"][2]["kl_divergence"]["mean"]
+    kl = report.artifacts[2].kl_divergence.mean
     told = text.replace("\\", "")
     assert f"- Core ML lut4-g8: kl_divergence is {kl:.4g}, the gate is <=0.06" in told
     assert "not verified" in markdown_summary(sample_report.make(verified=False))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import sample_report
 import tiny
 from commands import packlight, refused
 
 import compress
 from compress import cli
 from compress.build.settings import without_folders
-from compress.report.report import schema
 from compress.verify import scorer
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
@@ -265,7 +265,7 @@ def test_an_artifact_that_its_runtime_refuses_does_not_cost_the_others(
     (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: GGUF Q4_K_M could not be run: ")
     report = json.loads((out / "report.json").read_text())
-    jsonschema.validate(report, schema())
+    jsonschema.validate(report, sample_report.schema())
     gguf, onnx = report["artifacts"]
     assert report["verdict"] == "failed"
     assert gguf["failure"] in error and gguf["runtime"] is None and gguf["gates"] == []

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
 from compress.errors import RecipeError
 from compress.verify.gates import Gate, judge, parse, parse_option
 
-ARTIFACT: dict[str, Any] = {
-    "perplexity_ratio": 1.06,
-    "kl_divergence": {"mean": 0.05, "se": 0.001, "p99": 0.4, "max": 3.0},
-    "top1_agreement": 0.9,
-    "bytes": 1_932_735_283,
-    "peak_memory_bytes": None,
-    "decode_tokens_per_second": float("nan"),
-    "perplexity": float("inf"),
-    "generation_consistent": True,
-}
+ARTIFACT = SimpleNamespace(
+    perplexity_ratio=1.06,
+    kl_divergence=SimpleNamespace(mean=0.05, se=0.001, p99=0.4, max=3.0),
+    top1_agreement=0.9,
+    bytes=1_932_735_283,
+    peak_memory_bytes=None,
+    decode_tokens_per_second=float("nan"),
+    perplexity=float("inf"),
+    generation_consistent=True,
+)
 
 
 @pytest.mark.parametrize(

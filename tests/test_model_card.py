@@ -10,8 +10,8 @@ from typing import Any
 import sample_report
 import yaml
 
-from compress.report.card import figure, model_card
-from compress.report.markdown import fenced, sentence
+from compress.report.card import model_card
+from compress.report.words import fenced, figure, sentence
 
 
 def parse_head(card: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_head() -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     report = sample_report.make()
-    report["model"] |= {"source": "my-folder", "license": None}
+    sample_report.change(report.model, source="my-folder", license=None)
     head = parse_head(model_card(report))
     assert head.keys() == {
         "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"
@@ -54,15 +54,15 @@ def test_the_table_has_the_reports_figures() -> None:
     assert len(rows) == 2 + 3 + 1
     assert {row.count("|") for row in rows} == {11}
     gguf = [cell.strip() for cell in rows[2].strip("|").split("|")]
-    found = report["artifacts"][0]
+    found = report.artifacts[0]
     assert gguf[0] == "GGUF Q4_K_M"
-    assert gguf[1] == found["path"]
+    assert gguf[1] == found.path
     assert gguf[2] == "740.48 MB (706.17 MiB)"
-    assert float(gguf[3]) == round(found["bytes"] * 8 / report["model"]["parameters"], 3)
+    assert float(gguf[3]) == round(found.bytes * 8 / report.model.parameters, 3)
     kl, se = (float(part) for part in gguf[6].split(" ± "))
-    assert abs(kl - found["kl_divergence"]["mean"]) < 5e-5
-    assert abs(se - found["kl_divergence"]["se"]) < 5e-5
-    assert float(gguf[7].split(" ±")[0]) == round(found["top1_agreement"] * 100, 2)
+    assert abs(kl - found.kl_divergence.mean) < 5e-5
+    assert abs(se - found.kl_divergence.se) < 5e-5
+    assert float(gguf[7].split(" ±")[0]) == round(found.top1_agreement * 100, 2)
     assert rows[5].startswith("| float, BF16 | – | 2.41 GB (2.24 GiB) | 16.000 | 6.21 ±")
 
 
@@ -88,11 +88,11 @@ def test_verdicts() -> None:
 def test_strings_stay_strings() -> None:
     evil = "x|y <script>alert(1)</script>\n---\nlicense: mit\n# big [a](http://b) `c` ```"
     report = sample_report.make(notes=(evil,), command=evil)
-    report["model"] |= {"name": evil, "license": evil, "source": evil}
-    report["recipe"]["name"] = report["baseline"]["text"] = report["baseline"]["dtype"] = evil
-    for artifact in report["artifacts"]:
-        artifact |= {"type": evil, "path": evil, "notes": [evil]}
-        artifact["gates"][0] |= {"name": evil, "passed": False}
+    sample_report.change(report.model, name=evil, license=evil, source=evil)
+    report.recipe["name"] = report.baseline.text = report.baseline.dtype = evil
+    for artifact in report.artifacts:
+        sample_report.change(artifact, type=evil, path=evil, notes=[evil])
+        sample_report.change(artifact.gates[0], name=evil, passed=False)
     card = model_card(report)
     assert parse_head(card)["license"] == " ".join(evil.split())
     assert "base_model" not in parse_head(card)

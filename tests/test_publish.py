@@ -38,7 +38,7 @@ def finished(folder: Path, *, passed: bool = True, verified: bool = True) -> Pat
     (folder / "onnx" / "config.json").write_text("{}\n")
     (folder / "SmolThinker-1.1B-Q4_K_M.gguf").write_bytes(random.bytes(1000))
     (folder / "plan.json").write_text("{}\n")
-    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "report.json").write_text(json.dumps(report.to_dict()))
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     write_checksums(folder)
     return folder

@@ -15,7 +15,9 @@ import pytest
 import sample_report
 
 from compress.report import charts
-from compress.report.html import amount, figure, grids, percent, quarters, render, size
+from compress.report.html import figure, grids, percent, quarters, render, size
+from compress.report.report import KlDivergence
+from compress.report.words import amount
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -134,14 +136,14 @@ def test_dark(tmp_path: Path) -> None:
 def test_strings_of_a_checkpoint_stay_strings(tmp_path: Path) -> None:
     evil = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
     report = sample_report.make(evil, notes=(evil,), command=evil)
-    for artifact in report["artifacts"]:
-        artifact |= {"type": evil, "runtime": evil, "notes": [evil]}
-        artifact["generation"]["text"] = artifact["generation"]["prompt_text"] = evil
-        artifact["gates"][0] |= {"name": evil, "limit": evil}
-        for tensor in artifact["tensors"]:
-            tensor |= {"name": evil, "note": evil, "grid": evil}
-    report["recipe"]["name"] = report["baseline"]["runtime"] = report["baseline"]["text"] = evil
-    report["model"] |= {"source": evil, "license": evil, "family": evil}
+    for artifact in report.artifacts:
+        sample_report.change(artifact, type=evil, runtime=evil, notes=[evil])
+        artifact.generation.text = artifact.generation.prompt_text = evil
+        sample_report.change(artifact.gates[0], name=evil, limit=evil)
+        for tensor in artifact.tensors:
+            sample_report.change(tensor, name=evil, note=evil, grid=evil)
+    report.recipe["name"] = report.baseline.runtime = report.baseline.text = evil
+    sample_report.change(report.model, source=evil, license=evil, family=evil)
     page = render(report)
     assert evil not in page
     seen, console = look(page, tmp_path, 375)
@@ -173,22 +175,21 @@ def test_passed_and_no_gates() -> None:
 
 def test_figures_that_are_not_there() -> None:
     report = sample_report.make()
-    for artifact in report["artifacts"]:
-        artifact["kl_divergence"] = dict.fromkeys(artifact["kl_divergence"])
+    for artifact in report.artifacts:
+        artifact.kl_divergence = KlDivergence()
         for key in ("kl_along_text", "kl_by_position"):
-            artifact[key]["mean"][3:9] = [None] * 6
+            getattr(artifact, key).mean[3:9] = [None] * 6
         for key in ("perplexity", "perplexity_ratio", "top1_agreement", "peak_memory_bytes",
                     "peak_anonymous_bytes", "startup_memory_bytes"):  # fmt: skip
-            artifact[key] = None
-        artifact["nonfinite_tokens"] = 9
-        artifact["generation_consistent"] = False
-        artifact["generation"] |= {
-            "first_difference": 4,
-            "gap": 1.5,
-            "spread": 2.0,
-            "text": None,
-        }
-    report["baseline"] |= {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
+            setattr(artifact, key, None)
+        artifact.nonfinite_tokens = 9
+        artifact.generation_consistent = False
+        sample_report.change(
+            artifact.generation, first_difference=4, gap=1.5, spread=2.0, text=None
+        )
+    sample_report.change(
+        report.baseline, prefill_tokens_per_second=None, decode_tokens_per_second=None
+    )
     page = render(report)
     assert "logits were not finite at 9 of 8176 tokens" in page
     assert "token 5 of 32 is another; its logit is 1.5 higher" in page
@@ -339,10 +340,10 @@ def test_words_for_numbers() -> None:
 
 
 def test_grids_are_summed() -> None:
-    artifact = sample_report.make()["artifacts"][0]
+    artifact = sample_report.make().artifacts[0]
     rows = grids(artifact)
-    assert sum(row["bytes"] for row in rows) == artifact["weights_bytes"]
-    assert sum(row["tensors"] for row in rows) == len(artifact["tensors"])
+    assert sum(row["bytes"] for row in rows) == artifact.weights_bytes
+    assert sum(row["tensors"] for row in rows) == len(artifact.tensors)
     assert {row["grid"]: row["bits"] for row in rows} == pytest.approx(
         {"Q4_K": 4.5, "Q6_K": 6.5625, "F32": 32}, rel=1e-6
     )

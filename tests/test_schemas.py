@@ -11,12 +11,14 @@ from jsonschema import Draft202012Validator
 
 from compress.batch.jobs_file import jobs_schema
 from compress.recipe.model import recipe_schema
+from compress.report.report import report_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SCHEMAS = {
     "recipes/schema.json": recipe_schema,
     "compress/batch/schema.json": jobs_schema,
+    "compress/report/report.schema.json": report_schema,
 }
 
 

@@ -27,7 +27,6 @@ from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.plan.shapes import Weights
 from compress.report.html import render
-from compress.report.report import schema
 from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
@@ -138,7 +137,7 @@ def test_verify_answers_in_the_artifacts_runtime(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    jsonschema.validate(report, schema())
+    jsonschema.validate(report, sample_report.schema())
     first, second = report["artifacts"][0]["tasks"]
     same = sum(map(int.__eq__, answers, baseline)) / COUNT
     assert (first["name"], first["items"], first["accuracy"]) == ("artifact", COUNT, 1)
@@ -245,5 +244,5 @@ def test_an_item_must_fit_the_context() -> None:
 
 def test_no_task_no_section() -> None:
     report = sample_report.make()
-    assert all(artifact["tasks"] == [] for artifact in report["artifacts"])
+    assert all(artifact.tasks == [] for artifact in report.artifacts)
     assert 'id="tasks"' not in render(report)

@@ -1,6 +1,7 @@
 """Many models, many artifacts, nobody watching: ``packlight batch JOBS.yaml``.
 
-jobs.py      what to build: models × recipes × formats from a YAML file (schema.json)
+jobs_file.py the YAML file as typed data (schema.json)
+jobs.py      what to build: models × recipes × budgets × formats
 predict.py   what one job will take: bytes, memory, threads, time
 state.py     what was done before: a record per job in the output tree
 engine.py    where jobs run: ``Work`` in, ``Outcome`` out; ``LocalEngine`` on this machine

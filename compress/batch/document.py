@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.batch.state import State
 from compress.batch.table import WORDS, Board
-from compress.console import Console, format_bytes
+from compress.console import Console
 from compress.progress import clock_time
-from compress.report.markdown import pipe_table, sentence
-from compress.report.summary import gate_failure
+from compress.report.report import ArtifactReport, GateReport, Report
+from compress.report.words import gate_failure, pipe_table, sentence, short_size
 
 if TYPE_CHECKING:
     from compress.batch.story import Planned
@@ -74,7 +74,7 @@ def exit_code(counts: Mapping[str, int]) -> int:
 def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
     """One job."""
     record = board.records.get(one.name)
-    report = state.report(one.name) if record and record.reported else {}
+    report = state.report(one.name) if record and record.reported else None
     found = one.prediction
     return {
         "name": one.name,
@@ -97,10 +97,10 @@ def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
         "cpu_seconds": record.cpu_seconds if record else 0.0,
         "peak_memory_bytes": record.peak_memory if record else 0,
         "report": f"{one.name}/report.html" if report else None,
-        "parameters": report["model"]["parameters"] if report else None,
-        "family": report["model"]["family"] if report else None,
+        "parameters": report.model.parameters if report else None,
+        "family": report.model.family if report else None,
         "baseline": baseline(report) if report else None,
-        "artifacts": [figures(artifact, one.name) for artifact in report.get("artifacts", ())],
+        "artifacts": [figures(found, one.name) for found in (report.artifacts if report else ())],
     }
 
 
@@ -110,30 +110,26 @@ def log_of(name: str, state: State) -> str | None:
     return path.relative_to(state.output).as_posix() if path.is_file() else None
 
 
-def baseline(report: Mapping[str, Any]) -> dict[str, Any]:
+def baseline(report: Report) -> dict[str, Any]:
     """The float model of a report."""
     keys = ("bytes", "dtype", "perplexity", "decode_tokens_per_second")
-    return {key: report["baseline"][key] for key in keys}
+    return {key: getattr(report.baseline, key) for key in keys}
 
 
-def figures(artifact: Mapping[str, Any], name: str) -> dict[str, Any]:
+def figures(artifact: ArtifactReport, name: str) -> dict[str, Any]:
     """One artifact of a report, for a table of many."""
-    divergence = artifact["kl_divergence"]
+    divergence = artifact.kl_divergence
     return {
-        **{key: artifact[key] for key in FIGURES},
-        "path": f"{name}/{artifact['path']}",
-        "kl_divergence": None if divergence is None else divergence["mean"],
-        "kl_divergence_se": None if divergence is None else divergence["se"],
-        "gates": artifact["gates"],
-        "passed": not artifact["failure"] and all(gate["passed"] for gate in artifact["gates"]),
+        **{key: getattr(artifact, key) for key in FIGURES},
+        "path": f"{name}/{artifact.path}",
+        "kl_divergence": None if divergence is None else divergence.mean,
+        "kl_divergence_se": None if divergence is None else divergence.se,
+        "gates": [gate.model_dump() for gate in artifact.gates],
+        "passed": not artifact.failure and all(gate.passed for gate in artifact.gates),
     }
 
 
 # --- words ---------------------------------------------------------------------------------------
-
-
-def short(count: float) -> str:
-    return format_bytes(count).partition(" (")[0]
 
 
 def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: int) -> None:
@@ -151,7 +147,7 @@ def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: 
             "seconds": round(found.seconds, 1),
         }  # fmt: skip
         rows.append(
-            [one.name, short(found.bytes), short(found.memory), str(found.threads),
+            [one.name, short_size(found.bytes), short_size(found.memory), str(found.threads),
              clock_time(found.seconds)]
         )  # fmt: skip
     known = [one.prediction for one in planned if one.prediction]
@@ -161,10 +157,10 @@ def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: 
         if one.error:
             console.warning(f"{one.name}: {told(one.error, one.hint)}")
     busy = sum(found.seconds * found.threads for found in known) / cpus
-    size = short(sum(found.bytes for found in known))
+    size = short_size(sum(found.bytes for found in known))
     console.data(
         f"{len(known)} job{'s' * (len(known) != 1)}, {size}, about {clock_time(busy)} on {cpus} "
-        f"CPU{'s' * (cpus != 1)} within {short(memory)} of memory"
+        f"CPU{'s' * (cpus != 1)} within {short_size(memory)} of memory"
     )
 
 
@@ -202,7 +198,7 @@ def table_row(job: Mapping[str, Any]) -> list[str]:
         job["name"],
         word_of(job["status"]),
         str(len(artifacts) or "-"),
-        short(sum(a["bytes"] for a in artifacts)) if artifacts else "-",
+        short_size(sum(a["bytes"] for a in artifacts)) if artifacts else "-",
         f"{max(known):.4f}" if known else "-",
         clock_time(job["seconds"]) if job["seconds"] else "-",
     ]
@@ -224,7 +220,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     rows = [[sentence(cell) for cell in table_row(job)] for job in document["jobs"]]
     reasons = [f"{name}: {why}" for name, why in errors(document).items()]
     reasons += [
-        f"{job['name']}, {artifact['format']}: {gate_failure(gate)}"
+        f"{job['name']}, {artifact['format']}: {gate_failure(GateReport(**gate))}"
         for job in document["jobs"]
         for artifact in job["artifacts"]
         for gate in artifact["gates"]

@@ -12,11 +12,12 @@ from typing import Any
 from markupsafe import Markup
 
 from compress.batch.pictures import Dot, Row, cloud, rows
-from compress.console import format_bytes
 from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import amount, page_template, short_size
+from compress.report.html import page_template
+from compress.report.report import GateReport
+from compress.report.words import gate_failure, short_size
 
 __all__ = ["render"]
 
@@ -74,8 +75,7 @@ def style_of(name: str) -> str:
 def failed_gates(job: Json) -> list[str]:
     """A sentence for each gate that a job's artifacts did not pass."""
     return [
-        f"{job['name']}, {get_format(a['format']).title}: {gate['name']} is "
-        f"{amount(gate['value'])}, the gate is {gate['limit']}"
+        f"{job['name']}, {get_format(a['format']).title}: {gate_failure(GateReport(**gate))}"
         for a in job["artifacts"]
         for gate in a["gates"]
         if not gate["passed"]
@@ -127,4 +127,4 @@ def title_of(job: Json, artifact: Json) -> str:
     words = f"{job['name']}, {get_format(artifact['format']).title} {artifact['type']}: "
     divergence = artifact["kl_divergence"]
     told = f", KL {divergence:.4g}" if divergence is not None else ""
-    return words + format_bytes(artifact["bytes"]).partition(" (")[0] + told
+    return words + short_size(artifact["bytes"]) + told

@@ -15,8 +15,10 @@ from typing import Any
 
 from compress.batch.engine import Outcome
 from compress.decoder.config_json import json_or_empty
+from compress.errors import ArtifactError
 from compress.files import write_whole
-from compress.report.summary import REFUSED_HINT, refusal
+from compress.report.report import Report
+from compress.report.words import REFUSED_HINT, refusal
 
 __all__ = ["Record", "State", "fingerprint", "stamp"]
 
@@ -157,12 +159,16 @@ class State:
         """What the report of a finished job says."""
         if refusals(self.report(name)):
             return "error"
+        report = self.report(name)
         words = {"passed": "passed", "failed": "failed", "not verified": "written"}
-        return words.get(self.report(name).get("verdict", ""), "error")
+        return words[report.verdict] if report else "error"
 
-    def report(self, name: str) -> Mapping[str, Any]:
-        """``report.json`` of a finished job; empty where there is none."""
-        return json_or_empty(self.folder_of(name) / "report.json")
+    def report(self, name: str) -> Report | None:
+        """``report.json`` of a finished job; None where there is none."""
+        try:
+            return Report.load(self.folder_of(name) / "report.json")
+        except ArtifactError:
+            return None
 
     def stamp(self, name: str) -> int:
         """See ``stamp``, of a job's folder."""
@@ -177,9 +183,10 @@ def stamp(folder: Path) -> int:
         return 0
 
 
-def refusals(report: Mapping[str, Any]) -> list[str]:
+def refusals(report: Report | None) -> list[str]:
     """What became of the artifacts of a report that their runtimes refused."""
-    return [told for artifact in report.get("artifacts", ()) if (told := refusal(artifact))]
+    artifacts = report.artifacts if report else ()
+    return [line for artifact in artifacts if (line := refusal(artifact))]
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:

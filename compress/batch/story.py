@@ -134,7 +134,8 @@ def run_planned(
         (tree.folder / "batch.html").write_text(page.render(told), encoding="utf-8")
         for name in ("batch.json", "batch.html") if tree.url else ():
             write_text(tree.url, name, (tree.folder / name).read_text(encoding="utf-8"))
-        reports = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
+        found = {job["name"]: state.report(job["name"]) for job in told["jobs"] if job["report"]}
+        reports = {name: report for name, report in found.items() if report}
         errors = {name: why for name, why in document.errors(told).items() if name not in reports}
         if settings.ci_files:
             settings.ci_files.write_all(reports, errors, document.markdown(told))

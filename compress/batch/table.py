@@ -14,6 +14,8 @@ from compress.batch.engine import Work
 from compress.batch.state import Record, State
 from compress.console import Console, color, format_bytes
 from compress.progress import clock_time
+from compress.report.report import Report
+from compress.report.words import short_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -201,12 +203,10 @@ def describe_phase(line: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Report | None) -> str:
     """A finished job in a few words: its formats, their sizes, the worst divergence."""
-    artifacts = report.get("artifacts", [])
-    sizes = ", ".join(
-        f"{a['format']} {format_bytes(a['bytes']).partition(' (')[0]}" for a in artifacts
-    )
-    found = [(a["kl_divergence"] or {}).get("mean") for a in artifacts]
-    known = [value for value in found if value is not None]
+    artifacts = report.artifacts if report else []
+    sizes = ", ".join(f"{found.format} {short_size(found.bytes)}" for found in artifacts)
+    divergences = [found.kl_divergence.mean for found in artifacts if found.kl_divergence]
+    known = [value for value in divergences if value is not None]
     return sizes + (f"  KL up to {max(known):.4f}" if known else "")

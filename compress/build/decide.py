@@ -20,7 +20,7 @@ from compress.plan.memory import check_memory
 from compress.pruning.transforms import transforms_of
 from compress.recipe import Recipe
 from compress.verify import gates
-from compress.verify.against import Previous
+from compress.report.against import Previous
 from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 
 __all__ = [

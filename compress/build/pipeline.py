@@ -22,7 +22,8 @@ from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
 from compress.report.card import model_card
 from compress.report.html import render
-from compress.report.report import Baseline, build_report, model_facts
+from compress.report.describe import Baseline, build_report, model_facts
+from compress.report.report import Report
 from compress.verify import Outcome, gates
 from compress.verify.scorer import Scorer, text_name
 
@@ -40,7 +41,7 @@ class Built:
         folder: that was made.
     """
 
-    report: dict[str, Any]
+    report: Report
     folder: Path
 
 
@@ -70,9 +71,9 @@ def build(settings: BuildSettings, console: Console) -> Built:
             console.begin("write the report")  # and checksums of all that was written
             text = settings.eval_text
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
-            report["notes"] += ready.notes
+            report.notes += ready.notes
             if ready.calibration:
-                report["notes"] += ready.calibration.notes()
+                report.notes += ready.calibration.notes()
             if decision.previous:
                 decision.previous.apply(report, console)
             write_report(report, job, lock, folder)
@@ -146,9 +147,9 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     return Ready(job, budgeted, calibration, notes)
 
 
-def write_report(report: dict[str, Any], job: Job, lock: Mapping[str, Any], folder: Path) -> None:
+def write_report(report: Report, job: Job, lock: Mapping[str, Any], folder: Path) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
-    write_json(folder / "report.json", report)
+    report.save(folder / "report.json")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     digests = folder_digests(folder)
@@ -165,8 +166,8 @@ def make_report(
     limits: Sequence[gates.Limit],
     folder: Path,
     eval_text: Path | None,
-) -> dict[str, Any]:
-    """``report.json`` as plain data."""
+) -> Report:
+    """The report, its gates judged."""
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,

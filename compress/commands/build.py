@@ -116,7 +116,7 @@ def run(settings: BuildSettings, console: Console) -> int:
         decision, ready = pipeline.rehearse(settings, console)
         print_dry_run(decision, ready, console)
         return 0
-    from compress.report.summary import finish
+    from compress.report.words import finish
 
     built = pipeline.build(settings, console)
     return finish(built.report, built.folder, console)

@@ -70,7 +70,7 @@ def verify(artifact: Path, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build import verification
     from compress.build.settings import VerifySettings
-    from compress.report.summary import finish
+    from compress.report.words import finish
 
     windows = options["windows"] or 0
     settings = settings_of(VerifySettings, options, artifact=artifact, windows=windows)

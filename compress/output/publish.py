@@ -11,18 +11,19 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
-from compress.decoder.config_json import read_json
 from compress.errors import ArtifactError, PublishError, UsageError, one_line
 from compress.output.checksums import NAME, files_in, read_checksums
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+
+    from compress.report.report import Report
 
 __all__ = ["PushSettings", "push"]
 
@@ -61,9 +62,9 @@ def push(settings: PushSettings, console: Console) -> int:
     operations = checked_operations(settings.folder, console)
     if settings.card is not None:
         operations = with_card(operations, settings.card)
-    elif "/" not in report["model"]["source"]:
+    elif "/" not in report.model.source:
         console.warning(
-            f"the card's base model is {report['model']['source']}, a folder's name; "
+            f"the card's base model is {report.model.source}, a folder's name; "
             "--card uploads another card"
         )
     total = sum(operation.upload_info.size for operation in operations)
@@ -79,7 +80,7 @@ def push(settings: PushSettings, console: Console) -> int:
     console.result(
         {
             "repo_id": settings.repo_id,
-            "verdict": report["verdict"],
+            "verdict": report.verdict,
             "files": [operation.path_in_repo for operation in operations],
             "bytes": total,
             "url": url or None,
@@ -105,13 +106,13 @@ def check_name(repo_id: str) -> None:
         raise UsageError(f"{repo_id} is no repository of the Hub", hint="write USER/NAME")
 
 
-def read_report(settings: PushSettings) -> Mapping[str, Any]:
+def read_report(settings: PushSettings) -> Report:
     """The report of a folder that may be published.
 
     Raises:
         UsageError, ArtifactError: see ``push``.
     """
-    from compress.verify.against import is_report
+    from compress.report.report import Report
 
     folder = settings.folder
     for name in FINISHED:
@@ -120,10 +121,8 @@ def read_report(settings: PushSettings) -> Mapping[str, Any]:
                 f"{folder} is not a finished build: it has no {name}",
                 hint="the folder that packlight build -o made",
             )
-    report = read_json(folder / "report.json")
-    if not is_report(report):
-        raise ArtifactError(f"{folder / 'report.json'} is not a report of packlight")
-    verdict = report["verdict"]
+    report = Report.load(folder / "report.json")
+    verdict = report.verdict
     if verdict != "passed" and not settings.allow_failed:
         what = "was not verified" if verdict == "not verified" else "failed its gates"
         raise UsageError(f"{folder} {what}, so it is not pushed", hint="--allow-failed")
@@ -185,9 +184,7 @@ def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[Comm
     return list(by_name.values())
 
 
-def upload(
-    settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Mapping[str, Any]
-) -> str:
+def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Report) -> str:
     """Make the repository if there is none, and commit; the URL of the commit or pull request.
 
     Raises:
@@ -196,7 +193,7 @@ def upload(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import XetError
 
-    api = HfApi(library_name="packlight", library_version=report["tool"]["version"])
+    api = HfApi(library_name="packlight", library_version=report.tool.version)
     try:
         return commit(api, settings, operations, report)
     # What the client raises: HTTP and connection errors (OSErrors), a name that is none or a card
@@ -210,19 +207,19 @@ def commit(
     api: HfApi,
     settings: PushSettings,
     operations: Sequence[CommitOperationAdd],
-    report: Mapping[str, Any],
+    report: Report,
 ) -> str:
     """The requests of ``upload``."""
     repo_id = settings.repo_id
     api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
     if settings.revision and not settings.revision.startswith("refs/"):
         api.create_branch(repo_id, branch=settings.revision, exist_ok=True)
-    formats = ", ".join(f"{found['format']} {found['type']}" for found in report["artifacts"])
+    formats = ", ".join(f"{found.format} {found.type}" for found in report.artifacts)
     done = api.create_commit(
         repo_id,
         operations,
-        commit_message=settings.message or f"{formats} ({report['recipe']['name']})",
-        commit_description=f"Written by packlight {report['tool']['version']}.",
+        commit_message=settings.message or f"{formats} ({report.recipe['name']})",
+        commit_description=f"Written by packlight {report.tool.version}.",
         revision=settings.revision or None,
         create_pr=settings.create_pr,
     )

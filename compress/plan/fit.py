@@ -106,7 +106,7 @@ def artifact_needs(
         room = min(config.max_context, facts["context"] or config.max_context)
         positions = context or min(DEFAULT_CONTEXT, room)
         need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])
-        label = name if path.name == name else f"{name} {path.name}"  # a folder called by the format
+        label = name if path.name == name else f"{name} {path.name}"  # a folder of that name
         needs.append((label, config, need))
     return needs
 

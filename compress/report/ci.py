@@ -1,19 +1,47 @@
-"""Files for a CI job beside the build's own: JUnit XML of the gates, a summary in Markdown."""
+"""Files for a CI job beside the build's own: JUnit XML of the gates, a summary in Markdown.
+
+GitLab, Jenkins and their like show JUnit XML beside the tests of the code. The elements and
+attributes are those of ``junit-10.xsd`` of Jenkins' xunit plugin
+(https://github.com/jenkinsci/xunit-plugin), the strictest of the dialects in use: whatever reads
+JUnit reads it. There are no times and no host in it: the same report gives the same bytes.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
 from compress.files import real_path
-from compress.report.junit import junit_xml
-from compress.report.summary import markdown_summary
+from compress.report.words import (
+    HEADERS,
+    TASK_HEADERS,
+    failures,
+    gate_failure,
+    label,
+    no_verdict,
+    pipe_table,
+    sentence,
+    table_row,
+    task_rows,
+)
+from compress.verify.gates import METRICS, find
 
-__all__ = ["CiFiles"]
+if TYPE_CHECKING:
+    from compress.report.report import ArtifactReport, GateReport, Report
+
+__all__ = ["CiFiles", "junit_xml", "markdown_summary"]
+
+ANSWERS = "answers are numbers"
+"""The test case that every artifact has: it loads in its runtime, which answers in numbers."""
+
+# All that XML 1.0 cannot hold, not even escaped (its production 2, Char).
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -51,12 +79,13 @@ class CiFiles:
             if not os.access(place if place.exists() else place.parent, os.W_OK):
                 raise UsageError(f"{option} {path} is not writable")
 
-    def write(self, report: Mapping[str, Any]) -> None:
+    def write(self, report: Report) -> None:
         """Write what was asked for of one report, whatever the verdict."""
-        self.write_all({report["model"]["name"]: report}, {}, markdown_summary(report))
+        if self.junit or self.summary:
+            self.write_all({report.model.name: report}, {}, markdown_summary(report))
 
     def write_all(
-        self, reports: Mapping[str, Mapping[str, Any]], errors: Mapping[str, str], summary: str
+        self, reports: Mapping[str, Report], errors: Mapping[str, str], summary: str
     ) -> None:
         """The same for several builds.
 
@@ -69,3 +98,119 @@ class CiFiles:
         if self.summary is not None:
             with self.summary.open("a", encoding="utf-8") as stream:
                 stream.write(f"{summary}\n")
+
+
+def markdown_summary(report: Report) -> str:
+    """Verdict, table and what failed as Markdown, for a CI job's page."""
+    name = f"{sentence(report.model.name)}, recipe {sentence(report.recipe['name'])}"
+    passed = "✅ **passed**" if report.passed else "❌ **failed**"
+    parts = [f"### packlight: {name}", no_verdict(report) or passed]
+    rows = [[sentence(cell) for cell in table_row(found)] for found in report.artifacts]
+    parts.append(pipe_table(HEADERS, rows, left=2))
+    if tasks := task_rows(report):
+        rows = [[sentence(cell) for cell in row] for row in tasks]
+        parts.append(pipe_table(TASK_HEADERS, rows, left=2))
+    lines = []
+    for artifact in report.artifacts:
+        told = [f"could not be run: {artifact.failure}"] if artifact.failure else []
+        told += failures(artifact)
+        lines += [f"- {sentence(f'{label(artifact)}: {line}')}" for line in told]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def junit_xml(reports: Mapping[str, Report], errors: Mapping[str, str] | None = None) -> bytes:
+    """One test suite per artifact of the reports, one test case per gate, UTF-8.
+
+    A suite's properties are the figures that gates can be set on, as far as they were measured. The
+    document holds a failure if and only if the verdict of a report is ``failed``; what was not run
+    is skipped.
+
+    Args:
+        reports: by the names of what was built.
+        errors: why other builds of the same batch could not run, by their names.
+    """
+    suites = [
+        artifact_suite(name, report, artifact)
+        for name, report in reports.items()
+        for artifact in report.artifacts
+    ]
+    suites += [error_suite(name, message) for name, message in (errors or {}).items()]
+    totals = {
+        key: str(sum(int(suite.attrib[key]) for suite in suites))
+        for key in ("tests", "failures", "errors")
+    }
+    root = ET.Element("testsuites", {"name": "packlight", **totals})
+    root.extend(suites)
+    ET.indent(root)
+    text: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"
+
+
+def error_suite(name: str, message: str) -> ET.Element:
+    """A build that could not be done."""
+    counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0"}
+    suite = ET.Element("testsuite", {"name": xml_text(name), **counts})
+    case = ET.SubElement(suite, "testcase", {"name": "build", "classname": xml_text(name)})
+    ET.SubElement(case, "error", {"type": "build", "message": xml_text(message)})
+    return suite
+
+
+def artifact_suite(built: str, report: Report, artifact: ArtifactReport) -> ET.Element:
+    """One artifact: its figures, that it answers, and its gates."""
+    name = f"{built} {label(artifact)}"
+    cases = [answers_case(artifact), *(gate_case(gate) for gate in artifact.gates)]
+    for case in cases:
+        case.set("classname", xml_text(name))
+    suite = ET.Element(
+        "testsuite",
+        {
+            "name": xml_text(name),
+            "tests": str(len(cases)),
+            "failures": str(sum(case.find("failure") is not None for case in cases)),
+            "errors": "0",
+            "skipped": str(sum(case.find("skipped") is not None for case in cases)),
+        },
+    )
+    properties = ET.SubElement(suite, "properties")
+    facts: dict[str, str | float | None] = {
+        "recipe": report.recipe["name"],
+        "verdict": report.verdict,
+        "path": artifact.path,
+        **{metric: find(artifact, metric) for metric in METRICS},
+    }
+    for key, value in facts.items():
+        if value is not None:
+            text = value if isinstance(value, str) else f"{value:.7g}"
+            if isinstance(value, float) and value.is_integer():
+                text = str(int(value))  # bytes, to the last one
+            ET.SubElement(properties, "property", {"name": key, "value": xml_text(text)})
+    suite.extend(cases)
+    return suite
+
+
+def answers_case(artifact: ArtifactReport) -> ET.Element:
+    """Whether the artifact was run, and answered in numbers."""
+    case = ET.Element("testcase", {"name": ANSWERS})
+    if artifact.failure:
+        ET.SubElement(case, "failure", {"type": "runtime", "message": xml_text(artifact.failure)})
+    elif artifact.runtime is None:
+        ET.SubElement(case, "skipped", {"message": "not verified"})
+    elif artifact.perplexity_ratio is None:
+        message = f"{artifact.runtime} ran it, and its answers are not numbers"
+        ET.SubElement(case, "failure", {"type": "answers", "message": xml_text(message)})
+    return case
+
+
+def gate_case(gate: GateReport) -> ET.Element:
+    """One gate; a failure tells what was measured and the limit."""
+    case = ET.Element("testcase", {"name": xml_text(f"{gate.name} {gate.limit}")})
+    if not gate.passed:
+        message = xml_text(gate_failure(gate))
+        failure = ET.SubElement(case, "failure", {"type": "gate", "message": message})
+        failure.text = xml_text(f"measured: {gate.value}\nlimit: {gate.limit}")
+    return case
+
+
+def xml_text(text: str) -> str:
+    """Text without what XML cannot hold."""
+    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from compress.console import format_bytes
-from compress.report import charts
-from compress.report.report import artifact_label, decimals
+from compress.report import charts, words
+from compress.report.report import ArtifactReport, Report
+from compress.report.words import amount, gate_failure, label, short_size
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -35,36 +35,44 @@ ROLES = [  # rows of the depth picture, in order of execution
 ]
 VERDICTS = {"passed": "Passed", "failed": "Failed", "not verified": "Not verified"}
 
-Json = Mapping[str, Any]
+Styles = Mapping[str, str]
+"""A class of the style sheet for each artifact, by its path."""
 
 
-def render(report: Json) -> str:
+def render(report: Report) -> str:
     """The page, UTF-8 text.
 
     Args:
-        report: a document that obeys ``report.schema.json``.
+        report: of a build or a verification.
     """
     folder = files("compress.report")
     template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
-    artifacts = report["artifacts"]
-    for_template = [
-        {**artifact, "label": artifact_label(artifact), "style": f"c{place % STYLES}"}
-        for place, artifact in enumerate(artifacts)
-    ]
+    artifacts = report.artifacts
+    styles = styles_of(artifacts)
     return template.render(
         report=report,
-        artifacts=for_template,
-        measured=[artifact for artifact in for_template if artifact["kl_divergence"]],
-        verdict=VERDICTS[report["verdict"]],
-        failures=failures(for_template),
-        gates=sum(len(artifact["gates"]) for artifact in artifacts),
+        artifacts=artifacts,
+        styles=styles,
+        measured=[artifact for artifact in artifacts if artifact.kl_divergence],
+        verdict=VERDICTS[report.verdict],
+        failures=[
+            f"{label(artifact)}: {gate_failure(gate)}"
+            for artifact in artifacts
+            for gate in artifact.gates
+            if not gate.passed
+        ],
+        gates=sum(len(artifact.gates) for artifact in artifacts),
         style=Markup(folder.joinpath("report.css").read_text("utf-8")),
-        pictures=pictures(report, for_template),
-        grids={artifact["path"]: grids(artifact) for artifact in for_template},
-        gate_value=gate_value,
+        pictures=pictures(report, styles),
+        grids={artifact.path: grids(artifact) for artifact in artifacts},
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
+
+
+def styles_of(artifacts: Sequence[ArtifactReport]) -> Styles:
+    """A colour for each artifact, by its path."""
+    return {found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)}
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:
@@ -82,6 +90,7 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
     environment.filters |= {
         "amount": amount,
         "figure": figure,
+        "label": label,
         "percent": percent,
         "size": size,
         **filters,
@@ -89,62 +98,21 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
     return environment.from_string(text)
 
 
-def failures(artifacts: Sequence[Json]) -> list[str]:
-    """One sentence per gate that failed."""
-    return [
-        f"{artifact['label']}: {gate['name']} is {gate_value(gate)}, the gate is {gate['limit']}"
-        for artifact in artifacts
-        for gate in artifact["gates"]
-        if not gate["passed"]
-    ]
-
-
-def gate_value(gate: Json) -> str:
-    """What was measured, in the words of its unit."""
-    if gate["value"] is None:
-        return "not measured"
-    return format_bytes(gate["value"]) if "bytes" in gate["name"] else amount(gate["value"])
-
-
-# --- numbers in words --------------------------------------------------------------------------
-
-
-def amount(value: float | None) -> str:
-    """Three or four significant digits, thousands separated."""
-    if value is None:
-        return "–"
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    # With its zeros, so that 0.354 and 0.630 stand under each other.
-    return f"{value:#.3g}" if abs(value) < 1 else f"{value:#.4g}"
-
-
-def short_size(count: float) -> str:
-    """Bytes in the decimal unit, for pictures; the table beside them has both."""
-    return format_bytes(count).partition(" (")[0]
+# --- numbers, for a page -----------------------------------------------------------------------
 
 
 def size(count: int | None) -> Markup:
     """Bytes in both units, which may stand on two lines: ``740.48 MB (706.17 MiB)``."""
-    if count is None:
-        return Markup("–")
-    decimal, space, binary = format_bytes(count).partition(" (")
+    decimal, space, binary = words.size(count).partition(" (")
     both = '<span class="unit">{}</span> <span class="unit error">({}</span>'
     return Markup(both).format(decimal, binary) if space else Markup("{}").format(decimal)
 
 
 def figure(value: float | None, error: float | None = None) -> Markup:
     """A figure with its standard error, to two digits of the error: ``0.0312 ± 0.0011``."""
-    if value is None:
-        return Markup("–")
-    if error is None or error == 0:
-        return Markup("{}").format(f"{value:.4g}")
-    places = decimals(error)
-    return Markup('{} <span class="error">± {}</span>').format(
-        f"{value:.{places}f}", f"{error:.{places}f}"
-    )
+    text, sign, se = words.figure(value, error).partition(" ± ")
+    wrapped = Markup('{} <span class="error">± {}</span>')
+    return wrapped.format(text, se) if sign else Markup("{}").format(text)
 
 
 def percent(value: float | None, error: float | None = None) -> Markup:
@@ -168,69 +136,64 @@ def quarters(points: Sequence[float | None]) -> list[float | None]:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def pictures(report: Json, artifacts: Sequence[Json]) -> dict[str, Markup]:
+def pictures(report: Report, styles: Styles) -> dict[str, Markup]:
     """The pictures that the report has figures for, by name."""
-    measured = [artifact for artifact in artifacts if artifact["kl_divergence"]]
-    drawn = {"bytes": draw_bytes(report, artifacts)}
+    artifacts = report.artifacts
+    measured = [artifact for artifact in artifacts if artifact.kl_divergence]
+    drawn = {"bytes": draw_bytes(report, styles)}
     for artifact in artifacts:
-        drawn[f"depth {artifact['path']}"] = draw_depth(artifact)
-    known = [artifact for artifact in measured if artifact["kl_divergence"]["mean"] is not None]
-    if known:
-        drawn["scatter"] = draw_scatter(report, known)
+        drawn[f"depth {artifact.path}"] = draw_depth(artifact)
+    if any(found.kl_divergence.mean is not None for found in measured if found.kl_divergence):
+        drawn["scatter"] = draw_scatter(report, measured, styles)
     if measured:
-        tokens, windows = report["baseline"]["tokens"], report["baseline"]["windows"]
-        drawn["along"] = draw_curves(measured, "kl_along_text", "scored tokens", tokens)
+        tokens, windows = report.baseline.tokens or 0, report.baseline.windows or 1
+        drawn["along"] = draw_curves(measured, styles, "kl_along_text", "scored tokens", tokens)
         drawn["position"] = draw_curves(
-            measured, "kl_by_position", "place in the window", -(-tokens // windows)
+            measured, styles, "kl_by_position", "place in the window", -(-tokens // windows)
         )
         for phase in ("prefill", "decode"):
-            drawn[phase] = draw_speed(report, measured, phase)
-        drawn["memory"] = draw_memory(measured)
+            drawn[phase] = draw_speed(report, measured, styles, phase)
+        drawn["memory"] = draw_memory(measured, styles)
     return drawn
 
 
-def draw_scatter(report: Json, artifacts: Sequence[Json]) -> Markup:
+def draw_scatter(report: Report, artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
     """Size against mean KL divergence."""
     points = [
-        charts.Point(
-            artifact["label"],
-            artifact["style"],
-            artifact["bytes"],
-            artifact["kl_divergence"]["mean"],
-            artifact["kl_divergence"]["se"],
-        )
+        charts.Point(label(artifact), styles[artifact.path], artifact.bytes, kl.mean, kl.se)
         for artifact in artifacts
+        if (kl := artifact.kl_divergence) and kl.mean is not None
     ]
     limits = [
-        float(gate["limit"].lstrip("<= "))
+        float(gate.limit.lstrip("<= "))
         for artifact in artifacts
-        for gate in artifact["gates"]
-        if gate["name"] == "kl_divergence" and gate["limit"].startswith("<")
+        for gate in artifact.gates
+        if gate.name == "kl_divergence" and gate.limit.startswith("<")
     ]
     title = "File size against mean KL divergence, one mark per artifact"
-    limit, budget = min(limits, default=None), report["budget_bytes"]
+    limit, budget = min(limits, default=None), report.budget_bytes
     return charts.scatter(points, title, limit, budget)
 
 
-def draw_bytes(report: Json, artifacts: Sequence[Json]) -> Markup:
+def draw_bytes(report: Report, styles: Styles) -> Markup:
     """Bytes of each artifact and of the checkpoint, against the budget."""
-    float_bytes = report["baseline"]["bytes"]
+    artifacts, float_bytes = report.artifacts, report.baseline.bytes
     rows = [
         charts.Bar(
-            artifact["label"],
-            short_size(artifact["bytes"]),
+            label(artifact),
+            short_size(artifact.bytes),
             [
-                (artifact["weights_bytes"], artifact["style"]),
-                (max(artifact["bytes"] - artifact["weights_bytes"], 0), "rest"),
+                (artifact.weights_bytes, styles[artifact.path]),
+                (max(artifact.bytes - artifact.weights_bytes, 0), "rest"),
             ],
         )
         for artifact in artifacts
     ]
-    dtype = report["baseline"]["dtype"]
+    dtype = report.baseline.dtype
     rows.append(charts.Bar(f"float, {dtype}", short_size(float_bytes), [(float_bytes, "float")]))
-    longest = max([float_bytes, *(artifact["bytes"] for artifact in artifacts)])
+    longest = max([float_bytes, *(artifact.bytes for artifact in artifacts)])
     divisor, unit = charts.unit_of(longest)
-    budget = report["budget_bytes"]
+    budget = report.budget_bytes
     return charts.bars(
         [charts.Group("", rows)],
         "Bytes of each artifact",
@@ -240,78 +203,82 @@ def draw_bytes(report: Json, artifacts: Sequence[Json]) -> Markup:
     )
 
 
-def draw_curves(artifacts: Sequence[Json], key: str, axis: str, end: int) -> Markup:
+def draw_curves(
+    artifacts: Sequence[ArtifactReport], styles: Styles, key: str, axis: str, end: int
+) -> Markup:
     """KL divergence along the text, or by place in the window."""
     items = [
-        charts.Curve(artifact["label"], artifact["style"], artifact[key]["mean"])
+        charts.Curve(label(artifact), styles[artifact.path], getattr(artifact, key).mean)
         for artifact in artifacts
     ]
     return charts.curves(items, f"KL divergence by {axis}", axis, end)
 
 
-def draw_speed(report: Json, artifacts: Sequence[Json], phase: str) -> Markup:
+def draw_speed(
+    report: Report, artifacts: Sequence[ArtifactReport], styles: Styles, phase: str
+) -> Markup:
     """Tokens per second of each artifact, and of the float model where it was measured."""
     key = f"{phase}_tokens_per_second"
     rows = [
         charts.Bar(
-            artifact["label"],
-            amount(artifact[key]),
-            [(artifact[key] or 0.0, artifact["style"])],
+            label(artifact),
+            amount(getattr(artifact, key)),
+            [(getattr(artifact, key) or 0.0, styles[artifact.path])],
         )
         for artifact in artifacts
     ]
-    if report["baseline"][key] is not None:
-        speed = report["baseline"][key]
+    if getattr(report.baseline, key) is not None:
+        speed = getattr(report.baseline, key)
         rows.append(charts.Bar("float", amount(speed), [(speed, "float")]))
     group = charts.Group("", rows)
     return charts.bars([group], f"Tokens per second, {phase}", f"{phase}, tokens per second")
 
 
-def draw_memory(artifacts: Sequence[Json]) -> Markup:
+def draw_memory(artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
     """Weights, KV cache and peak of the process: three bars, never one."""
     groups = []
     for artifact in artifacts:
-        parts = [("weights", artifact["weights_bytes"]), ("KV cache", artifact["kv_cache_bytes"])]
-        if artifact["peak_memory_bytes"] is not None:
-            parts.append(("peak of the process", artifact["peak_memory_bytes"]))
+        parts = [("weights", artifact.weights_bytes), ("KV cache", artifact.kv_cache_bytes)]
+        if artifact.peak_memory_bytes is not None:
+            parts.append(("peak of the process", artifact.peak_memory_bytes))
         rows = [
-            charts.Bar(name, short_size(value), [(value, artifact["style"])])
+            charts.Bar(name, short_size(value), [(value, styles[artifact.path])])
             for name, value in parts
         ]
-        groups.append(charts.Group(artifact["label"], rows))
+        groups.append(charts.Group(label(artifact), rows))
     longest = max(value for group in groups for bar in group.bars for value, _ in bar.parts)
     divisor, unit = charts.unit_of(longest)
     return charts.bars(groups, "Memory of each artifact", f"memory, {unit}", divisor=divisor)
 
 
-def draw_depth(artifact: Json) -> Markup:
+def draw_depth(artifact: ArtifactReport) -> Markup:
     """Bits of each weight matrix along the depth."""
-    weights = [tensor for tensor in artifact["tensors"] if len(tensor["shape"]) > 1]
-    rows = [role for role in ROLES if any(tensor["role"] == role for tensor in weights)]
+    weights = [tensor for tensor in artifact.tensors if len(tensor.shape) > 1]
+    rows = [role for role in ROLES if any(tensor.role == role for tensor in weights)]
     cells = [
         charts.Cell(
-            tensor["role"],
-            tensor["block"],
-            tensor["bits_per_weight"],
-            f"{tensor['name']}: {tensor['grid']}, {tensor['bits_per_weight']:.3g} bits",
+            tensor.role,
+            tensor.block,
+            tensor.bits_per_weight,
+            f"{tensor.name}: {tensor.grid}, {tensor.bits_per_weight:.3g} bits",
         )
         for tensor in weights
-        if tensor["role"] in rows
+        if tensor.role in rows
     ]
     blocks = max((cell.column + 1 for cell in cells if cell.column is not None), default=0)
-    return charts.depth(cells, rows, blocks, f"Bits per weight by block, {artifact['label']}")
+    return charts.depth(cells, rows, blocks, f"Bits per weight by block, {label(artifact)}")
 
 
-def grids(artifact: Json) -> list[dict[str, Any]]:
+def grids(artifact: ArtifactReport) -> list[dict[str, Any]]:
     """Per grid of an artifact: how many tensors, their bits and bytes; most bytes first."""
     found: dict[str, dict[str, Any]] = {}
-    for tensor in artifact["tensors"]:
+    for tensor in artifact.tensors:
         row = found.setdefault(
-            tensor["grid"], {"grid": tensor["grid"], "tensors": 0, "bytes": 0, "weights": 0.0}
+            tensor.grid, {"grid": tensor.grid, "tensors": 0, "bytes": 0, "weights": 0.0}
         )
         row["tensors"] += 1
-        row["bytes"] += tensor["bytes"]
-        row["weights"] += tensor["bytes"] * 8 / tensor["bits_per_weight"]
+        row["bytes"] += tensor.bytes
+        row["weights"] += tensor.bytes * 8 / tensor.bits_per_weight
     for row in found.values():
         row["bits"] = row["bytes"] * 8 / row["weights"]
         row["tone"] = f"{charts.tone(row['bits']):.2f}"

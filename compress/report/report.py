@@ -1,396 +1,372 @@
-"""``report.json``: the truth about one build. HTML, model card and console tables are made from it.
+"""``report.json`` as typed data: the truth about one build. HTML, model card and console tables are
+made from it, and ``report.schema.json`` is generated from here (``make docs``).
 
-The document is plain data and obeys ``report.schema.json``. Numbers that are not finite become
-null. Figures are rounded to seven digits, and gates are judged on the rounded figures, so that the
-report never contradicts itself. Paths are relative to the report's folder.
+Numbers that are not finite are None. Figures are rounded to seven digits, and gates are judged on
+the rounded figures, so that the report never contradicts itself. Paths are relative to the report's
+folder.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from compress import __version__
-from compress.decoder.config import DecoderConfig, split_name
-from compress.errors import PacklightError
-from compress.formats import get_format
-from compress.plan.shapes import Artifact, PlanEntry
-from compress.verify import Outcome, Verified
-from compress.verify.gates import Limit, judge
-from compress.verify.generate import Generation
-from compress.verify.quality import Quality, Series
-from compress.verify.resources import Resources, Speed
-from compress.verify.tasks import TaskScore
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+)
 
-SCHEMA_VERSION = 1
+from compress.decoder.config_json import write_json
+from compress.errors import ArtifactError
+from compress.recipe.model import FormatName
+from compress.recipe.schema import explain, json_schema
 
-Decode = Callable[[Sequence[int]], str]
-"""Token ids → text."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The float model, as far as no artifact knows it.
-
-    Attributes:
-        bytes: of the checkpoint's tensors.
-        dtype: as stored: ``BF16``.
-        runtime: what computed the float logits: ``torch 2.13.0+cpu, float32``.
-        text: what was scored: a file's name, or ``built-in``.
-        speed: of the float model with its weights in memory, or None when not measured.
-    """
-
-    bytes: int
-    dtype: str
-    runtime: str
-    text: str
-    speed: Speed | None = None
+__all__ = [
+    "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
+    "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "Tool", "report_schema",
+]  # fmt: skip
 
 
-def build_report(
-    *,
-    model: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    command: str,
-    context: int,
-    baseline: Baseline,
-    artifacts: Sequence[tuple[Artifact, Outcome]],
-    limits: Sequence[Limit],
-    folder: Path,
-    decode: Decode | None = None,
-    budget_bytes: int | None = None,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The document.
-
-    Args:
-        model: from ``model_facts``.
-        recipe: as resolved (``Recipe.document``), with its ``name``.
-        command: what makes this again, without local paths.
-        context: positions that the KV cache is told for.
-        baseline: the float model.
-        artifacts: each with what became of it.
-        limits: the recipe's gates.
-        folder: where the report will stand; artifact paths are relative to it.
-        decode: the tokenizer's, for the text sample.
-        budget_bytes: of one artifact's file, where the recipe has a budget.
-        notes: sentences about the whole build.
-    """
-    parameters = int(model["parameters"])
-    entries = [
-        describe_artifact(artifact, outcome, parameters, context, limits, folder, decode)
-        for artifact, outcome in artifacts
-    ]
-    ran = (outcome for _, outcome in artifacts if isinstance(outcome, Verified))
-    quality = next((verified.quality for verified in ran), None)
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "packlight", "version": __version__, "command": command},
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "model": dict(model),
-        "recipe": dict(recipe),
-        "context": context,
-        "budget_bytes": budget_bytes,
-        "baseline": describe_baseline(baseline, parameters, quality),
-        "artifacts": entries,
-        "verdict": verdict(entries),
-        "notes": list(notes),
-    }
-    cleaned: dict[str, Any] = clean(document)
-    return cleaned
+def rounded(value: Any) -> Any:
+    """Seven digits; None for NaN and infinities."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) >= 1e7 else float(f"{value:.7g}")
 
 
-def model_facts(
-    config: DecoderConfig, source: str, revision: str | None = None, license: str | None = None
-) -> dict[str, Any]:
-    """The report's ``model``.
-
-    Args:
-        config: the decoder.
-        source: Hub id, or the last part of a local path.
-        revision: commit on the Hub.
-        license: identifier from the model's own card, when it is known.
-    """
-    return {
-        "name": source.rstrip("/").rsplit("/", 1)[-1],
-        "source": source,
-        "revision": revision,
-        "license": license,
-        "family": config.family,
-        "architecture": config.architecture,
-        "parameters": config.num_parameters,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "max_context": config.max_context,
-    }
+# Whole numbers stay whole: a limit on bytes is one of 640000000, not of 640000000.0.
+Number = Annotated[int | float, BeforeValidator(rounded), WithJsonSchema({"type": "number"})]
+Figure = Annotated[
+    int | float | None,
+    BeforeValidator(rounded),
+    WithJsonSchema({"type": ["number", "null"]}),
+]
+"""What may not have been measured."""
+Count = Annotated[int, Field(ge=0)]
+RATE = {
+    "prefill": "One batch into an empty cache; median.",
+    "decode": "One token at a time after it; median.",
+}
+BATCH, DECODED = "Length of that batch.", "Tokens decoded."
 
 
-def describe_baseline(
-    baseline: Baseline, parameters: int, quality: Quality | None
-) -> dict[str, Any]:
-    """The report's ``baseline``; what was not measured is None."""
-    perplexity = quality.baseline_perplexity if quality else None
-    return {
-        "bytes": baseline.bytes,
-        "dtype": baseline.dtype,
-        "parameters": parameters,
-        "runtime": baseline.runtime,
-        "text": baseline.text,
-        "windows": quality.windows if quality else None,
-        "tokens": quality.tokens if quality else None,
-        "perplexity": perplexity.value if perplexity else None,
-        "perplexity_se": perplexity.se if perplexity else None,
-        **describe_speed(baseline.speed),
-    }
+class Part(BaseModel):
+    """A mapping of the report: only known keys, values of the very type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def describe_artifact(
-    artifact: Artifact,
-    outcome: Outcome,
-    parameters: int,
-    context: int,
-    limits: Sequence[Limit],
-    folder: Path,
-    decode: Decode | None,
-) -> dict[str, Any]:
-    """One of the report's ``artifacts``."""
-    verified = outcome if isinstance(outcome, Verified) else None
-    failure = outcome.message if isinstance(outcome, PacklightError) else None
-    base = folder.parent if artifact.path == folder else folder
-    found: dict[str, Any] = {
-        "format": artifact.format,
-        "type": artifact.type_name,
-        "path": artifact.path.relative_to(base).as_posix(),
-        "bytes": artifact.nbytes,
-        "weights_bytes": artifact.weights_bytes,
-        "bits_per_weight": artifact.nbytes * 8 / parameters,
-        "kv_cache_bytes_per_token": artifact.kv_cache_bytes_per_token,
-        "kv_cache_bytes": artifact.kv_cache_bytes_per_token * context,
-        "max_context": artifact.plan.max_context or None,
-        **describe_quality(verified.quality if verified else None),
-        **describe_resources(verified.resources if verified else None),
-        **describe_generation(verified.generation if verified else None, decode),
-        "tasks": [describe_task(task) for task in verified.tasks] if verified else [],
-        "failure": failure,
-        "notes": list(
-            dict.fromkeys(
-                [
-                    *([f"It could not be run: {failure}"] if failure else []),
-                    *artifact.plan.notes,
-                    *artifact.notes,
-                    *caveats(verified),
-                ]
-            )
-        ),
-        "tensors": [describe_tensor(entry) for entry in artifact.plan.entries],
-    }
-    found = clean(found)
-    found["gates"] = [asdict(gate) for gate in judge(limits, found)] if verified else []
-    return found
+class Tool(Part):
+    """What made the report."""
+
+    name: Literal["packlight"] = "packlight"
+    version: str
+    command: str = ""
 
 
-def caveats(verified: Verified | None) -> list[str]:
-    """What a reader of the figures must know about what ran the artifact."""
-    if verified and "evaluator" in verified.resources.runtime:
-        return [
-            f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
-            "the file's, speed and memory are not a device's."
-        ]
-    return []
+class Machine(Part):
+    """Where speed and memory were measured."""
+
+    system: str
+    processor: str
+    python: str
 
 
-def describe_quality(quality: Quality | None) -> dict[str, Any]:
-    """Figures against the baseline; all None when nothing was run."""
-    if quality is None:
-        return {
-            "perplexity": None,
-            "perplexity_se": None,
-            "perplexity_ratio": None,
-            "perplexity_ratio_se": None,
-            "kl_divergence": None,
-            "top1_agreement": None,
-            "top1_agreement_se": None,
-            "nonfinite_tokens": None,
-            "kl_along_text": None,
-            "kl_by_position": None,
-        }
-    return {
-        "perplexity": quality.perplexity.value,
-        "perplexity_se": quality.perplexity.se,
-        "perplexity_ratio": quality.perplexity_ratio.value,
-        "perplexity_ratio_se": quality.perplexity_ratio.se,
-        "kl_divergence": {
-            "mean": quality.kl_mean.value,
-            "se": quality.kl_mean.se,
-            "p99": quality.kl_p99.value,
-            "p99_se": quality.kl_p99.se,
-            "max": quality.kl_max,
-        },
-        "top1_agreement": quality.top1_agreement.value,
-        "top1_agreement_se": quality.top1_agreement.se,
-        "nonfinite_tokens": quality.nonfinite_tokens,
-        "kl_along_text": describe_series(quality.kl_along_text),
-        "kl_by_position": describe_series(quality.kl_by_position),
-    }
+class ModelFacts(Part):
+    """The float model."""
+
+    name: str = ""
+    source: str = Field(description="Hub id or folder name.")
+    revision: str | None = None
+    license: str | None = None
+    family: str = ""
+    architecture: str = ""
+    parameters: int = Field(default=1, ge=1)
+    num_hidden_layers: Count = 0
+    hidden_size: Count = 0
+    vocab_size: Count = 0
+    max_context: Count = 0
 
 
-def describe_series(series: Series) -> dict[str, Any]:
-    """A curve, three digits a point."""
-    return {
-        "tokens_per_point": series.tokens_per_point,
-        "mean": [float(f"{value:.3g}") for value in series.mean],
-        "max": [float(f"{value:.3g}") for value in series.max],
-    }
+class BaselineReport(Part):
+    """The float model as it was stored and run."""
+
+    bytes: Count = Field(default=0, description="Tensors of the checkpoint.")
+    dtype: str = ""
+    parameters: int = 1
+    runtime: str = ""
+    text: str = ""
+    windows: int | None = None
+    tokens: int | None = Field(default=None, description="Scored positions.")
+    perplexity: Figure = None
+    perplexity_se: Figure = None
+    prefill_tokens_per_second: Figure = Field(default=None, description=RATE["prefill"])
+    decode_tokens_per_second: Figure = Field(default=None, description=RATE["decode"])
+    prefill_tokens: int | None = Field(default=None, description=BATCH)
+    decode_tokens: int | None = Field(default=None, description=DECODED)
 
 
-def describe_resources(resources: Resources | None) -> dict[str, Any]:
-    """What running took; all None when nothing was run."""
-    return {
-        "runtime": resources.runtime if resources else None,
-        "load_seconds": resources.load_seconds if resources else None,
-        "startup_memory_bytes": resources.startup_memory_bytes if resources else None,
-        "peak_memory_bytes": resources.peak_memory_bytes if resources else None,
-        "peak_anonymous_bytes": resources.peak_anonymous_bytes if resources else None,
-        **describe_speed(resources.speed if resources else None),
-    }
+class KlDivergence(Part):
+    """KL(baseline ‖ artifact)."""
+
+    mean: Figure = Field(default=None, description="Nats per token.")
+    se: Figure = None
+    p99: Figure = Field(default=None, description="99 % of tokens are below.")
+    p99_se: Figure = Field(default=None, description="Woodruff.")
+    max: Figure = Field(default=None, description="The worst token.")
 
 
-def describe_speed(speed: Speed | None) -> dict[str, Any]:
-    """Tokens per second, and how many tokens they were measured with."""
-    return {
-        "prefill_tokens_per_second": speed.prefill_tokens_per_second if speed else None,
-        "decode_tokens_per_second": speed.decode_tokens_per_second if speed else None,
-        "prefill_tokens": speed.prefill_tokens if speed else None,
-        "decode_tokens": speed.decode_tokens if speed else None,
-    }
+class Series(Part):
+    """KL divergence in bins of positions."""
+
+    tokens_per_point: int = Field(ge=1)
+    mean: list[Figure]
+    max: list[Figure]
 
 
-def describe_generation(generation: Generation | None, decode: Decode | None) -> dict[str, Any]:
-    """The greedy sample, and whether the KV cache is right."""
-    if generation is None:
-        return {"generation_consistent": None, "generation": None}
-    return {
-        "generation_consistent": generation.consistent,
-        "generation": {
-            "prompt_text": decode(generation.prompt) if decode else None,
-            "text": decode(generation.tokens) if decode else None,
-            "tokens": list(generation.tokens),
-            "first_difference": generation.first_difference,
-            "gap": generation.gap,
-            "spread": generation.spread,
-        },
-    }
+class Generation(Part):
+    """The most likely tokens, one after another."""
+
+    prompt_text: str | None = None
+    text: str | None = None
+    tokens: list[Count] = []
+    first_difference: int | None = Field(
+        default=None, description="Place of the first other token."
+    )
+    gap: Figure = Field(
+        default=None, description="Logit difference at that place; near zero is a tie."
+    )
+    spread: Figure = Field(
+        default=None,
+        description="Standard deviation of the logits at that place, which says what is near.",
+    )
 
 
-def describe_task(task: TaskScore) -> dict[str, Any]:
-    """One task, the artifact beside the float model."""
-    return {
-        "name": task.name,
-        "items": task.items,
-        "accuracy": task.accuracy.value,
-        "accuracy_se": task.accuracy.se,
-        "accuracy_norm": task.accuracy_norm.value,
-        "accuracy_norm_se": task.accuracy_norm.se,
-        "baseline_accuracy": task.baseline_accuracy.value,
-        "baseline_accuracy_se": task.baseline_accuracy.se,
-        "baseline_accuracy_norm": task.baseline_accuracy_norm.value,
-        "difference": task.difference.value,
-        "difference_se": task.difference.se,
-        "agreement": task.agreement.value,
-        "agreement_se": task.agreement.se,
-    }
+class TaskReport(Part):
+    """Multiple-choice questions, the artifact beside the float model."""
+
+    name: str = Field(description="The file's, without its ending.")
+    items: int = Field(ge=1)
+    accuracy: Number = Field(description="Share of items whose most likely choice is the answer.")
+    accuracy_se: Figure = Field(default=None, description="Binomial, with n - 1.")
+    accuracy_norm: Number = Field(description="With log-likelihoods per UTF-8 byte of the choice.")
+    accuracy_norm_se: Figure = None
+    baseline_accuracy: Number
+    baseline_accuracy_se: Figure = None
+    baseline_accuracy_norm: Number
+    difference: Number = Field(description="accuracy - baseline_accuracy.")
+    difference_se: Figure = Field(default=None, description="From paired differences per item.")
+    agreement: Number = Field(description="Share of items where both make the same choice.")
+    agreement_se: Figure = None
 
 
-TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
-
-
-def task_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Lines of the console's table of tasks; ± is one standard error."""
-
-    def percent(value: float, error: float | None, sign: str = "") -> str:
-        return f"{value * 100:{sign}.1f}" + (f" ± {error * 100:.1f} %" if error else " %")
-
-    return [
-        [
-            task["name"],
-            artifact["format"],
-            str(task["items"]),
-            percent(task["accuracy"], task["accuracy_se"]),
-            percent(task["baseline_accuracy"], task["baseline_accuracy_se"]),
-            percent(task["difference"], task["difference_se"], "+"),
-            percent(task["agreement"], task["agreement_se"]),
-        ]
-        for artifact in report["artifacts"]
-        for task in artifact["tasks"]
-    ]
-
-
-def describe_tensor(entry: PlanEntry) -> dict[str, Any]:
+class TensorReport(Part):
     """One tensor of an artifact; ``block`` is None outside the blocks."""
-    # What `packlight verify` reads back has the artifact's names only.
-    name = entry.name or entry.target_name
-    block, role, kind = split_name(entry.name) if entry.name else (None, name, "weight")
-    return {
-        "name": name,
-        "block": block,
-        "role": role if kind == "weight" else f"{role}.{kind}",
-        "grid": entry.grid,
-        "shape": list(entry.shape),
-        "bytes": entry.nbytes,
-        "bits_per_weight": entry.nbytes * 8 / math.prod(entry.shape),
-        "note": entry.note,
-    }
+
+    name: str
+    block: int | None = None
+    role: str = ""
+    grid: str
+    shape: list[Count]
+    bytes: Count
+    bits_per_weight: Number
+    note: str = ""
 
 
-def verdict(artifacts: Sequence[Mapping[str, Any]]) -> str:
+class GateReport(Part):
+    """A limit and what was measured; None where nothing was."""
+
+    name: str
+    limit: str
+    value: Figure
+    passed: bool
+
+
+class ArtifactReport(Part):
+    """One artifact: its bytes, and how it compares with the float model."""
+
+    format: FormatName
+    type: str = Field(description="As in file names: Q4_K_M, int4-g32, lut4-g8.")
+    path: Annotated[str, StringConstraints(pattern="^[^/]")] = Field(
+        default="-", description="Relative to this file."
+    )
+    bytes: Count = Field(description="Model files on disk: weights, graph, in-file tokenizer.")
+    weights_bytes: Count = Field(default=0, description="Packed tensors alone.")
+    bits_per_weight: Number = Field(
+        default=1, gt=0, description="bytes × 8 ÷ parameters of the float model."
+    )
+    kv_cache_bytes_per_token: Count = Field(
+        default=0, description="Keys and values of one position."
+    )
+    kv_cache_bytes: Count = Field(default=0, description="The same for `context` positions.")
+    max_context: int | None = Field(
+        default=None,
+        description="Positions up to which the artifact agrees with the float model.",
+    )
+    perplexity: Figure = Field(default=None, description="exp of the mean negative log-likelihood.")
+    perplexity_se: Figure = Field(
+        default=None, description="Standard error over windows; so for every _se."
+    )
+    perplexity_ratio: Figure = Field(default=None, description="Artifact ÷ baseline.")
+    perplexity_ratio_se: Figure = Field(
+        default=None, description="From paired differences per token."
+    )
+    kl_divergence: KlDivergence | None = None
+    top1_agreement: Figure = Field(
+        default=None, description="Share of positions with the same most likely token."
+    )
+    top1_agreement_se: Figure = None
+    nonfinite_tokens: int | None = Field(
+        default=None, description="Positions where the logits were NaN or infinite."
+    )
+    kl_along_text: Series | None = None
+    kl_by_position: Series | None = None
+    runtime: str | None = Field(
+        default=None, description="What ran the artifact, with its version."
+    )
+    load_seconds: Figure = Field(
+        default=None, description="From the path to a runtime that answers."
+    )
+    startup_memory_bytes: int | None = Field(
+        default=None, description="Resident size of the process before loading."
+    )
+    peak_memory_bytes: int | None = Field(
+        default=None,
+        description="Largest resident size of a process that loads and runs the artifact.",
+    )
+    peak_anonymous_bytes: int | None = Field(
+        default=None, description="The same without pages of mapped files."
+    )
+    prefill_tokens_per_second: Figure = Field(default=None, description=RATE["prefill"])
+    decode_tokens_per_second: Figure = Field(default=None, description=RATE["decode"])
+    prefill_tokens: int | None = Field(default=None, description=BATCH)
+    decode_tokens: int | None = Field(default=None, description=DECODED)
+    generation_consistent: bool | None = Field(
+        default=None, description="Greedy tokens are the same with and without the KV cache."
+    )
+    generation: Generation | None = None
+    tasks: list[TaskReport] = Field(
+        default=[],
+        description="Multiple-choice questions (packlight verify --task); standard errors are over "
+        "items.",
+    )
+    failure: str | None = Field(
+        default=None, description="Why it could not be run, where that was tried."
+    )
+    notes: list[str] = []
+    tensors: list[TensorReport] = []
+    gates: list[GateReport] = []
+
+    def __repr__(self) -> str:
+        return f"ArtifactReport({self.format} {self.type}, {self.bytes} bytes)"
+
+
+class Report(Part):
+    """What a build made and how it compares with the float model. null: not measured, or not
+    finite.
+
+    >>> report = Report.load("out/report.json")  # doctest: +SKIP
+    >>> report.passed, report["gguf"].kl_divergence.mean  # doctest: +SKIP
+    (True, 0.0297)
+    """
+
+    schema_version: Literal[1]
+    tool: Tool
+    machine: Machine = Machine(system="", processor="", python="")
+    model: ModelFacts
+    recipe: dict[str, Any] = Field(
+        default={"name": ""},
+        description="As resolved; see recipes/schema.json.",
+        json_schema_extra={"required": ["name"]},
+    )
+    context: Count = Field(default=0, description="Positions that the KV cache is told for.")
+    budget_bytes: int | None = Field(default=None, description="Limit of one artifact's bytes.")
+    baseline: BaselineReport
+    artifacts: list[ArtifactReport]
+    verdict: Literal["passed", "failed", "not verified"] = "not verified"
+    notes: list[str] = []
+
+    def __getitem__(self, format: str) -> ArtifactReport:
+        """The artifact of a format, the first where there are several.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for artifact in self.artifacts:
+            if artifact.format == format:
+                return artifact
+        there = ", ".join(artifact.format for artifact in self.artifacts) or "nothing"
+        raise KeyError(f"no {format} in this report, only {there}")
+
+    @property
+    def passed(self) -> bool:
+        """Whether every artifact was run and no gate failed."""
+        return self.verdict == "passed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """``report.json`` as plain data: only what JSON can hold."""
+        return self.model_dump()
+
+    @classmethod
+    def from_dict(cls, document: Any, source: str = "the document") -> Report:
+        """A report from what ``to_dict`` gave, now or by an earlier version: keys that are not
+        known are left out.
+
+        Raises:
+            ArtifactError: it is none.
+        """
+        try:
+            return cls.model_validate(document, extra="ignore")
+        except ValidationError as error:
+            why = explain(error, source, document).message.removeprefix(f"{source}: ")
+            raise ArtifactError(f"{source} is not a report of packlight: {why}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write ``report.json``: indented UTF-8."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a ``report.json``.
+
+        Raises:
+            ArtifactError: it cannot be read, or is none.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ArtifactError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not JSON") from error
+        return cls.from_dict(document, str(path))
+
+    def __repr__(self) -> str:
+        made = ", ".join(f"{found.format} {found.type}" for found in self.artifacts)
+        return f"Report({self.model.name}, {self.recipe['name']}: {self.verdict}; {made})"
+
+
+def verdict(artifacts: list[ArtifactReport]) -> Literal["passed", "failed", "not verified"]:
     """``passed`` when all were run and no gate failed, ``failed``, or ``not verified``."""
-    if any(artifact["failure"] for artifact in artifacts):
+    if any(artifact.failure for artifact in artifacts):
         return "failed"
-    if any(not gate["passed"] for artifact in artifacts for gate in artifact["gates"]):
+    if any(not gate.passed for artifact in artifacts for gate in artifact.gates):
         return "failed"
-    if not artifacts or any(artifact["runtime"] is None for artifact in artifacts):
+    if not artifacts or any(artifact.runtime is None for artifact in artifacts):
         return "not verified"
-    if any(artifact["perplexity_ratio"] is None for artifact in artifacts):
+    if any(artifact.perplexity_ratio is None for artifact in artifacts):
         return "failed"  # it ran, and its answers are not numbers
     return "passed"
 
 
-def artifact_label(artifact: Mapping[str, Any]) -> str:
-    """``GGUF Q4_K_M``: how pages call an artifact of the report."""
-    return f"{get_format(artifact['format']).title} {artifact['type']}"
-
-
-def decimals(error: float) -> int:
-    """Places that show a standard error, and so its figure, to two digits: 0.0031 → 4."""
-    return max(0, 1 - int(f"{error:e}".partition("e")[2]))
-
-
-def clean(value: Any) -> Any:
-    """Numbers that JSON can hold: seven digits, None for NaN and infinities; tuples are lists."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() and abs(value) >= 1e7 else float(f"{value:.7g}")
-    if isinstance(value, Mapping):
-        return {str(key): clean(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(inner) for inner in value]
-    return value
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of ``report.json`` (draft 2020-12)."""
-    text = files("compress.report").joinpath("report.schema.json").read_text(encoding="utf-8")
-    document: dict[str, Any] = json.loads(text)
-    return document
+def report_schema() -> str:
+    """``report.schema.json``."""
+    return json_schema(Report, "packlight report", "serialization")

@@ -6,7 +6,7 @@ How a build uses it::
     store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
     for artifact in artifacts:
         found = verify_artifact(artifact.path, artifact.format, store, context=2048)
-    # found.quality, found.resources, found.generation → compress.report.report, → gates.judge
+    # found.quality, found.resources, found.generation → compress.report.describe, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
 generation with and without the cache, then the logits of every window. Its native code may crash

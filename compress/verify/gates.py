@@ -123,8 +123,8 @@ def parse_size(where: str, name: str, text: str) -> float:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def judge(limits: Sequence[Limit], artifact: Mapping[str, Any]) -> list[Gate]:
-    """Hold an artifact of report.json against the limits.
+def judge(limits: Sequence[Limit], artifact: object) -> list[Gate]:
+    """Hold an artifact of a report against the limits.
 
     What is missing, NaN or infinite never passes.
     """
@@ -136,11 +136,11 @@ def judge(limits: Sequence[Limit], artifact: Mapping[str, Any]) -> list[Gate]:
     return gates
 
 
-def find(artifact: Mapping[str, Any], name: str) -> float | None:
-    """A metric's value in an artifact of report.json; None when missing or not finite."""
+def find(artifact: object, name: str) -> float | None:
+    """A metric's value in an artifact of a report; None when missing or not finite."""
     node: Any = artifact
     for key in METRICS[name]:
-        node = node.get(key) if isinstance(node, Mapping) else None
+        node = getattr(node, key, None)
     if node is None or not math.isfinite(node):
         return None
     return float(node)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from compress.report.markdown import fenced
+from compress.report.words import fenced
+
+if TYPE_CHECKING:
+    from compress.report.report import ArtifactReport
 
 
 def find(path: Path) -> list[Path]:
@@ -18,9 +20,9 @@ def find(path: Path) -> list[Path]:
     return [graph.parents[1] for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
 
 
-def how_to_run(artifact: Mapping[str, Any]) -> list[str]:
+def how_to_run(artifact: ArtifactReport) -> list[str]:
     """With Optimum."""
-    path = artifact["path"]
+    path = artifact.path
     code = (
         "from optimum.onnxruntime import ORTModelForCausalLM\n"
         "from transformers import AutoTokenizer\n\n"

@@ -6,15 +6,15 @@ is judged, shown and counted as the recipe's own.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from compress.console import Console, format_bytes, parse_bytes
-from compress.errors import UsageError, did_you_mean
+from compress.console import Console, parse_bytes
+from compress.errors import ArtifactError, UsageError, did_you_mean
+from compress.report.report import ArtifactReport, GateReport, Report
+from compress.report.words import short_size
 from compress.verify.gates import COMPARE, METRICS, Gate, find
 
 __all__ = ["DEFAULT", "Previous", "Regression", "parse_regressions"]
@@ -61,7 +61,7 @@ class Regression:
     amount: float
     relative: bool
 
-    def gate(self, before: float, artifact: Mapping[str, Any]) -> Gate:
+    def gate(self, before: float, artifact: ArtifactReport) -> Gate:
         """Hold an artifact of report.json against the value before; what is missing fails."""
         slack = abs(before) * self.amount if self.relative else self.amount
         operator, sign = (">=", "-") if self.name in MORE_IS_BETTER else ("<=", "+")
@@ -73,7 +73,7 @@ class Regression:
 
     def _show(self, value: float) -> str:
         if "per" not in self.name and "bytes" in self.name:
-            return format_bytes(value).partition(" (")[0]
+            return short_size(value)
         return f"{value:.4g}"
 
 
@@ -164,14 +164,9 @@ class Previous:
         self.name = path.name
         hint = "--against takes the report.json of an earlier build or of verify --json"
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
-        except ValueError as error:
-            raise UsageError(f"{path} is not JSON", hint=hint) from error
-        if not is_report(report):
-            raise UsageError(f"{path} is not a report of packlight", hint=hint)
-        self.report: Mapping[str, Any] = report
+            self.report = Report.load(path)
+        except ArtifactError as error:
+            raise UsageError(error.message, hint=hint) from error
 
     @property
     def measures(self) -> bool:
@@ -188,8 +183,8 @@ class Previous:
         Raises:
             UsageError: the report's figures are of another text, or of other windows of it.
         """
-        baseline = self.report["baseline"]
-        before = baseline.get("text"), baseline.get("windows"), baseline.get("tokens")
+        baseline = self.report.baseline
+        before = baseline.text, baseline.windows, baseline.tokens
         now = text, len(windows), sum(len(window) - 1 for window in windows)
         if not self.measures or before[1] is None or before == now:
             return
@@ -200,7 +195,7 @@ class Previous:
             "verify.sequence_length of a recipe) as then; or limits on bytes alone",
         )
 
-    def apply(self, report: dict[str, Any], console: Console) -> None:
+    def apply(self, report: Report, console: Console) -> None:
         """Add the gates to a new report, and what they do to its verdict, and the notes, which are
         told, too.
 
@@ -208,15 +203,15 @@ class Previous:
             UsageError: see ``judge``.
         """
         judged, notes = self.judge(report)
-        for artifact, gates in zip(report["artifacts"], judged, strict=True):
-            artifact["gates"] += [asdict(gate) for gate in gates]
+        for artifact, gates in zip(report.artifacts, judged, strict=True):
+            artifact.gates += [GateReport(**asdict(gate)) for gate in gates]
             if not all(gate.passed for gate in gates):
-                report["verdict"] = "failed"
-        report["notes"] += notes
+                report.verdict = "failed"
+        report.notes += notes
         for note in notes:
             console.warning(note)
 
-    def judge(self, report: Mapping[str, Any]) -> tuple[list[list[Gate]], list[str]]:
+    def judge(self, report: Report) -> tuple[list[list[Gate]], list[str]]:
         """Gates for each artifact of a new report, in its order, and notes on what has no
         counterpart.
 
@@ -225,40 +220,38 @@ class Previous:
         """
         notes = list(self._compare_models(report))
         judged = []
-        for artifact in report["artifacts"]:
-            label = f"{artifact['format']} {artifact['type']}"
+        for artifact in report.artifacts:
+            label = f"{artifact.format} {artifact.type}"
             before = self._find(artifact, report)
             gates = []
             if before is None:
                 notes.append(f"{self.name} has no {label}: nothing to compare it with")
-            elif before["type"] != artifact["type"]:
-                notes.append(f"{label} is compared with {before['type']} in {self.name}")
+            elif before.type != artifact.type:
+                notes.append(f"{label} is compared with {before.type} in {self.name}")
             for limit in self.limits if before is not None else ():
-                value = find(before or {}, limit.name)
+                value = find(before, limit.name)
                 if value is None:
                     notes.append(f"{self.name} has no {limit.name} of {label}: not compared")
                 else:
                     gates.append(limit.gate(value, artifact))
             judged.append(gates)
-        there = {artifact["format"] for artifact in report["artifacts"]}
-        gone = [a for a in self.report["artifacts"] if a["format"] not in there]
-        notes += [f"{self.name} has {a['format']} {a['type']}, this build has not" for a in gone]
+        there = {artifact.format for artifact in report.artifacts}
+        gone = [a for a in self.report.artifacts if a.format not in there]
+        notes += [f"{self.name} has {a.format} {a.type}, this build has not" for a in gone]
         return judged, notes
 
-    def _find(
-        self, artifact: Mapping[str, Any], report: Mapping[str, Any]
-    ) -> Mapping[str, Any] | None:
+    def _find(self, artifact: ArtifactReport, report: Report) -> ArtifactReport | None:
         """The artifact's predecessor: same format and type, or the only one of its format."""
 
-        def of_format(of: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-            return [a for a in of["artifacts"] if a["format"] == artifact["format"]]
+        def of_format(of: Report) -> list[ArtifactReport]:
+            return [a for a in of.artifacts if a.format == artifact.format]
 
         before = of_format(self.report)
-        alike = [old for old in before if old["type"] == artifact["type"]]
+        alike = [old for old in before if old.type == artifact.type]
         alone = len(before) == len(of_format(report)) == 1
         return alike[0] if alike else before[0] if alone else None
 
-    def _compare_models(self, report: Mapping[str, Any]) -> list[str]:
+    def _compare_models(self, report: Report) -> list[str]:
         """Notes where model or machine are not those of the earlier report.
 
         Raises:
@@ -266,11 +259,11 @@ class Previous:
         """
         notes = []
         old, new = self.report, report
-        same = old["model"].get("source") == new["model"]["source"]
+        same = old.model.source == new.model.source
         if not same:
-            was = old["model"].get("source")
-            notes.append(f"{self.name} is of {was}, this is of {new['model']['source']}")
-        before, now = old["baseline"].get("perplexity"), new["baseline"]["perplexity"]
+            was = old.model.source
+            notes.append(f"{self.name} is of {was}, this is of {new.model.source}")
+        before, now = old.baseline.perplexity, new.baseline.perplexity
         moved = before and now and abs(now / before - 1) > SAME_TEXT
         if moved and same and self.measures:
             raise UsageError(
@@ -279,18 +272,6 @@ class Previous:
                 hint="compare reports of one text and one model",
             )
         timed = [x.name for x in self.limits if "second" in x.name or x.name.startswith("peak")]
-        if timed and old.get("machine") != new["machine"]:
+        if timed and old.machine != new.machine:
             notes.append(f"{', '.join(timed)} of {self.name} were measured on another machine")
         return notes
-
-
-def is_report(document: Any) -> bool:
-    """Whether a document has what is looked at here."""
-    if not isinstance(document, dict) or document.get("schema_version") != 1:
-        return False
-    if not all(isinstance(document.get(key), dict) for key in ("tool", "model", "baseline")):
-        return False
-    artifacts = document.get("artifacts")
-    return isinstance(artifacts, list) and all(
-        isinstance(a, dict) and {"format", "type", "bytes"} <= a.keys() for a in artifacts
-    )

@@ -1,0 +1,215 @@
+"""A report in words: figures, labels, gates and tables, for console, pages, card and CI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.console import Console, format_bytes, print_error
+from compress.errors import PacklightError
+from compress.formats import get_format
+
+if TYPE_CHECKING:
+    from compress.report.report import ArtifactReport, GateReport, Report
+
+HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
+TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
+
+# Logits closer than this many of their standard deviations are a tie that the order of summation
+# decides, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02 of
+# them (root mean square) after 32 blocks of Phi-3-mini's shape.
+TIE = 0.1
+REFUSED_HINT = "its files are kept; `packlight verify` runs them"
+CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def amount(value: float | None) -> str:
+    """Three or four significant digits, thousands separated."""
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    # With its zeros, so that 0.354 and 0.630 stand under each other.
+    return f"{value:#.3g}" if abs(value) < 1 else f"{value:#.4g}"
+
+
+def size(count: int | None) -> str:
+    """Bytes in both units: ``740.48 MB (706.17 MiB)``."""
+    return "–" if count is None else format_bytes(count)
+
+
+def short_size(count: float) -> str:
+    """Bytes in the decimal unit: ``740.48 MB``."""
+    return format_bytes(count).partition(" (")[0]
+
+
+def figure(
+    value: float | None, error: float | None = None, unit: str = "", times: float = 1.0
+) -> str:
+    """A figure with its standard error, to two digits of the error: ``0.0312 ± 0.0011``."""
+    if value is None:
+        return "–"
+    if not error:
+        return f"{value * times:.4g}{unit}"
+    places = decimals(error * times)
+    return f"{value * times:.{places}f} ± {error * times:.{places}f}{unit}"
+
+
+def decimals(error: float) -> int:
+    """Places that show a standard error, and so its figure, to two digits: 0.0031 → 4."""
+    return max(0, 1 - int(f"{error:e}".partition("e")[2]))
+
+
+def percent(value: float | None, error: float | None = None, sign: str = "") -> str:
+    """A share as a percentage with one decimal, for tables: ``87.1 ± 0.4 %``."""
+    if value is None:
+        return "-"
+    return f"{value * 100:{sign}.1f}" + (f" ± {error * 100:.1f} %" if error else " %")
+
+
+# --- artifacts and gates -----------------------------------------------------------------------
+
+
+def label(artifact: ArtifactReport) -> str:
+    """``GGUF Q4_K_M``: how pages call an artifact."""
+    return f"{get_format(artifact.format).title} {artifact.type}"
+
+
+def gate_value(gate: GateReport) -> str:
+    """What was measured, in the unit of the gate."""
+    if gate.value is None:
+        return "nothing"
+    return format_bytes(gate.value) if "bytes" in gate.name else f"{gate.value:.4g}"
+
+
+def gate_failure(gate: GateReport) -> str:
+    """What was measured beside what was allowed."""
+    return f"{gate.name} is {gate_value(gate)}, the gate is {gate.limit}"
+
+
+def refusal(artifact: ArtifactReport) -> str:
+    """What became of an artifact that its runtime refused; ``""`` of any other."""
+    return f"{label(artifact)} could not be run: {artifact.failure}" if artifact.failure else ""
+
+
+def failures(artifact: ArtifactReport) -> list[str]:
+    """Every gate that the artifact failed, and a KV cache that changes its text."""
+    lines = [gate_failure(gate) for gate in artifact.gates if not gate.passed]
+    return lines + [CACHE_CHANGES_TEXT] * cache_changes_text(artifact)
+
+
+def cache_changes_text(artifact: ArtifactReport) -> bool:
+    """Whether greedy tokens differ with and without the KV cache, by more than a tie."""
+    sample = artifact.generation
+    if artifact.generation_consistent is not False or sample is None:
+        return False
+    return (sample.gap or 0.0) > TIE * (sample.spread or 0.0)
+
+
+def no_verdict(report: Report) -> str:
+    """Why nothing was judged, or ``""`` where something was."""
+    if report.verdict == "not verified":
+        return "not verified"
+    if report.passed and not any(artifact.gates for artifact in report.artifacts):
+        return "measured; no gate was set"
+    return ""
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def table_row(artifact: ArtifactReport) -> list[str]:
+    """One line of the table under ``HEADERS``; what was not measured is a dash."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    ratio, kl = artifact.perplexity_ratio, artifact.kl_divergence
+    change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
+    peak = artifact.peak_memory_bytes
+    return [
+        artifact.format,
+        artifact.type,
+        format_bytes(artifact.bytes),
+        number(artifact.bits_per_weight, ".2f"),
+        number(artifact.perplexity, ".3f") + change,
+        number(kl.mean if kl else None, ".4f"),
+        percent(artifact.top1_agreement),
+        number(artifact.decode_tokens_per_second, ".1f"),
+        "-" if peak is None else short_size(peak),
+    ]
+
+
+def task_rows(report: Report) -> list[list[str]]:
+    """Lines of the table of tasks under ``TASK_HEADERS``; ± is one standard error."""
+    return [
+        [
+            task.name,
+            artifact.format,
+            str(task.items),
+            percent(task.accuracy, task.accuracy_se),
+            percent(task.baseline_accuracy, task.baseline_accuracy_se),
+            percent(task.difference, task.difference_se, "+"),
+            percent(task.agreement, task.agreement_se),
+        ]
+        for artifact in report.artifacts
+        for task in artifact.tasks
+    ]
+
+
+def finish(report: Report, output: Path | None, console: Console) -> int:
+    """The table, failed gates, the verdict and where things are, on a terminal; the exit code.
+
+    Returns:
+        2 where an artifact could not be run, 1 where a gate failed, else 0.
+    """
+    console.end()
+    console.result(report.to_dict())
+    console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+    if tasks := task_rows(report):
+        console.table(TASK_HEADERS, tasks)
+    for artifact in report.artifacts:
+        if line := refusal(artifact):
+            print_error(PacklightError(line, REFUSED_HINT))
+        for line in failures(artifact):
+            console.warning(f"{artifact.format}: {line}")
+        if output is not None:
+            console.path(output / artifact.path)
+    if why := no_verdict(report):
+        console.say(why)
+    else:
+        console.verdict(report.passed, f"{report.recipe['name']}")
+    if output is not None:
+        console.say(f"report: {output / 'report.html'}")
+    if any(artifact.failure for artifact in report.artifacts):
+        return 2
+    return 1 if report.verdict == "failed" else 0
+
+
+# --- Markdown in which strings of a checkpoint show as they are -------------------------------
+
+
+def sentence(text: str) -> str:
+    """Text that Markdown shows as it is, on one line and within one table cell."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
+
+
+def fenced(code: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def pipe_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table of cells that are Markdown already; columns after the first ``left`` are numbers."""
+    rule = ["---"] * left + ["---:"] * (len(headers) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headers, rule, *rows))
