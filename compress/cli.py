@@ -26,18 +26,18 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
         print_error(error)
-        tell_kept(error)
+        print_notes(error)
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
         # Click makes an Abort of a KeyboardInterrupt.
-        if not tell_kept(ending.__cause__ or ending, "interrupted; "):
+        if not print_notes(ending.__cause__ or ending, "interrupted; "):
             click.echo("interrupted; nothing half-written was left behind", err=True)
         return 130
     except SystemExit as ending:
-        tell_kept(ending)
+        print_notes(ending)
         if ending.code != 1:
             raise
         # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print_error(PacklightError(f"{where}{error.strerror or error}"))
-        tell_kept(error)
+        print_notes(error)
         return 2
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
@@ -57,11 +57,11 @@ def run(arguments: list[str]) -> int:
         line = (str(error).strip().splitlines() or [""])[0]
         hint = "this is a bug in packlight; PACKLIGHT_DEBUG=1 shows where"
         print_error(PacklightError(f"{name}: {line}", hint))
-        tell_kept(error)
+        print_notes(error)
         return 2
 
 
-def tell_kept(ending: BaseException, prefix: str = "") -> bool:
+def print_notes(ending: BaseException, prefix: str = "") -> bool:
     """Say what a build with ``--resume`` left (``compress.output.folder.work_folder`` notes it)."""
     notes = getattr(ending, "__notes__", [])
     for note in notes:

@@ -388,11 +388,11 @@ def handle_signals() -> None:
         if not is_importing(frame) and not is_unwinding(ending):
             raise ending
 
-    def hush(lost: sys.UnraisableHookArgs) -> None:
+    def report_others(lost: sys.UnraisableHookArgs) -> None:
         if ending is None or lost.exc_value is not ending:
             report_lost(lost)
 
-    report_lost, sys.unraisablehook = sys.unraisablehook, hush
+    report_lost, sys.unraisablehook = sys.unraisablehook, report_others
     for number in ENDINGS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, arrive)
@@ -400,7 +400,7 @@ def handle_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Deaf from here on: for the moments between the last word of a command and its end."""
+    """Ignore them from here on, between the last output of a command and its end."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (*ENDINGS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)

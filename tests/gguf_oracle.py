@@ -1,4 +1,5 @@
-"""What a GGUF file means, by other people's code: gguf-py's decoders and tensor names.
+"""What a GGUF file means, by other people's code: gguf-py's decoders and tensor names, llama.cpp's
+tokenizer.
 
 ``decoded_model`` puts the decoded tensors of a file into transformers' model of the checkpoint:
 what llama.cpp must compute, without llama.cpp.
@@ -6,6 +7,7 @@ what llama.cpp must compute, without llama.cpp.
 
 from __future__ import annotations
 
+import ctypes as c
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,33 @@ import gguf
 import numpy as np
 import tiny
 import torch
+
+from exporters.gguf.runtime import LlamaCpp
+
+
+def tokenize(runtime: LlamaCpp, text: str, *, add_special: bool = True) -> list[int]:
+    """llama.cpp's own tokenization; ``<|user|>`` is the token, as for Hugging Face's tokenizers.
+
+    Args:
+        add_special: put BOS (and EOS) around it, where the file says so.
+    """
+    function = runtime._c.llama_tokenize
+    function.restype = c.c_int32
+    function.argtypes = [
+        c.c_void_p, c.c_char_p, c.c_int32, c.POINTER(c.c_int32), c.c_int32, c.c_bool, c.c_bool,
+    ]  # fmt: skip
+    data = text.encode()
+    tokens = (c.c_int32 * (len(data) + 8))()
+    count = function(runtime._vocab, data, len(data), tokens, len(tokens), add_special, True)
+    assert count >= 0  # never more tokens than bytes, and a few around them
+    return list(tokens[:count])
+
+
+def ends_generation(runtime: LlamaCpp, token: int) -> bool:
+    """Whether llama.cpp stops at this token."""
+    function = runtime._c.llama_vocab_is_eog
+    function.restype, function.argtypes = c.c_bool, [c.c_void_p, c.c_int32]
+    return bool(function(runtime._vocab, token))
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

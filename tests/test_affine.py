@@ -206,7 +206,6 @@ def test_a_slab_is_quantized_as_the_whole() -> None:
 )
 def test_bytes(name: str, nbytes: int) -> None:
     assert grid_of(name).nbytes((8, 96)) == nbytes
-    assert grid_of(name).bits_per_weight((8, 96)) == pytest.approx(nbytes * 8 / 768)
 
 
 def test_refusals() -> None:

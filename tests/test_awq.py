@@ -1,4 +1,4 @@
-"""AWQ and permutations: what was spoilt on purpose is found, and nothing that does not help."""
+"""AWQ: what was spoilt on purpose is found, and nothing that does not help."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Source, Stored
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import UsageError
+from compress.errors import RecipeError, UsageError
 from compress.grids import get_grid
 from compress.plan.job import prepare
 from compress.plan.shapes import Plan, PlanEntry
 from compress.recipe import load
 from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
-from compress.solvers.folding import Fold, Folded, fold_statistics
+from compress.solvers.folding import Folded, fold_statistics
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from exporters import SHIPYARD
 
@@ -73,21 +73,19 @@ def spoil(source: Source, statistics: Statistics) -> tuple[Folded, Statistics]:
         return (8.0 ** random.uniform(-1, 1, count)).astype(np.float32)
 
     folds = {
-        "blocks.0.q_proj": Fold(scales(config.hidden_size)),
-        "blocks.0.o_proj": Fold(scales(config.num_key_value_heads * config.head_dim)),
-        "blocks.0.gate_proj": Fold(scales(config.hidden_size)),
-        "blocks.0.down_proj": Fold(scales(config.intermediate_size)),
-        "lm_head": Fold(scales(config.hidden_size)),
+        "blocks.0.q_proj": scales(config.hidden_size),
+        "blocks.0.o_proj": scales(config.num_key_value_heads * config.head_dim),
+        "blocks.0.gate_proj": scales(config.hidden_size),
+        "blocks.0.down_proj": scales(config.intermediate_size),
+        "lm_head": scales(config.hidden_size),
     }
     if config.tie_word_embeddings:
         del folds["lm_head"]
     return Folded(source, folds), fold_statistics(config, statistics, folds)
 
 
-def look(
-    source: Source, statistics: Statistics, plan: Plan, solver: str, scale: bool, order: bool
-) -> Found:
-    return search(source, statistics, plan, solver, scale=scale, order=order, length=LENGTH)
+def look(source: Source, statistics: Statistics, plan: Plan, solver: str) -> Found:
+    return search(source, statistics, plan, solver, length=LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +94,7 @@ def look(
 def test_scales_that_were_spoilt_are_found(known, family, solver):
     source, statistics = spoil(*known(family))
     plan = plan_of(source.config, "int4-g64")
-    found = look(source, statistics, plan, solver, scale=True, order=False)
-    assert all(fold.order is None for fold in found.folds.values())
+    found = look(source, statistics, plan, solver)
     places = 4 + (not source.config.tie_word_embeddings)
     assert len(found.folds) == places
     for before, after in found.errors:
@@ -116,50 +113,13 @@ def test_scales_that_were_spoilt_are_found(known, family, solver):
         assert errors[1] < 0.6 * errors[0]
 
 
-def test_an_order_that_was_spoilt_is_found(known):
-    """Columns of two sizes, mixed: sorted, no group has both."""
-    source, statistics = known("llama")
-    size = np.ones(512, np.float32)
-    size[np.random.default_rng(2).permutation(512)[:256]] = 100
-    folds = {"blocks.0.down_proj": Fold(size)}
-    source, stats = Folded(source, folds), fold_statistics(source.config, statistics, folds)
-    plan = plan_of(source.config, "int4-g128")
-    found = look(source, stats, plan, "scale_search", scale=False, order=True)
-    order = found.folds["blocks.0.down_proj"].order
-    assert set(size[order[:256]]) == {100} and set(size[order[256:]]) == {1}
-    before, after = found.errors[1]
-    assert after < 0.5 * before
-    assert all(fold.scale is None for fold in found.folds.values())
-
-
-def test_palettes_get_rows_of_one_size_together(known):
-    source, statistics = known("llama")
-    size = np.ones(512, np.float32)
-    size[np.random.default_rng(2).permutation(512)[:256]] = 30
-    folds = {"blocks.0.down_proj": Fold(size)}
-    source, stats = Folded(source, folds), fold_statistics(source.config, statistics, folds)
-    plan = plan_of(source.config, "lut4-g8")
-    found = look(source, stats, plan, "scale_search", scale=False, order=True)
-    assert set(size[found.folds["blocks.0.down_proj"].order[:256]]) == {1}
-    before, after = found.errors[1]
-    assert after < 0.7 * before
-
-
-@pytest.mark.parametrize("grid", ["int4-channel", "lut4-tensor"])
-def test_order_is_left_alone_where_it_does_not_matter(known, grid):
-    source, statistics = known("llama")
-    plan = plan_of(source.config, grid)
-    found = look(source, statistics, plan, "scale_search", scale=False, order=True)
-    assert found.folds == {} and all(before == after for before, after in found.errors)
-
-
 def test_nothing_is_kept_that_does_not_help(known):
     """What stays float is not even tried, and no error grows."""
     source, statistics = known("llama")
-    found = look(source, statistics, plan_of(source.config, "F16"), "gptq", scale=True, order=True)
+    found = look(source, statistics, plan_of(source.config, "F16"), "gptq")
     assert found.folds == {} and found.errors == () and "0.0 %" in found.note()
     plan = plan_of(source.config, "int4-g32")
-    found = look(source, statistics, plan, "gptq", scale=True, order=True)
+    found = look(source, statistics, plan, "gptq")
     assert all(after <= before for before, after in found.errors)
 
 
@@ -184,7 +144,7 @@ def test_a_half_is_measured_as_it_is_written_down(known):
     # A fold without rounding errors to gain from is no change: all in float.
     none = Trial(source, statistics, half, {}, "scale_search", LENGTH)
     scale = np.linspace(0.5, 2, 512).astype(np.float32)
-    assert none.error({"blocks.0.down_proj": Fold(scale)}) < 1e-10
+    assert none.error({"blocks.0.down_proj": scale}) < 1e-10
     head = HeadTrial(source, statistics, grid, "scale_search")
     x = statistics.for_weight("lm_head.weight").held_back
     left = rounded("lm_head.weight") - source.read("lm_head.weight")
@@ -198,8 +158,8 @@ def test_a_parallel_block_is_one_half_with_one_input(known):
     (half,) = halves(source.config, 1)
     assert half.sites == ("blocks.1.q_proj", "blocks.1.o_proj", "blocks.1.down_proj")
     plan = plan_of(source.config, "int4-g128")
-    found = look(source, statistics, plan, "scale_search", scale=True, order=True)
-    assert found.folds.get("blocks.0.down_proj", Fold()).scale is None  # GELU sits between
+    found = look(source, statistics, plan, "scale_search")
+    assert "blocks.0.down_proj" not in found.folds  # GELU sits between
     assert len(found.errors) == 2  # the half of block 0, and the head
 
 
@@ -220,7 +180,7 @@ def test_too_few_windows_are_told(known):
         stats |= found
     statistics = Statistics.of(source.config, stats)
     with pytest.raises(UsageError, match="too few calibration windows"):
-        look(source, statistics, plan_of(source.config, "int4-g32"), "gptq", True, False)
+        look(source, statistics, plan_of(source.config, "int4-g32"), "gptq")
 
 
 # --- in a build -------------------------------------------------------------------------------
@@ -230,7 +190,7 @@ def test_too_few_windows_are_told(known):
 def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propagate):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("phi3", tmp_path / "model")
-    settings = ["quantize.solver=scale_search", "quantize.fold=awq", "quantize.permute=true"]
+    settings = ["quantize.solver=scale_search", "quantize.fold=awq"]
     settings += ["calibration.tokens=1024", "calibration.sequence_length=32"]
     settings += [f"calibration.propagate={propagate}"]
     written = []
@@ -249,7 +209,6 @@ def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propag
     ("settings", "imatrix", "message"),
     [
         (["quantize.fold=awq"], None, "rtn does not"),
-        (["quantize.permute=true"], None, "rtn does not"),
         (["quantize.solver=scale_search", "quantize.fold=awq"], Path("a.gguf"), "less than"),
     ],
 )
@@ -276,4 +235,9 @@ def test_the_plan_tells_of_folds(tmp_path, capsys):
         Console(mode="json"),
     )
     quantize = json.loads(capsys.readouterr().out)["quantize"]
-    assert quantize["fold"] == "awq" and quantize["permute"] is False
+    assert quantize["fold"] == "awq"
+
+
+def test_a_key_that_was_there_once_is_unknown():
+    with pytest.raises(RecipeError, match=r"unknown key quantize\.permute"):
+        load("phone-4bit", ["quantize.permute=true"])

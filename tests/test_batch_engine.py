@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from compress.batch.engine import LocalEngine, Outcome, Process, Work, in_order, last_words
+from compress.batch.engine import LocalEngine, Outcome, Process, Work, last_error, longest_first
 from compress.demo import model_path
 
 GIB = 2**30
@@ -101,7 +101,7 @@ def test_a_job_counts_for_those_that_wait_for_it(tmp_path):
         work(tmp_path, "leader", seconds=2),
         work(tmp_path, "follower", seconds=2, after="leader"),
     ]
-    assert [w.name for w in in_order(works)] == ["leader", "long", "follower"]
+    assert [w.name for w in longest_first(works)] == ["leader", "long", "follower"]
 
 
 def test_what_is_refused_says_why_and_nothing_starts_after_it_is_not_wanted(tmp_path):
@@ -170,10 +170,10 @@ def test_a_job_dies_with_the_process_that_started_it(tmp_path):
     parent.stdout.close()
 
 
-def test_last_words(tmp_path):
+def test_last_error(tmp_path):
     log = tmp_path / "log"
     log.write_text("warning: x\nerror: first\nhint: a\nError: second: part\n")
-    assert last_words(log) == ("second: part", "")
+    assert last_error(log) == ("second: part", "")
     log.write_text("Traceback\nSegmentation fault\n")
-    assert last_words(log) == ("Segmentation fault", "")
-    assert last_words(tmp_path / "none") == ("", "")
+    assert last_error(log) == ("Segmentation fault", "")
+    assert last_error(tmp_path / "none") == ("", "")

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import tiny
 from commands import packlight
-
 from compress.allocation.chosen import Chosen
+
 from compress.batch.predict import predict, share_threads
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.plan.job import prepare

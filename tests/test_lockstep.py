@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
+from compress.build.lockstep import in_lockstep
 from test_interrupts import interrupted
 
-from compress.build.lockstep import in_lockstep
 from compress.build.write import write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, input_names

@@ -56,6 +56,19 @@ def test_overwrite_never_deletes_what_lies_between_our_files(tmp_path, name):
         check_output(output, overwrite=True)
 
 
+def test_overwrite_leaves_a_folder_whose_list_of_files_is_damaged(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "plan.json").write_text("{}")
+    (output / "a\nb").write_text("ours")  # a name that the list escapes
+    write_checksums(output)
+    check_output(output, overwrite=True)
+    sums = output / "SHA256SUMS"
+    sums.write_text(sums.read_text()[:-10])
+    with pytest.raises(UsageError, match="damaged"):
+        check_output(output, overwrite=True)
+
+
 def test_a_plan_of_somebody_else_is_not_ours(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UsageError, match="not made by packlight"):

@@ -10,6 +10,7 @@ import pytest
 
 from compress.errors import GridError
 from compress.grids import Grid, get_grid
+from compress.plan.shapes import bits_per_weight
 
 Array = Any
 
@@ -170,19 +171,19 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits_per_weight"),
+    ("name", "bits"),
     [("lut4-g8", 4 + 256 / (8 * 64)), ("lut1-tensor", 1 + 32 / 1024), ("lut3-g16", 3.125)],
 )
-def test_bytes(name: str, bits_per_weight: float) -> None:
+def test_bytes(name: str, bits: float) -> None:
     grid: Grid = get_grid(name)
     shape = (16, 64)
     assert grid.name == name
-    assert grid.bits_per_weight(shape) == bits_per_weight
+    assert bits_per_weight(grid.nbytes(shape), 16 * 64) == bits
     packed = grid.quantize(sample("normal", shape)).pack()
-    bits = int(name[3])
+    code = int(name[3])
     assert packed["codes"].shape == shape
-    assert packed["codes"].max() < 1 << bits
-    assert grid.nbytes(shape) == packed["codes"].size * bits // 8 + packed["lut"].nbytes
+    assert packed["codes"].max() < 1 << code
+    assert grid.nbytes(shape) == packed["codes"].size * code // 8 + packed["lut"].nbytes
 
 
 def test_same_input_same_bytes() -> None:

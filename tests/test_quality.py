@@ -14,11 +14,22 @@ from compress.errors import ArtifactError, CheckpointError, DiskFullError
 from compress.verify import baseline as baseline_module
 from compress.verify import quality
 from compress.verify.baseline import BaselineStore, log_softmax
-from compress.verify.quality import TokenScores, cluster_mean, cluster_quantile, summarize
+from compress.verify.quality import (
+    Quality,
+    TokenScores,
+    cluster_mean,
+    cluster_quantile,
+    score,
+    summarize,
+)
 
 
 def store(folder: Path, windows: list[list[int]], model: EchoModel) -> BaselineStore:
     return BaselineStore.write(folder, windows, (model.logits(window) for window in windows))
+
+
+def compare(runtime: EchoModel, saved: BaselineStore) -> Quality:
+    return summarize(score(runtime, saved))
 
 
 def scores_of(kl: np.ndarray, window: np.ndarray) -> TokenScores:
@@ -29,7 +40,7 @@ def scores_of(kl: np.ndarray, window: np.ndarray) -> TokenScores:
 def test_figures_equal_brute_force(tmp_path: Path) -> None:
     windows = [*text_windows(50, 3, 40), *text_windows(50, 1, 17, seed=2)]
     float_model, artifact = EchoModel(50), EchoModel(50, noise=0.4)
-    found = quality.compare(artifact, store(tmp_path, windows, float_model))
+    found = compare(artifact, store(tmp_path, windows, float_model))
 
     nll, float_nll, kl, agrees = [], [], [], []
     for window in windows:
@@ -61,7 +72,7 @@ def test_figures_equal_brute_force(tmp_path: Path) -> None:
 
 
 def test_the_float_model_against_itself_is_perfect(tmp_path: Path) -> None:
-    found = quality.compare(EchoModel(50), store(tmp_path, text_windows(50, 4, 30), EchoModel(50)))
+    found = compare(EchoModel(50), store(tmp_path, text_windows(50, 4, 30), EchoModel(50)))
     assert found.perplexity_ratio == (1.0, 0.0)
     assert found.top1_agreement == (1.0, 0.0)
     assert 0 <= found.kl_mean.value < 5e-8
@@ -112,7 +123,7 @@ def test_nan_logits_are_counted_and_never_agree(tmp_path: Path) -> None:
             out[3, out[3].argmax()] = np.inf  # the right token, for the wrong reason
             return out
 
-    found = quality.compare(Broken(20), saved)
+    found = compare(Broken(20), saved)
     assert found.nonfinite_tokens == 6
     assert found.top1_agreement.value == pytest.approx(1 - 6 / 33)
     assert math.isnan(found.kl_mean.value)
@@ -161,7 +172,7 @@ def test_errors_cover_the_truth_where_naive_ones_do_not() -> None:
 
 def test_paired_ratio_is_tighter_than_its_parts(tmp_path: Path) -> None:
     saved = store(tmp_path, text_windows(50, 12, 40), EchoModel(50))
-    found = quality.compare(EchoModel(50, noise=0.1), saved)
+    found = compare(EchoModel(50, noise=0.1), saved)
     assert found.perplexity_ratio.se is not None and found.perplexity.se is not None
     assert found.perplexity_ratio.se < 0.3 * found.perplexity.se / found.perplexity.value
 
@@ -243,6 +254,6 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     saved = store(tmp_path, text_windows(20, 2, 9), EchoModel(20))
     with pytest.raises(ArtifactError, match="21 tokens, the float model 20"):
-        quality.compare(EchoModel(21), saved)
+        compare(EchoModel(21), saved)
     with pytest.raises(ArtifactError, match=r"shape \(8, 20\), not \(9, 20\)"):
         quality.score_window(saved, 0, np.zeros((8, 20), np.float32))

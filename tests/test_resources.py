@@ -44,7 +44,7 @@ def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
     total = 4 * 33
     assert done[0] == (0, total) and done[-1] == (total, total)
     assert done == sorted(done)
-    assert found.quality == quality.compare(EchoModel(64, noise=0.5), baseline)
+    assert found.quality == quality.summarize(quality.score(EchoModel(64, noise=0.5), baseline))
     assert found.generation.consistent and len(found.generation.tokens) == 32
     assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
     used = found.resources

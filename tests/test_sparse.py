@@ -334,13 +334,6 @@ def test_an_experiment_stores_its_zeros(model, tmp_path):
     assert np.count_nonzero(tensors["token_embd.weight"]) > 0.9 * tensors["token_embd.weight"].size
 
 
-def test_moving_columns_and_their_neighbours_zeros_exclude_each_other(model, tmp_path):
-    use = ("--set", "targets.coreml.sparsity=2of4", "--set", "quantize.permute=true")
-    # A dry run, too: it is told before any walk.
-    told = refused(packlight("build", model, "-f", "coreml", "--dry-run", *use, cwd=tmp_path))
-    assert "quantize.permute would break coreml's 2of4" in told
-
-
 def test_options_that_exclude_each_other(model, tmp_path):
     (tmp_path / "im.gguf").write_bytes(b"")
     build = ("build", "m", "-f", "coreml", "--no-verify", "-o", "out",

@@ -16,6 +16,7 @@ import sample_report
 import tiny
 import torch
 from commands import packlight, refused
+from compress.solvers.rtn import rtn
 from echo_model import EchoModel
 
 import exporters.gguf
@@ -27,7 +28,6 @@ from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.plan.shapes import Weights
 from compress.report.html import render
-from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
 

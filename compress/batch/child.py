@@ -10,6 +10,7 @@ and from any thread.
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import threading
 
@@ -26,6 +27,4 @@ def die_with_parent() -> None:
 if __name__ == "__main__":
     threading.Thread(target=die_with_parent, daemon=True).start()
 
-    from compress.__main__ import main
-
-    main()
+    runpy.run_module("compress", run_name="__main__", alter_sys=True)

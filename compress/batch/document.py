@@ -17,7 +17,7 @@ from compress.report.report import ArtifactReport, GateReport, Report
 from compress.report.words import gate_failure, pipe_table, sentence, short_size
 
 if TYPE_CHECKING:
-    from compress.batch.story import Planned
+    from compress.batch.planning import Planned
 
 __all__ = ["batch_document", "errors", "finish", "markdown", "print_plan"]
 
@@ -155,7 +155,7 @@ def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: 
     console.table(["job", "artifacts", "memory", "threads", "time"], rows)
     for one in planned:
         if one.error:
-            console.warning(f"{one.name}: {told(one.error, one.hint)}")
+            console.warning(f"{one.name}: {with_hint(one.error, one.hint)}")
     busy = sum(found.seconds * found.threads for found in known) / cpus
     size = short_size(sum(found.bytes for found in known))
     console.data(
@@ -178,14 +178,14 @@ def finish(document: Mapping[str, Any], output: Path, console: Console, url: str
     console.table(HEADERS, [table_row(job) for job in document["jobs"]])
     for job in document["jobs"]:
         if job["error"]:
-            console.warning(f"{job['name']}: {told(job['error'], job['hint'])}")
+            console.warning(f"{job['name']}: {with_hint(job['error'], job['hint'])}")
         elif job["status"] == "killed":
             console.warning(f"{job['name']}: killed; --retry-failed does it again")
     console.verdict(document["exit_code"] == 0, totals(document))
     console.say(f"report: {output / 'batch.html'}")
 
 
-def told(error: str, hint: str) -> str:
+def with_hint(error: str, hint: str) -> str:
     """What went wrong and what to do, on one line."""
     return f"{error} ({hint})" if hint else error
 

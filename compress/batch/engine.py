@@ -81,7 +81,7 @@ class Outcome:
 
 
 class Watch(Protocol):
-    """Who is told, and asked, while jobs run; called in the thread that iterates."""
+    """Hears of starts, and decides about more, in the thread that iterates."""
 
     def started(self, work: Work) -> None:
         """A job has just been started (again, if an engine repeats it)."""
@@ -100,7 +100,7 @@ class Engine(Protocol):
 
         Args:
             works: with names of their own; ``after`` names one of them.
-            watch: is told of every start.
+            watch: hears of every start.
         """
         ...
 
@@ -121,7 +121,7 @@ class Process:
         with work.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,  # whose end tells it that we are gone
+                stdin=subprocess.PIPE,  # whose end means that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -141,7 +141,7 @@ class Process:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.stdin.close()
-        error, hint = last_words(self.work.log)
+        error, hint = last_error(self.work.log)
         unit = 1 if sys.platform == "darwin" else 1024
         code = self._process.returncode
         return Outcome(
@@ -182,7 +182,7 @@ def environment(work: Work) -> dict[str, str]:
     return {**child.environment(), **threads, "NO_COLOR": "1", **work.environment}
 
 
-def last_words(log: Path) -> tuple[str, str]:
+def last_error(log: Path) -> tuple[str, str]:
     """The last ``error:`` and ``hint:`` lines of a log; without an error its last line."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -212,7 +212,7 @@ class LocalEngine:
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
         """See ``Engine.run``; works of more memory than there is run alone."""
-        waiting = in_order(works)
+        waiting = longest_first(works)
         running: dict[str, Process] = {}
         threads: list[threading.Thread] = []
         ended: SimpleQueue[Outcome] = SimpleQueue()
@@ -255,12 +255,12 @@ class LocalEngine:
         return None
 
 
-def wait_for(process: Process, tell: Callable[[Outcome], None]) -> None:
+def wait_for(process: Process, report: Callable[[Outcome], None]) -> None:
     """What a thread of the engine does."""
-    tell(process.wait())
+    report(process.wait())
 
 
-def in_order(works: Sequence[Work]) -> list[Work]:
+def longest_first(works: Sequence[Work]) -> list[Work]:
     """Longest first, so that no long job is left alone at the end; a job counts for those that wait
     for it, too.
     """

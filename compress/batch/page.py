@@ -126,5 +126,5 @@ def title_of(job: Json, artifact: Json) -> str:
     """What a mark stands for."""
     words = f"{job['name']}, {get_format(artifact['format']).title} {artifact['type']}: "
     divergence = artifact["kl_divergence"]
-    told = f", KL {divergence:.4g}" if divergence is not None else ""
-    return words + short_size(artifact["bytes"]) + told
+    quality = f", KL {divergence:.4g}" if divergence is not None else ""
+    return words + short_size(artifact["bytes"]) + quality

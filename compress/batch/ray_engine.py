@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.batch.away import bring_back, run_away
-from compress.batch.engine import PATIENCE, Outcome, Watch, Work, in_order, run_work
-from compress.checkpoint.remote import SUMS
+from compress.batch.engine import PATIENCE, Outcome, Watch, Work, longest_first, run_work
+from compress.batch.output_tree import fetch_records, run_and_copy
 from compress.console import format_bytes
 from compress.decoder.config_json import json_or_empty
 from compress.errors import RuntimeMissingError, UsageError, one_line
+from compress.output.checksums import NAME as SUMS
 from compress.output.folder import locked
 
 __all__ = ["RayEngine"]
@@ -48,7 +48,7 @@ class RayEngine:
         """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted."""
         ray = self._ray
         task = ray.remote(run_on_node)
-        waiting = in_order(works)
+        waiting = longest_first(works)
         running: dict[Any, Work] = {}
         begun: set[str] = set()
         try:
@@ -69,15 +69,15 @@ class RayEngine:
                     return
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=PERIOD)
                 for stream in ready:
-                    word = take(ray, stream, running[stream])
-                    if word is None:
+                    event = next_event(ray, stream, running[stream])
+                    if event is None:
                         begun.add(running[stream].name)
                         watch.started(running[stream])
                     else:
                         del running[stream]
-                        if word.copied:
-                            bring_back(self._url, word.name, self._tree)
-                        yield word
+                        if event.copied:
+                            fetch_records(self._url, event.name, self._tree)
+                        yield event
                 if not watch.wanted():
                     for stream in [s for s, work in running.items() if work.name not in begun]:
                         ray.cancel(stream)
@@ -96,13 +96,13 @@ def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
         return
     yield None
     if url:
-        yield run_away(work, url)
+        yield run_and_copy(work, url)
         return
     yield finished_before(work) or run_work(work)
 
 
 def finished_before(work: Work) -> Outcome | None:
-    """How a job ended on a node that was lost before it could tell; None where it did not."""
+    """How a job ended on a node that was lost before it could report; None where it did not."""
     if "-o" not in work.arguments:
         return None
     output = Path(work.arguments[work.arguments.index("-o") + 1])
@@ -125,11 +125,11 @@ def await_lock(output: Path) -> None:
             time.sleep(0.5)
 
 
-def take(ray: Any, stream: Any, work: Work) -> Outcome | None:
-    """The next word of a task; one that Ray has given up is an outcome, too."""
+def next_event(ray: Any, stream: Any, work: Work) -> Outcome | None:
+    """The next event of a task; one that Ray has given up is an outcome, too."""
     try:
-        word: Outcome | None = ray.get(next(stream))
-        return word
+        event: Outcome | None = ray.get(next(stream))
+        return event
     except (ray.exceptions.RayError, StopIteration) as error:
         reason = f"given up by Ray after {RETRIES} retries: {one_line(error)}"
         return Outcome(work.name, -9, 0.0, error=reason)
@@ -206,7 +206,7 @@ def check_answers(address: str) -> None:
     Raises:
         UsageError: nothing does, or it is no such address.
     """
-    hint = "--address HOST:PORT as `ray start --head` tells it, or none for this machine alone"
+    hint = "--address HOST:PORT as `ray start --head` prints it, or none for this machine alone"
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"{address} is not the address of a Ray cluster", hint=hint)

@@ -114,8 +114,8 @@ class State:
 
     def ended(self, name: str, fingerprint: str) -> Record:
         """The record of a job that has made its folder, by its report."""
-        if told := refusals(self.report(name)):
-            return Record(fingerprint, "error", "; ".join(told), REFUSED_HINT, refused=True)
+        if refused := refusals(self.report(name)):
+            return Record(fingerprint, "error", "; ".join(refused), REFUSED_HINT, refused=True)
         return Record(fingerprint, self.verdict(name))
 
     def write(self, name: str, record: Record) -> None:

@@ -25,7 +25,7 @@ from compress.report.html import render
 from compress.report.describe import Baseline, build_report, model_facts
 from compress.report.report import Report
 from compress.verify import Outcome, gates
-from compress.verify.scorer import Scorer, text_name
+from compress.verify.scorer import BUILTIN_TEXT, Scorer
 
 if TYPE_CHECKING:
     from compress.allocation.step import Budgeted
@@ -37,7 +37,7 @@ class Built:
     """What came of a build.
 
     Attributes:
-        report: ``report.json``.
+        report: what was found out.
         folder: that was made.
     """
 
@@ -173,7 +173,7 @@ def make_report(
         bytes=job.checkpoint.nbytes,
         dtype=", ".join(dtypes),
         runtime=scorer.runtime if scorer else "",
-        text=text_name(eval_text),
+        text=eval_text.name if eval_text else BUILTIN_TEXT,
         speed=scorer.speed if scorer else None,
     )
     return build_report(

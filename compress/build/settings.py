@@ -17,7 +17,15 @@ from compress.recipe import Recipe, load
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
 
-__all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "plan_file", "recipe_overrides", "resolved_recipe"]
+__all__ = [
+    "BuildSettings",
+    "VerifySettings",
+    "check_options",
+    "command_line",
+    "plan_file",
+    "recipe_overrides",
+    "resolved_recipe",
+]
 
 
 @dataclass(frozen=True)

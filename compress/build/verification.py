@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compress.build.pipeline import make_report
 from compress.build.settings import VerifySettings
@@ -16,9 +17,9 @@ from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact
 from compress.recipe import Recipe
-from compress.report.against import Previous
 from compress.report.report import Report
 from compress.verify import gates
+from compress.report.against import Previous
 from compress.verify.scorer import Scorer, read_text, text_name
 from compress.verify.tasks import read_task
 
@@ -29,7 +30,7 @@ def verify(settings: VerifySettings, console: Console) -> Report:
     """Run artifacts that are there, and compare them with the float model; writes nothing.
 
     Returns:
-        The report; one of several artifacts may not have been run.
+        What was found out; one of several artifacts may not have been run.
     """
     with bounded(settings.threads, settings.max_memory):
         console.begin("read headers")
@@ -50,7 +51,6 @@ def verify(settings: VerifySettings, console: Console) -> Report:
         verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
         folder = folder_of(settings.artifact)
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
-        report.recipe = {"name": recipe.name, "gates": recipe.gates}
         if previous:
             previous.apply(report, console)
         if settings.ci_files:

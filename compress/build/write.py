@@ -51,7 +51,7 @@ def write_artifacts(
     groups = [(plan,) for plan in job.plans] if propagates else [job.plans]
     artifacts: list[Artifact] = []
     for group in groups:
-        inputs = [prepare_target(plan, job, calibration, console) for plan in group]
+        sources = [prepare_target(plan, job, calibration, console) for plan in group]
         label = f"write {', '.join(plan.format for plan in group)}"
         total, done = sum(plan.weights_bytes for plan in group), 0
         with (
@@ -65,18 +65,20 @@ def write_artifacts(
                 update(min(done, total), total)
 
             writers: list[Writer] = []
-            for plan, made_of in zip(group, inputs, strict=True):
+            for plan, made_of in zip(group, sources, strict=True):
                 place = folder / plan.format
                 place.mkdir(exist_ok=True)
-                ledger = state_folder(folder) / f"{place.name}.ledger"
+                ledger = state_folder(folder) / f"{plan.format}.ledger"
                 weights = target_weights(plan, job, made_of, calibration, Path(work), ledger)
                 if found := len(weights.ledger):
-                    console.detail(f"{place.name}: {found} tensors were written before")
+                    console.detail(f"{plan.format}: {found} tensors were written before")
                 writers.append(get_format(plan.format).Writer(plan, weights, place, written))
             put_all(writers, written)
-            artifacts += [finished(*pair) for pair in zip(writers, inputs, strict=True)]
-    for artifact in artifacts:
-        console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
+            for writer, made_of in zip(writers, sources, strict=True):
+                artifact = writer.close()
+                notes = (*artifact.notes, *made_of.notes, *writer.weights.notes())
+                artifacts.append(replace(artifact, notes=notes))
+                console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
     return artifacts
 
 
@@ -99,12 +101,6 @@ def put_all(writers: Sequence[Writer], written: Written = lambda nbytes: None) -
                     weights.finish(entry, writer.file, writer.put(entry))
             if weights.statistics is not None:
                 weights.statistics.forget()  # those of a block die with it
-
-
-def finished(writer: Writer, made_of: TargetInputs) -> Artifact:
-    """The artifact of a writer, with all that its report should say."""
-    artifact = writer.close()
-    return replace(artifact, notes=artifact.notes + made_of.notes + writer.weights.notes())
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,10 @@ class Importance:
         if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if recipe.folds and not needs_of(solver):
-            raise UsageError(
-                f"quantize.fold and quantize.permute look at inputs, {solver} does not", hint=use
-            )
+            raise UsageError(f"quantize.fold looks at inputs, {solver} does not", hint=use)
         if recipe.folds and self.imatrix:
             raise UsageError(
-                "--imatrix has less than quantize.fold and quantize.permute need",
+                "--imatrix has less than quantize.fold needs",
                 hint="leave it out: calibration texts have it",
             )
         if not needs_of(solver) and not measures and self.imatrix:

@@ -1,8 +1,7 @@
 """Folders behind URLs, through fsspec: ``s3://``, ``gs://``, ``file://`` and whatever it knows.
 
-A checkpoint is copied to this machine before it is read, an output is copied away when it is whole.
-Object stores have no rename: ``SHA256SUMS`` goes last, and a folder without it is not finished.
-Protocols come from fsspec's own packages (``pip install s3fs gcsfs adlfs``).
+A checkpoint is copied to this machine before it is read. Protocols come from fsspec's own
+packages (``pip install s3fs gcsfs adlfs``).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +18,6 @@ from compress.decoder.families import find_family
 from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
 from compress.files import file_lock, write_whole
 
-SUMS = "SHA256SUMS"
 INDEX = ".fetched.json"  # name → tag of the copy that is here
 
 
@@ -111,7 +108,7 @@ def fetch(url: str, cache: Path) -> Path:
 
 
 def listing(fs: Any, root: str) -> dict[str, dict[str, Any]]:
-    """File name → what the store tells of it, of now: some file systems keep old listings."""
+    """File name → what the store says of it now: some file systems keep old listings."""
     fs.invalidate_cache()
     return {PurePosixPath(row["name"]).name: row for row in fs.ls(root, detail=True)}
 
@@ -153,43 +150,12 @@ def copy(fs: Any, found: dict[str, Any], patterns: tuple[str, ...], folder: Path
 
 
 def version_tag(row: dict[str, Any]) -> str:
-    """What changes when a file changes, as its store tells it."""
+    """What changes when a file changes, as its store has it."""
     for key in ("ETag", "etag", "md5Hash", "checksum", "content_hash"):
         if row.get(key):
             return str(row[key])
     changed = row.get("mtime") or row.get("LastModified") or row.get("last_modified") or ""
     return f"{row.get('size')}-{changed or row.get('created', '')}"
-
-
-def publish(folder: Path, url: str) -> None:
-    """Copy a finished output folder to a URL; whole once its ``SHA256SUMS`` is there.
-
-    An output that lies there already is replaced: what it listed and the new one has not goes;
-    files that packlight did not make stay.
-
-    Raises:
-        UsageError: cannot be written; the reason in one line.
-    """
-    fs, root = open_url(url)
-    sums = (folder / SUMS).read_text(encoding="utf-8")
-    try:
-        old = read_sums(url)
-        if old == sums:
-            return
-        if old:
-            fs.rm_file(f"{root}/{SUMS}")
-        for name in listed(sums):
-            target = f"{root}/{name}"
-            fs.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
-            fs.put_file(str(folder / name), target)
-        fs.put_file(str(folder / SUMS), f"{root}/{SUMS}")
-        for name in set(listed(old or "")) - set(listed(sums)):
-            with suppress(FileNotFoundError):
-                fs.rm_file(f"{root}/{name}")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
 
 
 def write_text(url: str, name: str, text: str) -> None:
@@ -208,15 +174,6 @@ def write_text(url: str, name: str, text: str) -> None:
         ) from error
 
 
-def read_sums(url: str) -> str | None:
-    """``SHA256SUMS`` of the finished output at a URL, or None where there is none.
-
-    Raises:
-        UsageError: see ``open_url``.
-    """
-    return read_text(url, SUMS)
-
-
 def read_text(url: str, name: str) -> str | None:
     """A small UTF-8 file of a folder behind a URL, or None where there is none.
 
@@ -229,8 +186,3 @@ def read_text(url: str, name: str) -> str | None:
         return bytes(fs.cat_file(f"{root}/{name}")).decode("utf-8")
     except FileNotFoundError:
         return None
-
-
-def listed(sums: str) -> list[str]:
-    """File names of a ``SHA256SUMS``, in its order."""
-    return [line.partition("  ")[2] for line in sums.splitlines() if line]

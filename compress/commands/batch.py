@@ -39,8 +39,8 @@ def batch(file: Path, **options: Any) -> int:
     Jobs that were finished before are left out, half-done ones are continued.
     """
     console = make_console(options)
-    from compress.batch.story import BatchSettings
-    from compress.batch.story import batch as run
+    from compress.batch.pipeline import BatchSettings
+    from compress.batch.pipeline import batch as run
 
     settings = BatchSettings(
         file=file,

@@ -27,7 +27,6 @@ from compress.console import Console
 if TYPE_CHECKING:
     from compress.build.decide import Decision
     from compress.build.pipeline import Ready
-    from compress.build.settings import BuildSettings
 
 
 @click.command()
@@ -94,30 +93,18 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     """
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
+    from compress.build import pipeline
     from compress.build.settings import BuildSettings, plan_file
+    from compress.report.words import finish
 
     plan = plan_file(options["plan"], output, locked=options["locked"])
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
     )  # fmt: skip
-    return run(settings, console)
-
-
-def run(settings: BuildSettings, console: Console) -> int:
-    """Build, or plan for ``--dry-run``; print what came of it.
-
-    Returns:
-        2 where an artifact could not be run, 1 where a gate failed, else 0.
-    """
-    from compress.build import pipeline
-
     if settings.dry_run:
-        decision, ready = pipeline.rehearse(settings, console)
-        print_dry_run(decision, ready, console)
+        print_dry_run(*pipeline.rehearse(settings, console), console)
         return 0
-    from compress.report.words import finish
-
     built = pipeline.build(settings, console)
     return finish(built.report, built.folder, console)
 
@@ -150,6 +137,7 @@ def demo(output: Path, **options: Any) -> int:
     console.begin("load libraries")  # takes seconds
     from compress.build.settings import BuildSettings
     from compress.demo import model_path
+    from compress.report.words import finish
 
     settings = BuildSettings(
         model=str(model_path()),
@@ -159,4 +147,7 @@ def demo(output: Path, **options: Any) -> int:
         threads=options["threads"],
         overwrite=options["overwrite"],
     )
-    return run(settings, console)
+    from compress.build import pipeline
+
+    built = pipeline.build(settings, console)
+    return finish(built.report, built.folder, console)

@@ -1,19 +1,115 @@
-"""``packlight doctor``."""
+"""``packlight doctor``: is all here that a build needs, in versions that work together."""
 
 from __future__ import annotations
 
+import importlib.util
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
+from compress import __version__
 from compress.commands.options import make_console, output_options
+from compress.console import format_bytes
+from compress.machine import available_cpus, available_memory
 
 
 @click.command()
 @output_options
 def doctor(**options: Any) -> int:
     """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
-    from compress.commands import doctor_checks as checks
-
     console = make_console(options)
-    return checks.doctor(console)
+    checks = [python(), *packages(), llama_cpp(), coreml(), machine(), disk(), hub()]
+    if console.mode == "json":
+        console.result({"version": __version__, "checks": [asdict(check) for check in checks]})
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "ok  " if check.ok else "FAIL"
+        console.data(f"{mark}  {check.name.ljust(width)}  {check.found}")
+        if check.hint and not check.ok:
+            console.data(f"      {' ' * width}  hint: {check.hint}")
+    return 0 if all(check.ok for check in checks) else 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, what was found, whether it will do, and what to type if not."""
+
+    name: str
+    found: str
+    ok: bool
+    hint: str = ""
+
+
+def python() -> Check:
+    """The interpreter."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Check("python", found, sys.version_info >= (3, 11), "Python 3.11 or newer")
+
+
+def packages() -> list[Check]:
+    """Each dependency of the installed distribution, against the range it declares."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(line) for line in requires("packlight") or ()]
+    except PackageNotFoundError:
+        return [Check("packlight", "not installed, run from a checkout", True)]
+    checks = []
+    for wanted in declared:
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        hint = f'pip install "{wanted.name}{wanted.specifier}"'
+        try:
+            found = version(wanted.name)
+            fits = wanted.specifier.contains(found, prereleases=True)
+            checks.append(Check(wanted.name, found if fits else f"{found}, unfit", fits, hint))
+        except PackageNotFoundError:
+            checks.append(Check(wanted.name, "missing", False, hint))
+    return checks
+
+
+def llama_cpp() -> Check:
+    """Whether some package brings llama.cpp's C library."""
+    for package in ("xllamacpp", "llama_cpp"):
+        if importlib.util.find_spec(package) is not None:
+            return Check("llama.cpp", f"through {package}", True)
+    return Check(
+        "llama.cpp", "missing: GGUF files cannot be verified", False, "pip install xllamacpp"
+    )
+
+
+def coreml() -> Check:
+    """What will execute Core ML packages on this system."""
+    if platform.system() == "Darwin":
+        release = platform.mac_ver()[0]
+        fits = int(release.split(".")[0] or 0) >= 15
+        return Check("Core ML", f"macOS {release}", fits, "stateful models need macOS 15")
+    return Check("Core ML", "packlight's MIL evaluator (no Core ML on this system)", True)
+
+
+def machine() -> Check:
+    """CPUs that the process may use, and memory."""
+    memory = available_memory()
+    found = f"{available_cpus()} CPUs, {format_bytes(memory)} of memory available"
+    return Check("machine", found, memory > 1_000_000_000, "1 GB of free memory")
+
+
+def disk() -> Check:
+    """Room in the current folder."""
+    free = shutil.disk_usage(Path.cwd()).free
+    return Check("disk", f"{format_bytes(free)} free here", free > 1_000_000_000, "free 1 GB")
+
+
+def hub() -> Check:
+    """How a Hub id would be looked up; no request is made."""
+    from huggingface_hub import constants
+
+    mode = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+    return Check("Hub", f"{mode}, cache in {constants.HF_HUB_CACHE}", True)

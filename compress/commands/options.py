@@ -124,8 +124,8 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
         options: as click gives them.
         more: over them, and what has another name.
     """
-    told = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
-    return kind(**{each.name: told[each.name] for each in fields(kind) if each.name in told})
+    given = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
+    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
 
 
 def run_options(command: F) -> F:

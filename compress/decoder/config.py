@@ -193,17 +193,17 @@ class WeightMap:
     def names(self) -> Iterator[str]:
         """Every weight and bias once, unfused, in order of execution; a tied head included."""
         c = self.config
+        roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *c.linear_roles)]
         yield "embed_tokens.weight"
         for block in range(c.num_hidden_layers):
-            for role in (*c.norm_roles, *c.linear_roles):
-                yield from self._with_bias(f"blocks.{block}.{role}", role)
-        yield from self._with_bias("norm", "norm")
-        yield from self._with_bias("lm_head", "lm_head")
-
-    def _with_bias(self, stem: str, role: str) -> Iterator[str]:
-        yield f"{stem}.weight"
-        if self.config.has_bias(role):
-            yield f"{stem}.bias"
+            for role, biased in roles:
+                yield f"blocks.{block}.{role}.weight"
+                if biased:
+                    yield f"blocks.{block}.{role}.bias"
+        for role in ("norm", "lm_head"):
+            yield f"{role}.weight"
+            if c.has_bias(role):
+                yield f"{role}.bias"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight (``[rows, columns]`` or ``[n]``) or of a bias (``[rows]``)."""
@@ -225,26 +225,25 @@ class WeightMap:
         block, role, kind = split_name(name)
         if role == "lm_head" and kind == "weight" and self.config.tie_word_embeddings:
             role = "embed_tokens"
-        if role in self._disk:
-            return (Part(self._source(block, role, kind), 0, self._rows(role)),)
-        for fused, members in FUSED.items():
-            if role in members and fused in self._disk:
-                start = sum(self._rows(member) for member in members[: members.index(role)])
-                stop = start + self._rows(role)
-                return (Part(self._source(block, fused, kind), start, stop),)
-        if role in FUSED:
-            return tuple(
-                Part(self._source(block, member, kind), 0, self._rows(member))
-                for member in FUSED[role]
-            )
-        raise KeyError(name)
-
-    def _rows(self, role: str) -> int:
-        return self.config.weight_shape(role)[0]
-
-    def _source(self, block: int | None, role: str, kind: str) -> str:
-        stored = 0 if block is None else block // self.config.block_repeat
-        return f"{self._disk[role].format(i=stored)}.{kind}"
+        rows = self.config.weight_shape(role)[0]
+        stored, first, pieces = 0 if block is None else block // self.config.block_repeat, 0, [role]
+        if role not in self._disk:
+            whole = [f for f, members in FUSED.items() if role in members and f in self._disk]
+            if whole:
+                pieces, members = whole, FUSED[whole[0]]
+                before = members[: members.index(role)]
+                first = sum(self.config.weight_shape(member)[0] for member in before)
+            elif role in FUSED:
+                pieces = list(FUSED[role])
+            else:
+                raise KeyError(name)
+        parts = []
+        for piece in pieces:
+            if len(pieces) > 1:
+                rows = self.config.weight_shape(piece)[0]
+            source = f"{self._disk[piece].format(i=stored)}.{kind}"
+            parts.append(Part(source, first, first + rows))
+        return tuple(parts)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold, with its shape."""

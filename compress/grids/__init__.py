@@ -69,10 +69,6 @@ class Grid(Protocol):
         """Exact bytes of a packed tensor: codes, scales, minima, look-up tables."""
         ...
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """``nbytes * 8 / weights``."""
-        ...
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """Choose scales (zero points, minima, tables) for ``weight``.
 
@@ -110,10 +106,6 @@ class BaseGrid:
 
     def check(self, shape: tuple[int, int]) -> None:
         """Every shape fits."""
-
-    def bits_per_weight(self: Grid, shape: tuple[int, int]) -> float:
-        """``nbytes * 8 / weights``; zeros of sparse grids count as weights."""
-        return self.nbytes(shape) * 8 / (shape[0] * shape[1])
 
     def quantize(self: Grid, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``fit``, then ``encode``."""
@@ -268,7 +260,7 @@ class Quantized:
     @property
     def bits_per_weight(self) -> float:
         """Bits that the packed tensor takes for each of its weights, scales and tables included."""
-        return self.grid.bits_per_weight(self.shape)
+        return self.grid.nbytes(self.shape) * 8 / (self.shape[0] * self.shape[1])
 
     def decode(self) -> Float32:
         """The weights as a runtime reconstructs them, float32 ``[rows, columns]``."""

@@ -53,10 +53,6 @@ class DenseGrid(BaseGrid):
         """Bytes of a stored tensor."""
         return int(np.prod(shape, dtype=np.int64)) * SIZES[self.name]
 
-    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """``bits``."""
-        return float(self.bits)
-
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """No parameters."""
         return {}

@@ -165,11 +165,11 @@ def unescape(text: str) -> str:
 
 
 def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
-    """``packlight verify --checksums``: whether a folder is as it was written; tells what is not.
+    """``packlight verify --checksums``: whether a folder is as it was written.
 
     Args:
         folder: of a build.
-        console: told.
+        console: for what is not.
         alone: whether nothing else is verified, which would have a document of its own.
 
     Raises:
@@ -182,8 +182,8 @@ def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
     for line in findings.lines():
         console.warning(line)
     count = len(findings.lines())
-    told = f"{findings.files} files as in" if not count else f"{count} not as in"
-    console.verdict(findings.whole, f"{told} {folder / NAME}")
+    outcome = f"{findings.files} files as in" if not count else f"{count} not as in"
+    console.verdict(findings.whole, f"{outcome} {folder / NAME}")
     return findings.whole
 
 

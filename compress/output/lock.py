@@ -178,7 +178,7 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         now: what this build's would say, with its ``lock``.
 
     Raises:
-        UsageError: what differs, old and new; or the plan cannot tell.
+        UsageError: what differs, old and new; or the plan does not say.
     """
     lock = before.get("lock")
     if not isinstance(lock, dict) or not (lock.get("checkpoint") or {}).get("files"):

@@ -8,14 +8,15 @@ from typing import Any
 from compress import __version__
 from compress.console import Console, format_bytes
 from compress.plan.job import Job, looks_at_inputs
-from compress.plan.shapes import Plan
-from compress.recipe import Recipe, needs_of
+from compress.plan.shapes import Plan, bits_per_weight
+from compress.recipe import needs_of
 
 __all__ = ["plan_document", "print_plan"]
 
 
 def plan_document(job: Job) -> dict[str, Any]:
     """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
+    recipe = job.recipe.to_dict()
     return {
         "schema_version": 1,
         "tool": {"name": "packlight", "version": __version__},
@@ -26,7 +27,10 @@ def plan_document(job: Job) -> dict[str, Any]:
             "parameters": job.config.num_parameters,
         },
         **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {**job.recipe.to_dict()["quantize"], **calibration_document(job.recipe)},
+        "quantize": {
+            **recipe["quantize"],
+            **({"calibration": recipe["calibration"]} if looks_at_inputs(job.recipe) else {}),
+        },
         "targets": {
             plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
         },
@@ -38,21 +42,16 @@ def prune_document(job: Job) -> dict[str, Any]:
     return {**job.recipe.to_dict()["prune"], "parameters_left": job.shape.num_parameters}
 
 
-def calibration_document(recipe: Recipe) -> dict[str, Any]:
-    """``calibration`` as the recipe's document has it, where anything looks at inputs."""
-    looks = looks_at_inputs(recipe)
-    return {"calibration": recipe.to_dict()["calibration"]} if looks else {}
-
-
 def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
     """One target of ``plan.json``."""
+    expected = plan.expected_divergence
     return {
         "type": plan.type_name,
         "settings": plan.settings,
         "weights_bytes": plan.weights_bytes,
         **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
-        "bits_per_weight": round(plan.weights_bytes * 8 / job.config.num_parameters, 4),
-        **expectation(plan),
+        "bits_per_weight": round(bits_per_weight(plan.weights_bytes, job.config.num_parameters), 4),
+        **({} if expected is None else {"expected_kl_divergence": float(f"{expected:.4g}")}),
         **({"budget": dict(budget)} if budget else {}),
         "notes": list(plan.notes),
         "tensors": [
@@ -69,13 +68,6 @@ def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[
     }
 
 
-def expectation(plan: Plan) -> dict[str, float]:
-    """What a cost table says of the plan, four digits, where there was one."""
-    if plan.expected_divergence is None:
-        return {}
-    return {"expected_kl_divergence": float(f"{plan.expected_divergence:.4g}")}
-
-
 def print_plan(job: Job, console: Console) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
     console.result(plan_document(job))
@@ -90,7 +82,7 @@ def print_plan(job: Job, console: Console) -> None:
         for entry in plan.entries:
             counts[entry.grid] = counts.get(entry.grid, 0) + 1
         grids = ", ".join(f"{count} {grid}" for grid, count in sorted(counts.items()))
-        bits = f"{plan.weights_bytes * 8 / parameters:.3f}"
+        bits = f"{bits_per_weight(plan.weights_bytes, parameters):.3f}"
         rows.append([plan.format, plan.type_name, format_bytes(plan.weights_bytes), bits, grids])
     console.table(["format", "type", "weights", "bits per weight", "tensors"], rows)
     if needs_of(job.recipe.solver):
@@ -100,8 +92,7 @@ def print_plan(job: Job, console: Console) -> None:
     else:
         console.data(f"solver: {job.recipe.solver}")
     if job.recipe.folds:
-        ways = ["rescaled (awq)"] * (job.recipe.fold == "awq") + ["reordered"] * job.recipe.permute
-        console.data(f"channels: {' and '.join(ways)} where that measures better")
+        console.data(f"channels: rescaled ({job.recipe.fold}) where that measures better")
     for plan in job.plans:
         for note in plan.notes:
             console.data(f"note ({plan.format}): {note}")

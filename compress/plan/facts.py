@@ -10,6 +10,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
 from compress.formats import get_format
 from compress.plan.job import describe_model, find_artifacts
+from compress.plan.shapes import bits_per_weight
 
 __all__ = ["describe", "describe_checkpoint"]
 
@@ -59,7 +60,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": config.architecture,
         "parameters": config.num_parameters,
         "bytes": checkpoint.nbytes,
-        "bits_per_weight": checkpoint.nbytes * 8 / config.num_parameters,
+        "bits_per_weight": bits_per_weight(checkpoint.nbytes, config.num_parameters),
         "metadata": metadata,
         "tensors": [
             {"name": name, "shape": list(info.shape), "grid": info.dtype, "bytes": info.nbytes}

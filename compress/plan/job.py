@@ -16,7 +16,7 @@ from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
-from compress.plan.transform import Transform, Transforms
+from compress.plan.transform import Transforms
 from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
@@ -61,7 +61,10 @@ class Job:
 
     def source_of(self, plan: Plan) -> Source:
         """The weights that a target is made of, before anything that goes by statistics."""
-        return seen(self.source, self.transforms.get(plan.format, ()))
+        source = self.source
+        for change in self.transforms.get(plan.format, ()):
+            source = change.seen(source)
+        return source
 
     def on(self, source: Source) -> Job:
         """The same job on other weights of the shape that it was planned for."""
@@ -161,8 +164,9 @@ def make_plans(
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
         request = PlanRequest(settings, name, grids, context, importance)
-        changes = transforms.get(target, ())
-        changed = seen(source, changes)
+        changed, changes = source, transforms.get(target, ())
+        for change in changes:
+            changed = change.seen(changed)
         plan = get_format(target).plan(changed.config, request)
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
@@ -170,13 +174,6 @@ def make_plans(
             plan = change.planned(plan, changed)
         plans.append(plan)
     return tuple(plans)
-
-
-def seen(source: Source, transforms: Sequence[Transform]) -> Source:
-    """A source through those of its transforms that go by the weights alone."""
-    for transform in transforms:
-        source = transform.seen(source)
-    return source
 
 
 def model_name(source: str) -> str:

@@ -26,7 +26,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere every star
 Row = dict[str, Any]
 
 
-class Ledger:
+class Ledger(dict[str, Row]):
     """Finished tensors by name, in the order of their coming.
 
     Args:
@@ -36,23 +36,11 @@ class Ledger:
 
     def __init__(self, path: Path | None = None, target: str = "") -> None:
         self._path, self._target = path, target
-        self._rows: dict[str, Row] = {}
+        super().__init__()
         self._synced_at = time.monotonic()
         self._unsynced: Path | None = None  # file of the last tensor, unless that is synced
         if path is not None:
             self._open(path)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
-    def __getitem__(self, name: str) -> Row:
-        return self._rows[name]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def add(self, name: str, file: Path, end: int, **facts: Any) -> None:
         """A tensor is finished.
@@ -63,8 +51,8 @@ class Ledger:
             end: where they end in the file.
             facts: what the writer will want to know of it.
         """
-        self._rows[name] = {"done": name, "end": end, **facts}
-        self._append(self._rows[name])
+        self[name] = {"done": name, "end": end, **facts}
+        self._append(self[name])
         self._unsynced = file
         if time.monotonic() > self._synced_at + SYNC_EVERY:
             self.sync()
@@ -83,11 +71,11 @@ class Ledger:
             False where it is to be written from its start: nothing is finished, or it is not as
             long as the ledger says; then the ledger is empty, too.
         """
-        end = max((row["end"] for row in self), default=0)
+        end = max((row["end"] for row in self.values()), default=0)
         if end and file.is_file() and file.stat().st_size >= end:
             os.truncate(file, end)
             return True
-        if self._rows:
+        if self:
             self._begin()
         return False
 
@@ -103,11 +91,11 @@ class Ledger:
             synced = [i for i, (row, _) in enumerate(lines) if "synced" in row]
             lines = lines[: synced[-1] + 1 if synced else 1]
         os.truncate(path, lines[-1][1])
-        self._rows = {row["done"]: row for row, _ in lines if "done" in row}
+        self.update({row["done"]: row for row, _ in lines if "done" in row})
         self._append({"boot": boot_id()})
 
     def _begin(self) -> None:
-        self._rows = {}
+        self.clear()
         if self._path is not None:
             self._path.parent.mkdir(exist_ok=True)
             self._path.unlink(missing_ok=True)

@@ -102,9 +102,14 @@ class Plan:
         return parts
 
 
+def bits_per_weight(nbytes: int, weights: int | None) -> float:
+    """Bits that ``nbytes`` bytes are for each of ``weights`` weights; 0 where none are known."""
+    return nbytes * 8 / weights if weights else 0.0
+
+
 def mix_name(entries: Sequence[PlanEntry], config: DecoderConfig) -> str:
     """``Plan.type_name`` of a mix: bytes of its tensors in bits per weight of the float model."""
-    bits = 8 * sum(entry.nbytes for entry in entries) / config.num_parameters
+    bits = bits_per_weight(sum(entry.nbytes for entry in entries), config.num_parameters)
     return f"mix-{bits:.2f}bpw"
 
 

@@ -128,7 +128,7 @@ class Weights:
 
     def notes(self) -> tuple[str, ...]:
         """A line for the report, where rows fell back."""
-        rows_of = {row["weight"]: row["fallen"] for row in self.ledger}
+        rows_of = {row["weight"]: row["fallen"] for row in self.ledger.values()}
         fallen = {name: rows for name, rows in (self.fallen | rows_of).items() if rows}
         if not fallen:
             return ()

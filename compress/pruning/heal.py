@@ -80,14 +80,11 @@ class Ward:
 
     Args:
         whole: the float model.
-        pruned: what is left of it.
         windows: of one length, two at least.
         work: folder for the states, where they are large.
     """
 
-    def __init__(
-        self, whole: Source, pruned: Source, windows: Sequence[Sequence[int]], work: Path
-    ) -> None:
+    def __init__(self, whole: Source, windows: Sequence[Sequence[int]], work: Path) -> None:
         decoder = Decoder(whole.config, whole.read)
         embedded = decoder.embed(windows)
         self.rope: RopeTable = decoder.rope(len(windows[0]))
@@ -96,7 +93,7 @@ class Ward:
         every = min(HELD_BACK, len(windows))
         self.held = [i for i in range(len(windows)) if i % every == every - 1]
         self.trained = [i for i in range(len(windows)) if i % every != every - 1]
-        self._whole, self._pruned = whole, pruned
+        self._whole = whole
         self._repeat = whole.config.block_repeat
 
     def advance_goals(self, stored: int) -> None:
@@ -179,7 +176,7 @@ def heal(
             "healing needs two windows of calibration text, one to train on and one to measure",
             hint="more calibration.tokens, or a smaller calibration.sequence_length",
         )
-    ward = Ward(whole, pruned, windows, work)
+    ward = Ward(whole, windows, work)
     shares = Shares(healing, len(kept), clock)
     ends = [*kept[1:], whole.config.num_hidden_layers // whole.config.block_repeat]
     found: dict[str, Any] = {"steps": [], "before": [], "after": []}

@@ -148,8 +148,6 @@ class Fold(Transform):
                 statistics,
                 plan,
                 recipe.solver,
-                scale=recipe.fold == "awq",
-                order=recipe.permute,
                 length=len(windows()[0]),
                 progress=update,
             )

@@ -29,8 +29,7 @@ def check_zeros(target: str, recipe: Recipe) -> None:
 
     Raises:
         UnsupportedModelError: the format stores every zero, and the recipe does not allow that.
-        UsageError: a budget, too; or columns that are to change places, and zeros that count on
-            their neighbours.
+        UsageError: a budget, too.
         GridError: a sparsity that is none.
     """
     pattern = pattern_for(recipe.targets[target])
@@ -38,11 +37,6 @@ def check_zeros(target: str, recipe: Recipe) -> None:
         raise UsageError(
             f"a budget chooses among dense grids, and {target} asks for sparsity {pattern.name}",
             hint=f"--set targets.{target}.sparsity=none, or no budget",
-        )
-    if pattern is not None and pattern.of and recipe.permute:
-        raise UsageError(
-            f"quantize.permute would break {target}'s {pattern.name}: it moves columns",
-            hint="--set quantize.permute=false, or a share such as 0.5",
         )
     if pattern is None or get_format(target).stores_zeros or recipe.allow_dense:
         return

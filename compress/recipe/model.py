@@ -306,11 +306,6 @@ class Quantize(Section):
         description="awq: columns of important inputs are scaled up before rounding and the inputs "
         "down, in the weights before them; kept where it measures better. Not with rtn.",
     )
-    permute: bool = Field(
-        default=False,
-        description="Sort channels that are free to change places before rounding; kept where it "
-        "measures better. Not with rtn.",
-    )
 
 
 class Verify(Section):
@@ -373,11 +368,6 @@ class Recipe(Section):
         return self.quantize.fold
 
     @property
-    def permute(self) -> bool:
-        """Whether channels may change places before that."""
-        return self.quantize.permute
-
-    @property
     def candidates(self) -> tuple[str, ...]:
         """Grids that a budget chooses among; none: each format's own choice."""
         named = self.quantize.candidates
@@ -411,8 +401,8 @@ class Recipe(Section):
 
     @property
     def folds(self) -> bool:
-        """Whether ``fold`` or ``permute`` ask for a search before codes are chosen."""
-        return self.fold != "none" or self.permute
+        """Whether ``fold`` asks for a search before codes are chosen."""
+        return self.fold != "none"
 
     @property
     def budget_bytes(self) -> int | None:

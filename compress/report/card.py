@@ -139,7 +139,8 @@ def measured(report: Report) -> str:
 
 def how_to_run(artifact: ArtifactReport) -> list[str]:
     """A heading, and the shortest way to run an artifact."""
-    return [f"### {markdown_label(artifact)}", *get_format(artifact.format).how_to_run(artifact)]
+    lines = get_format(artifact.format).how_to_run(artifact)
+    return [f"### {markdown_label(artifact)}", *lines]
 
 
 def notes(report: Report) -> list[str]:

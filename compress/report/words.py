@@ -14,6 +14,7 @@ from compress.formats import get_format
 if TYPE_CHECKING:
     from compress.report.report import ArtifactReport, GateReport, Report
 
+
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
 

@@ -5,10 +5,6 @@ it is rounded, and its input divided by ``s``: its error shrinks, at the cost of
 its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
 largest magnitude to the power of 1 - α. ``solvers.folding`` has the places where that is exact.
 
-Channels may also change places where that is free. Where groups of columns share a scale they are
-sorted by the largest magnitude of what multiplies them, so that groups are of like columns; where
-rows share a palette, by the root mean square of the rows that make them.
-
 α is that of the least output error of the weights that multiply the input, estimated on some of
 their rows (``Estimate``). What counts is decided afterwards, on inputs that were held back from the
 Hessian: the half is run with the codes that the recipe's own solver chooses, and a change stays
@@ -18,7 +14,7 @@ only if the half's output comes nearer to the float model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,11 +23,10 @@ from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, Float32
 from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
-from compress.grids.palette import Palette
 from compress.plan.shapes import Plan
 from compress.recipe import needs_of
 from compress.solvers import scale_search
-from compress.solvers.folding import Fold, Folded, columns_of, uses
+from compress.solvers.folding import Folds, columns_of
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
 from compress.solvers.hessian import factors_of, output_errors
 
@@ -49,24 +44,22 @@ class Found:
     """What a search found.
 
     Attributes:
-        folds: by input name.
+        folds: the scales.
         errors: on held-back inputs, before and after: of every half the relative output error, of
             the head the KL divergence.
     """
 
-    folds: Mapping[str, Fold]
+    folds: Folds
     errors: tuple[tuple[float, float], ...]
 
     def note(self) -> str:
         """A line for the report."""
-        scaled = sum(fold.scale is not None for fold in self.folds.values())
-        moved = sum(fold.order is not None for fold in self.folds.values())
         ratios = [after / before for before, after in self.errors]
         drop = 1 - math.exp(sum(map(math.log, ratios)) / max(len(ratios), 1))
         return (
-            f"Before rounding, the channels of {scaled} inputs were rescaled and those of {moved} "
-            f"reordered, which leaves the float model as it is: output error {100 * drop:.1f} % "
-            f"less, the mean of {len(ratios)} parts on inputs held back from calibration"
+            f"Before rounding, the channels of {len(self.folds)} inputs were rescaled, which "
+            f"leaves the float model as it is: output error {100 * drop:.1f} % less, the mean of "
+            f"{len(ratios)} parts on inputs held back from calibration"
         )
 
 
@@ -76,8 +69,6 @@ def search(
     plan: Plan,
     solver: str,
     *,
-    scale: bool,
-    order: bool,
     length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
@@ -88,8 +79,6 @@ def search(
         statistics: of their inputs; with Hessians and held-back inputs.
         plan: the target's grids.
         solver: what will choose the codes.
-        scale: look for scales.
-        order: look for orders.
         length: tokens of a calibration window, of which whole ones were held back.
         progress: ``progress(done, total)`` in stored blocks.
 
@@ -97,7 +86,7 @@ def search(
         UsageError: no inputs were held back.
     """
     config = source.config
-    folds: dict[str, Fold] = {}
+    folds: dict[str, Float32] = {}
     errors = []
     rounded = {
         entry.name: get_grid(entry.grid)
@@ -111,34 +100,27 @@ def search(
             if not any(input_of(config, name) in half.sites for name in entries):
                 continue  # all of it stays float
             trial = Trial(source, statistics, half, entries, solver, length)
-            errors.append(improve(trial, half.sites, folds, scale=scale, order=order))
+            errors.append(improve(trial, half.sites, folds))
         progress(done, len(stored))
     if not config.tie_word_embeddings and "lm_head.weight" in rounded:
         head = HeadTrial(source, statistics, rounded["lm_head.weight"], solver)
-        errors.append(improve(head, ("lm_head",), folds, scale=scale, order=order))
+        errors.append(improve(head, ("lm_head",), folds))
     return Found(folds, tuple(errors))
 
 
 def improve(
-    trial: Trial | HeadTrial,
-    sites: tuple[str, ...],
-    folds: dict[str, Fold],
-    *,
-    scale: bool,
-    order: bool,
+    trial: Trial | HeadTrial, sites: tuple[str, ...], folds: dict[str, Float32]
 ) -> tuple[float, float]:
     """Add to ``folds`` what lowers the error of a half; its error before and after."""
-    kept: dict[str, Fold] = {}
+    kept: dict[str, Float32] = {}
     before = best = trial.error(kept)
     for site in sites:
-        for wanted, propose in ((scale, propose_scale), (order, propose_order)):
-            known = kept.get(site, Fold())
-            fold = propose(trial, site, known) if wanted else None
-            if fold is None:
-                continue
-            error = trial.error({**kept, site: fold})
-            if error < best * (1 - MARGIN):
-                best, kept[site] = error, fold
+        scale = propose_scale(trial, site)
+        if scale is None:
+            continue
+        error = trial.error({**kept, site: scale})
+        if error < best * (1 - MARGIN):
+            best, kept[site] = error, scale
     folds |= kept
     return before, best
 
@@ -146,7 +128,7 @@ def improve(
 # --- what is tried ----------------------------------------------------------------------------
 
 
-def propose_scale(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | None:
+def propose_scale(trial: Trial | HeadTrial, site: str) -> Float32 | None:
     """The scale of the best α, or None where 1 is as good or nothing may be scaled."""
     config = trial.source.config
     if not trial.entries_of(site) or (site.endswith("down_proj") and not config.gated_mlp):
@@ -158,7 +140,7 @@ def propose_scale(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | No
             scale = normalized(estimate.sizes**power / widths)
             cost = estimate.cost(scale)
             if cost < least:
-                least, found = cost, replace(known, scale=scale)
+                least, found = cost, scale
     return found
 
 
@@ -193,8 +175,8 @@ class Estimate:
 
     def cost(self, scale: Float32 | None) -> float:
         """Under ``scale``, float32 ``[channels]``."""
-        columns, _ = columns_of(self._config, self._site, Fold(scale))
-        columns = np.ones(1, np.float32) if columns is None else columns
+        one = np.ones(1, np.float32)
+        columns = one if scale is None else columns_of(self._config, self._site, scale)
         total = 0.0
         for weight, grid in self._weights:
             scaled = weight * columns
@@ -216,33 +198,6 @@ def left_over(stats: LayerStats, grid: Grid) -> Float32:
     for factor in factors_of(stats, span, DAMPING, together):
         variances[factor.order] = factor.variances
     return variances
-
-
-def propose_order(trial: Trial | HeadTrial, site: str, known: Fold) -> Fold | None:
-    """Channels sorted, or None where their order is not free or does not matter.
-
-    A split Hessian is left alone: what an order would need of it is not known.
-    """
-    config, entries = trial.source.config, trial.entries_of(site)
-    role = site.rpartition(".")[2]
-    if role not in ("o_proj", "down_proj") or not entries:
-        return None
-    if len(trial.stats(site).hessian or ()) > 1:
-        return None
-    folded = Folded(trial.source, {site: known})
-    if any(isinstance(grid, Palette) and grid.rows for _, grid in entries):
-        stem = site.removesuffix(role)
-        makers = [made for made, use in uses(config).items() if use == role]
-        rows = [folded.read(f"{stem}{maker}.weight") for maker in makers]
-        sizes = np.prod([np.sqrt(np.mean(weight**2, axis=1)) for weight in rows], axis=0)
-    elif any(getattr(grid, "span", 1) for _, grid in entries):
-        columns = [np.abs(folded.read(name)).max(axis=0) for name, _ in entries]
-        sizes = by_channel(config, site, np.max(columns, axis=0))
-    else:  # one scale or one palette for whole rows
-        return None
-    span = config.head_dim if role == "o_proj" else len(sizes)
-    within = np.argsort(-sizes.reshape(-1, span), axis=1, kind="stable")
-    return replace(known, order=(within + span * np.arange(len(within))[:, None]).reshape(-1))
 
 
 def by_channel(config: DecoderConfig, site: str, values: Float32) -> Float32:

@@ -17,7 +17,7 @@ from compress.decoder.decoder import Block, Decoder, as_tensor, reader
 from compress.errors import UsageError
 from compress.grids import Grid
 from compress.solvers import get_solver
-from compress.solvers.folding import Fold, Folded, fold_statistics
+from compress.solvers.folding import Folded, Folds, fold_statistics
 
 __all__ = ["HeadTrial", "Trial", "halves", "some_rows"]
 
@@ -90,7 +90,7 @@ class Trial:
         config = self.source.config
         return [(n, grid) for n, grid in self._entries.items() if input_of(config, n) == site]
 
-    def error(self, folds: Mapping[str, Fold]) -> float:
+    def error(self, folds: Folds) -> float:
         """Mean squared error of the output over its mean square, under folds."""
         config = self.source.config
         folded = Folded(self.source, folds)
@@ -155,7 +155,7 @@ class HeadTrial:
         """As ``Trial``'s."""
         return [(f"{HEAD}.weight", self._grid)]
 
-    def error(self, folds: Mapping[str, Fold]) -> float:
+    def error(self, folds: Folds) -> float:
         """Mean KL divergence of the next token's probabilities, under folds."""
         statistics = fold_statistics(self.source.config, self._statistics, folds)
         weight = self._rows(Folded(self.source, folds))

@@ -105,15 +105,6 @@ class Quality:
     kl_by_position: Series
 
 
-def compare(
-    runtime: Runtime,
-    baseline: BaselineStore,
-    progress: Callable[[int, int], None] | None = None,
-) -> Quality:
-    """Score an artifact in this process: ``summarize(score(...))``."""
-    return summarize(score(runtime, baseline, progress))
-
-
 def score(
     runtime: Runtime,
     baseline: BaselineStore,

@@ -43,7 +43,7 @@ def read_text(path: Path | None) -> str:
 
 def text_name(path: Path | None) -> str:
     """How reports call a text to score on."""
-    return path.name if path else "built-in"
+    return path.name if path else BUILTIN_TEXT
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -73,6 +73,7 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
     return f"verify the float model, {formats} on {windows} windows of {length} tokens"
 
 
+BUILTIN_TEXT = "built-in"  # how reports call the held-out text
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.decoder.config_json import json_or_empty
+from compress.plan.shapes import bits_per_weight
 from exporters.coreml.blobs import Packed
 from exporters.coreml.mil import Function, Operation, read_package
 
@@ -44,7 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": program.metadata.get("co.huggingface.exporters.architecture", ""),
         "parameters": parameters or None,
         "bytes": nbytes,
-        "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "bits_per_weight": bits_per_weight(nbytes, parameters),
         "kv_bytes_per_value": 2,  # states are float16
         "context": cache_slots(function),
         "config": json_or_empty(path.parent / "config.json"),

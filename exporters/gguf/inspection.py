@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError
+from compress.plan.shapes import bits_per_weight
 from exporters.gguf.head import read_head
 from exporters.gguf.metadata import CONTEXT_KEY, TYPE_KEY
 from exporters.gguf.mixes import MIXES
@@ -51,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": metadata.get("general.architecture", ""),
         "parameters": parameters,
         "bytes": size,
-        "bits_per_weight": size * 8 / parameters if parameters else 0.0,
+        "bits_per_weight": bits_per_weight(size, parameters),
         "kv_bytes_per_value": 2,  # llama.cpp's default cache is float16
         "context": whole_number(keys.get(CONTEXT_KEY)),
         "config": hf_config(metadata, tensors),

@@ -73,11 +73,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_set_n_threads": (None, _POINTER, c.c_int32, c.c_int32),
     "llama_model_get_vocab": (_POINTER, _POINTER),
     "llama_vocab_n_tokens": (c.c_int32, _POINTER),
-    "llama_vocab_is_eog": (c.c_bool, _POINTER, c.c_int32),
-    "llama_tokenize": (
-        c.c_int32, _POINTER, c.c_char_p, c.c_int32, c.POINTER(c.c_int32), c.c_int32,
-        c.c_bool, c.c_bool,
-    ),
     "llama_batch_init": (_Batch, c.c_int32, c.c_int32, c.c_int32),
     "llama_batch_free": (None, _Batch),
     "llama_decode": (c.c_int32, _POINTER, _Batch),
@@ -234,30 +229,6 @@ class LlamaCpp:
             self._decode(tokens[start : start + self._batch_size], every=False)
         last = self._c.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(last, (self.vocab_size,)).copy()
-
-    def tokenize(
-        self, text: str, *, add_special: bool = True, parse_special: bool = True
-    ) -> list[int]:
-        """llama.cpp's own tokenization.
-
-        Args:
-            add_special: put BOS (and EOS) around it, where the file says so.
-            parse_special: read ``<|user|>`` as the token, as Hugging Face's tokenizers do.
-        """
-        data = text.encode()
-        room = len(data) + 8
-        while True:
-            tokens = (c.c_int32 * room)()
-            count = self._c.llama_tokenize(
-                self._vocab, data, len(data), tokens, room, add_special, parse_special
-            )
-            if count >= 0:
-                return list(tokens[:count])
-            room = -count
-
-    def ends_generation(self, token: int) -> bool:
-        """Whether llama.cpp stops at this token."""
-        return bool(self._c.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
         """Free the model. Calling it twice is harmless."""

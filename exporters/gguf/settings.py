@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from compress.recipe.model import TargetSettings
 
 __all__ = ["Settings"]
-
-
-def upper(given: Any) -> Any:
-    return given.upper() if isinstance(given, str) else given
 
 
 class Settings(TargetSettings):
@@ -24,7 +20,7 @@ class Settings(TargetSettings):
             "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4", "IQ3_XXS",
             "IQ3_XS", "IQ3_S", "IQ3_M", "F16", "BF16",
         ],
-        BeforeValidator(upper),
+        BeforeValidator(lambda given: given.upper() if isinstance(given, str) else given),
     ] = Field(
         default="Q4_K_M", description="A llama.cpp type or mix; case does not matter."
     )  # fmt: skip

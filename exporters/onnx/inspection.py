@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.decoder.config_json import json_or_empty
 from compress.errors import ArtifactError
+from compress.plan.shapes import bits_per_weight
 from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
 
@@ -60,7 +61,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": (config.get("architectures") or [model.graph.name])[0],
         "parameters": parameters,
         "bytes": nbytes,
-        "bits_per_weight": nbytes * 8 / parameters if parameters else 0.0,
+        "bits_per_weight": bits_per_weight(nbytes, parameters),
         "kv_bytes_per_value": KV_BYTES,
         "context": int(metadata.get(CONTEXT_KEY, 0)),
         "config": config,

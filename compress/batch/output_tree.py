@@ -1,0 +1,163 @@
+"""The output tree: a folder, or behind a URL, where a job builds on a disk of its machine and its
+folder is copied there.
+
+The tree on the machine of the batch then holds records, reports and checksums, not the artifacts.
+Object stores have no rename: ``SHA256SUMS`` goes last, and a folder without it is not finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
+from compress.batch.state import stamp
+from compress.checkpoint.remote import fingerprint_text, is_url, open_url, read_text
+from compress.errors import ArtifactError, PacklightError, UsageError, one_line
+from compress.files import cache_folder
+from compress.output.checksums import NAME as SUMS
+from compress.output.checksums import parse_checksums, read_checksums
+from compress.plan.job import model_name
+
+__all__ = ["CopyingEngine", "OutputTree", "fetch_records", "publish", "read_sums", "run_and_copy"]
+
+# What a batch needs of a finished job; last what marks it as finished.
+RECORDS = ("report.json", "report.html", "README.md", "plan.json", "recipe.yaml", SUMS)
+
+
+@dataclass(frozen=True)
+class OutputTree:
+    """Where the output tree is.
+
+    Attributes:
+        folder: on this machine, or on storage that all machines share.
+        url: that finished jobs are copied to; then ``folder`` keeps their reports and checksums
+            alone. Empty for a tree that is a folder.
+    """
+
+    folder: Path
+    url: str = ""
+
+    @classmethod
+    def at(cls, place: str) -> OutputTree:
+        """A folder or a URL."""
+        if not is_url(place):
+            return cls(Path(place).resolve())
+        name = f"{model_name(place)}-{fingerprint_text(place)[:12]}"
+        return cls(cache_folder("batch") / "trees" / name, place.rstrip("/"))
+
+
+class CopyingEngine:
+    """An engine of this machine whose finished jobs are copied to a URL.
+
+    Args:
+        engine: that runs them.
+        tree: the output tree on this machine.
+        url: that tree's place.
+    """
+
+    def __init__(self, engine: Engine, tree: Path, url: str) -> None:
+        self._engine, self._tree, self._url = engine, tree, url
+
+    def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
+        """See ``Engine.run``. A job whose folder cannot be copied is one that could not run."""
+        before = {work.name: stamp(self._tree / work.name) for work in works}
+        with closing(self._engine.run(works, watch)) as outcomes:
+            for outcome in outcomes:
+                folder = self._tree / outcome.name
+                if stamp(folder) not in (0, before[outcome.name]):
+                    outcome = copied(outcome, folder, self._url)
+                if outcome.copied:
+                    fetch_records(self._url, outcome.name, self._tree)
+                yield outcome
+
+
+def copied(outcome: Outcome, folder: Path, url: str) -> Outcome:
+    """Copy the folder that a job has made to ``URL/NAME``; what went wrong becomes the outcome."""
+    try:
+        publish(folder, f"{url}/{outcome.name}")
+    except PacklightError as error:
+        return replace(outcome, code=2, error=error.message, hint=error.hint)
+    return replace(outcome, copied=True)
+
+
+def run_and_copy(work: Work, url: str) -> Outcome:
+    """One job on a machine that does not share the output tree.
+
+    What a build leaves when it is cut off stays on this machine's disk, and the same job goes on
+    from there if it comes here again.
+    """
+    place = cache_folder("batch") / "jobs" / fingerprint_text(f"{url}/{work.name}")[:16]
+    arguments = list(work.arguments)
+    arguments[arguments.index("-o") + 1] = str(place / "out")
+    for option in ("--progress-file", "--keep-baseline"):  # places in the tree
+        if option in arguments:
+            start = arguments.index(option)
+            del arguments[start : start + 2]
+    shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not copied before the end
+    here = replace(work, arguments=tuple(arguments), log=place / "log")
+    outcome = run_work(here)
+    if stamp(place / "out"):
+        outcome = copied(outcome, place / "out", url)
+    if outcome.copied:
+        shutil.rmtree(place)
+    return outcome
+
+
+def fetch_records(url: str, name: str, tree: Path) -> None:
+    """The small files of a job that was copied to ``URL/NAME``, to ``TREE/NAME``."""
+    folder = tree / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in RECORDS:
+        text = read_text(f"{url}/{name}", file)
+        if text is not None:
+            (folder / file).write_text(text, encoding="utf-8")
+
+
+def publish(folder: Path, url: str) -> None:
+    """Copy a finished output folder to a URL; whole once its ``SHA256SUMS`` is there.
+
+    An output that lies there already is replaced: what it listed and the new one has not goes;
+    files that packlight did not make stay.
+
+    Raises:
+        UsageError: cannot be written; the reason in one line.
+    """
+    fs, root = open_url(url)
+    sums = read_checksums(folder / SUMS)
+    try:
+        old = read_sums(url)
+        if old == sums:
+            return
+        if old is not None:
+            fs.rm_file(f"{root}/{SUMS}")
+        for name in sums:
+            target = f"{root}/{name}"
+            fs.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
+            fs.put_file(str(folder / name), target)
+        fs.put_file(str(folder / SUMS), f"{root}/{SUMS}")
+        for name in set(old or ()) - set(sums):
+            with suppress(FileNotFoundError):
+                fs.rm_file(f"{root}/{name}")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
+
+
+def read_sums(url: str) -> dict[str, str] | None:
+    """Name → digest by the ``SHA256SUMS`` of the finished output at a URL, or None where there is
+    none; empty where it is damaged.
+
+    Raises:
+        UsageError: see ``open_url``.
+    """
+    text = read_text(url, SUMS)
+    try:
+        return None if text is None else parse_checksums(text.encode(), f"{url}/{SUMS}")
+    except ArtifactError:
+        return {}

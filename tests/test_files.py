@@ -1,0 +1,163 @@
+"""Locks between processes, work that is done once, files written whole, scratch folders."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from compress.errors import UsageError
+from compress.files import cache_folder, computed_once, file_lock, scratch_folder, write_whole
+
+
+def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
+    lock, inside, most = tmp_path / "key.lock", [], []
+
+    def work(number: int) -> None:
+        with file_lock(lock):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(24)))
+    assert most == [1] * 24
+    assert list(tmp_path.iterdir()) == []
+
+
+def hold(lock: Path, held: multiprocessing.synchronize.Event) -> None:
+    with file_lock(lock):
+        held.set()
+        time.sleep(60)
+
+
+def test_the_dead_let_go(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "key.lock", held))
+    holder.start()
+    assert held.wait(60)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with file_lock(tmp_path / "key.lock"):
+        assert (tmp_path / "key.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="cannot write to") as refused:
+        cache_folder("hashes")
+    assert "PACKLIGHT_CACHE" in refused.value.hint
+
+
+def test_a_lock_that_is_held_is_not_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "key.lock"
+    with file_lock(lock):
+        with pytest.raises(BlockingIOError), file_lock(lock, wait=False):
+            pass
+        assert lock.exists()  # it is its holder's
+    with file_lock(lock, wait=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_many_want_is_computed_once(tmp_path: Path) -> None:
+    place, together, computed = tmp_path / "found", threading.Barrier(6), []
+
+    def load() -> str | None:
+        return place.read_text() if place.exists() else None
+
+    def compute() -> str:
+        computed.append(1)
+        time.sleep(0.05)  # the others come meanwhile
+        write_whole(place, "found")
+        return "found"
+
+    def want(_: int) -> str:
+        together.wait(60)
+        return computed_once(tmp_path / "key.lock", load, compute)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(want, range(6))) == ["found"] * 6
+    assert computed == [1]
+    place.unlink()  # damaged, say
+    assert computed_once(tmp_path / "key.lock", load, compute) == "found"
+    assert computed == [1, 1]
+
+
+def test_a_file_is_whole_whoever_reads_and_writes_it(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    texts = [str(digit) * 100_000 for digit in range(4)]
+    write_whole(file, texts[0])
+
+    def write(text: str) -> None:
+        for _ in range(20):
+            write_whole(file, text)
+
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(write, text) for text in texts]
+        while not all(future.done() for future in done):
+            assert file.read_text() in texts
+        for future in done:
+            future.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "\ud800")
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from compress.files import scratch_folder
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "logits").write_text("many")
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_scratch_folder_is_empty_and_gone_at_the_end(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "logits").write_text("many")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), scratch_folder(tmp_path):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_what_the_next_one_clears(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as living:
+        assert living.stdout is not None
+        assert living.stdout.readline() == "ready\n"
+        with scratch_folder(tmp_path):
+            held = [path for path in tmp_path.rglob("logits")]
+            assert len(held) == 1  # a living process keeps its own
+        living.send_signal(signal.SIGKILL)
+        living.wait()
+    assert held[0].exists()
+    with scratch_folder(tmp_path):
+        assert not held[0].exists()
+    assert list(tmp_path.iterdir()) == []
