@@ -33,6 +33,12 @@ class Console:
         mode: ``human``, ``json``, ``quiet`` or ``silent``.
         verbose: also show ``detail`` lines.
         listener: is told how far the work is.
+
+    Example:
+        >>> console = Console("quiet")
+        >>> console.say("writing")
+        >>> console.path("out/report.json")
+        out/report.json
     """
 
     def __init__(

@@ -205,11 +205,12 @@ for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-assert len(made) == len(threads)
+build(sys.argv[2] + "-after", 1)  # one after the other
+assert len(made) == len(threads) + 1
 """
 
 
-def test_builds_in_two_threads_give_the_bytes_of_two_processes(tmp_path: Path) -> None:
+def test_builds_of_one_process_give_the_bytes_of_two_processes(tmp_path: Path) -> None:
     def run(*names: str) -> None:
         places = [str(tmp_path / name) for name in names]
         env = {**os.environ, "PACKLIGHT_CACHE": str(tmp_path / f"cache-{names[0]}")}
@@ -225,4 +226,4 @@ def test_builds_in_two_threads_give_the_bytes_of_two_processes(tmp_path: Path) -
         return "\n".join(line for line in lines if "/" in line)
 
     assert artifacts("alone")
-    assert artifacts("one") == artifacts("two") == artifacts("alone")
+    assert artifacts("one") == artifacts("two") == artifacts("one-after") == artifacts("alone")
