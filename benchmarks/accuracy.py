@@ -27,18 +27,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.build.target import prepare_target, target_weights
 from peers import PEERS, OnnxHqq, Peer
+from writing import write
 
+from compress.build.write import prepare_target, target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.demo import model_path
-from compress.formats import get_format
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
-from compress.plan.shapes import Artifact, Plan, Solver, Weights
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Solver, Weights
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load, needs_of
 from compress.solvers import get_solver
 from compress.verify import Verified
@@ -102,7 +104,8 @@ def plan(checkpoint: Checkpoint, setting: str, solver: str, chosen: argparse.Nam
         f"verify.windows={chosen.windows}",
         *chosen.set,
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, [name]))
+    recipe = load("phone-4bit", changes, [name])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def contestants(
@@ -149,22 +152,17 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     warm(made, Weights(job.source, solver(statistics)))
     folder.mkdir(parents=True)
     start = time.process_time()
-    exporter = get_format(made.format)
     if peer is not None:
         solve = peer(statistics)
-        artifact = exporter.write(made, Weights(job.source, solve), folder, silent)
+        artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, calibration)
+        inputs = prepare_target(made, job, calibration, Console())
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
-            weights = target_weights(made, inputs, calibration, Path(work), ledger)
-            artifact = exporter.write(made, weights, folder, silent)
+            weights = target_weights(made, job, inputs, calibration, Path(work), ledger)
+            artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
-
-
-def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def warm(made: Plan, weights: Weights) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 
 from compress.decoder.config import DecoderConfig
+from compress.plan.shapes import PlanRequest
 from compress.verify.resources import AnonymousPeak, read_status
-from exporters.gguf.planning import make_plan
+from exporters.gguf.planning import plan
 from exporters.gguf.runtime import BATCH, LlamaCpp, load_library
 from exporters.gguf.tokenizer import CONTROL, NORMAL, Vocabulary, read_vocabulary
 from exporters.gguf.writer import ALIGNMENT, write_head
@@ -127,11 +128,11 @@ BLOCKS = {"demo": (6,), "SmolLM2-135M": (2, 30), "Llama-3.2-1B": (2, 8)}
 # --- files of no weight ---------------------------------------------------------------------------
 def write_hollow(path: Path, config: DecoderConfig, merges: int) -> None:
     """A GGUF file whose weights are a hole."""
-    plan = make_plan(config, {"type": TYPE}, model_name=path.stem)
+    made = plan(config, PlanRequest({"type": TYPE}, path.stem))
     vocabulary = byte_level(config, merges) if merges else read_vocabulary(DEMO, config)
-    write_head(path, plan, config, vocabulary)
+    write_head(path, made, config, vocabulary)
     with path.open("r+b") as stream:
-        size = aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in plan.entries)
+        size = aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in made.entries)
         stream.truncate(size)
 
 

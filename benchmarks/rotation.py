@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from compress.demo import model_path
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact
 from compress.pruning.rotation import KINDS
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.verify.scorer import Scorer, read_text
 
@@ -43,14 +45,15 @@ def plan(checkpoint: Checkpoint, grid: str, solver: str, kinds: str, windows: in
         f"quantize.solver={solver}",
         f"verify.windows={windows}",
     ]
-    return prepare(checkpoint, load("phone-4bit", changes, ["coreml"]))
+    recipe = load("phone-4bit", changes, ["coreml"])
+    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
 
 
 def build(job: Job, folder: Path, console: Console) -> Artifact:
     """Written with the statistics of its own source."""
     folder.mkdir()
     calibration = CalibrationStep(job, Importance(), console, threads=1)
-    (artifact,) = write_artifacts(calibration, folder, console)
+    (artifact,) = write_artifacts(job, calibration, folder, console)
     return artifact
 
 

@@ -1,4 +1,4 @@
-"""What it saves to write all targets of a checkpoint in step (``compress.build.lockstep``).
+"""What it saves to write all targets of a checkpoint in one loop (``compress.build.write``).
 
     python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
     python benchmarks/shared_reading.py model [--room 400MB]
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
-from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import TensorInfo
 from compress.console import Console, parse_bytes
@@ -62,9 +62,8 @@ def drop(info: TensorInfo) -> None:
 def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
     """The artifacts of some targets."""
     job = prepare(checkpoint, load("int4-fast", (), formats))
-    step = CalibrationStep(job, Importance(), Console())
     (folder / "work").mkdir(parents=True)
-    write_artifacts(step, folder / "work", Console())
+    write_artifacts(job, None, folder / "work", Console())
 
 
 def read_all(checkpoint: Checkpoint) -> None:

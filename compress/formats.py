@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
-    from compress.report.report import ArtifactReport
 
 __all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
 
@@ -98,7 +97,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def how_to_run(self) -> Callable[[ArtifactReport], list[str]]: ...
+        def how_to_run(self) -> Callable[[str], list[str]]: ...
 
         @property
         def read_imatrix(self) -> Callable[[Path, DecoderConfig], Statistics]: ...

@@ -2,26 +2,111 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in its work a command is sent a signal: a moment would depend on the machine's load.
+
+    Attributes:
+        pattern: looked for in each change of the file system and each start of a process, as
+            Python's audit event and its arguments: ``open ('/…/onnx.ledger', 'ab', 524289)``.
+        count: the signal is sent before the count-th that matches; 0 for none.
+        number: of the signal.
+    """
+
+    pattern: str
+    count: int = 1
+    number: int = signal.SIGKILL
+
+
+class Server:
+    """`command_server.py`: processes of the command line that need not load the libraries."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths()}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "command_server.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        atexit.register(self.close)
+
+    def run(
+        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path,
+        stderr: Path, step: Step | None = None,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Run a command line; the files are appended to.
+
+        Returns:
+            Its exit status (-9: killed), and how many changes matched the step's pattern.
+        """
+        request: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd), "env": dict(env)}
+        request |= {"stdout": str(stdout), "stderr": str(stderr)}
+        request |= {"step": asdict(step) if step else None}
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{json.dumps(request)}\n")
+        self._process.stdin.flush()
+        status, steps = json.loads(self._process.stdout.readline())
+        return status, steps
+
+    def close(self) -> None:
+        """End the server, and a command that is not waited for."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@cache
+def server() -> Server:
+    """One for each process of pytest, started by whoever needs it first."""
+    return Server()
+
+
+def paths() -> str:
+    """PYTHONPATH with this tree in front."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 
 def packlight(
-    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, **options: Any
+    *arguments: object,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    new: bool = False,
+    step: Step | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """The finished command, with its exit code, stdout and stderr."""
-    return subprocess.run(
-        [sys.executable, "-m", "compress", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "NO_COLOR": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        **options,
-    )
+    """The finished command, with its exit code, stdout and stderr.
+
+    Args:
+        env: variables to change. Those that libraries read as they load ask for a new interpreter.
+        new: in an interpreter of its own, not in a fork of one that has loaded the libraries.
+        step: where it is sent a signal.
+    """
+    words = [str(argument) for argument in arguments]
+    if new or not (env or {}).keys() <= {"PACKLIGHT_CACHE"}:
+        return subprocess.run(
+            [sys.executable, "-m", "compress", *words],
+            cwd=cwd, env={**os.environ, "NO_COLOR": "1", **(env or {})},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="packlight-command-") as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        environment = {**os.environ, "NO_COLOR": "1", **(env or {})}
+        code, _ = server().run(words, cwd or Path.cwd(), environment, stdout, stderr, step)
+        said = stdout.read_text("utf-8"), stderr.read_text("utf-8")
+    return subprocess.CompletedProcess(["packlight", *words], code, *said)
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

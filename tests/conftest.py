@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-import exporters  # noqa: F401 -- fills the table of formats, as every command does
+import exporters  # noqa: F401 -- fills the table of formats
 
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.
@@ -20,6 +20,14 @@ os.environ["NO_COLOR"] = "1"
 def cache(tmp_path_factory):
     """Statistics of calibration go where a person's own are not."""
     os.environ["PACKLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Artifacts of tiny checkpoints, each made once in a worker: see ``exported.py``."""
+    from exported import Exports
+
+    return Exports(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,22 +16,26 @@ import tiny
 
 from compress.calibration.statistics import input_names
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 
 
 class Model:
     """A tiny checkpoint as a source of weights that counts its readings."""
 
+    threadsafe = False
+
     def __init__(self, family: str, folder: Path, **settings: Any) -> None:
         self.folder = tiny.make(family, folder, **settings)
         self.checkpoint = Checkpoint.open(self.folder)
         self.config = DecoderConfig.from_hf(self.checkpoint.config)
         self.map = WeightMap(self.config)
+        self._stored = Stored(self.checkpoint, self.config)
         self.readings = 0
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         self.readings += 1
-        return self.map.read(self.checkpoint, name, rows)
+        return self._stored.read(name, rows)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()

@@ -33,7 +33,6 @@ from compress.plan.job import describe_model, prepare
 from compress.recipe import load
 from compress.solvers import get_solver
 from compress.verify.baseline import log_softmax
-from exporters import get_exporter
 
 DEMO = model_path()
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
@@ -161,9 +160,9 @@ def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
         recipe = load("phone-4bit", changes, ["gguf"])
-        (plan,) = prepare(checkpoint, recipe, get_exporter).plans
+        (plan,) = prepare(checkpoint, recipe).plans
         choices = {"gguf": {plan.entries[-1].name: "Q8_0"}}
-        job = prepare(checkpoint, recipe, get_exporter, choices=choices)
+        job = prepare(checkpoint, recipe, choices=choices)
         bits = 8 * job.plans[0].weights_bytes / job.config.num_parameters
         assert job.plans[0].type_name == f"mix-{bits:.2f}bpw"
 
@@ -224,10 +223,9 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
 def test_no_file_is_larger_than_its_budget(format: str) -> None:
     """Every byte counts: the graph of a mix is not always that of the smallest file."""
     weights = source("phi3")
-    exporter = get_exporter(format)
     recipe = load("phone-4bit", [], [format])
-    job = prepare(weights.checkpoint, recipe, get_exporter)
-    target = Target(job, job.plans[0], exporter)
+    job = prepare(weights.checkpoint, recipe)
+    target = Target(job, job.plans[0])
     rng = np.random.default_rng(0)
     table = CostTable(weights.config)
     for name, grid in target.wanted():
@@ -344,8 +342,8 @@ def test_an_infeasible_budget_names_what_would_reach_it(
 
     def check(*more: str) -> None:
         wanted = load("phone-4bit", [f"budget.weights={budget}", *changes, *more], formats)
-        replan = partial(prepare, checkpoint, recipe=wanted, get_exporter=get_exporter)
-        found = check_budget(replan(), get_exporter, replan)
+        replan = partial(prepare, checkpoint, recipe=wanted)
+        found = check_budget(replan(), replan)
         assert list(found) == formats
 
     with pytest.raises(UsageError, match="no choice of grids fits") as caught:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.decoder.config import FUSED, DecoderConfig, Rope, WeightMap, split_name
 from compress.decoder.config_json import read_json
 from compress.decoder.families import ARCHITECTURES, FAMILIES
@@ -259,7 +260,7 @@ def test_every_tensor_of_a_saved_checkpoint_is_expected(family: str, tmp_path: P
         config.num_parameters
     )
     for name in weights.names():
-        values = weights.read(checkpoint, name)
+        values = Stored(checkpoint, config).read(name)
         assert values.shape == weights.shape(name)
         assert values.dtype == np.float32
 
@@ -269,12 +270,13 @@ def test_fused_and_unfused_are_the_same_rows(family: str, tmp_path: Path):
     """phi3 stores fused, qwen2 (with q, k, v biases) stores parts; both answer to both names."""
     checkpoint = Checkpoint.open(tiny.make(family, tmp_path, tokenizer=False))
     weights = WeightMap(DecoderConfig.from_hf(checkpoint.config))
+    read = Stored(checkpoint, weights.config).read
     for fused, members in FUSED.items():
         kinds = ("weight", "bias") if weights.config.has_bias(fused) else ("weight",)
         for kind in kinds:
-            whole = weights.read(checkpoint, f"blocks.1.{fused}.{kind}")
+            whole = read(f"blocks.1.{fused}.{kind}")
             assert whole.shape == weights.shape(f"blocks.1.{fused}.{kind}")
-            parts = [weights.read(checkpoint, f"blocks.1.{role}.{kind}") for role in members]
+            parts = [read(f"blocks.1.{role}.{kind}") for role in members]
             assert (np.concatenate(parts) == whole).all()
             for rows in (
                 slice(0, 1),
@@ -283,11 +285,11 @@ def test_fused_and_unfused_are_the_same_rows(family: str, tmp_path: Path):
                 slice(7, None),
                 slice(9, 9),
             ):
-                found = weights.read(checkpoint, f"blocks.1.{fused}.{kind}", rows)
+                found = read(f"blocks.1.{fused}.{kind}", rows)
                 assert found.shape == whole[rows].shape
                 assert (found == whole[rows]).all()
-    up = weights.read(checkpoint, "blocks.0.up_proj.weight", slice(3, 5))
-    assert (up == weights.read(checkpoint, "blocks.0.up_proj.weight")[3:5]).all()
+    up = read("blocks.0.up_proj.weight", slice(3, 5))
+    assert (up == read("blocks.0.up_proj.weight")[3:5]).all()
     with pytest.raises(KeyError):
         weights.parts("blocks.0.nothing.weight")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from compress import cli
 from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
@@ -21,12 +22,12 @@ from compress.errors import RecipeError, UsageError
 from compress.grids import get_grid
 from compress.plan.job import prepare
 from compress.plan.shapes import Plan, PlanEntry
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
 from compress.solvers.folding import Folded, fold_statistics
 from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
-from exporters import SHIPYARD
 
 LENGTH = 32
 
@@ -196,10 +197,10 @@ def test_a_folded_build_is_told_and_the_same_twice(tmp_path, monkeypatch, propag
     written = []
     for number in range(2):
         recipe = load("phone-4bit", settings, ["gguf"])
-        job = prepare(Checkpoint.open(folder), recipe, SHIPYARD.get_exporter)
-        step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+        job = prepare(Checkpoint.open(folder), recipe, transforms=transforms_of(recipe))
+        step = CalibrationStep(job, Importance(), Console(), threads=1)
         (tmp_path / str(number)).mkdir()
-        (artifact,) = write_artifacts(step, SHIPYARD, tmp_path / str(number), Console())
+        (artifact,) = write_artifacts(job, step, tmp_path / str(number), Console())
         written.append(artifact.path.read_bytes())
         assert sum("leaves the float model as it is" in note for note in artifact.notes) == 1
     assert written[0] == written[1]
@@ -218,22 +219,13 @@ def test_what_folds_cannot_go_by_is_refused(settings, imatrix, message):
 
 
 def test_the_plan_tells_of_folds(tmp_path, capsys):
-    from compress.build.pipeline import BuildSettings, build
-
     folder = tiny.make("llama", tmp_path / "model")
-    overrides = ["quantize.solver=gptq", "quantize.fold=awq"]
-    build(
-        BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
-        SHIPYARD,
-        Console(),
-    )
+    line = ["build", str(folder), "-f", "onnx", "--dry-run"]
+    line += ["--set", "quantize.solver=gptq", "--set", "quantize.fold=awq"]
+    assert cli.run(line) == 0
     text = capsys.readouterr().out
     assert "channels: rescaled (awq)" in text
-    build(
-        BuildSettings(str(folder), overrides=overrides, formats=["onnx"], dry_run=True),
-        SHIPYARD,
-        Console(mode="json"),
-    )
+    assert cli.run([*line, "--json"]) == 0
     quantize = json.loads(capsys.readouterr().out)["quantize"]
     assert quantize["fold"] == "awq"
 

@@ -296,14 +296,28 @@ def test_nan_and_infinity(copy: Path):
     refused(lambda: Checkpoint.open(copy).read(NAME), f"{NAME} has 2 NaN or Inf value(s)")
 
 
-def test_every_bfloat16_is_known_as_finite_or_not():
-    """All 65,536 of them, each alone among finite numbers of both signs."""
+def test_every_bfloat16_is_known_as_finite_or_not(tmp_path: Path, monkeypatch):
+    """All 65,536 of them: the finite ones at one look, each of the others among finite numbers of
+    both signs."""
     every = np.arange(1 << 16, dtype="<u2")
-    finite = np.isfinite((every.astype(np.uint32) << 16).view(np.float32))
+    floats = (every.astype(np.uint32) << 16).view(np.float32)
+    finite = np.isfinite(floats)
     assert finite.sum() == (1 << 16) - 2 * 128
-    for pattern, expected in zip(every, finite, strict=True):
-        among = np.array([0x3F80, pattern, 0xBF80], "<u2")
-        assert safetensors_file._all_finite(among) == expected
+    others = [pattern for other in every[~finite] for pattern in (0x3F80, other, 0xBF80)]
+    header = {
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [2 * begin, 2 * end]}
+        for name, shape, begin, end in (("finite", (65280,), 0, 65280),
+                                        ("others", (256, 3), 65280, 65280 + 768))
+    }  # fmt: skip
+    file = tmp_path / "model.safetensors"
+    join_file(file, header, np.array([*every[finite], *others], "<u2").tobytes())
+    tensors = safetensors_file.scan_safetensors(file)
+    for row in range(256):
+        with pytest.raises(CheckpointError, match=r"others has 1 NaN or Inf value\(s\)"):
+            safetensors_file.read_range(tensors["others"], row, 3)
+    monkeypatch.delattr(safetensors_file, "check_finite")  # that looks at each number
+    found = safetensors_file.read_range(tensors["finite"], 0, 65280)
+    assert found.tobytes() == floats[finite].tobytes()
 
 
 def test_large_finite_values_are_no_infinity(copy: Path):

@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
 import pytest
 import sample_report
 import tiny
-from commands import packlight, refused
+from commands import Step, packlight, refused
 
 import compress
 from compress import cli
@@ -237,9 +236,9 @@ def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, mo
     """Where their bytes were reckoned with, and where the next build clears them after kill -9."""
     real, seen = scorer.verify_artifact, []
 
-    def spy(probe, path, format, baseline, **options):
+    def spy(path, format, baseline, **options):
         seen.append(baseline.folder.parents[1])
-        return real(probe, path, format, baseline, **options)
+        return real(path, format, baseline, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", spy)
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
@@ -252,10 +251,10 @@ def test_an_artifact_that_its_runtime_refuses_does_not_cost_the_others(
 ):
     real = scorer.verify_artifact
 
-    def damaged_first(probe, path, format, baseline, **options):
+    def damaged_first(path, format, baseline, **options):
         if format == "gguf":
             path.write_bytes(path.read_bytes()[:5000])
-        return real(probe, path, format, baseline, **options)
+        return real(path, format, baseline, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", damaged_first)
     out, junit = tmp_path / "out", tmp_path / "junit.xml"
@@ -344,13 +343,13 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     """Injected where the GGUF writer's bytes reach the file: the write fails half-way."""
     from exporters.gguf import writer
 
-    real = writer.write
+    real = writer.Writer.put
 
-    def full(plan, weights, folder, progress):
-        real(plan, weights, folder, progress)
+    def full(self, entry):
+        real(self, entry)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "write", full)
+    monkeypatch.setattr(writer.Writer, "put", full)
     out = tmp_path / "out"
     assert cli.run(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify", *FAST]) == 2
     assert "disk ran full" in capsys.readouterr().err
@@ -358,22 +357,14 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_build_leaves_nothing(model, tmp_path, ending):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "compress", "build", str(model), "-o", "out", *FAST],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # A suite in the background (`make test &`) ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.time() + 60
-    while not (tmp_path / "out.partial").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # somewhere in the middle of writing
-    os.killpg(process.pid, ending)
-    _, talk = process.communicate(timeout=60)
-    assert process.returncode == (130 if ending == signal.SIGINT else 143), talk
+@pytest.mark.parametrize("where", ["while writing", "while verifying"])
+def test_an_interrupted_build_leaves_nothing(model, tmp_path, where, ending):
+    writing = where == "while writing"  # half of the tensors are in the file
+    step = Step(r"open .*/gguf\.ledger", 9, ending) if writing else Step("Popen", 1, ending)
+    done = packlight("build", model, "-o", "out", "-f", "gguf", *FAST, cwd=tmp_path, step=step)
+    assert done.returncode == (130 if ending == signal.SIGINT else 143), done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert "Traceback" not in talk
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from coreml_build import CONTEXT, Built, build, expected_logits, write
+from exported import CONTEXT, Exported, Exports, reference
 
 from compress.errors import ArtifactError, UsageError
-from exporters import coreml
 from exporters.coreml import runtime as runtime_module
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import list_tensors
 from exporters.coreml.mil import read_package
+from exporters.coreml.runtime import open_runtime
 
 Array = Any
 # Every family, on a grid of each kind in turn.
@@ -41,6 +41,10 @@ def zeros(end: int) -> Array:
     return np.zeros((1, 1, 1, end), np.float16)
 
 
+def expected_logits(built: Exported, tokens: list[int]) -> Array:
+    return reference(built, halves=True).logits(tokens)
+
+
 def kl_divergence(logits: Array, other: Array) -> float:
     """Mean over positions, in nats."""
     p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (logits, other))
@@ -49,14 +53,16 @@ def kl_divergence(logits: Array, other: Array) -> float:
 
 
 @pytest.mark.parametrize(("family", "grid", "overrides"), CASES)
-def test_logits_of_every_family(family: str, grid: str, overrides: dict[str, Any]) -> None:
-    built = build(family, grid, **overrides)
+def test_logits_of_every_family(
+    exported: Exports, family: str, grid: str, overrides: dict[str, Any]
+) -> None:
+    built = exported("coreml", family, overrides, grid=grid)
     evaluator = Evaluator(built.artifact.path)
     for length in (1, 12, 31, 33, CONTEXT):  # the windows of mistral and phi3-window are 32
         expected = expected_logits(built, TOKENS[:length])
         found = run(evaluator, TOKENS[:length], zeros(length), evaluator.make_state())
         assert np.abs(found - expected).max() < 5e-5
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 1e-4
     assert (expected.argmax(1) == rounded.argmax(1)).mean() > 0.95
@@ -64,9 +70,9 @@ def test_logits_of_every_family(family: str, grid: str, overrides: dict[str, Any
 
 @pytest.mark.parametrize(("family", "grid", "overrides"), CASES)
 def test_greedy_generation_with_the_cache_is_that_without(
-    family: str, grid: str, overrides: dict[str, Any]
+    exported: Exports, family: str, grid: str, overrides: dict[str, Any]
 ) -> None:
-    built = build(family, grid, **overrides)
+    built = exported("coreml", family, overrides, grid=grid)
     evaluator = Evaluator(built.artifact.path)
     cached, tokens = evaluator.make_state(), TOKENS[:20]
     with_cache = [int(run(evaluator, tokens, zeros(20), cached)[-1].argmax())]
@@ -87,8 +93,8 @@ def triangle(queries: int, end: int) -> Array:
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "phi"])
-def test_both_kinds_of_callers_get_the_same_logits(family: str) -> None:
-    built = build(family, "int4-g32")
+def test_both_kinds_of_callers_get_the_same_logits(exported: Exports, family: str) -> None:
+    built = exported("coreml", family, grid="int4-g32")
     evaluator = Evaluator(built.artifact.path)
     tokens = TOKENS[:40]
     expected = expected_logits(built, tokens)
@@ -106,8 +112,8 @@ def test_both_kinds_of_callers_get_the_same_logits(family: str) -> None:
     assert kl_divergence(expected, np.concatenate(swift)) < 1e-5
 
 
-def test_a_single_first_token_sees_itself_for_both_kinds_of_callers() -> None:
-    built = build("llama3", "int4-g32")
+def test_a_single_first_token_sees_itself_for_both_kinds_of_callers(exported: Exports) -> None:
+    built = exported("coreml", "llama3", grid="int4-g32")
     evaluator = Evaluator(built.artifact.path)
     expected = expected_logits(built, TOKENS[:3])
     for shift in (0, 1):
@@ -116,8 +122,8 @@ def test_a_single_first_token_sees_itself_for_both_kinds_of_callers() -> None:
         assert kl_divergence(expected, np.concatenate(found)) < 1e-5
 
 
-def test_a_mask_of_the_caller_is_added() -> None:
-    built = build("llama3", "int4-g32")
+def test_a_mask_of_the_caller_is_added(exported: Exports) -> None:
+    built = exported("coreml", "llama3", grid="int4-g32")
     evaluator = Evaluator(built.artifact.path)
     mask = zeros(12)
     mask[..., 4] = -np.inf
@@ -131,11 +137,11 @@ def test_a_mask_of_the_caller_is_added() -> None:
 
 
 @pytest.mark.parametrize("family", ["phi3-longrope", "phi", "qwen3", "mobilellm"])
-def test_logits_are_those_of_transformers(family: str) -> None:
+def test_logits_are_those_of_transformers(exported: Exports, family: str) -> None:
     """With float16 weights; float16 rotary tables are what differs."""
     import torch
 
-    built = build(family, "F16")
+    built = exported("coreml", family, grid="F16")
     evaluator = Evaluator(built.artifact.path)
     found = run(evaluator, TOKENS, zeros(CONTEXT), evaluator.make_state())
     with torch.no_grad():
@@ -148,16 +154,18 @@ def test_logits_are_those_of_transformers(family: str) -> None:
 # --- massive activations --------------------------------------------------------------------
 
 
-def test_norms_survive_a_residual_whose_square_is_beyond_float16(tmp_path: Any) -> None:
+def test_norms_survive_a_residual_whose_square_is_beyond_float16(
+    exported: Exports, tmp_path: Any
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     path = tiny.make("llama", tmp_path, dtype="float16")
     weights = load_file(path / "model.safetensors")
     weights["model.embed_tokens.weight"][:, 7] = 3000.0  # 3000² is 137 times float16's largest
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    built = write(path, {"grid": "F16", "context": CONTEXT})
+    built = exported.write("coreml", path, {"grid": "F16"})
     expected = expected_logits(built, TOKENS)
-    rounded = coreml.open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
+    rounded = open_runtime(built.artifact.path, context=CONTEXT).logits(TOKENS)
     assert np.isfinite(rounded).all()
     assert kl_divergence(expected, rounded) < 5e-3
 
@@ -165,15 +173,15 @@ def test_norms_survive_a_residual_whose_square_is_beyond_float16(tmp_path: Any) 
 # --- sharing --------------------------------------------------------------------------------
 
 
-def constants(built: Built) -> dict[str, dict[str, Any]]:
+def constants(built: Exported) -> dict[str, dict[str, Any]]:
     function = read_package(built.artifact.path).function("main")
     return {tensor["name"]: tensor for tensor in list_tensors(function)}
 
 
-def test_tied_embeddings_and_repeated_blocks_are_stored_once() -> None:
-    tied = build("llama3", "int4-g32")
+def test_tied_embeddings_and_repeated_blocks_are_stored_once(exported: Exports) -> None:
+    tied = exported("coreml", "llama3", grid="int4-g32")
     assert not [name for name in constants(tied) if "lm_head" in name]
-    shared = build("mobilellm", "lut6-g16", layer_sharing=True)
+    shared = exported("coreml", "mobilellm", {"layer_sharing": True}, grid="lut6-g16")
     assert shared.config.num_hidden_layers == 4
     assert len([name for name in constants(shared) if name.endswith("q_proj_weight")]) == 2
     function = read_package(shared.artifact.path).function("main")
@@ -185,9 +193,11 @@ def test_tied_embeddings_and_repeated_blocks_are_stored_once() -> None:
 # --- the runtime ----------------------------------------------------------------------------
 
 
-def test_runtime_feeds_prompts_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = build("phi3-window", "int8-channel-asym")
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+def test_runtime_feeds_prompts_in_pieces(
+    exported: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = exported("coreml", "phi3-window", grid="int8-channel-asym")
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     assert runtime.name.startswith("MIL evaluator (packlight ")
     assert runtime.vocab_size == 512
     whole = runtime.logits(TOKENS)
@@ -203,13 +213,13 @@ def test_runtime_feeds_prompts_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.array_equal(runtime.logits(TOKENS), pieces)  # forgets what the cache held
 
 
-def test_runtime_refusals(tmp_path: Any) -> None:
-    built = build("llama3", "int4-g32")
+def test_runtime_refusals(exported: Exports, tmp_path: Any) -> None:
+    built = exported("coreml", "llama3", grid="int4-g32")
     with pytest.raises(UsageError, match="64 positions, 65 are asked for"):
-        coreml.open_runtime(built.artifact.path, context=65)
+        open_runtime(built.artifact.path, context=65)
     with pytest.raises(ArtifactError, match=r"not an \.mlpackage"):
-        coreml.open_runtime(tmp_path, context=8)
-    runtime = coreml.open_runtime(built.artifact.path, context=CONTEXT)
+        open_runtime(tmp_path, context=8)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT)
     runtime.feed(TOKENS[:60])
     with pytest.raises(UsageError, match="65 tokens do not fit: the runtime has room for 64"):
         runtime.feed(TOKENS[:5])

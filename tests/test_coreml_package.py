@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from coreml_build import CONTEXT, Built, build, checkpoint, decoded, expected_logits, write
+from exported import CONTEXT, Exported, Exports, decoded, reference
+from writing import plan_for
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig
 from compress.errors import (
     DiskFullError,
     GridError,
@@ -28,10 +27,11 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from compress.formats import get_format
 from compress.plan.shapes import Plan
-from exporters import coreml
 from exporters.coreml import constants, writer
 from exporters.coreml.evaluator import Evaluator
+from exporters.coreml.inspection import describe
 from exporters.coreml.planning import GRIDS, parts
 
 ROOT = Path(__file__).parent.parent
@@ -59,10 +59,12 @@ def mixed(plan: Plan) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def mixture(monkeypatch_module: pytest.MonkeyPatch) -> Built:
+def mixture(exported: Exports, monkeypatch_module: pytest.MonkeyPatch) -> Exported:
     """A package with every kind of grid. Its plan was changed, so its container is not planned."""
     monkeypatch_module.setattr(writer, "_check_weight_file", lambda plan, file: None)
-    return write(checkpoint("qwen2", tie_word_embeddings=False), {"context": CONTEXT}, mixed)
+    return exported.write(
+        "coreml", exported.checkpoint("qwen2", tie_word_embeddings=False), {}, change=mixed
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,16 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def weight_file(built: Built) -> Path:
+def weight_file(built: Exported) -> Path:
     return built.artifact.path / "Data/com.apple.CoreML/weights/weight.bin"
 
 
 # --- Apple's own reading ----------------------------------------------------------------------
 
 
-def test_coremltools_decompresses_every_constant_to_what_its_grid_decodes(mixture: Built) -> None:
+def test_coremltools_decompresses_every_constant_to_what_its_grid_decodes(
+    mixture: Exported,
+) -> None:
     import coremltools
     from coremltools.converters.mil.frontend.milproto import load
 
@@ -91,33 +95,32 @@ def test_coremltools_decompresses_every_constant_to_what_its_grid_decodes(mixtur
             found[op.name] = op.materialized_val_inference()
         elif op.op_type == "const" and op.name.endswith("_weight"):
             found[op.name] = op.val.val
+    weights = decoded(mixture, halves=True)
     for entry in mixture.plan.entries:
         if entry.name.startswith("rope") or len(entry.shape) < 2:
             continue
-        expected = decoded(mixture, entry.name)
+        expected = weights[entry.name]
         assert found[entry.target_name].dtype == np.float16
         assert np.array_equal(found[entry.target_name].astype(np.float32), expected), entry.grid
 
 
-def test_a_mixture_of_all_grids_runs(mixture: Built) -> None:
+def test_a_mixture_of_all_grids_runs(mixture: Exported) -> None:
     tokens = list(range(3, 43))
     evaluator = Evaluator(mixture.artifact.path)
     inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 40))}
     found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
-    assert np.abs(found - expected_logits(mixture, tokens)).max() < 5e-5
-    described = {
-        tensor["name"]: tensor for tensor in coreml.describe(mixture.artifact.path)["tensors"]
-    }
+    assert np.abs(found - reference(mixture, halves=True).logits(tokens)).max() < 5e-5
+    described = {tensor["name"]: tensor for tensor in describe(mixture.artifact.path)["tensors"]}
     for entry in mixture.plan.entries:
         tensor = described[entry.target_name]
         assert (tensor["grid"], tensor["bytes"]) == (entry.grid, entry.nbytes)
         assert tensor["shape"] == list(entry.shape)
 
 
-def test_interface_is_that_of_swift_transformers() -> None:
+def test_interface_is_that_of_swift_transformers(exported: Exports) -> None:
     import coremltools
 
-    built = build("llama3", "int4-g32")
+    built = exported("coreml", "llama3", grid="int4-g32")
     model = coremltools.models.MLModel(str(built.artifact.path), skip_model_load=True)
     spec = model.get_spec()
     assert spec.specificationVersion == 9
@@ -147,7 +150,7 @@ def ranges(array: Any) -> list[tuple[int, int]]:
     return [(size.lowerBound, size.upperBound) for size in array.shapeRange.sizeRanges]
 
 
-def test_states_are_read_once_and_then_only_written_through(mixture: Built) -> None:
+def test_states_are_read_once_and_then_only_written_through(mixture: Exported) -> None:
     # In the file every write is followed by a read: that pair is `coreml_update_state`. A read
     # that does not follow a write of its state is what coremltools' passes would merge wrongly.
     import coremltools
@@ -180,8 +183,10 @@ def test_states_are_read_once_and_then_only_written_through(mixture: Built) -> N
         ("mobilellm", "lut6-g16", {"layer_sharing": True}),
     ],
 )
-def test_planned_bytes_are_the_file(family: str, grid: str, overrides: dict[str, Any]) -> None:
-    built = build(family, grid, **overrides)
+def test_planned_bytes_are_the_file(
+    exported: Exports, family: str, grid: str, overrides: dict[str, Any]
+) -> None:
+    built = exported("coreml", family, overrides, grid=grid)
     planned = built.plan.weights_bytes + built.plan.settings["container_bytes"]
     size = weight_file(built).stat().st_size
     assert math.ceil(size / 64) * 64 == planned
@@ -190,23 +195,23 @@ def test_planned_bytes_are_the_file(family: str, grid: str, overrides: dict[str,
     assert built.artifact.nbytes == sum(file.stat().st_size for file in files)
 
 
-def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:
-    built = build("phi4-mini", "lut4-g8")
+def test_two_writes_give_the_same_bytes(exported: Exports, tmp_path: Path) -> None:
+    built = exported("coreml", "phi4-mini", grid="lut4-g8")
     again = tmp_path / "again"
     again.mkdir()
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from coreml_build import write
-settings = dict(grid="lut4-g8", context={CONTEXT})
-write(Path({str(built.checkpoint.path)!r}), settings, folder=Path({str(again)!r}))
+from exported import Exports
+exported, source, folder = Exports(Path()), Path({str(built.checkpoint.path)!r}), {str(again)!r}
+exported.write("coreml", source, dict(grid="lut4-g8"), name="phi4-mini", folder=Path(folder))
 """
     # Another process, another hash seed: protobuf maps and Python sets would show it.
     environment = os.environ | {"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     first = {p.relative_to(built.artifact.path.parent): p for p in files_of(built.artifact.path)}
-    second = {p.relative_to(again): p for p in files_of(again / "Tiny.mlpackage")}
+    second = {p.relative_to(again): p for p in files_of(again / "phi4-mini.mlpackage")}
     assert first.keys() == second.keys()
     for name, path in first.items():
         assert path.read_bytes() == second[name].read_bytes(), name
@@ -217,22 +222,22 @@ def files_of(package: Path) -> list[Path]:
     return sorted(path for path in package.parent.rglob("*") if path.is_file())
 
 
-def test_nothing_of_this_machine_is_in_the_files() -> None:
-    built = build("phi4-mini", "lut4-g8")
+def test_nothing_of_this_machine_is_in_the_files(exported: Exports) -> None:
+    built = exported("coreml", "phi4-mini", grid="lut4-g8")
     for path in files_of(built.artifact.path):
         content = path.read_bytes()
         assert str(built.checkpoint.path.parent).encode() not in content
         assert str(ROOT).encode() not in content
 
 
-def test_memory_is_that_of_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_that_of_a_slab(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "SLABS", 1 << 16)
-    path = checkpoint("llama", hidden_size=256, intermediate_size=512, vocab_size=16384)
+    path = exported.checkpoint("llama", hidden_size=256, intermediate_size=512, vocab_size=16384)
     largest = 256 * 16384 * 4
     for grid in ("F16", "lut4-g16"):
-        write(path, {"grid": grid, "context": CONTEXT})  # warm: imports are not what is measured
+        exported.write("coreml", path, {"grid": grid})  # warm: imports are not what is measured
         tracemalloc.start()
-        built = write(path, {"grid": grid, "context": CONTEXT})
+        built = exported.write("coreml", path, {"grid": grid})
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert built.config.num_parameters * 4 > largest
@@ -240,22 +245,24 @@ def test_memory_is_that_of_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("grid", ["int4-g32", "int8-g64-asym", "lut4-g8", "lut3-tensor"])
-def test_slabs_of_rows_give_the_same_bytes(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = build("llama", grid, vocab_size=704)
+def test_slabs_of_rows_give_the_same_bytes(
+    exported: Exports, grid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exported("coreml", "llama", {"vocab_size": 704}, grid=grid)
     monkeypatch.setattr(constants, "SLABS", 1 << 16)  # 256 rows of 256 columns; 192 are left over
-    slabs = write(whole.checkpoint.path, {"grid": grid, "context": CONTEXT})
+    slabs = exported.write("coreml", whole.checkpoint.path, {"grid": grid})
     assert weight_file(slabs).read_bytes() == weight_file(whole).read_bytes()
 
 
-def test_progress_counts_the_weights() -> None:
-    told: list[tuple[int, int]] = []
-    built = write(
-        checkpoint("llama"),
-        {"grid": "int4-g32", "context": CONTEXT},
-        progress=lambda done, total: told.append((done, total)),
+def test_progress_counts_the_weights(exported: Exports) -> None:
+    told: list[int] = []
+    built = exported.write(
+        "coreml",
+        exported.checkpoint("llama"),
+        {"grid": "int4-g32"},
+        written=told.append,
     )
-    assert told[-1] == (built.plan.weights_bytes, built.plan.weights_bytes)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert sum(told) == built.plan.weights_bytes and min(told) > 0
     assert len(told) > 20
 
 
@@ -263,14 +270,13 @@ def test_progress_counts_the_weights() -> None:
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2", "mobilellm"])
-def test_side_files_load_in_transformers(family: str) -> None:
+def test_side_files_load_in_transformers(exported: Exports, family: str) -> None:
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    built = build(
-        family, dict(phi3="int4-g32", qwen2="int8-channel-asym", mobilellm="lut4-g8")[family]
-    )
+    grids = {"phi3": "int4-g32", "qwen2": "int8-channel-asym", "mobilellm": "lut4-g8"}
+    built = exported("coreml", family, grid=grids[family])
     folder = built.artifact.path.parent
-    assert built.artifact.path.name == "Tiny.mlpackage"
+    assert built.artifact.path.name == f"{family}.mlpackage"
     config = AutoConfig.from_pretrained(folder)
     assert config.model_type == built.config.model_type
     assert config.tie_word_embeddings == built.config.tie_word_embeddings
@@ -281,16 +287,16 @@ def test_side_files_load_in_transformers(family: str) -> None:
         assert fast.encode(text) == original.encode(text)
 
 
-def test_tokenizer_json_is_made_from_tokenizer_model(tmp_path: Path) -> None:
+def test_tokenizer_json_is_made_from_tokenizer_model(exported: Exports, tmp_path: Path) -> None:
     path = tiny.make("llama", tmp_path)
     (path / "tokenizer.json").unlink()
-    built = write(path, {"grid": "F16", "context": CONTEXT})
+    built = exported.write("coreml", path, {"grid": "F16"})
     assert (built.artifact.path.parent / "tokenizer.json").exists()
 
 
-def test_describe_reads_no_weights() -> None:
-    built = build("llama3", "lut4-g8")
-    facts = coreml.describe(built.artifact.path)
+def test_describe_reads_no_weights(exported: Exports) -> None:
+    built = exported("coreml", "llama3", grid="lut4-g8")
+    facts = describe(built.artifact.path)
     assert facts["format"] == "coreml"
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] == built.config.num_parameters
@@ -304,37 +310,34 @@ def test_describe_reads_no_weights() -> None:
 # --- plans and refusals -------------------------------------------------------------------------
 
 
-def config_of(family: str, **overrides: Any) -> DecoderConfig:
-    return DecoderConfig.from_hf(Checkpoint.open(checkpoint(family, **overrides)).config)
-
-
-def test_plan_defaults() -> None:
-    plan = coreml.plan(config_of("llama3"), {}, model_name="M")
+def test_plan_defaults(exported: Exports) -> None:
+    plan = plan_for("coreml", exported.config("llama3"), {}, model_name="M")
     assert (plan.format, plan.type_name, plan.max_context) == ("coreml", "int4-g32", 2048)
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == grids["blocks.1.down_proj.weight"] == "int4-g32"
     assert grids["norm.weight"] == "F32"
     assert "lm_head.weight" not in grids
     assert all(type(entry.nbytes) is int for entry in plan.entries)
-    plan = coreml.plan(config_of("phi"), {"grid": "lut4-g8", "embedding": "int8-channel"})
+    settings = {"grid": "lut4-g8", "embedding": "int8-channel"}
+    plan = plan_for("coreml", exported.config("phi"), settings)
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == "int8-channel"
     assert grids["lm_head.weight"] == "lut4-g8"
     assert grids["blocks.0.q_proj.bias"] == "F16"
 
 
-def test_rows_that_do_not_divide_take_smaller_groups_and_say_so() -> None:
-    config = replace(config_of("llama"), vocab_size=514, intermediate_size=528)
-    plan = coreml.plan(config, {"grid": "lut4-g8"})
+def test_rows_that_do_not_divide_take_smaller_groups_and_say_so(exported: Exports) -> None:
+    config = replace(exported.config("llama"), vocab_size=514, intermediate_size=528)
+    plan = plan_for("coreml", config, {"grid": "lut4-g8"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["embed_tokens.weight"].grid == "lut4-g2"
     assert entries["embed_tokens.weight"].note == "514×256 does not divide into lut4-g8"
     assert entries["blocks.0.q_proj.weight"].note == ""
-    plan = coreml.plan(config, {"grid": "int4-g32"})
+    plan = plan_for("coreml", config, {"grid": "int4-g32"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["blocks.0.down_proj.weight"].grid == "int4-g16"
     odd = replace(config, intermediate_size=514)
-    plan = coreml.plan(odd, {"grid": "int4-g32-asym"})
+    plan = plan_for("coreml", odd, {"grid": "int4-g32-asym"})
     entries = {entry.name: entry for entry in plan.entries}
     assert entries["blocks.0.down_proj.weight"].grid == "int4-channel-asym"
 
@@ -342,7 +345,7 @@ def test_rows_that_do_not_divide_take_smaller_groups_and_say_so() -> None:
 def test_every_grid_that_is_offered_is_a_grid() -> None:
     from compress.grids import get_grid
 
-    for name in coreml.grids():
+    for name in get_format("coreml").GRIDS:
         assert get_grid(name).name == name
         if name != "F16":
             shape = (256, 512)
@@ -350,29 +353,29 @@ def test_every_grid_that_is_offered_is_a_grid() -> None:
             # ONNX starts the zero points of every row at a byte; Core ML packs them all.
             padding = 128 if name == "int4-channel-asym" else 0
             assert stored == get_grid(name).nbytes(shape) - padding
-    assert coreml.grids() == GRIDS
+    assert get_format("coreml").GRIDS == GRIDS
 
 
-def test_plan_refusals() -> None:
-    config = config_of("phi3-longrope")
+def test_plan_refusals(exported: Exports) -> None:
+    config = exported.config("phi3-longrope")
     for grid in ("Q4_K", "int4-g8", "lut5-g8", "BF16"):
         with pytest.raises(GridError, match="not a grid that Core ML stores"):
-            coreml.plan(config, {"grid": grid})
+            plan_for("coreml", config, {"grid": grid})
     with pytest.raises(UnsupportedModelError, match="iOS16"):
-        coreml.plan(config, {"deployment": "iOS16"})
+        plan_for("coreml", config, {"deployment": "iOS16"})
     with pytest.raises(
         UsageError, match="context 257 is not between 2 and the 256 positions"
     ) as refusal:
-        coreml.plan(config, {"context": 257})
+        plan_for("coreml", config, {"context": 257})
     assert refusal.value.hint.startswith("--context 256")
 
 
-def test_notes_tell_what_a_user_should_know() -> None:
-    notes = " ".join(coreml.plan(config_of("phi3-longrope"), {}).notes)
+def test_notes_tell_what_a_user_should_know(exported: Exports) -> None:
+    notes = " ".join(plan_for("coreml", exported.config("phi3-longrope"), {}).notes)
     assert "allocated whole, 524,288 bytes for 256 positions" in notes
     assert "holds 256 positions, not 2048" in notes
-    config = replace(config_of("llama"), head_dim=80)
-    assert "heads of 80 are not a multiple of 32" in " ".join(coreml.plan(config, {}).notes)
+    config = replace(exported.config("llama"), head_dim=80)
+    assert "heads of 80 are not a multiple of 32" in " ".join(plan_for("coreml", config, {}).notes)
 
 
 def test_another_coremltools_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,12 +387,12 @@ def test_another_coremltools_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert caught.value.hint == "pip install coremltools==9.0"
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    path = checkpoint("llama")
+def test_a_full_disk_is_told(exported: Exports, tmp_path: Path) -> None:
+    path = exported.checkpoint("llama")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # Python ignores the signal
     try:
         with pytest.raises(DiskFullError):
-            write(path, {"grid": "int8-channel", "context": CONTEXT})
+            exported.write("coreml", path, {"grid": "int8-channel"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder, reader, visible
 from compress.decoder.kv_cache import Past
@@ -51,9 +52,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[De
 def decoder_of(folder: Path, *, resident: bool = False) -> Decoder:
     checkpoint = Checkpoint.open(folder)
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-    weights = WeightMap(config)
-    weights.check(checkpoint)
-    return Decoder(config, lambda name: weights.read(checkpoint, name), resident=resident)
+    WeightMap(config).check(checkpoint)
+    return Decoder(config, Stored(checkpoint, config).read, resident=resident)
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:

@@ -9,28 +9,35 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
-import gguf_files
 import gguf_oracle
 import numpy as np
 import pytest
 import tiny
 import torch
+from exported import Exports
 from transformers import AutoTokenizer
+from writing import plan_for, write
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
+from compress.demo import model_path
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.plan.shapes import Runtime, Weights
+from compress.formats import get_format
+from compress.plan.shapes import Runtime
+from compress.plan.weights import Weights
 from compress.solvers import rtn
 from exporters.gguf import runtime as runtimes
 from exporters.gguf import writer
 from exporters.gguf.head import Listed, read_head
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 
-HELD_OUT = gguf_files.DEMO.parent / "heldout.txt"
+DEMO = model_path()
+HELD_OUT = DEMO.parent / "heldout.txt"
 
 
 @functools.cache
@@ -38,15 +45,15 @@ def tokens(family: str) -> list[int]:
     """Tokens of the family's vocabulary, within its window."""
     if family == "demo":
         text = HELD_OUT.read_text(encoding="utf-8")[4000:8000]
-        return list(AutoTokenizer.from_pretrained(gguf_files.DEMO)(text)["input_ids"][:128])
+        return list(AutoTokenizer.from_pretrained(DEMO)(text)["input_ids"][:128])
     count = 32 if family in ("mistral", "phi3-window") else 96
     return [int(token) for token in np.random.default_rng(0).integers(3, 450, count)]
 
 
 @functools.cache
-def baseline(family: str) -> torch.Tensor:
-    """transformers' logits of the float checkpoint."""
-    return logits(tiny.reference(gguf_files.checkpoint(family)), tokens(family))
+def baseline(family: str, source: Path) -> torch.Tensor:
+    """transformers' logits of the float checkpoint, which is in ``source``."""
+    return logits(tiny.reference(source), tokens(family))
 
 
 def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -57,7 +64,7 @@ def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 def compare(path: Path, source: Path, ids: list[int]) -> tuple[float, torch.Tensor]:
     """KL(decoded weights in torch || llama.cpp), and the former's logits."""
     expected = logits(gguf_oracle.decoded_model(path, source), ids)
-    runtime = exporter.open_runtime(path, context=len(ids), threads=1)
+    runtime = open_runtime(path, context=len(ids), threads=1)
     got = runtime.logits(ids)
     runtime.close()
     assert got.shape == expected.shape
@@ -65,14 +72,14 @@ def compare(path: Path, source: Path, ids: list[int]) -> tuple[float, torch.Tens
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_family_at_16_bits(family: str) -> None:
-    source = gguf_files.checkpoint(family)
-    kl, decoded = compare(gguf_files.artifact(family, "F16").path, source, tokens(family))
+def test_every_family_at_16_bits(exported: Exports, family: str) -> None:
+    source = exported.checkpoint(family)
+    kl, decoded = compare(exported("gguf", family, type="F16").path, source, tokens(family))
     # llama.cpp keeps keys, values and activations of F16 products in F16: 1e-6 to 1e-5 here;
     # one row in the wrong place gives 1e-1.
     assert kl < 3e-5
     # bf16 weights survive F16 but for the tiniest, so the file is the checkpoint.
-    assert gguf_oracle.kl_divergence(baseline(family), decoded) < 1e-9
+    assert gguf_oracle.kl_divergence(baseline(family, source), decoded) < 1e-9
 
 
 ARCHITECTURES = ("llama", "phi", "qwen2", "qwen3")  # of llama.cpp; the trained model is phi3
@@ -82,11 +89,11 @@ ARCHITECTURES = ("llama", "phi", "qwen2", "qwen3")  # of llama.cpp; the trained 
     ("family", "kind"),
     [(family, "Q4_K_M") for family in tiny.FAMILIES] + [(name, "MXFP4") for name in ARCHITECTURES],
 )
-def test_every_family_at_4_bits(family: str, kind: str) -> None:
-    source = gguf_files.checkpoint(family)
-    kl, decoded = compare(gguf_files.artifact(family, kind).path, source, tokens(family))
+def test_every_family_at_4_bits(exported: Exports, family: str, kind: str) -> None:
+    source = exported.checkpoint(family)
+    kl, decoded = compare(exported("gguf", family, type=kind).path, source, tokens(family))
     # Random weights magnify the noise of 8-bit activations as they do that of 4-bit weights.
-    assert kl < 0.03 * gguf_oracle.kl_divergence(baseline(family), decoded)
+    assert kl < 0.03 * gguf_oracle.kl_divergence(baseline(family, source), decoded)
 
 
 MIXES = (
@@ -100,11 +107,11 @@ PURE = (
 
 
 @pytest.mark.parametrize("kind", [*MIXES, *(f"{kind}-pure" for kind in PURE), "F16", "BF16"])
-def test_trained_model_on_every_kind_of_grid(kind: str) -> None:
-    made = gguf_files.artifact("demo", kind)
-    kl, decoded = compare(made.path, gguf_files.DEMO, tokens("demo"))
+def test_trained_model_on_every_kind_of_grid(exported: Exports, kind: str) -> None:
+    made = exported("gguf", "demo", type=kind)
+    kl, decoded = compare(made.path, DEMO, tokens("demo"))
     assert kl < 1e-3  # 1e-4 to 3e-4: llama.cpp quantizes activations to 8 bits
-    assert gguf_oracle.kl_divergence(baseline("demo"), decoded) < 0.5  # Q2_K-pure: 0.36
+    assert gguf_oracle.kl_divergence(baseline("demo", DEMO), decoded) < 0.5  # Q2_K-pure: 0.36
 
 
 @pytest.mark.parametrize(
@@ -117,12 +124,12 @@ def test_trained_model_on_every_kind_of_grid(kind: str) -> None:
         ("mobilellm", {"layer_sharing": True}),
     ],
 )
-def test_variants(family: str, keys: dict[str, object], tmp_path: Path) -> None:
-    source = tiny.make(family, tmp_path / "model", **keys)
-    made = gguf_files.build(source, tmp_path, "F16", "variant")
+def test_variants(exported: Exports, family: str, keys: dict[str, Any]) -> None:
+    source = exported.checkpoint(family, **keys)
+    made = exported.write("gguf", source, {"type": "F16"})
     if "layer_sharing" in keys:
-        assert "shared blocks are written 2 times" in made.notes[0]
-        runtime = exporter.open_runtime(made.path, context=96, threads=1)
+        assert "shared blocks are written 2 times" in made.artifact.notes[0]
+        runtime = open_runtime(made.path, context=96, threads=1)
         expected = logits(tiny.reference(source), tokens(family))
         assert gguf_oracle.kl_divergence(expected, runtime.logits(tokens(family))) < 3e-5
         return
@@ -132,7 +139,7 @@ def test_variants(family: str, keys: dict[str, object], tmp_path: Path) -> None:
     # Rows in the wrong order decode and run alike: only the checkpoint tells.
     assert gguf_oracle.kl_divergence(expected, decoded) < 1e-9
     if "hidden_size" in keys:
-        small = gguf_files.build(source, tmp_path, "Q4_K_M", "variant")
+        small = exported.write("gguf", source, {"type": "Q4_K_M"})
         assert {e.grid for e in small.plan.entries} == {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K"}
         kl, decoded = compare(small.path, source, tokens(family))
         assert kl < 0.05 * gguf_oracle.kl_divergence(expected, decoded)
@@ -153,10 +160,8 @@ def generate(runtime: Runtime, prompt: list[int], count: int, *, cached: bool) -
     return made
 
 
-def test_cached_generation_equals_uncached() -> None:
-    runtime = exporter.open_runtime(
-        gguf_files.artifact("demo", "Q4_K_M").path, context=256, threads=1
-    )
+def test_cached_generation_equals_uncached(exported: Exports) -> None:
+    runtime = open_runtime(exported("gguf", "demo", type="Q4_K_M").path, context=256, threads=1)
     prompt = tokens("demo")[:40]
     cached = generate(runtime, prompt, 32, cached=True)
     assert cached == generate(runtime, prompt, 32, cached=False)
@@ -165,12 +170,12 @@ def test_cached_generation_equals_uncached() -> None:
     runtime.close()
 
 
-def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = gguf_files.artifact("llama", "F16").path
+def test_long_inputs_go_in_batches(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("gguf", "llama", type="F16").path
     ids = tokens("llama")[:90]
-    whole = exporter.open_runtime(path, context=90, threads=1)
+    whole = open_runtime(path, context=90, threads=1)
     monkeypatch.setattr(runtimes, "BATCH", 32)
-    pieces = exporter.open_runtime(path, context=90, threads=1)
+    pieces = open_runtime(path, context=90, threads=1)
     np.testing.assert_allclose(pieces.logits(ids), whole.logits(ids), atol=0.05)
     pieces.reset()
     np.testing.assert_allclose(pieces.feed(ids), whole.logits(ids)[-1], atol=0.05)
@@ -178,18 +183,19 @@ def test_long_inputs_go_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         pieces.feed(ids[:1])
 
 
-def test_longrope_stays_on_the_short_factors() -> None:
-    path = gguf_files.artifact("phi3-longrope", "F16").path
-    runtime = exporter.open_runtime(path, context=2048, threads=1)
+def test_longrope_stays_on_the_short_factors(exported: Exports) -> None:
+    source = exported.checkpoint("phi3-longrope")
+    path = exported("gguf", "phi3-longrope", type="F16").path
+    runtime = open_runtime(path, context=2048, threads=1)
     assert runtime.positions == 256
     ids = tokens("phi3-longrope")
-    assert gguf_oracle.kl_divergence(baseline("phi3-longrope"), runtime.logits(ids)) < 3e-5
+    assert gguf_oracle.kl_divergence(baseline("phi3-longrope", source), runtime.logits(ids)) < 3e-5
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "F16"])
-def test_same_input_same_bytes(kind: str, tmp_path: Path) -> None:
-    again = gguf_files.build(gguf_files.DEMO, tmp_path, kind, "demo")
-    first = gguf_files.artifact("demo", kind)
+def test_same_input_same_bytes(exported: Exports, kind: str) -> None:
+    again = exported.write("gguf", DEMO, {"type": kind}, name="demo").artifact
+    first = exported("gguf", "demo", type=kind).artifact
     assert again.path.name == first.path.name == f"demo-{kind}.gguf"
     assert again.path.read_bytes() == first.path.read_bytes()
     assert again.nbytes == again.path.stat().st_size
@@ -200,24 +206,24 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     source = tiny.make("llama", tmp_path / "model", vocab_size=16384)  # 4 M weights, 16 MiB
     opened = Checkpoint.open(source)
     config = DecoderConfig.from_hf(opened.config)
-    plan = exporter.plan(config, {"type": "Q8_0"}, model_name="slabs")
+    plan = plan_for("gguf", config, {"type": "Q8_0"}, model_name="slabs")
     weights = Weights(Stored(opened, config), rtn)
-    whole = exporter.write(plan, weights, folder_of(tmp_path, "whole"), lambda done, total: None)
+    whole = write(plan, weights, folder_of(tmp_path, "whole"))
 
     monkeypatch.setattr(writer, "SLABS", 1 << 17)
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
     tracemalloc.start()
-    size = sum(block.nbytes for block in writer.tensor_data(entry, weights))
+    begun = writer.Writer(plan, weights, folder_of(tmp_path, "one"), seen.append)
+    begun.put(entry)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == entry.nbytes
+    assert sum(seen) == entry.nbytes
+    seen.clear()
     assert peak < 16 * (1 << 17)  # a slab as float32 (4 bytes each) and the steps of its encoding
-    slabs = exporter.write(
-        plan, weights, folder_of(tmp_path, "slabs"), lambda done, total: seen.append((done, total))
-    )
+    slabs = write(plan, weights, folder_of(tmp_path, "slabs"), seen.append)
     assert slabs.path.read_bytes() == whole.path.read_bytes()
-    assert seen[-1] == (plan.weights_bytes, plan.weights_bytes)
+    assert sum(seen) == plan.weights_bytes
     assert len(seen) > 64
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -230,19 +236,19 @@ def folder_of(parent: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("family", "name"), [("qwen2", "My-Phi-3-killer"), ("llama", "phi3 merge"), ("demo", "model")]
 )
-def test_names_do_not_trip_llama_cpp(family: str, name: str, tmp_path: Path) -> None:
-    made = gguf_files.build(gguf_files.checkpoint(family), tmp_path, "Q8_0", name)
-    runtime = exporter.open_runtime(made.path, context=32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_files.checkpoint(family))
+def test_names_do_not_trip_llama_cpp(exported: Exports, family: str, name: str) -> None:
+    made = exported.write("gguf", exported.checkpoint(family), {"type": "Q8_0"}, name=name)
+    runtime = open_runtime(made.path, context=32)
+    tokenizer = AutoTokenizer.from_pretrained(exported.checkpoint(family))
     text = "<|user|>\n  Hello <|end|>\n world"
     assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"]
 
 
-def test_describe() -> None:
-    made = gguf_files.artifact("llama3", "Q4_K_M")
-    told = exporter.describe(made.path)
+def test_describe(exported: Exports) -> None:
+    made = exported("gguf", "llama3", type="Q4_K_M").artifact
+    told = describe(made.path)
     assert (told["format"], told["architecture"], told["name"]) == ("gguf", "llama", "llama3")
-    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama3")).config)
+    config = exported.config("llama3")
     assert told["parameters"] == config.num_parameters
     assert told["bytes"] == made.nbytes
     assert told["bits_per_weight"] == pytest.approx(made.nbytes * 8 / config.num_parameters)
@@ -264,18 +270,18 @@ BROKEN = {
 }
 
 
-def test_damaged_files_are_refused_and_nothing_crashes(tmp_path: Path) -> None:
-    good = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
+def test_damaged_files_are_refused_and_nothing_crashes(exported: Exports, tmp_path: Path) -> None:
+    good = exported("gguf", "llama", type="Q8_0").path.read_bytes()
     for name, damage in BROKEN.items():
         (tmp_path / f"{name}.gguf").write_bytes(damage(good))
     code = """if True:
         import sys
         from pathlib import Path
-        import exporters.gguf
+        from exporters.gguf.runtime import open_runtime
         from compress.errors import ArtifactError
         for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
             try:
-                exporters.gguf.open_runtime(path, context=32)
+                open_runtime(path, context=32)
             except ArtifactError as error:
                 print(path.stem, "->", error.message)
     """
@@ -298,33 +304,35 @@ def test_describe_refuses_what_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     for path in (tmp_path / "x.gguf", tmp_path / "absent.gguf"):
         with pytest.raises(ArtifactError):
-            exporter.describe(path)
+            describe(path)
     with pytest.raises(ArtifactError, match=r"absent\.gguf cannot be read"):
-        exporter.open_runtime(tmp_path / "absent.gguf", context=32)
+        open_runtime(tmp_path / "absent.gguf", context=32)
 
 
-def test_describe_refuses_a_file_that_ends_too_early(tmp_path: Path) -> None:
-    data = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
+def test_describe_refuses_a_file_that_ends_too_early(exported: Exports, tmp_path: Path) -> None:
+    data = exported("gguf", "llama", type="Q8_0").path.read_bytes()
     (tmp_path / "short.gguf").write_bytes(data[:-40])  # more than the padding of the last tensor
     with pytest.raises(ArtifactError, match=r"short\.gguf is truncated: output\.weight ends at"):
-        exporter.describe(tmp_path / "short.gguf")
+        describe(tmp_path / "short.gguf")
 
 
-def test_the_file_says_how_far_llama_cpp_agrees_with_a_windowed_model() -> None:
-    assert exporter.describe(gguf_files.artifact("mistral", "Q4_K_M").path)["context"] == 32
-    told = exporter.describe(gguf_files.artifact("llama", "Q8_0").path)
+def test_the_file_says_how_far_llama_cpp_agrees_with_a_windowed_model(exported: Exports) -> None:
+    assert describe(exported("gguf", "mistral", type="Q4_K_M").path)["context"] == 32
+    told = describe(exported("gguf", "llama", type="Q8_0").path)
     assert (told["context"], told["type"]) == (0, "Q8_0")
 
 
-def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llama_cpp(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     runtimes.load_library.cache_clear()
     with pytest.raises(RuntimeMissingError, match="is not installed") as caught:
-        exporter.open_runtime(gguf_files.artifact("llama", "Q8_0").path, context=32)
+        open_runtime(exported("gguf", "llama", type="Q8_0").path, context=32)
     assert "pip install xllamacpp" in caught.value.hint
 
 
-def test_llama_cpp_python_is_used_where_it_is_what_there_is(tmp_path: Path) -> None:
+def test_llama_cpp_python_is_used_where_it_is_what_there_is(
+    exported: Exports, tmp_path: Path
+) -> None:
     # The same library, laid out as llama-cpp-python lays out its own; xllamacpp is hidden.
     import xllamacpp
 
@@ -335,29 +343,29 @@ def test_llama_cpp_python_is_used_where_it_is_what_there_is(tmp_path: Path) -> N
     (package / "lib" / "libllama.so").symlink_to(library)
     shutil.copytree(tmp_path / "llama_cpp", tmp_path / "again", symlinks=True)
     (tmp_path / "xllamacpp.py").touch()
-    path = gguf_files.artifact("llama", "Q8_0").path
+    path = exported("gguf", "llama", type="Q8_0").path
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         from pathlib import Path
-        import exporters.gguf
-        runtime = exporters.gguf.open_runtime(Path({str(path)!r}), context=32)
+        from exporters.gguf.runtime import open_runtime
+        runtime = open_runtime(Path({str(path)!r}), context=32)
         print(runtime.name, runtime.vocab_size, runtime.logits([1, 2, 3]).shape)
     """
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip() == "llama.cpp (llama-cpp-python unknown version) 512 (3, 512)"
 
 
-def test_plan_survives_a_round_trip_of_settings() -> None:
-    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.DEMO).config)
-    plan = exporter.plan(config, {"type": "q4_k"}, model_name="x")
-    again = exporter.plan(config, plan.settings, model_name="x")
+def test_plan_survives_a_round_trip_of_settings(exported: Exports) -> None:
+    config = exported.config("demo")
+    plan = plan_for("gguf", config, {"type": "q4_k"}, model_name="x")
+    again = plan_for("gguf", config, plan.settings, model_name="x")
     assert dataclasses.asdict(plan) == dataclasses.asdict(again)
-    assert set(entry.grid for entry in plan.entries) <= set(exporter.grids())
+    assert set(entry.grid for entry in plan.entries) <= set(get_format("gguf").GRIDS)
 
 
-def test_head_reads_what_gguf_py_reads() -> None:
-    path = gguf_files.artifact("demo", "Q3_K_M").path
+def test_head_reads_what_gguf_py_reads(exported: Exports) -> None:
+    path = exported("gguf", "demo", type="Q3_K_M").path
     keys, rows = read_head(path)
     reader = gguf.GGUFReader(path)
     fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
@@ -374,9 +382,9 @@ def test_head_reads_what_gguf_py_reads() -> None:
     ]
 
 
-def test_damaged_heads_are_refused(tmp_path: Path) -> None:
-    data = gguf_files.artifact("llama", "Q8_0").path.read_bytes()
-    head = gguf.GGUFReader(gguf_files.artifact("llama", "Q8_0").path).data_offset
+def test_damaged_heads_are_refused(exported: Exports, tmp_path: Path) -> None:
+    data = exported("gguf", "llama", type="Q8_0").path.read_bytes()
+    head = gguf.GGUFReader(exported("gguf", "llama", type="Q8_0").path).data_offset
     file = tmp_path / "cut.gguf"
     for size in (*range(4, 30), 200, 1000, head - 100):
         file.write_bytes(data[:size])

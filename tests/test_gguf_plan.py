@@ -8,8 +8,8 @@ from typing import Any
 
 import gguf
 import pytest
+from writing import plan_for
 
-import exporters.gguf as exporter
 from compress.decoder.config import DecoderConfig
 from compress.errors import GridError, UnsupportedModelError
 from compress.grids import get_grid
@@ -43,7 +43,7 @@ def config(
 
 
 def weights_bytes(model: DecoderConfig, kind: str) -> int:
-    return exporter.plan(model, {"type": kind}).weights_bytes
+    return plan_for("gguf", model, {"type": kind}).weights_bytes
 
 
 PHI3_MINI = config(3072, 32, 32, 32, 8192, 32064, "Phi3")
@@ -127,14 +127,15 @@ def test_block_sizes_are_ggmls() -> None:
 
 
 def test_mxfp4_is_in_all_linears_but_the_head() -> None:
-    entries = {e.target_name: e.grid for e in exporter.plan(PHI3_MINI, {"type": "mxfp4"}).entries}
+    plan = plan_for("gguf", PHI3_MINI, {"type": "mxfp4"})
+    entries = {e.target_name: e.grid for e in plan.entries}
     assert entries.pop("output.weight") == "Q6_K"
     assert set(entries.values()) == {"F32", "MXFP4"}
     weights = [
-        e for e in exporter.plan(PHI3_MINI, {"type": "MXFP4-pure"}).entries if e.grid != "F32"
+        e for e in plan_for("gguf", PHI3_MINI, {"type": "MXFP4-pure"}).entries if e.grid != "F32"
     ]
     assert all(8 * e.nbytes == 4.25 * e.shape[0] * e.shape[1] for e in weights)
-    small = exporter.plan(SIZES["smollm2-135m"][0], {"type": "mxfp4"})
+    small = plan_for("gguf", SIZES["smollm2-135m"][0], {"type": "mxfp4"})
     assert small.notes == (
         "1 tensor in Q8_0 instead of Q6_K: rows of 576 are not a multiple of 256",
     )
@@ -144,7 +145,7 @@ def test_mxfp4_is_in_all_linears_but_the_head() -> None:
 def test_which_blocks_get_more_bits() -> None:
     # Phi-3-mini's Q4_K_M as llama-quantize made it: 16 of 32 blocks.
     assert sum(more_bits(block, 32) for block in range(32)) == 16
-    entries = {e.target_name: e.grid for e in exporter.plan(PHI3_MINI, {}).entries}
+    entries = {e.target_name: e.grid for e in plan_for("gguf", PHI3_MINI, {}).entries}
     assert entries["blk.0.attn_qkv.weight"] == entries["blk.31.ffn_down.weight"] == "Q6_K"
     assert entries["blk.4.attn_qkv.weight"] == entries["blk.4.ffn_down.weight"] == "Q4_K"
     assert entries["output.weight"] == "Q6_K"
@@ -187,10 +188,10 @@ def test_what_an_importance_matrix_changes() -> None:
         "Q4_0": {"down_proj": (["Q4_0"] * 16, ["Q4_1"] * 2 + ["Q4_0"] * 14)},
         "Q5_0": {"down_proj": (["Q5_0"] * 16, ["Q5_1"] * 2 + ["Q5_0"] * 14)},
     }
-    plain = exporter.plan(llama, {"type": "IQ4_XS"})
-    weighted = exporter.plan(llama, {"type": "IQ4_XS", "importance": True})
+    plain = plan_for("gguf", llama, {"type": "IQ4_XS"})
+    weighted = plan_for("gguf", llama, {"type": "IQ4_XS", "importance": True})
     assert plain.weights_bytes - weighted.weights_bytes == 2 * 4096 * 11008 * (176 - 136) // 256
-    assert exporter.plan(llama, weighted.settings) == weighted
+    assert plan_for("gguf", llama, weighted.settings) == weighted
 
 
 def test_presets_of_codebook_types() -> None:
@@ -218,14 +219,14 @@ def test_presets_of_codebook_types() -> None:
 
 
 def test_a_type_that_cannot_be_written_is_told() -> None:
-    plan = exporter.plan(config(1024, 2, 16, 16, 2048, 512), {"type": "iq3_xxs"})
+    plan = plan_for("gguf", config(1024, 2, 16, 16, 2048, 512), {"type": "iq3_xxs"})
     assert plan.notes == ("4 tensors in IQ3_XXS instead of IQ2_S, which packlight cannot write",)
     note = "IQ4_NL instead of IQ2_S: rows of 96 are not a multiple of 256"
     assert fitting("IQ2_S", 96) == ("IQ4_NL", note)
 
 
 def test_rows_that_do_not_fit_are_told() -> None:
-    plan = exporter.plan(SIZES["smollm2-135m"][0], {"type": "q4_k_m"})
+    plan = plan_for("gguf", SIZES["smollm2-135m"][0], {"type": "q4_k_m"})
     assert plan.type_name == "Q4_K_M"
     assert plan.notes == (
         "15 tensors in Q8_0 instead of Q6_K: rows of 576 are not a multiple of 256",
@@ -244,17 +245,17 @@ def test_rows_that_do_not_fit_are_told() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(GridError, match="no GGUF type 'Q9_K'"):
-        exporter.plan(PHI3_MINI, {"type": "Q9_K"})
+        plan_for("gguf", PHI3_MINI, {"type": "Q9_K"})
     with pytest.raises(UnsupportedModelError, match="heads x head_dim"):
-        exporter.plan(config(256, 2, 4, 4, 512, 512, "Phi3", head_dim=32), {})
+        plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Phi3", head_dim=32), {})
     with pytest.raises(UnsupportedModelError, match="no place for these attention biases"):
-        exporter.plan(config(256, 2, 4, 4, 512, 512, "Qwen3", attention_bias=True), {})
+        plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Qwen3", attention_bias=True), {})
     with pytest.raises(UnsupportedModelError, match="rotates whole heads"):
-        exporter.plan(config(256, 2, 4, 4, 512, 512, partial_rotary_factor=0.5), {})
+        plan_for("gguf", config(256, 2, 4, 4, 512, 512, partial_rotary_factor=0.5), {})
 
 
 def test_caveats_limit_the_context() -> None:
-    windowed = exporter.plan(config(256, 2, 4, 4, 512, 512, "Mistral", sliding_window=64), {})
+    windowed = plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Mistral", sliding_window=64), {})
     assert windowed.max_context == 64
     assert "sliding window of 64" in windowed.notes[0]
     factors = {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
@@ -262,11 +263,11 @@ def test_caveats_limit_the_context() -> None:
         256, 2, 4, 4, 512, 512, "Phi3", max_position_embeddings=4096,
         original_max_position_embeddings=768 + 100, rope_scaling=factors,
     )  # fmt: skip
-    limited = exporter.plan(long, {})
+    limited = plan_for("gguf", long, {})
     assert limited.max_context == 768  # llama.cpp would round 868 up to 1024: the long factors
     assert "at most 768 tokens" in limited.notes[0]
     shared = config(256, 4, 4, 4, 512, 512, "MobileLLM", share_embedding=True, layer_sharing=True)
-    plan = exporter.plan(shared, {})
+    plan = plan_for("gguf", shared, {})
     assert "written 2 times" in plan.notes[-1]
     assert "blk.7.attn_q.weight" in {entry.target_name for entry in plan.entries}
 
@@ -287,7 +288,7 @@ def test_names_that_llama_cpp_reads_behaviour_from(name: str, strips: bool, show
 
 def test_planning_loads_nothing_heavy() -> None:
     code = (
-        "import sys, exporters.gguf as g; from exporters.gguf.planning import make_plan; g.grids();"
+        "import sys, exporters; from compress.formats import get_format as get; get('gguf').plan;"
         "print([m for m in ('torch', 'gguf', 'numba', 'transformers') if m in sys.modules])"
     )
     output = subprocess.check_output([sys.executable, "-c", code], text=True)

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_files
 import gguf_oracle
 import pytest
 import tiny
 import tiny_tokenizers as patterns
+from exported import Exports
 from transformers import AutoTokenizer
 
-import exporters.gguf as exporter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.inspection import describe
+from exporters.gguf.runtime import open_runtime
 from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
 from exporters.gguf.tokenizer import missing_merges, read_vocabulary
 
@@ -53,15 +54,16 @@ STRINGS = (
 
 
 @functools.cache
-def pair(family: str) -> tuple[Any, Any]:
+def pair(exported: Exports, family: str) -> tuple[Any, Any]:
     """The checkpoint's tokenizer, and llama.cpp with our file of it."""
-    runtime = exporter.open_runtime(gguf_files.artifact(family, "Q8_0").path, context=64, threads=1)
-    return AutoTokenizer.from_pretrained(gguf_files.checkpoint(family)), runtime
+    made = exported("gguf", family, type="Q8_0")
+    runtime = open_runtime(made.path, context=64, threads=1)
+    return AutoTokenizer.from_pretrained(made.checkpoint.path), runtime
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_ids(family: str) -> None:
-    tokenizer, runtime = pair(family)
+def test_same_ids(exported: Exports, family: str) -> None:
+    tokenizer, runtime = pair(exported, family)
     for text in STRINGS:
         if family == "phi3-longrope" and "<|endoftext|>" in text:
             continue  # this one strips behind <|endoftext|> too: the note below says so
@@ -72,8 +74,8 @@ def test_same_ids(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("phi", "mobilellm")])
-def test_same_chat(family: str) -> None:
-    tokenizer, runtime = pair(family)
+def test_same_chat(exported: Exports, family: str) -> None:
+    tokenizer, runtime = pair(exported, family)
     messages = [
         {"role": "user", "content": "What is 2 + 2?\n\n  Explain."},
         {"role": "assistant", "content": "4, because it isn't 5."},
@@ -81,32 +83,35 @@ def test_same_chat(family: str) -> None:
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert gguf_oracle.tokenize(runtime, text, add_special=False) == ids
-    fields = gguf.GGUFReader(gguf_files.artifact(family, "Q8_0").path).fields
+    assert runtime.tokenize(text, add_special=False) == ids
+    fields = gguf.GGUFReader(exported("gguf", family, type="Q8_0").path).fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_ends_where_the_model_says(family: str) -> None:
-    opened = Checkpoint.open(gguf_files.checkpoint(family))
+def test_generation_ends_where_the_model_says(exported: Exports, family: str) -> None:
+    opened = Checkpoint.open(exported.checkpoint(family))
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
-    runtime = pair(family)[1]
+    runtime = pair(exported, family)[1]
     assert config.eos_token_ids
     assert all(gguf_oracle.ends_generation(runtime, token) for token in config.eos_token_ids)
     assert not any(gguf_oracle.ends_generation(runtime, token) for token in range(3, 300))
 
 
-def test_every_end_needs_a_place() -> None:
+def test_every_end_needs_a_place(exported: Exports) -> None:
     # <|assistant|> ends Phi-3's turns, and llama.cpp does not know it: it goes in as `eom`.
-    described = exporter.describe(gguf_files.artifact("demo", "Q8_0").path)["metadata"]
+    described = describe(exported("gguf", "demo", type="Q8_0").path)["metadata"]
     ids = {kind: described[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")}
     assert ids == {"eos": "2000", "eot": "2007", "eom": "2001"}
 
 
-def test_notes_tell_what_differs() -> None:
-    assert gguf_files.artifact("demo", "Q8_0").notes == ()
-    assert any("<|endoftext|>" in n for n in gguf_files.artifact("phi3-longrope", "Q8_0").notes)
-    assert any("normalizes (NFC)" in note for note in gguf_files.artifact("qwen2", "Q8_0").notes)
+def test_notes_tell_what_differs(exported: Exports) -> None:
+    def notes(family):
+        return exported("gguf", family, type="Q8_0").artifact.notes
+
+    assert notes("demo") == ()
+    assert any("<|endoftext|>" in note for note in notes("phi3-longrope"))
+    assert any("normalizes (NFC)" in note for note in notes("qwen2"))
 
 
 def byte_level(*steps: dict[str, Any], ignore_merges: bool = False) -> dict[str, Any]:
@@ -157,8 +162,8 @@ def test_merges_that_score_order_would_invent() -> None:
     assert missing_merges(vocab, complete - {("a", "bc")})
 
 
-def test_rows_without_a_token_are_padding() -> None:
-    opened = Checkpoint.open(gguf_files.checkpoint("demo"))
+def test_rows_without_a_token_are_padding(exported: Exports) -> None:
+    opened = Checkpoint.open(exported.checkpoint("demo"))
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
     vocabulary = read_vocabulary(opened.path, config)
     assert len(vocabulary.tokens) == len(vocabulary.types) == config.vocab_size == 2048
@@ -167,8 +172,8 @@ def test_rows_without_a_token_are_padding() -> None:
     assert vocabulary.types[:4] == [3, 3, 4, 6]  # <unk> <s> </s> <0x00>
 
 
-def test_sentencepiece_model_alone(tmp_path: Path) -> None:
-    source = gguf_files.checkpoint("llama")
+def test_sentencepiece_model_alone(exported: Exports, tmp_path: Path) -> None:
+    source = exported.checkpoint("llama")
     config = DecoderConfig.from_hf(Checkpoint.open(source).config)
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(source / name, tmp_path)
@@ -177,7 +182,7 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
     assert (alone.tokens, alone.scores, alone.types) == (both.tokens, both.scores, both.types)
 
 
-def test_whitespace_runs_as_tokens(tmp_path: Path) -> None:
+def test_whitespace_runs_as_tokens(exported: Exports, tmp_path: Path) -> None:
     # phi-1, 1.5 and 2 have runs of spaces and tabs as ordinary added tokens.
     source = tiny.make("phi", tmp_path / "model")
     made = json.loads((source / "tokenizer.json").read_text())
@@ -187,15 +192,15 @@ def test_whitespace_runs_as_tokens(tmp_path: Path) -> None:
         {"id": 481 + i, "content": run, "normalized": True, **flags} for i, run in enumerate(runs)
     ]
     (source / "tokenizer.json").write_text(json.dumps(made))
-    path = gguf_files.build(source, tmp_path, "Q8_0", "runs").path
-    runtime = exporter.open_runtime(path, context=64, threads=1)
+    path = exported.write("gguf", source, {"type": "Q8_0"}).path
+    runtime = open_runtime(path, context=64, threads=1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for text in ("def f():\n    return  1\n\t\tx", "a" + " " * 45 + "b", " \t\t  x", " \n  \n   y"):
         assert gguf_oracle.tokenize(runtime, text) == tokenizer(text)["input_ids"], text
 
 
-def test_missing_and_damaged(tmp_path: Path) -> None:
-    config = DecoderConfig.from_hf(Checkpoint.open(gguf_files.checkpoint("llama")).config)
+def test_missing_and_damaged(exported: Exports, tmp_path: Path) -> None:
+    config = exported.config("llama")
     with pytest.raises(CheckpointError, match="no tokenizer in"):
         read_vocabulary(tmp_path, config)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -204,7 +209,7 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged: no 'model'"):
         read_vocabulary(tmp_path, config)
-    made = json.loads((gguf_files.checkpoint("llama") / "tokenizer.json").read_text())
+    made = json.loads((exported.checkpoint("llama") / "tokenizer.json").read_text())
     made["added_tokens"].append(dict(made["added_tokens"][0], id=500))
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     with pytest.raises(CheckpointError, match="two tokens with the text"):

@@ -12,7 +12,8 @@ from compress import machine
 from compress.calibration.statistics import LayerStats
 from compress.calibration.walk import walk
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig, WeightMap
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
@@ -136,11 +137,7 @@ def demo():
     """Weights by name, and the statistics of two halves of a text."""
     checkpoint = Checkpoint.open(model_path())
     config = DecoderConfig.from_hf(checkpoint.config)
-    weights = WeightMap(config)
-
-    def read(name: str) -> np.ndarray:
-        return weights.read(checkpoint, name)
-
+    read = Stored(checkpoint, config).read
     tokens = Tokenizer(model_path()).encode(heldout_path().read_text(encoding="utf-8"))
     windows = [tokens[start : start + 256] for start in range(0, 32 * 256, 256)]
     seen, fresh = {}, {}

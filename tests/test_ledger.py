@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from writing import plan_for, write
 
 import compress.plan.ledger
 from compress.checkpoint.checkpoint import Checkpoint
@@ -16,9 +17,9 @@ from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
 from compress.plan.ledger import Ledger
-from compress.plan.shapes import Plan, Weights
+from compress.plan.shapes import PlanEntry
+from compress.plan.weights import Weights
 from compress.solvers import rtn
-from exporters import get_exporter
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_ledger_remembers(tmp_path, data):
     again = Ledger(path, "Q4_0")
     assert ("a" in again, "c" in again, len(again)) == (True, False, 2)
     assert again["a"] == {"done": "a", "end": 10, "offset": 3}
-    assert [row["end"] for row in again] == [10, 20]
+    assert [row["end"] for row in again.values()] == [10, 20]
     assert again.cut(data)
     assert data.stat().st_size == 20
     assert len(Ledger(path, "Q8_0")) == 0  # something else is written now
@@ -91,7 +92,7 @@ def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data, monke
     ledger.add("c", data, 30)
     assert len(Ledger(path, "t")) == 3
     boot.write_text("two\n")
-    assert [row["done"] for row in Ledger(path, "t")] == ["a", "b"]
+    assert list(Ledger(path, "t")) == ["a", "b"]
     Ledger(path, "t").add("c", data, 30)
     assert len(Ledger(path, "t")) == 3
     boot.unlink()  # a system that does not say
@@ -137,12 +138,11 @@ def source(tmp_path_factory) -> Stored:
 @pytest.mark.parametrize("format", SETTINGS)
 def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeypatch):
     monkeypatch.setattr(*SLABS[format])
-    exporter = get_exporter(format)
-    plan: Plan = exporter.plan(source.config, SETTINGS[format], model_name="m")
+    plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
     whole = tmp_path / "whole"
     whole.mkdir()
     counted = Mortal(-1)
-    expected = exporter.write(plan, Weights(source, counted), whole, lambda done, total: None)
+    expected = write(plan, Weights(source, counted), whole)
 
     folder, ledger = tmp_path / "resumed", tmp_path / "ledger"
     folder.mkdir()
@@ -150,8 +150,9 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeyp
     for life in (0, 1, 2, 6, 8, 5, 8, -1):
         solver = Mortal(life)
         weights = Weights(source, solver, Ledger(ledger, plan.type_name))
+        told.clear()
         try:
-            artifact = exporter.write(plan, weights, folder, lambda *seen: told.append(seen))
+            artifact = write(plan, weights, folder, told.append)
         except Killed:
             for name in ("*.gguf", "**/weight.bin", "**/*_data"):  # half a tensor more
                 for file in folder.glob(name):
@@ -169,15 +170,14 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeyp
     assert finished == sorted(finished) and finished[-2] > 3
     slabs = (1 << 18) // SLABS[format][1]  # of gate_up_proj, the largest
     assert calls <= counted.calls + 7 * (slabs - 1)
-    assert told[-1][0] == told[-1][1] == plan.weights_bytes
+    assert sum(told) == plan.weights_bytes  # what was there before counts
 
 
 @pytest.mark.parametrize("format", SETTINGS)
 def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
     format, source, tmp_path, monkeypatch
 ):
-    exporter = get_exporter(format)
-    plan: Plan = exporter.plan(source.config, SETTINGS[format], model_name="m")
+    plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
     found, threads = [], []
 
     def solve(weight, grid, name):
@@ -189,7 +189,7 @@ def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
         folder.mkdir()
         threads.clear()
         weights = Weights(source, solve, at_once=at_once)
-        exporter.write(plan, weights, folder, lambda done, total: None)
+        write(plan, weights, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         found.append([(path.relative_to(folder), path.read_bytes()) for path in files])
         monkeypatch.setattr(*SLABS[format])  # whole tensors the first time
@@ -199,11 +199,10 @@ def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
 
 def test_a_failure_in_a_thread_ends_the_writer(source, tmp_path, monkeypatch):
     monkeypatch.setattr(*SLABS["gguf"])
-    exporter = get_exporter("gguf")
-    plan = exporter.plan(source.config, SETTINGS["gguf"], model_name="m")
+    plan = plan_for("gguf", source.config, SETTINGS["gguf"], model_name="m")
     before = threading.active_count()
     with pytest.raises(Killed):
-        exporter.write(plan, Weights(source, Mortal(5), at_once=3), tmp_path, lambda *seen: None)
+        write(plan, Weights(source, Mortal(5), at_once=3), tmp_path)
     assert threading.active_count() == before
 
 
@@ -217,7 +216,7 @@ def test_a_ledger_tells_of_rows_that_fell_back(source, tmp_path, data):
     weights = Weights(source, Falls(), Ledger(ledger, "t"))
     for rows in (slice(0, 8), slice(8, 16)):
         weights.quantize(name, grid, rows)
-    weights.finish("o", name, data, 10)
+    weights.finish(PlanEntry(name, "o", grid.name, (16, 512), 100), data, 10)
     assert json.loads(ledger.read_text().splitlines()[-1])["fallen"] == 6
     again = Weights(source, Falls(), Ledger(ledger, "t"))
     assert again.notes() == weights.notes() != ()

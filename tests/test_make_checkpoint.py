@@ -14,6 +14,7 @@ import make_checkpoint
 from published import MODELS
 
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig, WeightMap
 
 # Published counts, or computed by transformers from the published config on the meta device.
@@ -74,15 +75,15 @@ def test_checkpoint_is_whole_and_repeatable(
 def test_weights_look_trained(tmp_path: Path, small: str) -> None:
     checkpoint = Checkpoint.open(make_checkpoint.make(small, tmp_path / "model"))
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
-    weights = WeightMap(config)
-    weights.check(checkpoint)
-    up = weights.read(checkpoint, "blocks.1.up_proj.weight")
+    WeightMap(config).check(checkpoint)
+    weights = Stored(checkpoint, config)
+    up = weights.read("blocks.1.up_proj.weight")
     columns = np.sort(up.std(axis=0))
     assert columns[-make_checkpoint.OUTLIERS] > 2 * columns[-make_checkpoint.OUTLIERS - 1]
     scaled = up / up.std(axis=0)
     # A normal distribution has 3; Student-t with 5 degrees of freedom 9, a sample somewhat less.
     assert 5 < float((scaled**4).mean()) < 12
-    norm = weights.read(checkpoint, "blocks.0.input_layernorm.weight")
+    norm = weights.read("blocks.0.input_layernorm.weight")
     assert abs(float(norm.mean()) - 1) < 0.05
 
 

@@ -1,4 +1,4 @@
-"""Weights and plans: what passes between the workshop and the exporters."""
+"""Weights and plans: what passes between the rooms and the formats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from writing import plan_for
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Around, Stored
@@ -18,7 +19,8 @@ from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.grids.lanes import LANES
-from compress.plan.shapes import SIDE_BY_SIDE, Plan, PlanEntry, Weights
+from compress.plan.shapes import Plan, PlanEntry
+from compress.plan.weights import SIDE_BY_SIDE, Weights
 
 
 def rtn(weight: Float32, grid: Grid, name: str) -> Quantized:
@@ -171,3 +173,26 @@ def test_weights_read_is_what_the_decoder_reads_with(weights: Weights):
 def test_a_plan_adds_up():
     entries = tuple(PlanEntry(f"w{i}", f"t{i}", "F16", (8, i), 16 * i) for i in (1, 2, 3))
     assert Plan("gguf", "F16", "model", entries).weights_bytes == 96
+
+
+@pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
+@pytest.mark.parametrize("family", ["llama3", "phi3", "phi", "mobilellm", "qwen2"])
+def test_the_parts_of_a_plan_are_its_entries_in_order(family: str, format: str, tmp_path: Path):
+    """All of a block in one part, and a computed table where it stands in the file."""
+    options = {"layer_sharing": True} if family == "mobilellm" else {}
+    folder = tiny.make(family, tmp_path, tokenizer=False, num_hidden_layers=4, **options)
+    config = DecoderConfig.from_hf(Checkpoint.open(folder).config)
+    plan = plan_for(format, config)
+    parts = plan.by_part(config)
+    assert [entry for entries in parts.values() for entry in entries] == list(plan.entries)
+    stored = config.num_hidden_layers // config.block_repeat
+    assert list(parts)[:-1] == list(range(stored + 1)) and max(parts) == list(parts)[-1]
+    for number, entries in parts.items():
+        names = [entry.name for entry in entries if not entry.name.startswith("rope.")]
+        numbers = [int(name.split(".")[1]) for name in names if name.startswith("blocks.")]
+        blocks = {block // config.block_repeat for block in numbers}
+        assert blocks == ({number - 1} if 0 < number <= stored else set())
+        if number == 0:
+            assert names == ["embed_tokens.weight"]
+        elif number > stored:
+            assert {name.split(".")[0] for name in names} <= {"norm", "lm_head"}

@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,9 @@ import onnx
 import onnxruntime
 import pytest
 import tiny
-from onnx_case import Case, build, checkpoint, greedy
+from exported import Exported, Exports, greedy, reference
+from writing import plan_for
 
-import exporters.onnx
-from compress.decoder.config import DecoderConfig
 from compress.errors import (
     ArtifactError,
     GridError,
@@ -28,26 +29,44 @@ from compress.errors import (
     UsageError,
 )
 from compress.grids import get_grid
+from compress.plan.shapes import Plan
 from exporters.onnx import runtime as runtime_module
 from exporters.onnx import writer
+from exporters.onnx.inspection import describe
+from exporters.onnx.planning import GRIDS, entry_bytes
+from exporters.onnx.runtime import OnnxRuntime
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("onnx")
+def phi3(exported: Exports) -> Exported:
+    return exported("onnx", "phi3")
 
 
-@pytest.fixture(scope="module")
-def phi3(root: Path) -> Case:
-    return build("phi3", root)
+def open_runtime(made: Exported, context: int = 0) -> OnnxRuntime:
+    return OnnxRuntime(made.path, context=context or made.config.max_context, threads=1)
 
 
-def difference(case: Case, lengths: tuple[int, ...]) -> float:
-    runtime, reference = case.runtime(), case.decoded()
+def regrid(grids: dict[str, str]) -> Callable[[Plan], Plan]:
+    """Another grid for some weights by name, as an allocator would choose them."""
+
+    def change(plan: Plan) -> Plan:
+        entries = tuple(
+            replace(e, grid=grids[e.name], nbytes=entry_bytes(grids[e.name], e.shape))
+            if e.name in grids
+            else e
+            for e in plan.entries
+        )
+        return replace(plan, entries=entries)
+
+    return change
+
+
+def difference(case: Exported, lengths: tuple[int, ...]) -> float:
+    runtime, decoder = open_runtime(case), reference(case)
     worst = 0.0
     for length in lengths:
         tokens = case.tokens(length)
-        worst = max(worst, float(np.abs(runtime.logits(tokens) - reference.logits(tokens)).max()))
+        worst = max(worst, float(np.abs(runtime.logits(tokens) - decoder.logits(tokens)).max()))
     return worst
 
 
@@ -76,13 +95,13 @@ PROOFS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("family", "settings"), PROOFS)
 def test_logits_equal_those_of_the_decoded_weights(
-    family: str, settings: dict[str, Any], root: Path
+    exported: Exports, family: str, settings: dict[str, Any]
 ) -> None:
-    case = build(family, root, accuracy_level=0, **settings)
+    case = exported("onnx", family, accuracy_level=0, **settings)
     assert difference(case, (1, 12, 90)) <= 1e-4
 
 
-def test_a_plan_may_mix_grids(root: Path) -> None:
+def test_a_plan_may_mix_grids(exported: Exports) -> None:
     grids = {
         "blocks.0.qkv_proj.weight": "int8-g128-asym",
         "blocks.1.down_proj.weight": "int4-g64-asym",
@@ -91,49 +110,52 @@ def test_a_plan_may_mix_grids(root: Path) -> None:
         "lm_head.weight": "F16",
     }
     for family in ("phi", "llama"):
-        case = build(family, root, grids=grids, accuracy_level=0)
+        source = exported.checkpoint(family)
+        settings = {"accuracy_level": 0}
+        case = exported.write("onnx", source, settings, change=regrid(grids))
         assert {entry.grid for entry in case.plan.entries} == {"F32", "int4-g32", *grids.values()}
         assert difference(case, (1, 40)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["", "-asym"])
-def test_every_grid_in_one_graph(kind: str, root: Path) -> None:
+def test_every_grid_in_one_graph(exported: Exports, kind: str) -> None:
     matrices = [f"blocks.{i}.{role}_proj.weight" for i in (0, 1) for role in
                 ("qkv", "o", "gate", "up", "down")]  # fmt: skip
     wanted = [f"int{bits}-g{size}{kind}" for bits in (4, 8) for size in (16, 32, 64, 128, 256)]
-    assert set(wanted) < set(exporters.onnx.grids())
+    assert set(wanted) < set(GRIDS)
     grids = dict(zip(matrices, wanted, strict=True))
-    case = build("llama", root, grids=grids, accuracy_level=0)
+    source = exported.checkpoint("llama")
+    case = exported.write("onnx", source, {"accuracy_level": 0}, change=regrid(grids))
     assert difference(case, (1, 40)) <= 1e-4
 
 
-def test_shared_blocks_are_stored_once_and_run_twice(root: Path) -> None:
-    case = build("mobilellm", root, {"layer_sharing": True}, accuracy_level=0)
+def test_shared_blocks_are_stored_once_and_run_twice(exported: Exports) -> None:
+    case = exported("onnx", "mobilellm", {"layer_sharing": True}, accuracy_level=0)
     assert case.config.num_hidden_layers == 4
     assert difference(case, (1, 40)) <= 1e-4
-    plain = build("mobilellm", root, accuracy_level=0)
+    plain = exported("onnx", "mobilellm", accuracy_level=0)
     assert case.plan.weights_bytes == plain.plan.weights_bytes
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen3", "phi"])
-def test_int8_activations_stay_close(family: str, root: Path) -> None:
+def test_int8_activations_stay_close(exported: Exports, family: str) -> None:
     # accuracy_level 4 rounds the activations of a linear to int8: noise of the runtime itself.
-    case = build(family, root)
+    case = exported("onnx", family)
     assert case.plan.settings["accuracy_level"] == 4
     tokens = case.tokens(90)
-    ours, exact = case.runtime().logits(tokens), case.decoded().logits(tokens)
+    ours, exact = open_runtime(case).logits(tokens), reference(case).logits(tokens)
     assert 1e-3 < np.abs(ours - exact).max() < 1.0
     p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (exact, ours))
     assert (np.exp(p) * (p - q)).sum(1).mean() < 3e-3
 
 
 @pytest.mark.parametrize("family", ["phi3-window", "mistral"])
-def test_attention_does_not_see_beyond_the_window(family: str, root: Path) -> None:
-    case = build(family, root, accuracy_level=0)
+def test_attention_does_not_see_beyond_the_window(exported: Exports, family: str) -> None:
+    case = exported("onnx", family, accuracy_level=0)
     assert case.config.sliding_window == 32
     tokens = case.tokens(90)
     other = [tokens[0] + 1 if tokens[0] < 500 else 3, *tokens[1:]]
-    runtime = case.runtime()
+    runtime = open_runtime(case)
     moved = np.abs(runtime.logits(tokens) - runtime.logits(other)).max(1)
     # Two blocks: position p sees back to p - 2 * 31.
     assert (moved[:63] > 0).all()
@@ -141,9 +163,9 @@ def test_attention_does_not_see_beyond_the_window(family: str, root: Path) -> No
 
 
 @pytest.mark.parametrize("family", ["phi3-window", "llama3", "phi", "qwen3"])
-def test_the_cache_gives_the_tokens_of_a_fresh_run(family: str, root: Path) -> None:
-    case = build(family, root, accuracy_level=0)
-    runtime = case.runtime()
+def test_the_cache_gives_the_tokens_of_a_fresh_run(exported: Exports, family: str) -> None:
+    case = exported("onnx", family, accuracy_level=0)
+    runtime = open_runtime(case)
     prompt = case.tokens(9)
     cached = greedy(runtime, prompt, 32)
     fresh: list[int] = []
@@ -153,9 +175,9 @@ def test_the_cache_gives_the_tokens_of_a_fresh_run(family: str, root: Path) -> N
     assert greedy(runtime, prompt, 32) == cached  # what the buffers held is forgotten
 
 
-def test_the_cache_with_int8_activations(phi3: Case) -> None:
+def test_the_cache_with_int8_activations(phi3: Exported) -> None:
     # A rounding that falls the other way can turn a near-tie, no more.
-    runtime = phi3.runtime()
+    runtime = open_runtime(phi3)
     prompt = phi3.tokens(9)
     cached = greedy(runtime, prompt, 32)
     fresh = runtime.logits(prompt + cached)[len(prompt) - 1 : -1]
@@ -164,10 +186,12 @@ def test_the_cache_with_int8_activations(phi3: Case) -> None:
     assert (fresh.argmax(1) == cached).mean() > 0.9
 
 
-def test_a_long_prompt_is_run_in_chunks(phi3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = build("phi3", phi3.folder.parent, accuracy_level=0)
+def test_a_long_prompt_is_run_in_chunks(
+    exported: Exports, phi3: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = exported("onnx", "phi3", accuracy_level=0)
     tokens = exact.tokens(70)
-    runtime = exact.runtime()
+    runtime = open_runtime(exact)
     whole = runtime.logits(tokens)
     monkeypatch.setattr(runtime_module, "CHUNK", 16)
     np.testing.assert_allclose(runtime.logits(tokens), whole, atol=1e-4)
@@ -178,12 +202,12 @@ def test_a_long_prompt_is_run_in_chunks(phi3: Case, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_onnx_checker_and_fusions(family: str, root: Path) -> None:
-    case = build(family, root)
-    graph = case.folder / "onnx/model_q4.onnx"
+def test_onnx_checker_and_fusions(exported: Exports, family: str, tmp_path: Path) -> None:
+    case = exported("onnx", family)
+    graph = case.path / "onnx/model_q4.onnx"
     onnx.checker.check_model(str(graph), full_check=True)
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(root / "optimized.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     model = onnx.load(options.optimized_model_filepath, load_external_data=False)
@@ -199,8 +223,8 @@ def test_onnx_checker_and_fusions(family: str, root: Path) -> None:
     assert found["Cast"] == 2  # of the mask
 
 
-def test_what_the_graph_says(phi3: Case) -> None:
-    file = phi3.folder / "onnx/model_q4.onnx"
+def test_what_the_graph_says(phi3: Exported) -> None:
+    file = phi3.path / "onnx/model_q4.onnx"
     model = onnx.load(file, load_external_data=False)
     assert model.ir_version == 10
     assert {o.domain: o.version for o in model.opset_import} == {"": 21, "com.microsoft": 1}
@@ -220,7 +244,7 @@ def test_what_the_graph_says(phi3: Case) -> None:
         assert size <= 256
         places = {e.key: e.value for e in tensor.external_data}
         assert places.get("location", "model_q4.onnx_data") == "model_q4.onnx_data"
-    assert str(phi3.folder.parent).encode() not in file.read_bytes()
+    assert str(phi3.path.parent).encode() not in file.read_bytes()
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
@@ -228,9 +252,11 @@ def test_what_the_graph_says(phi3: Case) -> None:
     ("family", "settings"),
     [("phi3", {}), ("phi4-mini", {"symmetric": False}), ("llama", {"bits": 8, "group_size": 16})],
 )
-def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root: Path) -> None:
-    case = build(family, root, **settings)
-    described = exporters.onnx.describe(case.folder)
+def test_planned_bytes_are_the_bytes(
+    exported: Exports, family: str, settings: dict[str, Any]
+) -> None:
+    case = exported("onnx", family, **settings)
+    described = describe(case.path)
     rows = {row["name"]: row for row in described["tensors"]}
     assert set(rows) == {entry.target_name for entry in case.plan.entries}
     for entry in case.plan.entries:
@@ -238,7 +264,7 @@ def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root
         assert row["bytes"] == entry.nbytes
         assert tuple(row["shape"]) == entry.shape
         assert row["grid"] == ("table" if entry.name.startswith("rope.") else entry.grid)
-    (data,) = case.folder.glob("onnx/*.onnx_data")
+    (data,) = case.path.glob("onnx/*.onnx_data")
     padding = data.stat().st_size - case.plan.weights_bytes
     assert 0 <= padding < 64 * 3 * len(case.plan.entries)
     assert described["bytes"] == case.artifact.nbytes
@@ -249,89 +275,80 @@ def test_planned_bytes_are_the_bytes(family: str, settings: dict[str, Any], root
     assert ("lm_head.weight" in rows) is not case.config.tie_word_embeddings
 
 
-def test_describe_refuses_data_that_is_missing_or_short(phi3: Case, tmp_path: Path) -> None:
+def test_describe_refuses_data_that_is_missing_or_short(phi3: Exported, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(phi3.folder, folder)
+    shutil.copytree(phi3.path, folder)
     (data,) = folder.glob("onnx/*.onnx_data")
     os.truncate(data, 1000)
     with pytest.raises(ArtifactError, match=r"onnx_data is truncated: \d+ bytes are needed"):
-        exporters.onnx.describe(folder)
+        describe(folder)
     data.unlink()
     with pytest.raises(ArtifactError, match="onnx_data is missing beside"):
-        exporters.onnx.describe(folder)
+        describe(folder)
     (graph,) = folder.glob("onnx/*.onnx")
     graph.write_bytes(b"")  # parses: an empty message
     with pytest.raises(ArtifactError, match="holds no graph"):
-        exporters.onnx.describe(folder)
+        describe(folder)
 
 
 def test_same_bytes_twice_and_for_any_slab(
-    phi3: Case, root: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Exports, phi3: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def digests(case: Case) -> dict[str, str]:
+    def digests(case: Exported) -> dict[str, str]:
         return {
-            str(file.relative_to(case.folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(case.folder.rglob("*"))
+            str(file.relative_to(case.path)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(case.path.rglob("*"))
             if file.is_file()
         }
 
-    first = digests(phi3)
-    assert digests(build("phi3", root)) == first
+    first, source = digests(phi3), phi3.checkpoint.path
+    assert digests(exported.write("onnx", source, {})) == first
     monkeypatch.setattr(writer, "SLABS", 256 * 33)
-    assert digests(build("phi3", root)) == first
+    assert digests(exported.write("onnx", source, {})) == first
 
 
-def test_memory_is_bounded_by_the_slab(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = {"vocab_size": 16384}
-    build("llama", root, make)  # compiles kernels, imports
+def test_memory_is_bounded_by_the_slab(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = exported.checkpoint("llama", vocab_size=16384)
+    exported.write("onnx", source, {})  # compiles kernels, imports
     monkeypatch.setattr(writer, "SLABS", 2**16)  # 256 KB as float32; the embedding has 16 MB
     tracemalloc.start()
-    build("llama", root, make)
+    exported.write("onnx", source, {})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3 * 2**20
 
 
-def test_progress_ends_at_the_total(root: Path) -> None:
-    case = build("llama", root)
-    calls: list[tuple[int, int]] = []
-    folder = root / "progress"
-    folder.mkdir()
-    exporters.onnx.write(case.plan, case.weights, folder, lambda *args: calls.append(args))
-    assert calls[-1] == (case.plan.weights_bytes, case.plan.weights_bytes)
-    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+def test_progress_adds_up_to_the_total(exported: Exports) -> None:
+    calls: list[int] = []
+    case = exported.write("onnx", exported.checkpoint("llama"), {}, written=calls.append)
+    assert sum(calls) == case.plan.weights_bytes and min(calls) > 0
 
 
 # --- the plan --------------------------------------------------------------------------------
 
 
-def config_of(family: str, root: Path, **make: Any) -> DecoderConfig:
-    source = checkpoint(family, root, **make)
-    return DecoderConfig.from_hf(source.config, source.generation_config)
-
-
-def test_default_settings(root: Path) -> None:
-    plan = exporters.onnx.plan(config_of("llama", root), {})
+def test_default_settings(exported: Exports) -> None:
+    plan = plan_for("onnx", exported.config("llama"), {})
     assert plan.type_name == "int4-g32"
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == grids["lm_head.weight"] == "int4-g32"
     assert grids["blocks.1.qkv_proj.weight"] == "int4-g32"
     assert grids["blocks.1.input_layernorm.weight"] == grids["rope.cos"] == "F32"
-    assert all(get_grid(name).name == name for name in exporters.onnx.grids())
-    assert {entry.grid for entry in plan.entries} <= {*exporters.onnx.grids(), "F32"}
+    assert all(get_grid(name).name == name for name in GRIDS)
+    assert {entry.grid for entry in plan.entries} <= {*GRIDS, "F32"}
 
 
-def test_rows_that_the_group_does_not_divide(root: Path) -> None:
-    config = config_of("llama", root, intermediate_size=576)
+def test_rows_that_the_group_does_not_divide(exported: Exports) -> None:
+    config = exported.config("llama", intermediate_size=576)
     with pytest.raises(GridError, match="does not divide rows of 576") as caught:
-        exporters.onnx.plan(config, {"group_size": 128})
+        plan_for("onnx", config, {"group_size": 128})
     assert "group_size: 64 fits" in caught.value.hint
-    exporters.onnx.plan(config, {"group_size": 64})
+    plan_for("onnx", config, {"group_size": 64})
 
 
-def test_notes_only_where_they_apply(root: Path) -> None:
+def test_notes_only_where_they_apply(exported: Exports) -> None:
     def notes(family: str) -> str:
-        return " ".join(exporters.onnx.plan(config_of(family, root), {}).notes)
+        return " ".join(plan_for("onnx", exported.config(family), {}).notes)
 
     assert notes("llama") == notes("phi3") == notes("mistral") == ""
     assert "256 positions, not 2048" in notes("phi3-longrope")
@@ -339,17 +356,17 @@ def test_notes_only_where_they_apply(root: Path) -> None:
     assert "head_dim" in notes("qwen3")
 
 
-def test_rotary_dimensions_that_the_operator_refuses(root: Path) -> None:
-    config = config_of("phi", root, partial_rotary_factor=0.375)
+def test_rotary_dimensions_that_the_operator_refuses(exported: Exports) -> None:
+    config = exported.config("phi", partial_rotary_factor=0.375)
     with pytest.raises(UnsupportedModelError, match="24 rotary dimensions"):
-        exporters.onnx.plan(config, {})
+        plan_for("onnx", config, {})
 
 
 # --- the runtime -----------------------------------------------------------------------------
 
 
-def test_runtime_facts(phi3: Case) -> None:
-    runtime = phi3.runtime()
+def test_runtime_facts(phi3: Exported) -> None:
+    runtime = open_runtime(phi3)
     assert runtime.name == f"onnxruntime {onnxruntime.__version__}"
     assert runtime.vocab_size == phi3.config.vocab_size
     logits = runtime.logits(phi3.tokens(5))
@@ -362,8 +379,8 @@ def test_runtime_facts(phi3: Case) -> None:
     runtime.close()
 
 
-def test_no_room_beyond_the_context(phi3: Case) -> None:
-    runtime = phi3.runtime(context=16)
+def test_no_room_beyond_the_context(phi3: Exported) -> None:
+    runtime = open_runtime(phi3, context=16)
     runtime.feed(phi3.tokens(12))
     with pytest.raises(UsageError, match="17 tokens"):
         runtime.feed(phi3.tokens(5))
@@ -371,26 +388,26 @@ def test_no_room_beyond_the_context(phi3: Case) -> None:
     assert len(runtime.logits(phi3.tokens(16))) == 16
     # Nor beyond what the artifact holds, whatever is asked for.
     with pytest.raises(UsageError, match="257 tokens do not fit: the runtime has room for 256"):
-        phi3.runtime(context=5000).logits(phi3.tokens(257))
+        open_runtime(phi3, context=5000).logits(phi3.tokens(257))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_cache_takes_memory_as_it_fills(root: Path) -> None:
+def test_cache_takes_memory_as_it_fills(exported: Exports) -> None:
     def anonymous() -> int:
         status = Path("/proc/self/status").read_text()
         (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
         return int(line.split()[1]) * 1024
 
-    case = build("llama", root, {"max_position_embeddings": 32768})
+    case = exported("onnx", "llama", {"max_position_embeddings": 32768})
     whole = 32768 * case.artifact.kv_cache_bytes_per_token
     assert whole == 128 * 2**20
-    runtime = case.runtime()
+    runtime = open_runtime(case)
     before = anonymous()
     runtime.feed(case.tokens(3))
     assert anonymous() - before < whole / 8
 
 
-def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
+def test_broken_artifacts(phi3: Exported, tmp_path: Path) -> None:
     def copy(name: str, graph: bytes, data: bytes | None) -> Path:
         folder = tmp_path / name
         (folder / "onnx").mkdir(parents=True)
@@ -399,8 +416,8 @@ def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
             (folder / "onnx/model_q4.onnx_data").write_bytes(data)
         return folder
 
-    graph = (phi3.folder / "onnx/model_q4.onnx").read_bytes()
-    data = (phi3.folder / "onnx/model_q4.onnx_data").read_bytes()
+    graph = (phi3.path / "onnx/model_q4.onnx").read_bytes()
+    data = (phi3.path / "onnx/model_q4.onnx_data").read_bytes()
     for folder in (
         copy("no-data", graph, None),
         copy("short-data", graph, data[:-5000]),
@@ -408,19 +425,19 @@ def test_broken_artifacts(phi3: Case, root: Path, tmp_path: Path) -> None:
         copy("not-onnx", b"hello", data),
     ):
         with pytest.raises(ArtifactError, match=r"model_q4\.onnx") as caught:
-            exporters.onnx.open_runtime(folder, context=64)
+            open_runtime(folder, context=64)
         assert "\n" not in caught.value.message
     with pytest.raises(ArtifactError, match="not an ONNX file"):
-        exporters.onnx.describe(tmp_path / "not-onnx")
+        describe(tmp_path / "not-onnx")
     with pytest.raises(ArtifactError, match=r"no \.onnx file"):
-        exporters.onnx.describe(tmp_path)
+        describe(tmp_path)
     (tmp_path / "no-data/onnx/model_int8.onnx").write_bytes(graph)
     with pytest.raises(ArtifactError, match=r"2 \.onnx file"):
-        exporters.onnx.open_runtime(tmp_path / "no-data", context=64)
+        open_runtime(tmp_path / "no-data", context=64)
 
 
-def test_missing_package(phi3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(phi3: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(RuntimeMissingError, match="not installed") as caught:
-        phi3.runtime()
+        open_runtime(phi3)
     assert "pip install" in caught.value.hint

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx_case import Case, build, greedy
+from exported import Exported, Exports, greedy
 from transformers import AutoTokenizer
+
+from exporters.onnx.runtime import OnnxRuntime
 
 COUNT = 16
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("onnx")
+def open_runtime(made: Exported) -> OnnxRuntime:
+    return OnnxRuntime(made.path, context=made.config.max_context, threads=1)
 
 
 def with_optimum(folder: Path, prompt: list[int]) -> list[int]:
@@ -57,43 +58,43 @@ def with_genai(folder: Path, prompt: list[int]) -> list[int]:
     "family",
     ["llama", "llama3", "mistral", "phi3-window", "phi3-longrope", "phi", "qwen2", "mobilellm"],
 )
-def test_same_tokens_in_every_runtime(family: str, root: Path) -> None:
-    case = build(family, root, accuracy_level=0, symmetric=family != "llama")
+def test_same_tokens_in_every_runtime(exported: Exports, family: str) -> None:
+    case = exported("onnx", family, accuracy_level=0, symmetric=family != "llama")
     prompt = case.tokens(9)
-    ours = greedy(case.runtime(), prompt, COUNT)
-    assert with_optimum(case.folder, prompt) == ours
-    assert with_genai(case.folder, prompt) == ours
+    ours = greedy(open_runtime(case), prompt, COUNT)
+    assert with_optimum(case.path, prompt) == ours
+    assert with_genai(case.path, prompt) == ours
 
 
 # optimum-onnx 0.1.0 reads the shape of their cache wrongly, which the plan's notes say.
 @pytest.mark.parametrize("family", ["phi4-mini", "qwen3"])
-def test_same_tokens_in_genai(family: str, root: Path) -> None:
-    case = build(family, root, accuracy_level=0)
+def test_same_tokens_in_genai(exported: Exports, family: str) -> None:
+    case = exported("onnx", family, accuracy_level=0)
     assert "optimum" in " ".join(case.plan.notes)
     prompt = case.tokens(9)
-    assert with_genai(case.folder, prompt) == greedy(case.runtime(), prompt, COUNT)
+    assert with_genai(case.path, prompt) == greedy(open_runtime(case), prompt, COUNT)
 
 
-def test_same_tokens_with_the_default_settings(root: Path) -> None:
+def test_same_tokens_with_the_default_settings(exported: Exports) -> None:
     for settings in ({}, {"bits": 8}):
-        case = build("phi3", root, **settings)
+        case = exported("onnx", "phi3", **settings)
         prompt = case.tokens(9)
-        ours = greedy(case.runtime(), prompt, COUNT)
-        assert with_optimum(case.folder, prompt) == ours
-        assert with_genai(case.folder, prompt) == ours
+        ours = greedy(open_runtime(case), prompt, COUNT)
+        assert with_optimum(case.path, prompt) == ours
+        assert with_genai(case.path, prompt) == ours
 
 
-def read(case: Case, name: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((case.folder / name).read_text())
+def read(case: Exported, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((case.path / name).read_text())
     return value
 
 
-def test_configs(root: Path) -> None:
-    case = build("phi3", root)
-    files = {file.name for file in case.folder.iterdir()}
+def test_configs(exported: Exports) -> None:
+    case = exported("onnx", "phi3")
+    files = {file.name for file in case.path.iterdir()}
     assert files >= {"config.json", "generation_config.json", "genai_config.json", "onnx"}
     assert files >= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    assert {file.name for file in (case.folder / "onnx").iterdir()} == {
+    assert {file.name for file in (case.path / "onnx").iterdir()} == {
         "model_q4.onnx",
         "model_q4.onnx_data",
     }
@@ -114,16 +115,16 @@ def test_configs(root: Path) -> None:
     assert read(case, "generation_config.json")["eos_token_id"] == stops
 
 
-def test_eight_bits_have_the_suffix_of_their_dtype(root: Path) -> None:
-    case = build("llama", root, bits=8)
-    assert (case.folder / "onnx/model_int8.onnx_data").exists()
+def test_eight_bits_have_the_suffix_of_their_dtype(exported: Exports) -> None:
+    case = exported("onnx", "llama", bits=8)
+    assert (case.path / "onnx/model_int8.onnx_data").exists()
     config = read(case, "config.json")["transformers.js_config"]
     assert config["dtype"] == "int8"
     assert config["use_external_data_format"] == {"model_int8.onnx": 1}
 
 
-def test_mobilellm_travels_as_a_llama(root: Path) -> None:
-    case = build("mobilellm", root, {"layer_sharing": True})
+def test_mobilellm_travels_as_a_llama(exported: Exports) -> None:
+    case = exported("onnx", "mobilellm", {"layer_sharing": True})
     config = read(case, "config.json")
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -133,22 +134,22 @@ def test_mobilellm_travels_as_a_llama(root: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2", "mobilellm"])
-def test_tokenizers_agree(family: str, root: Path) -> None:
+def test_tokenizers_agree(exported: Exports, family: str) -> None:
     import onnxruntime_genai as genai
 
-    case = build(family, root)
-    original = AutoTokenizer.from_pretrained(case.weights.checkpoint.path)
-    copied = AutoTokenizer.from_pretrained(case.folder)
-    native = genai.Tokenizer(genai.Model(str(case.folder)))
+    case = exported("onnx", family)
+    original = AutoTokenizer.from_pretrained(case.checkpoint.path)
+    copied = AutoTokenizer.from_pretrained(case.path)
+    native = genai.Tokenizer(genai.Model(str(case.path)))
     for text in ("The river goes down to the sea.", "for i in range(10):\n    print(i)\n"):
         ids = original.encode(text)
         assert copied.encode(text) == ids
         # GenAI leaves the BOS to the chat template.
         assert native.encode(text).tolist() == original.encode(text, add_special_tokens=False)
-    assert (case.folder / "tokenizer.json").exists()
+    assert (case.path / "tokenizer.json").exists()
 
 
-def test_without_a_tokenizer(root: Path) -> None:
-    case = build("phi", root, {"tokenizer": False})
-    assert not (case.folder / "tokenizer.json").exists()
-    assert len(greedy(case.runtime(), [3, 4], 2)) == 2
+def test_without_a_tokenizer(exported: Exports) -> None:
+    case = exported("onnx", "phi", {"tokenizer": False})
+    assert not (case.path / "tokenizer.json").exists()
+    assert len(greedy(open_runtime(case), [3, 4], 2)) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import writing
 from commands import packlight
 from hooked import Model, distance, draw_windows, hooked, parameter_rows
 
@@ -23,7 +24,6 @@ from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan
 from compress.solvers import get_solver
 from compress.solvers.propagation import DAMPING, SHARE, PropagatedWeights, shifts
-from exporters import get_exporter
 
 # Family, format, settings: fused and separate tensors, one and two runs of a stored block, norms in
 # float32 and float16, groups along columns, of rows, and of the whole tensor.
@@ -45,7 +45,7 @@ class Case:
         more = {"layer_sharing": True} if family == "mobilellm" else {}
         self.model = Model(family, folder, **more)
         self.config = self.model.config
-        self.plan: Plan = get_exporter(target).plan(self.config, settings)
+        self.plan: Plan = writing.plan_for(target, self.config, settings)
         self.solver, self.windows = solver, draw_windows(6)
         self.weights = PropagatedWeights(self.model, self.plan, solver, self.windows)
         self.solved, self.decoded = {}, {}
@@ -184,13 +184,13 @@ def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
 
     monkeypatch.setattr(PropagatedWeights, "_start", start)
     for target in ("gguf", "onnx", "coreml"):
-        plan = get_exporter(target).plan(model.config, {}, model_name="m")
+        plan = writing.plan_for(target, model.config, {}, model_name="m")
         weights = PropagatedWeights(model, plan, "scale_search", draw_windows(2))
         written = []
         for folder in (tmp_path / f"{target}-1", tmp_path / f"{target}-2"):
             folder.mkdir()
             starts.clear()
-            get_exporter(target).write(plan, weights, folder, lambda done, total: None)
+            writing.write(plan, weights, folder)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             written.append([path.read_bytes() for path in files if path.suffix != ".json"])
             assert len(starts) == len(written) - 1, target
@@ -200,8 +200,8 @@ def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
 @pytest.mark.parametrize("target", ["gguf", "onnx", "coreml"])
 def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, tmp_path):
     model = Model("phi3", tmp_path, num_hidden_layers=3)
-    exporter, windows = get_exporter(target), draw_windows(4)
-    plan = exporter.plan(model.config, {}, model_name="m")
+    windows = draw_windows(4)
+    plan = writing.plan_for(target, model.config, {}, model_name="m")
     solved: list[str] = []
 
     class CutOff(Exception):
@@ -226,7 +226,7 @@ def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, t
             model, plan, "gptq", windows,
             ledger=Ledger(state / "ledger", "t"), states=state / "states",
         )  # fmt: skip
-        exporter.write(plan, weights, folder, lambda done, total: None)
+        writing.write(plan, weights, folder)
         return [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
 
     stop = "none"
@@ -252,7 +252,7 @@ def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, t
 
 def test_states_of_a_forgotten_target_are_not_gone_on_with(tmp_path):
     model = Model("llama", tmp_path)
-    plan = get_exporter("gguf").plan(model.config, {}, model_name="m")
+    plan = writing.plan_for("gguf", model.config, {}, model_name="m")
     states, windows = tmp_path / "states", draw_windows(2)
     name = next(e.name for e in plan.entries if e.name.startswith("blocks.1") and len(e.shape) == 2)
 

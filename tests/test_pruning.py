@@ -13,6 +13,7 @@ import tiny
 import torch
 from commands import packlight, refused
 from tiny_sources import stored, texts
+from writing import plan_for
 
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
@@ -32,7 +33,6 @@ from compress.pruning.step import Pruned, prune_source
 from compress.pruning.surgery import Remaining, choose, compensate
 from compress.recipe import load
 from compress.recipe.model import Prune
-from exporters import get_exporter
 
 METHODS = {
     "depth": {"method": "depth", "blocks": 1},
@@ -196,14 +196,14 @@ def test_widths_are_what_the_grids_take():
     source = stored(model_path())
 
     def step(target, **settings):
-        return width_step(source.config, [get_exporter(target).plan(source.config, settings)])
+        return width_step(source.config, [plan_for(target, source.config, settings)])
 
     assert step("gguf", type="Q4_K_M") == 256
     assert step("gguf", type="Q4_0") == 32
     assert step("onnx", group_size=128) == 128
     assert step("coreml", grid="lut4-g8") == 32
     narrow = replace(source.config, intermediate_size=864)  # no K-quant takes it as it is
-    assert width_step(narrow, [get_exporter("gguf").plan(narrow, {"type": "Q4_K_M"})]) == 32
+    assert width_step(narrow, [plan_for("gguf", narrow, {"type": "Q4_K_M"})]) == 32
     half = plan_cut(source.config, Prune(method="ffn", ratio=0.4))
     assert half is not None and half.kept == 448  # of 768, the nearest multiple of 32 to 460.8
 

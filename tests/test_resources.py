@@ -34,12 +34,12 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> BaselineStore:
 def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
     done: list[tuple[int, int]] = []
     found = verify_artifact(
-        PROBE,
         Path("model.echo"),
         "works",
         baseline,
         context=128,
         progress=lambda *step: done.append(step),
+        probe=PROBE,
     )
     total = 4 * 33
     assert done[0] == (0, total) and done[-1] == (total, total)
@@ -59,8 +59,8 @@ def test_the_peak_is_the_childs_own(baseline: BaselineStore) -> None:
     """200 MiB held for a moment in the child are seen; 300 MiB held here are not."""
     ballast = np.ones(300 << 17)
     path = Path("model.echo")
-    calm = verify_artifact(PROBE, path, "works", baseline, context=128).resources
-    greedy = verify_artifact(PROBE, path, "greedy", baseline, context=128).resources
+    calm = verify_artifact(path, "works", baseline, context=128, probe=PROBE).resources
+    greedy = verify_artifact(path, "greedy", baseline, context=128, probe=PROBE).resources
     assert ballast[0] == 1
     for field in ("peak_memory_bytes", "peak_anonymous_bytes"):
         low, high = getattr(calm, field), getattr(greedy, field)
@@ -85,7 +85,7 @@ def test_a_child_that_fails(
 ) -> None:
     begin = time.monotonic()
     with pytest.raises(error, match=message):
-        verify_artifact(PROBE, Path("m.echo"), how, baseline, context=128, silence=2)
+        verify_artifact(Path("m.echo"), how, baseline, context=128, silence=2, probe=PROBE)
     assert time.monotonic() - begin < 30
 
 
@@ -153,7 +153,7 @@ def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify_artifact(PROBE, Path("m"), "works", baseline, context=128, progress=interrupt)
+        verify_artifact(Path("m"), "works", baseline, context=128, progress=interrupt, probe=PROBE)
     if sys.platform == "linux":
         children = Path(f"/proc/self/task/{threading_id()}/children")
         assert not children.exists() or children.read_text() == ""

@@ -7,17 +7,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
+from commands import Step, server
 
 from compress.errors import DiskFullError
 from compress.output.folder import check_disk, locked
@@ -25,7 +25,7 @@ from compress.output.folder import check_disk, locked
 HERE = Path(__file__).parent
 OPTIONS = (
     "--threads", "1", "-v", "--set", "quantize.solver=scale_search",
-    "--set", "calibration.tokens=4096", "--set", "calibration.sequence_length=128",
+    "--set", "calibration.tokens=2048", "--set", "calibration.sequence_length=128",
 )  # fmt: skip
 
 
@@ -43,11 +43,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- a whole build ------------------------------------------------------------------------------
 
 
-@dataclass
-class Mortals:
-    """Builds of one model, each in a process of its own that starts at once (``mortal_cli.py``)."""
+@dataclass(frozen=True)
+class Builds:
+    """Builds of one model into one folder, each in a process of its own."""
 
-    process: subprocess.Popen[str]
     model: Path
     place: Path
 
@@ -59,35 +58,31 @@ class Mortals:
     def partial(self) -> Path:
         return self.place / "out.partial"
 
-    def start(self, *options: str, verify: bool = False) -> int:
-        """Begin a build; its pid."""
-        log = str(self.place / "log")
-        line = [log, "build", str(self.model), "-o", str(self.output), *OPTIONS, *options]
-        return int(self.ask(json.dumps(line if verify else [*line, "--no-verify"])))
+    @property
+    def log(self) -> Path:
+        return self.place / "log"
 
-    def ask(self, line: str) -> str:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
+    def run(self, *options: str, verify: bool = False, step: Step | None = None) -> int:
+        """The exit status of a build; what it says goes to the log."""
+        return self.steps(*options, verify=verify, step=step)[0]
 
-    def ended(self) -> int:
-        """Its exit status, once it has ended."""
-        return int(self.ask("reap"))
+    def steps(
+        self, *options: str, verify: bool = False, step: Step | None = None
+    ) -> tuple[int, int]:
+        """Its exit status, and how many of its steps matched."""
+        line = ["build", str(self.model), "-o", str(self.output), *OPTIONS, *options]
+        env = {**os.environ, "NO_COLOR": "1", "PACKLIGHT_CACHE": str(self.place / "cache")}
+        arguments = line if verify else [*line, "--no-verify"]
+        return server().run(arguments, self.place, env, self.log, self.log, step)
 
     def finished(self) -> dict[str, list[str]]:
-        """What the ledgers tell of, by target."""
+        """What the ledgers list, by target."""
         found = {}
         for path in (self.partial / "state").glob("*.ledger"):
             rows = (json.loads(line) for line in path.read_text().splitlines(keepends=True)
                     if line.endswith("\n"))  # fmt: skip
             found[path.stem] = [row["done"] for row in rows if "done" in row]
         return found
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Until it holds, or the build is over."""
-        while not condition() and not self.output.exists():
-            time.sleep(0.001)
 
     def calibrated(self) -> int:
         """The block that the cache's walk has come to."""
@@ -97,199 +92,167 @@ class Mortals:
     def forget(self) -> None:
         shutil.rmtree(self.place / "cache", ignore_errors=True)
         shutil.rmtree(self.output, ignore_errors=True)
-        (self.place / "log").unlink()
+        self.log.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
-def mortals(model, tmp_path_factory) -> Iterator[Mortals]:
-    place = tmp_path_factory.mktemp("mortals")
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "mortal_cli.py")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "NO_COLOR": "1", "PACKLIGHT_CACHE": str(place / "cache"),
-             "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    mortals = Mortals(process, model, place)
-    assert mortals.start() == 0, (place / "log").read_text()
-    mortals.forget()
-    yield mortals
-    process.kill()
-    process.wait()
+def builds(model, tmp_path_factory) -> Builds:
+    return Builds(model, tmp_path_factory.mktemp("builds"))
 
 
-def test_a_build_killed_at_twenty_moments_has_the_bytes_of_one_that_was_not(mortals):
-    begun = time.monotonic()
-    mortals.start()
-    assert mortals.ended() == 0
-    duration = time.monotonic() - begun
-    whole = contents(mortals.output)
-    assert {"gguf", "onnx", "coreml"} <= {name.partition("/")[0] for name in whole}
-    mortals.forget()
+@pytest.fixture(scope="module")
+def whole(builds) -> dict[str, bytes]:
+    """Every file of a build that nothing has killed."""
+    assert builds.run() == 0, builds.log.read_text()
+    found = contents(builds.output)
+    assert {"gguf", "onnx", "coreml"} <= {name.partition("/")[0] for name in found}
+    builds.forget()
+    return found
+
+
+def test_a_build_killed_at_twenty_steps_has_the_bytes_of_one_that_was_not(builds, whole):
+    anywhere = re.escape(str(builds.place))
+    status, total = builds.steps(step=Step(anywhere, 0))
+    assert status == 0 and contents(builds.output) == whole
+    builds.forget()
 
     draw = random.Random(5)
-    moments = [(i + draw.random()) / 20 * duration for i in range(20)]
+    left = [(i + draw.random()) / 20 * total for i in range(20)]
     kills, ends, skipped = 0, 0, 0
-    while moments:
-        before, block = mortals.finished(), mortals.calibrated()
-        # What has little left to do is over before the late moments.
-        early = moments[: len(moments) // 2 + 1]
-        moment = draw.choice(early) if before or block else moments[-1]
-        child = mortals.start("--resume")
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
-        if mortals.ended() == -signal.SIGKILL:
+    while left:
+        before, block = builds.finished(), builds.calibrated()
+        # What has little left to do is over before the late steps.
+        early = left[: len(left) // 2 + 1]
+        count = draw.choice(early) if before or block else left[-1]
+        status = builds.run("--resume", step=Step(anywhere, int(count) + 1))
+        if status == -signal.SIGKILL:
             kills += 1
-            moments.remove(moment)
-        after = mortals.finished()
-        if mortals.output.exists():  # it was faster; its folder is whole, perhaps beside the state
-            assert contents(mortals.output) == whole
-            shutil.rmtree(mortals.partial, ignore_errors=True)
-            mortals.forget()
+            left.remove(count)
+        after = builds.finished()
+        if builds.output.exists():  # it had less to do, or it was at its very end
+            assert contents(builds.output) == whole
+            shutil.rmtree(builds.partial, ignore_errors=True)
+            builds.forget()
             ends += 1
-            assert ends < 40
-            if moment in moments:  # the machine may be faster now than it was for the first build
-                moments.remove(moment)
-                moments = sorted([*moments, moment * draw.random()])
+            assert ends < 20
             continue
         for target, names in before.items():  # nothing is done twice, nothing is lost
             assert after[target][: len(names)] == names
             assert len(set(after[target])) == len(after[target])
-        assert block <= mortals.calibrated() or after
+        assert block <= builds.calibrated() or after
         skipped += sum(map(len, before.values()))
     assert kills == 20
     assert skipped > 0
-    before = mortals.finished()
-    mortals.start("--resume")
-    assert mortals.ended() == 0, (mortals.place / "log").read_text()
-    assert contents(mortals.output) == whole
-    told = (mortals.place / "log").read_text()
+    before = builds.finished()
+    assert builds.run("--resume") == 0, builds.log.read_text()
+    assert contents(builds.output) == whole
+    said = builds.log.read_text()
     for target, names in before.items():
-        assert not names or f"{target}: {len(names)} arrays were written before" in told
-    assert sorted(path.name for path in mortals.place.iterdir()) == ["cache", "log", "out"]
-    mortals.forget()
+        assert not names or f"{target}: {len(names)} arrays were written before" in said
+    assert sorted(path.name for path in builds.place.iterdir()) == ["cache", "log", "out"]
+    builds.forget()
 
 
-def test_calibration_goes_on_with_the_block_that_it_was_at(mortals):
-    mortals.start()
-    assert mortals.ended() == 0
-    whole = contents(mortals.output)
-    while not mortals.calibrated():  # a slow machine may miss it
-        shutil.rmtree(mortals.partial, ignore_errors=True)
-        mortals.forget()
-        child = mortals.start("--resume")
-        mortals.wait(lambda: mortals.calibrated() or mortals.finished())
-        os.kill(child, signal.SIGKILL)
-        mortals.ended()
-    block = mortals.calibrated()
-    (kept,) = mortals.place.glob("cache/calibration/*.partial/statistics/blocks.0.npz")
+def test_calibration_goes_on_with_the_block_that_it_was_at(builds, whole):
+    # The states before the second block are kept, its statistics not yet.
+    step = Step(r"open .*/statistics/blocks\.1\.npz")
+    assert builds.run("--resume", step=step) == -signal.SIGKILL
+    assert builds.calibrated() == 1 and not builds.finished()
+    (kept,) = builds.place.glob("cache/calibration/*.partial/statistics/blocks.0.npz")
     written = kept.stat().st_mtime_ns
-    mortals.start("--resume")
-    assert mortals.ended() == 0
-    assert contents(mortals.output) == whole
-    (kept,) = mortals.place.glob("cache/calibration/*/blocks.0.npz")
-    assert block >= 1 and kept.stat().st_mtime_ns == written
-    mortals.forget()
+    assert builds.run("--resume") == 0
+    assert contents(builds.output) == whole
+    (kept,) = builds.place.glob("cache/calibration/*/blocks.0.npz")
+    assert kept.stat().st_mtime_ns == written
+    builds.forget()
 
 
-def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(mortals):
+MIDST = r"open .*/state/onnx\.ledger"  # a line of the ledger, in the midst of three targets
+
+
+def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(builds):
     fed = ("--set", "calibration.propagate=quantized")
-    mortals.start(*fed)
-    assert mortals.ended() == 0
-    whole = contents(mortals.output)
-    mortals.forget()
-    child = mortals.start("--resume", *fed)
-    mortals.wait(lambda: mortals.finished().get("onnx"))
-    os.kill(child, signal.SIGKILL)
-    assert mortals.ended() == -signal.SIGKILL
-    left, log = mortals.finished(), mortals.place / "log"
-    log.unlink()
-    mortals.start("--resume", *fed)
-    assert mortals.ended() == 0, log.read_text()
-    assert contents(mortals.output) == whole
+    assert builds.run(*fed) == 0
+    whole = contents(builds.output)
+    builds.forget()
+    assert builds.run("--resume", *fed, step=Step(MIDST, 5)) == -signal.SIGKILL
+    left = builds.finished()
+    builds.log.unlink()
+    assert builds.run("--resume", *fed) == 0, builds.log.read_text()
+    assert contents(builds.output) == whole
     assert left["gguf"] and left["onnx"]
     for target, names in left.items():
-        assert f"{target}: {len(names)} arrays were written before" in log.read_text()
-    mortals.forget()
+        assert f"{target}: {len(names)} arrays were written before" in builds.log.read_text()
+    builds.forget()
 
 
-def test_the_float_model_is_not_scored_again(mortals):
+def test_the_float_model_is_not_scored_again(builds):
     verified = ("-f", "gguf", "--set", "verify.windows=2", "--set", "verify.sequence_length=64")
-    child = mortals.start("--resume", *verified, verify=True)
-    mortals.wait(lambda: list(mortals.partial.glob("state/baseline/*/facts.json")))
-    os.kill(child, signal.SIGKILL)
-    assert mortals.ended() == -signal.SIGKILL
-    log = mortals.place / "log"
-    assert "score the float model" in log.read_text()
-    log.unlink()
-    mortals.start("--resume", *verified, verify=True)
-    assert mortals.ended() in (0, 1), log.read_text()  # a random model need not pass its gates
-    assert "score the float model" not in log.read_text()
-    (artifact,) = json.loads((mortals.output / "report.json").read_text())["artifacts"]
+    step = Step("subprocess.Popen")  # of the child that runs the artifact
+    assert builds.run("--resume", *verified, verify=True, step=step) == -signal.SIGKILL
+    assert list(builds.partial.glob("state/baseline/*/facts.json"))
+    assert "score the float model" in builds.log.read_text()
+    builds.log.unlink()
+    # A random model need not pass its gates.
+    assert builds.run("--resume", *verified, verify=True) in (0, 1), builds.log.read_text()
+    assert "score the float model" not in builds.log.read_text()
+    (artifact,) = json.loads((builds.output / "report.json").read_text())["artifacts"]
     assert artifact["perplexity"] > 1
-    mortals.forget()
+    builds.forget()
 
 
-def killed_while_writing(mortals: Mortals, *options: str) -> dict[str, list[str]]:
-    """What a build has finished that was killed in the midst of its second target or later."""
-    child = mortals.start(*options)
-    mortals.wait(lambda: mortals.finished().get("onnx"))
-    os.kill(child, signal.SIGKILL)
-    assert mortals.ended() == -signal.SIGKILL
-    return mortals.finished()
+def killed_while_writing(builds: Builds) -> dict[str, list[str]]:
+    """What a build has finished that was killed in the midst of all its targets."""
+    assert builds.run(step=Step(MIDST, 5)) == -signal.SIGKILL
+    left = builds.finished()
+    assert all(left[target] for target in ("gguf", "onnx", "coreml"))
+    return left
 
 
-def test_what_was_left_is_neither_thrown_away_nor_mixed_with_another_build(mortals):
-    left = killed_while_writing(mortals)
-    log = mortals.place / "log"
-    log.unlink()
-    mortals.start()
-    assert mortals.ended() == 2
-    assert "error: out.partial holds what an interrupted build has finished" in log.read_text()
-    assert "hint: --resume to continue it, --overwrite to begin afresh" in log.read_text()
-    assert mortals.finished() == left
-    log.unlink()
-    mortals.start("--resume", "--set", "quantize.solver=rtn")
-    assert mortals.ended() == 2
-    told = log.read_text()
-    assert "of another build: recipe.quantize.solver is rtn, was scale_search" in told
-    assert "hint: the same options again" in told
-    assert mortals.finished() == left
-    log.unlink()
-    mortals.start("--overwrite")
-    assert mortals.ended() == 0
-    assert "were written before" not in log.read_text()
-    assert not mortals.partial.exists()
-    mortals.forget()
+def test_what_was_left_is_neither_thrown_away_nor_mixed_with_another_build(builds):
+    left = killed_while_writing(builds)
+    builds.log.unlink()
+    assert builds.run() == 2
+    assert (
+        "error: out.partial holds what an interrupted build has finished" in builds.log.read_text()
+    )
+    assert "hint: --resume to continue it, --overwrite to begin afresh" in builds.log.read_text()
+    assert builds.finished() == left
+    builds.log.unlink()
+    assert builds.run("--resume", "--set", "quantize.solver=rtn") == 2
+    said = builds.log.read_text()
+    assert "of another build: recipe.quantize.solver is rtn, was scale_search" in said
+    assert "hint: the same options again" in said
+    assert builds.finished() == left
+    builds.log.unlink()
+    assert builds.run("--overwrite") == 0
+    assert "were written before" not in builds.log.read_text()
+    assert not builds.partial.exists()
+    builds.forget()
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_what_is_to_be_resumed_and_says_so(mortals, ending):
-    child = mortals.start("--resume")
-    mortals.wait(lambda: mortals.finished().get("onnx"))
-    os.kill(child, ending)
-    assert mortals.ended() == (130 if ending == signal.SIGINT else 143)
-    told = (mortals.place / "log").read_text().splitlines()[-1].removeprefix("interrupted; ")
-    assert told == "what is finished stays in out.partial: --resume continues it"
-    assert mortals.finished()["onnx"]
-    assert not mortals.output.exists()
-    mortals.start("--resume")
-    assert mortals.ended() == 0
-    mortals.forget()
+def test_ctrl_c_keeps_what_is_to_be_resumed_and_says_so(builds, ending):
+    status = builds.run("--resume", step=Step(MIDST, 5, ending))
+    assert status == (130 if ending == signal.SIGINT else 143)
+    said = builds.log.read_text().splitlines()[-1].removeprefix("interrupted; ")
+    assert said == "what is finished stays in out.partial: --resume continues it"
+    assert builds.finished()["onnx"]
+    assert not builds.output.exists()
+    assert builds.run("--resume") == 0
+    builds.forget()
 
 
-def test_while_a_resumed_build_is_at_work_another_is_refused(mortals):
-    killed_while_writing(mortals)
-    left = mortals.finished()
-    with locked(mortals.output):
+def test_while_a_resumed_build_is_at_work_another_is_refused(builds):
+    left = killed_while_writing(builds)
+    with locked(builds.output):
         for options in ((), ("--resume",), ("--overwrite",)):
-            mortals.start(*options)
-            assert mortals.ended() == 2
-            assert "another build is writing to" in (mortals.place / "log").read_text()
-            (mortals.place / "log").unlink()
-    assert mortals.finished() == left
-    mortals.start("--resume")
-    assert mortals.ended() == 0
-    mortals.forget()
+            assert builds.run(*options) == 2
+            assert "another build is writing to" in builds.log.read_text()
+            builds.log.unlink()
+    assert builds.finished() == left
+    assert builds.run("--resume") == 0
+    builds.forget()
 
 
 def test_room_that_an_interrupted_build_has_taken_counts_as_free(tmp_path, monkeypatch):
@@ -394,7 +357,7 @@ def test_the_folder_is_whole_or_absent_wherever_a_build_is_killed(before, tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", DYING, str(place), before],
         env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     deaths, absences = map(int, done.stdout.split())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight
+from writing import plan_for, write
 
 from compress.calibration.step import Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -17,11 +18,14 @@ from compress.decoder.decoder import Decoder
 from compress.errors import GridError, PacklightError, UnsupportedModelError, UsageError
 from compress.plan.document import plan_document
 from compress.plan.job import Job, describe_model, prepare
-from compress.plan.shapes import Weights
+from compress.plan.weights import Weights
 from compress.pruning.rotation import Rotated
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 from compress.solvers import rtn
-from exporters import SHIPYARD, coreml
+from exporters.coreml.inspection import describe
+from exporters.coreml.planning import candidates
+from exporters.coreml.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def tied(tmp_path_factory) -> Path:
 
 def plan(model: Path, *settings: str, formats: tuple[str, ...] = ("coreml",)) -> Job:
     recipe = load("phone-4bit", [f"targets.coreml.{setting}" for setting in settings], formats)
-    return prepare(Checkpoint.open(model), recipe, SHIPYARD.get_exporter)
+    return prepare(Checkpoint.open(model), recipe, transforms=transforms_of(recipe))
 
 
 def test_only_the_rotated_target_has_weights_of_its_own(tied):
@@ -70,11 +74,11 @@ def test_a_budget_chooses_no_such_groups_either(tied):
     (rotated,) = plan(tied, "grid=int4-channel", "rotate=r1").plans
     (entry,) = (entry for entry in rotated.entries if entry.name == "blocks.0.up_proj.weight")
     wanted = ("lut4-g8", "int4-g32", "int8-channel")
-    found = [coreml.candidates(entry, rotated.settings, names) for names in ((), wanted)]
+    found = [candidates(entry, rotated.settings, names) for names in ((), wanted)]
     assert {option.grid for option in found[1]} == {"lut4-g8", "int8-channel"}
     assert not {option.grid for option in found[0]} & {"int4-g32", "int4-g128", "int8-g32"}
     (plain,) = plan(tied, "grid=int4-channel").plans
-    assert "int4-g32" in {option.grid for option in coreml.candidates(entry, plain.settings, ())}
+    assert "int4-g32" in {option.grid for option in candidates(entry, plain.settings, ())}
 
 
 def test_layernorm_is_refused(tmp_path):
@@ -106,14 +110,14 @@ def test_the_package_computes_the_float_model(tied, tmp_path):
     stored = Stored(checkpoint, describe_model(checkpoint))
     rotated = Rotated(stored, "r1r2")
     settings = {"grid": "F16", "context": 64, "rotate": "r1r2"}
-    plan = coreml.plan(rotated.config, settings, model_name="Tiny")
-    written = coreml.write(plan, Weights(rotated, rtn), tmp_path, lambda done, total: None)
+    plan = plan_for("coreml", rotated.config, settings, model_name="Tiny")
+    written = write(plan, Weights(rotated, rtn), tmp_path)
     tokens = [int(token) for token in np.random.default_rng(0).integers(0, 512, 48)]
     expected = Decoder(stored.config, stored.read).logits(tokens)
-    runtime = coreml.open_runtime(written.path, context=64, threads=1)
+    runtime = open_runtime(written.path, context=64, threads=1)
     found = runtime.logits(tokens)
     runtime.close()
-    told = coreml.describe(written.path)["parameters"]
+    told = describe(written.path)["parameters"]
     assert told == stored.config.num_parameters  # not more for the head that is untied
     assert expected.std() > 1
     assert np.abs(found - expected).max() < 0.05

@@ -12,13 +12,12 @@ from compress.errors import RecipeError
 from compress.plan.job import prepare, window_count
 from compress.recipe import load
 from compress.verify.scorer import describe_verification
-from exporters import SHIPYARD
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     checkpoint = Checkpoint.open(str(tiny.make("llama", tmp_path_factory.mktemp("scorer") / "m")))
-    return prepare(checkpoint, load("int4-fast", [], []), SHIPYARD.get_exporter)
+    return prepare(checkpoint, load("int4-fast", [], []))
 
 
 def test_few_windows_for_large_models_unless_asked_for(job):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import coreml_build
 import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
+from exported import Exported, reference
+from writing import plan_for
 
 from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
@@ -26,9 +27,9 @@ from compress.pruning.sparse import Sparsified, sparsegpt, sparsify
 from compress.pruning.surgery import compensate
 from compress.pruning.zeros import check_zeros
 from compress.recipe import load
-from exporters import coreml
 from exporters.coreml import constexpr
 from exporters.coreml.evaluator import Evaluator
+from exporters.coreml.inspection import describe
 from exporters.coreml.mil import read_package
 from exporters.coreml.planning import parts
 
@@ -209,18 +210,16 @@ def test_rows_do_not_depend_on_each_other(demo_layer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_written_constants_decode_to_what_apple_makes_of_them(name):
+def test_written_constants_decode_to_what_apple_makes_of_them(exported, name):
     pattern, _, grid = name.partition("-")
     sparsity = pattern if "of" in pattern else int(pattern[1:]) / 100
-    path = coreml_build.checkpoint("llama", num_hidden_layers=1)
-    settings = {"grid": grid, "context": coreml_build.CONTEXT, "sparsity": sparsity}
-    built = coreml_build.write(path, settings)
+    built = exported("coreml", "llama", {"num_hidden_layers": 1}, grid=grid, sparsity=sparsity)
     grids = {e.name.split(".")[-2]: e.grid for e in built.plan.entries if len(e.shape) == 2}
     assert grids["q_proj"] == name and grids["lm_head"] == grid
     apple = apples(built)
     function = read_package(built.artifact.path).function("main")
     ours = constexpr.constants_of(function.operations)
-    described = {row["name"]: row for row in coreml.describe(built.artifact.path)["tensors"]}
+    described = {row["name"]: row for row in describe(built.artifact.path)["tensors"]}
     for entry in built.plan.entries:
         told = described[entry.target_name]
         assert (told["bytes"], told["shape"]) == (entry.nbytes, list(entry.shape))
@@ -237,11 +236,11 @@ def test_written_constants_decode_to_what_apple_makes_of_them(name):
     evaluator = Evaluator(built.artifact.path)
     inputs = {"inputIds": np.array([tokens], np.int32), "causalMask": np.zeros((1, 1, 1, 17))}
     found = evaluator.predict(inputs, evaluator.make_state())["logits"][0]
-    expected = coreml_build.expected_logits(built, tokens)
+    expected = reference(built, halves=True).logits(tokens)
     assert np.abs(found - expected).max() < 5e-5
 
 
-def apples(built: coreml_build.Built) -> dict[str, np.ndarray]:
+def apples(built: Exported) -> dict[str, np.ndarray]:
     """Every sparse constant as coremltools decompresses it."""
     import coremltools
     from coremltools.converters.mil.frontend.milproto import load
@@ -257,19 +256,18 @@ def apples(built: coreml_build.Built) -> dict[str, np.ndarray]:
     }
 
 
-def test_the_plan_tells_the_break_even():
-    path = coreml_build.checkpoint("llama", num_hidden_layers=1)
-    config = describe_model(Checkpoint.open(path))
-    quarter = coreml.plan(config, {"grid": "int4-g32", "sparsity": 0.25})
+def test_the_plan_tells_the_break_even(exported):
+    config = exported.config("llama", num_hidden_layers=1)
+    quarter = plan_for("coreml", config, {"grid": "int4-g32", "sparsity": 0.25})
     assert "4.500 bits per weight, 4.500 without zeros: nothing is saved" in quarter.notes[-1]
-    half = coreml.plan(config, {"grid": "lut4-g8", "sparsity": "2of4"})
+    half = plan_for("coreml", config, {"grid": "lut4-g8", "sparsity": "2of4"})
     assert "break-even is a quarter of zeros at 4 bits" in half.notes[-1]
     assert "nothing is saved" not in half.notes[-1]
     assert half.type_name == "2of4-lut4-g8"
     # What a plan.json says is taken again.
     choices = {entry.name: entry.grid for entry in half.entries if len(entry.shape) == 2}
     choices = {name: grid for name, grid in choices.items() if not name.startswith("rope")}
-    again = coreml.plan(config, {"grid": "lut4-g8", "sparsity": "2of4"}, choices=choices)
+    again = plan_for("coreml", config, {"grid": "lut4-g8", "sparsity": "2of4"}, choices=choices)
     assert again.entries == half.entries
 
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from compress.build.target import prepare_target
 
-from compress.build.write import write_artifacts
+from compress.build.write import prepare_target, write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.sources import Source, Stored
 from compress.console import Console
 from compress.plan.job import Job, prepare
+from compress.plan.transform import Transform
 from compress.recipe import load
-from exporters import SHIPYARD
 
 SETTINGS = (
     "quantize.solver=scale_search",
@@ -37,16 +36,26 @@ class LouderNorms(Stored):
         return f"louder {super().fingerprint()}"
 
 
+class Instead(Transform):
+    """Another source in the place of a target's."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def seen(self, source: Source) -> Source:
+        return self.source
+
+
 @pytest.fixture
 def job(tmp_path, monkeypatch) -> Job:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("llama", tmp_path / "model", tie_word_embeddings=False)
     recipe = load("phone-4bit", SETTINGS, ["gguf", "onnx"])
-    return prepare(Checkpoint.open(folder), recipe, SHIPYARD.get_exporter)
+    return prepare(Checkpoint.open(folder), recipe)
 
 
 def step(job: Job) -> CalibrationStep:
-    return CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
+    return CalibrationStep(job, Importance(), Console(), threads=1)
 
 
 def walks(tmp_path: Path) -> int:
@@ -56,7 +65,7 @@ def walks(tmp_path: Path) -> int:
 def test_targets_of_one_source_share_its_walk(job, tmp_path):
     calibration = step(job)
     for plan in job.plans:
-        inputs = prepare_target(plan, calibration)
+        inputs = prepare_target(plan, job, calibration, Console())
         assert inputs.source is job.source
         assert inputs.statistics.for_weight("blocks.1.o_proj.weight").count == 256
         assert walks(tmp_path) == 1
@@ -64,9 +73,9 @@ def test_targets_of_one_source_share_its_walk(job, tmp_path):
 
 def test_a_target_with_weights_of_its_own_has_their_statistics(job, tmp_path):
     louder = LouderNorms(job.checkpoint, job.config)
-    job = replace(job, sources={"onnx": louder})
+    job = replace(job, transforms={"onnx": [Instead(louder)]})
     calibration = step(job)
-    common, own = (prepare_target(plan, calibration) for plan in job.plans)
+    common, own = (prepare_target(plan, job, calibration, Console()) for plan in job.plans)
     assert (common.source, own.source) == (job.source, louder)
     assert walks(tmp_path) == 2
     quiet, loud = (
@@ -80,12 +89,11 @@ def test_each_artifact_holds_its_own_source(job, tmp_path):
     import onnx
     from gguf import GGUFReader
 
-    job = replace(job, sources={"onnx": LouderNorms(job.checkpoint, job.config)})
+    louder = LouderNorms(job.checkpoint, job.config)
+    job = replace(job, transforms={"onnx": [Instead(louder)]})
     folder = tmp_path / "out"
     folder.mkdir()
-    gguf_file, onnx_folder = (
-        a.path for a in write_artifacts(step(job), SHIPYARD, folder, Console())
-    )
+    gguf_file, onnx_folder = (a.path for a in write_artifacts(job, step(job), folder, Console()))
     name = "blocks.0.input_layernorm.weight"
     stored = job.source.read(name)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(gguf_file).tensors}

@@ -8,7 +8,6 @@ import statistics
 import string
 from pathlib import Path
 
-import gguf_files
 import jsonschema
 import numpy as np
 import pytest
@@ -16,20 +15,21 @@ import sample_report
 import tiny
 import torch
 from commands import packlight, refused
-from compress.solvers.rtn import rtn
 from echo_model import EchoModel
+from exported import Exports
 
-import exporters.gguf
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
-from compress.plan.shapes import Weights
+from compress.plan.weights import Weights
 from compress.report.html import render
+from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
+from exporters.gguf.runtime import open_runtime
 
 QUESTIONS = [  # white space at the end, none, a newline, not ASCII
     ("The river runs to", ["the sea.", "a mountain of stone", "7"], 0),
@@ -90,8 +90,10 @@ def transformers_logits(folder: Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # SentencePiece with BOS; bytes, none
-def test_the_float_model_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
-    folder = gguf_files.checkpoint(family)
+def test_the_float_model_answers_as_transformers_does(
+    exported: Exports, family: str, tmp_path: Path
+) -> None:
+    folder = exported.checkpoint(family)
     tokenizer = Tokenizer(folder)
     expected = brute_force(transformers_logits(folder), tokenizer)
     checkpoint = Checkpoint.open(folder)
@@ -120,11 +122,11 @@ def test_the_float_model_answers_as_transformers_does(family: str, tmp_path: Pat
     assert best(expected) != norm  # the division matters here
 
 
-def test_verify_answers_in_the_artifacts_runtime(tmp_path: Path) -> None:
-    folder = gguf_files.checkpoint("llama")
-    artifact = gguf_files.artifact("llama", "Q2_K").path
+def test_verify_answers_in_the_artifacts_runtime(exported: Exports, tmp_path: Path) -> None:
+    folder = exported.checkpoint("llama")
+    artifact = exported("gguf", "llama", type="Q2_K").path
     tokenizer = Tokenizer(folder)
-    runtime = exporters.gguf.open_runtime(artifact, context=256, threads=1)
+    runtime = open_runtime(artifact, context=256, threads=1)
     answers = best(brute_force(runtime.logits, tokenizer))
     runtime.close()
     baseline = best(brute_force(transformers_logits(folder), tokenizer))
@@ -233,8 +235,8 @@ def test_an_empty_file_and_a_missing_one(tmp_path: Path) -> None:
     assert "none.jsonl does not exist" in says
 
 
-def test_an_item_must_fit_the_context() -> None:
-    tokenizer = Tokenizer(gguf_files.checkpoint("llama"))
+def test_an_item_must_fit_the_context(exported: Exports) -> None:
+    tokenizer = Tokenizer(exported.checkpoint("llama"))
     task = Task("t", (Item("a river", ("to the sea", "b"), 0, "quiz.jsonl:7"),))
     longest = max(len(request.tokens) for request in TaskSet([task], tokenizer, 99).requests) - 1
     TaskSet([task], tokenizer, longest)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
 from compress.recipe import needs_of
+from compress.recipe.solvers import BUILTIN_SOLVERS
 
 __all__ = ["Effort", "effort_for"]
 
@@ -44,8 +45,11 @@ def effort_for(config: DecoderConfig, solver: str) -> Effort:
 
     Args:
         config: the float model, whatever is pruned of it.
-        solver: the recipe's.
+        solver: the recipe's. Costs are kept on disk by the solver's name, so one of another
+            package, whose code may change under its name, is measured as our nearest.
     """
+    if solver not in BUILTIN_SOLVERS:
+        solver = "scale_search" if needs_of(solver) else "rtn"
     if config.num_parameters < LARGE:
         return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
     second = needs_of(solver) == "hessian"

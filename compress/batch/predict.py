@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
 from compress.formats import get_format
+from compress.grids import get_grid
+from compress.grids.palette import Palette
 from compress.plan.job import (
     GENERATED_ROOM,
     Job,
@@ -101,8 +103,10 @@ def cpu_seconds(job: Job, *, verify: bool) -> float:
     seconds = START
     for plan in job.plans:
         process = get_format(plan.format).process
-        palette = process.palette_seconds if plan.type_name.startswith("lut") else 0.0
-        rate = palette or process.seconds_per_weight
+        palette = process.palette_seconds and any(
+            isinstance(get_grid(entry.grid), Palette) for entry in plan.entries
+        )
+        rate = process.palette_seconds if palette else process.seconds_per_weight
         seconds += weights * (rate + SOLVE[needs_of(recipe.solver)])
     if looks_at_inputs(recipe):
         needs = needs_of(recipe.solver) or "importance"

@@ -17,9 +17,9 @@ from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact
 from compress.recipe import Recipe
-from compress.report.report import Report
 from compress.verify import gates
 from compress.report.against import Previous
+from compress.report.report import Report
 from compress.verify.scorer import Scorer, read_text, text_name
 from compress.verify.tasks import read_task
 
@@ -30,7 +30,7 @@ def verify(settings: VerifySettings, console: Console) -> Report:
     """Run artifacts that are there, and compare them with the float model; writes nothing.
 
     Returns:
-        What was found out; one of several artifacts may not have been run.
+        The report; one of several artifacts may not have been run.
     """
     with bounded(settings.threads, settings.max_memory):
         console.begin("read headers")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.console import Console, format_bytes
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
 from compress.formats import get_format

@@ -14,7 +14,6 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -327,7 +326,6 @@ def register_grid(pattern: str, make: str | Callable[[str], Grid]) -> None:
         32768
     """
     GRIDS[pattern] = make
-    made.cache_clear()
 
 
 def get_grid(name: str) -> Grid:
@@ -346,17 +344,12 @@ def get_grid(name: str) -> Grid:
         >>> grid.nbytes((64, 256)) * 8 / (64 * 256)
         4.625
     """
-    return made(name)
-
-
-@cache
-def made(name: str) -> Grid:
-    """See ``get_grid``."""
     for pattern, make in list(GRIDS.items()):
         if re.fullmatch(pattern, name):
             if isinstance(make, str):
                 make = importlib.import_module(make).make
-            return make(name)
+            grid: Grid = make(name)
+            return grid
     raise GridError(
         f"there is no grid {name!r}",
         hint="GGUF types (Q4_K, Q8_0 …), int4-g32, int8-g128-asym, lut4-g8, F16",

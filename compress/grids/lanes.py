@@ -92,7 +92,7 @@ def checked(weight: Float32, name: str) -> Float32:
 
 
 def beyond_float16(name: str) -> GridError:
-    """What is told of a weight that no scale can hold."""
+    """The error of a weight that is NaN, infinite or larger than 65504."""
     return GridError(
         f"{name}: a weight is not finite or beyond float16's range",
         hint="is the checkpoint damaged? no trained weight is that large",

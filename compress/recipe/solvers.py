@@ -38,9 +38,8 @@ def solver_names() -> list[str]:
     """Every solver that a recipe may name: those of the table, then installed packages'."""
     from importlib.metadata import entry_points
 
-    return list(
-        dict.fromkeys([*SOLVERS, *(p.name for p in entry_points(group=SOLVER_ENTRY_POINTS))])
-    )
+    found = entry_points(group=SOLVER_ENTRY_POINTS)
+    return list(dict.fromkeys([*SOLVERS, *(point.name for point in found)]))
 
 
 def solver_row(name: str) -> SolverRow:
@@ -90,4 +89,4 @@ def needs_of(solver: str) -> str | None:
     Raises:
         UsageError: as ``solver_row``.
     """
-    return solver_row(solver).needs
+    return (SOLVERS.get(solver) or solver_row(solver)).needs

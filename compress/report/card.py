@@ -139,8 +139,8 @@ def measured(report: Report) -> str:
 
 def how_to_run(artifact: ArtifactReport) -> list[str]:
     """A heading, and the shortest way to run an artifact."""
-    lines = get_format(artifact.format).how_to_run(artifact)
-    return [f"### {markdown_label(artifact)}", *lines]
+    how = get_format(artifact.format).how_to_run(artifact.path)
+    return [f"### {markdown_label(artifact)}", *how]
 
 
 def notes(report: Report) -> list[str]:

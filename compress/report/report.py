@@ -25,7 +25,7 @@ from pydantic import (
 
 from compress.decoder.config_json import write_json
 from compress.errors import ArtifactError
-from compress.recipe.model import FormatName
+from compress.recipe.model import OneOfTheFormats
 from compress.recipe.schema import explain, json_schema
 
 __all__ = [
@@ -194,7 +194,7 @@ class GateReport(Part):
 class ArtifactReport(Part):
     """One artifact: its bytes, and how it compares with the float model."""
 
-    format: FormatName
+    format: Annotated[str, OneOfTheFormats()]
     type: str = Field(description="As in file names: Q4_K_M, int4-g32, lut4-g8.")
     path: Annotated[str, StringConstraints(pattern="^[^/]")] = Field(
         default="-", description="Relative to this file."

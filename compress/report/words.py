@@ -14,7 +14,6 @@ from compress.formats import get_format
 if TYPE_CHECKING:
     from compress.report.report import ArtifactReport, GateReport, Report
 
-
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
 

@@ -6,8 +6,9 @@
              none (an embedding, an input that calibration has not seen, a solver that needs none)
 
 A solver sees weights, grids and statistics, never a file format. The table of them is
-``compress.recipe.SOLVERS``. A row more: ``register_solver`` in a program, or for the command line
-the entry point of an installed package, whose function may have an attribute ``needs``:
+``compress.recipe.solvers.SOLVERS``. A row more: ``register_solver`` in a program, or for the
+command line the entry point of an installed package, whose function may have an attribute
+``needs``:
 
     [project.entry-points."packlight.solvers"]
     my_solver = "my_package:my_solver"
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -84,8 +86,19 @@ def column_weights(stats: LayerStats) -> Float32:
     return weights
 
 
-def get_solver(name: str, statistics: Statistics | None = None) -> Solver:
-    """The solver of that name, looking up the statistics of each weight's input.
+@dataclass(frozen=True)
+class OneInput:
+    """Statistics where there is one input only."""
+
+    stats: LayerStats | None
+
+    def for_weight(self, name: str) -> LayerStats | None:
+        """Its statistics."""
+        return self.stats
+
+
+def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
+    """The solver of that name, which looks up the statistics of each weight's input.
 
     Args:
         name: of a row of ``SOLVERS``, or an entry point.
@@ -95,39 +108,24 @@ def get_solver(name: str, statistics: Statistics | None = None) -> Solver:
         UsageError: no such solver, or one that cannot be loaded. Calling what is returned: a result
             that is not a ``Quantized`` of the weight's shape on the grid.
     """
-    solve = function_of(name)
-    if name in BUILTIN_SOLVERS and needs_of(name) is None:
-        return solve  # type: ignore[return-value]  # rtn, which looks at nothing else
-
-    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
-        stats = statistics.for_weight(tensor) if statistics is not None else None
-        return checked_result(name, solve(weight, grid, stats), weight, grid)
-
-    return solver
-
-
-def function_of(name: str) -> Solve:
-    """The function of a solver."""
-    solve = solver_row(name).solve
+    solve = (SOLVERS.get(name) or solver_row(name)).solve
     if isinstance(solve, str):
         module, _, function = solve.partition(":")
         solve = getattr(importlib.import_module(module), function)
-    found: Solve = solve
-    return found
+    if name in BUILTIN_SOLVERS and needs_of(name) is None:
+        return solve  # rtn, which looks at nothing else
 
-
-def checked_result(name: str, found: Quantized, weight: Float32, grid: Grid) -> Quantized:
-    """What a solver returned.
-
-    Raises:
-        UsageError: it is not a ``Quantized`` of the weight's shape on the grid.
-    """
-    if not isinstance(found, Quantized) or found.shape != weight.shape or found.grid != grid:
+    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
+        stats = statistics.for_weight(tensor) if statistics is not None else None
+        found = solve(weight, grid, stats)
+        if isinstance(found, Quantized) and found.shape == weight.shape and found.grid == grid:
+            return found
         raise UsageError(
             f"solver {name!r} returned something else than {grid.name} of shape {weight.shape}",
             hint="Quantized(codes, params, grid, weight.shape)",
         )
-    return found
+
+    return solver
 
 
 def register_solver(name: str, solve: Solve, needs: str | None = None) -> None:
@@ -220,4 +218,4 @@ def quantize(
             f"solver {name!r} needs {what}",
             hint="a build collects them" if needs == "hessian" else "importance=",
         )
-    return checked_result(name, function_of(name)(weight, found, stats), weight, found)
+    return get_solver(name, OneInput(stats))(weight, found, "")

@@ -1,4 +1,4 @@
-"""Another look at every code, once all of them are chosen.
+"""Coordinate descent: every code of GPTQ is chosen once more, given all others.
 
 GPTQ is greedy: what a column is rounded to takes account of the columns before it and of how those
 after it could still make up for it, not of what they became. Here each column in turn is rounded to

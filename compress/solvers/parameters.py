@@ -1,4 +1,4 @@
-"""Where the parameters of a grid come from while its columns are rounded."""
+"""Parameters of a grid while GPTQ rounds its columns: fitted span by span, or known before."""
 
 from __future__ import annotations
 

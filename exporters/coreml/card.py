@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compress.report.words import fenced
-
-if TYPE_CHECKING:
-    from compress.report.report import ArtifactReport
 
 
 def find(path: Path) -> list[Path]:
@@ -19,9 +15,9 @@ def find(path: Path) -> list[Path]:
     return sorted((*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage")))
 
 
-def how_to_run(artifact: ArtifactReport) -> list[str]:
+def how_to_run(path: str) -> list[str]:
     """On a device, with swift-transformers."""
-    command = f"xcrun coremlcompiler compile {shlex.quote(artifact.path)} ."
+    command = f"xcrun coremlcompiler compile {shlex.quote(path)} ."
     text = (
         "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
         "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decoder.config import split_name
-from compress.grids import Array, Quantized, get_grid
+from compress.grids import Array, Grid, Quantized, get_grid
 from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
 from compress.plan.weights import Weights
@@ -136,7 +136,7 @@ def constant_name(entry: PlanEntry, part: Part) -> str:
 def stored(entry: PlanEntry, weights: Weights) -> Iterator[dict[str, Array]]:
     """The arrays of an entry by the names of its ``parts``, some rows at a time."""
     slabs: Sequence[slice | None] = [None]  # all rows at once, where they share one table
-    if len(entry.shape) == 2 and not entry.grid.endswith("-tensor"):
+    if len(entry.shape) == 2 and get_grid(entry.grid).group_rows:
         slabs = weights.slabs(entry.shape, SLABS, STEP)
     if len(parts(entry.grid, entry.shape)) == 1:
         for rows in slabs:
@@ -149,7 +149,7 @@ def as_stored(quantized: Quantized) -> dict[str, Array]:
     """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
     if isinstance(quantized.grid, SparseGrid):
         return sparse_as_stored(quantized, quantized.grid)
-    return dense_as_stored(quantized.pack(), quantized.grid.name)
+    return dense_as_stored(quantized.pack(), quantized.grid)
 
 
 def sparse_as_stored(quantized: Quantized, grid: SparseGrid) -> dict[str, Array]:
@@ -158,20 +158,20 @@ def sparse_as_stored(quantized: Quantized, grid: SparseGrid) -> dict[str, Array]
     mask = packed.pop("mask")
     if grid.inner.name == "F16":
         return {"mask": mask, "nonzero_data": packed["codes"]}
-    stored = dense_as_stored(packed, grid.inner.name)
+    stored = dense_as_stored(packed, grid.inner)
     codes = "indices" if "indices" in stored else "data"
     mask_name, values_name = SPARSE_NAMES[codes]
     return {mask_name: mask, values_name: stored.pop(codes), **stored}
 
 
-def dense_as_stored(packed: dict[str, Array], grid: str) -> dict[str, Array]:
+def dense_as_stored(packed: dict[str, Array], grid: Grid) -> dict[str, Array]:
     """Codes, scales and tables under Core ML's names."""
     codes = packed["codes"]
     if "lut" in packed:
         groups, levels = packed["lut"].shape
         return {"indices": codes, "lut": packed["lut"].reshape(groups, 1, levels, 1)}
-    if grid.endswith("-asym"):
+    if not grid.symmetric:
         return {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
     # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps around.
-    middle = np.uint8(8 if grid.startswith("int4") else 128)
+    middle = np.uint8(1 << (grid.bits - 1))
     return {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}

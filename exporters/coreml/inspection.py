@@ -23,7 +23,7 @@ JOINT = {
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``compress.plan.shapes.Exporter.describe``.
+    """See ``compress.formats``.
 
     Raises:
         ArtifactError: not a package, or a damaged one.

@@ -65,21 +65,17 @@ class Part:
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
 
-def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """How Core ML stores a tensor on a grid.
 
     ``int4`` and ``int8`` are signed and centered where symmetric, else unsigned with an offset;
     palettes have one table per group of rows, ``[groups, 1, levels, 1]``.
-    """
-    return parts_of(get_grid(grid), shape)
-
-
-def parts_of(grid: Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """As ``parts``.
 
     Raises:
         GridError: a grid that Core ML does not store.
     """
+    if isinstance(grid, str):
+        grid = get_grid(grid)
     match grid:
         case DenseGrid(name="F16" | "F32"):
             return (Part("val", f"fp{grid.bits}", shape),)
@@ -104,7 +100,7 @@ def sparse_parts(grid: SparseGrid, shape: tuple[int, int]) -> tuple[Part, ...]:
     The parameters are those of ``constexpr_sparse_to_dense``, ``constexpr_lut_to_sparse`` and
     ``constexpr_sparse_blockwise_shift_scale``.
     """
-    codes, *others = parts_of(grid.inner, shape)
+    codes, *others = parts(grid.inner, shape)
     count = grid.pattern.count(shape[1])
     mask, values = SPARSE_NAMES[codes.name]
     there = Part(values, codes.dtype, (shape[0] * count,))
@@ -228,8 +224,11 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it does not.
     """
-    inner = dense_name(grid)
-    if inner != grid:
+    try:
+        inner = dense_name(grid)
+    except GridError:  # nobody has it
+        inner = ""
+    if inner and inner != grid:
         get_grid(grid).check(shape)
     if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core ML cannot store {shape[0]}×{shape[1]} as {grid}")
@@ -272,18 +271,16 @@ def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
     """
     grid = get_grid(asked)
     if isinstance(grid, Palette):
-        return replace(grid, rows=fitting_group(grid.rows, shape[0], least=1)).name
+        size = grid.rows
+        while size and shape[0] % size:
+            size //= 2
+        return replace(grid, rows=size).name
     if isinstance(grid, Affine):
-        return replace(grid, group_size=fitting_group(grid.group_size, shape[1], least=16)).name
+        size = grid.group_size
+        while size and shape[1] % size:
+            size = size // 2 if size > 16 else 0
+        return replace(grid, group_size=size).name
     return asked
-
-
-def fitting_group(size: int, divided: int, least: int) -> int:
-    """The size or its next half, quarter … that divides; 0 where none of at least ``least`` does,
-    or the size is 0."""
-    while size >= least and divided % size:
-        size //= 2
-    return size if size >= least else 0
 
 
 def dense_name(grid: str) -> str:
@@ -338,7 +335,7 @@ def sparse_name(settings: Mapping[str, Any], grid: str) -> str:
 
 def sparse_notes(entries: Iterable[PlanEntry]) -> Iterator[str]:
     """What zeros save, and what they do not."""
-    sparse = [entry for entry in entries if dense_name(entry.grid) != entry.grid]
+    sparse = [entry for entry in entries if isinstance(get_grid(entry.grid), SparseGrid)]
     if not sparse:
         return
     weights = sum(math.prod(entry.shape) for entry in sparse)

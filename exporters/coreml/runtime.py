@@ -30,7 +30,7 @@ CHUNK = 512
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
-    """Load a package; see ``compress.plan.shapes.Exporter.open_runtime``.
+    """Load a package; see ``compress.formats``.
 
     Raises:
         ArtifactError: not a package of ours, damaged, or refused by Core ML.

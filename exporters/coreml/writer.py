@@ -35,6 +35,7 @@ from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.errors import DiskFullError, RuntimeMissingError
+from compress.grids import get_grid
 from compress.machine import change_setting, is_own_process
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
@@ -126,7 +127,7 @@ class Writer:
 def writing_memory(plan: Plan) -> int:
     """coremltools with its program, and what does not go slab by slab: a matrix that shares one
     table."""
-    whole = [8 * math.prod(e.shape) for e in plan.entries if e.grid.endswith("-tensor")]
+    whole = [8 * math.prod(e.shape) for e in plan.entries if not get_grid(e.grid).group_rows]
     return (360 << 20) + max([0, *whole])
 
 

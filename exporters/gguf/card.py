@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compress.report.words import fenced
-
-if TYPE_CHECKING:
-    from compress.report.report import ArtifactReport
 
 
 def find(path: Path) -> list[Path]:
@@ -19,9 +15,9 @@ def find(path: Path) -> list[Path]:
     return sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))
 
 
-def how_to_run(artifact: ArtifactReport) -> list[str]:
+def how_to_run(path: str) -> list[str]:
     """With llama.cpp."""
-    command = f"llama-cli -m {shlex.quote(artifact.path)} -p 'Once upon a time' -n 64"
+    command = f"llama-cli -m {shlex.quote(path)} -p 'Once upon a time' -n 64"
     return [
         "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
         fenced(command, "sh"),

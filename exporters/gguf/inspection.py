@@ -18,7 +18,7 @@ TYPES = {str(number): name for name, (_, number) in MIXES.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``compress.plan.shapes.Exporter.describe``; anybody's GGUF will do.
+    """See ``compress.formats``; anybody's GGUF will do.
 
     Raises:
         ArtifactError: not a GGUF file, or a damaged one.

@@ -102,7 +102,7 @@ def writing_memory(plan: Plan) -> int:
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``plan.shapes.Exporter.file_bytes``: the head as it will be, and aligned tensors."""
+    """See ``compress.formats``: the head as it will be, and aligned tensors."""
     vocabulary = read_vocabulary(source.checkpoint.path, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"

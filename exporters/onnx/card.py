@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compress.report.words import fenced
-
-if TYPE_CHECKING:
-    from compress.report.report import ArtifactReport
 
 
 def find(path: Path) -> list[Path]:
@@ -20,9 +16,8 @@ def find(path: Path) -> list[Path]:
     return [graph.parents[1] for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
 
 
-def how_to_run(artifact: ArtifactReport) -> list[str]:
+def how_to_run(path: str) -> list[str]:
     """With Optimum."""
-    path = artifact.path
     code = (
         "from optimum.onnxruntime import ORTModelForCausalLM\n"
         "from transformers import AutoTokenizer\n\n"

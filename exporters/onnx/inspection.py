@@ -31,7 +31,7 @@ def find_graph(path: Path) -> Path:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Metadata and tensors; see ``compress.plan.shapes.Exporter.describe``.
+    """Metadata and tensors; see ``compress.formats``.
 
     Raises:
         ArtifactError: no graph, or one that does not parse.

@@ -126,7 +126,7 @@ def weight_names(config: DecoderConfig) -> Iterator[str]:
 def candidates(
     entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
 ) -> list[Candidate]:
-    """See ``compress.plan.shapes.Exporter.candidates``."""
+    """See ``compress.formats``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
     embedding = entry.name == "embed_tokens.weight"

@@ -93,7 +93,7 @@ def writing_memory(plan: Plan) -> int:
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``plan.shapes.Exporter.file_bytes``: the graph as it will be, and the data's end."""
+    """See ``compress.formats``: the graph as it will be, and the data's end."""
     import onnx_ir as ir
 
     from exporters.onnx.graph import build

@@ -1,11 +1,9 @@
-"""Targets that keep step: one at a time, each part of the checkpoint once, the bytes of single
-builds; and a clean end for all when one fails or the user has had enough.
+"""Targets that are written together: part by part of the model, each part of the checkpoint read
+once, and the bytes of single builds.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -14,20 +12,21 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from compress.build.lockstep import in_lockstep
-from test_interrupts import interrupted
+from writing import plan_for
 
-from compress.build.write import write_artifacts
+from compress.build.write import put_all, write_artifacts
 from compress.calibration import statistics
-from compress.calibration.statistics import LayerStats, input_names
+from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Source, Stored
 from compress.console import Console
-from compress.errors import CheckpointError
+from compress.grids import Float32, Grid, Quantized
 from compress.plan.job import describe_model, prepare
+from compress.plan.shapes import Artifact, Plan, PlanEntry
+from compress.plan.weights import Weights
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
-from exporters import SHIPYARD
 
 FORMATS = ("gguf", "onnx", "coreml")
 CALIBRATED = (
@@ -52,10 +51,8 @@ class SmallMemory(Checkpoint):
         self._cached: OrderedDict[str, int] = OrderedDict()
         blocks = [info.nbytes for info in self.tensors.values() if ".layers.0." in info.name]
         self._room = max(sum(blocks), *(info.nbytes for info in self.tensors.values()))
-        self.readers: set[threading.Thread] = set()
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        self.readers.add(threading.current_thread())
         info = self.tensors[name]
         if name not in self._cached:
             self.from_disk[info.file.name] += info.nbytes
@@ -78,11 +75,12 @@ def write(
     checkpoint: Checkpoint, folder: Path, formats: tuple[str, ...], *settings: str
 ) -> dict[str, bytes]:
     """Every file that a build of these targets writes."""
-    job = prepare(checkpoint, load("int4-fast", settings, formats), SHIPYARD.get_exporter)
+    recipe = load("int4-fast", settings, formats)
+    job = prepare(checkpoint, recipe, transforms=transforms_of(recipe))
     folder /= "work"
     folder.mkdir(parents=True)
-    step = CalibrationStep(job, Importance(), SHIPYARD, Console(), threads=1)
-    write_artifacts(step, SHIPYARD, folder, Console())
+    step = CalibrationStep(job, Importance(), Console(), threads=1)
+    write_artifacts(job, step, folder, Console())
     places = (folder / name for name in formats)  # not what --resume would go by
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
@@ -95,7 +93,6 @@ def test_each_shard_comes_from_disk_once(family, tmp_path):
     checkpoint = SmallMemory(folder)
     write(checkpoint, tmp_path / "together", FORMATS)
     assert checkpoint.from_disk == shard_bytes(checkpoint)
-    assert len(checkpoint.readers) == 3
 
 
 def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tmp_path):
@@ -104,7 +101,6 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
         write(checkpoint, tmp_path / name, (name,))
     (size,) = checkpoint.from_disk.values()
     assert size > 2.9 * checkpoint.nbytes
-    assert checkpoint.readers == {threading.main_thread()}  # one target needs no thread
 
 
 @pytest.mark.parametrize(
@@ -156,70 +152,107 @@ def test_targets_that_wait_hold_no_hessian(tmp_path, monkeypatch):
     assert still_there == [0] * (3 * inputs)
 
 
-# --- the relay --------------------------------------------------------------------------------
+# --- the loop ---------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A writer that notes what it is asked for."""
+
+    def __init__(self, plan: Plan, weights: Weights, calls: list[tuple[str, str]]) -> None:
+        self.plan, self.weights, self.file = plan, weights, Path("file")
+        self._calls = calls
+
+    def put(self, entry: PlanEntry) -> int:
+        self._calls.append((self.plan.format, entry.name))
+        return len(self._calls)
+
+    def close(self) -> Artifact:
+        raise NotImplementedError
+
+
+def unused(weight: Float32, grid: Grid, name: str) -> Quantized:
+    raise AssertionError(name)
+
+
+def parts_of(plan: Plan, blocks: int) -> list[str]:
+    """The part of each entry: embedding, blocks and end; of a table that of the entry before."""
+    parts = ["embed_tokens"]
+    for entry in plan.entries:
+        first, *number = entry.name.split(".")[:2]
+        if first == "blocks":
+            parts.append(f"block {int(number[0])}")
+        elif first != "rope":
+            parts.append(first if first == "embed_tokens" else f"block {blocks}")
+        else:
+            parts.append(parts[-1])
+    return parts[1:]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Source:
-    folder = tiny.make("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=3)
+    folder = tiny.make("llama3", tmp_path_factory.mktemp("model"), num_hidden_layers=3)
     checkpoint = Checkpoint.open(folder)
     return Stored(checkpoint, describe_model(checkpoint))
 
 
-NAMES = (
-    "embed_tokens.weight",
-    *(f"blocks.{n}.{role}.weight" for n in range(3) for role in ("q_proj", "o_proj")),
-    "norm.weight",
-)
+def test_each_part_goes_to_all_writers_before_the_next(source):
+    """And of a writer's entries each once, in the order of its plan."""
+    calls: list[tuple[str, str]] = []
+    writers = [
+        Recorder(plan_for(name, source.config), Weights(source, unused), calls)
+        for name in FORMATS
+    ]  # fmt: skip
+    put_all(writers)
+    parts = ["embed_tokens", *(f"block {number}" for number in range(4))]
+    order = []
+    for writer in writers:
+        plan = writer.plan
+        assert [name for format, name in calls if format == plan.format] == [
+            entry.name for entry in plan.entries
+        ]
+        order.append(list(zip(parts_of(plan, 3), plan.entries, strict=True)))
+    assert calls == [
+        (writer.plan.format, entry.name)
+        for part in parts
+        for writer, entries in zip(writers, order, strict=True)
+        for of_it, entry in entries
+        if of_it == part
+    ]
+    for writer in writers:
+        ends = [row["end"] for row in writer.weights.ledger.values()]
+        assert len(ends) == len(writer.plan.entries)
+        assert ends == sorted(ends)  # as the writers said
 
 
-def test_one_runs_at_a_time_and_nobody_runs_ahead(source):
-    story: list[tuple[int, str]] = []
-    running = threading.Lock()
-
-    def pull(index: int, weights: Source) -> int:
-        for name in NAMES:
-            weights.read(name)
-            assert running.acquire(blocking=False)
-            story.append((index, name))
-            running.release()
-        return index * index
-
-    assert in_lockstep([source] * 3, pull) == [0, 1, 4]
-    heads = [".".join(name.split(".")[:-2]) for _, name in story]  # "", blocks.0, …
-    assert heads == sorted(heads[:-3]) + [""] * 3
-    for index in range(3):
-        assert [name for runner, name in story if runner == index] == list(NAMES)
+def test_what_a_ledger_has_is_not_put_again_but_counted(source):
+    calls: list[tuple[str, str]] = []
+    told: list[int] = []
+    plan = plan_for("gguf", source.config)
+    there = plan.entries[1::3]
+    weights = Weights(source, unused)
+    for entry in there:
+        weights.finish(entry, Path("file"), 7)
+    put_all([Recorder(plan, weights, calls)], told.append)
+    assert [name for _, name in calls] == [e.name for e in plan.entries if e not in there]
+    assert told == [entry.nbytes for entry in there]
 
 
-def test_the_first_error_ends_the_others(source, tmp_path):
-    """One fails in its second block; the others have come no further, and clean up."""
-    story: list[str] = []
+def test_statistics_are_let_go_at_the_end_of_each_part(source):
+    class Counted(Statistics):
+        def forget(self) -> None:
+            calls.append(("", "forget"))
 
-    def pull(index: int, weights: Source) -> None:
-        file = tmp_path / f"{index}.partial"
-        file.touch()
-        try:
-            for name in NAMES:
-                weights.read(name)
-                story.append(name)
-                if index == 1 and name.startswith("blocks.1"):
-                    raise CheckpointError("the first error")
-        finally:
-            file.unlink()
-
-    with pytest.raises(CheckpointError, match="the first error"):
-        in_lockstep([source] * 3, pull)
-    assert not any(name.startswith("blocks.2") for name in story)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_target_that_reads_nothing_does_not_hold_up_the_others(source):
-    def pull(index: int, weights: Source) -> int:
-        return sum(weights.read(name).size for name in NAMES) if index == 1 else 0
-
-    none, all_of_them, none_too = in_lockstep([source] * 3, pull)
-    assert (none, none_too) == (0, 0) and all_of_them > 0
+    calls: list[tuple[str, str]] = []
+    weights = Weights(source, unused, statistics=Counted.of(source.config, {}))
+    plan = plan_for("onnx", source.config)
+    put_all([Recorder(plan, weights, calls)])
+    found = [name for _, name in calls]
+    parts = parts_of(plan, 3)
+    for before, part, entry in zip([parts[0], *parts], parts, plan.entries, strict=False):
+        if part != before:
+            assert found.pop(0) == "forget"
+        assert found.pop(0) == entry.name
+    assert found == ["forget"]
 
 
 def test_a_damaged_weight_ends_the_build_with_one_line(tmp_path):
@@ -235,33 +268,3 @@ def test_a_damaged_weight_ends_the_build_with_one_line(tmp_path):
     done = packlight("build", model, "-r", "int4-fast", "--no-verify", "-o", output, cwd=tmp_path)
     assert "up_proj.weight has 1 NaN or Inf value(s)" in refused(done)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_targets(tmp_path, number):
-    """It arrives while a target works; each cleans up, one after the other."""
-    body = """
-        from types import SimpleNamespace
-        from compress.build.lockstep import in_lockstep
-
-        config = SimpleNamespace(num_hidden_layers=1000, block_repeat=1)
-        source = SimpleNamespace(config=config, read=lambda name, rows: None)
-
-        def pull(index, weights):
-            try:
-                for block in range(1000):
-                    weights.read(f"blocks.{block}.q_proj.weight")
-                    if (block, index) == (3, 1):
-                        print("ready")
-                    time.sleep(0.05)
-                print("lost")
-            finally:
-                time.sleep(0.2)
-                print("cleaned", index)
-
-        in_lockstep([source] * 3, pull)
-        print("lost")
-    """
-    code, said = interrupted(tmp_path, body, number, number)
-    assert sorted(said) == ["0", "1", "2", "cleaned", "cleaned", "cleaned"]
-    assert code == (-signal.SIGINT if number == signal.SIGINT else 128 + number)

@@ -1,0 +1,191 @@
+"""Artifacts of the tiny checkpoints, rounded to nearest: the fixture ``exported`` of conftest.py.
+
+made = exported("gguf", "llama", type="Q4_K_M")    made once, so nobody may change its files
+made.artifact.path, made.plan, made.config         what was written, of what
+reference(made).logits(tokens)                     our decoder with what the codes mean
+exported.write("onnx", folder, {"bits": 8})        into a new folder, each time
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import writing
+from numpy.typing import NDArray
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.sources import Stored
+from compress.decoder.config import DecoderConfig
+from compress.decoder.decoder import Decoder, reader
+from compress.decoder.rope import Rope
+from compress.demo import model_path
+from compress.grids import Float32, get_grid
+from compress.plan.shapes import Artifact, Plan
+from compress.plan.weights import Weights
+from compress.solvers import rtn
+
+CONTEXT = 64  # of Core ML packages, which have room for no more
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """An artifact and what it was made of."""
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    plan: Plan
+    weights: Weights
+    artifact: Artifact
+
+    @property
+    def path(self) -> Path:
+        """The artifact, as its runtime opens it."""
+        return self.artifact.path
+
+    def tokens(self, count: int, seed: int = 0) -> list[int]:
+        """Ordinary tokens of the vocabulary."""
+        random = np.random.default_rng(seed)
+        return [int(i) for i in random.integers(3, self.config.vocab_size, count)]
+
+
+class Exports:
+    """Makes them, each once.
+
+    Args:
+        root: an empty folder for all of them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._checkpoints: dict[str, Path] = {}
+        self._made: dict[str, Exported] = {}
+
+    def checkpoint(self, family: str, **make: Any) -> Path:
+        """The folder of a tiny checkpoint (``tiny.make``), or of the bundled one (``demo``)."""
+        if family == "demo":
+            return model_path()
+        key = f"{family} {json.dumps(make, sort_keys=True)}"
+        if key not in self._checkpoints:
+            self._checkpoints[key] = tiny.make(family, self.new_folder(), **make)
+        return self._checkpoints[key]
+
+    def config(self, family: str, **make: Any) -> DecoderConfig:
+        """What such a checkpoint says of itself."""
+        return config_of(Checkpoint.open(self.checkpoint(family, **make)))
+
+    def __call__(
+        self, format: str, family: str, make: Mapping[str, Any] | None = None, **settings: Any
+    ) -> Exported:
+        """The artifact of a tiny checkpoint.
+
+        Args:
+            make: keywords of ``tiny.make``.
+            settings: of the target. Core ML's context is ``CONTEXT`` unless given.
+        """
+        make = make or {}
+        key = f"{format} {family} {json.dumps([make, settings], sort_keys=True)}"
+        if key not in self._made:
+            path = self.checkpoint(family, **make)
+            self._made[key] = self.write(format, path, settings, name=family)
+        return self._made[key]
+
+    def write(
+        self,
+        format: str,
+        checkpoint: Path,
+        settings: Mapping[str, Any],
+        *,
+        name: str = "model",
+        change: Callable[[Plan], Plan] = lambda plan: plan,
+        folder: Path | None = None,
+        written: Callable[[int], None] = lambda nbytes: None,
+    ) -> Exported:
+        """Plan (changed, if wanted) and write into an empty folder, a new one if none is given."""
+        opened = Checkpoint.open(checkpoint)
+        config = config_of(opened)
+        if format == "coreml":
+            settings = {"context": CONTEXT, **settings}
+        plan = change(writing.plan_for(format, config, settings, model_name=name))
+        weights = Weights(Stored(opened, config), rtn)
+        artifact = writing.write(plan, weights, folder or self.new_folder(), written)
+        return Exported(opened, config, plan, weights, artifact)
+
+    def new_folder(self) -> Path:
+        """An empty folder that lives as long as the session."""
+        return Path(tempfile.mkdtemp(dir=self._root))
+
+
+def config_of(checkpoint: Checkpoint) -> DecoderConfig:
+    return DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+
+
+class HalfRope(Rope):
+    """Rotary tables rounded to float16."""
+
+    def cos_sin(self, positions: int) -> tuple[Float32, Float32]:
+        cos, sin = super().cos_sin(positions)
+        return half(cos), half(sin)
+
+
+def half(values: NDArray[Any]) -> Float32:
+    return values.astype(np.float16).astype(np.float32)
+
+
+@cache
+def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
+    """Every weight of the plan as its codes mean it.
+
+    Args:
+        halves: what a grid decodes to is float16, as Core ML decompresses it.
+    """
+    found = {}
+    for entry in made.plan.entries:
+        if entry.name.startswith("rope."):
+            continue
+        weight = made.weights.read(entry.name)
+        if entry.grid == "F16":
+            weight = half(weight)
+        elif entry.grid != "F32":
+            weight = rtn(weight, get_grid(entry.grid)).decode()
+            weight = half(weight) if halves else weight
+        found[entry.name] = weight
+    return found
+
+
+@cache
+def reference(made: Exported, *, halves: bool = False) -> Decoder:
+    """The reference decoder with the artifact's own constants, in float32.
+
+    Args:
+        halves: as of ``decoded``; rotary tables are float16, too.
+    """
+    config, found = made.config, dict(decoded(made, halves=halves))
+    if halves:
+        config = replace(config, rope=HalfRope(**vars(config.rope)))
+    if "lm_head.weight" in found:  # a tied head on a grid of its own
+        config = replace(config, tie_word_embeddings=False)
+    for name, values in list(found.items()):  # blocks that repeat the one before
+        for i in range(1, config.block_repeat):
+            if name.startswith("blocks."):
+                block, rest = name.removeprefix("blocks.").split(".", 1)
+                found[f"blocks.{int(block) + i}.{rest}"] = values
+    return Decoder(config, reader(config, found), threads=1, resident=True)
+
+
+def greedy(runtime: Any, prompt: list[int], count: int) -> list[int]:
+    """Tokens through the cache."""
+    runtime.reset()
+    last = runtime.feed(prompt)
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(last.argmax()))
+        last = runtime.feed(tokens[-1:])
+    return tokens
