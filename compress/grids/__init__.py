@@ -352,5 +352,5 @@ def get_grid(name: str) -> Grid:
             return grid
     raise GridError(
         f"there is no grid {name!r}",
-        hint="GGUF types (Q4_K, Q8_0 …), int4-g32, int8-g128-asym, lut4-g8, F16",
+        hint="Q4_K, Q8_0 …, int4-g32, int8-g128-asym, lut4-g8, F16",
     )

@@ -127,7 +127,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set targets.gguf.type=Q4_0")
+        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set quantize.solver=gptq")
     try:
         put(document, keys, text if text.startswith((">=", "<=")) else yaml.safe_load(text))
     except yaml.YAMLError as error:
