@@ -113,7 +113,13 @@ def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = 
     finite: list[bool] = []
     try:
         in_threads(partial(_read_into, info, offset, values, finite), count, PIECE)
-        _ask_ahead(info.file, offset + count * size, count * size)
+        if hasattr(os, "posix_fadvise") and count:
+            handle = os.open(info.file, os.O_RDONLY)
+            try:
+                end, ahead = offset + count * size, count * size
+                os.posix_fadvise(handle, end, ahead, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
     except OSError as error:
         raise CheckpointError(f"{info.file.name} cannot be read: {error.strerror}") from error
     if checked and not all(finite):
@@ -174,17 +180,6 @@ def _read_into(
                 # looking at each.
                 fine &= math.isfinite(float(part.sum()))
     finite.append(fine)
-
-
-def _ask_ahead(file: Path, offset: int, nbytes: int) -> None:
-    """Have bytes of a file fetched; where the system knows no such wish, nothing."""
-    if not hasattr(os, "posix_fadvise") or not nbytes:
-        return
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(handle)
 
 
 def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:

@@ -262,7 +262,14 @@ class WeightMap:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
         expected = self.expected()
-        found = {name for name in checkpoint.tensors if not self._ignored(name)}
+        # Old Llama checkpoints store the rope table; some tied models store the head again, which
+        # transformers ignores too.
+        tied_head = "lm_head.weight" if self.config.tie_word_embeddings else ""
+        found = {
+            name
+            for name in checkpoint.tensors
+            if name != tied_head and not name.endswith(".rotary_emb.inv_freq")
+        }
         missing = sorted(set(expected) - found)
         if missing:
             hint = "an incomplete download? packlight never fills in weights"
@@ -286,12 +293,6 @@ class WeightMap:
                     f"but config.json makes it {list(shape)}",
                     hint="config.json and the weights belong to different models",
                 )
-
-    def _ignored(self, name: str) -> bool:
-        # Old Llama checkpoints store the rope table; some tied models store the head again,
-        # which transformers ignores too.
-        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-        return tied_head or name.endswith(".rotary_emb.inv_freq")
 
     def locate(self, name: str, rows: slice | None = None) -> Iterator[tuple[str, slice]]:
         """Tensors on disk, and rows of each, that make up a weight or rows ``start:stop`` of it."""

@@ -341,8 +341,8 @@ def get_grid(name: str) -> Grid:
         >>> grid = get_grid("int4-g32-asym")
         >>> grid.bits, grid.group_size, grid.symmetric
         (4, 32, False)
-        >>> grid.nbytes((64, 256)) * 8 / (64 * 256)
-        4.625
+        >>> grid.nbytes((64, 256))  # 4 bits a weight; a scale and half a byte of zero point a group
+        9472
     """
     for pattern, make in list(GRIDS.items()):
         if re.fullmatch(pattern, name):

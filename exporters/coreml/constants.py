@@ -55,6 +55,7 @@ class Constants:
     ) -> None:
         self._mb, self._storage, self._repeat = mb, storage, block_repeat
         self._planned = {entry.name: entry for entry in plan.entries}
+        self._pieces = {entry.name: parts(entry.grid, entry.shape) for entry in plan.entries}
         self._vars: dict[str, Var] = {}
         self.parts: dict[str, Part] = {}
         self.entries: dict[str, PlanEntry] = {}
@@ -63,14 +64,25 @@ class Constants:
     def weight(self, name: str) -> Var:
         """A matrix: decompressed by Core ML when it loads, or as it runs."""
         entry = self._entry(name)
-        if entry.target_name not in self._vars:
-            self._vars[entry.target_name] = self._matrix(entry)
+        if entry.target_name in self._vars:
+            return self._vars[entry.target_name]
+        pieces = self._pieces[entry.name]
+        if len(pieces) == 1:
+            self.entries[entry.target_name] = entry
+            return self._constant(entry.target_name, pieces[0])
+        inputs = {part.name: self._constant(constant_name(entry, part), part) for part in pieces}
+        operation = getattr(self._mb, OPERATIONS.get(pieces[0].name, "constexpr_sparse_to_dense"))
+        if pieces[0].name in OPERATIONS and pieces[0].name.endswith("_mask"):
+            mask, values = operation(**inputs, name=f"{entry.target_name}_sparse")
+            inputs = {"mask": mask, "nonzero_data": values}
+            operation = self._mb.constexpr_sparse_to_dense
+        self._vars[entry.target_name] = operation(**inputs, name=entry.target_name)
         return self._vars[entry.target_name]
 
     def vector(self, name: str) -> Var:
         """A norm weight or a bias."""
         entry = self._entry(name)
-        (part,) = parts(entry.grid, entry.shape)
+        (part,) = self._pieces[entry.name]
         self.entries[entry.target_name] = entry
         return self._constant(entry.target_name, part)
 
@@ -97,35 +109,18 @@ class Constants:
             name = f"blocks.{block - block % self._repeat}.{role}.{kind}"
         return self._planned[name]
 
-    def _matrix(self, entry: PlanEntry) -> Var:
-        pieces = parts(entry.grid, entry.shape)
-        if len(pieces) == 1:
-            self.entries[entry.target_name] = entry
-            return self._constant(entry.target_name, pieces[0])
-        inputs = {part.name: self._constant(constant_name(entry, part), part) for part in pieces}
-        if pieces[0].name in OPERATIONS:
-            operation = getattr(self._mb, OPERATIONS[pieces[0].name])
-            if not pieces[0].name.endswith("_mask"):
-                return operation(**inputs, name=entry.target_name)
-            mask, values = operation(**inputs, name=f"{entry.target_name}_sparse")
-            inputs = {"mask": mask, "nonzero_data": values}
-        return self._mb.constexpr_sparse_to_dense(**inputs, name=entry.target_name)
-
     def _constant(self, name: str, part: Part) -> Var:
+        """A constant whose array has the part's shape and type, and the memory of a row at most."""
         if name not in self._vars:
-            self._vars[name] = self._mb.const(val=self._hollow(part), name=name)
+            dtype = self._storage[part.dtype]
+            row, strides = np.zeros(1, dtype), (0,) * len(part.shape)
+            if part.name.endswith("mask"):  # coremltools counts its ones
+                row = (np.arange(part.shape[1]) < part.ones).astype(dtype)
+                strides = (0, row.itemsize)
+            hollow = np.lib.stride_tricks.as_strided(row, part.shape, strides)
+            self._vars[name] = self._mb.const(val=hollow, name=name)
             self.parts[name] = part
         return self._vars[name]
-
-    def _hollow(self, part: Part) -> NDArray[Any]:
-        """An array of the part's shape and type that takes the memory of a row at most."""
-        dtype = self._storage[part.dtype]
-        if part.name.endswith("mask"):  # coremltools counts its ones
-            row = (np.arange(part.shape[1]) < part.ones).astype(dtype)
-            return np.lib.stride_tricks.as_strided(row, part.shape, (0, row.itemsize))
-        return np.lib.stride_tricks.as_strided(
-            np.zeros(1, dtype), part.shape, (0,) * len(part.shape)
-        )
 
 
 def constant_name(entry: PlanEntry, part: Part) -> str:

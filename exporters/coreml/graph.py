@@ -241,9 +241,12 @@ class Decoder:
 
     def attention(self, block: int, x: Var) -> Var:
         mb, c, stem = self.mb, self.config, f"block_{block}"
-        query = self.heads(block, "q_proj", x, c.num_attention_heads)
-        key = self.heads(block, "k_proj", x, c.num_key_value_heads)
-        value = self.heads(block, "v_proj", x, c.num_key_value_heads)
+        kv_heads = c.num_key_value_heads
+        heads = {"q_proj": c.num_attention_heads}
+        query, key, value = (
+            self.split(block, role, self.project(block, role, x), heads.get(role, kv_heads))
+            for role in ("q_proj", "k_proj", "v_proj")
+        )
         if c.qk_norm:
             query = self.norm(f"blocks.{block}.q_norm", query, f"{stem}_q_norm")
             key = self.norm(f"blocks.{block}.k_norm", key, f"{stem}_k_norm")
@@ -261,10 +264,9 @@ class Decoder:
         mixed = mb.reshape(x=mixed, shape=[1, -1, width], name=f"{stem}_attention_flat")
         return self.project(block, "o_proj", mixed)
 
-    def heads(self, block: int, role: str, x: Var, heads: int) -> Var:
-        """Project and split: ``[1, heads, q, head_dim]``."""
+    def split(self, block: int, role: str, flat: Var, heads: int) -> Var:
+        """A projection by heads: ``[1, heads, q, head_dim]``."""
         mb, name = self.mb, f"block_{block}_{role}_heads"
-        flat = self.project(block, role, x)
         split = mb.reshape(x=flat, shape=[1, -1, heads, self.config.head_dim], name=f"{name}_last")
         return mb.transpose(x=split, perm=[0, 2, 1, 3], name=name)
 

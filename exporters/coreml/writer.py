@@ -75,7 +75,9 @@ class Writer:
         config, self._layout = weights.config, Layout()
         self._constants = Constants(tools.mb, tools.storage, plan, config.block_repeat)
         self._storage = tools.storage
-        self._model = make_model(tools, plan, weights, self._constants, self._layout)
+        program = build_program(tools, config, plan.settings["context"], self._constants)
+        self._model = tools.export(program, self._constants, self._layout, weights)
+        add_metadata(self._model, plan, weights)
         if not weights.ledger.cut(self.file):
             self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
 
@@ -135,23 +137,10 @@ def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the program as it will be, its arrays counted."""
     tools, layout = CoreMLTools(), Layout()
     constants = Constants(tools.mb, tools.storage, plan, source.config.block_repeat)
-    model = make_model(tools, plan, source, constants, layout)
+    program = build_program(tools, source.config, plan.settings["context"], constants)
+    model = tools.export(program, constants, layout)
+    add_metadata(model, plan, source)
     return layout.end + int(model.ByteSize()) + len(manifest())
-
-
-def make_model(
-    tools: CoreMLTools, plan: Plan, weights: Weights | Source, constants: Constants, layout: Layout
-) -> Any:
-    """The model (protobuf), its large arrays in the places that ``layout`` gives them.
-
-    Small ones stand in it; they are zeros where ``weights`` is a source.
-    """
-    values = weights if isinstance(weights, Weights) else None
-    with ONE_AT_A_TIME:
-        program = build_program(tools, weights.config, plan.settings["context"], constants)
-        model = tools.export(program, constants, layout, values)
-    add_metadata(model, plan, weights)
-    return model
 
 
 def build_program(
@@ -308,9 +297,15 @@ class CoreMLTools:
         } | {f"uint{n}": getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)}
 
     def export(
-        self, program: Any, constants: Constants, layout: Layout, weights: Weights | None
+        self,
+        program: Any,
+        constants: Constants,
+        layout: Layout,
+        weights: Weights | None = None,
     ) -> Any:
         """The program as a Core ML model (protobuf), its arrays in the places of ``layout``.
+
+        Small ones stand in it; they are zeros without ``weights``.
 
         coremltools' own passes are not run: one of them would merge all placeholders of equal
         shape, and the program is float16 already.

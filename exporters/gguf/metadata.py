@@ -109,6 +109,8 @@ def display_name(model_name: str, *, strips_after_special: bool) -> str:
 
 def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     """The keys of the architecture: sizes, norm, rope."""
+    import gguf
+
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -123,14 +125,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    write_rope(writer, config)
-
-
-def write_rope(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
-    """Rotary keys; the tables of ``rope_tensors`` go in as tensors."""
-    import gguf
-
-    rope = config.rope
+    rope = config.rope  # its tables go in as tensors
     writer.add_rope_dimension_count(rope.rotary_dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.kind == "linear":

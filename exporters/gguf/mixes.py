@@ -157,7 +157,10 @@ class Mix:
         if self.pure or self.base in ("F16", "BF16"):
             return self.base
         if role == "lm_head" or (role == "embed_tokens" and config.tie_word_embeddings):
-            return self._head(config.hidden_size)
+            if self.base == "Q8_0":
+                return "Q8_0"
+            # Where rows do not fit, llama.cpp means the fallback of Q6_K and not that of Q5_K.
+            return "Q5_K" if self.name == "IQ3_XXS" and config.hidden_size % 256 == 0 else "Q6_K"
         if role == "embed_tokens":
             return "IQ3_S" if self.name == "IQ3_XXS" else self.base
         if role in ("v_proj", "qkv_proj"):
@@ -168,12 +171,6 @@ class Mix:
             middle = config.num_hidden_layers // 8 <= block < 7 * config.num_hidden_layers // 8
             return "IQ3_XXS" if self.name == "IQ3_XS" and middle else self.base
         return OTHERS.get(role, {}).get(self.name, self.base)
-
-    def _head(self, columns: int) -> str:
-        if self.base == "Q8_0":
-            return "Q8_0"
-        # Where rows do not fit, llama.cpp means the fallback of Q6_K and not that of Q5_K.
-        return "Q5_K" if self.name == "IQ3_XXS" and columns % 256 == 0 else "Q6_K"
 
     def _value(self, block: int, config: DecoderConfig) -> str:
         """The value projection: small under grouped heads, and the most sensitive."""
