@@ -70,10 +70,11 @@ class Importance:
         if not needs_of(solver) and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or measures or self.save is not None
-        if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
+        updated = [name for name, its in recipe.targets.items() if method_of(its) == "sparsegpt"]
+        if self.imatrix and updated:
             raise UsageError(
                 "--imatrix has less than sparsegpt needs",
-                hint="texts, or --set targets.coreml.sparsity_method=wanda",
+                hint=f"texts, or --set targets.{updated[0]}.sparsity_method=wanda",
             )
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
@@ -82,7 +83,7 @@ class Importance:
                 what = "is not a file" if path.exists() else "does not exist"
                 raise UsageError(f"{path} {what}", hint="a calibration text: .txt or .jsonl")
         if self.imatrix and not self.imatrix.is_file():
-            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
+            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix file")
 
 
 def imatrix_format() -> Format:
