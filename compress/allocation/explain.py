@@ -23,14 +23,14 @@ def describe(budgeted: Budgeted) -> dict[str, Any]:
     target, limit = budgeted.target, budgeted.limit
     return {
         "limit_bytes": limit.nbytes,
-        **({"limit_is": limit.told} if limit.told else {}),
+        **({"limit_is": limit.description} if limit.description else {}),
         "smallest_bytes": target.smallest_bytes,
         **({"recommended_bytes": budgeted.recommended} if budgeted.table else {}),
-        "kept_high": kept_high(budgeted),
+        "kept_high": high_precision(budgeted),
     }
 
 
-def kept_high(budgeted: Budgeted) -> list[dict[str, str]]:
+def high_precision(budgeted: Budgeted) -> list[dict[str, str]]:
     """The tensors with clearly more bits than the whole, the most costly ones first; none where
     nothing was measured.
     """
@@ -74,9 +74,9 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
                 plan.format,
                 format_bytes(b.limit.nbytes),
                 f"{format_bytes(plan.file_bytes)}, {share:.1f} %",
-                told(plan.expected_divergence),
+                show_divergence(plan.expected_divergence),
                 format_bytes(b.target.smallest_bytes),
-                format_bytes(b.recommended) if b.table else told(None),
+                format_bytes(b.recommended) if b.table else show_divergence(None),
             ]
         )
     headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
@@ -85,12 +85,12 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
         if b.table is None:
             name = b.target.plan.format
             console.data(f"{name}: every tensor has its largest grid; nothing was measured")
-        if b.limit.told:
-            console.data(f"{b.target.plan.format}: {b.limit.told}")
-        for row in kept_high(b):
+        if b.limit.description:
+            console.data(f"{b.target.plan.format}: {b.limit.description}")
+        for row in high_precision(b):
             console.data(f"{b.target.plan.format}: {row['name']} is {row['grid']}: {row['why']}")
 
 
-def told(divergence: float | None) -> str:
+def show_divergence(divergence: float | None) -> str:
     """Four decimals, or a dash for what was not measured."""
     return "–" if divergence is None else f"{divergence:.4f}"

@@ -101,8 +101,8 @@ def locked_choices(
 
 def locked_divergence(lock: Mapping[str, Any], format: str) -> float | None:
     """What was expected of a target when its plan was made."""
-    told = lock["targets"].get(format, {}).get("expected_kl_divergence")
-    return float(told) if isinstance(told, int | float) else None
+    expected = lock["targets"].get(format, {}).get("expected_kl_divergence")
+    return float(expected) if isinstance(expected, int | float) else None
 
 
 def locked_budgets(lock: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

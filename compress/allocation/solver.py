@@ -156,14 +156,14 @@ def search(
         cost = (cost[:, None] + table[:, 1]).ravel()
         room = budget - sum(fewest[index + 1 :]) - nbytes
         bound = cost + sum(priced[index + 1 :]) - price * (budget - nbytes)
-        kept = np.flatnonzero((room >= 0) & (bound < limit))
-        kept = kept[frontier(nbytes[kept], cost[kept])]
-        if len(kept) > WIDTH:
-            kept = np.sort(kept[np.argsort(bound[kept], kind="stable")[:WIDTH]])
-        if not len(kept):
+        survivors = np.flatnonzero((room >= 0) & (bound < limit))
+        survivors = survivors[frontier(nbytes[survivors], cost[survivors])]
+        if len(survivors) > WIDTH:
+            survivors = np.sort(survivors[np.argsort(bound[survivors], kind="stable")[:WIDTH]])
+        if not len(survivors):
             return list(picked)
-        trail.append((kept // options, kept % options))
-        nbytes, cost = nbytes[kept], cost[kept]
+        trail.append((survivors // options, survivors % options))
+        nbytes, cost = nbytes[survivors], cost[survivors]
     at = int(np.lexsort((nbytes, cost))[0])
     if cost[at] >= limit:
         return list(picked)

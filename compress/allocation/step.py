@@ -94,11 +94,13 @@ class BudgetStep:
         chosen = {b.target.plan.format: b for b in budgeted}
         grids = {name: b.target.grids(b.allocation.options) for name, b in chosen.items()}
         made = replan(choices=grids)
-        plans = tuple(told(plan, chosen[plan.format].allocation.plan) for plan in made.plans)
+        plans = tuple(
+            with_estimates(plan, chosen[plan.format].allocation.plan) for plan in made.plans
+        )
         return replace(self.job, plans=plans)
 
 
-def told(plan: Plan, allocated: Plan) -> Plan:
+def with_estimates(plan: Plan, allocated: Plan) -> Plan:
     """What the allocation knows of a plan."""
     return replace(
         plan,

@@ -109,8 +109,8 @@ class Boundary:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        kept = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
-        self.index = max(kept, default=0)
+        saved = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
+        self.index = max(saved, default=0)
 
     def load(self, *states: Tensor) -> None:
         """Fill ``states``, which are of the shapes that were kept."""

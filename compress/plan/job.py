@@ -237,9 +237,9 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
     """
     facts = get_format(name).describe(path)
     for key in SIZES:
-        told, expected = facts["config"].get(key), getattr(config, key)
-        if isinstance(told, int) and told != expected:
-            what = f"{path.name} has a {key} of {told}, the float model {expected}"
+        stated, expected = facts["config"].get(key), getattr(config, key)
+        if isinstance(stated, int) and stated != expected:
+            what = f"{path.name} has a {key} of {stated}, the float model {expected}"
             if key == "vocab_size":
                 hint = "--baseline is the checkpoint that the artifact was made from"
                 raise UsageError(what, hint=hint)
@@ -256,11 +256,11 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    told = facts["config"]  # a pruned model keeps less
+    stated = facts["config"]  # a pruned model keeps less
     shape = replace(
         config,
-        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
-        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+        num_hidden_layers=stated.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=stated.get("num_key_value_heads") or config.num_key_value_heads,
     )
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)

@@ -29,7 +29,7 @@ from compress.files import cache_folder, computed_once
 from compress.machine import set_threads
 from compress.plan.cut import Cut, Healing
 from compress.plan.job import Job, choose_threads
-from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
+from compress.pruning.pruned import Healed, Narrower, Shallower, retained_rows
 
 __all__ = ["Pruned", "prune", "prune_source"]
 
@@ -77,18 +77,18 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         measure(source, cut, texts, folder, work, console)
 
     def load(folder: Path) -> Pruned:
-        return kept_in(folder, source, cut, texts)
+        return read_pruned(folder, source, cut, texts)
 
     pruned = folder_once(key, compute, load)
     if cut.healing is None:
         return pruned
-    kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
+    retained: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
     if isinstance(pruned.source, Shallower):
-        kept = pruned.source.kept
-    return healed(source, pruned, kept, cut.healing, texts, console)
+        retained = pruned.source.retained
+    return healed(source, pruned, retained, cut.healing, texts, console)
 
 
-def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
+def read_pruned(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
     """A pruned source from its folder in the cache.
 
     Raises:
@@ -101,17 +101,17 @@ def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pr
     notes = (size_note(source.config, cut), *measured_notes(cut, found))
     if cut.method == "depth":
         return Pruned(Shallower(source, config, found["kept"]), notes)
-    kept = {
-        int(block): kept_rows(source.config, cut.method, np.array(rows))
+    retained = {
+        int(block): retained_rows(source.config, cut.method, np.array(rows))
         for block, rows in found["kept"].items()
     }
-    return Pruned(Narrower(source, config, folder, kept, folder.name), notes)
+    return Pruned(Narrower(source, config, folder, retained, folder.name), notes)
 
 
 def healed(
     whole: Source,
     pruned: Pruned,
-    kept: Sequence[int],
+    retained: Sequence[int],
     healing: Healing,
     texts: CalibrationSet,
     console: Console,
@@ -121,7 +121,7 @@ def healed(
     Args:
         whole: the float model.
         pruned: what is left of it.
-        kept: the stored blocks that are.
+        retained: the stored blocks that are.
         healing: for how long.
         texts: to train and measure on.
         console: for progress.
@@ -133,7 +133,7 @@ def healed(
         from compress.pruning.heal import heal
 
         with console.progress("heal", "blocks") as update:
-            found = heal(whole, source, kept, healing, texts.windows, folder, work, update)
+            found = heal(whole, source, retained, healing, texts.windows, folder, work, update)
         (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
     def load(folder: Path) -> Pruned:
@@ -212,7 +212,9 @@ def folder_once(
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
     """The cache's folder for what is found of a cut."""
-    facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
+    facts = (
+        f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.retained} {cut.update}"
+    )
     return cache_folder("pruning") / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -226,8 +228,8 @@ def measure(
     if cut.method == "depth":
         with console.progress("try without blocks", "blocks") as update:
             gone = choose_blocks(source, texts.windows, cut.dropped, update)
-        kept = sorted(set(range(cut.total)) - {departure.block for departure in gone})
-        found: dict[str, Any] = {"kept": kept, "gone": [[d.block, d.kl] for d in gone]}
+        retained = sorted(set(range(cut.total)) - {departure.block for departure in gone})
+        found: dict[str, Any] = {"kept": retained, "gone": [[d.block, d.kl] for d in gone]}
         found["tokens"] = sum(map(len, measured_windows(texts.windows)))
     else:
         with console.progress(f"prune {cut.method}", "windows") as update:
@@ -243,7 +245,7 @@ def record(
         "step": "prune",
         "model": source.checkpoint.source,
         "method": cut.method,
-        "kept": cut.kept,
+        "kept": cut.retained,
         "of": cut.total,
         "parameters": {
             "before": source.config.num_parameters,

@@ -68,8 +68,10 @@ class Regression:
         limit = before - slack if sign == "-" else before + slack
         value = find(artifact, self.name)
         passed = value is not None and bool(COMPARE[operator](value, limit))
-        told = f"{operator}{self._show(limit)} ({self._show(before)} before, {sign}{self.text})"
-        return Gate(f"regression: {self.name}", told, value, passed)
+        limit_text = (
+            f"{operator}{self._show(limit)} ({self._show(before)} before, {sign}{self.text})"
+        )
+        return Gate(f"regression: {self.name}", limit_text, value, passed)
 
     def _show(self, value: float) -> str:
         if "per" not in self.name and "bytes" in self.name:

@@ -30,11 +30,11 @@ def describe(path: Path) -> dict[str, Any]:
     """
     program = read_package(path)
     function = program.function(program.default_function)
-    told = program.metadata.get("packlight.parameters")
+    recorded = program.metadata.get("packlight.parameters")
     kind = program.metadata.get("packlight.grid", "")
     tensors = list_tensors(function)
     counted = sum(tensor["weights"] for tensor in tensors)
-    parameters = int(told) if told else counted
+    parameters = int(recorded) if recorded else counted
     nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     operators = Counter(op.kind for op in function.operations if op.kind != "const")
     shapes = {**function.inputs, **function.states, **function.outputs}

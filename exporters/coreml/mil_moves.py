@@ -44,7 +44,7 @@ def reshape(x: Tensor, shape: Tensor) -> Tensor:
     sizes = ints(shape)
     from_last = [1] * (len(sizes) - x.dim()) + list(x.shape)
     from_last = from_last[len(from_last) - len(sizes) :]
-    return x.reshape([kept if n == 0 else n for n, kept in zip(sizes, from_last, strict=True)])
+    return x.reshape([size if n == 0 else n for n, size in zip(sizes, from_last, strict=True)])
 
 
 def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
