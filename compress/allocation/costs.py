@@ -1,10 +1,10 @@
-"""What each tensor costs on each grid: nats that the model's output is expected to move.
+"""The cost of each tensor on each grid: the KL divergence that it is expected to add, in nats.
 
 ``cost = relative error of the tensor on the grid × nats per unit of error`` (``tensor_error.py``,
 ``sensitivity.py``). Codes are chosen by the recipe's own solver, with its statistics, so that a
 solver which makes up for its rounding is judged by what it really leaves.
 
-The table is kept beside the calibration's statistics and grows: another budget or another format
+The table is cached beside the calibration's statistics and grows: another budget or another format
 measures what is not there yet, and nothing twice; builds that want it at once take turns.
 """
 

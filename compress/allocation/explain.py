@@ -1,6 +1,4 @@
-"""What a person wants to know of a choice of grids: sizes, quality to expect, what is kept high and
-why.
-"""
+"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors with more bits."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from compress.console import Console, format_bytes
 
 __all__ = ["describe", "print_budgets"]
 
-SHOWN = 5  # tensors that are told to be kept high
+SHOWN = 5  # tensors with more bits that are listed
 HIGH = 1.15  # times the bits per weight of the whole
 
 

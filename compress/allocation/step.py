@@ -101,7 +101,7 @@ class BudgetStep:
 
 
 def with_estimates(plan: Plan, allocated: Plan) -> Plan:
-    """What the allocation knows of a plan."""
+    """A plan with the file size and the expected divergence of its allocation."""
     return replace(
         plan,
         file_bytes=allocated.file_bytes,

@@ -385,7 +385,7 @@ class Decoder:
         return self.head()(hidden[-1:])[0].numpy()
 
     def close(self) -> None:
-        """Drop the weights that were kept and the cache."""
+        """Drop the resident weights and the cache."""
         self._loaded.clear()
         self._blocks.clear()
         self.reset()

@@ -53,7 +53,7 @@ class Cut:
         total: stored blocks, channels of an MLP, or key-value heads before ...
         retained: ... and after.
         config: the pruned model's, ``raw`` included.
-        update: whether the kept columns of ``down_proj`` and ``o_proj`` make up for the others.
+        update: whether the retained columns of ``down_proj`` and ``o_proj`` make up for the others.
         healing: what follows, or None.
     """
 
@@ -85,7 +85,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
 
     Raises:
         UsageError: nothing would go, or nothing would stay, or the width fits no format.
-        UnsupportedModelError: heads of a model whose shape could not be told.
+        UnsupportedModelError: heads of a model whose shape cannot be expressed.
     """
     if prune is None or prune.method == "none":
         return None

@@ -19,7 +19,7 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_nam
 from compress.plan.transform import Transforms
 from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
-DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+DEFAULT_CONTEXT = 2048  # positions that memory is given for by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
 # parameters x tokens, so large models get fewer tokens.
 WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
@@ -35,7 +35,7 @@ class Job:
         config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
-        context: positions that KV caches and memory are told for.
+        context: positions that sizes of KV caches and memory are given for.
         command: the command line that does this again, without local paths.
         transforms: of each target's weights, by format; most recipes have none.
         cut: how much of the float model is pruned, or None; plans are of what is left.

@@ -108,7 +108,7 @@ class Ledger(dict[str, Row]):
 
 
 def has_finished(path: Path) -> bool:
-    """Whether a ledger's file tells of any tensor."""
+    """Whether a ledger's file records any tensor."""
     return any("done" in row for row, _ in read_lines(path))
 
 

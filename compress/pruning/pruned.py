@@ -143,8 +143,8 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_rows(info: TensorInfo, rows: slice | None) -> Float32:
-    """A tensor of a file, or rows of it. NaN may be there: of a training that went wrong, and that
-    nobody will take."""
+    """A tensor of a file, or rows of it. It may hold NaN: of a training that diverged, which is
+    not used."""
     start, stop, _ = (rows or slice(None)).indices(info.shape[0])
     shape = (max(stop - start, 0), *info.shape[1:])
     return read_range(info, start, math.prod(shape), checked=False).reshape(shape)

@@ -1,6 +1,6 @@
 """The step of a build before statistics and writing: the float model is seen pruned.
 
-What was found (which blocks, which channels, the updated weights) is kept in the cache, by the
+What was found (which blocks, which channels, the updated weights) is stored in the cache, by the
 weights' fingerprint, the calibration windows and the cut: asked for again, nothing is computed.
 """
 
@@ -121,7 +121,7 @@ def healed(
     Args:
         whole: the float model.
         pruned: what is left of it.
-        retained: the stored blocks that are.
+        retained: indices of the stored blocks that are left, ascending.
         healing: for how long.
         texts: to train and measure on.
         console: for progress.
@@ -240,7 +240,7 @@ def measure(
 def record(
     source: Source, cut: Cut, texts: CalibrationSet, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One step of what was done to a checkpoint, as its ``config.json`` tells it."""
+    """One step of what was done to a checkpoint, as its ``config.json`` records it."""
     step: dict[str, Any] = {
         "step": "prune",
         "model": source.checkpoint.source,

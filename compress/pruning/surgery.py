@@ -53,7 +53,7 @@ def choose(
         retained: groups that stay.
         size: columns of a group: 1 for MLP channels, those of a key-value head for ``o_proj``.
         damping: share of the diagonal's mean that is added to it.
-        update: whether the kept columns will be updated (``compensate``).
+        update: whether the retained columns will be updated (``compensate``).
 
     Returns:
         int64 ``[kept]``, ascending indices of groups.
@@ -126,7 +126,7 @@ class Remaining:
         return costs
 
     def remove(self, groups: Array) -> None:
-        """Take groups away; what is left makes up for them."""
+        """Remove groups, and update the remaining columns by least squares."""
         gone = (groups[:, None] * self.size + np.arange(self.size)).reshape(-1)
         corner = self._inverse[np.ix_(gone, gone)].astype(np.float64)
         shares = np.linalg.solve(corner, self._inverse[gone]).astype(np.float32)
@@ -138,7 +138,7 @@ class Remaining:
 def compensate(
     weight: Float32, hessian: tuple[Float32, ...], columns: Array, *, damping: float = 0.01
 ) -> Float32:
-    """The kept columns, updated by least squares; float32 ``[rows, len(columns)]``.
+    """The retained columns, updated by least squares; float32 ``[rows, len(columns)]``.
 
     Args:
         weight: float32 ``[rows, columns]``.

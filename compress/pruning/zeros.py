@@ -1,4 +1,4 @@
-"""Which targets store zeros as nothing, and what is told of those that do not."""
+"""Which targets store zeros in no space, and the notes for those that do not."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Previous:
 
     @property
     def measures(self) -> bool:
-        """Whether any limit is on what running an artifact tells."""
+        """Whether any limit is on a figure that needs the artifact to be run."""
         return any(limit.name not in OF_THE_FILE for limit in self.limits)
 
     def check_text(self, text: str, windows: Sequence[Sequence[int]]) -> None:
@@ -199,7 +199,7 @@ class Previous:
 
     def apply(self, report: Report, console: Console) -> None:
         """Add the gates to a new report, and what they do to its verdict, and the notes, which are
-        told, too.
+        printed, too.
 
         Raises:
             UsageError: see ``judge``.

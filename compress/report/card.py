@@ -50,7 +50,7 @@ def head(report: Report) -> str:
     model = report.model
     formats = list(dict.fromkeys(artifact.format for artifact in report.artifacts))
     facts: dict[str, Any] = {}
-    # A local folder's name stands in for the Hub id that whoever uploads this will put there.
+    # A local folder's name stands in for the Hub id that the folder is uploaded to.
     if HUB_ID.fullmatch(model.source):
         facts |= {"base_model": model.source, "base_model_relation": "quantized"}
     if model.license:

@@ -202,7 +202,7 @@ def answers_case(artifact: ArtifactReport) -> ET.Element:
 
 
 def gate_case(gate: GateReport) -> ET.Element:
-    """One gate; a failure tells what was measured and the limit."""
+    """One gate; a failure has the measured value and the limit."""
     case = ET.Element("testcase", {"name": xml_text(f"{gate.name} {gate.limit}")})
     if not gate.passed:
         message = xml_text(gate_failure(gate))

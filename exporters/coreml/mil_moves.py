@@ -137,7 +137,7 @@ def slice_update(
 ) -> Tensor:
     """``x`` with a slice replaced; the update must have the slice's shape.
 
-    ``in_place`` is the evaluator's word that nobody looks at the old ``x`` again.
+    ``in_place`` says that the old ``x`` is not used again.
     """
     index = box(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     x = x if in_place else x.to(torch.promote_types(x.dtype, update.dtype), copy=True)
