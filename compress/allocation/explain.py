@@ -1,5 +1,5 @@
-"""What a person wants to know of a choice of grids: sizes, quality to expect, what is kept high and
-why.
+"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors
+with more bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from compress.plan.document import HighTensor, PlannedBudget
 
 __all__ = ["describe", "print_budgets"]
 
-SHOWN = 5  # tensors that are told to be kept high
+SHOWN = 5  # tensors with more bits that are listed
 HIGH = 1.15  # times the bits per weight of the whole
 
 
@@ -23,14 +23,14 @@ def describe(budgeted: Budgeted) -> PlannedBudget:
     target, limit = budgeted.target, budgeted.limit
     return PlannedBudget(
         limit_bytes=limit.nbytes,
-        limit_is=limit.told,
+        limit_is=limit.description,
         smallest_bytes=target.smallest_bytes,
         recommended_bytes=budgeted.recommended,
-        kept_high=kept_high(budgeted),
+        kept_high=high_precision(budgeted),
     )
 
 
-def kept_high(budgeted: Budgeted) -> list[HighTensor]:
+def high_precision(budgeted: Budgeted) -> list[HighTensor]:
     """The tensors with clearly more bits than the whole, the most costly ones first; none where
     nothing was measured.
     """
@@ -74,9 +74,9 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
                 plan.format,
                 format_bytes(b.limit.nbytes),
                 f"{format_bytes(plan.file_bytes)}, {share:.1f} %",
-                told(plan.expected_divergence),
+                show_divergence(plan.expected_divergence),
                 format_bytes(b.target.smallest_bytes),
-                format_bytes(b.recommended) if b.table else told(None),
+                format_bytes(b.recommended) if b.table else show_divergence(None),
             ]
         )
     headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
@@ -85,12 +85,12 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
         if b.table is None:
             name = b.target.plan.format
             console.data(f"{name}: every tensor has its largest grid; nothing was measured")
-        if b.limit.told:
-            console.data(f"{b.target.plan.format}: {b.limit.told}")
-        for row in kept_high(b):
+        if b.limit.description:
+            console.data(f"{b.target.plan.format}: {b.limit.description}")
+        for row in high_precision(b):
             console.data(f"{b.target.plan.format}: {row.name} is {row.grid}: {row.why}")
 
 
-def told(divergence: float | None) -> str:
+def show_divergence(divergence: float | None) -> str:
     """Four decimals, or a dash for what was not measured."""
     return "–" if divergence is None else f"{divergence:.4f}"

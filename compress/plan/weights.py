@@ -33,7 +33,7 @@ else the weight's name."""
 
 
 class Weights:
-    """The weights that an artifact is made of, under our names, read when asked for, never kept.
+    """The weights that an artifact is made of, under our names, read on request, never cached.
 
     Names (see ``compress.decoder.config.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
     ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,

@@ -370,8 +370,8 @@ class Recipe(Section):
     @property
     def keep(self) -> dict[str, int]:
         """Role → the fewest bits that a budget may give it."""
-        kept = self.quantize.keep.model_dump(exclude_none=True) if self.quantize.keep else {}
-        return {role: int(bits.lstrip(">= ")) for role, bits in kept.items()}
+        minimum = self.quantize.keep.model_dump(exclude_none=True) if self.quantize.keep else {}
+        return {role: int(bits.lstrip(">= ")) for role, bits in minimum.items()}
 
     @property
     def windows(self) -> int:

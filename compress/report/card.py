@@ -31,7 +31,7 @@ def model_card(report: Report) -> str:
     model, artifacts = report.model, report.artifacts
     formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
     head: dict[str, Any] = {}
-    # A local folder's name stands in for the Hub id that whoever uploads this will put there.
+    # A local folder's name stands in for the Hub id that the folder is uploaded to.
     if HUB_ID.fullmatch(model.source):
         head |= {"base_model": model.source, "base_model_relation": "quantized"}
     if model.license:

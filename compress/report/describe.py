@@ -66,7 +66,7 @@ def build_report(
         model: from ``model_facts``.
         recipe: as resolved (``Recipe.to_dict``), with its ``name``.
         command: what makes this again, without local paths.
-        context: positions that the KV cache is told for.
+        context: positions that the size of the KV cache is given for.
         baseline: the float model.
         artifacts: each with what became of it.
         limits: the recipe's gates.
@@ -178,7 +178,7 @@ def describe_artifact(
 
 
 def figures_of(verified: Verified, decode: Decode | None) -> dict[str, Any]:
-    """What running an artifact told."""
+    """What was measured while an artifact ran."""
     quality, resources, sample = verified.quality, verified.resources, verified.generation
     return {
         "perplexity": quality.perplexity.value,

@@ -21,7 +21,7 @@ TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "s
 # decides, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02 of
 # them (root mean square) after 32 blocks of Phi-3-mini's shape.
 TIE = 0.1
-REFUSED_HINT = "its files are kept; `packlight verify` runs them"
+REFUSED_HINT = "its files are there; `packlight verify` runs them"
 CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 

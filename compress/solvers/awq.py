@@ -112,16 +112,16 @@ def improve(
     trial: Trial | HeadTrial, sites: tuple[str, ...], folds: dict[str, Float32]
 ) -> tuple[float, float]:
     """Add to ``folds`` what lowers the error of a half; its error before and after."""
-    kept: dict[str, Float32] = {}
-    before = best = trial.error(kept)
+    accepted: dict[str, Float32] = {}
+    before = best = trial.error(accepted)
     for site in sites:
         scale = propose_scale(trial, site)
         if scale is None:
             continue
-        error = trial.error({**kept, site: scale})
+        error = trial.error({**accepted, site: scale})
         if error < best * (1 - MARGIN):
-            best, kept[site] = error, scale
-    folds |= kept
+            best, accepted[site] = error, scale
+    folds |= accepted
     return before, best
 
 

@@ -99,7 +99,7 @@ class Scorer:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
-            cache: where the float model's answers are kept for other builds, or None.
+            cache: cache of the float model's answers for other builds, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.

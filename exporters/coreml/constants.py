@@ -1,7 +1,7 @@
 """Constants without values: placeholders for the graph, whose arrays are written afterwards.
 
 coremltools keeps the array of every constant until the end. An array with strides of zero has the
-right shape and type and no memory, so the graph is built of those, and told where in ``weight.bin``
+right shape and type and no memory, so the graph is built of those, with the place in ``weight.bin``
 each array will be; ``stored`` then has the arrays of one tensor, some rows at a time.
 """
 

@@ -210,7 +210,7 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     """
     try:
         inner = dense_name(grid)
-    except GridError:  # nobody has it
+    except GridError:  # no such grid
         inner = ""
     if inner and inner != grid:
         get_grid(grid).check(shape)
