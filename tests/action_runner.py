@@ -124,7 +124,6 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
         )
         for folder in path.read_text("utf-8").splitlines():
             self.environment["PATH"] = f"{folder}{os.pathsep}{self.environment['PATH']}"

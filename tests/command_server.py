@@ -14,13 +14,12 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import itertools
 import json
 import mmap
 import os
-import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from compress import machine
@@ -33,16 +32,10 @@ LOADED = (
 )  # fmt: skip
 
 
-CHANGES = {
-    "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link",
-    "shutil.rmtree", "subprocess.Popen",
-}  # fmt: skip
-"""Audit events that are steps, ``open`` only for writing."""
-
-
 def main() -> None:
     """Serve until stdin ends."""
     machine.make_deterministic()  # before anything that computes, as the command does
+    sys.path.append(str(Path(__file__).with_name("hooks")))
     requests, answers = own_streams()
     for name in LOADED:
         importlib.import_module(name)
@@ -85,7 +78,12 @@ def serve(request: dict[str, Any], steps: mmap.mmap) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if request["step"]:
-            send_at(**request["step"], steps=steps)
+            from steps import send_at
+
+            def counted(number: int) -> None:
+                steps[:] = number.to_bytes(8, "little")
+
+            send_at(**request["step"], counted=counted)
         sys.argv = ["packlight", *request["arguments"]]
         from compress.__main__ import main as command
 
@@ -97,26 +95,6 @@ def serve(request: dict[str, Any], steps: mmap.mmap) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def send_at(pattern: str, count: int, number: int, steps: mmap.mmap) -> None:
-    """Send this process's group a signal before its ``count``-th change of the file system (or
-    start of a process) that matches; 0 only counts them, in ``steps``."""
-    numbers = itertools.count(1)
-    matches = re.compile(pattern).search
-
-    def look(event: str, details: tuple[Any, ...]) -> None:
-        if event not in CHANGES:
-            return
-        if event == "open" and not (details[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        if matches(f"{event} {details}"):
-            this = next(numbers)
-            steps[:] = this.to_bytes(8, "little")
-            if this == count:
-                os.killpg(0, number)
-
-    sys.addaudithook(look)
 
 
 if __name__ == "__main__":

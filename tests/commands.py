@@ -20,18 +20,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Step:
-    """Where in its work a command is sent a signal: a moment would depend on the machine's load.
+    """Where in its work a command is sent a signal: see ``hooks/steps.py``.
 
     Attributes:
-        pattern: looked for in each change of the file system and each start of a process, as
-            Python's audit event and its arguments: ``open ('/…/onnx.ledger', 'ab', 524289)``.
+        pattern: looked for in each change of the file system and each start of a process.
         count: the signal is sent before the count-th that matches; 0 for none.
         number: of the signal.
+        to: ``group``, ``itself``, ``parent``.
     """
 
     pattern: str
     count: int = 1
     number: int = signal.SIGKILL
+    to: str = "group"
+
+    def variables(self) -> dict[str, str]:
+        """For a program that starts others: whichever of them comes to the step."""
+        hooks = os.pathsep.join([str(ROOT / "tests" / "hooks"), paths()])
+        return {"PYTHONPATH": hooks, "PACKLIGHT_TEST_STEP": json.dumps(asdict(self))}
 
 
 class Server:

@@ -92,7 +92,7 @@ def main() -> int:
         if how == "hangs":
             import time
 
-            time.sleep(60)
+            time.sleep(3600)
         if how == "greedy":
             big = np.ones(200 << 17)  # 200 MiB, touched, and given back
             del big

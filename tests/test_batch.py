@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from commands import packlight, refused
+from commands import Step, packlight, refused
 
 from compress.batch.document import errors, markdown
 from compress.batch.page import render
@@ -61,33 +63,31 @@ def shop(tmp_path_factory) -> Path:
     (shop / "plain.yaml").write_text(RECIPE.format(name="plain", solver="rtn", limit=9))
     (shop / "scaled.yaml").write_text(RECIPE.format(name="scaled", solver="scale_search", limit=9))
     (shop / "jobs.yaml").write_text(JOBS.format(output="tree"))
+    (shop / "written.yaml").write_text(JOBS.format(output="other") + "options: {verify: false}\n")
     return shop
 
 
-def start(shop: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def at_work(tree: str, name: str, number: int, to: str) -> Step:
+    """A job of a batch, half of whose tensors are written."""
+    return Step(rf"open .*/{tree}/{name}\.partial/.*/gguf\.ledger", 9, number, to)
+
+
+def interrupted(shop: Path, step: Step, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A batch that is sent a signal at a step of one of its jobs, or that job is."""
+    return subprocess.run(
         [sys.executable, "-m", "compress", "batch", *arguments],
         cwd=shop, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | step.variables(),
         # A shell's background job ignores Ctrl-C, and so would whatever the tests start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
-def job_process(batch: int, name: str, seconds: float = 60.0) -> psutil.Process:
-    """The process of a job, once its build is at work."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        for child in psutil.Process(batch).children():
-            try:
-                words = child.cmdline()
-            except psutil.Error:
-                continue
-            if any(word.endswith(f"/{name}") for word in words):
-                output = Path(words[words.index("-o") + 1])
-                if output.with_name(f"{output.name}.partial").exists():
-                    return child
-        time.sleep(0.02)
-    raise AssertionError(f"{name} did not start")
+def command_lines() -> Iterator[str]:
+    """Arguments of all processes."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield from process.cmdline()
 
 
 def told(shop: Path, tree: str) -> dict:
@@ -115,11 +115,10 @@ def artifacts(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def shelf(shop) -> tuple[Path, dict, str]:
     """The shelf in one batch, one job of which is killed."""
-    batch = start(shop, "jobs.yaml", "--max-memory", "3GB")
-    job_process(batch.pid, "qwen/plain").send_signal(signal.SIGKILL)
-    output = batch.communicate(timeout=240)[0]
-    assert batch.returncode == 2, output
-    return shop, told(shop, "tree"), output
+    step = at_work("tree", "qwen/plain", signal.SIGKILL, "itself")
+    batch = interrupted(shop, step, "jobs.yaml", "--max-memory", "3GB")
+    assert batch.returncode == 2, batch.stdout
+    return shop, told(shop, "tree"), batch.stdout
 
 
 def test_what_fails_takes_nothing_with_it(shelf):
@@ -190,13 +189,13 @@ def test_again_retries_the_killed_one_only_when_asked(shelf):
 
 def test_a_batch_that_was_killed_does_what_is_missing(shelf):
     shop, *_ = shelf
-    options = ("jobs.yaml", "-o", "second", "--only", "llama", "--jobs", "1")
-    batch = start(shop, *options)
-    job = job_process(batch.pid, "llama/plain")  # the second: llama/scaled is done
-    batch.kill()
-    batch.communicate()
-    psutil.wait_procs([job], timeout=20)
-    assert not job.is_running() or job.status() == psutil.STATUS_ZOMBIE
+    options = ("written.yaml", "-o", "second", "--only", "llama", "--jobs", "1")
+    # The second: llama/scaled is done.
+    step = at_work("second", "llama/plain", signal.SIGKILL, "parent")
+    batch = interrupted(shop, step, *options)
+    assert batch.returncode == -signal.SIGKILL
+    while any(f"{shop}/second/" in word for word in command_lines()):
+        time.sleep(0.05)  # the job dies with the batch
     assert (shop / "second" / "llama" / "scaled").is_dir()
     assert not (shop / "second" / "llama" / "plain").exists()
     again = packlight("batch", *options, cwd=shop)
@@ -210,13 +209,10 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
 def test_interrupted(shelf):
     """Ctrl-C ends the jobs; what they had is continued by the next batch."""
     shop, *_ = shelf
-    batch = start(shop, "jobs.yaml", "-o", "third", "--only", "qwen/plain")
-    job = job_process(batch.pid, "qwen/plain")
-    batch.send_signal(signal.SIGINT)
-    said = batch.communicate(timeout=60)[0]
-    assert "interrupted; the same command goes on with what is there" in said
+    step = at_work("third", "qwen/plain", signal.SIGINT, "parent")
+    batch = interrupted(shop, step, "written.yaml", "-o", "third", "--only", "qwen/plain")
+    assert "interrupted; the same command goes on with what is there" in batch.stdout
     assert batch.returncode == 130
-    assert not job.is_running()
     assert statuses(told(shop, "third")) == {"qwen/plain": "interrupted"}
     assert told(shop, "third")["exit_code"] == 2
 
@@ -245,7 +241,7 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
     assert "llama/strict, GGUF: kl_divergence is" in page
 
 
-@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("away", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_the_page(
     away, shop, tmp_path
 ):

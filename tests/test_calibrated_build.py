@@ -35,13 +35,14 @@ def test_what_inputs_tell_lowers_the_divergence_of_the_demo(cache, tmp_path):
     for solver in ("rtn", "scale_search", "gptq"):
         done = packlight(
             "build", model_path(), "-f", "gguf", "-o", solver, "--json", "--threads", 1,
-            "--set", "verify.windows=8", "--set", f"quantize.solver={solver}",
+            "--set", "verify.windows=4", "--set", f"quantize.solver={solver}",
+            "--set", "calibration.tokens=4096", "--keep-baseline", tmp_path / "float",
             cwd=tmp_path, env=cache,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         found[solver] = report["artifacts"][0]["kl_divergence"]["mean"]
-    assert report["notes"][-1] == "Codes chosen by gptq, calibrated on 16384 tokens of builtin"
+    assert report["notes"][-1] == "Codes chosen by gptq, calibrated on 4096 tokens of builtin"
     assert "are as scale_search leaves them" in report["artifacts"][0]["notes"][-1]
     plan = json.loads((tmp_path / "gptq" / "plan.json").read_text())
     assert plan["quantize"]["solver"] == "gptq"

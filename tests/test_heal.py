@@ -98,15 +98,15 @@ def test_minutes_are_divided_over_the_blocks():
 def test_half_of_the_demos_mlp_heals_on_text_that_trained_nothing():
     source = stored(model_path())
     calibration = CalibrationSet.load(
-        ["builtin"], Tokenizer(model_path()), tokens=4096, sequence_length=128, seed=0
+        ["builtin"], Tokenizer(model_path()), tokens=2048, sequence_length=128, seed=0
     )
-    found = pruned(source, calibration, method="ffn", ratio=0.5, heal={"steps": 16})
+    found = pruned(source, calibration, method="ffn", ratio=0.5, heal={"steps": 8})
     step = last_step(found)
     before, after = (np.array(step["held_back_error"][key]) for key in ("before", "after"))
-    assert step["steps_by_block"] == [16] * 6
+    assert step["steps_by_block"] == [8] * 6
     assert (after <= before).all()
     assert (after < before).sum() >= 4
-    assert "16 steps a block" in found.notes[-1]
+    assert "8 steps a block" in found.notes[-1]
 
 
 @pytest.mark.parametrize(

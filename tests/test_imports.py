@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
-from compress.demo import model_path
+import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
@@ -190,7 +189,8 @@ def test_help_loads_nothing_heavy():
 
 def test_writing_loads_no_torch(tmp_path):
     """coremltools and others would, to be able to convert from it: seconds, and 160 MB."""
-    where = ["build", str(model_path()), "-o", str(tmp_path / "out")]
+    model = tiny.make("llama", tmp_path / "model", num_hidden_layers=1)
+    where = ["build", str(model), "-o", str(tmp_path / "out")]
     options = [*where, "-r", "int4-fast", "--no-verify"]
     done = run(
         "import sys, compress.cli as c, compress.machine as m\n"

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 START = """
-import atexit, time
+import atexit, os, signal, sys, time
 from compress import machine
 machine.handle_signals()
 atexit.register(machine.ignore_signals)
+
+def send(number):
+    os.kill(os.getpid(), number)
 """
 
 
@@ -27,41 +29,34 @@ def hear_all() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def interrupted(tmp_path: Path, body: str, *signals: int) -> tuple[int, list[str]]:
-    """Exit code and stdout of a program that says "ready" and is sent signals then."""
-    process = subprocess.Popen(
+def run(tmp_path: Path, body: str) -> tuple[int, list[str]]:
+    """Exit code and stdout of a program that sends itself signals with ``send``."""
+    done = subprocess.run(
         [sys.executable, "-u", "-c", START + textwrap.dedent(body)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_all,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(0.1)
-    said, complaints = process.communicate(timeout=30)
-    assert "Exception ignored" not in complaints
-    return process.returncode, said.split()
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, preexec_fn=hear_all,
+    )  # fmt: skip
+    assert "Exception ignored" not in done.stderr
+    return done.returncode, done.stdout.split()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_import_is_finished_before_the_interruption(tmp_path, number):
     # As transformers and coremltools do: whatever comes out of an optional import is dropped.
-    (tmp_path / "slow.py").write_text("import time\nprint('ready')\ntime.sleep(0.5)\nwhole = 1\n")
+    slow = f"from __main__ import send\nimport time\nsend({number})\ntime.sleep(0.2)\nwhole = 1\n"
+    (tmp_path / "slow.py").write_text(slow)
     body = """
         try:
-            import slow
-        except BaseException:
-            print("broken")
-        print("imported", slow.whole)
-        time.sleep(20)
-        print("lost")
+            try:
+                import slow
+            except BaseException:
+                print("broken")
+            time.sleep(60)
+            print("lost")
+        finally:
+            print("imported", sys.modules["slow"].whole)
     """
-    code, said = interrupted(tmp_path, body, number)
+    code, said = run(tmp_path, body)
     assert said == ["imported", "1"]
     assert code == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
 
@@ -70,37 +65,35 @@ def test_an_interruption_lost_in_a_finalizer_comes_again(tmp_path):
     body = """
         class Slow:
             def __del__(self):
-                print("ready")
-                time.sleep(0.5)
+                send(signal.SIGTERM)
 
         Slow()
-        time.sleep(20)
+        time.sleep(60)
         print("lost")
     """
-    code, said = interrupted(tmp_path, body, signal.SIGTERM)
-    assert (code, said) == (143, [])
+    assert run(tmp_path, body) == (143, [])
 
 
 def test_a_second_ctrl_c_does_not_disturb_the_cleaning_up(tmp_path):
     body = """
         try:
-            print("ready")
-            time.sleep(20)
+            send(signal.SIGINT)
+            time.sleep(60)
         finally:
-            time.sleep(0.5)
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+            time.sleep(0.2)  # an interruption that is lost would come again meanwhile
             print("cleaned")
     """
-    code, said = interrupted(tmp_path, body, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
-    assert (code, said) == (-signal.SIGINT, ["cleaned"])
+    assert run(tmp_path, body) == (-signal.SIGINT, ["cleaned"])
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path):
     body = """
-        import signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         machine.handle_signals()
-        print("ready")
-        time.sleep(0.3)
+        send(signal.SIGHUP)
+        time.sleep(0.2)
         print("done")
     """
-    assert interrupted(tmp_path, body, signal.SIGHUP) == (0, ["done"])
+    assert run(tmp_path, body) == (0, ["done"])

@@ -18,7 +18,6 @@ from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.walk import walk_beside
 from compress.decoder.config import split_name, stored_block
 from compress.decoder.decoder import reader
-from compress.demo import model_path
 from compress.grids import get_grid
 from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan
@@ -197,8 +196,10 @@ def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
         assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx", "coreml"])
-def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "solver"), [("gguf", "gptq"), ("onnx", "scale_search"), ("coreml", "scale_search")]
+)
+def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, solver, tmp_path):
     model = Model("phi3", tmp_path, num_hidden_layers=3)
     windows = draw_windows(4)
     plan = writing.plan_for(target, model.config, {}, model_name="m")
@@ -223,7 +224,7 @@ def test_a_walk_that_was_cut_off_goes_on_with_the_block_that_it_was_at(target, t
         for each in (folder, state):
             each.mkdir(exist_ok=True)
         weights = Counted(
-            model, plan, "gptq", windows,
+            model, plan, solver, windows,
             ledger=Ledger(state / "ledger", "t"), states=state / "states",
         )  # fmt: skip
         writing.write(plan, weights, folder)
@@ -269,18 +270,19 @@ def test_states_of_a_forgotten_target_are_not_gone_on_with(tmp_path):
 
 
 def test_a_build_says_how_its_blocks_were_fed(tmp_path):
-    found = {}
+    found, model = {}, tiny.make("phi3", tmp_path / "model")
     for propagate in ("float", "quantized"):
         done = packlight(
-            "build", model_path(), "-f", "gguf", "-o", propagate, "--json", "--no-verify",
+            "build", model, "-f", "gguf", "-o", propagate, "--json", "--no-verify",
             "--set", "quantize.solver=gptq", "--set", f"calibration.propagate={propagate}",
-            "--set", "calibration.tokens=2048", "--threads", 1,
+            "--set", "calibration.tokens=512", "--set", "calibration.sequence_length=64",
+            "--threads", 1,
             cwd=tmp_path, env={"PACKLIGHT_CACHE": str(tmp_path / "cache")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         found[propagate] = report["notes"][-1], next((tmp_path / propagate).glob("gguf/*.gguf"))
-    line = "Codes chosen by gptq, calibrated on 2048 tokens of builtin"
+    line = "Codes chosen by gptq, calibrated on 512 tokens of builtin"
     assert found["float"][0] == line
     assert found["quantized"][0] == f"{line} through the quantized blocks before each"
     assert found["float"][1].read_bytes() != found["quantized"][1].read_bytes()

@@ -113,6 +113,7 @@ def measure_speed(
     *,
     repeats: int = REPEATS,
     seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted.
 
@@ -120,21 +121,22 @@ def measure_speed(
         decode_tokens: at most so many; at least ``WARM_UP_TOKENS``, however slow the runtime.
         repeats: at most so many measurements.
         seconds: after this long no repeat is begun, and decoding stops.
+        clock: seconds since any moment.
     """
-    deadline = time.perf_counter() + seconds
+    deadline = clock() + seconds
     prefill: list[float] = []
     decode: list[float] = []
     decoded = decode_tokens
     for run in range(repeats + 1):
         runtime.reset()
-        begin = time.perf_counter()
+        begin = clock()
         last = runtime.feed(prompt)
-        middle = end = time.perf_counter()
+        middle = end = clock()
         count = 0
         while count < (decode_tokens if run else min(decode_tokens, WARM_UP_TOKENS)):
             last = runtime.feed([int(last.argmax())])
             count += 1
-            end = time.perf_counter()
+            end = clock()
             if count >= WARM_UP_TOKENS and end > deadline:
                 break
         if run:
