@@ -24,7 +24,7 @@ from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+from compress.recipe import Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class CalibrationStep:
         return step
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
-        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
+        """What solver and transforms of a target must know of the inputs of ``source``; None if
+        nothing.
 
         Args:
             source: the weights that ``plan`` is made of.
@@ -131,12 +132,12 @@ class CalibrationStep:
             ArtifactError: an imatrix file that cannot be read or is another model's.
             CheckpointError: weights or a tokenizer that cannot be read.
         """
-        solver = self.job.recipe.solver
         if self._importance.imatrix:
             return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
-        mask = MASK_NEEDS.get(method_of(plan.settings) or "")
-        wanted = needs_of(solver) or mask is not None
-        return self._collect(source, self.texts, hessian=mask == "hessian") if wanted else None
+        needs = {change.needs for change in self.job.transforms.get(plan.format, ())}
+        if not needs_of(self.job.recipe.solver) and not any(needs):
+            return None
+        return self._collect(source, self.texts, hessian="hessian" in needs)
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
         """What a cost table is measured with, whatever the solver: statistics of the inputs of the
