@@ -47,6 +47,7 @@ class Weights:
         ledger: Ledger | None = None,
         *,
         at_once: int = 1,
+        slab: int | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         """
@@ -56,6 +57,7 @@ class Weights:
             ledger: of an earlier run.
             at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
                 with one.
+            slab: weights in memory at a time, at most; None for as many as a writer asks for.
             statistics: what the solver goes by, let go at the end of each part of the model.
         """
         self.source = source
@@ -66,7 +68,7 @@ class Weights:
         self.statistics = statistics
         self.fallen: dict[str, int] = {}
         self.held = at_once + 1 if at_once > 1 else 1
-        self._solve, self._at_once = solve, at_once
+        self._solve, self._at_once, self._slab = solve, at_once, slab
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
@@ -87,6 +89,7 @@ class Weights:
             step: all runs but the last are a multiple of it, one at least.
         """
         rows, columns = shape
+        most = min(most, self._slab or most)
         fewest = -(-rows // max(most // self.held // columns // step * step, step))
         even = -(-fewest // self._at_once) * self._at_once
         count = -(-rows // (even if fewest > 1 else 1) // step) * step
