@@ -197,6 +197,7 @@ def test_two_writes_give_the_same_bytes(exported: Exports, tmp_path: Path) -> No
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
+import exporters
 from exported import Exports
 exported, source, folder = Exports(Path()), Path({str(built.checkpoint.path)!r}), {str(again)!r}
 exported.write("coreml", source, dict(grid="lut4-g8"), name="phi4-mini", folder=Path(folder))

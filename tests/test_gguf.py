@@ -21,8 +21,7 @@ from exported import Exports
 from transformers import AutoTokenizer
 from writing import plan_for, write
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.demo import model_path
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
@@ -212,8 +211,8 @@ def test_rows_go_through_in_slabs(tmp_path: Path) -> None:
     weights = Weights(Stored(opened, config), rtn, slab=1 << 17)
     seen: list[int] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
-    tracemalloc.start()
     begun = writer.Writer(plan, weights, folder_of(tmp_path, "one"), seen.append)
+    tracemalloc.start()
     begun.put(entry)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -11,13 +11,11 @@ import pytest
 import tiny
 from writing import plan_for, write
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import PlanEntry
-from compress.plan.weights import Weights
+from compress.plan.weights import Ledger, Weights
 from compress.solvers import rtn
 
 

@@ -417,7 +417,7 @@ def test_broken_artifacts(phi3: Exported, tmp_path: Path) -> None:
         copy("not-onnx", b"hello", data),
     ):
         with pytest.raises(ArtifactError, match=r"model_q4\.onnx") as caught:
-            open_runtime(folder, context=64)
+            OnnxRuntime(folder, context=64)
         assert "\n" not in caught.value.message
     with pytest.raises(ArtifactError, match="not an ONNX file"):
         describe(tmp_path / "not-onnx")
@@ -425,7 +425,7 @@ def test_broken_artifacts(phi3: Exported, tmp_path: Path) -> None:
         describe(tmp_path)
     (tmp_path / "no-data/onnx/model_int8.onnx").write_bytes(graph)
     with pytest.raises(ArtifactError, match=r"2 \.onnx file"):
-        open_runtime(tmp_path / "no-data", context=64)
+        OnnxRuntime(tmp_path / "no-data", context=64)
 
 
 def test_missing_package(phi3: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
