@@ -18,7 +18,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, identity, lock_document
-from compress.plan.document import plan_document
+from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
 from compress.errors import UsageError
@@ -236,7 +236,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     )
 
 
-def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
+def lock_of(decision: Decision, console: Console) -> Lock:
     """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
     against its plan.
 
@@ -253,10 +253,8 @@ def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
             progress=update,
         )
     if settings.locked and settings.plan:
-        from compress.allocation.lock import read_lock
-
-        now = {**plan_document(job), "lock": lock}
-        check_lock(settings.plan.name, read_lock(settings.plan), now)
+        before = PlanDocument.load(settings.plan)
+        check_lock(settings.plan.name, before, plan_document(job, lock))
     return lock
 
 

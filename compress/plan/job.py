@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
@@ -18,6 +18,9 @@ from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transforms
 from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+
+if TYPE_CHECKING:
+    from compress.plan.document import PlannedBudget
 
 DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
 # (parameters, windows scored by default from there on). In any runtime a verification costs
@@ -52,7 +55,7 @@ class Job:
     command: str = ""
     transforms: Transforms = field(default_factory=dict)
     cut: Cut | None = None
-    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgets: Mapping[str, PlannedBudget] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def bytes_of(self, plan: Plan) -> int:

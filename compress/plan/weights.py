@@ -27,8 +27,9 @@ T = TypeVar("T")
 
 SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.LANES``
 
-Solver = Callable[[Float32, Grid, str], Quantized]
-"""``solve(weight, grid, name)``: the solver with its statistics already bound."""
+Solver = Callable[[Float32, Grid, Any], Quantized]
+"""``solve(weight, grid, stats)``; ``stats`` of the weight's input where ``Weights`` has statistics,
+else the weight's name."""
 
 
 class Weights:
@@ -77,12 +78,7 @@ class Weights:
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
-        if rows is None or rows.start == 0:
-            self.fallen.pop(name, None)  # begun anew
-        found = self._solve(self.read(name, rows), grid, name)
-        if found.fallen:
-            self.fallen[name] = self.fallen.get(name, 0) + found.fallen
-        return found
+        return next(self.in_slabs(name, grid, [rows], lambda quantized: quantized))
 
     def slabs(self, shape: Sequence[int], most: int, step: int = SIDE_BY_SIDE) -> list[slice]:
         """Runs of rows of a matrix for ``in_slabs``: equal ones, as many for each thread, so that
@@ -109,14 +105,20 @@ class Weights:
         Args:
             slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
         """
+        stats = name if self.statistics is None else self.statistics.for_weight(name)
         if self._at_once == 1 or len(slabs) == 1:
             for rows in slabs:
-                yield pack(self.quantize(name, grid, rows))
+                if rows is None or rows.start == 0:
+                    self.fallen.pop(name, None)  # begun anew
+                found = self._solve(self.read(name, rows), grid, stats)
+                if found.fallen:
+                    self.fallen[name] = self.fallen.get(name, 0) + found.fallen
+                yield pack(found)
             return
 
         def solved(values: Float32 | None, rows: slice | None) -> T:
             weight = self.read(name, rows) if values is None else values
-            return pack(self._solve(weight, grid, name))
+            return pack(self._solve(weight, grid, stats))
 
         # A source that computes its weights is read here, by one thread.
         alone = not self.source.threadsafe
