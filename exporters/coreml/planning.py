@@ -64,6 +64,12 @@ class Part:
         """Bytes in the file; sub-byte integers are packed without gaps."""
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
 
+    @property
+    def in_graph(self) -> bool:
+        """Plain constants of few elements stand in the program, which is made before any weight is
+        solved: small tables of palettes cannot."""
+        return self.name == "val" and math.prod(self.shape) < IMMEDIATE
+
 
 def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """How Core ML stores a tensor on a grid.
@@ -288,7 +294,7 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
 
 def container_bytes(arrays: Iterable[Part]) -> int:
     """What arrays take in ``weight.bin``, each with its record, both aligned."""
-    sizes = (part.nbytes for part in arrays if math.prod(part.shape) >= IMMEDIATE)
+    sizes = (part.nbytes for part in arrays if not part.in_graph)
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
