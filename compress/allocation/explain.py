@@ -1,4 +1,4 @@
-"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors with more bits."""
+"""A choice of grids for plan.json and the terminal: sizes, expected quality, precise tensors."""
 
 from __future__ import annotations
 

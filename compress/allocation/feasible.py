@@ -1,4 +1,6 @@
-"""Refuses a budget below the smallest file of a target, before any work, with what would reach it. Arithmetic on configs: no weight is read."""
+"""Refuses a budget below the smallest file of a target, before any work, with what would reach it.
+
+Arithmetic on configs: no weight is read."""
 
 from __future__ import annotations
 

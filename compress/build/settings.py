@@ -1,4 +1,4 @@
-"""What a command was asked for: the recipe's overrides, and the command that does it again."""
+"""The settings of a command: the recipe's overrides, and the command line that repeats it."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def put_all(writers: Sequence[Writer], written: Written = lambda nbytes: None) -
 
     Args:
         writers: just begun.
-        written: told the bytes of what is there.
+        written: called with the bytes of each tensor that is written.
     """
     parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
     for part in sorted({number for numbers in parts for number in numbers}):
@@ -151,7 +151,7 @@ def target_weights(
 ) -> Weights:
     """What the writer of a target pulls from, and its ledger.
 
-    Where each block is solved with what the quantized blocks before it produce, those are kept
+    Where each block is solved with what the quantized blocks before it produce, those are stored
     beside the ledger, too: the hidden states before the block that the walk is at.
 
     Args:

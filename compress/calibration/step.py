@@ -1,4 +1,4 @@
-"""The step of a build between plan and writing: what the solver must know of the inputs.
+"""The build's calibration step: the input statistics that the solver needs.
 
 Statistics come from the recipe's texts (walked, or from the cache) or from an imatrix file; ``rtn``
 needs none, and then nothing is read.
@@ -121,7 +121,7 @@ class CalibrationStep:
         return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
-        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
+        """The input statistics of ``source`` that the recipe's solver needs; None if it needs none.
 
         Args:
             source: the weights that ``plan`` is made of.

@@ -1,4 +1,4 @@
-"""``plan.json``, and what ``--dry-run`` prints: what will be made, before it is."""
+"""``plan.json``, and what ``--dry-run`` prints."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Healing: what is left of each block learns to do what was there before.
+"""Healing: trains the remaining weights of each block to reproduce the float model's states.
 
 Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
 its output comes near the float model's hidden states at the same place, on inputs that the pruned
-and healed blocks before it produce. After dropped blocks the place is the next retained block's input,
-so that a retained block learns to stand in for those that followed it. (Block-wise reconstruction as in
-BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
+and healed blocks before it produce. After dropped blocks the place is the next retained
+block's input, so that a retained block learns to stand in for those that followed it. (Block-wise
+reconstruction as in BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
 
 In memory are one block's weights, their gradients and Adam's two moments in float32, activations of
 one window, and the hidden states of all windows twice, in bfloat16 (in a mapped file where they are

@@ -58,7 +58,7 @@ def solver_row(name: str) -> SolverRow:
     for point in entry_points(group=SOLVER_ENTRY_POINTS, name=name):
         try:
             solve = point.load()
-        except Exception as error:  # whatever importing somebody else's code raises
+        except Exception as error:  # importing another package's code may raise anything
             raise UsageError(
                 f"solver {name!r} cannot be loaded: {one_line(error)}", hint=f"it is {point.value}"
             ) from error

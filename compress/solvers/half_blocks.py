@@ -132,7 +132,7 @@ class Trial:
 class HeadTrial:
     """The same for the head, whose outputs are compared as probabilities: over some of its rows.
 
-    A squared error of logits would count tokens that nobody expects as much as those that matter.
+    A squared error of logits would count improbable tokens as much as those that matter.
     On the demo model folds that took a quarter off it made the KL divergence worse.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where ONNX folders of a build lie, and how to run one."""
+"""The ONNX folders of a build, and how to run one."""
 
 from __future__ import annotations
 
