@@ -1,4 +1,4 @@
-"""One batch: read the jobs, plan each, skip those that are done, run the rest, write the results."""
+"""One batch: read the jobs, plan each, skip what is done, run the rest, write the results."""
 
 from __future__ import annotations
 
