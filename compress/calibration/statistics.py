@@ -48,7 +48,7 @@ class LayerStats:
         held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
             seen: to measure on. None without a Hessian, or with too few windows to spare any.
         drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
-            the Hessian's. None where ``x`` is the float model's; never stored on disk.
+            the Hessian's. None where ``x`` is the float model's; never kept on disk.
     """
 
     count: int

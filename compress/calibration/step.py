@@ -121,7 +121,7 @@ class CalibrationStep:
         return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
-        """The input statistics of ``source`` that the recipe's solver needs; None if it needs none.
+        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
 
         Args:
             source: the weights that ``plan`` is made of.

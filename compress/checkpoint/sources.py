@@ -1,7 +1,7 @@
-"""Sources of weights: a checkpoint as it is stored, or a changed one.
+"""Where weights come from: a checkpoint as it is stored, or one seen through a change.
 
 A change (pruning, folding, rotation) is a ``Source`` around another ``Source``: it has a config of
-its own and computes each weight when it is read. Nothing is cached, so a source costs no memory
+its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
 beyond the tensor that is being read.
 """
 

@@ -1,4 +1,4 @@
-"""The Core ML packages of a build, and how to run one."""
+"""Where Core ML packages of a build lie, and how to run one."""
 
 from __future__ import annotations
 

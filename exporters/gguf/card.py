@@ -1,4 +1,4 @@
-"""The GGUF files of a build, and how to run one."""
+"""Where GGUF files of a build lie, and how to run one."""
 
 from __future__ import annotations
 

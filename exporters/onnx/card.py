@@ -1,4 +1,4 @@
-"""The ONNX folders of a build, and how to run one."""
+"""Where ONNX folders of a build lie, and how to run one."""
 
 from __future__ import annotations
 
