@@ -1,4 +1,4 @@
-"""The command line: the root of ``compress/commands``, and how every ending becomes an exit code.
+"""The command line: the root of ``compress/commands``, and the exit code of every error.
 
 It and the commands load the table of formats.
 """
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
         if ending.code != 1:
             raise
         # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
-        # that a gate failed; shells know the reader's going away as 141, 128 + SIGPIPE.
+        # that a gate failed; in shells a closed pipe is 141, 128 + SIGPIPE.
         return 141
     except OSError as error:
         if os.environ.get("PACKLIGHT_DEBUG"):

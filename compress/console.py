@@ -1,4 +1,4 @@
-"""One sink for everything a person or a script reads.
+"""The console: all output of a command, for people or for scripts.
 
 Data goes to stdout, messages go to stderr. ``human`` shows both, ``json`` prints one document on
 stdout and nothing else there, ``quiet`` prints paths only, ``silent`` nothing: its messages go to

@@ -92,7 +92,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Args:
         path: of the file; the kernel lets go of it with its process.
-        wait: for whoever holds it.
+        wait: until its holder releases it.
 
     Raises:
         BlockingIOError: without ``wait``, another process holds it or has just let go of it.
@@ -103,7 +103,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(handle, flags)
-            if not is_same_file(handle, path):  # its holder has just ended, and taken it away
+            if not is_same_file(handle, path):  # its holder has just ended, and removed it
                 if wait:
                     continue
                 raise BlockingIOError(f"{path} has just been let go of")

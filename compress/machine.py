@@ -1,4 +1,4 @@
-"""What this process may use of the machine: in a container less than there is.
+"""CPUs, memory, threads and signals of this process; in a container fewer than the machine has.
 
 Limits are those of the process's control groups and of all groups above them: cgroup v2
 (``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), as the

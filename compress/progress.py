@@ -1,4 +1,4 @@
-"""How far a phase is, how fast, and how long it will take: a bar, a line, or JSON for a program.
+"""Progress of a phase, its speed and the time left: as a bar, as lines, or as JSON for a program.
 
 Rates are measured in this run alone; nothing is known of the machine beforehand.
 """

@@ -14,7 +14,7 @@ import exporters  # noqa: F401 -- fills the table of formats
 from compress.formats import get_format
 from compress.plan.shapes import Runtime
 from compress.verify import BaselineStore, examine
-from compress.verify.child import Emit, speak
+from compress.verify.child import Emit, run_as_child
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
         baseline = BaselineStore(options.baseline)
         examine(opened, baseline, options.scores, options.context, emit)
 
-    return speak(work)
+    return run_as_child(work)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from compress.errors import RuntimeMissingError
 from compress.verify import BaselineStore, examine
-from compress.verify.child import Emit, speak
+from compress.verify.child import Emit, run_as_child
 
 
 class EchoModel:
@@ -103,7 +103,7 @@ def main() -> int:
             return
         examine(open_runtime, BaselineStore(Path(baseline)), Path(scores), 128, emit)
 
-    return speak(work)
+    return run_as_child(work)
 
 
 if __name__ == "__main__":

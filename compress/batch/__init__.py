@@ -1,4 +1,4 @@
-"""Many models, many artifacts, nobody watching: ``packlight batch JOBS.yaml``.
+"""``packlight batch JOBS.yaml``: builds many artifacts of many models unattended.
 
 jobs_file.py the YAML file as typed data (schema.json)
 jobs.py      what to build: models × recipes × budgets × formats

@@ -1,7 +1,7 @@
-"""One job's process: ``packlight`` as anyone runs it, which dies with the one who started it.
+"""The process of one job: runs a ``packlight`` command, and ends when its parent does.
 
 ``python -m compress.batch.child build MODEL …`` in a session of its own, with a pipe for stdin that
-nobody writes to. When the process at the other end is gone, however it went (``kill -9`` too), the
+nothing writes to. When the process at the other end is gone, however it went (``kill -9`` too), the
 pipe ends, and the job with everything that it started is killed: nothing goes on writing into an
 output tree that the next batch takes up. Works where Linux's parent-death signal does not exist,
 and from any thread.
@@ -19,7 +19,7 @@ def die_with_parent() -> None:
     """Wait until stdin ends, then kill the session; never returns."""
     while os.read(0, 4096):
         pass
-    if os.getpgrp() == os.getpid():  # not the shell's, if somebody runs this by hand
+    if os.getpgrp() == os.getpid():  # not the shell's, when run by hand
         os.killpg(0, signal.SIGKILL)
     os._exit(128 + signal.SIGKILL)
 

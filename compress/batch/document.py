@@ -1,4 +1,4 @@
-"""``batch.json``: every job of a batch, how it ended and what came of it; and the last words."""
+"""``batch.json``: every job of a batch with its result; and the summary on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the jobs of a batch run. An engine is given ``Work`` and gives back ``Outcome``.
+"""Runs the jobs of a batch as processes: takes ``Work``, returns ``Outcome``.
 
     Engine.run(works, watch) -> outcomes, each once, as jobs end
 

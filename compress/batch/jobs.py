@@ -206,7 +206,7 @@ def jobs_of(
 
 def targets_of(recipe: str) -> list[str]:
     """The formats of a recipe; those that it has by default where it cannot be read, which its
-    jobs will tell."""
+    jobs will show."""
     from compress.recipe import load
 
     try:

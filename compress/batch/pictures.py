@@ -1,4 +1,4 @@
-"""The pictures of ``batch.html``: many artifacts side by side, drawn as in ``charts``."""
+"""The charts of ``batch.html``: many artifacts side by side, drawn as in ``charts``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Axis:
 
 
 def marked(dot: Dot, x: float, y: float) -> Markup:
-    """A mark that tells its name."""
+    """A mark with its name as a tooltip."""
     return charts.element("g", charts.element("title", dot.title), charts.marker(x, y, dot.style))
 
 

@@ -1,6 +1,4 @@
-"""One batch: read the jobs, plan each, leave out what was done, run the rest, write what came of
-it.
-"""
+"""One batch: read the jobs, plan each, skip what is done, run the rest, write the results."""
 
 from __future__ import annotations
 
@@ -136,7 +134,7 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
             one = jobs[outcome.name]
             board.settle(one, state.end(one.name, one.fingerprint, outcome), fresh=True)
             models[one.job.model_name] -= 1
-            if not models[one.job.model_name]:  # gigabytes that nobody will ask for again
+            if not models[one.job.model_name]:  # gigabytes that are not needed again
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
 
 
@@ -157,7 +155,7 @@ def seconds_of(one: Planned) -> float:
 
 
 def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
-    """The command of a job. What another build left is cleared away, what this one did, continued.
+    """The command of a job: ``--overwrite`` of another build's output, ``--resume`` of this one's.
 
     Args:
         leader: of the jobs of its model.

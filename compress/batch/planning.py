@@ -1,4 +1,4 @@
-"""What is known of the jobs of a batch before any is started.
+"""Plans the jobs of a batch before any is started.
 
 Planning is what ``packlight build --dry-run`` does, for every job, here: headers and recipes only.
 A model that cannot be built is found out now, and its jobs are not started; it is looked at again
@@ -73,7 +73,7 @@ class Planner:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return Planned(job, settings, error=f"{where}{error.strerror or error}")
-        except Exception as error:  # a checkpoint that nobody thought of must not stop the others
+        except Exception as error:  # an unforeseen checkpoint must not stop the others
             if os.environ.get("PACKLIGHT_DEBUG"):
                 raise
             return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")

@@ -1,7 +1,7 @@
-"""What one job will take, before it is started: bytes, memory, threads, time.
+"""Predicts bytes, memory, threads and time of a job.
 
-Memory decides what runs side by side, so it is meant to be an upper bound; time orders the jobs and
-tells a person when to come back, and is right within a factor of two. Both from shapes alone, with
+Memory decides what runs side by side, so it is meant to be an upper bound; time orders the jobs, is
+shown as an estimate, and is right within a factor of two. Both from shapes alone, with
 constants measured by benchmarks/full_size.py (0.5 to 3.8 billion parameters), solver_cost.py (the
 solvers) and batch.py (tiny models, where processes and libraries are all there is).
 """

@@ -115,7 +115,7 @@ def finished_before(work: Work) -> Outcome | None:
 
 
 def await_lock(output: Path) -> None:
-    """Wait until nobody writes to an output: the same job on a lost node, which ends there soon."""
+    """Wait until no process writes to an output: the same job on a lost node ends there soon."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""What was done before: one small file for each job, in ``.batch`` of the output tree.
+"""Records of finished jobs: one small file for each, in ``.batch`` of the output tree.
 
 A record is written when a job starts and again when it ended, each time whole or not at all. A
 record that says ``running`` when a batch begins is of a batch that was killed.
@@ -97,7 +97,7 @@ class State:
             return None
         if record.status == "running" and self.has_new(name, record):
             return self.ended(name, record.fingerprint)
-        if record.finished and not self.stamp(name):  # somebody took it away
+        if record.finished and not self.stamp(name):  # it was removed since
             return None
         return record
 

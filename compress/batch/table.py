@@ -1,4 +1,4 @@
-"""What a person sees while a batch runs: a live table in a terminal, plain lines elsewhere."""
+"""The display of a running batch: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Named(Protocol):
 
 
 class Board:
-    """Keeps how every job stands, shows it, and tells the engine when to stop.
+    """The state of every job: stored, shown, and whether the engine has to stop.
 
     Attributes:
         records: of jobs that ended, now or before, by name.
@@ -76,7 +76,7 @@ class Board:
     def seconds(self) -> float:
         return time.monotonic() - self._begun
 
-    # --- what the engine tells ---------------------------------------------------------------
+    # --- events of the engine ---------------------------------------------------------------
 
     def started(self, work: Work) -> None:
         """See ``Watch.started``."""

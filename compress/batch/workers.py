@@ -1,4 +1,4 @@
-"""What runs the jobs of a batch: this machine, or the nodes of a Ray cluster."""
+"""The machines that run the jobs of a batch: this one, or the nodes of a Ray cluster."""
 
 from __future__ import annotations
 

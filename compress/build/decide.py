@@ -134,7 +134,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     """Read options, recipe and headers, and plan.
 
     Raises:
-        PacklightError: whatever makes the build impossible, as far as they tell.
+        PacklightError: the build is impossible, as far as these show.
     """
     check_options(settings)
     recipe = resolved_recipe(settings)
@@ -201,7 +201,7 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     """Every refusal that the place of the output and the texts are good for, before the work.
 
     Returns:
-        What scores the artifacts, or None where nobody wants it.
+        What scores the artifacts, or None without verification.
 
     Raises:
         PacklightError: the output is taken or its disk too small, there is no tokenizer, or the

@@ -45,7 +45,7 @@ class Built:
 
 
 def build(settings: BuildSettings, console: Console) -> Built:
-    """Write and verify the artifacts of a recipe; an artifact that could not be run is kept, and
+    """Write and verify the artifacts of a recipe; an artifact that could not be run stays, and
     the others are run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The verification of artifacts that are there already."""
+"""Verifies artifacts that exist already."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Statistics of a source's inputs on a set of windows: from the cache, or from a walk (``walk.py``)
-whose statistics then stand in the cache.
+that is then cached.
 
 A walk that is killed leaves there what it has found, and the next one with the same weights and
 windows goes on with the block that it was at. Of two builds that want the same, one walks and the
@@ -34,7 +34,7 @@ def collect(
     keep: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """Statistics from the cache, or from a walk whose statistics then stand in the cache.
+    """Statistics from the cache, or from a walk that is then cached.
 
     Args:
         source: the weights; equal ones (``Source.fingerprint``) share their statistics.

@@ -1,4 +1,4 @@
-"""What calibration knows about the inputs of the linears, in memory and on disk.
+"""Calibration statistics of the inputs of the linears, in memory and on disk.
 
 Linears that multiply the same input share its statistics: q, k and v; gate and up; in a parallel
 block (phi) also up and q. An input goes by the name of its first linear: ``blocks.3.q_proj``,
@@ -98,7 +98,7 @@ class Statistics:
             return self._last[1]
 
     def forget(self) -> None:
-        """Let go what was asked for last; the next time it is read again."""
+        """Drop the cached statistics; the next use reads them again."""
         self._last = ("", None)
 
     @classmethod

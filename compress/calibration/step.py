@@ -1,4 +1,4 @@
-"""The step of a build between plan and writing: what the solver must know of the inputs.
+"""The build's calibration step: the input statistics that the solver needs.
 
 Statistics come from the recipe's texts (walked, or from the cache) or from an imatrix file; ``rtn``
 needs none, and then nothing is read.

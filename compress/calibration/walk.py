@@ -1,5 +1,5 @@
-"""The walk: windows of tokens go through one block after the other, and every linear's input leaves
-its statistics behind (``compress.calibration.statistics``).
+"""Runs windows of tokens through one block after the other and gathers statistics of every linear's
+input (``compress.calibration.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
 ``states_limit`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
@@ -92,7 +92,7 @@ def spacing(windows: Sequence[Sequence[int]]) -> int:
 
 
 def held_back(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """The windows that no Hessian has seen; none where there are too few to spare any."""
+    """The windows that are not in the Hessian; none where there are too few to leave one out."""
     every = spacing(windows)
     return windows[every - 1 :: every]
 
@@ -162,10 +162,7 @@ class Listener:
         self._sums: dict[str, Accumulator] = {}
 
     def key(self, name: str) -> str | None:
-        """Input name of a linear that speaks for its input; None for the others.
-
-        Linears of one input come with the same x; the first speaks for all.
-        """
+        """Input name of the first linear with that input; None for others, whose x is the same."""
         key, role = input_of(self._config, name), split_name(name)[1]
         if (
             key is None
@@ -175,7 +172,9 @@ class Listener:
             return None
         return key
 
-    def hear(self, name: str, x: Tensor, position: int, floats: list[Tensor] | None = None) -> None:
+    def record(
+        self, name: str, x: Tensor, position: int, floats: list[Tensor] | None = None
+    ) -> None:
         """An ``OnInput`` of the window at ``position``.
 
         Args:
@@ -192,12 +191,12 @@ class Listener:
         self._sums[key].add(x, hold_back=held, beside=beside)
 
     def remember(self, name: str, x: Tensor, seen: list[Tensor]) -> None:
-        """An ``OnInput`` that only keeps the inputs, in the order of their coming."""
+        """An ``OnInput`` that only stores the inputs, in the order of the calls."""
         if self.key(name) is not None:
             seen.append(x)
 
     def finish(self) -> dict[str, LayerStats]:
-        """What was heard since the last call."""
+        """Statistics of the inputs that were recorded since the last call."""
         done = {key: entry.finish() for key, entry in self._sums.items()}
         self._sums.clear()
         return done
@@ -256,8 +255,8 @@ def walk(
                 boundary.keep(index, states)
         block = Block(config, index, read)
         for position in range(len(windows)):
-            heard = partial(listener.hear, position=position)
-            states[position] = block(states[position].float(), rope, on_input=heard)
+            record = partial(listener.record, position=position)
+            states[position] = block(states[position].float(), rope, on_input=record)
             progress(index * len(windows) + position + 1, total)
         del block
     if first < config.num_hidden_layers:
@@ -266,7 +265,7 @@ def walk(
             boundary.keep(config.num_hidden_layers, states)
     normed = final_norm(config, read)
     for position in range(len(windows)):
-        listener.hear("lm_head.weight", normed(states[position].float()), position)
+        listener.record("lm_head.weight", normed(states[position].float()), position)
         progress(total - len(windows) + position + 1, total)
     yield listener.finish()
 
@@ -318,11 +317,11 @@ def walk_beside(
         for position in range(len(windows)):
             seen: list[Tensor] = []
             remember = partial(listener.remember, seen=seen)
-            heard = partial(listener.hear, position=position, floats=seen)
+            record = partial(listener.record, position=position, floats=seen)
             hidden = states[position]
             for _ in runs:
                 floats[position] = block(floats[position].float(), rope, on_input=remember)
-                hidden = block(hidden.float(), rope, on_input=heard).to(dtype)
+                hidden = block(hidden.float(), rope, on_input=record).to(dtype)
         del block
         yield listener.finish()
         for run in runs:
@@ -335,7 +334,7 @@ def walk_beside(
     normed, other = final_norm(config, read), final_norm(config, carry)
     for position in range(len(windows)):
         seen = [normed(floats[position].float())]
-        listener.hear("lm_head.weight", other(states[position].float()), position, seen)
+        listener.record("lm_head.weight", other(states[position].float()), position, seen)
     yield listener.finish()
 
 

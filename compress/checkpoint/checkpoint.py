@@ -167,7 +167,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index.name} places {short(name)} in {short(shard)}, it is not there"
                 )
-        # What no index line names is kept too, to be refused as unexpected.
+        # What no index line names is listed too, to be refused as unexpected.
         return {
             name: info
             for shard, tensors in found.items()
@@ -191,7 +191,7 @@ class Checkpoint:
         return tensors
 
     def _load_pickle(self, file: Path) -> Mapping[str, Any]:
-        """The tensors of one shard; only the last one asked for is kept. One thread at a time."""
+        """The tensors of one shard; only the last one used stays loaded. One thread at a time."""
         with UNPICKLING:
             return self._load_pickle_alone(file)
 

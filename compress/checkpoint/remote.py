@@ -1,4 +1,4 @@
-"""Folders behind URLs, through fsspec: ``s3://``, ``gs://``, ``file://`` and whatever it knows.
+"""Folders behind URLs, through fsspec: ``s3://``, ``gs://``, ``file://`` and others.
 
 A checkpoint is copied to this machine before it is read. Protocols come from fsspec's own
 packages (``pip install s3fs gcsfs adlfs``).
@@ -72,7 +72,7 @@ def fetch(url: str, cache: Path) -> Path:
 
     Args:
         url: a folder with ``config.json`` in it.
-        cache: where copies are kept, one folder for each URL.
+        cache: folder of the copies, one for each URL.
 
     Raises:
         CheckpointError: not there, not readable; the reason in one line.

@@ -42,7 +42,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors reference implementatio
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a shard header tells it.
+    """A tensor as a shard header describes it.
 
     Attributes:
         dtype: ``F32``, ``F16`` or ``BF16``.
@@ -100,7 +100,7 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
 def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = True) -> Float32:
     """``count`` values from row ``start_row`` on, float32, flat.
 
-    The system is told that as many bytes behind them will be wanted next, so that it fetches them
+    The system is advised that as many bytes behind them will be read next, so that it fetches them
     from the disk meanwhile.
 
     Raises:

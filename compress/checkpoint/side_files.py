@@ -1,4 +1,4 @@
-"""What lies beside a graph so that Hugging Face's loaders take the folder: config and tokenizer.
+"""Config and tokenizer files beside a graph, so that Hugging Face's loaders take the folder.
 
 GGUF holds all of this inside; ONNX and Core ML folders need ``config.json``,
 ``generation_config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` next to the model.

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
               help="Hash every file of the checkpoint, however large, for provenance.json and "
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
-              help="Positions of the KV cache that memory is told for.")  # fmt: skip
+              help="Positions of the KV cache that memory is given for.")  # fmt: skip
 @regression_options
 @threads_option
 @max_memory_option

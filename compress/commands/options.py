@@ -134,7 +134,7 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
 
 
 def run_options(command: F) -> F:
-    """What a command that runs artifacts ends with: where it tells how far it is, and what."""
+    """What a command that runs artifacts ends with: progress and messages."""
     for add in (output_options, hub_options, ci_options, progress_option):
         command = add(command)
     return command

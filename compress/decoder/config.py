@@ -1,4 +1,4 @@
-"""What kind of decoder a checkpoint holds: ``config.json`` becomes one ``DecoderConfig``, and a
+"""The shape of a checkpoint's decoder: ``config.json`` becomes one ``DecoderConfig``, and a
 ``WeightMap`` says where on disk each weight is. A family is a row in ``compress.decoder.families``.
 
 No torch here.

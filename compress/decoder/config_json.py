@@ -1,8 +1,7 @@
-"""JSON files and the keys of a ``config.json`` as checked values: they come from strangers, and may
-hold anything.
+"""JSON files and the keys of a ``config.json`` as checked values: the files are untrusted.
 
-A missing key is a ``KeyError``, an impossible value a ``ValueError`` that says why; whoever reads
-the file turns both into one line (``DecoderConfig.from_hf``).
+A missing key is a ``KeyError``, an impossible value a ``ValueError`` that says why; the caller that
+reads the file turns both into one line (``DecoderConfig.from_hf``).
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def token_ids(config: Config, key: str) -> tuple[int, ...]:
 
 
 def short(value: Any) -> str:
-    """``repr`` cut to one short line, for messages: what a file says may be anything.
+    """``repr`` cut to one short line, for messages: the value comes from an untrusted file.
 
     Control characters come out escaped; huge integers, which Python refuses to print, as words.
     """

@@ -1,4 +1,4 @@
-"""The reference decoder: one torch implementation, float32, of every family in ``arch.FAMILIES``.
+"""The reference decoder: one float32 torch implementation of every family in ``families.FAMILIES``.
 
 It gives the baseline that artifacts are compared with, the inputs that calibration collects, and
 the logits of weights that were quantized and decoded again. Weights are streamed: a block's are

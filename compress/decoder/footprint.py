@@ -1,4 +1,4 @@
-"""Will it fit, and how fast can it be: arithmetic only, nothing is loaded.
+"""Memory while running and an upper bound on decode speed: arithmetic only, nothing is loaded.
 
 Memory of a running model is three numbers that are added up here and never mixed: weights, KV
 cache at a context, and an allowance for activations. The bound on tokens per second is memory

@@ -1,4 +1,4 @@
-"""What a block of the reference decoder remembers of earlier positions."""
+"""The KV cache of a block of the reference decoder."""
 
 from __future__ import annotations
 

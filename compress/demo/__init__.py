@@ -12,5 +12,5 @@ def model_path() -> Path:
 
 
 def heldout_path() -> Path:
-    """Standard-library sources that were kept out of the training, for evaluation."""
+    """Standard-library sources that were left out of the training, for evaluation."""
     return Path(str(files(__name__) / "heldout.txt"))

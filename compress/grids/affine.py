@@ -3,7 +3,7 @@
 ``int4-g32`` is symmetric: ``w ≈ scale * q``, ``q`` in -8..7. ``int4-g32-asym`` has a zero point:
 ``w ≈ scale * (q - zero_point)``, ``q`` in 0..15. ``int8-channel`` has one scale per row.
 
-Codes are kept unsigned in both cases (symmetric: ``q + 8``, zero point 8), which is what
+Codes are stored unsigned in both cases (symmetric: ``q + 8``, zero point 8), which is what
 ``com.microsoft::MatMulNBits`` stores; Core ML's signed form is ``codes - 8``. Scales are float16,
 as the files hold them, and the fit knows it.
 """

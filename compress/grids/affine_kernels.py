@@ -7,7 +7,7 @@ on its neighbours nor on the number of threads.
 The search tries a few scales (and zero points) per group. Each is rounded to codes once; from the
 sums of the residual ``r = w - scale * q`` follow both the error and the least-squares scale for
 these codes, so that a handful of tries does what dozens of evenly spaced scales do. The winner is
-rounded to float16 and kept only if the error that it then really has is below that of the plain
+rounded to float16 and taken only if the error that it then really has is below that of the plain
 fit, which puts the extremes of the group on the extreme codes.
 """
 

@@ -22,10 +22,10 @@ turned, in either of two words. All ways of turning one are searched along, join
 a column that is turned costs ``w (|x| + scale * level)²``, and turning one of the first two columns
 leaves the minima over the second table as they are.
 
-A sub-block is rounded whole at several scales; each time the words that came out tell how the error
-would grow away from their own best scale. From those parabolas follow the unit of the block and an
-odd multiple of it for each sub-block. With the unit as stored, each multiple and its neighbours are
-rounded again, and least squares correct the unit.
+A sub-block is rounded whole at several scales; each time the words that came out show how the
+error grows with the distance from their own best scale. From those parabolas follow the unit of
+the block and an odd multiple of it for each sub-block. With the unit as stored, each multiple and
+its neighbours are rounded again, and least squares correct the unit.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ solver that rounds column by column needs.
 
 Weights must be finite and within float16's range; so are all parameters then. What is smaller
 than half of float16's smallest step decodes to zero, and a scale that would round to zero is
-kept at that step.
+set to that step.
 """
 
 from __future__ import annotations

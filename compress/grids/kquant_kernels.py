@@ -13,7 +13,7 @@ several scales and keeps the best after correction. A *refit* takes them at the 
 file would store them, corrects, rounds to what the file can store, and keeps the best.
 
 Squared errors are weighted by ``importance * (x² + spread * mean(x²)) ** (power / 2)``: a large
-weight matters more than its own size tells. llama.cpp's weights are special cases of power 1 and
+weight matters more than its own size says. llama.cpp's weights are special cases of power 1 and
 2; power 0 is the plain error.
 
 Sub-blocks hang below their block: ``scale = unit[0] * whole[0]``, ``minimum = unit[1] * whole[1]``

@@ -1,4 +1,4 @@
-"""Where the bits of the GGUF block grids lie: codes and parameters to bytes and back.
+"""Bit layout of the GGUF block grids: codes and parameters to bytes and back.
 
 The layouts are those of ggml (ggml-common.h), little-endian. Below, ``c[i]`` is the code of
 column i of the block, ``|`` joins fields in the order of the bytes:

@@ -1,4 +1,4 @@
-"""What the numba kernels of the grids share: lanes, threads, compilation, float16 rounding.
+"""Shared by the numba kernels of the grids: lanes, threads, compilation, float16 rounding.
 
 Thirty-two rows are worked on at once and the rows are the SIMD lanes: a tile is transposed to
 ``[columns, LANES]``, every sum of a block then runs down the tile lane by lane, and no sum is ever
@@ -28,14 +28,14 @@ SMALLEST_HALF = f4(2.0**-24)
 LARGEST_HALF = f4(65504.0)
 WORST = f4(3e38)
 
-# Full fast-math would assume away the infinities that guards compare with.
+# Full fast-math would assume that there are none of the infinities that guards compare with.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def kernel(function: Callable[..., Any], fastmath: Collection[str] = FAST) -> Any:
     """Compile on first call and cache on disk; where no folder is writable, only compile.
 
-    The GIL is released. A kernel's flags are its own, whoever calls it. numba notices a changed
+    The GIL is released. A kernel's flags are its own in every caller. numba notices a changed
     kernel by its own file only: after an edit here or in another file whose kernels are called from
     elsewhere, delete the ``*.nbi`` files.
     """

@@ -31,7 +31,7 @@ __all__ = ["MicroscalingFloat", "make"]
 BLOCK = 32
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
 ZERO = 7  # the code of zero
-# As in kquant.py: midpoints of levels are half-integers, so floor(2 v) + 256 tells the nearest.
+# As in kquant.py: midpoints of levels are half-integers, so floor(2 v) + 256 gives the nearest.
 CELLS = np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, (np.arange(512) - 256) / 2 + 0.25).astype(
     np.uint8
 )

@@ -1,4 +1,4 @@
-"""``SHA256SUMS``: written with every build, and held against its folder.
+"""``SHA256SUMS``: written with every build, and verified.
 
 The format is that of GNU ``sha256sum``: 64 hexadecimal digits, a space, a space or ``*`` (binary),
 and the name; in a line that begins with a backslash, line ends and backslashes of the name are

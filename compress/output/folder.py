@@ -66,14 +66,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"{output} was not made by packlight, so it is not overwritten",
             hint="choose another --output",
         )
-    if stranger := find_stranger(place):
+    if foreign := find_foreign_file(place):
         raise UsageError(
-            f"{output} holds {stranger}, which packlight did not make, so it is not overwritten",
+            f"{output} holds {foreign}, which packlight did not make, so it is not overwritten",
             hint="move it elsewhere, or choose another --output",
         )
 
 
-def find_stranger(folder: Path) -> str:
+def find_foreign_file(folder: Path) -> str:
     """The first file of a build's folder that its ``SHA256SUMS`` does not list, or ``""``."""
     try:
         return next(iter(unlisted(folder, read_checksums(folder / NAME))), "")
@@ -82,7 +82,7 @@ def find_stranger(folder: Path) -> str:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """See a full disk before the work starts. What a killed build left will be gone or be used.
+    """Refuse a disk that is too full, before any work; what a killed build left counts as free.
 
     Raises:
         DiskFullError: fewer bytes free than the artifacts will take.
@@ -123,7 +123,7 @@ class Resume:
     Attributes:
         identity: what decides over its bytes; a build with another does not go on with them.
         wanted: continue what is there, and leave what there will be, whatever stops it.
-        afresh: where it is not wanted: throw away what could be continued, unasked.
+        afresh: without ``resume``: remove what could be continued, without asking.
     """
 
     identity: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What decides over a build's bytes, in three uses: versions, checkpoint, recipe, other files.
+"""The inputs that determine a build's bytes: versions, checkpoint, recipe, other files.
 
 - ``identity``: whether a build may go on with what another left (``--resume``).
 - ``lock_document``: by hash, in ``plan.json``; ``--locked`` refuses to build from anything else.
@@ -81,7 +81,7 @@ def lock_document(
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
 
-    ``files`` is None where hashing them would take time and nobody asked for it.
+    ``files`` is None where hashing them would take time and is not requested.
 
     Args:
         checkpoint: opened.
@@ -145,7 +145,7 @@ def hub_digest(path: Path) -> str | None:
 
 
 def cached_digest(path: Path) -> str:
-    """SHA-256 of a file, kept in the cache for as long as its size and time stay."""
+    """SHA-256 of a file, cached for as long as its size and time stay."""
     real = path.resolve()
     stat = real.stat()
     if stat.st_size <= SMALL:
@@ -276,7 +276,7 @@ def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, An
     predicate; None where the checkpoint's hashes are not known.
 
     Of their optional fields there are none that would differ between two builds of the same bytes:
-    no times, no id of the run, no report (whose speeds are measured). It is not signed: whoever
+    no times, no id of the run, no report (whose speeds are measured). It is not signed: who
     signs vouches for the machine (docs/reproducible.md).
 
     https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md

@@ -1,1 +1,1 @@
-"""What is to be written: which tensor gets which grid, and exact bytes."""
+"""Plans: the grid of every tensor, and exact bytes."""

@@ -1,4 +1,4 @@
-"""Everything that can be known before work: the model, a plan per target, and their bytes."""
+"""A job: the model and a plan for each target, with exact bytes, before any weight is read."""
 
 from __future__ import annotations
 

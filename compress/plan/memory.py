@@ -1,4 +1,4 @@
-"""What a job must hold in memory at once: the largest block, however the rest is cut into pieces.
+"""The memory that a job needs at least: the largest block, and the rest in pieces.
 
 Everything else bends: hidden states go to a file, windows are scored in batches, and the float
 model's speed is not measured where its weights do not fit (``compress.machine.available_memory``).
@@ -109,8 +109,8 @@ def activations(config: DecoderConfig, length: int) -> int:
 
 def hessian_bytes(config: DecoderConfig) -> int:
     """Second moments of all inputs of a block, float32."""
-    heard = set(map(input_roles(config).__getitem__, config.linear_roles))
-    columns = [config.weight_shape(role)[1] for role in heard]
+    observed = set(map(input_roles(config).__getitem__, config.linear_roles))
+    columns = [config.weight_shape(role)[1] for role in observed]
     return 4 * sum(width**2 for count in columns for width in span_widths(count))
 
 

@@ -1,4 +1,4 @@
-"""What passes between the rooms and the formats: Plan, Writer, Artifact, Runtime."""
+"""Types shared by the packages and the formats: Plan, Writer, Artifact, Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks go: those whose absence changes the model's answers least.
+"""Depth pruning: drops the blocks whose absence changes the model's output least.
 
 The measure is the KL divergence of the final logits from the float model's, over calibration text,
 with one more block left out; and after each block that went, all over again, because what remains
@@ -33,7 +33,7 @@ States = list[Tensor]
 
 @dataclass(frozen=True)
 class Departure:
-    """A block that goes.
+    """A block that is dropped.
 
     Attributes:
         block: its index among the stored blocks of the whole model.

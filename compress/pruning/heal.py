@@ -1,4 +1,4 @@
-"""Healing: what is left of each block learns to do what was there before.
+"""Healing: trains the remaining weights of each block to reproduce the float model's states.
 
 Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
 its output comes near the float model's hidden states at the same place, on inputs that the pruned

@@ -1,4 +1,4 @@
-"""The command line's word for pruning: ``--prune``."""
+"""The command line's option for pruning: ``--prune``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pruned model as a ``Source``: what is read is what stayed.
+"""A pruned model as a ``Source`` of the remaining weights.
 
 Rows that go are left out as they are read; weights that changed lie in the work folder, computed
 once, in the checkpoint's own dtype.

@@ -1,4 +1,4 @@
-"""Which single weights become zero, for formats that store them as nothing (Core ML).
+"""Sparsity: single weights become zero, for formats that store zeros in no space (Core ML).
 
     magnitude   the smallest of a row
     wanda       the least |w| · sqrt(E[x²]) (Sun et al., arXiv 2306.11695)

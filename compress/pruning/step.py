@@ -1,4 +1,4 @@
-"""The step of a build before statistics and writing: the float model is seen pruned.
+"""The step of a build before statistics and writing: the float model is pruned.
 
 What was found (which blocks, which channels, the updated weights) is stored in the cache, by the
 weights' fingerprint, the calibration windows and the cut: asked for again, nothing is computed.
@@ -164,7 +164,7 @@ def healed_in(folder: Path, pruned: Pruned, healing: Healing, texts: Calibration
 
 
 def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
-    """How much was trained, and what it brought."""
+    """Number of training steps and the errors before and after, for the report."""
     steps = found["steps"]
     before, after = (np.mean(found[key]) * 100 for key in ("before", "after"))
     better = sum(a < b for a, b in zip(found["after"], found["before"], strict=True))

@@ -56,7 +56,7 @@ def choose(
         update: whether the retained columns will be updated (``compensate``).
 
     Returns:
-        int64 ``[kept]``, ascending indices of groups.
+        int64 ``[retained]``, ascending indices of groups.
     """
     groups = weight.shape[1] // size
     if not update:

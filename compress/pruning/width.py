@@ -1,4 +1,4 @@
-"""Which MLP channels or key-value heads go, in every block, and the update of what stays.
+"""Width pruning: drops MLP channels or key-value heads of every block and updates the others.
 
 One walk of the calibration text through the float model; a block's statistics come, its weight is
 cut and written, and both are dropped. Later blocks see what the float model's earlier blocks

@@ -1,4 +1,4 @@
-"""The pictures of the HTML report: plain SVG, drawn from an artifact's entries in report.json.
+"""The charts of the HTML report: plain SVG, drawn from an artifact's entries in report.json.
 
 Every picture is 400 units wide and scales with its column, so that text stays near 12 px on a
 phone and on a desk. Colours come from the page's CSS variables through classes (``c0``, ``c1`` …,

@@ -1,4 +1,4 @@
-"""From what a build made and measured to its ``Report``."""
+"""Makes a ``Report`` of what a build wrote and measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``report.json`` as typed data: the truth about one build. HTML, model card and console tables are
+"""``report.json`` as typed data. HTML, model card and console tables are
 made from it, and ``report.schema.json`` is generated from here (``make docs``).
 
 Numbers that are not finite are None. Figures are rounded to seven digits, and gates are judged on
@@ -287,7 +287,9 @@ class Report(Part):
         description="As resolved; see recipes/schema.json.",
         json_schema_extra={"required": ["name"]},
     )
-    context: Count = Field(default=0, description="Positions that the KV cache is told for.")
+    context: Count = Field(
+        default=0, description="Positions that the size of the KV cache is given for."
+    )
     budget_bytes: int | None = Field(default=None, description="Limit of one artifact's bytes.")
     baseline: BaselineReport
     artifacts: list[ArtifactReport]

@@ -70,7 +70,7 @@ def descend_block(
     stride = max(block // step, 1) * step
     for first in range(0, len(hessian), stride):
         tile = slice(first, min(first + stride, len(hessian)))
-        pulls = left @ hessian[:, tile]  # e H, kept up to date for these columns
+        pulls = left @ hessian[:, tile]  # e H, updated for these columns
         for inner in range(tile.start, tile.stop, step):
             part = slice(inner, min(inner + step, tile.stop))
             place = slice(start + part.start, start + part.stop)

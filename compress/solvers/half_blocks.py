@@ -156,7 +156,7 @@ class HeadTrial(Trial):
     """The head, unless it is tied; its error is the mean KL divergence of the next token's
     probabilities, over ``HEAD_ROWS`` of its rows.
 
-    A squared error of logits would count tokens that nobody expects as much as those that matter.
+    A squared error of logits would count improbable tokens as much as those that matter.
     On the demo model folds that took a quarter off it made the KL divergence worse.
 
     Args:

@@ -1,4 +1,4 @@
-"""What GPTQ needs of a Hessian: an order of the columns, and a factor of it in that order.
+"""The order of the columns in GPTQ, and the factor of the Hessian in that order.
 
 With ``H = U D Uᵀ``, ``U`` unit upper triangular, the output error of a row that changed by ``e`` is
 ``e H eᵀ = Σ_k D_k (e_k + Σ_{j<k} e_j U_jk)²``. To round the columns in turn, each with the sum of
@@ -45,7 +45,7 @@ class Factor:
 def factors_of(
     stats: LayerStats, span: int, damping: float, together: int = 1
 ) -> tuple[Factor, ...]:
-    """The factors of a Hessian's diagonal blocks; those of the last call are kept.
+    """The factors of a Hessian's diagonal blocks; those of the last call are cached.
 
     Args:
         stats: with a Hessian.

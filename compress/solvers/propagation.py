@@ -1,16 +1,17 @@
-"""Weights of one target whose every block is solved with the inputs that it will really have: those
-that the blocks before it, quantized and decoded, produce (``calibration.propagate: quantized``).
+"""Weights of one target, each block solved with the inputs that quantized blocks before it produce
+(``calibration.propagate: quantized``).
 
 The walk over the calibration texts goes along with the writing. A writer asks for the tensors of a
 block; the walk comes to that block, its statistics are gathered, and all its tensors are solved.
-Their codes are kept for the writer, and decoded they carry the hidden states on to the next block.
+Their codes are stored for the writer; decoded, they produce the next block's hidden states.
 So every tensor is solved once, and codes and statistics of one block are in memory at a time. What
 a build that was cut off leaves are the hidden states before the block that it was at
 (``calibration.walk.Boundary``), which the next one goes on with. The embedding and the head are
 solved by slabs, as the writer asks.
 
-Within a block the float weights speak, as in the code of GPTQ (Frantar et al., arXiv 2210.17323):
-``o_proj`` is calibrated on what the float ``q_proj`` gives, on quantized blocks' states.
+Within a block the float weights are used, as in the code of GPTQ (Frantar et al., arXiv
+2210.17323): ``o_proj`` is calibrated on what the float ``q_proj`` gives, on quantized blocks'
+states.
 
 Solvers see weights that lean towards what the float model would have put out (GPTAQ, Li et al.,
 arXiv 2504.02692). Where the float model has the input ``f`` and the quantized blocks give ``x``,
@@ -62,7 +63,7 @@ class PropagatedWeights(Weights):
         work: folder for hidden states beyond ``calibration.walk.states_limit``; stays until the
             last tensor was asked for.
         ledger: see ``Weights``.
-        states: folder where hidden states are kept for a build that goes on with this one; None
+        states: folder where hidden states are stored for a build that goes on with this one; None
             keeps none.
     """
 
@@ -124,7 +125,7 @@ class PropagatedWeights(Weights):
                 shutil.rmtree(self._states)
             self._start()
         while self._block < block:
-            self.ledger.sync()  # what the states that are kept now will be behind
+            self.ledger.sync()  # what the states that are saved now will be behind
             stats = next(self._steps)  # carries the states through the block before
             self._block += self.config.block_repeat
             self._solve_block(Statistics.of(self.config, stats))
@@ -207,7 +208,7 @@ class PropagatedWeights(Weights):
 def shifts(stats: LayerStats) -> tuple[Float32, ...]:
     """``D H⁻¹`` of the module, damped: one for each diagonal block, float32 ``[n, n]``.
 
-    Zeros where the Hessian has no inverse to speak of.
+    Zeros where the Hessian cannot be inverted.
     """
     import torch
 

@@ -56,13 +56,15 @@ def run_child(
     )
     assert process.stdout and process.stderr
     lines: queue.Queue[str | None] = queue.Queue()
-    complaints: deque[str] = deque(maxlen=20)
-    talk = threading.Thread(target=pump, args=(process.stdout, lines.put), daemon=True)
-    noise = threading.Thread(target=pump, args=(process.stderr, complaints.append), daemon=True)
+    messages: deque[str] = deque(maxlen=20)
+    stdout_reader = threading.Thread(target=pump, args=(process.stdout, lines.put), daemon=True)
+    stderr_reader = threading.Thread(
+        target=pump, args=(process.stderr, messages.append), daemon=True
+    )
     stage = "starting"
     try:
-        talk.start()
-        noise.start()
+        stdout_reader.start()
+        stderr_reader.start()
         while True:
             try:
                 line = lines.get(timeout=silence)
@@ -80,13 +82,13 @@ def run_child(
             yield event
         code = process.wait()
         if code:
-            noise.join(timeout=5)
-            raise ArtifactError(f"{what}: {how_it_ended(code)} while {stage}{last_of(complaints)}")
+            stderr_reader.join(timeout=5)
+            raise ArtifactError(f"{what}: {how_it_ended(code)} while {stage}{last_of(messages)}")
     finally:
         process.kill()
         process.wait()
-        noise.join(timeout=5)
-        talk.join(timeout=5)
+        stderr_reader.join(timeout=5)
+        stdout_reader.join(timeout=5)
         process.stdout.close()
         process.stderr.close()
 
@@ -107,10 +109,10 @@ def how_it_ended(code: int) -> str:
     return f"its runtime crashed with {name}{out_of_memory}"
 
 
-def last_of(complaints: Sequence[str | None]) -> str:
+def last_of(messages: Sequence[str | None]) -> str:
     """The last line that is not blank, for an error message."""
-    said = [line.strip() for line in complaints if line and line.strip()]
-    return f": {said[-1][:300]}" if said else ""
+    texts = [line.strip() for line in messages if line and line.strip()]
+    return f": {texts[-1][:300]}" if texts else ""
 
 
 def environment() -> Mapping[str, str]:
@@ -122,8 +124,8 @@ def environment() -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def speak(main: Callable[[Emit], None]) -> int:
-    """The child's side: run ``main(emit)``, turn errors of ours into an event.
+def run_as_child(main: Callable[[Emit], None]) -> int:
+    """Run ``main(emit)`` in the child process; a ``PacklightError`` becomes an event.
 
     Returns:
         The exit status; other exceptions pass, their traceback's last line is the message.

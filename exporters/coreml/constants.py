@@ -115,8 +115,8 @@ class Constants:
             if part.name.endswith("mask"):  # coremltools counts its ones
                 row = (np.arange(part.shape[1]) < part.ones).astype(dtype)
                 strides = (0, row.itemsize)
-            hollow = np.lib.stride_tricks.as_strided(row, part.shape, strides)
-            self._vars[name] = self._mb.const(val=hollow, name=name)
+            placeholder = np.lib.stride_tricks.as_strided(row, part.shape, strides)
+            self._vars[name] = self._mb.const(val=placeholder, name=name)
             self.parts[name] = part
         return self._vars[name]
 

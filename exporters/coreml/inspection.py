@@ -1,4 +1,4 @@
-"""What a package says of itself: metadata and constants, from ``model.mlmodel`` alone."""
+"""Metadata and constants of a package, from ``model.mlmodel`` alone."""
 
 from __future__ import annotations
 

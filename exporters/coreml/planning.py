@@ -1,4 +1,4 @@
-"""Which tensor gets which grid, how Core ML stores it, and its exact bytes. Nothing is read."""
+"""The grid of every tensor, how Core ML stores it, and its exact bytes; no weight is read."""
 
 from __future__ import annotations
 

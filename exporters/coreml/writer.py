@@ -312,7 +312,7 @@ class CoreMLTools:
         """
         load, helper = self._load, self._helper
 
-        class HollowExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
+        class PlaceholderExporter(load.MILProtoExporter):  # type: ignore[misc, name-defined]
             def get_milproto_value(self, var: Any) -> Any:
                 name = var.op.name
                 part = constants.parts.get(name)
@@ -327,7 +327,7 @@ class CoreMLTools:
                     data_type=helper.types_to_proto_primitive(var.dtype),
                 )
 
-        proto = HollowExporter(program, "", SPECIFICATION_VERSION).export()
+        proto = PlaceholderExporter(program, "", SPECIFICATION_VERSION).export()
         described = load.CoreMLProtoExporter(
             program,
             proto,

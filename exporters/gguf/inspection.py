@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, without reading a weight."""
+"""Keys and tensors of a GGUF file, without reading a weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = {str(number): name for name, (_, number) in MIXES.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``compress.formats``; anybody's GGUF will do.
+    """See ``compress.formats``; a GGUF of any program will do.
 
     Raises:
         ArtifactError: not a GGUF file, or a damaged one.

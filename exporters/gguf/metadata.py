@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model: tensor names, architecture keys, rope tables.
+"""Metadata of a GGUF file: tensor names, architecture keys, rope tables.
 
 Keys and names are llama.cpp's (``gguf-py/gguf/constants.py``); values are what its converter
 (``conversion/*.py``) writes for the same checkpoint. No dates and no paths: equal inputs give

@@ -1,4 +1,4 @@
-"""How a tokenizer splits text before it merges, and llama.cpp's name for that.
+"""Pre-tokenization: how a tokenizer splits text, and llama.cpp's name for that.
 
 The splitting of byte-level tokenizers is compiled into llama.cpp and chosen by a name,
 ``tokenizer.ggml.pre``. llama.cpp's own converter finds the name by the hash of an encoded text, so

@@ -1,4 +1,4 @@
-"""What lies beside the .onnx file, so that four loaders take the same folder.
+"""The files beside the .onnx file, so that four loaders take the same folder.
 
 config.json               Optimum, Transformers.js   the model's, plus transformers.js_config
 generation_config.json    Optimum                    stop tokens

@@ -1,4 +1,4 @@
-"""How a planned tensor lies in the external data file.
+"""Layout of a planned tensor in the external data file.
 
 A tensor on an integer grid becomes two or three arrays, as ``com.microsoft::MatMulNBits`` and
 ``GatherBlockQuantized`` want them (onnxruntime ``docs/ContribOperators.md``), codes packed along

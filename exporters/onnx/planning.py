@@ -1,4 +1,4 @@
-"""Which tensor gets which grid, and its exact bytes. Arithmetic only; nothing is read."""
+"""The grid of every tensor and its exact bytes; arithmetic only, no weight is read."""
 
 from __future__ import annotations
 
