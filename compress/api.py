@@ -8,19 +8,17 @@ process. Users import them from ``packlight``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import exporters  # noqa: F401 -- fills the table of formats
-from compress.console import Console, parse_bytes
+from compress.console import Console
 from compress.errors import UsageError
 from compress.progress import Callback
 
 if TYPE_CHECKING:
-    from compress.build.decide import BuildSettings
     from compress.plan.shapes import Plan
     from compress.recipe import Recipe
     from compress.report.report import Report
@@ -123,6 +121,7 @@ def build(
         ('Q4_K_M', 'not verified')
     """
     from compress.build import pipeline
+    from compress.build.arguments import build_settings
 
     settings = build_settings(
         model, recipe, formats=formats, output=output, overrides=overrides, budget=budget,
@@ -179,6 +178,7 @@ def plan(
         ('Q4_K_M', 3816448, 'Q4_K')
     """
     from compress.build import pipeline
+    from compress.build.arguments import build_settings
     from compress.formats import get_format
 
     settings = build_settings(
@@ -248,6 +248,7 @@ def verify(
         (True, 'kl_divergence')
     """
     from compress.build import verification
+    from compress.build.arguments import limits, path, paths, size
     from compress.build.decide import VerifySettings
 
     settings = VerifySettings(
@@ -341,6 +342,7 @@ def fit(
         >>> row["artifact"], row["verdict"]
         ('gguf Q4_K_M', 'fits')
     """
+    from compress.build.arguments import settings_of, size
     from compress.plan.fit import fit_rows
 
     return fit_rows(
@@ -355,80 +357,8 @@ def fit(
     )
 
 
-# --- arguments as the command line's settings -------------------------------------------------
-
-PATHS = {
-    "output", "imatrix", "save_imatrix", "save_checkpoint", "plan", "eval_text", "against",
-    "keep_baseline",
-}  # fmt: skip
-
-
-def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -> BuildSettings:
-    """The settings of a build, from arguments of the same names; None means the default."""
-    from compress.build.decide import BuildSettings, plan_file
-
-    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
-    given = {key: value for key, value in given.items() if value is not None}
-    for key in given.keys() & PATHS:
-        given[key] = Path(given[key])
-    for key in given.keys() & {"budget", "budget_memory"}:
-        given[key] = str(given[key])
-    given |= {
-        "overrides": settings_of(given.get("overrides")),
-        "gates": limits(given.get("gates")),
-        "calibration": paths(given.get("calibration", ())),
-        "max_memory": size("max_memory", given.get("max_memory")),
-        "plan": plan_file(
-            given.get("plan"), given.get("output"), locked=given.get("locked", False)
-        ),
-    }
-    if isinstance(recipe, str | Path):
-        given["recipe"] = str(recipe)
-    else:
-        given |= {"recipe": "recipe.yaml", "made": recipe}  # which the build writes
-    return BuildSettings(model=str(model), hub=hub, **given)
-
-
 def quiet_console(progress: Progress | None, console: Console | None) -> Console:
     """The console that was given, or one that prints nothing and calls ``progress``."""
     if console is not None and progress is not None:
         raise UsageError("progress and console exclude each other")
     return console or Console("silent", listener=Callback(progress) if progress else None)
-
-
-def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """``KEY=VALUE`` with values in YAML, as ``--set`` takes them."""
-    import yaml
-
-    found = []
-    for key, value in (overrides or {}).items():
-        plain = isinstance(value, str) and yaml.safe_load(value) == value
-        found.append(f"{key}={value if plain else json.dumps(value)}")
-    return tuple(found)
-
-
-def limits(gates: Mapping[str, str] | None) -> tuple[str, ...]:
-    """``NAME=LIMIT``, as ``--gate`` takes them."""
-    return tuple(f"{name}={limit}" for name, limit in (gates or {}).items())
-
-
-def size(name: str, given: str | int | None) -> int | None:
-    """Bytes from a number or a size such as ``2GiB``.
-
-    Raises:
-        UsageError: not a size.
-    """
-    try:
-        return None if given is None else parse_bytes(str(given))
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}") from error
-
-
-def path(given: PathLike | None) -> Path | None:
-    """As a Path."""
-    return None if given is None else Path(given)
-
-
-def paths(given: Sequence[PathLike]) -> tuple[Path, ...]:
-    """As Paths."""
-    return tuple(map(Path, given))

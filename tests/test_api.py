@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import packlight
-from compress import api
+from compress.build.arguments import build_settings
 from compress.console import Console
 from compress.demo import model_path
 
@@ -172,7 +172,7 @@ def test_a_plan_counts_the_bytes_that_a_build_writes(model: Path, tmp_path: Path
 
 
 def test_arguments_become_the_settings_of_the_command(model: Path, tmp_path: Path) -> None:
-    settings = api.build_settings(
+    settings = build_settings(
         model, "phone-4bit", output=str(tmp_path / "out"), budget=10**7, max_memory="2GiB",
         overrides={"targets.gguf.type": "Q4_0", "name": "yes", "allow_dense": True},
         gates={"bytes": "<=1GB"}, calibration=["a.txt"], plan=None,
