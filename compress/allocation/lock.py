@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.formats import Format, get_format
@@ -32,7 +32,7 @@ def locked(path: Path, job: Job, replan: Replan) -> Job:
     plans = tuple(
         replace(
             plan,
-            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source_of(plan)),
+            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source),
             expected_divergence=document.targets[plan.format].expected_kl_divergence,
         )
         for plan in made.plans

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,11 +175,6 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
             f"{path.name} cannot be read: {one_line(error)}",
             hint=f"delete {path.parent}, a cache that will be made again",
         ) from error
-
-
-def is_whole(config: DecoderConfig, folder: Path) -> bool:
-    """Whether a folder has every file, each to its end; what is inside them is not read."""
-    return all(is_zipfile(folder / file_name(key)) for key in input_names(config))
 
 
 def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
