@@ -61,7 +61,7 @@ def mixed(plan: Plan) -> Plan:
 @pytest.fixture(scope="module")
 def mixture(exported: Exports, monkeypatch_module: pytest.MonkeyPatch) -> Exported:
     """A package with every kind of grid. Its plan was changed, so its container is not planned."""
-    monkeypatch_module.setattr(writer, "_check_weight_file", lambda plan, file: None)
+    monkeypatch_module.setattr(writer, "check_weight_file", lambda plan, file: None)
     return exported.write(
         "coreml", exported.checkpoint("qwen2", tie_word_embeddings=False), {}, change=mixed
     )

@@ -213,8 +213,8 @@ def test_rows_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(writer, "SLABS", 1 << 17)
     seen: list[int] = []
     entry = next(e for e in plan.entries if e.name == "embed_tokens.weight")
-    tracemalloc.start()
     begun = writer.Writer(plan, weights, folder_of(tmp_path, "one"), seen.append)
+    tracemalloc.start()
     begun.put(entry)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

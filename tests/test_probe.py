@@ -41,7 +41,7 @@ def test_a_gguf_file_in_llama_cpp(exported: Exports, baseline: BaselineStore) ->
         found.resources.peak_memory_bytes > path.stat().st_size
     )
     runtime = open_runtime(path, context=64, threads=1)
-    here = quality.compare(runtime, baseline)
+    here = quality.summarize(quality.score(runtime, baseline))
     runtime.close()
     assert here.kl_mean.value == pytest.approx(found.quality.kl_mean.value, rel=1e-3)
     assert here.perplexity.value == pytest.approx(found.quality.perplexity.value, rel=1e-5)

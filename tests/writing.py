@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import put_all
 from compress.decoder.config import DecoderConfig
 from compress.formats import get_format

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18", "rotate":
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
-IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
+IMMEDIATE = 10  # plain constants of fewer elements stand in the graph, as coremltools does it
 NEURAL_ENGINE_MULTIPLE = 32
 
 
@@ -302,9 +302,14 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
     return ALIGNMENT + container_bytes(arrays)
 
 
+def in_weight_file(part: Part) -> bool:
+    """Whether an array lies there, and not in the graph, which is made before codes are chosen."""
+    return part.name != "val" or math.prod(part.shape) >= IMMEDIATE
+
+
 def container_bytes(arrays: Iterable[Part]) -> int:
     """What arrays take in ``weight.bin``, each with its record, both aligned."""
-    sizes = (part.nbytes for part in arrays if math.prod(part.shape) >= IMMEDIATE)
+    sizes = (part.nbytes for part in arrays if in_weight_file(part))
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 

@@ -72,15 +72,16 @@ class Blob:
 
 
 def write_at(stream: BinaryIO, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at a place.
+    """Write bytes at a place; ``stream`` is unbuffered: nothing is left for its closing to write.
 
     Raises:
         DiskFullError: no room.
     """
     try:
         stream.seek(offset)
-        stream.write(data)
-        stream.flush()
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) :]
     except OSError as error:
         if not is_disk_full(error):
             raise
