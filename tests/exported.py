@@ -21,8 +21,7 @@ import tiny
 import writing
 from numpy.typing import NDArray
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope

@@ -22,8 +22,7 @@ from compress.allocation.feasible import check_budget
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
 from compress.calibration.statistics import LayerStats, Statistics
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path

@@ -14,8 +14,8 @@ from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import RecipeError, UsageError
@@ -230,6 +230,7 @@ def test_the_plan_tells_of_folds(tmp_path, capsys):
     assert quantize["fold"] == "awq"
 
 
-def test_a_key_that_was_there_once_is_unknown():
-    with pytest.raises(RecipeError, match=r"unknown key quantize\.permute"):
-        load("phone-4bit", ["quantize.permute=true"])
+@pytest.mark.parametrize("override", ["quantize.permute=true", "targets.coreml.rotate=r1"])
+def test_a_key_that_was_there_once_is_unknown(override):
+    with pytest.raises(RecipeError, match=f"unknown key {override.partition('=')[0]}"):
+        load("phone-4bit", [override])

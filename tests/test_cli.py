@@ -18,7 +18,7 @@ from commands import Step, packlight, refused
 
 import compress
 from compress import cli
-from compress.build.settings import without_folders
+from compress.build.decide import without_folders
 from compress.verify import scorer
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]

@@ -10,8 +10,7 @@ import tiny
 
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path

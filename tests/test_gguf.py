@@ -21,8 +21,7 @@ from exported import Exports
 from transformers import AutoTokenizer
 from writing import plan_for, write
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.demo import model_path
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError

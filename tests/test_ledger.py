@@ -11,14 +11,12 @@ import pytest
 import tiny
 from writing import plan_for, write
 
-import compress.plan.ledger
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+import compress.plan.weights
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import PlanEntry
-from compress.plan.weights import Weights
+from compress.plan.weights import Ledger, Weights
 from compress.solvers import rtn
 
 
@@ -82,13 +80,13 @@ def test_a_file_shorter_than_its_ledger_is_written_anew(tmp_path, data):
 def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data, monkeypatch):
     boot = tmp_path / "boot_id"
     boot.write_text("one\n")
-    monkeypatch.setattr(compress.plan.ledger, "BOOT_ID", boot)
+    monkeypatch.setattr(compress.plan.weights, "BOOT_ID", boot)
     path = tmp_path / "ledger"
     ledger = Ledger(path, "t")
     ledger.add("a", data, 10)
-    monkeypatch.setattr(compress.plan.ledger, "SYNC_EVERY", -1.0)
+    monkeypatch.setattr(compress.plan.weights, "SYNC_EVERY", -1.0)
     ledger.add("b", data, 20)
-    monkeypatch.setattr(compress.plan.ledger, "SYNC_EVERY", 1e9)
+    monkeypatch.setattr(compress.plan.weights, "SYNC_EVERY", 1e9)
     ledger.add("c", data, 30)
     assert len(Ledger(path, "t")) == 3
     boot.write_text("two\n")

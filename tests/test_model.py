@@ -12,8 +12,8 @@ import pytest
 import tiny
 from writing import plan_for
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Around, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Around
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from exported import Exports
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import ArtifactError, UsageError

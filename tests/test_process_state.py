@@ -36,7 +36,7 @@ torch.set_num_threads(2)
 logging.getLogger("coremltools").setLevel(logging.INFO)
 transformers.utils.logging.set_verbosity_info()
 from compress.build import pipeline, verification
-from compress.build.settings import BuildSettings, VerifySettings
+from compress.build.decide import BuildSettings, VerifySettings
 from compress.console import Console
 import exporters
 import coremltools
@@ -197,7 +197,7 @@ PAIR = """
 import sys, threading
 from pathlib import Path
 from compress.build import pipeline
-from compress.build.settings import BuildSettings
+from compress.build.decide import BuildSettings
 from compress.console import Console
 import exporters
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+import exporters  # noqa: F401 -- fills the table of formats that the schemas list
 from compress.batch.jobs_file import jobs_schema
 from compress.recipe.model import recipe_schema
 from compress.report.report import report_schema

@@ -18,8 +18,7 @@ from commands import packlight, refused
 from echo_model import EchoModel
 from exported import Exports
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.formats import Format, get_format
@@ -34,7 +34,7 @@ def locked(path: Path, job: Job, replan: Replan) -> Job:
     plans = tuple(
         replace(
             plan,
-            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source_of(plan)),
+            file_bytes=get_format(plan.format).file_bytes(plan, shaped.source),
             expected_divergence=locked_divergence(lock, plan.format),
         )
         for plan in made.plans

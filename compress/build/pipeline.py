@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import Decision, check_places, decide, lock_of, resume_of
-from compress.build.settings import BuildSettings
+from compress.build.decide import BuildSettings, Decision, check_places, decide, identity_of, lock_of
 from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
 from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
-from compress.output.folder import check_output, work_folder
+from compress.output.folder import Resume, check_output, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
@@ -57,7 +56,9 @@ def build(settings: BuildSettings, console: Console) -> Built:
         decision = decide(settings, console)
         scorer = check_places(decision, console)
         lock = lock_of(decision, console)
-        with work_folder(decision.output, resume_of(decision)) as folder:
+        afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+        resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
+        with work_folder(decision.output, resume) as folder:
             # Another build may just have ended.
             check_output(decision.output, overwrite=settings.overwrite)
             ready = choose(decision, console, keep=settings.resume)
@@ -168,6 +169,12 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
+    config, notes = job.config, []
+    if config.max_context < config.max_position_embeddings:
+        notes.append(
+            f"Artifacts hold up to {config.max_context} positions of the model's "
+            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
+        )
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,
@@ -192,15 +199,5 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
+        notes=[*notes, *(scorer.notes if scorer else ())],
     )
-
-
-def baseline_notes(config: DecoderConfig) -> list[str]:
-    """What a reader must know about the whole comparison."""
-    if config.max_context < config.max_position_embeddings:
-        return [
-            f"Artifacts hold up to {config.max_context} positions of the model's "
-            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
-        ]
-    return []

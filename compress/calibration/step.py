@@ -57,11 +57,6 @@ class Importance:
                 "--imatrix counts inputs of the whole model, and the recipe prunes it",
                 hint="--calibration, or an imatrix of what --save-checkpoint writes",
             )
-        if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
-            raise UsageError(
-                "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
-                hint="texts instead, or --set targets.coreml.rotate=none",
-            )
         if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if recipe.folds and not needs_of(solver):

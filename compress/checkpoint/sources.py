@@ -1,6 +1,6 @@
 """Where weights come from: a checkpoint as it is stored, or one seen through a change.
 
-A change (pruning, folding, rotation) is a ``Source`` around another ``Source``: it has a config of
+A change (pruning, folding) is a ``Source`` around another ``Source``: it has a config of
 its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
 beyond the tensor that is being read.
 """
@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 from typing import Protocol
 
-import numpy as np
-
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.config import DecoderConfig, Float32
 
-__all__ = ["Around", "Change", "Source", "Stored"]
+__all__ = ["Around", "Change", "Source"]
 
 
 class Source(Protocol):
@@ -49,30 +47,6 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Names the weights: the same for the same numbers, another after any change."""
         ...
-
-
-class Stored:
-    """The weights of a checkpoint as they are, read when asked for and never kept."""
-
-    threadsafe = True
-
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self._map = WeightMap(config)
-
-    def read(self, name: str, rows: slice | None = None) -> Float32:
-        """See ``Source.read``."""
-        pieces = []
-        for tensor, window in self._map.locate(name, rows):
-            pieces.append(self.checkpoint.read(tensor, window))
-        if not pieces:
-            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``."""
-        return self.checkpoint.fingerprint()
 
 
 class Around:

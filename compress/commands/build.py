@@ -95,7 +95,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
-    from compress.build.settings import BuildSettings
+    from compress.build.decide import BuildSettings
     from compress.report.words import finish
 
     plan = options["plan"]
@@ -143,7 +143,7 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress.build.settings import BuildSettings
+    from compress.build.decide import BuildSettings
     from compress.demo import model_path
     from compress.report.words import finish
 

@@ -24,10 +24,9 @@ from typing import Any
 
 from compress import __version__
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.remote import is_url
 from compress.decoder.config_json import json_or_empty
 from compress.errors import UsageError
-from compress.files import cache_folder, write_whole
+from compress.files import cache_folder, is_url, write_whole
 from compress.output.checksums import sha256_of
 from compress.plan.job import Job
 
@@ -98,23 +97,18 @@ def lock_document(
         digests[path] = cached_digest(path)
         done += path.stat().st_size
         progress(done, total)
+    named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name
+    for path in inputs:
+        count = sum(name.partition("#")[0] == path.name for name in named)
+        named[f"{path.name}#{count + 1}" if count else path.name] = path
     return {
         "versions": versions(),
         "checkpoint": {
             "headers": headers_digest(checkpoint),
             "files": {path.name: digests[path] for path in files} if known else None,
         },
-        "inputs": {name: sha256_of(path) for name, path in named(inputs).items()},
+        "inputs": {name: sha256_of(path) for name, path in named.items()},
     }
-
-
-def named(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names without folders; ``text.txt#2`` for a second one of a name."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        count = sum(name.partition("#")[0] == path.name for name in found)
-        found[f"{path.name}#{count + 1}" if count else path.name] = path
-    return found
 
 
 def source_files(checkpoint: Checkpoint) -> list[Path]:
@@ -138,15 +132,14 @@ def headers_digest(checkpoint: Checkpoint) -> str:
 
 
 def hub_digest(path: Path) -> str | None:
-    """SHA-256 of a large file in the Hub's cache, where snapshots link to ``blobs/<sha256>``.
+    """SHA-256 of a file as the Hub's cache names it, where snapshots link to ``blobs/<sha256>``;
+    None elsewhere.
 
     Small files are there under their git hash, of 40 digits.
     """
-    if not path.is_symlink():
-        return None
-    blob = path.resolve()
-    known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return blob.name if known else None
+    blob = path.resolve() if path.is_symlink() else path
+    known = path.is_symlink() and blob.parent.name == "blobs"
+    return blob.name if known and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
 def cached_digest(path: Path) -> str:
@@ -297,6 +290,9 @@ def provenance(
     """
     if lock["checkpoint"]["files"] is None:
         return None
+    words = shlex.split(job.command)
+    if words[-2:-1] == ["-o"]:  # the folder's name has no part in what is written there
+        del words[-2:]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         # Targets have folders of their own; beside them lie the documents about them.
@@ -306,7 +302,7 @@ def provenance(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {
-                    "command": without_output(job.command),
+                    "command": shlex.join(words),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
                     "recipe": job.recipe.to_dict(),
@@ -333,12 +329,6 @@ def provenance(
             },
         },
     }
-
-
-def without_output(command: str) -> str:
-    """A command line but for the folder's name, which has no part in what is written there."""
-    words = shlex.split(command)
-    return shlex.join(words[:-2] if words[-2:-1] == ["-o"] else words)
 
 
 def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:

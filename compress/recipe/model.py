@@ -26,9 +26,8 @@ from pydantic_core import PydanticCustomError
 
 from compress.console import parse_bytes
 from compress.formats import FORMATS
-from compress.recipe import AMOUNTS, load, put
+from compress.recipe import AMOUNTS, BUILTIN_SOLVERS, load, put, solver_names
 from compress.recipe.schema import Name, Section, Text, explain, json_schema, refusal
-from compress.recipe.solvers import BUILTIN_SOLVERS, solver_names
 
 __all__ = [
     "Budget",
@@ -41,11 +40,6 @@ __all__ = [
     "TargetSettings",
 ]
 
-# Keys of one target that others do not have, and why.
-ELSEWHERE: dict[str, str] = {
-    path: "rotation is for Core ML palettes and channel grids; small groups only lose by it"
-    for path in ("targets.gguf.rotate", "targets.onnx.rotate")
-}
 # What a text must look like, by the end of the path or its beginning.
 PATTERNS = (
     ("verify.windows", "a number of windows, or auto"),
@@ -481,8 +475,6 @@ class Recipe(Section):
 
 def hint_of(path: str, kind: str) -> str:
     """The hint that a recipe's own key has for an error."""
-    if kind == "unknown_key":
-        return ELSEWHERE.get(path, "")
     if kind == "string_pattern_mismatch":
         if path.endswith("name"):
             return "letters, digits, . _ -"

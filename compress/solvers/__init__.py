@@ -6,7 +6,7 @@
              none (an embedding, an input that calibration has not seen, a solver that needs none)
 
 A solver sees weights, grids and statistics, never a file format. The table of them is
-``compress.recipe.solvers.SOLVERS``. A row more: ``register_solver`` in a program, or for the
+``compress.recipe.SOLVERS``. A row more: ``register_solver`` in a program, or for the
 command line the entry point of an installed package, whose function may have an attribute
 ``needs``:
 
@@ -26,7 +26,7 @@ from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.plan.weights import Solver
-from compress.recipe.solvers import (
+from compress.recipe import (
     BUILTIN_SOLVERS,
     SOLVERS,
     SolverRow,

@@ -34,9 +34,8 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, split_name, stored_block
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.machine import in_threads, one_thread
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan, PlanEntry
-from compress.plan.weights import Weights
+from compress.plan.weights import Ledger, Weights
 from compress.solvers import get_solver
 
 if TYPE_CHECKING:
