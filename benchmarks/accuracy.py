@@ -30,7 +30,7 @@ from typing import Any
 from peers import PEERS, OnnxHqq, Peer
 from writing import write
 
-from compress.build.write import prepare_target, target_weights
+from compress.build.write import target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -157,10 +157,9 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
         artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, job, calibration, Console())
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
-            weights = target_weights(made, job, inputs, calibration, Path(work), ledger)
+            weights, _ = target_weights(made, job, calibration, Console(), Path(work), ledger)
             artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
 
