@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ type: setup
 docs: setup
 	$(BIN)/python -m pytest -n 0 tests/test_help.py tests/test_schemas.py \
 		--update-golden
+
+screenshot: setup
+	$(BIN)/python benchmarks/screenshot.py
 
 check: lint type test
 

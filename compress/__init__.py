@@ -1,3 +1,3 @@
-"""packlight's workshop: checkpoint, arithmetic, quality. No artifact format lives here."""
+"""Checkpoints, quantization and verification; what is specific to a format is in ``exporters``."""
 
 __version__ = "0.1.0"

@@ -205,7 +205,7 @@ def test_widths_are_what_the_grids_take():
     narrow = replace(source.config, intermediate_size=864)  # no K-quant takes it as it is
     assert width_step(narrow, [plan_for("gguf", narrow, {"type": "Q4_K_M"})]) == 32
     half = plan_cut(source.config, Prune(method="ffn", ratio=0.4))
-    assert half is not None and half.kept == 448  # of 768, the nearest multiple of 32 to 460.8
+    assert half is not None and half.retained == 448  # of 768, the nearest multiple of 32 to 460.8
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_shared_blocks_go_together(tmp_path):
     source = stored(tiny.make("mobilellm", tmp_path, num_hidden_layers=3, layer_sharing=True))
     cut, found = pruned(source, method="depth", blocks=1)
     assert (cut.total, cut.config.num_hidden_layers) == (3, 4)
-    kept = found.source.kept
+    kept = found.source.retained
     for block in range(4):
         expected = source.read(f"blocks.{2 * kept[block // 2]}.q_proj.weight")
         np.testing.assert_array_equal(found.source.read(f"blocks.{block}.q_proj.weight"), expected)
@@ -345,7 +345,7 @@ def test_the_saved_checkpoint_is_the_pruned_model(family, method, tmp_path):
     for name in WeightMap(again.config).names():
         np.testing.assert_array_equal(again.read(name), found.source.read(name))
     step = again.checkpoint.config["packlight"]["steps"][-1]
-    assert (step["method"], step["kept"], step["of"]) == (method, cut.kept, cut.total)
+    assert (step["method"], step["kept"], step["of"]) == (method, cut.retained, cut.total)
     tokens = texts(source).windows[0]
     ours = Decoder(found.source.config, found.source.read).logits(tokens)
     model = tiny.reference(tmp_path / "saved")

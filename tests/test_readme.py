@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from compress.recipe import load
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from screenshot import BROWSERS, HEIGHT, WIDTH, screenshot  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -128,13 +132,16 @@ def checkpoint(clone: Path, folder: Path) -> None:
 
 
 def test_every_command_is_understood(demo, clone, tmp_path):
-    """Of one format; what comes after the first build is planned only."""
+    """Of one format and on two windows; what comes after the first build is planned only."""
     checkpoint(clone, tmp_path)
     for command in in_order():
+        command = re.split(r"\s{2,}#", command)[0]
         if command.startswith("packlight build"):
-            command = f"{command.split('  #')[0]} -f gguf"
+            command += " -f gguf --set verify.windows=2"
             if (tmp_path / "out").exists() and "--dry-run" not in command:
                 command += " --dry-run"
+        elif command.startswith("packlight verify") and "--checksums" not in command:
+            command += " --windows 2"
         done = shell(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if (tmp_path / "out").exists() and not (tmp_path / "last").exists():
@@ -170,3 +177,28 @@ def test_the_recipe_is_valid(tmp_path):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_python_lines_work(clone, tmp_path):
+    checkpoint(clone, tmp_path)
+    (code,) = blocks("python")
+    (tmp_path / "reader.py").write_text(code)
+    done = shell(f"{sys.executable} reader.py", tmp_path)
+    assert re.fullmatch(r"True 0\.00\d+\n", done.stdout), done.stdout + done.stderr
+    assert not done.stderr
+
+
+def test_the_picture_is_the_top_of_a_report():
+    picture = (ROOT / "docs" / "report.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) < 300_000
+    assert struct.unpack(">II", picture[16:24]) == (WIDTH, HEIGHT)
+    assert "](docs/report.png)" in README
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium")
+def test_a_screenshot_has_that_size(tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("<h1>Passed</h1>")
+    taken = tmp_path / "report.png"
+    screenshot(page, taken, next(filter(None, map(shutil.which, BROWSERS))))
+    assert struct.unpack(">II", taken.read_bytes()[16:24]) == (WIDTH, HEIGHT)

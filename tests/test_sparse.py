@@ -56,7 +56,7 @@ def test_patterns_keep_the_highest():
 def test_words_for_sparsity():
     assert pattern_of("none") is None
     assert pattern_of(0.5) == Pattern("s50", percent=50)
-    assert pattern_of("2of4") == Pattern("2of4", kept=2, of=4)
+    assert pattern_of("2of4") == Pattern("2of4", nonzeros=2, of=4)
     for wrong in ("4of4", "5of4", 0.125, "half"):
         with pytest.raises(GridError):
             pattern_of(wrong)
@@ -128,7 +128,9 @@ def test_each_method_loses_less_on_inputs_it_has_not_seen(demo_layer, name):
         assert (np.count_nonzero(found, axis=1) <= pattern.count(weight.shape[1])).all()
         assert np.count_nonzero(found) >= 0.99 * len(weight) * pattern.count(weight.shape[1])
         if pattern.of:
-            assert (np.count_nonzero(found.reshape(-1, pattern.of), axis=1) <= pattern.kept).all()
+            assert (
+                np.count_nonzero(found.reshape(-1, pattern.of), axis=1) <= pattern.nonzeros
+            ).all()
         errors.append(float(np.square(stats.held_back @ (weight - found).T).sum()))
     assert errors[1] < 0.97 * errors[0]
     assert errors[2] < 0.8 * errors[1]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from writing import plan_for
+from writing import plan_for, put_all
 
-from compress.build.write import put_all, write_artifacts
+from compress.build.write import write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.step import CalibrationStep, Importance

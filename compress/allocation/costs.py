@@ -1,10 +1,10 @@
-"""What each tensor costs on each grid: nats that the model's output is expected to move.
+"""The cost of each tensor on each grid: the KL divergence that it is expected to add, in nats.
 
 ``cost = relative error of the tensor on the grid × nats per unit of error`` (``tensor_error.py``,
 ``sensitivity.py``). Codes are chosen by the recipe's own solver, with its statistics, so that a
 solver which makes up for its rounding is judged by what it really leaves.
 
-The table is kept beside the calibration's statistics and grows: another budget or another format
+The table is cached beside the calibration's statistics and grows: another budget or another format
 measures what is not there yet, and nothing twice; builds that want it at once take turns.
 """
 
@@ -75,8 +75,10 @@ class CostTable:
         """What ``save`` left; an empty table where there is none, or a damaged one."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            told = {n: Sensitivity(**entry) for n, entry in document["sensitivities"].items()}
-            return cls(config, told, document["errors"])
+            sensitivities = {
+                n: Sensitivity(**entry) for n, entry in document["sensitivities"].items()
+            }
+            return cls(config, sensitivities, document["errors"])
         except (OSError, ValueError, KeyError, TypeError):
             return cls(config)
 
@@ -126,14 +128,14 @@ def measured(
     with file_lock(path.with_suffix(".lock")):
         table = CostTable.load(source.config, path)
         if not table.sensitivities:
-            with console.progress("measure sensitivities", "blocks") as told:
+            with console.progress("measure sensitivities", "blocks") as progress:
                 table.sensitivities = measure(
-                    source, calibration.windows, statistics, told, most=effort.noisy
+                    source, calibration.windows, statistics, progress, most=effort.noisy
                 )
             table.save(path)
         if missing := table.missing(wanted):
-            with console.progress("measure grids", "tensors") as told:
-                measure_errors(source, statistics, solve, missing, table.errors, effort, told)
+            with console.progress("measure grids", "tensors") as progress:
+                measure_errors(source, statistics, solve, missing, table.errors, effort, progress)
             table.save(path)
     return table
 

@@ -44,7 +44,7 @@ def effort_for(config: DecoderConfig, solver: str) -> Effort:
 
     Args:
         config: the float model, whatever is pruned of it.
-        solver: the recipe's. Costs are kept on disk by the solver's name, so one of another
+        solver: the recipe's. Costs are cached on disk by the solver's name, so one of another
             package, whose code may change under its name, is measured as our nearest.
     """
     if solver not in BUILTIN_SOLVERS:

@@ -1,5 +1,5 @@
-"""What a person wants to know of a choice of grids: sizes, quality to expect, what is kept high and
-why.
+"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors
+with more bits.
 """
 
 from __future__ import annotations
@@ -7,30 +7,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from compress.allocation.step import Budgeted
 from compress.console import Console, format_bytes
+from compress.plan.document import HighTensor, PlannedBudget
 
 __all__ = ["describe", "print_budgets"]
 
-SHOWN = 5  # tensors that are told to be kept high
+SHOWN = 5  # tensors with more bits that are listed
 HIGH = 1.15  # times the bits per weight of the whole
 
 
-def describe(budgeted: Budgeted) -> dict[str, Any]:
+def describe(budgeted: Budgeted) -> PlannedBudget:
     """``plan.json``'s ``budget`` of a target."""
     target, limit = budgeted.target, budgeted.limit
-    return {
-        "limit_bytes": limit.nbytes,
-        **({"limit_is": limit.told} if limit.told else {}),
-        "smallest_bytes": target.smallest_bytes,
-        **({"recommended_bytes": budgeted.recommended} if budgeted.table else {}),
-        "kept_high": kept_high(budgeted),
-    }
+    return PlannedBudget(
+        limit_bytes=limit.nbytes,
+        limit_is=limit.description,
+        smallest_bytes=target.smallest_bytes,
+        recommended_bytes=budgeted.recommended,
+        kept_high=high_precision(budgeted),
+    )
 
 
-def kept_high(budgeted: Budgeted) -> list[dict[str, str]]:
+def high_precision(budgeted: Budgeted) -> list[HighTensor]:
     """The tensors with clearly more bits than the whole, the most costly ones first; none where
     nothing was measured.
     """
@@ -58,7 +58,7 @@ def kept_high(budgeted: Budgeted) -> list[dict[str, str]]:
                 f"{times:.2g} times the median tensor per weight"
             )
         grid = choice.options[picked].grid
-        found.append((options[0].cost, {"name": choice.name, "grid": grid, "why": why}))
+        found.append((options[0].cost, HighTensor(name=choice.name, grid=grid, why=why)))
     found.sort(key=lambda row: -row[0])
     return [row for _, row in found[:SHOWN]]
 
@@ -74,9 +74,9 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
                 plan.format,
                 format_bytes(b.limit.nbytes),
                 f"{format_bytes(plan.file_bytes)}, {share:.1f} %",
-                told(plan.expected_divergence),
+                show_divergence(plan.expected_divergence),
                 format_bytes(b.target.smallest_bytes),
-                format_bytes(b.recommended) if b.table else told(None),
+                format_bytes(b.recommended) if b.table else show_divergence(None),
             ]
         )
     headers = ["format", "budget", "file", "expected KL", "smallest", "recommended"]
@@ -85,12 +85,12 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
         if b.table is None:
             name = b.target.plan.format
             console.data(f"{name}: every tensor has its largest grid; nothing was measured")
-        if b.limit.told:
-            console.data(f"{b.target.plan.format}: {b.limit.told}")
-        for row in kept_high(b):
-            console.data(f"{b.target.plan.format}: {row['name']} is {row['grid']}: {row['why']}")
+        if b.limit.description:
+            console.data(f"{b.target.plan.format}: {b.limit.description}")
+        for row in high_precision(b):
+            console.data(f"{b.target.plan.format}: {row.name} is {row.grid}: {row.why}")
 
 
-def told(divergence: float | None) -> str:
+def show_divergence(divergence: float | None) -> str:
     """Four decimals, or a dash for what was not measured."""
     return "–" if divergence is None else f"{divergence:.4f}"

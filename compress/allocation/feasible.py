@@ -1,5 +1,5 @@
-"""A budget held against the smallest file of every target, before any work; where one is larger,
-what would reach the budget. Arithmetic on configs: no weight is read.
+"""Refuses a budget below the smallest file of a target, before any work, with what would
+reach it. Arithmetic on configs: no weight is read.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ class Limit:
 
     Attributes:
         nbytes: the bytes.
-        told: where they come from, in words; empty for a plain budget of bytes.
+        description: where they come from, in words; empty for a plain budget of bytes.
     """
 
     nbytes: int
-    told: str = ""
+    description: str = ""
 
 
 def limit_of(budget: Budget | None, job: Job, plan: Plan) -> Limit | None:
@@ -62,13 +62,14 @@ def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
     config, context = job.source.config, job.context
     cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     activations = activation_bytes(config, context)
-    told = (
+    description = (
         f"{format_bytes(memory)} of memory{where}: {format_bytes(cache)} KV cache at {context} "
         f"positions, {format_bytes(activations)} activations and runtime"
     )
     left = memory - cache - activations
     if left <= 0:
         raise UsageError(
-            f"{plan.format}: nothing is left for weights of {told}", hint="a smaller --context"
+            f"{plan.format}: nothing is left for weights of {description}",
+            hint="a smaller --context",
         )
-    return Limit(left, f"{told}, {format_bytes(left)} weights")
+    return Limit(left, f"{description}, {format_bytes(left)} weights")

@@ -1,4 +1,4 @@
-"""How much an error in a tensor changes what the model says: measured with noise.
+"""The KL divergence that an error in a tensor adds to the model's output, measured with noise.
 
 Every tensor gets noise of a known relative error, alone, and the change of the output is a KL
 divergence. To second order the divergences of several tensors add up, and each is proportional to
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What noise in one tensor did.
+    """The measured sensitivity of one tensor.
 
     Attributes:
         divergence: mean KL(float ‖ with noise), nats per token.

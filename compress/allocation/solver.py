@@ -5,7 +5,7 @@ smallest option, and the step with the best cost saved per byte comes next, alon
 hull of each choice, until the budget is reached. What is left is filled greedily with any option
 that still fits. That is within one step of the optimum; a search over partial choices, pruned by
 the Lagrangian bound, then closes the gap: exactly, unless more than ``WIDTH`` partial choices are
-left at some point, of which the most promising are then kept.
+left at some point, of which only the most promising are followed.
 
 The same input gives the same answer: ties go to the earlier choice and the fewer bytes.
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Option", "solve"]
 
-WIDTH = 20_000  # partial choices kept
+WIDTH = 20_000  # most partial choices at a time
 SLACK = 1e-12  # relative; sums of costs come in different orders
 
 Int64 = NDArray[np.int64]
@@ -156,14 +156,14 @@ def search(
         cost = (cost[:, None] + table[:, 1]).ravel()
         room = budget - sum(fewest[index + 1 :]) - nbytes
         bound = cost + sum(priced[index + 1 :]) - price * (budget - nbytes)
-        kept = np.flatnonzero((room >= 0) & (bound < limit))
-        kept = kept[frontier(nbytes[kept], cost[kept])]
-        if len(kept) > WIDTH:
-            kept = np.sort(kept[np.argsort(bound[kept], kind="stable")[:WIDTH]])
-        if not len(kept):
+        survivors = np.flatnonzero((room >= 0) & (bound < limit))
+        survivors = survivors[frontier(nbytes[survivors], cost[survivors])]
+        if len(survivors) > WIDTH:
+            survivors = np.sort(survivors[np.argsort(bound[survivors], kind="stable")[:WIDTH]])
+        if not len(survivors):
             return list(picked)
-        trail.append((kept // options, kept % options))
-        nbytes, cost = nbytes[kept], cost[kept]
+        trail.append((survivors // options, survivors % options))
+        nbytes, cost = nbytes[survivors], cost[survivors]
     at = int(np.lexsort((nbytes, cost))[0])
     if cost[at] >= limit:
         return list(picked)

@@ -86,12 +86,14 @@ class BudgetStep:
         chosen = {b.target.plan.format: b for b in budgeted}
         grids = {name: b.target.grids(b.allocation.options) for name, b in chosen.items()}
         made = replan(choices=grids)
-        plans = tuple(told(plan, chosen[plan.format].allocation.plan) for plan in made.plans)
+        plans = tuple(
+            with_estimates(plan, chosen[plan.format].allocation.plan) for plan in made.plans
+        )
         return replace(self.job, plans=plans)
 
 
-def told(plan: Plan, allocated: Plan) -> Plan:
-    """What the allocation knows of a plan."""
+def with_estimates(plan: Plan, allocated: Plan) -> Plan:
+    """A plan with the file size and the expected divergence of its allocation."""
     return replace(
         plan,
         file_bytes=allocated.file_bytes,

@@ -19,14 +19,13 @@ from compress.build.decide import (
     check_options,
     identity_of,
     prepare_job,
-    recipe_overrides,
+    resolved_recipe,
 )
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
 from compress.errors import PacklightError, UsageError, one_line
 from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
-from compress.recipe import load
 from compress.verify import gates
 
 __all__ = ["Planned", "Planner"]
@@ -84,7 +83,7 @@ class Planner:
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
-        recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+        recipe = resolved_recipe(settings)
         gates.parse(recipe.gates)
         prepared, _ = prepare_job(checkpoint, recipe, settings)
         threads = share_threads(prepared.config, settings.threads, self._cpus, self._jobs)

@@ -18,7 +18,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, identity, lock_document
-from compress.plan.document import plan_document
+from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
 from compress.errors import UsageError
@@ -33,7 +33,8 @@ from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_options", "check_places", "command_line",
-    "decide", "identity_of", "lock_of", "prepare_job", "recipe_overrides",
+    "decide", "identity_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
+    "resolved_recipe",
 ]  # fmt: skip
 
 
@@ -42,7 +43,8 @@ class BuildSettings:
     """What ``packlight build`` was asked for; the options of the same names.
 
     ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
-    and ``cache_dir``.
+    and ``cache_dir``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
+    the name of the file that the build writes it to.
     """
 
     model: str
@@ -77,6 +79,7 @@ class BuildSettings:
     keep_baseline: Path | None = None
     ci_files: CiFiles | None = None
     source: str = ""
+    made: Recipe | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -134,7 +137,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
         PacklightError: whatever makes the build impossible, as far as they tell.
     """
     check_options(settings)
-    recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+    recipe = resolved_recipe(settings)
     measures = not settings.plan and bool(recipe.budget)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
@@ -236,7 +239,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     )
 
 
-def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
+def lock_of(decision: Decision, console: Console) -> Lock:
     """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
     against its plan.
 
@@ -253,10 +256,8 @@ def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
             progress=update,
         )
     if settings.locked and settings.plan:
-        from compress.allocation.lock import read_lock
-
-        now = {**plan_document(job), "lock": lock}
-        check_lock(settings.plan.name, read_lock(settings.plan), now)
+        before = PlanDocument.load(settings.plan)
+        check_lock(settings.plan.name, before, plan_document(job, lock))
     return lock
 
 
@@ -275,6 +276,33 @@ def check_options(settings: BuildSettings) -> None:
     budget = bool(settings.budget or settings.budget_memory or settings.device)
     if budget and settings.plan is not None:
         raise UsageError("a budget and --plan exclude each other")
+
+
+def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:
+    """``--plan``; for ``--locked`` without it, the output's own ``plan.json``.
+
+    Raises:
+        UsageError: there is none to lock to.
+    """
+    if plan is not None or not locked:
+        return plan
+    plan = output / "plan.json" if output else None
+    if plan is None or not plan.is_file():
+        missing = f": {plan} is not there" if plan else ""
+        raise UsageError(
+            f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
+        )
+    return plan
+
+
+def resolved_recipe(settings: BuildSettings) -> Recipe:
+    """The recipe with the overrides and formats that were asked for.
+
+    Raises:
+        RecipeError: see ``compress.recipe.load``.
+    """
+    source = settings.made or settings.recipe
+    return load(source, recipe_overrides(settings), settings.formats)
 
 
 def recipe_overrides(settings: BuildSettings) -> list[str]:

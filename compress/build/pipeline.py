@@ -16,7 +16,7 @@ from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
 from compress.output.folder import Resume, check_output, work_folder
 from compress.output.lock import PROVENANCE, provenance
-from compress.plan.document import plan_document
+from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
 from compress.report.card import model_card
@@ -64,7 +64,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
             ready = choose(decision, console, keep=settings.resume)
             job = ready.job
             artifacts = write_artifacts(job, ready.calibration, folder, console)
-            write_json(folder / "plan.json", {**plan_document(job), "lock": lock})
+            write_json(folder / "plan.json", plan_document(job, lock).to_dict())
             (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
             verified: list[Outcome] = [None] * len(artifacts)
             if scorer:
@@ -127,15 +127,18 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     notes: tuple[str, ...] = ()
     calibration: CalibrationStep | None = None
     budgeted: tuple[Budgeted, ...] = ()
-    if job.cut is not None:
-        from compress.pruning.step import prune
-
-        pruned = prune(job, job.cut, console, threads)
-        job, notes = job.on(pruned.source), pruned.notes
     if decision.measures or importance.save or looks_at_inputs(job.recipe):
         from compress.calibration.step import CalibrationStep
 
         calibration = CalibrationStep(job, importance, console, threads, keep=keep)
+        if not importance.imatrix:
+            _ = calibration.texts  # refused before the work, where they will not do
+    if calibration and job.cut is not None:
+        from compress.pruning.step import prune
+
+        pruned = prune(job, job.cut, calibration.texts, console, threads)
+        job, notes = job.on(pruned.source), pruned.notes
+        calibration = calibration.on(job)
     if calibration and decision.measures:
         from compress.allocation.explain import describe
         from compress.allocation.step import within_budget
@@ -148,7 +151,7 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     return Ready(job, budgeted, calibration, notes)
 
 
-def write_report(report: Report, job: Job, lock: Mapping[str, Any], folder: Path) -> None:
+def write_report(report: Report, job: Job, lock: Lock, folder: Path) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
     report.save(folder / "report.json")
     (folder / "report.html").write_text(render(report), encoding="utf-8")

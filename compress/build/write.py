@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +20,15 @@ from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
 from compress.plan.job import Job
 from compress.plan.weights import Ledger
-from compress.plan.shapes import Artifact, Plan, Writer, Written
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Writer
 from compress.plan.weights import Weights
-from compress.solvers import get_solver, slabs_at_once
+from compress.solvers import slabs_at_once, solver_function
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.calibration.step import CalibrationStep
 
-__all__ = ["put_all", "write_artifacts"]
+__all__ = ["in_parts", "write_artifacts"]
 
 
 def write_artifacts(
@@ -72,7 +72,12 @@ def write_artifacts(
                     if found := len(weights.ledger):
                         console.detail(f"{plan.format}: {found} tensors were written before")
                     writers.append(get_format(plan.format).Writer(plan, weights, place, written))
-                put_all(writers, written)
+                for writer, entry in in_parts(writers):
+                    weights = writer.weights
+                    if entry.target_name in weights.ledger:
+                        written(entry.nbytes)
+                    else:
+                        weights.finish(entry, writer.file, writer.put(entry))
                 for writer, (weights, changed) in zip(writers, made, strict=True):
                     artifact = writer.close()
                     notes = (*artifact.notes, *changed, *weights.notes())
@@ -81,25 +86,16 @@ def write_artifacts(
     return artifacts
 
 
-def put_all(writers: Sequence[Writer], written: Written = lambda nbytes: None) -> None:
-    """Every tensor of every writer's plan, part of the model by part; those in its ledger are
-    there.
-
-    Args:
-        writers: just begun.
-        written: told the bytes of what is there.
-    """
+def in_parts(writers: Sequence[Writer]) -> Iterator[tuple[Writer, PlanEntry]]:
+    """Every tensor of every writer's plan, part of the model by part: the embedding for all of
+    them, then the first block, and so on."""
     parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
     for part in sorted({number for numbers in parts for number in numbers}):
         for writer, entries in zip(writers, parts, strict=True):
-            weights = writer.weights
             for entry in entries.get(part, ()):
-                if entry.target_name in weights.ledger:
-                    written(entry.nbytes)
-                else:
-                    weights.finish(entry, writer.file, writer.put(entry))
-            if weights.statistics is not None:
-                weights.statistics.forget()  # those of a block die with it
+                yield writer, entry
+            if writer.weights.statistics is not None:
+                writer.weights.statistics.forget()  # those of a block die with it
 
 
 def target_weights(
@@ -151,6 +147,6 @@ def target_weights(
         )
         return weights, tuple(notes)
     at_once = slabs_at_once(solver, worker_threads())
-    solve = get_solver(solver, statistics)
+    solve = solver_function(solver)
     weights = Weights(source, solve, ledger, at_once=at_once, statistics=statistics)
     return weights, tuple(notes)

@@ -5,10 +5,10 @@ block (phi) also up and q. An input goes by the name of its first linear: ``bloc
 ``blocks.3.o_proj``, ``blocks.3.gate_proj`` (``up_proj`` without a gate), ``blocks.3.down_proj``,
 ``lm_head``. A stored block that runs several times (MobileLLM-LS) pools its repeats.
 
-On disk: one ``.npz`` per stored block and one for the head. A Hessian is kept as the square roots
+On disk: one ``.npz`` per stored block and one for the head. A Hessian is stored as the square roots
 of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
 mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Inputs held
-back are kept in float16, each row over its largest magnitude.
+back are stored in float16, each row over its largest magnitude.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,13 @@ class LayerStats:
         held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
             seen: to measure on. None without a Hessian, or with too few windows to spare any.
         drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
-            the Hessian's. None where ``x`` is the float model's; never kept on disk.
+            the Hessian's. None where ``x`` is the float model's; never stored on disk.
+
+    Example:
+        >>> x = np.eye(4, dtype=np.float32)  # four tokens
+        >>> stats = LayerStats(len(x), (x**2).mean(0), hessian=((x.T @ x) / len(x),))
+        >>> stats.importance.tolist()
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     count: int
@@ -175,11 +181,6 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
             f"{path.name} cannot be read: {one_line(error)}",
             hint=f"delete {path.parent}, a cache that will be made again",
         ) from error
-
-
-def is_whole(config: DecoderConfig, folder: Path) -> bool:
-    """Whether a folder has every file, each to its end; what is inside them is not read."""
-    return all(is_zipfile(folder / file_name(key)) for key in input_names(config))
 
 
 def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:

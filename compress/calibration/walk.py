@@ -26,7 +26,7 @@ __all__ = ["Boundary", "held_back", "walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where that is less ...
 STATES_SHARE = 1 / 8  # ... this share of what may be taken
-HELD_BACK = 16  # of so many windows one is kept out of the Hessian, to measure solvers on ...
+HELD_BACK = 16  # of so many windows one is left out of the Hessian, to measure solvers on ...
 HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
 
 
@@ -87,7 +87,7 @@ class Accumulator:
 
 
 def spacing(windows: Sequence[Sequence[int]]) -> int:
-    """Of so many windows the last is kept out of the Hessian."""
+    """Of so many windows the last is left out of the Hessian."""
     return max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
 
 
@@ -103,17 +103,17 @@ class Boundary:
     beside another has two tensors of them, one behind the other in the file.
 
     Attributes:
-        index: of the block; 0 where nothing is kept.
+        index: of the block; 0 where nothing is saved.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        kept = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
-        self.index = max(kept, default=0)
+        saved = {int(path.stem.partition("-")[2]): path for path in folder.glob("block-*.bin")}
+        self.index = max(saved, default=0)
 
     def load(self, *states: Tensor) -> None:
-        """Fill ``states``, which are of the shapes that were kept."""
+        """Fill ``states``, which are of the shapes that were saved."""
         import torch
 
         with self._file(self.index).open("rb") as stream:
@@ -179,7 +179,8 @@ class Listener:
         """An ``OnInput`` of the window at ``position``.
 
         Args:
-            floats: what ``remember`` kept of the float model at this window; taken from the front.
+            floats: what ``remember`` stored of the float model at this window; taken
+                from the front.
         """
         key = self.key(name)
         if key is None:
@@ -224,7 +225,7 @@ def walk(
         exact: hidden states in float32 instead of bfloat16.
         roles: see ``Listener``.
         work: folder for the file that holds states beyond ``states_limit``.
-        boundary: where to go on; the states before each block are kept there once the statistics
+        boundary: where to go on; the states before each block are saved there once the statistics
             of the blocks before it were given out and another is asked for.
         progress: ``progress(done, total)`` in windows times blocks.
 

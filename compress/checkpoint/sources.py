@@ -13,7 +13,7 @@ from typing import Protocol
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig, Float32
 
-__all__ = ["Around", "Change", "Source"]
+__all__ = ["Change", "Source"]
 
 
 class Source(Protocol):
@@ -49,20 +49,25 @@ class Source(Protocol):
         ...
 
 
-class Around:
-    """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
-    own. It is read by one thread only: what it computes may take memory, and be used again.
+class Change:
+    """A source around a source; each kind has a ``read`` of its own.
+
+    It is read by one thread only: what it computes may take memory, and be used again.
 
     Attributes:
         source: the weights before.
         config: the decoder after.
+
+    Args:
+        what: names the change; with the source's it makes the fingerprint.
     """
 
     threadsafe = False
 
-    def __init__(self, source: Source, config: DecoderConfig) -> None:
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
         self.source = source
         self.config = config
+        self._what = what
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -72,14 +77,6 @@ class Around:
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         raise NotImplementedError
-
-
-class Change(Around):
-    """A change that has a name: ``what`` it is, and of which source, is the fingerprint."""
-
-    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
-        super().__init__(source, config)
-        self._what = what
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

@@ -230,7 +230,7 @@ class Decoder:
         self.config = config
         self.resident = resident
         self._read = read
-        self._kept: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
         self._blocks: dict[int, Block] = {}
         self._past: list[Past] = []
         self._rope = RopeTable(torch.empty(0, 0), torch.empty(0, 0))
@@ -275,11 +275,11 @@ class Decoder:
     def _weight(self, name: str) -> Tensor:
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "embed_tokens.weight"
-        if name in self._kept:
-            return self._kept[name]
+        if name in self._loaded:
+            return self._loaded[name]
         tensor = as_tensor(self._read(name))
         if self.resident:
-            self._kept[name] = tensor
+            self._loaded[name] = tensor
         return tensor
 
     def _bias(self, role: str) -> Tensor | None:
@@ -385,7 +385,7 @@ class Decoder:
         return self.head()(hidden[-1:])[0].numpy()
 
     def close(self) -> None:
-        """Drop the weights that were kept and the cache."""
-        self._kept.clear()
+        """Drop the resident weights and the cache."""
+        self._loaded.clear()
         self._blocks.clear()
         self.reset()

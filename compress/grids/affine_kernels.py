@@ -112,7 +112,7 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
     s = np.empty((ROWS, LANES), dtype=np.float32)
     low, high = np.empty(LANES, dtype=np.float32), np.empty(LANES, dtype=np.float32)
     best = np.empty((3, LANES), dtype=np.float32)  # scale, least code, error of the best try
-    kept = np.empty((3, LANES), dtype=np.float32)  # the same of the plain fit
+    plain = np.empty((3, LANES), dtype=np.float32)  # the same of the plain fit
     for row in range(begin, end, LANES):
         for group in range(scale.shape[1]):
             column = group * n
@@ -135,9 +135,9 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
                 sums(x, importance, column, n, s)
                 for lane in range(LANES):
                     if attempt == 0:
-                        kept[0, lane] = s[STEP, lane]
-                        kept[1, lane] = s[LEAST, lane]
-                        kept[2, lane] = s[WRR, lane]
+                        plain[0, lane] = s[STEP, lane]
+                        plain[1, lane] = s[LEAST, lane]
+                        plain[2, lane] = s[WRR, lane]
                     more = s[WQR, lane] / max(s[WQQ, lane], SMALL)
                     error = s[WRR, lane] - more * s[WQR, lane]
                     better = error < best[2, lane]
@@ -150,9 +150,9 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
                 s[MOST, lane] = best[1, lane] + f4(top)
             sums(x, importance, column, n, s)
             for lane in range(min(LANES, end - row)):
-                better = s[WRR, lane] < kept[2, lane]
-                scale[row + lane, group] = s[STEP, lane] if better else kept[0, lane]
-                zero[row + lane, group] = -s[LEAST, lane] if better else -kept[1, lane]
+                better = s[WRR, lane] < plain[2, lane]
+                scale[row + lane, group] = s[STEP, lane] if better else plain[0, lane]
+                zero[row + lane, group] = -s[LEAST, lane] if better else -plain[1, lane]
     return beyond
 
 

@@ -71,10 +71,10 @@ def load(weight, importance, row_squares, row, column, n, power, spread, run, x,
 
 
 @kernel
-def keep(value, error, least, kept):
-    """``kept = value`` in the lanes whose error is below the least so far."""
+def keep(value, error, least, best):
+    """``best = value`` in the lanes whose error is below the least so far."""
     for lane in range(LANES):
-        kept[lane] = value[lane] if error[lane] < least[lane] else kept[lane]
+        best[lane] = value[lane] if error[lane] < least[lane] else best[lane]
 
 
 # Rows of a block's work array that ``choose_unit`` has to itself, LANES numbers each.

@@ -140,7 +140,7 @@ def fit_powers(weight, importance, values, tries, begin, end, exponents):
     t = np.zeros(ROWS, dtype=np.float32)
     power = np.empty(LANES, dtype=np.int64)
     best = np.empty(LANES, dtype=np.float32)
-    kept = np.empty(LANES, dtype=np.int64)
+    best_power = np.empty(LANES, dtype=np.int64)
     for row in range(begin, end, LANES):
         for block in range(exponents.shape[1]):
             load(weight, importance, t[:0], row, block * BLOCK, BLOCK, 0, 0.0, 0, x, w)
@@ -159,7 +159,7 @@ def fit_powers(weight, importance, values, tries, begin, end, exponents):
                     error = t[WRR + lane]
                     better = error < best[lane]
                     best[lane] = error if better else best[lane]
-                    kept[lane] = power[lane] + shift if better else kept[lane]
+                    best_power[lane] = power[lane] + shift if better else best_power[lane]
             for lane in range(min(LANES, end - row)):
                 empty = power[lane] == -128
-                exponents[row + lane, block] = 0 if empty else np.uint8(kept[lane] + 128)
+                exponents[row + lane, block] = 0 if empty else np.uint8(best_power[lane] + 128)

@@ -32,12 +32,13 @@ class Pattern:
     """How many weights of a row stay.
 
     Attributes:
-        kept, of: ``kept`` of every ``of`` neighbours; ``of`` is 0 where they may be anywhere ...
-        percent: ... and this share of the row goes.
+        nonzeros: at most so many of ``of`` neighbours in a row are not 0.
+        of: 0 where zeros may be anywhere in the row.
+        percent: ... and this share of the row, in percent, is 0.
     """
 
     name: str
-    kept: int = 0
+    nonzeros: int = 0
     of: int = 0
     percent: int = 0
 
@@ -49,9 +50,9 @@ class Pattern:
             GridError: neither, or one that keeps nothing or everything.
         """
         if found := re.fullmatch(r"([1-9]\d?)of([1-9]\d?)", name):
-            kept, of = map(int, found.groups())
-            if kept < of:
-                return cls(name, kept=kept, of=of)
+            nonzeros, of = map(int, found.groups())
+            if nonzeros < of:
+                return cls(name, nonzeros=nonzeros, of=of)
         elif (found := re.fullmatch(r"s([1-9]\d?)", name)) is not None:
             return cls(name, percent=int(found[1]))
         raise GridError(
@@ -66,7 +67,9 @@ class Pattern:
     def count(self, columns: int) -> int:
         """Weights of a row that stay."""
         return (
-            columns // self.of * self.kept if self.of else columns - columns * self.percent // 100
+            columns // self.of * self.nonzeros
+            if self.of
+            else columns - columns * self.percent // 100
         )
 
     def mask(self, scores: Array, count: int | None = None) -> Array:
@@ -82,8 +85,8 @@ class Pattern:
         rows, columns = scores.shape
         if self.of:
             scores = scores.reshape(rows * (columns // self.of), self.of)
-        kept = self.kept if self.of else self.count(columns) if count is None else count
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :kept]
+        nonzeros = self.nonzeros if self.of else self.count(columns) if count is None else count
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :nonzeros]
         mask = np.zeros(scores.shape, bool)
         np.put_along_axis(mask, order, True, axis=1)
         return mask.reshape(rows, columns)

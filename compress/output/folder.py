@@ -161,13 +161,13 @@ class Resume:
         write_whole(record, json.dumps(self.identity))
 
 
-def clear(folder: Path, kept: Collection[Path]) -> None:
+def clear(folder: Path, exempt: Collection[Path]) -> None:
     """Remove what is in a folder but these, and what is in them."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path in kept:
+        if path in exempt:
             continue
-        if any(path in other.parents for other in kept):
-            clear(path, kept)
+        if any(path in other.parents for other in exempt):
+            clear(path, exempt)
         elif path.is_dir():
             shutil.rmtree(path)
         else:

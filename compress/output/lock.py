@@ -27,7 +27,9 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config_json import json_or_empty
 from compress.errors import UsageError
 from compress.files import cache_folder, is_url, write_whole
+from compress.formats import FORMATS
 from compress.output.checksums import sha256_of
+from compress.plan.document import CheckpointLock, Lock, PlanDocument
 from compress.plan.job import Job
 
 __all__ = [
@@ -41,10 +43,9 @@ __all__ = [
     "versions",
 ]
 
-# What has a part in the bytes of artifacts; runtimes only read them.
+# What has a part in the bytes of artifacts of every format; runtimes only read them.
 LIBRARIES = (
-    "coremltools", "gguf", "jinja2", "llvmlite", "numba", "numpy", "onnx", "onnx-ir", "protobuf",
-    "sentencepiece", "tokenizers", "torch", "transformers",
+    "jinja2", "llvmlite", "numba", "numpy", "sentencepiece", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 SMALL = 256_000_000  # bytes that are always hashed: a fifth of a second
@@ -61,7 +62,8 @@ Progress = Callable[[int, int], None]
 def versions() -> dict[str, str]:
     """packlight and the libraries that have a part in the bytes; those that are installed."""
     found = {"packlight": __version__}
-    for name in LIBRARIES:
+    of_formats = [name for row in FORMATS.values() for name in row.libraries]
+    for name in sorted({*LIBRARIES, *of_formats}):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -75,7 +77,7 @@ def lock_document(
     *,
     thorough: bool,
     progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
 
@@ -101,14 +103,14 @@ def lock_document(
     for path in inputs:
         count = sum(name.partition("#")[0] == path.name for name in named)
         named[f"{path.name}#{count + 1}" if count else path.name] = path
-    return {
-        "versions": versions(),
-        "checkpoint": {
-            "headers": headers_digest(checkpoint),
-            "files": {path.name: digests[path] for path in files} if known else None,
-        },
-        "inputs": {name: sha256_of(path) for name, path in named.items()},
-    }
+    hashes = {path.name: digest for path, digest in digests.items() if digest}
+    return Lock(
+        versions=versions(),
+        checkpoint=CheckpointLock(
+            headers=headers_digest(checkpoint), files=hashes if known else None
+        ),
+        inputs={name: sha256_of(path) for name, path in named.items()},
+    )
 
 
 def source_files(checkpoint: Checkpoint) -> list[Path]:
@@ -162,7 +164,7 @@ def cached_digest(path: Path) -> str:
 # --- --locked --------------------------------------------------------------------------------
 
 
-def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_lock(name: str, before: PlanDocument, now: PlanDocument) -> None:
     """``--locked``: refuse whatever would not give the bytes of an earlier build.
 
     Args:
@@ -173,8 +175,7 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     Raises:
         UsageError: what differs, old and new; or the plan does not say.
     """
-    lock = before.get("lock")
-    if not isinstance(lock, dict) or not (lock.get("checkpoint") or {}).get("files"):
+    if before.lock is None or not before.lock.checkpoint.files:
         raise UsageError(
             f"{name} does not say which bytes the checkpoint had, so nothing can be held to it",
             hint="build once with --provenance, and lock to the plan.json of that",
@@ -189,17 +190,17 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     )
 
 
-def facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+def facts(plan: PlanDocument) -> dict[str, Any]:
     """What of a plan decides the bytes, with tensors by name."""
-    targets = plan.get("targets") or {}
     return {
-        **{key: plan.get(key) for key in ("lock", "model", "prune", "quantize")},
+        **plan.model_dump(mode="json", include={"lock", "model", "prune", "quantize"}),
         "targets": {
             name: {
-                **{key: target.get(key) for key in ("type", "settings", "prune")},
-                "tensors": {row["name"]: row["grid"] for row in target.get("tensors") or ()},
+                "type": target.type,
+                "settings": target.settings,
+                "tensors": {tensor.name: tensor.grid for tensor in target.tensors},
             }
-            for name, target in targets.items()
+            for name, target in plan.targets.items()
         },
     }
 
@@ -270,9 +271,7 @@ def files_digest(files: Sequence[Path]) -> str | None:
 # --- provenance.json -------------------------------------------------------------------------
 
 
-def provenance(
-    job: Job, lock: Mapping[str, Any], digests: Mapping[str, str]
-) -> dict[str, Any] | None:
+def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, Any] | None:
     """Which files were made from which: an in-toto Statement v1 with a SLSA provenance v1
     predicate; None where the checkpoint's hashes are not known.
 
@@ -288,7 +287,7 @@ def provenance(
         lock: from ``lock_document``.
         digests: SHA-256 of the files that were written, by their names in the build's folder.
     """
-    if lock["checkpoint"]["files"] is None:
+    if lock.checkpoint.files is None:
         return None
     words = shlex.split(job.command)
     if words[-2:-1] == ["-o"]:  # the folder's name has no part in what is written there
@@ -317,7 +316,7 @@ def provenance(
                 "builder": {
                     "id": BUILDER,
                     "version": {
-                        "packlight": lock["versions"]["packlight"],
+                        "packlight": lock.versions["packlight"],
                         "python": platform.python_version(),
                     },
                 },
@@ -336,10 +335,10 @@ def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:
     return {"name": name, **({"uri": uri} if uri else {}), "digest": {"sha256": sha256}}
 
 
-def dependencies(job: Job, lock: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def dependencies(job: Job, lock: Lock) -> Iterator[dict[str, Any]]:
     """Checkpoint files, texts and the like by hash; libraries by package URL."""
     checkpoint = job.checkpoint
-    for name, digest in lock["checkpoint"]["files"].items():
+    for name, digest in (lock.checkpoint.files or {}).items():
         uri = ""
         if is_url(checkpoint.source):
             uri = f"{checkpoint.source.rstrip('/')}/{name}"
@@ -347,8 +346,8 @@ def dependencies(job: Job, lock: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             at = f"{checkpoint.source}/resolve/{checkpoint.revision}"
             uri = f"https://huggingface.co/{at}/{name}"
         yield resource(name, digest, uri)
-    for name, digest in lock["inputs"].items():
+    for name, digest in lock.inputs.items():
         yield resource(name, digest)
-    for name, installed in lock["versions"].items():
+    for name, installed in lock.versions.items():
         if name != "packlight":
             yield {"name": name, "uri": f"pkg:pypi/{name.lower()}@{installed}"}

@@ -51,15 +51,15 @@ class Cut:
     Attributes:
         method: ``depth``, ``ffn`` or ``heads``.
         total: stored blocks, channels of an MLP, or key-value heads before ...
-        kept: ... and after.
+        retained: ... and after.
         config: the pruned model's, ``raw`` included.
-        update: whether the kept columns of ``down_proj`` and ``o_proj`` make up for the others.
+        update: whether the retained columns of ``down_proj`` and ``o_proj`` make up for the others.
         healing: what follows, or None.
     """
 
     method: str
     total: int
-    kept: int
+    retained: int
     config: DecoderConfig
     update: bool
     healing: Healing | None = None
@@ -67,7 +67,7 @@ class Cut:
     @property
     def dropped(self) -> int:
         """How many go."""
-        return self.total - self.kept
+        return self.total - self.retained
 
     def describe(self) -> str:
         """``2 of 32 blocks``."""
@@ -85,7 +85,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
 
     Raises:
         UsageError: nothing would go, or nothing would stay, or the width fits no format.
-        UnsupportedModelError: heads of a model whose shape could not be told.
+        UnsupportedModelError: heads of a model whose shape cannot be expressed.
     """
     if prune is None or prune.method == "none":
         return None
@@ -93,22 +93,23 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
     healing = Healing(prune.heal.minutes, prune.heal.steps) if prune.heal else None
     if method == "depth":
         total = config.num_hidden_layers // config.block_repeat
-        kept = total - ((prune.blocks or 0) if ratio is None else round(ratio * total))
-        check(kept, total, "depth", f"1 to {total - 1} blocks can go")
-        return Cut(method, total, kept, with_layers(config, kept), update, healing)
+        retained = total - ((prune.blocks or 0) if ratio is None else round(ratio * total))
+        check(retained, total, "depth", f"1 to {total - 1} blocks can go")
+        return Cut(method, total, retained, with_layers(config, retained), update, healing)
     if method == "ffn":
         total, step = config.intermediate_size, width_step(config, plans)
-        kept = (prune.width or 0) if ratio is None else step * round((1 - ratio) * total / step)
+        retained = (prune.width or 0) if ratio is None else step * round((1 - ratio) * total / step)
         below = (total - 1) // step * step
-        check(kept, total, "ffn", f"widths are multiples of {step}, at most {below} here")
-        if kept % step:
+        check(retained, total, "ffn", f"widths are multiples of {step}, at most {below} here")
+        if retained % step:
             raise UsageError(
-                f"prune.width {kept} is not a multiple of {step}, which rows of this model's "
+                f"prune.width {retained} is not a multiple of {step}, which rows of this model's "
                 "formats are made of",
-                hint=f"{max(kept // step * step, step)} or {min(-(-kept // step) * step, below)}",
+                hint=f"{max(retained // step * step, step)} or "
+                f"{min(-(-retained // step) * step, below)}",
             )
-        shrunk = with_sizes(config, intermediate_size=kept)
-        return Cut(method, total, kept, shrunk, update, healing)
+        shrunk = with_sizes(config, intermediate_size=retained)
+        return Cut(method, total, retained, shrunk, update, healing)
     if config.rope.kind == "longrope":
         raise UnsupportedModelError(
             "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
@@ -116,27 +117,28 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
             hint="--prune depth:10% or ffn:10%",
         )
     total = config.num_key_value_heads
-    kept = (prune.kv_heads or 0) if ratio is None else round((1 - ratio) * total)
-    check(kept, total, "heads", f"1 to {total - 1} of its {total} key-value heads can stay")
+    retained = (prune.kv_heads or 0) if ratio is None else round((1 - ratio) * total)
+    check(retained, total, "heads", f"1 to {total - 1} of its {total} key-value heads can stay")
     group = config.num_attention_heads // total
     shrunk = with_sizes(
         config,
-        num_attention_heads=kept * group,
-        num_key_value_heads=kept,
+        num_attention_heads=retained * group,
+        num_key_value_heads=retained,
         head_dim=config.head_dim,
     )
-    return Cut(method, total, kept, shrunk, update, healing)
+    return Cut(method, total, retained, shrunk, update, healing)
 
 
-def check(kept: int, total: int, method: str, range_text: str) -> None:
+def check(retained: int, total: int, method: str, range_text: str) -> None:
     """Refuse to keep nothing or everything.
 
     Raises:
         UsageError: either.
     """
-    if not 0 < kept < total:
+    if not 0 < retained < total:
         raise UsageError(
-            f"prune: {method} would keep {max(kept, 0)} of {total} {WHAT[method]}", hint=range_text
+            f"prune: {method} would keep {max(retained, 0)} of {total} {WHAT[method]}",
+            hint=range_text,
         )
 
 

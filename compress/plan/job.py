@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
@@ -19,7 +19,10 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_nam
 from compress.plan.transform import Transforms
 from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
 
-DEFAULT_CONTEXT = 2048  # positions that memory is told for, where nobody says otherwise
+if TYPE_CHECKING:
+    from compress.plan.document import PlannedBudget
+
+DEFAULT_CONTEXT = 2048  # positions that memory is given for by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
 # parameters x tokens, so large models get fewer tokens.
 WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
@@ -35,7 +38,7 @@ class Job:
         config: the float model that they are compared with, as its checkpoint has it.
         recipe: what to reach.
         plans: per target, in the order of the recipe.
-        context: positions that KV caches and memory are told for.
+        context: positions that sizes of KV caches and memory are given for.
         command: the command line that does this again, without local paths.
         transforms: of each target's weights, by format; most recipes have none.
         cut: how much of the float model is pruned, or None; plans are of what is left.
@@ -52,7 +55,7 @@ class Job:
     command: str = ""
     transforms: Transforms = field(default_factory=dict)
     cut: Cut | None = None
-    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgets: Mapping[str, PlannedBudget] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def bytes_of(self, plan: Plan) -> int:
@@ -229,9 +232,9 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
     """
     facts = get_format(name).describe(path)
     for key in SIZES:
-        told, expected = facts["config"].get(key), getattr(config, key)
-        if isinstance(told, int) and told != expected:
-            what = f"{path.name} has a {key} of {told}, the float model {expected}"
+        stated, expected = facts["config"].get(key), getattr(config, key)
+        if isinstance(stated, int) and stated != expected:
+            what = f"{path.name} has a {key} of {stated}, the float model {expected}"
             if key == "vocab_size":
                 hint = "--baseline is the checkpoint that the artifact was made from"
                 raise UsageError(what, hint=hint)
@@ -248,11 +251,11 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    told = facts["config"]  # a pruned model keeps less
+    stated = facts["config"]  # a pruned model keeps less
     shape = replace(
         config,
-        num_hidden_layers=told.get("num_hidden_layers") or config.num_hidden_layers,
-        num_key_value_heads=told.get("num_key_value_heads") or config.num_key_value_heads,
+        num_hidden_layers=stated.get("num_hidden_layers") or config.num_hidden_layers,
+        num_key_value_heads=stated.get("num_key_value_heads") or config.num_key_value_heads,
     )
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)

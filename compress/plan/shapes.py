@@ -29,7 +29,7 @@ class PlanEntry:
         grid: the grid's name; ``F32``/``F16`` for what stays float.
         shape: ``[rows, columns]``, or one-dimensional for norms and biases.
         nbytes: bytes in the file, without alignment.
-        note: why this grid, when it is not the one asked for (told in the report).
+        note: why this grid, when it is not the requested one (shown in the report).
     """
 
     name: str
@@ -67,8 +67,13 @@ class Plan:
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
         max_context: positions up to which the artifact agrees with the float model.
         kv_bytes_per_value: of the KV cache as the runtime holds it: 2 for float16.
-        file_bytes: predicted bytes of the model files; 0 where nobody asked.
+        file_bytes: predicted bytes of the model files; 0 where not computed.
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
+
+    Example:
+        >>> entry = PlanEntry("lm_head.weight", "output.weight", "Q6_K", (512, 256), 107520)
+        >>> Plan("gguf", "Q4_K_M", "tiny", (entry,)).weights_bytes
+        107520
     """
 
     format: str
@@ -149,7 +154,7 @@ class PlanRequest:
         model_name: base of the file names.
         choices: entry name → grid, for entries that shall not have the settings' grid; the plan
             then goes by ``mix_name``.
-        context: positions of the KV cache, where somebody asked for a number.
+        context: positions of the KV cache, where one was given.
         importance: whether the solver looks at inputs.
     """
 

@@ -27,12 +27,13 @@ T = TypeVar("T")
 
 SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.LANES``
 
-Solver = Callable[[Float32, Grid, str], Quantized]
-"""``solve(weight, grid, name)``: the solver with its statistics already bound."""
+Solver = Callable[[Float32, Grid, Any], Quantized]
+"""``solve(weight, grid, stats)``; ``stats`` of the weight's input where ``Weights`` has statistics,
+else the weight's name."""
 
 
 class Weights:
-    """The weights that an artifact is made of, under our names, read when asked for, never kept.
+    """The weights that an artifact is made of, under our names, read on request, never cached.
 
     Names (see ``compress.decoder.config.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
     ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
@@ -52,6 +53,7 @@ class Weights:
         ledger: Ledger | None = None,
         *,
         at_once: int = 1,
+        slab: int | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         """
@@ -61,6 +63,7 @@ class Weights:
             ledger: of an earlier run.
             at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
                 with one.
+            slab: weights in memory at a time, at most; None for as many as a writer asks for.
             statistics: what the solver goes by, let go at the end of each part of the model.
         """
         self.source = source
@@ -71,16 +74,11 @@ class Weights:
         self.statistics = statistics
         self.fallen: dict[str, int] = {}
         self.held = at_once + 1 if at_once > 1 else 1
-        self._solve, self._at_once = solve, at_once
+        self._solve, self._at_once, self._slab = solve, at_once, slab
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
         """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
-        if rows is None or rows.start == 0:
-            self.fallen.pop(name, None)  # begun anew
-        found = self._solve(self.read(name, rows), grid, name)
-        if found.fallen:
-            self.fallen[name] = self.fallen.get(name, 0) + found.fallen
-        return found
+        return next(self.in_slabs(name, grid, [rows], lambda quantized: quantized))
 
     def slabs(self, shape: Sequence[int], most: int, step: int = SIDE_BY_SIDE) -> list[slice]:
         """Runs of rows of a matrix for ``in_slabs``: equal ones, as many for each thread, so that
@@ -92,6 +90,7 @@ class Weights:
             step: all runs but the last are a multiple of it, one at least.
         """
         rows, columns = shape
+        most = min(most, self._slab or most)
         fewest = -(-rows // max(most // self.held // columns // step * step, step))
         even = -(-fewest // self._at_once) * self._at_once
         count = -(-rows // (even if fewest > 1 else 1) // step) * step
@@ -106,14 +105,20 @@ class Weights:
         Args:
             slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
         """
+        stats = name if self.statistics is None else self.statistics.for_weight(name)
         if self._at_once == 1 or len(slabs) == 1:
             for rows in slabs:
-                yield pack(self.quantize(name, grid, rows))
+                if rows is None or rows.start == 0:
+                    self.fallen.pop(name, None)  # begun anew
+                found = self._solve(self.read(name, rows), grid, stats)
+                if found.fallen:
+                    self.fallen[name] = self.fallen.get(name, 0) + found.fallen
+                yield pack(found)
             return
 
         def solved(values: Float32 | None, rows: slice | None) -> T:
             weight = self.read(name, rows) if values is None else values
-            return pack(self._solve(weight, grid, name))
+            return pack(self._solve(weight, grid, stats))
 
         # A source that computes its weights is read here, by one thread.
         alone = not self.source.threadsafe
@@ -155,8 +160,8 @@ class Weights:
 # the ledger says up to where, and lines behind that count only until the machine starts again. The
 # line that was being written when the build ended is left out.
 
-SYNC_EVERY = 5.0  # seconds of work that a loss of power may cost
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; elsewhere every start is taken for new
+SYNC_EVERY = 5.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Row = dict[str, Any]
 
@@ -167,10 +172,21 @@ class Ledger(dict[str, Row]):
     Args:
         path: the file; None keeps the ledger in memory only.
         target: names what is written. What stands in the file of another target is forgotten.
+        sync_every: seconds of work that a loss of power may cost.
+        boot: file that is another after every start of the machine (Linux has one); where there is
+            none, every start is taken for new.
     """
 
-    def __init__(self, path: Path | None = None, target: str = "") -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        target: str = "",
+        *,
+        sync_every: float = SYNC_EVERY,
+        boot: Path = BOOT_ID,
+    ) -> None:
         self._path, self._target = path, target
+        self._sync_every, self._boot = sync_every, boot
         super().__init__()
         self._synced_at = time.monotonic()
         self._unsynced: Path | None = None  # file of the last tensor, unless that is synced
@@ -189,7 +205,7 @@ class Ledger(dict[str, Row]):
         self[name] = {"done": name, "end": end, **facts}
         self._append(self[name])
         self._unsynced = file
-        if time.monotonic() > self._synced_at + SYNC_EVERY:
+        if time.monotonic() > self._synced_at + self._sync_every:
             self.sync()
 
     def sync(self) -> None:
@@ -222,19 +238,19 @@ class Ledger(dict[str, Row]):
         if not lines or lines[0][0].get("target") != self._target:
             self._begin()
             return
-        if not boots[-1] or boots[-1] != boot_id():
+        if not boots[-1] or boots[-1] != boot_id(self._boot):
             synced = [i for i, (row, _) in enumerate(lines) if "synced" in row]
             lines = lines[: synced[-1] + 1 if synced else 1]
         os.truncate(path, lines[-1][1])
         self.update({row["done"]: row for row, _ in lines if "done" in row})
-        self._append({"boot": boot_id()})
+        self._append({"boot": boot_id(self._boot)})
 
     def _begin(self) -> None:
         self.clear()
         if self._path is not None:
             self._path.parent.mkdir(exist_ok=True)
             self._path.unlink(missing_ok=True)
-        self._append({"target": self._target, "boot": boot_id()})
+        self._append({"target": self._target, "boot": boot_id(self._boot)})
 
     def _append(self, row: Row) -> None:
         if self._path is not None:
@@ -263,9 +279,9 @@ def read_lines(path: Path) -> Iterator[tuple[Row, int]]:
         yield row, end
 
 
-def boot_id() -> str:
+def boot_id(file: Path) -> str:
     """Another after every start of the machine; empty where there is none to be had."""
     try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
+        return file.read_text(encoding="ascii").strip()
     except OSError:
         return ""

@@ -2,14 +2,14 @@
 
 Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
 its output comes near the float model's hidden states at the same place, on inputs that the pruned
-and healed blocks before it produce. After dropped blocks the place is the next kept block's input,
-so that a kept block learns to stand in for those that followed it. (Block-wise reconstruction as in
-BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
+and healed blocks before it produce. After dropped blocks the place is the next retained block's
+input, so that a retained block learns to stand in for those that followed it. (Block-wise
+reconstruction as in BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
 
 In memory are one block's weights, their gradients and Adam's two moments in float32, activations of
 one window, and the hidden states of all windows twice, in bfloat16 (in a mapped file where they are
 many). One window in sixteen trains nothing: on those, weights are measured as a file of the
-checkpoint's dtype holds them, and the best are kept; a block that does not get better stays as it
+checkpoint's dtype holds them, and the best are taken; a block that does not get better stays as it
 was.
 """
 
@@ -75,7 +75,7 @@ class Adam:
             weight.grad = None
 
 
-class Ward:
+class WindowStates:
     """The hidden states of all windows: those that a block gets, and those that it should give.
 
     Args:
@@ -143,7 +143,7 @@ class Ward:
 def heal(
     whole: Source,
     pruned: Source,
-    kept: Sequence[int],
+    retained: Sequence[int],
     healing: Healing,
     windows: Sequence[Sequence[int]],
     folder: Path,
@@ -156,7 +156,7 @@ def heal(
     Args:
         whole: the float model.
         pruned: the model to heal.
-        kept: the float model's stored block of each of the pruned model's, ascending.
+        retained: the float model's stored block of each of the pruned model's, ascending.
         healing: minutes for all blocks together, or steps for each.
         windows: calibration text, all of one length.
         folder: gets a safetensors file for each block that got better.
@@ -176,21 +176,21 @@ def heal(
             "healing needs two windows of calibration text, one to train on and one to measure",
             hint="more calibration.tokens, or a smaller calibration.sequence_length",
         )
-    ward = Ward(whole, windows, work)
-    shares = Shares(healing, len(kept), clock)
-    ends = [*kept[1:], whole.config.num_hidden_layers // whole.config.block_repeat]
+    window_states = WindowStates(whole, windows, work)
+    shares = Shares(healing, len(retained), clock)
+    ends = [*retained[1:], whole.config.num_hidden_layers // whole.config.block_repeat]
     found: dict[str, Any] = {"steps": [], "before": [], "after": []}
     digest = hashlib.sha256()
     reached = 0
     for number, end in enumerate(ends):
         shares.next_block()
         for stored in range(reached, end):
-            ward.advance_goals(stored)
+            window_states.advance_goals(stored)
         reached = end
         index = number * pruned.config.block_repeat
         file = folder / f"blocks.{index}.safetensors"
         shares.begin()
-        steps, before, after = heal_block(ward, pruned, index, shares.done, file, work)
+        steps, before, after = heal_block(window_states, pruned, index, shares.done, file, work)
         for key, value in (("steps", steps), ("before", before), ("after", after)):
             found[key].append(value)
         if file.is_file():
@@ -198,7 +198,7 @@ def heal(
                 digest.update(
                     f"{index} {hashlib.file_digest(stream, 'sha256').hexdigest()} ".encode()
                 )
-        ward.advance_states(healed_block(pruned, index, folder))
+        window_states.advance_states(healed_block(pruned, index, folder))
         progress(number + 1, len(ends))
     return found | {"digest": digest.hexdigest()}
 
@@ -233,7 +233,7 @@ class Shares:
 
 
 def heal_block(
-    ward: Ward,
+    window_states: WindowStates,
     pruned: Source,
     index: int,
     done: Callable[[int], float],
@@ -243,7 +243,7 @@ def heal_block(
     """Train one stored block; ``file`` is there afterwards if it got better.
 
     Args:
-        ward: its states and goals, those of this block.
+        window_states: its states and goals, those of this block.
         pruned: its weights.
         index: of its first run.
         done: steps → the share of the healing that is done.
@@ -254,7 +254,7 @@ def heal_block(
         Steps done, held-back error before and after.
     """
     block = Block(pruned.config, index, pruned.read)
-    before = best = ward.held_error(block)
+    before = best = window_states.held_error(block)
     if before <= ROUNDING:  # nothing is lost
         return 0, before, best
     for name, weight in block.weights.items():
@@ -263,18 +263,18 @@ def heal_block(
     dtypes = stored_dtypes(pruned.checkpoint)
     trial = work / "trial"
     trial.mkdir(exist_ok=True)
-    batches = ward.batches(index)
+    batches = window_states.batches(index)
     steps = measured = 0
     while (share := done(steps)) < 1:
         batch = next(batches)
         for position in batch:
-            (ward.misfit(block, position) / len(batch)).backward()  # type: ignore[no-untyped-call]
+            (window_states.misfit(block, position) / len(batch)).backward()  # type: ignore[no-untyped-call]
         adam.step(RATE * (1 + math.cos(math.pi * share)) / 2)
         steps += 1
         if int(done(steps) * MEASURES) > measured:
             measured = int(done(steps) * MEASURES)
             save_block(block, dtypes, trial / file.name)
-            error = ward.held_error(healed_block(pruned, index, trial))
+            error = window_states.held_error(healed_block(pruned, index, trial))
             if error < best:
                 best = error
                 (trial / file.name).replace(file)

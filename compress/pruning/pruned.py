@@ -17,7 +17,7 @@ from compress.checkpoint.sources import Change, Source
 from compress.decoder.config import FUSED, DecoderConfig, Float32, split_name
 from compress.grids import Array
 
-__all__ = ["Healed", "Narrower", "Shallower", "kept_rows"]
+__all__ = ["Healed", "Narrower", "Shallower", "retained_rows"]
 
 
 class Shallower(Change):
@@ -25,20 +25,20 @@ class Shallower(Change):
 
     Args:
         source: the whole model.
-        config: with as many blocks as ``kept``.
-        kept: ascending indices of stored blocks (a block that runs twice counts once).
+        config: with as many blocks as ``retained``.
+        retained: ascending indices of stored blocks (a block that runs twice counts once).
     """
 
-    def __init__(self, source: Source, config: DecoderConfig, kept: Sequence[int]) -> None:
-        self.kept = tuple(kept)
-        super().__init__(source, config, f"blocks {self.kept}")
+    def __init__(self, source: Source, config: DecoderConfig, retained: Sequence[int]) -> None:
+        self.retained = tuple(retained)
+        super().__init__(source, config, f"blocks {self.retained}")
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         block, role, kind = split_name(name)
         if block is not None:
             stored, run = divmod(block, self.config.block_repeat)
-            name = f"blocks.{self.kept[stored] * self.config.block_repeat + run}.{role}.{kind}"
+            name = f"blocks.{self.retained[stored] * self.config.block_repeat + run}.{role}.{kind}"
         return self.source.read(name, rows)
 
 
@@ -49,7 +49,7 @@ class Narrower(Change):
         source: the whole model.
         config: with the smaller sizes.
         folder: of ``step.py``: a file per stored block with its changed weight.
-        kept: first run of a stored block → rows that stay, by role (``kept_rows``).
+        retained: first run of a stored block → rows that stay, by role (``retained_rows``).
         name: of the folder's contents; part of the fingerprint.
     """
 
@@ -58,11 +58,11 @@ class Narrower(Change):
         source: Source,
         config: DecoderConfig,
         folder: Path,
-        kept: Mapping[int, Mapping[str, Array]],
+        retained: Mapping[int, Mapping[str, Array]],
         name: str,
     ) -> None:
         super().__init__(source, config, name)
-        self._kept = kept
+        self._retained = retained
         self._changed = scan_folder(folder)
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -86,15 +86,15 @@ class Narrower(Change):
 
     def _rows(self, stored: int, role: str) -> Array | None:
         """Rows of the source's weight that stay; None where all do."""
-        kept = self._kept[stored]
-        if role in kept:
-            return kept[role]
-        members = [member for member in FUSED.get(role, ()) if member in kept]
+        retained = self._retained[stored]
+        if role in retained:
+            return retained[role]
+        members = [member for member in FUSED.get(role, ()) if member in retained]
         if not members:
             return None
         sizes = [self.source.config.weight_shape(member)[0] for member in members]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        pieces = [kept[member] + start for member, start in zip(members, starts, strict=True)]
+        pieces = [retained[member] + start for member, start in zip(members, starts, strict=True)]
         rows: Array = np.concatenate(pieces)
         return rows
 
@@ -143,27 +143,27 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_rows(info: TensorInfo, rows: slice | None) -> Float32:
-    """A tensor of a file, or rows of it. NaN may be there: of a training that went wrong, and that
-    nobody will take."""
+    """A tensor of a file, or rows of it. It may hold NaN: of a training that diverged, which is
+    not used."""
     start, stop, _ = (rows or slice(None)).indices(info.shape[0])
     shape = (max(stop - start, 0), *info.shape[1:])
     return read_range(info, start, math.prod(shape), checked=False).reshape(shape)
 
 
-def kept_rows(config: DecoderConfig, method: str, kept: Array) -> dict[str, Array]:
+def retained_rows(config: DecoderConfig, method: str, retained: Array) -> dict[str, Array]:
     """Rows that stay of the linears before the one whose columns are cut.
 
     Args:
         config: the whole model.
         method: ``ffn`` or ``heads``.
-        kept: channels, or key-value heads, ascending.
+        retained: channels, or key-value heads, ascending.
     """
     if method == "ffn":
         roles = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-        return dict.fromkeys(roles, kept)
+        return dict.fromkeys(roles, retained)
     group = config.num_attention_heads // config.num_key_value_heads
-    values = spread(kept, config.head_dim)
-    return {"q_proj": spread(kept, group * config.head_dim), "k_proj": values, "v_proj": values}
+    values = spread(retained, config.head_dim)
+    return {"q_proj": spread(retained, group * config.head_dim), "k_proj": values, "v_proj": values}
 
 
 def spread(groups: Array, size: int) -> Array:

@@ -1,6 +1,6 @@
 """The step of a build before statistics and writing: the float model is seen pruned.
 
-What was found (which blocks, which channels, the updated weights) is kept in the cache, by the
+What was found (which blocks, which channels, the updated weights) is stored in the cache, by the
 weights' fingerprint, the calibration windows and the cut: asked for again, nothing is computed.
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
-from compress.calibration.step import read_texts
 from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
@@ -29,7 +28,7 @@ from compress.files import cache_folder, computed_once
 from compress.machine import set_threads
 from compress.plan.cut import Cut, Healing
 from compress.plan.job import Job, choose_threads
-from compress.pruning.pruned import Healed, Narrower, Shallower, kept_rows
+from compress.pruning.pruned import Healed, Narrower, Shallower, retained_rows
 
 __all__ = ["Pruned", "prune", "prune_source"]
 
@@ -51,15 +50,14 @@ class Pruned:
     notes: tuple[str, ...]
 
 
-def prune(job: Job, cut: Cut, console: Console, threads: int) -> Pruned:
-    """The job's weights without what its cut says.
+def prune(job: Job, cut: Cut, texts: CalibrationSet, console: Console, threads: int) -> Pruned:
+    """The job's weights without what its cut says, measured on ``texts``.
 
     Raises:
-        UsageError: calibration texts that are not there or too short.
-        CheckpointError: weights or a tokenizer that cannot be read.
+        CheckpointError: weights that cannot be read.
     """
     set_threads(choose_threads(threads, job.config))
-    return prune_source(job.source, cut, read_texts(job), console)
+    return prune_source(job.source, cut, texts, console)
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
@@ -77,18 +75,18 @@ def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Conso
         measure(source, cut, texts, folder, work, console)
 
     def load(folder: Path) -> Pruned:
-        return kept_in(folder, source, cut, texts)
+        return read_pruned(folder, source, cut, texts)
 
     pruned = folder_once(key, compute, load)
     if cut.healing is None:
         return pruned
-    kept: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
+    retained: Sequence[int] = range(source.config.num_hidden_layers // source.config.block_repeat)
     if isinstance(pruned.source, Shallower):
-        kept = pruned.source.kept
-    return healed(source, pruned, kept, cut.healing, texts, console)
+        retained = pruned.source.retained
+    return healed(source, pruned, retained, cut.healing, texts, console)
 
 
-def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
+def read_pruned(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pruned:
     """A pruned source from its folder in the cache.
 
     Raises:
@@ -101,17 +99,17 @@ def kept_in(folder: Path, source: Source, cut: Cut, texts: CalibrationSet) -> Pr
     notes = (size_note(source.config, cut), *measured_notes(cut, found))
     if cut.method == "depth":
         return Pruned(Shallower(source, config, found["kept"]), notes)
-    kept = {
-        int(block): kept_rows(source.config, cut.method, np.array(rows))
+    retained = {
+        int(block): retained_rows(source.config, cut.method, np.array(rows))
         for block, rows in found["kept"].items()
     }
-    return Pruned(Narrower(source, config, folder, kept, folder.name), notes)
+    return Pruned(Narrower(source, config, folder, retained, folder.name), notes)
 
 
 def healed(
     whole: Source,
     pruned: Pruned,
-    kept: Sequence[int],
+    retained: Sequence[int],
     healing: Healing,
     texts: CalibrationSet,
     console: Console,
@@ -121,7 +119,7 @@ def healed(
     Args:
         whole: the float model.
         pruned: what is left of it.
-        kept: the stored blocks that are.
+        retained: indices of the stored blocks that are left, ascending.
         healing: for how long.
         texts: to train and measure on.
         console: for progress.
@@ -133,7 +131,7 @@ def healed(
         from compress.pruning.heal import heal
 
         with console.progress("heal", "blocks") as update:
-            found = heal(whole, source, kept, healing, texts.windows, folder, work, update)
+            found = heal(whole, source, retained, healing, texts.windows, folder, work, update)
         (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
     def load(folder: Path) -> Pruned:
@@ -212,7 +210,9 @@ def folder_once(
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
     """The cache's folder for what is found of a cut."""
-    facts = f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.kept} {cut.update}"
+    facts = (
+        f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.retained} {cut.update}"
+    )
     return cache_folder("pruning") / hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -226,8 +226,8 @@ def measure(
     if cut.method == "depth":
         with console.progress("try without blocks", "blocks") as update:
             gone = choose_blocks(source, texts.windows, cut.dropped, update)
-        kept = sorted(set(range(cut.total)) - {departure.block for departure in gone})
-        found: dict[str, Any] = {"kept": kept, "gone": [[d.block, d.kl] for d in gone]}
+        retained = sorted(set(range(cut.total)) - {departure.block for departure in gone})
+        found: dict[str, Any] = {"kept": retained, "gone": [[d.block, d.kl] for d in gone]}
         found["tokens"] = sum(map(len, measured_windows(texts.windows)))
     else:
         with console.progress(f"prune {cut.method}", "windows") as update:
@@ -238,12 +238,12 @@ def measure(
 def record(
     source: Source, cut: Cut, texts: CalibrationSet, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One step of what was done to a checkpoint, as its ``config.json`` tells it."""
+    """One step of what was done to a checkpoint, as its ``config.json`` records it."""
     step: dict[str, Any] = {
         "step": "prune",
         "model": source.checkpoint.source,
         "method": cut.method,
-        "kept": cut.kept,
+        "kept": cut.retained,
         "of": cut.total,
         "parameters": {
             "before": source.config.num_parameters,

@@ -39,7 +39,7 @@ def diagonal_blocks(hessian: tuple[Float32, ...]) -> Iterator[tuple[slice, Float
 def choose(
     weight: Float32,
     hessian: tuple[Float32, ...],
-    kept: int,
+    retained: int,
     *,
     size: int = 1,
     damping: float = 0.01,
@@ -50,10 +50,10 @@ def choose(
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: diagonal blocks of ``E[x xᵀ]``, each of whole groups.
-        kept: groups that stay.
+        retained: groups that stay.
         size: columns of a group: 1 for MLP channels, those of a key-value head for ``o_proj``.
         damping: share of the diagonal's mean that is added to it.
-        update: whether the kept columns will be updated (``compensate``).
+        update: whether the retained columns will be updated (``compensate``).
 
     Returns:
         int64 ``[kept]``, ascending indices of groups.
@@ -61,12 +61,12 @@ def choose(
     groups = weight.shape[1] // size
     if not update:
         pieces = [plain_costs(weight[:, s], block, size) for s, block in diagonal_blocks(hessian)]
-        return np.sort(np.argsort(-np.concatenate(pieces), kind="stable")[:kept])
+        return np.sort(np.argsort(-np.concatenate(pieces), kind="stable")[:retained])
     parts = [Remaining(weight[:, s], block, size, damping) for s, block in diagonal_blocks(hessian)]
     firsts = np.cumsum([0, *(len(part.alive) for part in parts)])
-    left = groups - kept
+    left = groups - retained
     while left:
-        count = min(left, max(1, -(-(groups - kept) // ROUNDS)))
+        count = min(left, max(1, -(-(groups - retained) // ROUNDS)))
         costs = np.concatenate([part.costs() for part in parts])
         going = np.argsort(costs, kind="stable")[:count]
         for part, first in zip(parts, firsts, strict=False):
@@ -126,7 +126,7 @@ class Remaining:
         return costs
 
     def remove(self, groups: Array) -> None:
-        """Take groups away; what is left makes up for them."""
+        """Remove groups, and update the remaining columns by least squares."""
         gone = (groups[:, None] * self.size + np.arange(self.size)).reshape(-1)
         corner = self._inverse[np.ix_(gone, gone)].astype(np.float64)
         shares = np.linalg.solve(corner, self._inverse[gone]).astype(np.float32)
@@ -138,7 +138,7 @@ class Remaining:
 def compensate(
     weight: Float32, hessian: tuple[Float32, ...], columns: Array, *, damping: float = 0.01
 ) -> Float32:
-    """The kept columns, updated by least squares; float32 ``[rows, len(columns)]``.
+    """The retained columns, updated by least squares; float32 ``[rows, len(columns)]``.
 
     Args:
         weight: float32 ``[rows, columns]``.

@@ -72,15 +72,15 @@ def narrow(
                     "and its inputs are too many for one Hessian"
                 )
             weight = source.read(f"{key}.weight")
-            kept = choose(weight, hessian, cut.kept, size=size, update=cut.update)
-            columns = spread(kept, size)
+            retained = choose(weight, hessian, cut.retained, size=size, update=cut.update)
+            columns = spread(retained, size)
             cutout = weight[:, columns]
             changed = compensate(weight, hessian, columns) if cut.update else cutout
             dtype = dtypes[role, "weight"]
             headers = {f"{key}.weight": (dtype, changed.shape)}
             write_safetensors(folder / f"{key}.safetensors", headers, [changed])
             block = str(split_name(f"{key}.weight")[0])
-            found[block] = kept.tolist()
+            found[block] = retained.tolist()
             errors[block] = relative_error(weight, columns, round_to(changed, dtype), entry)
     return {"kept": found, "relative_errors": errors}
 

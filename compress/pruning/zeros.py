@@ -1,4 +1,4 @@
-"""Which targets store zeros as nothing, and what is told of those that do not."""
+"""Which targets store zeros in no space, and the notes for those that do not."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def plan_zeros(plan: Plan, settings: Mapping[str, Any]) -> Plan:
     """The plan with what the target's weights need, and a line where zeros are stored."""
     if pattern_for(settings) is None or get_format(plan.format).stores_zeros:
         return plan
-    kept = {key: settings[key] for key in ("sparsity", "sparsity_method") if key in settings}
+    sparse = {key: settings[key] for key in ("sparsity", "sparsity_method") if key in settings}
     note = "the zeros of this experiment are stored like other weights: nothing is saved"
-    return replace(plan, settings={**plan.settings, **kept}, notes=(*plan.notes, note))
+    return replace(plan, settings={**plan.settings, **sparse}, notes=(*plan.notes, note))

@@ -68,8 +68,10 @@ class Regression:
         limit = before - slack if sign == "-" else before + slack
         value = find(artifact, self.name)
         passed = value is not None and bool(COMPARE[operator](value, limit))
-        told = f"{operator}{self._show(limit)} ({self._show(before)} before, {sign}{self.text})"
-        return Gate(f"regression: {self.name}", told, value, passed)
+        limit_text = (
+            f"{operator}{self._show(limit)} ({self._show(before)} before, {sign}{self.text})"
+        )
+        return Gate(f"regression: {self.name}", limit_text, value, passed)
 
     def _show(self, value: float) -> str:
         if "per" not in self.name and "bytes" in self.name:
@@ -170,7 +172,7 @@ class Previous:
 
     @property
     def measures(self) -> bool:
-        """Whether any limit is on what running an artifact tells."""
+        """Whether any limit is on a figure that needs the artifact to be run."""
         return any(limit.name not in OF_THE_FILE for limit in self.limits)
 
     def check_text(self, text: str, windows: Sequence[Sequence[int]]) -> None:
@@ -197,7 +199,7 @@ class Previous:
 
     def apply(self, report: Report, console: Console) -> None:
         """Add the gates to a new report, and what they do to its verdict, and the notes, which are
-        told, too.
+        printed, too.
 
         Raises:
             UsageError: see ``judge``.

@@ -112,9 +112,9 @@ def markdown_summary(report: Report) -> str:
         parts.append(pipe_table(TASK_HEADERS, rows, left=2))
     lines = []
     for artifact in report.artifacts:
-        told = [f"could not be run: {artifact.failure}"] if artifact.failure else []
-        told += failures(artifact)
-        lines += [f"- {sentence(f'{label(artifact)}: {line}')}" for line in told]
+        failed = [f"could not be run: {artifact.failure}"] if artifact.failure else []
+        failed += failures(artifact)
+        lines += [f"- {sentence(f'{label(artifact)}: {line}')}" for line in failed]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 
 
@@ -202,7 +202,7 @@ def answers_case(artifact: ArtifactReport) -> ET.Element:
 
 
 def gate_case(gate: GateReport) -> ET.Element:
-    """One gate; a failure tells what was measured and the limit."""
+    """One gate; a failure has the measured value and the limit."""
     case = ET.Element("testcase", {"name": xml_text(f"{gate.name} {gate.limit}")})
     if not gate.passed:
         message = xml_text(gate_failure(gate))

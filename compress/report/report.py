@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -26,7 +24,7 @@ from pydantic import (
 from compress.decoder.config_json import write_json
 from compress.errors import ArtifactError
 from compress.recipe.model import OneOfTheFormats
-from compress.recipe.schema import explain, json_schema
+from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
     "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
@@ -57,12 +55,6 @@ RATE = {
     "decode": "One token at a time after it; median.",
 }
 BATCH, DECODED = "Length of that batch.", "Tokens decoded."
-
-
-class Part(BaseModel):
-    """A mapping of the report: only known keys, values of the very type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Tool(Part):
@@ -138,7 +130,7 @@ class Generation(Part):
 
     prompt_text: str | None = None
     text: str | None = None
-    tokens: list[Count] = []
+    tokens: list[Count] = Field(default=[])
     first_difference: int | None = Field(
         default=None, description="Place of the first other token."
     )
@@ -262,21 +254,28 @@ class ArtifactReport(Part):
     failure: str | None = Field(
         default=None, description="Why it could not be run, where that was tried."
     )
-    notes: list[str] = []
-    tensors: list[TensorReport] = []
-    gates: list[GateReport] = []
+    notes: list[str] = Field(default=[])
+    tensors: list[TensorReport] = Field(default=[])
+    gates: list[GateReport] = Field(default=[])
 
     def __repr__(self) -> str:
         return f"ArtifactReport({self.format} {self.type}, {self.bytes} bytes)"
+
+    __str__ = __repr__
 
 
 class Report(Part):
     """What a build made and how it compares with the float model. null: not measured, or not
     finite.
 
-    >>> report = Report.load("out/report.json")  # doctest: +SKIP
-    >>> report.passed, report["gguf"].kl_divergence.mean  # doctest: +SKIP
-    (True, 0.0297)
+    Example:
+        >>> report = Report.from_dict({
+        ...     "schema_version": 1, "tool": {"version": "0.1.0"}, "model": {"source": "tiny"},
+        ...     "baseline": {}, "verdict": "passed", "artifacts": [{
+        ...         "format": "gguf", "type": "Q4_0", "bytes": 640,
+        ...         "kl_divergence": {"mean": 0.03}}]})
+        >>> report.passed, report["gguf"].kl_divergence.mean
+        (True, 0.03)
     """
 
     schema_version: Literal[1]
@@ -293,7 +292,7 @@ class Report(Part):
     baseline: BaselineReport
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
-    notes: list[str] = []
+    notes: list[str] = Field(default=[])
 
     def __getitem__(self, format: str) -> ArtifactReport:
         """The artifact of a format, the first where there are several.
@@ -352,6 +351,8 @@ class Report(Part):
     def __repr__(self) -> str:
         made = ", ".join(f"{found.format} {found.type}" for found in self.artifacts)
         return f"Report({self.model.name}, {self.recipe['name']}: {self.verdict}; {made})"
+
+    __str__ = __repr__
 
 
 def verdict(artifacts: list[ArtifactReport]) -> Literal["passed", "failed", "not verified"]:

@@ -37,6 +37,7 @@ from compress.recipe import (
 
 __all__ = [
     "get_solver", "quantize", "register_solver", "rtn", "scale_search", "slabs_at_once",
+    "solver_function",
 ]  # fmt: skip
 
 Solve = Callable[[Float32, Grid, LayerStats | None], Quantized]
@@ -97,12 +98,11 @@ class OneInput:
         return self.stats
 
 
-def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
-    """The solver of that name, which looks up the statistics of each weight's input.
+def solver_function(name: str) -> Solve:
+    """``solve(weight, grid, stats) -> Quantized``, the solver of that name.
 
     Args:
         name: of a row of ``SOLVERS``, or an entry point.
-        statistics: of the inputs; None: the solver gets none.
 
     Raises:
         UsageError: no such solver, or one that cannot be loaded. Calling what is returned: a result
@@ -112,11 +112,11 @@ def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> So
     if isinstance(solve, str):
         module, _, function = solve.partition(":")
         solve = getattr(importlib.import_module(module), function)
-    if name in BUILTIN_SOLVERS and needs_of(name) is None:
-        return solve  # rtn, which looks at nothing else
+    if name in BUILTIN_SOLVERS:
+        builtin: Solve = solve
+        return builtin
 
-    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
-        stats = statistics.for_weight(tensor) if statistics is not None else None
+    def checked(weight: Float32, grid: Grid, stats: LayerStats | None) -> Quantized:
         found = solve(weight, grid, stats)
         if isinstance(found, Quantized) and found.shape == weight.shape and found.grid == grid:
             return found
@@ -124,6 +124,24 @@ def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> So
             f"solver {name!r} returned something else than {grid.name} of shape {weight.shape}",
             hint="Quantized(codes, params, grid, weight.shape)",
         )
+
+    return checked
+
+
+def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
+    """``solve(weight, grid, tensor)``: that solver with the statistics of each weight's input.
+
+    Args:
+        name: see ``solver_function``.
+        statistics: of the inputs; None: the solver gets none.
+
+    Raises:
+        UsageError: see ``solver_function``.
+    """
+    solve = solver_function(name)
+
+    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
+        return solve(weight, grid, statistics.for_weight(tensor) if statistics else None)
 
     return solver
 
@@ -139,6 +157,13 @@ def register_solver(name: str, solve: Solve, needs: str | None = None) -> None:
 
     Raises:
         UsageError: a name of packlight's own, no function, or other needs.
+
+    Example:
+        >>> def halved(weight, grid, stats):
+        ...     return grid.quantize(weight / 2)
+        >>> register_solver("halved", halved)
+        >>> quantize(np.ones((2, 32), np.float32), "F16", solver="halved").decode()[0, 0]
+        np.float32(0.5)
     """
     if name in BUILTIN_SOLVERS:
         raise UsageError(f"solver {name!r} is packlight's own", hint="another name")

@@ -22,9 +22,9 @@ makes it better in every format that was tried.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PropagatedWeights"]
+
+T = TypeVar("T")
 
 SLAB = 1 << 23  # weights of the embedding that are decoded at a time
 SHARE = 0.25  # of the way from the float weights to those that meet the float outputs best
@@ -95,6 +97,13 @@ class PropagatedWeights(Weights):
         if solved.fallen:
             self.fallen[name] = solved.fallen
         return solved.rows(rows) if rows else solved
+
+    def in_slabs(
+        self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
+    ) -> Iterator[T]:
+        """See ``Weights.in_slabs``; one after the other."""
+        for rows in slabs:
+            yield pack(self.quantize(name, grid, rows))
 
     # --- the walk ----------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found out about one artifact."""
+    """The measurements of one artifact."""
 
     quality: Quality
     resources: Resources
@@ -69,7 +69,7 @@ class Verified:
 
 
 Outcome = Verified | PacklightError | None
-"""What became of an artifact: its figures, why it could not be run, or None where nobody tried."""
+"""Result of an artifact: its figures, why it could not be run, or None where it was not run."""
 
 
 def verify_artifact(

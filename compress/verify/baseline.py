@@ -1,4 +1,4 @@
-"""What the float model said, on disk: log-probabilities of every scored position.
+"""The float model's output on disk: log-probabilities of every scored position.
 
 One file of fixed-point numbers, written window by window and mapped into memory for reading, so
 that neither the writer nor a reader ever holds more than a few rows.
@@ -136,7 +136,7 @@ class BaselineStore:
             if not is_disk_full(error):
                 raise
             raise DiskFullError(
-                f"the disk ran full in {folder.parent}, where the float model's answers are kept",
+                f"the disk ran full in {folder.parent}, where the float model's answers are stored",
                 hint="free some space, or score less text (verify.windows)",
             ) from error
         return cls(folder)
@@ -186,7 +186,7 @@ def chunks(rows: int, vocab: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class BaselineCache:
-    """The answers of one float model to one set of windows, kept for other builds: the files of a
+    """The answers of one float model to one set of windows, cached for other builds: the files of a
     ``BaselineStore``, and ``facts.json`` with the model's speed.
 
     A build that loads them has links of its own, so that neither can harm the other.

@@ -1,10 +1,10 @@
-"""A child process that tells a parent what it finds, one JSON object per line.
+"""A child process that reports to its parent, one JSON object per line.
 
 An artifact runs in a process of its own for two reasons: llama.cpp and other native code end the
 whole process (``abort``) on a file that they dislike, and a process that holds nothing else is the
 only place where "peak memory" is the artifact's own.
 
-The child speaks through a copy of its stdout and points stdout itself at stderr, so that whatever
+The child writes to a copy of its stdout and points stdout itself at stderr, so that whatever
 native libraries print cannot be mistaken for an event.
 """
 
@@ -108,7 +108,7 @@ def how_it_ended(code: int) -> str:
 
 
 def last_of(complaints: Sequence[str | None]) -> str:
-    """The last line that says anything, to hang on a message."""
+    """The last line that is not blank, for an error message."""
     said = [line.strip() for line in complaints if line and line.strip()]
     return f": {said[-1][:300]}" if said else ""
 

@@ -343,7 +343,7 @@ def _only_owner(step: Step, values: Mapping[str, Tensor], x: Tensor, state: Tens
 def _write(states: dict[str, Tensor], name: str, data: Tensor) -> None:
     state = states[name]
     if data.untyped_storage().data_ptr() != state.untyped_storage().data_ptr():
-        # A new tensor: the old one may still be somebody's value.
+        # A new tensor: the old one may still be the value of another name.
         states[name] = data.to(state.dtype, copy=True).reshape(state.shape)
     elif data.shape != state.shape or data.stride() != state.stride():
         states[name] = data.clone().reshape(state.shape)

@@ -30,11 +30,11 @@ def describe(path: Path) -> dict[str, Any]:
     """
     program = read_package(path)
     function = program.function(program.default_function)
-    told = program.metadata.get("packlight.parameters")
+    recorded = program.metadata.get("packlight.parameters")
     kind = program.metadata.get("packlight.grid", "")
     tensors = list_tensors(function)
     counted = sum(tensor["weights"] for tensor in tensors)
-    parameters = int(told) if told else counted
+    parameters = int(recorded) if recorded else counted
     nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     operators = Counter(op.kind for op in function.operations if op.kind != "const")
     shapes = {**function.inputs, **function.states, **function.outputs}
@@ -73,7 +73,7 @@ def list_tensors(function: Function) -> list[dict[str, Any]]:
     tensors = []
     joint = {op.outputs[0][0]: op for op in function.operations if op.kind in JOINT}
     for operation in function.operations:
-        if operation.kind in JOINT:  # told with the constant that is made of it
+        if operation.kind in JOINT:  # listed with the constant that is made of it
             continue
         if operation.kind == SPARSE:
             tensors.append(describe_sparse(operation, joint))
@@ -100,7 +100,7 @@ def list_tensors(function: Function) -> list[dict[str, Any]]:
 
 
 def describe_sparse(operation: Operation, joint: Mapping[str, Operation]) -> dict[str, Any]:
-    """A sparse constant, as ``list_tensors`` tells it.
+    """A sparse constant, as ``list_tensors`` gives it.
 
     Its grid says what share is zero: a pattern such as 2of4 cannot be seen without reading.
     """

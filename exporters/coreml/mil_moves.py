@@ -44,7 +44,7 @@ def reshape(x: Tensor, shape: Tensor) -> Tensor:
     sizes = ints(shape)
     from_last = [1] * (len(sizes) - x.dim()) + list(x.shape)
     from_last = from_last[len(from_last) - len(sizes) :]
-    return x.reshape([kept if n == 0 else n for n, kept in zip(sizes, from_last, strict=True)])
+    return x.reshape([size if n == 0 else n for n, size in zip(sizes, from_last, strict=True)])
 
 
 def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def slice_update(
 ) -> Tensor:
     """``x`` with a slice replaced; the update must have the slice's shape.
 
-    ``in_place`` is the evaluator's word that nobody looks at the old ``x`` again.
+    ``in_place`` says that the old ``x`` is not used again.
     """
     index = box(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     x = x if in_place else x.to(torch.promote_types(x.dtype, update.dtype), copy=True)

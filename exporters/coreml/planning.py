@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
-IMMEDIATE = 10  # plain constants of fewer elements stand in the graph, as coremltools does it
+IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
 NEURAL_ENGINE_MULTIPLE = 32
 
 
@@ -63,6 +63,12 @@ class Part:
     def nbytes(self) -> int:
         """Bytes in the file; sub-byte integers are packed without gaps."""
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
+
+    @property
+    def in_graph(self) -> bool:
+        """Plain constants of few elements stand in the program, which is made before any weight is
+        solved: small tables of palettes cannot."""
+        return self.name == "val" and math.prod(self.shape) < IMMEDIATE
 
 
 def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -210,7 +216,7 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     """
     try:
         inner = dense_name(grid)
-    except GridError:  # nobody has it
+    except GridError:  # no such grid
         inner = ""
     if inner and inner != grid:
         get_grid(grid).check(shape)
@@ -286,14 +292,9 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
     return ALIGNMENT + container_bytes(arrays)
 
 
-def in_weight_file(part: Part) -> bool:
-    """Whether an array lies there, and not in the graph, which is made before codes are chosen."""
-    return part.name != "val" or math.prod(part.shape) >= IMMEDIATE
-
-
 def container_bytes(arrays: Iterable[Part]) -> int:
     """What arrays take in ``weight.bin``, each with its record, both aligned."""
-    sizes = (part.nbytes for part in arrays if in_weight_file(part))
+    sizes = (part.nbytes for part in arrays if not part.in_graph)
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 

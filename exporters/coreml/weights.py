@@ -1,4 +1,5 @@
-"""Large constants of a running program: decoded when used, whole or by rows, kept if there is room.
+"""Large constants of a running program: decoded when used, whole or by rows, cached if there is
+room.
 
 Decoding is what a run of a large model spends its time on, so ``linear`` takes its weight a slab
 of rows at a time (a decoded slab stays in the processor's cache), and ``gather`` decodes only the
@@ -37,7 +38,7 @@ class Weight:
         self.shape = constant.shape
         self.keep_as: torch.dtype | None = None
         self._by_rows = can_take_rows(constant)
-        self._kept: Tensor | None = None
+        self._decoded: Tensor | None = None
 
     def whole(self) -> Tensor:
         """All of it, float16 or float32."""
@@ -47,7 +48,7 @@ class Weight:
 
     def rows(self, rows: NDArray[np.int64]) -> Tensor:
         """Some rows of it."""
-        if self._kept is not None or not self._by_rows:
+        if self._decoded is not None or not self._by_rows:
             return self.whole()[torch.from_numpy(rows)]
         return decode(take_rows(self.constant, rows))
 
@@ -56,22 +57,22 @@ class Weight:
         if self.keep_as == torch.float32:
             yield 0, self.shape[0], self.whole()
             return
-        kept = self.whole() if self.keep_as is not None or not self._by_rows else None
+        decoded = self.whole() if self.keep_as is not None or not self._by_rows else None
         for first, last in self._ranges():
-            if kept is None:
+            if decoded is None:
                 yield first, last, decode(take_rows(self.constant, slice(first, last)))
             else:
-                yield first, last, kept[first:last]
+                yield first, last, decoded[first:last]
 
     def _keep(self, dtype: torch.dtype) -> Tensor:
-        if self._kept is None and self._by_rows:
-            kept = torch.empty(self.shape, dtype=dtype)
+        if self._decoded is None and self._by_rows:
+            decoded = torch.empty(self.shape, dtype=dtype)
             for first, last in self._ranges():
-                kept[first:last] = decode(take_rows(self.constant, slice(first, last)))
-            self._kept = kept
-        elif self._kept is None:
-            self._kept = decode(self.constant).to(dtype)
-        return self._kept
+                decoded[first:last] = decode(take_rows(self.constant, slice(first, last)))
+            self._decoded = decoded
+        elif self._decoded is None:
+            self._decoded = decode(self.constant).to(dtype)
+        return self._decoded
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         total = self.shape[0]

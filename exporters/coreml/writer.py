@@ -41,7 +41,7 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreml.constants import Constants, constant_name, stored
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import ALIGNMENT, in_weight_file, parts
+from exporters.coreml.planning import ALIGNMENT, parts
 from exporters.coreml.weight_file import HEADER, VERSION, Blob, Layout
 
 COREMLTOOLS = "9.0"
@@ -91,7 +91,7 @@ class Writer:
             blobs = {
                 key: Blob(stream, self._layout.offsets[names[key]], part)
                 for key, part in pieces.items()
-                if names[key] in self._layout.offsets  # a few numbers stand in the graph
+                if not part.in_graph
             }
             for arrays in slabs if blobs else ():
                 for key, blob in blobs.items():
@@ -171,7 +171,7 @@ def build_program(
 def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
     """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
     config, context = weights.config, plan.settings["context"]
-    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is told against
+    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is compared with
     described = model.description
     for feature, text in (
         (described.input[0], "Token ids, the new ones only"),
@@ -233,11 +233,11 @@ def check_weight_file(plan: Plan, file: Path) -> None:
 
 @contextmanager
 def absent(*packages: str) -> Iterator[None]:
-    """Whoever imports these meanwhile is told that they are not installed, unless they are loaded.
+    """Makes imports of these packages fail, unless they are loaded already.
 
     coremltools imports every framework that it could convert from, if it finds it. Nothing is
     converted here, and torch and transformers would be 1.6 CPU seconds and 160 MB of every build.
-    The price: whoever imports torch only then cannot convert torch models by coremltools in the
+    The price: code that imports torch only then cannot convert torch models by coremltools in the
     same process, so this is for processes that are packlight's alone.
     """
     hidden: dict[str, Any] = {name: None for name in packages if name not in sys.modules}
@@ -318,7 +318,7 @@ class CoreMLTools:
                 part = constants.parts.get(name)
                 if part is None:
                     return super().get_milproto_value(var)
-                if not in_weight_file(part):
+                if part.in_graph:
                     return helper.create_tensor_value(constants.values(name, weights))
                 return helper.create_file_value_tensor(
                     file_name=f"@model_path/{WEIGHTS_FOLDER}/{WEIGHT_FILE}",

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from compress.errors import ArtifactError
 
-SHOWN = 8  # entries of a list that are kept
+SHOWN = 8  # entries of a list that are shown
 STRING, ARRAY, BOOL = 8, 9, 7
 # gguf_metadata_value_type → struct format.
 NUMBERS = {

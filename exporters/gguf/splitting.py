@@ -78,9 +78,9 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
         if step["type"] == "Split":
             # Isolated matches, or everything else removed: the same where a pattern covers all.
             isolated = step["behavior"] == "Isolated" and not step.get("invert")
-            kept = step["behavior"] == "Removed" and step.get("invert")
+            matched = step["behavior"] == "Removed" and step.get("invert")
             pattern = step["pattern"].get("Regex", "")
-            patterns.append(pattern if isolated or kept else f"{step['behavior']} {pattern}")
+            patterns.append(pattern if isolated or matched else f"{step['behavior']} {pattern}")
         elif step["type"] == "Digits" and step.get("individual_digits"):
             patterns.append(DIGIT)
         elif step["type"] == "ByteLevel":

@@ -310,7 +310,7 @@ def added_around(
 def strips_after_special(
     added: Mapping[int, Mapping[str, Any]], by_text: Mapping[str, int]
 ) -> tuple[bool, list[str]]:
-    """Whether llama.cpp must be told (by the model's name) to drop whitespace behind tokens."""
+    """Whether the model's name has to make llama.cpp drop whitespace behind tokens."""
     wanted = {token["content"] for token in added.values() if token.get("rstrip")}
     if not wanted:
         return False, []

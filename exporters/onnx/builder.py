@@ -35,7 +35,7 @@ class GraphBuilder:
         self.initializers: dict[str, ir.Value] = {}
 
     def model(self, name: str, metadata: dict[str, str]) -> ir.Model:
-        """The finished model. Nothing in it tells when, where or from which path it was made."""
+        """The finished model. It holds no time, host name or path."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -72,7 +72,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Attribute,
     ) -> ir.Value:
-        """A node with one output, which has the node's name unless told otherwise."""
+        """A node with one output, which has the node's name by default."""
         outputs = [output or name]
         return self.node(op_type, inputs, name, outputs, domain=domain, **attributes)[0]
 

@@ -73,7 +73,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("head_bits", chosen["bits"])
     _check_group_size(config, chosen["group_size"])
     entries = tuple(_entries(config, chosen, choices))
-    if choices:  # the graph's name tells the bits of its linears
+    if choices:  # the graph's name has the bits of its linears
         matrices = [e for e in entries if e.name != "embed_tokens.weight"]
         linears = [e.grid for e in matrices if candidates(e, chosen)]
         chosen["bits"] = 4 if any(get_grid(grid).bits == 4 for grid in linears) else 8
