@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.build.write import prepare_target, write_artifacts
+from compress.build.write import target_weights, write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
@@ -65,9 +65,10 @@ def walks(tmp_path: Path) -> int:
 def test_targets_of_one_source_share_its_walk(job, tmp_path):
     calibration = step(job)
     for plan in job.plans:
-        inputs = prepare_target(plan, job, calibration, Console())
-        assert inputs.source is job.source
-        assert inputs.statistics.for_weight("blocks.1.o_proj.weight").count == 256
+        ledger = tmp_path / f"{plan.format}.ledger"
+        weights, _ = target_weights(plan, job, calibration, Console(), tmp_path, ledger)
+        assert weights.source is job.source
+        assert weights.statistics.for_weight("blocks.1.o_proj.weight").count == 256
         assert walks(tmp_path) == 1
 
 
