@@ -20,7 +20,6 @@ from compress.allocation.effort import effort_for
 from compress.decoder.config import DecoderConfig
 from compress.errors import GridError, UsageError
 from compress.grids import Grid, Quantized, get_grid, register_grid
-from compress.recipe import solvers as table
 from compress.solvers import quantize, register_solver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,9 +118,9 @@ def plain(model, tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """The tables as they were."""
-    kept = dict(grids.GRIDS), dict(table.SOLVERS)
+    kept = dict(grids.GRIDS), dict(recipe.SOLVERS)
     yield
-    for rows, before in zip((grids.GRIDS, table.SOLVERS), kept, strict=True):
+    for rows, before in zip((grids.GRIDS, recipe.SOLVERS), kept, strict=True):
         rows.clear()
         rows.update(before)
 
@@ -225,9 +224,9 @@ def test_an_installed_solver_builds_by_its_name(model, plain, installed, tmp_pat
 
 
 def test_an_installed_solver_says_what_it_needs(installed):
-    assert table.needs_of("searching") == "importance"
-    assert table.needs_of("same") is None
-    assert table.needs_of("rtn") is None  # packlight's own, whatever others call so
+    assert recipe.needs_of("searching") == "importance"
+    assert recipe.needs_of("same") is None
+    assert recipe.needs_of("rtn") is None  # packlight's own, whatever others call so
     assert recipe.load("int4-fast", ["quantize.solver=searching"]).solver == "searching"
     weight = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float32)
     importance = np.arange(64, dtype=np.float32)
@@ -277,7 +276,7 @@ def test_solvers_that_cannot_be_registered():
         register_solver("mine", solve, needs="fisher")
     with pytest.raises(UsageError, match="no function"):
         register_solver("mine", "solve")
-    assert "mine" not in table.solver_names()
+    assert "mine" not in recipe.solver_names()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "int4-g32", "lut4-g8", "F16"])
