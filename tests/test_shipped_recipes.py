@@ -98,7 +98,7 @@ def test_a_recipe_passes_its_own_gates_on_a_trained_phi3(name: str, tmp_path: Pa
 BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "phone-1.8GB": ("phi3", 430_000, (FEW,)),
     "phone-1.8GiB": ("phi3", 470_000, (FEW,)),
-    "mobilellm-125m": ("mobilellm", 520_000, (FEW.replace("]", ", Q6_K, int4-g32, int8-g32]"),)),
+    "mobilellm-125m": ("mobilellm", 560_000, (FEW.replace("]", ", Q6_K, int4-g32, int8-g32]"),)),
 }
 
 
