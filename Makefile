@@ -39,7 +39,7 @@ type: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python -m pytest -n 0 tests/test_help.py tests/test_schemas.py \
+	$(BIN)/python -m pytest -n 0 tests/commands/test_help.py tests/recipe/test_schemas.py \
 		--update-golden
 
 screenshot: setup

@@ -22,7 +22,7 @@ from commands import Step, server
 from compress.errors import DiskFullError
 from compress.output.folder import check_disk, locked
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 OPTIONS = (
     "--threads", "1", "-v", "--set", "quantize.solver=scale_search",
     "--set", "calibration.tokens=2048", "--set", "calibration.sequence_length=128",

@@ -15,7 +15,7 @@ import pytest
 from compress import cli
 from compress.demo import model_path
 
-GOLDEN = Path(__file__).with_name("golden") / "demo_rtn.json"
+GOLDEN = Path(__file__).parents[1].joinpath("golden") / "demo_rtn.json"
 FORMATS = ("gguf", "onnx", "coreml")
 
 

@@ -8,7 +8,7 @@ import click
 
 from compress.cli import CONTEXT, cli
 
-GOLDEN = Path(__file__).resolve().parents[1] / "docs" / "help.md"
+GOLDEN = Path(__file__).resolve().parents[2] / "docs" / "help.md"
 
 
 def commands(group: click.Group, path: str) -> list[tuple[str, click.Command]]:

@@ -34,7 +34,7 @@ from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import describe
 from exporters.coreml.planning import GRIDS, parts, weight_file_bytes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # Every kind of stored tensor in one model of fourteen linears.
 MIXED = (
     *("int4-g32", "int4-g16-asym", "int4-channel", "int4-channel-asym"),

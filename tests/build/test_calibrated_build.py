@@ -23,7 +23,7 @@ def cache(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def demo_text(tmp_path_factory) -> Path:
     """Text that is not the held-out one: this repository's own documentation."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     path = tmp_path_factory.mktemp("texts") / "docs.txt"
     files = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
     path.write_text("\n".join(file.read_text(encoding="utf-8") for file in files))

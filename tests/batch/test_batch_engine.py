@@ -156,7 +156,7 @@ sys.stdin.read()
 
 
 def test_a_job_dies_with_the_process_that_started_it(tmp_path):
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path), str(model_path())],
         cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

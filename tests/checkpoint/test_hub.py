@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_for_this_test_only"
 

@@ -22,7 +22,7 @@ from compress.errors import GridError, UsageError
 from compress.grids import Grid, Quantized, get_grid, register_grid
 from compress.solvers import quantize, register_solver
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TERNARY = '''
 """ternary-g16: w = scale * (code - 1), one float32 scale for 16 columns."""
 

@@ -17,7 +17,7 @@ import pytest
 
 from compress.demo import model_path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAST_ROW = ")  # fmt: skip\n\nFORMATS.update"
 ROW = """    Format("toy", "Toy™", "exporters.toy", "a .toy file", ProcessCost(10**8, 4.0, 1e-9)),
 """

@@ -29,7 +29,9 @@ PHI3_MINI = {
 }  # fmt: skip
 
 MEASURED = json.loads(
-    (Path(__file__).parents[1] / "benchmarks" / "activations.json").read_text(encoding="utf-8")
+    (Path(__file__).resolve().parents[2] / "benchmarks" / "activations.json").read_text(
+        encoding="utf-8"
+    )
 )
 
 

@@ -15,7 +15,7 @@ from compress.plan.document import plan_schema
 from compress.recipe.model import recipe_schema
 from compress.report.report import report_schema
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SCHEMAS = {
     "recipes/schema.json": recipe_schema,

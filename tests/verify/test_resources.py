@@ -20,7 +20,7 @@ from compress.verify.child import Event
 from compress.verify.generate import check_generation, greedy
 from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
 
-PROBE = [sys.executable, str(Path(__file__).with_name("echo_model.py"))]
+PROBE = [sys.executable, str(Path(__file__).parents[1].joinpath("echo_model.py"))]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
 

@@ -10,7 +10,9 @@ import pytest
 from compress.demo import heldout_path, model_path
 
 FIGURES = json.loads(
-    (Path(__file__).parent.parent / "benchmarks" / "demo_training.json").read_text(encoding="utf-8")
+    (Path(__file__).resolve().parents[2] / "benchmarks" / "demo_training.json").read_text(
+        encoding="utf-8"
+    )
 )
 CONTEXT = 512
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"}]

@@ -11,7 +11,7 @@ import yaml
 from compress.batch.jobs import arguments, read_jobs, select
 from compress.errors import RecipeError, UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(folder: Path, **document: object) -> Path:

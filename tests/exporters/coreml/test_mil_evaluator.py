@@ -383,4 +383,6 @@ def test_reading_a_package_does_not_import_coremltools(package: Path) -> None:
         f"read_package(Path({str(package)!r})).function('main')\n"
         "assert 'coremltools' not in sys.modules and 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[3]
+    )

@@ -23,7 +23,7 @@ from compress.demo import model_path
 from compress.grids import get_grid
 from compress.recipe import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from published import MODELS  # noqa: E402

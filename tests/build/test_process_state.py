@@ -20,7 +20,7 @@ import pytest
 from compress import machine
 from compress.demo import model_path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # A program that has numpy and torch loaded, with settings of its own, and builds by functions.
 PROGRAM = """
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoTokenizer  # torch sets a variable as that loads its compiler
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/build"]
 import test_process_state as here
 torch.set_num_threads(2)
 logging.getLogger("coremltools").setLevel(logging.INFO)

@@ -1,6 +1,6 @@
 """Every bad checkpoint that the command line may meet: one clear line, exit 2, nothing left behind.
 
-The commands run in this process; `tests/test_cli.py` runs some as processes of their own.
+The commands run in this process; `tests/commands/test_cli.py` runs some as processes of their own.
 """
 
 from __future__ import annotations
