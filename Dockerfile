@@ -16,6 +16,7 @@ WORKDIR /opt/packlight
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY compress compress
 COPY exporters exporters
+COPY packlight packlight
 COPY recipes recipes
 RUN pip install --constraint constraints.txt . \
     && rm -rf build *.egg-info

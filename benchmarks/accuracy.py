@@ -30,6 +30,7 @@ from typing import Any
 from peers import PEERS, OnnxHqq, Peer
 from writing import write
 
+# Below the public names: times the choice of codes, ours and of other people.
 from compress.build.write import prepare_target, target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance

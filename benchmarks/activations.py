@@ -26,6 +26,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
+# Below the public names: writes files of zeros, and reads llama.cpp's buffers.
 from compress.decoder.config import DecoderConfig
 from compress.plan.shapes import PlanRequest
 from compress.verify.resources import AnonymousPeak, read_status

@@ -32,6 +32,7 @@ import numpy as np
 from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
+# Below the public names: holds single cost tables against what their choices measure.
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.allocation import effort
 from compress.allocation.step import BudgetStep, limit_for

@@ -28,6 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+# Below the public names: reads sizes as the command does, which it runs.
 from compress.console import parse_bytes  # noqa: E402
 
 PACKLIGHT = (sys.executable, "-m", "compress")

@@ -45,10 +45,11 @@ from full_size_page import write_pages  # noqa: E402
 from make_checkpoint import SLAB, make  # noqa: E402
 from usage import CommandFailedError, evict, measure, room  # noqa: E402
 
-from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.demo import model_path  # noqa: E402
+
+# Below the public names: counts the machine as packlight does.
 from compress.machine import available_cpus, available_memory  # noqa: E402
-from compress.plan.job import describe_model  # noqa: E402
+from packlight import Checkpoint, inspect  # noqa: E402
 
 FAMILIES = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini-4k", "phi-3-medium-4k")
 RTN = ("-r", "int4-fast", "--no-verify")
@@ -140,15 +141,15 @@ class Bench:
 
     def facts(self) -> dict[str, Any]:
         """Of the checkpoint."""
-        checkpoint = Checkpoint.open(self.folder)
+        (model,) = inspect(self.folder)
         shards = sorted(self.folder.glob("*.safetensors"))
         stored = sum(512 * shard.stat().st_blocks for shard in shards)
         return {
-            "parameters": describe_model(checkpoint).num_parameters,
-            "checkpoint_bytes": checkpoint.nbytes,
-            "blocks": describe_model(checkpoint).num_hidden_layers,
+            "parameters": model["parameters"],
+            "checkpoint_bytes": model["bytes"],
+            "blocks": model["metadata"]["blocks"],
             "shards": len(shards),
-            "sparse": stored < checkpoint.nbytes // 2,
+            "sparse": stored < model["bytes"] // 2,
         }
 
     # --- one row ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+# Below the public names: draws as the report does.
 from compress.report.charts import element, line, text, ticks
 
 MB, GB = 1e6, 1e9

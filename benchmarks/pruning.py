@@ -21,6 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+# Below the public names: measures the pruned float model; no artifact is made.
 from compress.calibration.texts import CalibrationSet  # noqa: E402
 from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.checkpoint.sources import Source, Stored  # noqa: E402

@@ -15,72 +15,49 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import exporters  # noqa: F401 -- fills the table of formats
-from compress.build.write import write_artifacts
-from compress.calibration.step import CalibrationStep, Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.console import Console
+import packlight
 from compress.demo import model_path
-from compress.plan.job import Job, prepare
-from compress.plan.shapes import Artifact
-from compress.pruning.rotation import KINDS
-from compress.pruning.transforms import transforms_of
-from compress.recipe import load
-from compress.verify.scorer import Scorer, read_text
 
 GRIDS = ("lut4-g8", "lut4-g16", "lut4-tensor", "lut3-g8", "int4-channel")
 SOLVERS = ("scale_search", "gptq")
-
-
-def plan(checkpoint: Checkpoint, grid: str, solver: str, kinds: str, windows: int) -> Job:
-    """One package, as ``packlight build`` would prepare it."""
-    changes = [
-        f"targets.coreml.grid={grid}",
-        f"targets.coreml.rotate={kinds}",
-        f"quantize.solver={solver}",
-        f"verify.windows={windows}",
-    ]
-    recipe = load("phone-4bit", changes, ["coreml"])
-    return prepare(checkpoint, recipe, transforms=transforms_of(recipe))
-
-
-def build(job: Job, folder: Path, console: Console) -> Artifact:
-    """Written with the statistics of its own source."""
-    folder.mkdir()
-    calibration = CalibrationStep(job, Importance(), console, threads=1)
-    (artifact,) = write_artifacts(job, calibration, folder, console)
-    return artifact
+KINDS = ("none", "r1", "r2", "r1r2")
 
 
 def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Build everything, then score everything against one run of the float model."""
-    checkpoint, console = Checkpoint.open(chosen.model), Console()
-    keys = list(product(chosen.grid or GRIDS, chosen.solver or SOLVERS, KINDS))
-    jobs = [plan(checkpoint, *key, chosen.windows) for key in keys]
-    artifacts = [build(job, folder / str(n), console) for n, job in enumerate(jobs)]
-    everything = replace(jobs[0], plans=tuple(artifact.plan for artifact in artifacts))
-    scorer = Scorer(everything, read_text(chosen.eval_text), 1, console)
+    """Build and score everything against one run of the float model."""
     rows = []
-    for key, artifact, found in zip(
-        keys, artifacts, scorer.verify(artifacts, folder, keep_going=False), strict=True
-    ):
-        assert found is not None
-        quality = found.quality
+    for key in product(chosen.grid or GRIDS, chosen.solver or SOLVERS, KINDS):
+        grid, solver, kinds = key
+        report = packlight.build(
+            chosen.model,
+            "phone-4bit",
+            formats=["coreml"],
+            output=folder / "-".join(key),
+            overrides={
+                "targets.coreml.grid": grid,
+                "targets.coreml.rotate": kinds,
+                "quantize.solver": solver,
+                "verify.windows": chosen.windows,
+            },
+            eval_text=chosen.eval_text,
+            keep_baseline=folder / "baseline",
+            threads=1,
+        )
+        found = report["coreml"]
         rows.append(
             dict(zip(("grid", "solver", "rotate"), key, strict=True))
             | {
-                "bytes": artifact.nbytes,
-                "kl_mean": round(quality.kl_mean.value, 6),
-                "kl_mean_se": round(quality.kl_mean.se or 0.0, 6),
-                "kl_p99": round(quality.kl_p99.value, 5),
-                "perplexity_ratio": round(quality.perplexity_ratio.value, 5),
-                "top1_agreement": round(quality.top1_agreement.value, 4),
-                "scored_tokens": quality.tokens,
+                "bytes": found.bytes,
+                "kl_mean": round(found.kl_divergence.mean, 6),
+                "kl_mean_se": round(found.kl_divergence.se, 6),
+                "kl_p99": round(found.kl_divergence.p99, 5),
+                "perplexity_ratio": round(found.perplexity_ratio, 5),
+                "top1_agreement": round(found.top1_agreement, 4),
+                "scored_tokens": report.baseline.tokens,
             }
         )
     name = Path(chosen.model).name

@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 from published import MODELS  # noqa: E402
 
+# Below the public names: times the walk and the solver of a block one by one.
 from compress.calibration.statistics import Statistics, file_name, save  # noqa: E402
 from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402

@@ -1,13 +1,15 @@
 """The console: all output of a command, for people or for scripts.
 
 Data goes to stdout, messages go to stderr. ``human`` shows both, ``json`` prints one document on
-stdout and nothing else there, ``quiet`` prints paths only. Progress (``compress.progress``) is a
+stdout and nothing else there, ``quiet`` prints paths only, ``silent`` nothing: its messages go to
+the logger ``packlight`` (``compress.api``). Progress (``compress.progress``) is a
 bar on stderr, and a line once a minute where that is not a terminal. ``NO_COLOR`` is honoured.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +19,34 @@ from typing import Any
 import click
 
 from compress.errors import PacklightError
-from compress.progress import Phase, ProgressFile, clock_time
+from compress.progress import Listener, Phase, clock_time
 
 Update = Callable[[int, int], None]
+LOG = logging.getLogger("packlight")
+LOG.addHandler(logging.NullHandler())  # a program that sets no handler up hears nothing
 
 
 class Console:
     """Where output goes.
 
     Args:
-        mode: ``human``, ``json`` or ``quiet``.
+        mode: ``human``, ``json``, ``quiet`` or ``silent``.
         verbose: also show ``detail`` lines.
-        progress_file: how far the work is, for another program.
+        listener: is told how far the work is.
+
+    Example:
+        >>> console = Console("quiet")
+        >>> console.say("writing")
+        >>> console.path("out/report.json")
+        out/report.json
     """
 
     def __init__(
-        self, mode: str = "human", verbose: bool = False, progress_file: ProgressFile | None = None
+        self, mode: str = "human", verbose: bool = False, listener: Listener | None = None
     ) -> None:
         self.mode = mode
         self.verbose = verbose
-        self._progress_file = progress_file
+        self._listener = listener
         self._phase: Phase | None = None
 
     # --- data, to stdout ---------------------------------------------------------------------
@@ -67,14 +77,21 @@ class Console:
         """A line about what is going on."""
         if self.mode == "human":
             click.echo(text, err=True, color=color())
+        elif self.mode == "silent":
+            LOG.info(text)
 
     def detail(self, text: str) -> None:
         """A line for ``-v``."""
-        if self.verbose:
+        if self.mode == "silent":
+            LOG.debug(text)
+        elif self.verbose:
             click.echo(click.style(text, dim=True), err=True, color=color())
 
     def warning(self, text: str) -> None:
-        """Something that is not as it should be, but goes on; shown in every mode."""
+        """Something that is not as it should be, but goes on; shown in every mode but silent."""
+        if self.mode == "silent":
+            LOG.warning(text)
+            return
         click.echo(click.style("warning: ", fg="yellow") + text, err=True, color=color())
 
     def verdict(self, passed: bool, text: str) -> None:
@@ -105,7 +122,7 @@ class Console:
         self.end()
         self.detail(phase)
         bar = self.mode == "human" and sys.stderr.isatty()
-        self._phase = Phase(phase, unit, self._progress_file, None if bar else self.say, bar=bar)
+        self._phase = Phase(phase, unit, self._listener, None if bar else self.say, bar=bar)
 
     def end(self) -> None:
         """The phase is over, whether or not it came to its end."""
@@ -119,8 +136,8 @@ class Console:
         phase, self._phase = self._phase, None
         if phase is not None:
             phase.hide()
-        if self._progress_file is not None:
-            self._progress_file.close()
+        if self._listener is not None:
+            self._listener.close()
 
 
 def print_error(error: PacklightError) -> None:

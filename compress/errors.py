@@ -46,6 +46,14 @@ class PacklightError(Exception):
     Args:
         message: what and why, one line, no trailing period needed.
         hint: the next step, printed after ``hint:``; empty for none.
+
+    Example:
+        >>> import packlight
+        >>> try:
+        ...     packlight.get_grid("Q4_L")
+        ... except packlight.PacklightError as error:
+        ...     error.message
+        "there is no grid 'Q4_L'"
     """
 
     exit_code = 2

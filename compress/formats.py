@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
 
-__all__ = ["FORMATS", "Format", "ProcessCost", "get_format"]
+__all__ = ["FORMATS", "Check", "Format", "ProcessCost", "get_format"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,23 @@ class ProcessCost:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A row of ``packlight doctor``.
+
+    Attributes:
+        name: what was looked at.
+        found: what is there.
+        ok: whether it will do.
+        hint: what to type if not.
+    """
+
+    name: str
+    found: str
+    ok: bool
+    hint: str = ""
+
+
+@dataclass(frozen=True)
 class Format:
     """A format of artifacts: a row of ``exporters.formats``.
 
@@ -52,7 +69,12 @@ class Format:
         name: in recipes, reports and on the command line.
         title: on pages.
         package: that its modules are in.
+        place: what users name to have an artifact verified: ``a .gguf file``.
+        libraries: distributions that have a part in its bytes, besides those of every format.
         process: what verifying it takes beside its bytes, for ``packlight batch``.
+        tokenizer_inside: whether the tokenizer is part of its file, so that nothing can be written
+            without one.
+        speed_note: what to know of its speeds, a sentence.
         stores_zeros: whether zeros of a sparse grid take no bytes.
         imatrix: whether its tools have files with the importance of inputs.
     """
@@ -60,7 +82,11 @@ class Format:
     name: str
     title: str
     package: str
+    place: str
     process: ProcessCost
+    libraries: tuple[str, ...] = ()
+    tokenizer_inside: bool = False
+    speed_note: str = ""
     stores_zeros: bool = False
     imatrix: bool = False
 
@@ -100,6 +126,9 @@ class Format:
         def how_to_run(self) -> Callable[[str], list[str]]: ...
 
         @property
+        def checks(self) -> Callable[[], list[Check]]: ...
+
+        @property
         def read_imatrix(self) -> Callable[[Path, DecoderConfig], Statistics]: ...
 
         @property
@@ -137,8 +166,10 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# how_to_run        how_to_run(artifact) -> lines of Markdown for the model card, from a row of the
-#                   report's ``artifacts``
+# how_to_run        how_to_run(path) -> lines of Markdown for the model card; ``path`` as in the
+#                   report
+# checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
+#                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
 #                   statistics), where ``imatrix``
 # Settings          pydantic model of the recipe's ``targets.<name>``, a ``TargetSettings``
@@ -154,6 +185,7 @@ MEMBERS = {
     "describe": "inspection",
     "find": "card",
     "how_to_run": "card",
+    "checks": "card",
     "read_imatrix": "imatrix",
     "write_imatrix": "imatrix",
 }

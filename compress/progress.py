@@ -11,14 +11,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Phase", "ProgressFile", "Rate", "clock_time", "describe_progress"]
+__all__ = [
+    "Callback", "Listener", "Phase", "ProgressFile", "Rate", "clock_time", "describe_progress",
+]  # fmt: skip
 
 EVERY = 0.4  # seconds between two lines of a progress file, and between two samples of a rate
 LINE_EVERY = 60.0  # seconds between two lines about a phase where there is no terminal
@@ -85,6 +87,41 @@ class Rate:
         return max((self.total - self.done) / rate - waited, 0.0)
 
 
+class Listener(Protocol):
+    """What is told of every phase, besides the screen."""
+
+    def write(
+        self, phase: str, unit: str, rate: Rate, *, begun: bool = False, ended: bool = False
+    ) -> None:
+        """A phase begins, goes on or ends; ``rate`` has what is done of how much."""
+        ...
+
+    def close(self) -> None:
+        """No more phases."""
+        ...
+
+
+class Callback:
+    """Calls a function of a program with every update.
+
+    Args:
+        call: ``call(phase, done, total, unit)``: once when a phase begins, with 0 of 0, with every
+            step, and when it ends, with all of it. An exception that it raises ends the work.
+    """
+
+    def __init__(self, call: Callable[[str, int, int, str], object]) -> None:
+        self._call = call
+
+    def write(
+        self, phase: str, unit: str, rate: Rate, *, begun: bool = False, ended: bool = False
+    ) -> None:
+        """Call the function."""
+        self._call(phase, rate.total if ended else rate.done, rate.total, unit)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
 class Phase:
     """A phase that is under way.
 
@@ -101,7 +138,7 @@ class Phase:
         self,
         name: str,
         unit: str,
-        file: ProgressFile | None,
+        file: Listener | None,
         say: Callable[[str], None] | None,
         *,
         bar: bool,

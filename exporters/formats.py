@@ -11,11 +11,21 @@ from __future__ import annotations
 from compress.formats import FORMATS, Format, ProcessCost
 
 ROWS = (
-    Format("gguf", "GGUF", "exporters.gguf", ProcessCost(80_000_000, 1.05, 17e-9), imatrix=True),
-    Format("onnx", "ONNX", "exporters.onnx", ProcessCost(100_000_000, 1.65, 7e-9)),
     Format(
-        "coreml", "Core ML", "exporters.coreml",
+        "gguf", "GGUF", "exporters.gguf", "a .gguf file",
+        ProcessCost(80_000_000, 1.05, 17e-9),
+        libraries=("gguf",), tokenizer_inside=True, imatrix=True,
+    ),
+    Format(
+        "onnx", "ONNX", "exporters.onnx", "an ONNX folder or its .onnx file",
+        ProcessCost(100_000_000, 1.65, 7e-9),
+        libraries=("onnx", "onnx-ir", "protobuf"),
+    ),
+    Format(
+        "coreml", "Core ML", "exporters.coreml", "a .mlpackage",
         ProcessCost(290_000_000, 1.15, 11e-9, palette_seconds=26e-9, library_bytes=280_000_000),
+        libraries=("coremltools", "protobuf"),
+        speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
         stores_zeros=True,
     ),
 )  # fmt: skip

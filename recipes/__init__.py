@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-__all__ = ["names", "read", "schema_text"]
+__all__ = ["names", "read"]
 
 
 def names() -> list[str]:
@@ -23,8 +23,3 @@ def read(name: str) -> str:
         FileNotFoundError: no such recipe.
     """
     return (files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def schema_text() -> str:
-    """The JSON schema (draft 2020-12) of a recipe."""
-    return (files(__name__) / "schema.json").read_text(encoding="utf-8")

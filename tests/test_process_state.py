@@ -35,22 +35,18 @@ import test_process_state as here
 torch.set_num_threads(2)
 logging.getLogger("coremltools").setLevel(logging.INFO)
 transformers.utils.logging.set_verbosity_info()
-from compress.build import pipeline, verification
-from compress.build.settings import BuildSettings, VerifySettings
-from compress.console import Console
-import exporters
+import packlight
 import coremltools
 before = here.state()
 out = Path(sys.argv[1])
-settings = BuildSettings(
-    model=sys.argv[2], output=out, recipe="phone-4bit", threads=1, max_memory=3 << 30,
-    overrides=["calibration.tokens=256", "calibration.sequence_length=64", "verify.windows=2",
-               "verify.sequence_length=32", "verify.gates={}"])
-assert pipeline.build(settings, Console("quiet")).report.verdict == "passed"
+report = packlight.build(
+    sys.argv[2], "phone-4bit", output=out, threads=1, max_memory=3 << 30,
+    overrides={"calibration.tokens": 256, "calibration.sequence_length": 64, "verify.windows": 2,
+               "verify.sequence_length": 32, "verify.gates": {}})
+assert report.passed
 after_build = here.state()
-settings = VerifySettings(
-    artifact=out / "gguf", baseline=sys.argv[2], windows=2, sequence_length=32, threads=1)
-assert verification.verify(settings, Console("quiet")).verdict == "passed"
+assert packlight.verify(
+    out / "gguf", sys.argv[2], windows=2, sequence_length=32, threads=1).passed
 print(json.dumps([before, after_build, here.state()]))
 """
 
@@ -195,17 +191,12 @@ def test_an_abandoned_pool_does_not_keep_its_share(monkeypatch: pytest.MonkeyPat
 
 PAIR = """
 import sys, threading
-from pathlib import Path
-from compress.build import pipeline
-from compress.build.settings import BuildSettings
-from compress.console import Console
-import exporters
+import packlight
 
 def build(out, threads):
-    settings = BuildSettings(
-        model=sys.argv[1], output=Path(out), recipe="phone-4bit", threads=threads, verify=False,
-        overrides=["calibration.tokens=256", "calibration.sequence_length=64"])
-    made.append(pipeline.build(settings, Console("quiet")).folder)
+    made.append(packlight.build(
+        sys.argv[1], "phone-4bit", output=out, threads=threads, verify=False,
+        overrides={"calibration.tokens": 256, "calibration.sequence_length": 64}))
 
 made = []
 threads = [threading.Thread(target=build, args=(out, 1 + number))
@@ -214,11 +205,12 @@ for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-assert len(made) == len(threads)
+build(sys.argv[2] + "-after", 1)  # one after the other
+assert len(made) == len(threads) + 1
 """
 
 
-def test_builds_in_two_threads_give_the_bytes_of_two_processes(tmp_path: Path) -> None:
+def test_builds_of_one_process_give_the_bytes_of_two_processes(tmp_path: Path) -> None:
     def run(*names: str) -> None:
         places = [str(tmp_path / name) for name in names]
         env = {**os.environ, "PACKLIGHT_CACHE": str(tmp_path / f"cache-{names[0]}")}
@@ -234,4 +226,4 @@ def test_builds_in_two_threads_give_the_bytes_of_two_processes(tmp_path: Path) -
         return "\n".join(line for line in lines if "/" in line)
 
     assert artifacts("alone")
-    assert artifacts("one") == artifacts("two") == artifacts("alone")
+    assert artifacts("one") == artifacts("two") == artifacts("one-after") == artifacts("alone")

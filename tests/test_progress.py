@@ -141,7 +141,7 @@ def lines(path):
 
 def test_the_file_has_begin_progress_and_end(tmp_path):
     path = tmp_path / "progress.jsonl"
-    console = Console("json", progress_file=ProgressFile(path))
+    console = Console("json", listener=ProgressFile(path))
     console.begin("load")
     with console.progress("write", "bytes") as update:
         for done in range(10_000):
@@ -158,7 +158,7 @@ def test_the_file_has_begin_progress_and_end(tmp_path):
 
 def test_a_phase_that_fails_has_no_end(tmp_path):
     path = tmp_path / "progress.jsonl"
-    console = Console("quiet", progress_file=ProgressFile(path))
+    console = Console("quiet", listener=ProgressFile(path))
     with pytest.raises(KeyError), console.progress("write") as update:
         update(5, 10)
         raise KeyError

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("compress", "exporters", "recipes", "pyproject.toml", "README.md", "LICENSE")
+PACKAGES = ("compress", "exporters", "packlight", "recipes")
+SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def test_every_source_file_is_in_the_wheel(installed):
-    for package in ("compress", "exporters", "recipes"):
+    for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             relative = path.relative_to(ROOT)
             if path.is_file() and "__pycache__" not in relative.parts:

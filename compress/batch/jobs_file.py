@@ -40,11 +40,11 @@ class Options(Section):
 
     set: dict[str, Any] | None = Field(
         default=None,
-        description="Keys of the recipe with their values, such as targets.gguf.type: Q5_K_M.",
+        description="Keys of the recipe with their values, such as quantize.solver: gptq.",
     )
     calibration: list[str] | None = Field(default=None, description="Text or JSONL files.")
     eval_text: str | None = Field(default=None, description="UTF-8 text to score on.")
-    imatrix: str | None = Field(default=None, description="llama.cpp's importance matrix.")
+    imatrix: str | None = Field(default=None, description="A file with the importance of inputs.")
     budget: str | None = Field(default=None, description="Bytes of each target's file.")
     budget_memory: str | None = Field(default=None, description="Memory of each target.")
     device: str | None = Field(default=None, description="The memory budget of a device.")

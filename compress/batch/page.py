@@ -15,7 +15,7 @@ from compress.batch.pictures import Dot, Row, cloud, rows
 from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import page_template
+from compress.report.html import STYLES, page_template
 from compress.report.report import GateReport
 from compress.report.words import gate_failure, short_size
 
@@ -60,6 +60,7 @@ def render(document: Json) -> str:
             f"{count} {WORDS[status][0][2:]}" for status, count in document["counts"].items()
         ),
         words=WORDS,
+        speed_notes=[row.speed_note for row in FORMATS.values() if row.speed_note],
         formats={name: row.title for name, row in FORMATS.items()},
         styles={name: style_of(name) for name in FORMATS},
         style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
@@ -69,7 +70,7 @@ def render(document: Json) -> str:
 
 def style_of(name: str) -> str:
     """The colour of a format's artifacts: a class of the style sheet."""
-    return f"c{list(FORMATS).index(name)}"
+    return f"c{list(FORMATS).index(name) % STYLES}"
 
 
 def failed_gates(job: Json) -> list[str]:

@@ -15,13 +15,12 @@ from compress.batch.jobs import BatchJob
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import fingerprint
 from compress.build.decide import first_choice, identity_of, replanner
-from compress.build.settings import BuildSettings, check_options, recipe_overrides
+from compress.build.settings import BuildSettings, check_options, resolved_recipe
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
 from compress.errors import PacklightError, UsageError, one_line
 from compress.output.lock import files_digest
 from compress.plan.memory import smallest_memory
-from compress.recipe import load
 from compress.verify import gates
 
 __all__ = ["Planned", "Planner"]
@@ -79,7 +78,7 @@ class Planner:
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
-        recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+        recipe = resolved_recipe(settings)
         gates.parse(recipe.gates)
         replan = replanner(checkpoint, recipe, settings)
         prepared = first_choice(settings, replan)

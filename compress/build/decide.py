@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.build.settings import BuildSettings, check_options, command_line, recipe_overrides
+from compress.build.settings import BuildSettings, check_options, command_line, resolved_recipe
 from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
@@ -18,7 +18,7 @@ from compress.plan.document import plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
 from compress.pruning.transforms import transforms_of
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe
 from compress.verify import gates
 from compress.report.against import Previous
 from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
@@ -70,7 +70,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
         PacklightError: the build is impossible, as far as these show.
     """
     check_options(settings)
-    recipe = load(settings.recipe, recipe_overrides(settings), settings.formats)
+    recipe = resolved_recipe(settings)
     measures = not settings.plan and bool(recipe.budget)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):

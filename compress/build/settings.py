@@ -13,10 +13,19 @@ from typing import Any
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import UsageError
 from compress.pruning.options import prune_option
+from compress.recipe import Recipe, load
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
 
-__all__ = ["BuildSettings", "VerifySettings", "check_options", "command_line", "recipe_overrides"]
+__all__ = [
+    "BuildSettings",
+    "VerifySettings",
+    "check_options",
+    "command_line",
+    "plan_file",
+    "recipe_overrides",
+    "resolved_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class BuildSettings:
     """What ``packlight build`` was asked for; the options of the same names.
 
     ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
-    and ``cache_dir``.
+    and ``cache_dir``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
+    the name of the file that the build writes it to.
     """
 
     model: str
@@ -59,6 +69,7 @@ class BuildSettings:
     keep_baseline: Path | None = None
     ci_files: CiFiles | None = None
     source: str = ""
+    made: Recipe | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +101,33 @@ def check_options(settings: BuildSettings) -> None:
     budget = bool(settings.budget or settings.budget_memory or settings.device)
     if budget and settings.plan is not None:
         raise UsageError("a budget and --plan exclude each other")
+
+
+def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:
+    """``--plan``; for ``--locked`` without it, the output's own ``plan.json``.
+
+    Raises:
+        UsageError: there is none to lock to.
+    """
+    if plan is not None or not locked:
+        return plan
+    plan = output / "plan.json" if output else None
+    if plan is None or not plan.is_file():
+        missing = f": {plan} is not there" if plan else ""
+        raise UsageError(
+            f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
+        )
+    return plan
+
+
+def resolved_recipe(settings: BuildSettings) -> Recipe:
+    """The recipe with the overrides and formats that were asked for.
+
+    Raises:
+        RecipeError: see ``compress.recipe.load``.
+    """
+    source = settings.made or settings.recipe
+    return load(source, recipe_overrides(settings), settings.formats)
 
 
 def recipe_overrides(settings: BuildSettings) -> list[str]:

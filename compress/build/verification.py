@@ -12,6 +12,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.sources import Stored
 from compress.console import Console
 from compress.errors import UsageError
+from compress.formats import FORMATS
 from compress.machine import bounded
 from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts
 from compress.plan.memory import check_memory
@@ -49,7 +50,8 @@ def verify(settings: VerifySettings, console: Console) -> Report:
         if previous:
             previous.check_text(text_name(settings.eval_text), scorer.windows)
         verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
-        folder = folder_of(settings.artifact)
+        artifact = settings.artifact
+        folder = artifact if artifact.is_dir() else artifact.parent
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
         if previous:
             previous.apply(report, console)
@@ -76,7 +78,7 @@ def adopt_all(
     if not found:
         raise UsageError(
             f"{settings.artifact} is not an artifact",
-            hint="a .gguf or .onnx file, an ONNX folder, a .mlpackage, or the folder of a build",
+            hint=", ".join([*(row.place for row in FORMATS.values()), "or the folder of a build"]),
         )
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
@@ -85,9 +87,3 @@ def adopt_all(
     plans = tuple(artifact.plan for artifact in artifacts)
     context = min(DEFAULT_CONTEXT, config.max_context)
     return Job(Stored(checkpoint, config), config, recipe, plans, context), artifacts
-
-
-def folder_of(artifact: Path) -> Path:
-    """What an artifact's path in a report is relative to; the package's own folder hides it."""
-    folder = artifact if artifact.is_dir() else artifact.parent
-    return folder.parent if folder.suffix == ".mlpackage" else folder

@@ -49,6 +49,12 @@ class LayerStats:
             seen: to measure on. None without a Hessian, or with too few windows to spare any.
         drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
             the Hessian's. None where ``x`` is the float model's; never kept on disk.
+
+    Example:
+        >>> x = np.eye(4, dtype=np.float32)  # four tokens
+        >>> stats = LayerStats(len(x), (x**2).mean(0), hessian=((x.T @ x) / len(x),))
+        >>> stats.importance.tolist()
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     count: int

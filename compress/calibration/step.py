@@ -57,10 +57,13 @@ class Importance:
                 "--imatrix counts inputs of the whole model, and the recipe prunes it",
                 hint="--calibration, or an imatrix of what --save-checkpoint writes",
             )
-        if self.imatrix and any(t.get("rotate", "none") != "none" for t in recipe.targets.values()):
+        targets = recipe.targets.items()
+        rotated = [name for name, its in targets if its.get("rotate", "none") != "none"]
+        if self.imatrix and rotated:
+            key = f"targets.{rotated[0]}.rotate"
             raise UsageError(
-                "--imatrix tells of inputs that a rotation (targets.coreml.rotate) turns",
-                hint="texts instead, or --set targets.coreml.rotate=none",
+                f"--imatrix has the inputs before a rotation ({key}) turns them",
+                hint=f"texts instead, or --set {key}=none",
             )
         if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
@@ -74,10 +77,11 @@ class Importance:
         if not needs_of(solver) and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or measures or self.save is not None
-        if self.imatrix and "sparsegpt" in map(method_of, recipe.targets.values()):
+        updated = [name for name, its in targets if method_of(its) == "sparsegpt"]
+        if self.imatrix and updated:
             raise UsageError(
                 "--imatrix has less than sparsegpt needs",
-                hint="texts, or --set targets.coreml.sparsity_method=wanda",
+                hint=f"texts, or --set targets.{updated[0]}.sparsity_method=wanda",
             )
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
@@ -86,7 +90,7 @@ class Importance:
                 what = "is not a file" if path.exists() else "does not exist"
                 raise UsageError(f"{path} {what}", hint="a calibration text: .txt or .jsonl")
         if self.imatrix and not self.imatrix.is_file():
-            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix of llama.cpp")
+            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix file")
 
 
 def imatrix_format() -> Format:

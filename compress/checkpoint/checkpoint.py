@@ -63,6 +63,14 @@ class Checkpoint:
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
         warnings: lines for the user (pickled weights).
+
+    Example:
+        >>> from compress.demo import model_path
+        >>> checkpoint = Checkpoint.open(model_path())
+        >>> checkpoint.config["model_type"], checkpoint.tensors["model.norm.weight"].shape
+        ('phi3', (256,))
+        >>> checkpoint.read("model.norm.weight").dtype
+        dtype('float32')
     """
 
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:

@@ -12,6 +12,7 @@ from compress.commands.options import (
     eval_option,
     format_option,
     gate_option,
+    imatrix_titles,
     make_console,
     max_memory_option,
     output_options,
@@ -23,7 +24,6 @@ from compress.commands.options import (
     threads_option,
 )
 from compress.console import Console
-from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from compress.build.decide import Decision
@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N",
               help="Of the choice of calibration passages.")  # fmt: skip
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
-              help="Importance from llama.cpp's imatrix (GGUF) instead of texts.")  # fmt: skip
+              help=f"Importance from an imatrix file ({imatrix_titles()}) instead of "
+                   "texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write the importance as llama.cpp reads it.")  # fmt: skip
+              help="Write the importance to an imatrix file, too.")  # fmt: skip
 @click.option("--prune", default="", metavar="METHOD:AMOUNT",
               help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
                    "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
@@ -95,17 +96,10 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
-    from compress.build.settings import BuildSettings
+    from compress.build.settings import BuildSettings, plan_file
     from compress.report.words import finish
 
-    plan = options["plan"]
-    if options["locked"] and plan is None:
-        plan = output / "plan.json" if output else None
-        if plan is None or not plan.is_file():
-            missing = f": {plan} is not there" if plan else ""
-            raise UsageError(
-                f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
-            )
+    plan = plan_file(options["plan"], output, locked=options["locked"])
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],

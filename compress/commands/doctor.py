@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 from compress import __version__
 from compress.commands.options import make_console, output_options
 from compress.console import format_bytes
+from compress.formats import FORMATS, Check
 from compress.machine import available_cpus, available_memory
 
 
@@ -23,7 +23,8 @@ from compress.machine import available_cpus, available_memory
 def doctor(**options: Any) -> int:
     """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
     console = make_console(options)
-    checks = [python(), *packages(), llama_cpp(), coreml(), machine(), disk(), hub()]
+    runtimes = [check for row in FORMATS.values() for check in row.checks()]
+    checks = [python(), *packages(), *runtimes, machine(), disk(), hub()]
     if console.mode == "json":
         console.result({"version": __version__, "checks": [asdict(check) for check in checks]})
     width = max(len(check.name) for check in checks)
@@ -33,16 +34,6 @@ def doctor(**options: Any) -> int:
         if check.hint and not check.ok:
             console.data(f"      {' ' * width}  hint: {check.hint}")
     return 0 if all(check.ok for check in checks) else 2
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row: what was looked at, what was found, whether it will do, and what to type if not."""
-
-    name: str
-    found: str
-    ok: bool
-    hint: str = ""
 
 
 def python() -> Check:
@@ -73,25 +64,6 @@ def packages() -> list[Check]:
         except PackageNotFoundError:
             checks.append(Check(wanted.name, "missing", False, hint))
     return checks
-
-
-def llama_cpp() -> Check:
-    """Whether some package brings llama.cpp's C library."""
-    for package in ("xllamacpp", "llama_cpp"):
-        if importlib.util.find_spec(package) is not None:
-            return Check("llama.cpp", f"through {package}", True)
-    return Check(
-        "llama.cpp", "missing: GGUF files cannot be verified", False, "pip install xllamacpp"
-    )
-
-
-def coreml() -> Check:
-    """What will execute Core ML packages on this system."""
-    if platform.system() == "Darwin":
-        release = platform.mac_ver()[0]
-        fits = int(release.split(".")[0] or 0) >= 15
-        return Check("Core ML", f"macOS {release}", fits, "stateful models need macOS 15")
-    return Check("Core ML", "packlight's MIL evaluator (no Core ML on this system)", True)
 
 
 def machine() -> Check:

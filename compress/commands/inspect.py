@@ -17,7 +17,6 @@ from compress.commands.options import (
     recipe_option,
     set_option,
 )
-from compress.errors import UsageError
 
 
 @click.command(short_help="Show what a checkpoint or an artifact holds; no weight is read.")
@@ -26,11 +25,12 @@ from compress.errors import UsageError
 @output_options
 def inspect(target: str, **options: Any) -> int:
     """Show what a checkpoint or an artifact holds, without reading its weights."""
-    from compress.commands import inspection
+    from compress.commands.inspection import print_all
+    from compress.plan.facts import describe
 
     console = make_console(options)
-    hub = hub_of(options)
-    return inspection.inspect(target, hub, console)
+    print_all(describe(target, hub_of(options)), console)
+    return 0
 
 
 @click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
@@ -51,14 +51,12 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
     Counts weights, KV cache and an allowance for activations; the speed is the bound that memory
     bandwidth sets. Exit code 1 when nothing fits.
     """
-    from compress.commands import inspection
+    from compress.commands.inspection import print_fit
+    from compress.plan.fit import fit_rows
 
-    if device and memory:
-        raise UsageError("--device and --memory exclude each other")
     console = make_console(options)
-    return inspection.fit(
+    rows = fit_rows(
         target,
-        console,
         device=device,
         memory=read_size("--memory", memory),
         context=options["context"],
@@ -67,3 +65,6 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
         formats=options["formats"],
         hub=hub_of(options),
     )
+    console.result({"rows": rows})
+    print_fit(rows, console)
+    return 0 if any(row["verdict"] != "too large" for row in rows) else 1

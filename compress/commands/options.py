@@ -87,6 +87,11 @@ def device_names(*_: Any) -> list[str]:
     return list(devices())
 
 
+def imatrix_titles() -> str:
+    """The formats whose tools have importance files."""
+    return ", ".join(row.title for row in FORMATS.values() if row.imatrix)
+
+
 def read_size(option: str, text: str | None) -> int | None:
     """Bytes, from an option that takes a size.
 
@@ -154,7 +159,7 @@ recipe_option = click.option(
 )  # fmt: skip
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-    help="Override a key of the recipe, e.g. targets.gguf.type=Q5_K_M.",
+    help="Override a key of the recipe, e.g. quantize.solver=gptq.",
 )  # fmt: skip
 format_option = click.option(
     "-f", "--format", "formats", multiple=True, type=click.Choice(list(FORMATS)),

@@ -55,6 +55,6 @@ def recipes_check(file: str) -> None:
 @recipes.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    import recipes as shipped
+    from compress.recipe.model import recipe_schema
 
-    click.echo(shipped.schema_text(), nl=False)
+    click.echo(recipe_schema(), nl=False)

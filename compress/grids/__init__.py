@@ -43,6 +43,11 @@ class Grid(Protocol):
         group_rows: rows that share parameters: 8 for ``lut4-g8``, 0 where all rows of a tensor do
             (``lut4-tensor``), 1 for the other grids, whose rows are independent.
         symmetric: zero points and minima are not stored. False for palettes.
+
+    Example:
+        >>> grid = get_grid("lut4-g8")
+        >>> isinstance(grid, Grid), grid.group_rows, grid.nbytes((8, 64))
+        (True, 8, 288)
     """
 
     @property
@@ -248,6 +253,14 @@ class Quantized:
         grid: that both are of.
         shape: ``(rows, columns)`` of the weight.
         fallen: rows for which the solver fell back on a simpler one.
+
+    Example:
+        >>> grid = get_grid("int8-channel")
+        >>> weight = np.eye(2, 32, dtype=np.float32)
+        >>> params = grid.fit(weight)
+        >>> quantized = Quantized(grid.encode(weight, params), params, grid, (2, 32))
+        >>> quantized.decode()[:, :2].round(2).tolist()
+        [[1.0, -0.0], [-0.0, 1.0]]
     """
 
     codes: Array
@@ -306,6 +319,11 @@ def register_grid(pattern: str, make: str | Callable[[str], Grid]) -> None:
             their names. The same pattern again replaces its row.
         make: ``make(name) -> Grid``, raising GridError for a name that it does not know, or the
             name of a module that has such a function.
+
+    Example:
+        >>> register_grid("half", lambda name: get_grid("F16"))
+        >>> get_grid("half").nbytes((64, 256))
+        32768
     """
     GRIDS[pattern] = make
 
@@ -334,5 +352,5 @@ def get_grid(name: str) -> Grid:
             return grid
     raise GridError(
         f"there is no grid {name!r}",
-        hint="GGUF types (Q4_K, Q8_0 …), int4-g32, int8-g128-asym, lut4-g8, F16",
+        hint="Q4_K, Q8_0 …, int4-g32, int8-g128-asym, lut4-g8, F16",
     )

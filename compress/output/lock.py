@@ -28,6 +28,7 @@ from compress.checkpoint.remote import is_url
 from compress.decoder.config_json import json_or_empty
 from compress.errors import UsageError
 from compress.files import cache_folder, write_whole
+from compress.formats import FORMATS
 from compress.output.checksums import sha256_of
 from compress.plan.job import Job
 
@@ -42,10 +43,9 @@ __all__ = [
     "versions",
 ]
 
-# What has a part in the bytes of artifacts; runtimes only read them.
+# What has a part in the bytes of artifacts of every format; runtimes only read them.
 LIBRARIES = (
-    "coremltools", "gguf", "jinja2", "llvmlite", "numba", "numpy", "onnx", "onnx-ir", "protobuf",
-    "sentencepiece", "tokenizers", "torch", "transformers",
+    "jinja2", "llvmlite", "numba", "numpy", "sentencepiece", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 SMALL = 256_000_000  # bytes that are always hashed: a fifth of a second
@@ -62,7 +62,8 @@ Progress = Callable[[int, int], None]
 def versions() -> dict[str, str]:
     """packlight and the libraries that have a part in the bytes; those that are installed."""
     found = {"packlight": __version__}
-    for name in LIBRARIES:
+    of_formats = [name for row in FORMATS.values() for name in row.libraries]
+    for name in sorted({*LIBRARIES, *of_formats}):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

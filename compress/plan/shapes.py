@@ -69,6 +69,11 @@ class Plan:
         kv_bytes_per_value: of the KV cache as the runtime holds it: 2 for float16.
         file_bytes: predicted bytes of the model files; 0 where not computed.
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
+
+    Example:
+        >>> entry = PlanEntry("lm_head.weight", "output.weight", "Q6_K", (512, 256), 107520)
+        >>> Plan("gguf", "Q4_K_M", "tiny", (entry,)).weights_bytes
+        107520
     """
 
     format: str

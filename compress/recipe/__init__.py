@@ -53,11 +53,13 @@ def method_of(settings: Mapping[str, Any]) -> str | None:
     return str(settings.get("sparsity_method", MASK))
 
 
-def load(source: str, overrides: Iterable[str] = (), formats: Iterable[str] = ()) -> Recipe:
+def load(
+    source: str | Path | Recipe, overrides: Iterable[str] = (), formats: Iterable[str] = ()
+) -> Recipe:
     """A recipe by shipped name or file path, with ``--set`` overrides and chosen formats.
 
     Args:
-        source: ``phone-4bit`` or ``./mine.yaml``.
+        source: ``phone-4bit``, ``./mine.yaml``, or a recipe.
         overrides: ``targets.gguf.type=Q5_K_M`` …; values are YAML.
         formats: keep these targets only; one that the recipe lacks is added with its defaults.
 
@@ -66,7 +68,11 @@ def load(source: str, overrides: Iterable[str] = (), formats: Iterable[str] = ()
     """
     from compress.recipe.model import Recipe
 
-    document = parse(read(source), source)
+    if isinstance(source, Recipe):
+        document, source = source.model_dump(by_alias=True, exclude_none=True), source.name
+    else:
+        source = str(source)
+        document = parse(read(source), source)
     targets = document.setdefault("targets", {}) if isinstance(document, dict) else {}
     chosen = list(formats)
     if chosen and isinstance(targets, dict):
@@ -121,7 +127,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set targets.gguf.type=Q4_0")
+        raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set quantize.solver=gptq")
     try:
         put(document, keys, text if text.startswith((">=", "<=")) else yaml.safe_load(text))
     except yaml.YAMLError as error:

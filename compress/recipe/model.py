@@ -41,11 +41,6 @@ __all__ = [
     "TargetSettings",
 ]
 
-# Keys of one target that others do not have, and why.
-ELSEWHERE: dict[str, str] = {
-    path: "rotation is for Core ML palettes and channel grids; small groups only lose by it"
-    for path in ("targets.gguf.rotate", "targets.onnx.rotate")
-}
 # What a text must look like, by the end of the path or its beginning.
 PATTERNS = (
     ("verify.windows", "a number of windows, or auto"),
@@ -111,8 +106,8 @@ class TargetSettings(Section):
     ) = Field(
         default=None,
         description="Zeros in the blocks' linears: 2of4 keeps 2 of every 4 neighbours, 0.5 drops "
-        "half of each row; default none. Core ML stores them as nothing, but for a mask bit per "
-        "weight.",
+        "half of each row; default none. For formats that store them as nothing, but for a mask "
+        "bit per weight.",
     )
     sparsity_method: Literal["magnitude", "wanda", "sparsegpt"] | None = Field(
         default=None,
@@ -415,7 +410,7 @@ class Recipe(Section):
         cls, source: str | Path, overrides: Iterable[str] = (), formats: Iterable[str] = ()
     ) -> Recipe:
         """A recipe by shipped name or file path; see ``compress.recipe.load``."""
-        return load(str(source), overrides, formats)
+        return load(source, overrides, formats)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -482,12 +477,20 @@ class Recipe(Section):
 def hint_of(path: str, kind: str) -> str:
     """The hint that a recipe's own key has for an error."""
     if kind == "unknown_key":
-        return ELSEWHERE.get(path, "")
+        return owners_of(path)
     if kind == "string_pattern_mismatch":
         if path.endswith("name"):
             return "letters, digits, . _ -"
         return next(hint for key, hint in PATTERNS if path.endswith(key) or path.startswith(key))
     return ""
+
+
+def owners_of(path: str) -> str:
+    """The formats that have a key which is not known at a path such as ``targets.gguf.rotate``."""
+    section, _, key = path.rpartition(".")
+    owners = [row.title for row in FORMATS.values() if key in row.Settings.model_fields]
+    there = section in {f"targets.{name}" for name in FORMATS}
+    return f"{key} is a setting of {' and '.join(owners)}" if owners and there else ""
 
 
 def recipe_schema() -> str:

@@ -269,14 +269,21 @@ class ArtifactReport(Part):
     def __repr__(self) -> str:
         return f"ArtifactReport({self.format} {self.type}, {self.bytes} bytes)"
 
+    __str__ = __repr__
+
 
 class Report(Part):
     """What a build made and how it compares with the float model. null: not measured, or not
     finite.
 
-    >>> report = Report.load("out/report.json")  # doctest: +SKIP
-    >>> report.passed, report["gguf"].kl_divergence.mean  # doctest: +SKIP
-    (True, 0.0297)
+    Example:
+        >>> report = Report.from_dict({
+        ...     "schema_version": 1, "tool": {"version": "0.1.0"}, "model": {"source": "tiny"},
+        ...     "baseline": {}, "verdict": "passed", "artifacts": [{
+        ...         "format": "gguf", "type": "Q4_0", "bytes": 640,
+        ...         "kl_divergence": {"mean": 0.03}}]})
+        >>> report.passed, report["gguf"].kl_divergence.mean
+        (True, 0.03)
     """
 
     schema_version: Literal[1]
@@ -354,6 +361,8 @@ class Report(Part):
     def __repr__(self) -> str:
         made = ", ".join(f"{found.format} {found.type}" for found in self.artifacts)
         return f"Report({self.model.name}, {self.recipe['name']}: {self.verdict}; {made})"
+
+    __str__ = __repr__
 
 
 def verdict(artifacts: list[ArtifactReport]) -> Literal["passed", "failed", "not verified"]:

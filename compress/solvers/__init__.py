@@ -139,6 +139,13 @@ def register_solver(name: str, solve: Solve, needs: str | None = None) -> None:
 
     Raises:
         UsageError: a name of packlight's own, no function, or other needs.
+
+    Example:
+        >>> def halved(weight, grid, stats):
+        ...     return grid.quantize(weight / 2)
+        >>> register_solver("halved", halved)
+        >>> quantize(np.ones((2, 32), np.float32), "F16", solver="halved").decode()[0, 0]
+        np.float32(0.5)
     """
     if name in BUILTIN_SOLVERS:
         raise UsageError(f"solver {name!r} is packlight's own", hint="another name")

@@ -14,6 +14,7 @@ from compress.console import Console, format_bytes
 from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
 from compress.files import scratch_folder
+from compress.formats import FORMATS
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
@@ -53,10 +54,11 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         CheckpointError: no tokenizer.
     """
     if not has_tokenizer(checkpoint.path):
+        without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
         raise CheckpointError(
             f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
             hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
-            "text, with -f onnx or -f coreml",
+            f"text, with {' or '.join(without)}",
         )
 
 

@@ -1,10 +1,12 @@
-"""Where Core ML packages of a build lie, and how to run one."""
+"""Where Core ML packages of a build lie, how to run one, and what does so here."""
 
 from __future__ import annotations
 
+import platform
 import shlex
 from pathlib import Path
 
+from compress.formats import Check
 from compress.report.words import fenced
 
 
@@ -24,3 +26,12 @@ def how_to_run(path: str) -> list[str]:
         "files lie beside the package. iOS 18 or macOS 15 and later."
     )
     return [text, fenced(command, "sh")]
+
+
+def checks() -> list[Check]:
+    """What will execute packages on this system."""
+    if platform.system() == "Darwin":
+        release = platform.mac_ver()[0]
+        fits = int(release.split(".")[0] or 0) >= 15
+        return [Check("Core ML", f"macOS {release}", fits, "stateful models need macOS 15")]
+    return [Check("Core ML", "packlight's MIL evaluator (no Core ML on this system)", True)]

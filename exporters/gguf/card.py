@@ -1,10 +1,12 @@
-"""Where GGUF files of a build lie, and how to run one."""
+"""Where GGUF files of a build lie, how to run one, and whether that can be done here."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 
+from compress.formats import Check
 from compress.report.words import fenced
 
 
@@ -22,3 +24,12 @@ def how_to_run(path: str) -> list[str]:
         "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
         fenced(command, "sh"),
     ]
+
+
+def checks() -> list[Check]:
+    """Whether some package brings llama.cpp's C library."""
+    for package in ("xllamacpp", "llama_cpp"):
+        if importlib.util.find_spec(package) is not None:
+            return [Check("llama.cpp", f"through {package}", True)]
+    missing = "missing: GGUF files cannot be verified"
+    return [Check("llama.cpp", missing, False, "pip install xllamacpp")]

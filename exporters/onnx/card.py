@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.formats import Check
 from compress.report.words import fenced
 
 
@@ -28,3 +29,8 @@ def how_to_run(path: str) -> list[str]:
     )
     text = "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:"
     return [text, fenced(code, "python")]
+
+
+def checks() -> list[Check]:
+    """Nothing: onnxruntime is a dependency, and looked at as one."""
+    return []

@@ -1,0 +1,85 @@
+"""Arguments of ``compress.api`` as the settings of commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.build.settings import BuildSettings, plan_file
+from compress.console import parse_bytes
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+__all__ = ["PathLike", "build_settings", "limits", "path", "paths", "settings_of", "size"]
+
+PathLike = str | Path
+PATHS = {
+    "output", "imatrix", "save_imatrix", "save_checkpoint", "plan", "eval_text", "against",
+    "keep_baseline",
+}  # fmt: skip
+
+
+def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -> BuildSettings:
+    """The settings of a build, from arguments of the same names; None means the default."""
+    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given.keys() & PATHS:
+        given[key] = Path(given[key])
+    for key in given.keys() & {"budget", "budget_memory"}:
+        given[key] = str(given[key])
+    given |= {
+        "overrides": settings_of(given.get("overrides")),
+        "gates": limits(given.get("gates")),
+        "calibration": paths(given.get("calibration", ())),
+        "max_memory": size("max_memory", given.get("max_memory")),
+        "plan": plan_file(
+            given.get("plan"), given.get("output"), locked=given.get("locked", False)
+        ),
+    }
+    if isinstance(recipe, str | Path):
+        given["recipe"] = str(recipe)
+    else:
+        given |= {"recipe": "recipe.yaml", "made": recipe}  # which the build writes
+    return BuildSettings(model=str(model), hub=hub, **given)
+
+
+def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """``KEY=VALUE`` with values in YAML, as ``--set`` takes them."""
+    import yaml
+
+    found = []
+    for key, value in (overrides or {}).items():
+        plain = isinstance(value, str) and yaml.safe_load(value) == value
+        found.append(f"{key}={value if plain else json.dumps(value)}")
+    return tuple(found)
+
+
+def limits(gates: Mapping[str, str] | None) -> tuple[str, ...]:
+    """``NAME=LIMIT``, as ``--gate`` takes them."""
+    return tuple(f"{name}={limit}" for name, limit in (gates or {}).items())
+
+
+def size(name: str, given: str | int | None) -> int | None:
+    """Bytes from a number or a size such as ``2GiB``.
+
+    Raises:
+        UsageError: not a size.
+    """
+    try:
+        return None if given is None else parse_bytes(str(given))
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+def path(given: PathLike | None) -> Path | None:
+    """As a Path."""
+    return None if given is None else Path(given)
+
+
+def paths(given: Sequence[PathLike]) -> tuple[Path, ...]:
+    """As Paths."""
+    return tuple(map(Path, given))

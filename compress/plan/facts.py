@@ -1,0 +1,69 @@
+"""What a checkpoint or an artifact holds, as plain data; no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.console import format_bytes
+from compress.formats import get_format
+from compress.plan.job import describe_model, find_artifacts
+from compress.plan.shapes import bits_per_weight
+
+__all__ = ["describe", "describe_checkpoint"]
+
+
+def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The artifacts at a place, or else the checkpoint: the keys of ``compress.formats.MEMBERS``'
+    ``describe``, of which a checkpoint lacks those about running it.
+
+    Args:
+        target: an artifact, the folder of a build, a checkpoint's folder, a Hub id or a URL.
+        hub: ``revision``, ``token`` and ``cache_dir``.
+
+    Raises:
+        ArtifactError, CheckpointError, UnsupportedModelError: it cannot be read, or is no decoder.
+    """
+    found = find_artifacts(Path(target)) if Path(target).exists() else []
+    if found:
+        return [get_format(name).describe(path) for name, path in found]
+    return [describe_checkpoint(Checkpoint.open(str(target), **hub))]
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint in the form in which exporters describe artifacts."""
+    config = describe_model(checkpoint)
+    window = config.sliding_window
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    metadata = {
+        "family": config.family,
+        "blocks": config.num_hidden_layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.num_attention_heads} ({config.num_key_value_heads} for keys and values)",
+        "head size": config.head_dim,
+        "feed-forward size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "exported up to": config.max_context,
+        "sliding window": window if window else "none",
+        "rope": f"{config.rope.kind}, theta {config.rope.theta:g}, {config.rope.rotary_dim} dims",
+        "embeddings": "tied" if config.tie_word_embeddings else "untied",
+        "KV cache per token": format_bytes(config.kv_cache_bytes_per_token()) + " in float16",
+        "dtype": ", ".join(dtypes),
+        "files": len({info.file for info in checkpoint.tensors.values()}),
+    }
+    return {
+        "format": "checkpoint",
+        "name": checkpoint.source,
+        "architecture": config.architecture,
+        "parameters": config.num_parameters,
+        "bytes": checkpoint.nbytes,
+        "bits_per_weight": bits_per_weight(checkpoint.nbytes, config.num_parameters),
+        "metadata": metadata,
+        "tensors": [
+            {"name": name, "shape": list(info.shape), "grid": info.dtype, "bytes": info.nbytes}
+            for name, info in checkpoint.tensors.items()
+        ],
+    }

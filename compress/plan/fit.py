@@ -1,0 +1,148 @@
+"""Weights, KV cache and activations against the memory of devices: arithmetic, nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.config import DecoderConfig
+from compress.decoder.footprint import (
+    Device,
+    Footprint,
+    devices,
+    embedding_bytes,
+    footprint,
+    get_device,
+    judge,
+    largest_context,
+    tokens_per_second,
+)
+from compress.errors import UsageError
+from compress.formats import get_format
+from compress.plan.job import DEFAULT_CONTEXT, find_artifacts, prepare
+from compress.recipe import Recipe, load
+
+__all__ = ["fit_rows"]
+
+
+def fit_rows(
+    target: str | Path,
+    *,
+    device: str | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    recipe: str | Path | Recipe = "phone-4bit",
+    overrides: Iterable[str] = (),
+    formats: Iterable[str] = (),
+    hub: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """A row for each artifact, or each target of the recipe, and each device; see ``fit_row``.
+
+    Args:
+        target: an artifact, the folder of a build, or a checkpoint.
+        device: the only one; None: all of the table.
+        memory: bytes, instead of devices.
+        context: positions of the KV cache.
+        recipe: what a checkpoint would be made to; as ``overrides`` and ``formats`` for
+            ``compress.recipe.load``.
+        hub: ``revision``, ``token`` and ``cache_dir``.
+
+    Raises:
+        UsageError: no such device, a context that is too long, or an artifact without a config.
+    """
+    if device and memory:
+        raise UsageError("--device and --memory exclude each other")
+    found = find_artifacts(Path(target)) if Path(target).exists() else []
+    if found:
+        needs = artifact_needs(found, context)
+    else:
+        needs = planned_needs(str(target), load(recipe, overrides, formats), context, hub)
+    rows = []
+    for label, config, need in needs:
+        if memory is not None:
+            rows.append(memory_row(label, config, need, memory))
+        else:
+            chosen = [get_device(device)] if device else list(devices().values())
+            rows += [device_row(label, config, need, row) for row in chosen]
+    return rows
+
+
+def planned_needs(
+    target: str, recipe: Recipe, context: int | None, hub: Mapping[str, Any]
+) -> list[tuple[str, DecoderConfig, Footprint]]:
+    """The footprint of each target of a recipe."""
+    job = prepare(Checkpoint.open(target, **hub), recipe, context=context)
+    needs = []
+    for plan in job.plans:
+        embedding = embedding_bytes(job.shape, plan.entries)
+        need = footprint(
+            job.shape, plan.weights_bytes, embedding, job.context, plan.kv_bytes_per_value
+        )
+        needs.append((f"{plan.format} {plan.type_name}", job.shape, need))
+    return needs
+
+
+def artifact_needs(
+    found: list[tuple[str, Path]], context: int | None
+) -> list[tuple[str, DecoderConfig, Footprint]]:
+    """The footprint of each artifact, from its own metadata."""
+    needs = []
+    for name, path in found:
+        facts = get_format(name).describe(path)
+        if not facts["config"]:
+            raise UsageError(
+                f"{path} does not say what model it holds",
+                hint="keep config.json beside it, or give the checkpoint instead",
+            )
+        config = DecoderConfig.from_hf(facts["config"])
+        weights = sum(row["bytes"] for row in facts["tensors"])
+        table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])
+        if context is not None and context > config.max_context:
+            most = f"the {config.max_context} positions of {path.name}"
+            raise UsageError(f"--context {context} is more than {most}")
+        # Some make room for as many positions as they were built for.
+        room = min(config.max_context, facts["context"] or config.max_context)
+        positions = context or min(DEFAULT_CONTEXT, room)
+        need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])
+        label = name if path.name == name else f"{name} {path.name}"  # a folder of that name
+        needs.append((label, config, need))
+    return needs
+
+
+def largest_embedding(tensors: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of the token embedding among described tensors."""
+    names = ("embed_tokens", "token_embd")
+    return sum(row["bytes"] for row in tensors if any(name in row["name"] for name in names))
+
+
+def fit_row(label: str, config: DecoderConfig, need: Footprint, limit: int) -> dict[str, Any]:
+    """What every row of the table has; bytes."""
+    return {
+        "artifact": label,
+        "context": need.context,
+        "weights_bytes": need.weights,
+        "kv_cache_bytes": need.kv_cache,
+        "activation_bytes": need.activations,
+        "total_bytes": need.total,
+        "limit_bytes": limit,
+        "largest_context": largest_context(config, need, limit),
+    }
+
+
+def memory_row(label: str, config: DecoderConfig, need: Footprint, memory: int) -> dict[str, Any]:
+    """Against a bare number of bytes."""
+    verdict = "fits" if need.total <= memory else "too large"
+    return fit_row(label, config, need, memory) | {"device": "memory", "verdict": verdict}
+
+
+def device_row(label: str, config: DecoderConfig, need: Footprint, row: Device) -> dict[str, Any]:
+    """Against what an app may hold on a device."""
+    return fit_row(label, config, need, row.entitled) | {
+        "device": row.name,
+        "app_limit_bytes": row.app_limit,
+        "verdict": judge(need, row),
+        "tokens_per_second_bound": round(tokens_per_second(need, row), 1),
+        "estimated": list(row.estimated),
+    }
