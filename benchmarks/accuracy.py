@@ -31,7 +31,7 @@ from peers import PEERS, OnnxHqq, Peer
 from writing import write
 
 # Below the public names: times the choice of codes, ours and of other people.
-from compress.build.write import prepare_target, target_weights
+from compress.build.write import target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.checkpoint.checkpoint import Checkpoint
@@ -158,10 +158,9 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
         artifact = write(made, Weights(job.source, solve), folder)
         artifact = solve.finish(artifact)
     else:
-        inputs = prepare_target(made, job, calibration, Console())
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"
-            weights = target_weights(made, job, inputs, calibration, Path(work), ledger)
+            weights, _ = target_weights(made, job, calibration, Console(), Path(work), ledger)
             artifact = write(made, weights, folder)
     return artifact, time.process_time() - start
 

@@ -23,8 +23,8 @@ sys.path[:0] = [str(HERE.parent)]
 
 # Below the public names: measures the pruned float model; no artifact is made.
 from compress.calibration.texts import CalibrationSet  # noqa: E402
-from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
-from compress.checkpoint.sources import Source, Stored  # noqa: E402
+from compress.checkpoint.checkpoint import Checkpoint, Stored  # noqa: E402
+from compress.checkpoint.sources import Source  # noqa: E402
 from compress.console import Console  # noqa: E402
 from compress.decoder.decoder import Decoder  # noqa: E402
 from compress.decoder.tokenizer import Tokenizer, eval_windows  # noqa: E402

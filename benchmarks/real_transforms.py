@@ -1,4 +1,4 @@
-"""What rotations and `fold: awq` are worth on a checkpoint with massive activations.
+"""What `fold: awq` is worth on a checkpoint with massive activations.
 
     python benchmarks/real_transforms.py CHECKPOINT [--only TEXT ...] [--tokens N] [--windows N]
                                          [--threads N] [--work DIR] [--out FILE]
@@ -19,47 +19,42 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROTATIONS = ("none", "r1r2")
 FOLDS = ("none", "awq")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One build: a setting (format and grids), a solver, and a transform of the weights.
+    """One build: a setting (format and grids), a solver, and a fold of the weights.
 
     Attributes:
-        setting: as the tables call it.
-        format: gguf, onnx or coreml.
-        overrides: the keys of the recipe that make the setting.
+        setting: as the tables call it; its format's default grids.
+        format: gguf or onnx.
         solver: scale_search or gptq.
-        key, value: the transform, ``targets.coreml.rotate`` or ``quantize.fold``.
+        fold: none or awq.
     """
 
     setting: str
     format: str
-    overrides: tuple[str, ...]
     solver: str
-    key: str
-    value: str
+    fold: str
 
     @property
     def name(self) -> str:
         """Of the row in the document."""
-        return f"{self.setting}, {self.solver}, {self.key.rpartition('.')[2]} {self.value}"
+        return f"{self.setting}, {self.solver}, fold {self.fold}"
 
     def command(self, model: Path, chosen: argparse.Namespace, folder: Path) -> list[str]:
         """The ``packlight build`` that makes it."""
         settings = (
-            *self.overrides,
             f"quantize.solver={self.solver}",
-            f"{self.key}={self.value}",
+            f"quantize.fold={self.fold}",
             f"calibration.tokens={chosen.tokens}",
             f"verify.windows={chosen.windows}",
         )
@@ -71,19 +66,12 @@ class Row:
 
 def all_rows() -> list[Row]:
     """Every build, in the order of the table."""
-    rows = [
-        Row(setting, name, (), solver, "quantize.fold", fold)
+    return [
+        Row(setting, name, solver, fold)
         for solver in ("gptq", "scale_search")
         for setting, name in (("ONNX int4-g32", "onnx"), ("GGUF Q4_K_M", "gguf"))
         for fold in FOLDS
     ]
-    # The tied embedding in 8 bits: in 4 its error, which no rotation changes, is most of the KL.
-    for kinds in ROTATIONS:
-        for grid in ("lut4-g8", "lut4-g16"):
-            overrides = (f"targets.coreml.grid={grid}", "targets.coreml.embedding=int8-channel")
-            label = f"Core ML {grid}, embedding int8-channel"
-            rows.append(Row(label, "coreml", overrides, "gptq", "targets.coreml.rotate", kinds))
-    return rows
 
 
 def measure(row: Row, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -112,8 +100,7 @@ def figures(row: Row, report: dict[str, Any]) -> dict[str, Any]:
         "row": row.name,
         "setting": row.setting,
         "solver": row.solver,
-        "transform": row.key,
-        "value": row.value,
+        "fold": row.fold,
         "bytes": artifact["bytes"],
         "types": types,
         "kl_mean": kl["mean"],
@@ -141,20 +128,16 @@ def difference(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a line per row, beside the same setting and solver without the transform."""
+    """Markdown: a line per row, beside the same setting and solver without the fold."""
     found = list(rows)
-    titles = ("setting", "solver", "transform", "bytes", "mean KL", "share", "difference", "top-1")
+    titles = ("setting", "solver", "fold", "bytes", "mean KL", "share", "difference", "top-1")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in sorted(found, key=place):
-        same = ("setting", "solver", "transform")
-        base = [b for b in found if b["value"] == "none" and all(b[k] == row[k] for k in same)]
-        cells = [
-            row["setting"],
-            row["solver"],
-            f"{row['transform'].rpartition('.')[2]} {row['value']}",
-        ]
+        same = ("setting", "solver")
+        base = [b for b in found if b["fold"] == "none" and all(b[k] == row[k] for k in same)]
+        cells = [row["setting"], row["solver"], row["fold"]]
         cells += [f"{row['bytes']:,}", f"{row['kl_mean']:.4f} ± {row['kl_mean_se']:.4f}"]
-        if base and row["value"] != "none":
+        if base and row["fold"] != "none":
             apart, error = difference(row, base[0])
             cells += [f"{row['kl_mean'] / base[0]['kl_mean']:.2f}", f"{apart:+.4f} ± {error:.4f}"]
         else:
@@ -164,10 +147,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def place(row: dict[str, Any]) -> int:
-    """Where a row stands in the table: settings together, without the transform first."""
+    """Where a row stands in the table: settings together, without the fold first."""
     settings = list(dict.fromkeys((r.setting, r.solver) for r in all_rows()))
-    values: Sequence[str] = ROTATIONS if row["transform"].endswith("rotate") else FOLDS
-    return settings.index((row["setting"], row["solver"])) * 10 + values.index(row["value"])
+    return settings.index((row["setting"], row["solver"])) * len(FOLDS) + FOLDS.index(row["fold"])
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ def plan(
     job = ready.job if ready else decision.job
     found = {}
     for made in job.plans:
-        nbytes = get_format(made.format).file_bytes(made, job.source_of(made))
+        nbytes = get_format(made.format).file_bytes(made, job.source)
         found[made.format] = replace(made, file_bytes=nbytes)
     return found
 
@@ -249,7 +249,7 @@ def verify(
     """
     from compress.build import verification
     from compress.build.arguments import limits, path, paths, size
-    from compress.build.settings import VerifySettings
+    from compress.build.decide import VerifySettings
 
     settings = VerifySettings(
         artifact=Path(artifact),

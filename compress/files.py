@@ -23,6 +23,7 @@ __all__ = [
     "cache_folder",
     "computed_once",
     "file_lock",
+    "is_url",
     "real_path",
     "scratch_folder",
     "sync",
@@ -126,6 +127,11 @@ def is_same_file(handle: int, path: Path) -> bool:
 def real_path(path: Path) -> Path:
     """Where a path really leads: absolute, through links (one that leads nowhere yet, too)."""
     return Path(os.path.realpath(path))
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL of fsspec rather than a folder or a Hub id."""
+    return "://" in location
 
 
 def sync(file: Path) -> None:

@@ -114,7 +114,7 @@ def worker_threads() -> int:
 
 def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
     """``work(begin, end)`` over ``range(count)``, at least ``least`` of them to a thread."""
-    threads = min(worker_threads(), count // least)
+    threads = min(_share.get() or _threads.get() or default_threads(), count // least)
     if threads <= 1:
         work(0, count)
         return

@@ -48,3 +48,16 @@ def no_network(monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")
+
+
+# What takes longest goes first: a long file that comes last leaves one of two workers idle.
+LONG = (
+    "test_readme", "test_gptq", "test_batch", "test_resume", "test_allocation", "test_propagation",
+    "test_pruning", "test_shipped_recipes", "test_gguf", "test_steady", "test_calibrated_build",
+    "test_batch_ray", "test_action", "test_cli", "test_heal", "test_kquant", "test_coreml",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))

@@ -21,8 +21,7 @@ import tiny
 import writing
 from numpy.typing import NDArray
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
@@ -107,14 +106,19 @@ class Exports:
         change: Callable[[Plan], Plan] = lambda plan: plan,
         folder: Path | None = None,
         written: Callable[[int], None] = lambda nbytes: None,
+        slab: int | None = None,
     ) -> Exported:
-        """Plan (changed, if wanted) and write into an empty folder, a new one if none is given."""
+        """Plan (changed, if wanted) and write into an empty folder, a new one if none is given.
+
+        Args:
+            slab: weights in memory at a time.
+        """
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
         if format == "coreml":
             settings = {"context": CONTEXT, **settings}
         plan = change(writing.plan_for(format, config, settings, model_name=name))
-        weights = Weights(Stored(opened, config), rtn)
+        weights = Weights(Stored(opened, config), rtn, slab=slab)
         artifact = writing.write(plan, weights, folder or self.new_folder(), written)
         return Exported(opened, config, plan, weights, artifact)
 

@@ -15,8 +15,7 @@ import numpy as np
 import tiny
 
 from compress.calibration.statistics import input_names
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 
 

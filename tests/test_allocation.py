@@ -22,8 +22,7 @@ from compress.allocation.feasible import check_budget
 from compress.allocation.sensitivity import LEVEL, Sensitivity, measure, noise_like, partition
 from compress.allocation.tensor_error import relative_error, sample_rows
 from compress.calibration.statistics import LayerStats, Statistics
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path
@@ -385,6 +384,10 @@ def test_plans_that_do_not_belong(tmp_path: Path) -> None:
     other.write_text(json.dumps(document))
     told = refused(build(tmp_path / "b", "--plan", other, "-f", "gguf"))
     assert "for a model of 6,163,713 parameters" in told
+    document["targets"]["gguf"]["tensors"][0]["grid"] = 4
+    other.write_text(json.dumps(document))
+    told = refused(build(tmp_path / "b", "--plan", other, "-f", "gguf"))
+    assert "targets.gguf.tensors.0.grid: 4 is not of type 'string'" in told
     other.write_text("{}")
     assert "not a plan of packlight" in refused(build(tmp_path / "b", "--plan", other))
     assert "is not JSON" in refused(build(tmp_path / "b", "--plan", DEMO / "README.md"))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import FUSED, DecoderConfig, Rope, WeightMap, split_name
 from compress.decoder.config_json import read_json
 from compress.decoder.families import ARCHITECTURES, FAMILIES

@@ -14,8 +14,8 @@ from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import RecipeError, UsageError
@@ -27,7 +27,7 @@ from compress.recipe import load
 from compress.solvers import get_solver
 from compress.solvers.awq import Found, search
 from compress.solvers.folding import Folded, fold_statistics
-from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
+from compress.solvers.half_blocks import HalfTrial, HeadTrial, halves, some_rows
 
 LENGTH = 32
 
@@ -129,7 +129,7 @@ def test_a_half_is_measured_as_it_is_written_down(known):
     config, grid = source.config, get_grid("int4-g32")
     entries = {f"blocks.0.{role}.weight": grid for role in ("gate_up_proj", "down_proj", "q_proj")}
     half = list(halves(config, 0))[1]
-    trial = Trial(source, statistics, half, entries, "scale_search", LENGTH)
+    trial = HalfTrial(source, statistics, half, entries, "scale_search", LENGTH)
     x = statistics.for_weight("blocks.0.gate_proj.weight").held_back.astype(np.float64)
 
     def mlp(read) -> np.ndarray:
@@ -143,7 +143,7 @@ def test_a_half_is_measured_as_it_is_written_down(known):
     expected = np.mean((mlp(rounded) - mlp(source.read)) ** 2) / np.mean(mlp(source.read) ** 2)
     assert trial.error({}) == pytest.approx(expected, rel=1e-3)
     # A fold without rounding errors to gain from is no change: all in float.
-    none = Trial(source, statistics, half, {}, "scale_search", LENGTH)
+    none = HalfTrial(source, statistics, half, {}, "scale_search", LENGTH)
     scale = np.linspace(0.5, 2, 512).astype(np.float32)
     assert none.error({"blocks.0.down_proj": scale}) < 1e-10
     head = HeadTrial(source, statistics, grid, "scale_search")
@@ -230,6 +230,7 @@ def test_the_plan_tells_of_folds(tmp_path, capsys):
     assert quantize["fold"] == "awq"
 
 
-def test_a_key_that_was_there_once_is_unknown():
-    with pytest.raises(RecipeError, match=r"unknown key quantize\.permute"):
-        load("phone-4bit", ["quantize.permute=true"])
+@pytest.mark.parametrize("override", ["quantize.permute=true", "targets.coreml.rotate=r1"])
+def test_a_key_that_was_there_once_is_unknown(override):
+    with pytest.raises(RecipeError, match=f"unknown key {override.partition('=')[0]}"):
+        load("phone-4bit", [override])

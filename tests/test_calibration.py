@@ -26,8 +26,7 @@ from compress.calibration.statistics import (
 )
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import CheckpointError, UsageError

@@ -16,7 +16,6 @@ import tiny
 from exported import CONTEXT, Exported, Exports, reference
 
 from compress.errors import ArtifactError, UsageError
-from exporters.coreml import runtime as runtime_module
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import list_tensors
 from exporters.coreml.mil import read_package
@@ -193,15 +192,13 @@ def test_tied_embeddings_and_repeated_blocks_are_stored_once(exported: Exports) 
 # --- the runtime ----------------------------------------------------------------------------
 
 
-def test_runtime_feeds_prompts_in_pieces(
-    exported: Exports, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runtime_feeds_prompts_in_pieces(exported: Exports) -> None:
     built = exported("coreml", "phi3-window", grid="int8-channel-asym")
     runtime = open_runtime(built.artifact.path, context=CONTEXT)
     assert runtime.name.startswith("MIL evaluator (packlight ")
     assert runtime.vocab_size == 512
     whole = runtime.logits(TOKENS)
-    monkeypatch.setattr(runtime_module, "CHUNK", 7)
+    runtime = open_runtime(built.artifact.path, context=CONTEXT, batch=7)
     pieces = runtime.logits(TOKENS)
     assert whole.dtype == np.float32
     assert whole.shape == (CONTEXT, 512)

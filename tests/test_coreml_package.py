@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import tiny
 from exported import CONTEXT, Exported, Exports, decoded, reference
 from writing import plan_for
 
+from compress.decoder.config import DecoderConfig
 from compress.errors import (
     DiskFullError,
     GridError,
@@ -29,10 +29,10 @@ from compress.errors import (
 )
 from compress.formats import get_format
 from compress.plan.shapes import Plan
-from exporters.coreml import constants, writer
+from exporters.coreml import writer
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.inspection import describe
-from exporters.coreml.planning import GRIDS, parts
+from exporters.coreml.planning import GRIDS, parts, weight_file_bytes
 
 ROOT = Path(__file__).parent.parent
 # Every kind of stored tensor in one model of fourteen linears.
@@ -44,10 +44,9 @@ MIXED = (
 )
 
 
-def mixed(plan: Plan) -> Plan:
+def mixed(plan: Plan, config: DecoderConfig) -> Plan:
     """The plan with another grid for each matrix."""
-    wanted = iter(MIXED)
-    entries = []
+    wanted, entries = iter(MIXED), []
     for entry in plan.entries:
         if len(entry.shape) == 2 and not entry.name.startswith("rope"):
             grid = next(wanted)
@@ -55,22 +54,17 @@ def mixed(plan: Plan) -> Plan:
             entry = replace(entry, grid=grid, nbytes=nbytes)
         entries.append(entry)
     assert next(wanted, None) is None
-    return replace(plan, entries=tuple(entries))
+    found = replace(plan, entries=tuple(entries))
+    container = weight_file_bytes(config, found.entries) - found.weights_bytes
+    return replace(found, settings={**plan.settings, "container_bytes": container})
 
 
 @pytest.fixture(scope="module")
-def mixture(exported: Exports, monkeypatch_module: pytest.MonkeyPatch) -> Exported:
-    """A package with every kind of grid. Its plan was changed, so its container is not planned."""
-    monkeypatch_module.setattr(writer, "_check_weight_file", lambda plan, file: None)
-    return exported.write(
-        "coreml", exported.checkpoint("qwen2", tie_word_embeddings=False), {}, change=mixed
-    )
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
+def mixture(exported: Exports) -> Exported:
+    """A package with every kind of grid."""
+    make = {"tie_word_embeddings": False}
+    source, config = exported.checkpoint("qwen2", **make), exported.config("qwen2", **make)
+    return exported.write("coreml", source, {}, change=lambda plan: mixed(plan, config))
 
 
 def weight_file(built: Exported) -> Path:
@@ -203,6 +197,7 @@ def test_two_writes_give_the_same_bytes(exported: Exports, tmp_path: Path) -> No
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
+import exporters
 from exported import Exports
 exported, source, folder = Exports(Path()), Path({str(built.checkpoint.path)!r}), {str(again)!r}
 exported.write("coreml", source, dict(grid="lut4-g8"), name="phi4-mini", folder=Path(folder))
@@ -230,14 +225,13 @@ def test_nothing_of_this_machine_is_in_the_files(exported: Exports) -> None:
         assert str(ROOT).encode() not in content
 
 
-def test_memory_is_that_of_a_slab(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "SLABS", 1 << 16)
+def test_memory_is_that_of_a_slab(exported: Exports) -> None:
     path = exported.checkpoint("llama", hidden_size=256, intermediate_size=512, vocab_size=16384)
     largest = 256 * 16384 * 4
     for grid in ("F16", "lut4-g16"):
         exported.write("coreml", path, {"grid": grid})  # warm: imports are not what is measured
         tracemalloc.start()
-        built = exported.write("coreml", path, {"grid": grid})
+        built = exported.write("coreml", path, {"grid": grid}, slab=1 << 16)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert built.config.num_parameters * 4 > largest
@@ -245,12 +239,10 @@ def test_memory_is_that_of_a_slab(exported: Exports, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("grid", ["int4-g32", "int8-g64-asym", "lut4-g8", "lut3-tensor"])
-def test_slabs_of_rows_give_the_same_bytes(
-    exported: Exports, grid: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slabs_of_rows_give_the_same_bytes(exported: Exports, grid: str) -> None:
     whole = exported("coreml", "llama", {"vocab_size": 704}, grid=grid)
-    monkeypatch.setattr(constants, "SLABS", 1 << 16)  # 256 rows of 256 columns; 192 are left over
-    slabs = exported.write("coreml", whole.checkpoint.path, {"grid": grid})
+    # 256 rows of 256 columns; 192 are left over.
+    slabs = exported.write("coreml", whole.checkpoint.path, {"grid": grid}, slab=1 << 16)
     assert weight_file(slabs).read_bytes() == weight_file(whole).read_bytes()
 
 

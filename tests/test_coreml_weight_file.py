@@ -31,7 +31,7 @@ def arrays() -> Iterator[tuple[str, Array]]:
 
 def write(path: Path, numbered: Sequence[tuple[int, str, Array]], layout: Layout) -> None:
     """Arrays by number to their places, eight rows at a time."""
-    with path.open("r+b") as stream:
+    with path.open("r+b", buffering=0) as stream:
         for number, dtype, values in numbered:
             part = Part("", dtype, values.shape)
             blob = Blob(stream, layout.add(str(number), part), part)
@@ -61,7 +61,7 @@ def test_bytes_and_offsets_are_those_of_coremltools(tmp_path: Path) -> None:
 
 def test_an_array_of_which_rows_are_missing_does_not_end(tmp_path: Path) -> None:
     part = Part("", "uint3", (16, 4))
-    with (tmp_path / "file").open("w+b") as stream:
+    with (tmp_path / "file").open("w+b", buffering=0) as stream:
         blob = Blob(stream, ALIGNMENT, part)
         blob.append(np.zeros((8, 4), np.uint8))
         with pytest.raises(AssertionError):

@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder, reader, visible
 from compress.decoder.kv_cache import Past

@@ -14,8 +14,7 @@ import writing
 from writing import plan_for
 
 from compress.allocation.choices import Choice, Rules, choices_of
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.demo import model_path
 from compress.errors import GridError
 from compress.formats import Format, get_format

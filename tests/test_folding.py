@@ -10,12 +10,11 @@ import tiny
 
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder
 from compress.demo import model_path
-from compress.solvers.folding import Folded, channels_of, check, fold_statistics, uses
+from compress.solvers.folding import Folded, channels_of, check, fold_statistics, foldable, uses
 
 
 def open_source(folder: Path) -> Stored:
@@ -42,8 +41,7 @@ def random_folds(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     folds = {}
     for key in input_names(config):
-        role = key.rpartition(".")[2]
-        if role not in uses(config).values():
+        if not foldable(config, key):
             continue
         folds[key] = (8.0 ** random.uniform(-1, 1, channels_of(config, key))).astype(np.float32)
     return folds

@@ -11,8 +11,7 @@ import pytest
 from compress import machine
 from compress.calibration.statistics import LayerStats
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import heldout_path, model_path

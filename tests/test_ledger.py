@@ -11,14 +11,11 @@ import pytest
 import tiny
 from writing import plan_for, write
 
-import compress.plan.ledger
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import PlanEntry
-from compress.plan.weights import Weights
+from compress.plan.weights import Ledger, Weights
 from compress.solvers import rtn
 
 
@@ -79,24 +76,23 @@ def test_a_file_shorter_than_its_ledger_is_written_anew(tmp_path, data):
     assert not Ledger(tmp_path / "ledger", "t").cut(data)
 
 
-def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data, monkeypatch):
-    boot = tmp_path / "boot_id"
+def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data):
+    boot, path = tmp_path / "boot_id", tmp_path / "ledger"
     boot.write_text("one\n")
-    monkeypatch.setattr(compress.plan.ledger, "BOOT_ID", boot)
-    path = tmp_path / "ledger"
-    ledger = Ledger(path, "t")
-    ledger.add("a", data, 10)
-    monkeypatch.setattr(compress.plan.ledger, "SYNC_EVERY", -1.0)
-    ledger.add("b", data, 20)
-    monkeypatch.setattr(compress.plan.ledger, "SYNC_EVERY", 1e9)
-    ledger.add("c", data, 30)
-    assert len(Ledger(path, "t")) == 3
+
+    def opened(sync_every: float = 1e9) -> Ledger:
+        return Ledger(path, "t", sync_every=sync_every, boot=boot)
+
+    opened().add("a", data, 10)
+    opened(-1.0).add("b", data, 20)
+    opened().add("c", data, 30)
+    assert len(opened()) == 3
     boot.write_text("two\n")
-    assert list(Ledger(path, "t")) == ["a", "b"]
-    Ledger(path, "t").add("c", data, 30)
-    assert len(Ledger(path, "t")) == 3
+    assert list(opened()) == ["a", "b"]
+    opened().add("c", data, 30)
+    assert len(opened()) == 3
     boot.unlink()  # a system that does not say
-    assert len(Ledger(path, "t")) == 2
+    assert len(opened()) == 2
 
 
 class Killed(BaseException):
@@ -122,11 +118,7 @@ SETTINGS = {
     "onnx": {"bits": 4, "group_size": 32},
     "coreml": {"grid": "lut4-g16", "context": 64},
 }
-SLABS = {  # small ones, so that a tensor has several
-    "gguf": ("exporters.gguf.writer.SLABS", 1 << 16),
-    "onnx": ("exporters.onnx.writer.SLABS", 1 << 16),
-    "coreml": ("exporters.coreml.constants.SLABS", 1 << 16),
-}
+SLAB = 1 << 16  # a small one, so that a tensor has several
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +128,19 @@ def source(tmp_path_factory) -> Stored:
 
 
 @pytest.mark.parametrize("format", SETTINGS)
-def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(*SLABS[format])
+def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path):
     plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
     whole = tmp_path / "whole"
     whole.mkdir()
     counted = Mortal(-1)
-    expected = write(plan, Weights(source, counted), whole)
+    expected = write(plan, Weights(source, counted, slab=SLAB), whole)
 
     folder, ledger = tmp_path / "resumed", tmp_path / "ledger"
     folder.mkdir()
     calls, finished, told = 0, [0], []
     for life in (0, 1, 2, 6, 8, 5, 8, -1):
         solver = Mortal(life)
-        weights = Weights(source, solver, Ledger(ledger, plan.type_name))
+        weights = Weights(source, solver, Ledger(ledger, plan.type_name), slab=SLAB)
         told.clear()
         try:
             artifact = write(plan, weights, folder, told.append)
@@ -168,15 +159,13 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path, monkeyp
         assert (whole / file).read_bytes() == (folder / file).read_bytes(), file
     # What was finished was not solved again: at most one tensor each time, of a few slabs.
     assert finished == sorted(finished) and finished[-2] > 3
-    slabs = (1 << 18) // SLABS[format][1]  # of gate_up_proj, the largest
+    slabs = (1 << 18) // SLAB  # of gate_up_proj, the largest
     assert calls <= counted.calls + 7 * (slabs - 1)
     assert sum(told) == plan.weights_bytes  # what was there before counts
 
 
 @pytest.mark.parametrize("format", SETTINGS)
-def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
-    format, source, tmp_path, monkeypatch
-):
+def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(format, source, tmp_path):
     plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
     found, threads = [], []
 
@@ -184,25 +173,23 @@ def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(
         threads.append(threading.get_ident())
         return rtn(weight, grid)
 
-    for at_once in (1, 2, 3):
+    for at_once, slab in ((1, None), (2, SLAB), (3, SLAB)):  # whole tensors the first time
         folder = tmp_path / str(at_once)
         folder.mkdir()
         threads.clear()
-        weights = Weights(source, solve, at_once=at_once)
+        weights = Weights(source, solve, at_once=at_once, slab=slab)
         write(plan, weights, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         found.append([(path.relative_to(folder), path.read_bytes()) for path in files])
-        monkeypatch.setattr(*SLABS[format])  # whole tensors the first time
         assert (len(set(threads)) > 1) == (at_once > 1)
     assert found[0] == found[1] == found[2] and len(found[0]) > 0
 
 
-def test_a_failure_in_a_thread_ends_the_writer(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(*SLABS["gguf"])
+def test_a_failure_in_a_thread_ends_the_writer(source, tmp_path):
     plan = plan_for("gguf", source.config, SETTINGS["gguf"], model_name="m")
     before = threading.active_count()
     with pytest.raises(Killed):
-        write(plan, Weights(source, Mortal(5), at_once=3), tmp_path)
+        write(plan, Weights(source, Mortal(5), at_once=3, slab=SLAB), tmp_path)
     assert threading.active_count() == before
 
 

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from writing import plan_for
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Around, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Change
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError
@@ -121,14 +121,17 @@ def test_slabs_are_read_where_they_are_solved(checkpoint: Checkpoint) -> None:
 def test_a_source_around_another_is_read_by_one_thread(checkpoint: Checkpoint) -> None:
     """What it computes may take memory, or be kept for the next slab."""
 
-    class Doubled(Around):
+    class Doubled(Change):
         def read(self, name: str, rows: slice | None = None) -> Float32:
             readers.add(threading.current_thread())
             return 2 * self.source.read(name, rows)
 
     readers: set[threading.Thread] = set()
     stored = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
-    weights, grid = Weights(Doubled(stored, stored.config), rtn, at_once=2), get_grid("int8-g64")
+    weights, grid = (
+        Weights(Doubled(stored, stored.config, "doubled"), rtn, at_once=2),
+        get_grid("int8-g64"),
+    )
     name = "blocks.0.gate_up_proj.weight"
     slabs = weights.slabs((1024, 256), 1 << 17)
     parts = list(weights.in_slabs(name, grid, slabs, lambda quantized: quantized.decode()))

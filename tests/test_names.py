@@ -19,6 +19,7 @@ REFUSED = {
     "kept", "nobody", "pace", "shipyard", "somebody", "speak", "steady", "story", "stranger",
     "talk", "tell", "telling", "tells", "told", "ward", "whoever", "workshop",
 }  # fmt: skip
+WRITTEN = {"kept_high"}  # a key of plan.json, which others read
 
 
 def words(identifier: str) -> set[str]:
@@ -45,13 +46,17 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def refused(source: str) -> list[str]:
-    found = [(line, name) for name, line in identifiers(ast.parse(source)) if words(name) & REFUSED]
+    found = [
+        (line, name)
+        for name, line in identifiers(ast.parse(source))
+        if words(name) & REFUSED and name not in WRITTEN
+    ]
     return [f"{line}: {name}" for line, name in sorted(set(found))]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_identifier_is_a_refused_word(path):
-    assert refused(path.read_text(encoding="utf-8")) == []
+def test_no_identifier_is_a_refused_word():
+    found = {str(path.relative_to(ROOT)): refused(path.read_text("utf-8")) for path in FILES}
+    assert {path: lines for path, lines in found.items() if lines} == {}
 
 
 def test_files_are_named_likewise():

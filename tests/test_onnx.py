@@ -30,8 +30,6 @@ from compress.errors import (
 )
 from compress.grids import get_grid
 from compress.plan.shapes import Plan
-from exporters.onnx import runtime as runtime_module
-from exporters.onnx import writer
 from exporters.onnx.inspection import describe
 from exporters.onnx.planning import GRIDS, entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
@@ -42,8 +40,9 @@ def phi3(exported: Exports) -> Exported:
     return exported("onnx", "phi3")
 
 
-def open_runtime(made: Exported, context: int = 0) -> OnnxRuntime:
-    return OnnxRuntime(made.path, context=context or made.config.max_context, threads=1)
+def open_runtime(made: Exported, context: int = 0, **options: Any) -> OnnxRuntime:
+    context = context or made.config.max_context
+    return OnnxRuntime(made.path, context=context, threads=1, **options)
 
 
 def regrid(grids: dict[str, str]) -> Callable[[Plan], Plan]:
@@ -186,16 +185,13 @@ def test_the_cache_with_int8_activations(phi3: Exported) -> None:
     assert (fresh.argmax(1) == cached).mean() > 0.9
 
 
-def test_a_long_prompt_is_run_in_chunks(
-    exported: Exports, phi3: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_prompt_is_run_in_chunks(exported: Exports, phi3: Exported) -> None:
     exact = exported("onnx", "phi3", accuracy_level=0)
     tokens = exact.tokens(70)
-    runtime = open_runtime(exact)
-    whole = runtime.logits(tokens)
-    monkeypatch.setattr(runtime_module, "CHUNK", 16)
-    np.testing.assert_allclose(runtime.logits(tokens), whole, atol=1e-4)
-    np.testing.assert_allclose(runtime.feed(tokens), whole[-1], atol=1e-4)
+    whole = open_runtime(exact).logits(tokens)
+    pieces = open_runtime(exact, batch=16)
+    np.testing.assert_allclose(pieces.logits(tokens), whole, atol=1e-4)
+    np.testing.assert_allclose(pieces.feed(tokens), whole[-1], atol=1e-4)
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -291,9 +287,7 @@ def test_describe_refuses_data_that_is_missing_or_short(phi3: Exported, tmp_path
         describe(folder)
 
 
-def test_same_bytes_twice_and_for_any_slab(
-    exported: Exports, phi3: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_bytes_twice_and_for_any_slab(exported: Exports, phi3: Exported) -> None:
     def digests(case: Exported) -> dict[str, str]:
         return {
             str(file.relative_to(case.path)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -303,16 +297,14 @@ def test_same_bytes_twice_and_for_any_slab(
 
     first, source = digests(phi3), phi3.checkpoint.path
     assert digests(exported.write("onnx", source, {})) == first
-    monkeypatch.setattr(writer, "SLABS", 256 * 33)
-    assert digests(exported.write("onnx", source, {})) == first
+    assert digests(exported.write("onnx", source, {}, slab=256 * 33)) == first
 
 
-def test_memory_is_bounded_by_the_slab(exported: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_slab(exported: Exports) -> None:
     source = exported.checkpoint("llama", vocab_size=16384)
     exported.write("onnx", source, {})  # compiles kernels, imports
-    monkeypatch.setattr(writer, "SLABS", 2**16)  # 256 KB as float32; the embedding has 16 MB
     tracemalloc.start()
-    exported.write("onnx", source, {})
+    exported.write("onnx", source, {}, slab=2**16)  # 256 KB as float32; the embedding has 16 MB
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3 * 2**20
@@ -425,7 +417,7 @@ def test_broken_artifacts(phi3: Exported, tmp_path: Path) -> None:
         copy("not-onnx", b"hello", data),
     ):
         with pytest.raises(ArtifactError, match=r"model_q4\.onnx") as caught:
-            open_runtime(folder, context=64)
+            OnnxRuntime(folder, context=64)
         assert "\n" not in caught.value.message
     with pytest.raises(ArtifactError, match="not an ONNX file"):
         describe(tmp_path / "not-onnx")
@@ -433,7 +425,7 @@ def test_broken_artifacts(phi3: Exported, tmp_path: Path) -> None:
         describe(tmp_path)
     (tmp_path / "no-data/onnx/model_int8.onnx").write_bytes(graph)
     with pytest.raises(ArtifactError, match=r"2 \.onnx file"):
-        open_runtime(tmp_path / "no-data", context=64)
+        OnnxRuntime(tmp_path / "no-data", context=64)
 
 
 def test_missing_package(phi3: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.build.settings import BuildSettings, VerifySettings
+from compress.build.decide import BuildSettings, VerifySettings
 from compress.cli import CONTEXT
 from compress.commands import build, verify
 from compress.commands.options import settings_of

@@ -132,6 +132,7 @@ def test_coremltools_integers_are_those_of_its_public_function(grid, mode):
     np.testing.assert_array_equal(found.decode(), decoded)
 
 
+@pytest.mark.slow
 def test_a_file_of_each_peer_runs(tmp_path, monkeypatch):
     """The demo by each peer, in its runtime; HQQ's with its float zero points."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))

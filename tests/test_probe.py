@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from exported import Exports
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.errors import ArtifactError, UsageError
@@ -41,7 +40,7 @@ def test_a_gguf_file_in_llama_cpp(exported: Exports, baseline: BaselineStore) ->
         found.resources.peak_memory_bytes > path.stat().st_size
     )
     runtime = open_runtime(path, context=64, threads=1)
-    here = quality.compare(runtime, baseline)
+    here = quality.summarize(quality.score(runtime, baseline))
     runtime.close()
     assert here.kl_mean.value == pytest.approx(found.quality.kl_mean.value, rel=1e-3)
     assert here.perplexity.value == pytest.approx(found.quality.perplexity.value, rel=1e-5)

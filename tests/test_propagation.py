@@ -19,8 +19,8 @@ from compress.calibration.walk import walk_beside
 from compress.decoder.config import split_name, stored_block
 from compress.decoder.decoder import reader
 from compress.grids import get_grid
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan
+from compress.plan.weights import Ledger
 from compress.solvers import get_solver
 from compress.solvers.propagation import DAMPING, SHARE, PropagatedWeights, shifts
 

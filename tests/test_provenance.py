@@ -18,6 +18,7 @@ from compress.errors import UsageError
 from compress.output import lock as origin
 from compress.output.checksums import check_folder
 from compress.output.lock import check_lock, lock_document
+from compress.plan.document import PlanDocument
 
 SHA256 = "^[0-9a-f]{64}$"
 DESCRIPTOR = {
@@ -169,15 +170,22 @@ def test_locked_gives_the_same_bytes_or_says_why_not(
 def test_what_differs_is_told_old_and_new() -> None:
     lock = {"versions": {"numpy": "2.3.5", "gguf": "0.19.0"}, "inputs": {},
             "checkpoint": {"headers": "a" * 64, "files": {"a.safetensors": "b" * 64}}}  # fmt: skip
-    rows = [{"name": "lm_head.weight", "grid": "Q6_K"}]
-    plan = {"lock": lock, "model": {"source": "m"}, "quantize": {"solver": "rtn"},
-            "targets": {"gguf": {"type": "Q4_K_M", "settings": {}, "tensors": rows}}}  # fmt: skip
-    check_lock("plan.json", plan, {**plan, "notes": ["not of the bytes"]})
+    row = {"name": "lm_head.weight", "target_name": "output.weight", "grid": "Q6_K",
+           "shape": [32, 256], "bytes": 6720}  # fmt: skip
+    target = {"type": "Q4_K_M", "settings": {}, "weights_bytes": 6720, "bits_per_weight": 6.5625,
+              "notes": [], "tensors": [row]}  # fmt: skip
+    plan = {"schema_version": 1, "tool": {"name": "packlight", "version": "0.1.0"},
+            "model": {"source": "m", "revision": "", "family": "llama", "parameters": 8192},
+            "quantize": {"solver": "rtn"}, "targets": {"gguf": target}, "lock": lock}  # fmt: skip
+    before = PlanDocument.model_validate(plan)
+    assert before.to_dict() == plan
     now = json.loads(json.dumps(plan))
+    now["targets"]["gguf"]["notes"] = ["not of the bytes"]
+    check_lock("plan.json", before, PlanDocument.model_validate(now))
     now["lock"]["versions"] = {"numpy": "2.4.0", "torch": "2.13.0"}
     now["targets"]["gguf"]["tensors"][0]["grid"] = "Q8_0"
     with pytest.raises(UsageError) as caught:
-        check_lock("plan.json", plan, now)
+        check_lock("plan.json", before, PlanDocument.model_validate(now))
     for part in (
         "versions.numpy was 2.3.5, is 2.4.0",
         "versions.gguf was 0.19.0, is not there",
@@ -187,10 +195,11 @@ def test_what_differs_is_told_old_and_new() -> None:
         assert part in str(caught.value)
     now["model"]["source"] = "n"
     with pytest.raises(UsageError, match="and 1 more"):
-        check_lock("plan.json", plan, now)
-    lock["checkpoint"]["files"] = None  # type: ignore[index]
+        check_lock("plan.json", before, PlanDocument.model_validate(now))
+    now["lock"]["checkpoint"]["files"] = None
+    unknown = PlanDocument.model_validate(now)
     with pytest.raises(UsageError) as caught:
-        check_lock("plan.json", plan, plan)
+        check_lock("plan.json", unknown, unknown)
     assert "--provenance" in caught.value.hint
 
 
@@ -202,9 +211,9 @@ def test_large_files_are_hashed_on_demand_and_once(
     checkpoint = Checkpoint.open(str(place))
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(origin, "SMALL", 1000)
-    assert lock_document(checkpoint, [], thorough=False)["checkpoint"]["files"] is None
+    assert lock_document(checkpoint, [], thorough=False).checkpoint.files is None
     real = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.iterdir()}
-    found = lock_document(checkpoint, [], thorough=True)["checkpoint"]["files"]
+    found = lock_document(checkpoint, [], thorough=True).checkpoint.files
     assert found == {name: real[name] for name in found} and "model.safetensors" in found
     monkeypatch.setattr(origin, "sha256_of", lambda path: pytest.fail(f"hashed {path} again"))
     monkeypatch.setattr(origin, "SMALL", 0)
@@ -237,7 +246,7 @@ def test_the_hubs_cache_knows_the_hashes(
     monkeypatch.setattr(origin, "SMALL", 10**6)
     monkeypatch.setattr(origin, "sha256_of", lambda path: hashed.append(path.name) or "0" * 64)
     checkpoint = Checkpoint(snapshot, "acme/tiny", "c" * 40)
-    files = lock_document(checkpoint, [], thorough=False)["checkpoint"]["files"]
+    files = lock_document(checkpoint, [], thorough=False).checkpoint.files
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert files["model.safetensors"] == weights and weights not in hashed
     assert len(hashed) == len(files) - 1

@@ -17,7 +17,7 @@ from writing import plan_for
 
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder

@@ -11,14 +11,9 @@ import tiny
 
 from compress.batch.output_tree import publish, read_sums
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.remote import (
-    fetch,
-    fingerprint,
-    is_url,
-    open_url,
-    read_text,
-)
+from compress.checkpoint.remote import fetch, fingerprint, open_url, read_text
 from compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from compress.files import is_url
 from compress.output.checksums import read_checksums, write_checksums
 
 

@@ -16,7 +16,7 @@ import sample_report
 
 from compress.report import charts
 from compress.report.html import figure, grids, percent, quarters, render, size
-from compress.report.report import KlDivergence
+from compress.report.report import KlDivergence, TensorReport
 from compress.report.words import amount
 
 CHROMIUM = next(
@@ -309,14 +309,19 @@ def test_curves_break_where_nothing_is_known() -> None:
 
 
 def test_depth_has_a_cell_per_tensor() -> None:
-    cells = [charts.Cell("q_proj", i, 4.5 + i, f"t{i}") for i in range(3)]
-    svg = charts.depth(
-        [*cells, charts.Cell("lm_head", None, 8.5, "head")], ["q_proj", "lm_head"], 3, "t"
-    )
+    tensors = [
+        TensorReport(name=f"t{i}", block=i, role="q_proj", grid="Q4_K", shape=[4, 4], bytes=9,
+                     bits_per_weight=4.5 + i)
+        for i in range(3)
+    ]  # fmt: skip
+    head = {"name": "head", "role": "lm_head", "grid": "Q8_0", "bits_per_weight": 8.5}
+    norm = TensorReport(name="norm", role="norm", grid="F32", shape=[4], bytes=16,
+                        bits_per_weight=32)  # fmt: skip
+    svg = charts.depth([*tensors, TensorReport(**head, shape=[8, 4], bytes=34), norm], "t")
     assert svg.count('class="cell"') == 4
     tones = [float(tone) for tone in re.findall(r'fill-opacity="([\d.]+)"', svg)]
     assert tones[0] < tones[1] < tones[2] < tones[3] <= 1
-    assert "<title>t1</title>" in svg
+    assert "<title>t1: Q4_K, 5.5 bits</title>" in svg
 
 
 def test_words_for_numbers() -> None:

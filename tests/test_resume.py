@@ -272,7 +272,7 @@ DYING = """
 import os, shutil, signal, sys
 from pathlib import Path
 from compress.output.checksums import write_checksums
-from compress.plan.ledger import Ledger
+from compress.plan.weights import Ledger
 from compress.output.folder import Resume, check_output, state_folder, work_folder
 
 CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}

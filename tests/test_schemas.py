@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+import exporters  # noqa: F401 -- fills the table of formats that the schemas list
 from compress.batch.jobs_file import jobs_schema
+from compress.plan.document import plan_schema
 from compress.recipe.model import recipe_schema
 from compress.report.report import report_schema
 
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {
     "recipes/schema.json": recipe_schema,
     "compress/batch/schema.json": jobs_schema,
+    "compress/plan/plan.schema.json": plan_schema,
     "compress/report/report.schema.json": report_schema,
 }
 

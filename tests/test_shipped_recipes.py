@@ -15,8 +15,8 @@ import tiny
 from writing import plan_for
 
 import recipes
+from compress.build.decide import BuildSettings
 from compress.build.pipeline import build
-from compress.build.settings import BuildSettings
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.demo import model_path

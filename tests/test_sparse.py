@@ -15,8 +15,7 @@ from writing import plan_for
 from compress.calibration.statistics import Statistics
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.tokenizer import Tokenizer
 from compress.demo import model_path
 from compress.errors import GridError, RecipeError, UnsupportedModelError, UsageError

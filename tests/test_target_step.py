@@ -1,4 +1,4 @@
-"""Each target is written from its own source, with the statistics of that source's inputs."""
+"""Statistics are those of the source; a transform changes the weights of its own target only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from compress.build.write import prepare_target, write_artifacts
+from compress.build.write import target_weights, write_artifacts
 from compress.calibration.step import CalibrationStep, Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.plan.job import Job, prepare
-from compress.plan.transform import Transform
+from compress.plan.transform import Changed, Transform
 from compress.recipe import load
 
 SETTINGS = (
@@ -42,8 +42,8 @@ class Instead(Transform):
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def seen(self, source: Source) -> Source:
-        return self.source
+    def apply(self, plan, source, statistics, windows, console) -> Changed:
+        return Changed(self.source, statistics, "louder norms")
 
 
 @pytest.fixture
@@ -65,27 +65,14 @@ def walks(tmp_path: Path) -> int:
 def test_targets_of_one_source_share_its_walk(job, tmp_path):
     calibration = step(job)
     for plan in job.plans:
-        inputs = prepare_target(plan, job, calibration, Console())
-        assert inputs.source is job.source
-        assert inputs.statistics.for_weight("blocks.1.o_proj.weight").count == 256
+        ledger = tmp_path / f"{plan.format}.ledger"
+        weights, _ = target_weights(plan, job, calibration, Console(), tmp_path, ledger)
+        assert weights.source is job.source
+        assert weights.statistics.for_weight("blocks.1.o_proj.weight").count == 256
         assert walks(tmp_path) == 1
 
 
-def test_a_target_with_weights_of_its_own_has_their_statistics(job, tmp_path):
-    louder = LouderNorms(job.checkpoint, job.config)
-    job = replace(job, transforms={"onnx": [Instead(louder)]})
-    calibration = step(job)
-    common, own = (prepare_target(plan, job, calibration, Console()) for plan in job.plans)
-    assert (common.source, own.source) == (job.source, louder)
-    assert walks(tmp_path) == 2
-    quiet, loud = (
-        inputs.statistics.for_weight("blocks.0.q_proj.weight").importance
-        for inputs in (common, own)
-    )
-    np.testing.assert_allclose(loud, 4 * quiet, rtol=0.02)  # states are in bfloat16
-
-
-def test_each_artifact_holds_its_own_source(job, tmp_path):
+def test_a_transform_changes_its_own_target_only(job, tmp_path):
     import onnx
     from gguf import GGUFReader
 
@@ -93,7 +80,9 @@ def test_each_artifact_holds_its_own_source(job, tmp_path):
     job = replace(job, transforms={"onnx": [Instead(louder)]})
     folder = tmp_path / "out"
     folder.mkdir()
-    gguf_file, onnx_folder = (a.path for a in write_artifacts(job, step(job), folder, Console()))
+    artifacts = write_artifacts(job, step(job), folder, Console())
+    assert ["louder norms" in artifact.notes for artifact in artifacts] == [False, True]
+    gguf_file, onnx_folder = (artifact.path for artifact in artifacts)
     name = "blocks.0.input_layernorm.weight"
     stored = job.source.read(name)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(gguf_file).tensors}

@@ -18,14 +18,14 @@ from commands import packlight, refused
 from echo_model import EchoModel
 from exported import Exports
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.plan.weights import Weights
 from compress.report.html import render
+from compress.report.report import Report
 from compress.solvers import rtn
 from compress.verify import tasks
 from compress.verify.tasks import Item, Request, Task, TaskSet, read_task
@@ -147,7 +147,7 @@ def test_verify_answers_in_the_artifacts_runtime(exported: Exports, tmp_path: Pa
     assert (second["name"], second["baseline_accuracy"]) == ("float", 1)
     assert second["accuracy"] == second["agreement"] == pytest.approx(same, rel=1e-6)
     assert second["difference"] == pytest.approx(same - 1, rel=1e-6)
-    page = render(report)
+    page = render(Report.from_dict(report))
     assert 'id="tasks"' in page and page.count('data-label="questions">6<') == 2
     assert same < 1  # two bits: the figures are not all 1 for another reason
 

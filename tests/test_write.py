@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from writing import plan_for
+from writing import plan_for, put_all
 
-from compress.build.write import put_all, write_artifacts
+from compress.build.write import write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.step import CalibrationStep, Importance
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.grids import Float32, Grid, Quantized
 from compress.plan.job import describe_model, prepare
@@ -108,7 +108,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
     [
         (),
         CALIBRATED,
-        ("targets.coreml.grid=lut4-g8", "targets.coreml.rotate=r1r2"),
+        ("targets.coreml.grid=lut4-g8",),
         ("targets.onnx.embedding_bits=8",),
         GPTQ,
         (*GPTQ, "calibration.propagate=quantized"),
@@ -119,7 +119,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
             "quantize.fold=awq",
         ),
     ],
-    ids=["plain", "calibrated", "rotated", "tied head apart", "gptq", "propagated", "folded"],
+    ids=["plain", "calibrated", "palettes", "tied head apart", "gptq", "propagated", "folded"],
 )
 def test_the_bytes_are_those_of_builds_of_one_target(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import tiny
 
 from compress.calibration.texts import CalibrationSet
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.decoder.tokenizer import Tokenizer
 from compress.plan.job import describe_model
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.build.write import put_all
+from compress.build.write import in_parts
 from compress.decoder.config import DecoderConfig
 from compress.formats import get_format
-from compress.plan.shapes import Artifact, Plan, PlanRequest
+from compress.plan.shapes import Artifact, Plan, PlanRequest, Writer
 from compress.plan.weights import Weights
 
 
@@ -18,6 +18,16 @@ def plan_for(
 ) -> Plan:
     """The plan of a format; ``others`` as ``PlanRequest`` has them."""
     return get_format(name).plan(config, PlanRequest(settings, **others))
+
+
+def put_all(writers: Sequence[Writer], written: Callable[[int], None] = lambda n: None) -> None:
+    """What a build does: each tensor by its writer, but for those in its ledger."""
+    for writer, entry in in_parts(writers):
+        weights = writer.weights
+        if entry.target_name in weights.ledger:
+            written(entry.nbytes)
+        else:
+            weights.finish(entry, writer.file, writer.put(entry))
 
 
 def write(

@@ -1,5 +1,5 @@
-"""Chooses a grid for every tensor: a file within a budget of bytes, with the least KL divergence
-from the float model.
+"""Which tensor gets which grid, so that the file fits a budget of bytes with the least KL
+divergence from the float model.
 
     choices.py      the candidate grids of each tensor, with exact bytes; the recipe's floors
     effort.py       how much is measured: a sample of a large model

@@ -45,7 +45,7 @@ class Target:
     """
 
     def __init__(self, job: Job, plan: Plan, rules: Rules | None = None) -> None:
-        self.plan, self.source = plan, job.source_of(plan)
+        self.plan, self.source = plan, job.source
         self._format = get_format(plan.format)
         rules = rules or Rules(job.recipe.candidates, job.recipe.keep)
         self.choices = choices_of(plan, self.source.config, self._format, rules)

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
-from compress.recipe import needs_of
-from compress.recipe.solvers import BUILTIN_SOLVERS
+from compress.recipe import BUILTIN_SOLVERS, needs_of
 
 __all__ = ["Effort", "effort_for"]
 

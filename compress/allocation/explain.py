@@ -1,14 +1,16 @@
-"""A choice of grids for plan.json and the terminal: sizes, expected quality, precise tensors."""
+"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors
+with more bits.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from compress.allocation.step import Budgeted
 from compress.console import Console, format_bytes
+from compress.plan.document import HighTensor, PlannedBudget
 
 __all__ = ["describe", "print_budgets"]
 
@@ -16,19 +18,19 @@ SHOWN = 5  # tensors with more bits that are listed
 HIGH = 1.15  # times the bits per weight of the whole
 
 
-def describe(budgeted: Budgeted) -> dict[str, Any]:
+def describe(budgeted: Budgeted) -> PlannedBudget:
     """``plan.json``'s ``budget`` of a target."""
     target, limit = budgeted.target, budgeted.limit
-    return {
-        "limit_bytes": limit.nbytes,
-        **({"limit_is": limit.description} if limit.description else {}),
-        "smallest_bytes": target.smallest_bytes,
-        **({"recommended_bytes": budgeted.recommended} if budgeted.table else {}),
-        "kept_high": high_precision(budgeted),
-    }
+    return PlannedBudget(
+        limit_bytes=limit.nbytes,
+        limit_is=limit.description,
+        smallest_bytes=target.smallest_bytes,
+        recommended_bytes=budgeted.recommended,
+        kept_high=high_precision(budgeted),
+    )
 
 
-def high_precision(budgeted: Budgeted) -> list[dict[str, str]]:
+def high_precision(budgeted: Budgeted) -> list[HighTensor]:
     """The tensors with clearly more bits than the whole, the most costly ones first; none where
     nothing was measured.
     """
@@ -56,7 +58,7 @@ def high_precision(budgeted: Budgeted) -> list[dict[str, str]]:
                 f"{times:.2g} times the median tensor per weight"
             )
         grid = choice.options[picked].grid
-        found.append((options[0].cost, {"name": choice.name, "grid": grid, "why": why}))
+        found.append((options[0].cost, HighTensor(name=choice.name, grid=grid, why=why)))
     found.sort(key=lambda row: -row[0])
     return [row for _, row in found[:SHOWN]]
 
@@ -86,7 +88,7 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
         if b.limit.description:
             console.data(f"{b.target.plan.format}: {b.limit.description}")
         for row in high_precision(b):
-            console.data(f"{b.target.plan.format}: {row['name']} is {row['grid']}: {row['why']}")
+            console.data(f"{b.target.plan.format}: {row.name} is {row.grid}: {row.why}")
 
 
 def show_divergence(divergence: float | None) -> str:

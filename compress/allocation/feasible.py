@@ -1,6 +1,6 @@
-"""Refuses a budget below the smallest file of a target, before any work, with what would reach it.
-
-Arithmetic on configs: no weight is read."""
+"""Refuses a budget below the smallest file of a target, before any work, with what would
+reach it. Arithmetic on configs: no weight is read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress.allocation.budget import Target
 from compress.allocation.choices import Rules
 from compress.allocation.limits import Limit
 from compress.allocation.step import limit_for, targets_of
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.console import format_bytes
 from compress.errors import UsageError
 from compress.plan.job import Job, Replan

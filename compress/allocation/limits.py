@@ -59,7 +59,7 @@ def limit_of(budget: Budget | None, job: Job, plan: Plan) -> Limit | None:
 
 def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
     """What is left for weights of memory while running, at the job's context."""
-    config, context = job.source_of(plan).config, job.context
+    config, context = job.source.config, job.context
     cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     activations = activation_bytes(config, context)
     description = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from compress.allocation.budget import Allocation, Target
 from compress.allocation.costs import CostTable, measured
@@ -44,7 +45,6 @@ class BudgetStep:
         self.job = calibration.job
         self._calibration = calibration
         self.targets = targets_of(self.job)
-        self._tables: dict[str, CostTable] = {}
 
     def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
         """Measure what is not in the cost table yet, and choose for every target; nothing is
@@ -59,35 +59,27 @@ class BudgetStep:
             if target.largest_bytes <= limit.nbytes:
                 found.append(Budgeted(target, limit, target.largest, None))
                 continue
-            table = self.table(target)
-            chosen = target.allocate(limit.nbytes, table)
-            recommended = target.recommended_bytes(table, gates)
-            found.append(Budgeted(target, limit, chosen, table, recommended))
+            chosen = target.allocate(limit.nbytes, self.table)
+            recommended = target.recommended_bytes(self.table, gates)
+            found.append(Budgeted(target, limit, chosen, self.table, recommended))
         return found
 
-    def table(self, target: Target) -> CostTable:
-        """The cost table of a target's source, for the candidates of all targets that have it."""
-        key = target.source.fingerprint()
-        if key not in self._tables:
-            wanted = [
-                pair
-                for other in self.targets
-                if other.source.fingerprint() == key
-                for pair in other.wanted()
-            ]
-            effort = effort_for(self.job.config, self.job.recipe.solver)
-            statistics, texts, origin = self._calibration.for_costs(target.source, effort.tokens)
-            self._tables[key] = measured(
-                target.source,
-                texts,
-                statistics,
-                get_solver(effort.solver, statistics),
-                effort,
-                origin,
-                wanted,
-                self._calibration.console,
-            )
-        return self._tables[key]
+    @cached_property
+    def table(self) -> CostTable:
+        """What every candidate of every target costs."""
+        job, calibration = self.job, self._calibration
+        effort = effort_for(job.config, job.recipe.solver)
+        statistics, texts, origin = calibration.for_costs(job.source, effort.tokens)
+        return measured(
+            job.source,
+            texts,
+            statistics,
+            get_solver(effort.solver, statistics),
+            effort,
+            origin,
+            [pair for target in self.targets for pair in target.wanted()],
+            calibration.console,
+        )
 
     def settle(self, budgeted: Sequence[Budgeted], replan: Replan) -> Job:
         """The job with the chosen grids; its plans know their files' bytes and what to expect."""

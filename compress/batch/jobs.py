@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 import recipes
 from compress.batch.jobs_file import JobsFile, ModelEntry, Options
-from compress.build.settings import BuildSettings
-from compress.checkpoint.remote import find, is_url
+from compress.build.decide import BuildSettings
+from compress.checkpoint.remote import find
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.files import is_url
 from compress.formats import FORMATS
 from compress.recipe import parse
 from compress.recipe.model import hint_of

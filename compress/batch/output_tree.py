@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
 from compress.batch.state import stamp
-from compress.checkpoint.remote import fingerprint_text, is_url, open_url, read_text
+from compress.checkpoint.remote import fingerprint_text, open_url, read_text
 from compress.errors import ArtifactError, PacklightError, UsageError, one_line
-from compress.files import cache_folder
+from compress.files import cache_folder, is_url
 from compress.output.checksums import NAME as SUMS
 from compress.output.checksums import parse_checksums, read_checksums
 from compress.plan.job import model_name

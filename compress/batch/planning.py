@@ -14,8 +14,13 @@ from pathlib import Path
 from compress.batch.jobs import BatchJob
 from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import fingerprint
-from compress.build.decide import first_choice, identity_of, replanner
-from compress.build.settings import BuildSettings, check_options, resolved_recipe
+from compress.build.decide import (
+    BuildSettings,
+    check_options,
+    identity_of,
+    prepare_job,
+    resolved_recipe,
+)
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
 from compress.errors import PacklightError, UsageError, one_line
@@ -80,8 +85,7 @@ class Planner:
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
         recipe = resolved_recipe(settings)
         gates.parse(recipe.gates)
-        replan = replanner(checkpoint, recipe, settings)
-        prepared = first_choice(settings, replan)
+        prepared, _ = prepare_job(checkpoint, recipe, settings)
         threads = share_threads(prepared.config, settings.threads, self._cpus, self._jobs)
         settings = replace(settings, threads=threads)
         found = predict(prepared, verify=settings.verify, threads=threads)

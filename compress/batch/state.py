@@ -186,7 +186,7 @@ def stamp(folder: Path) -> int:
 def refusals(report: Report | None) -> list[str]:
     """What became of the artifacts of a report that their runtimes refused."""
     artifacts = report.artifacts if report else ()
-    return [line for artifact in artifacts if (line := refusal(artifact))]
+    return [refusal(artifact) for artifact in artifacts if artifact.failure]
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:

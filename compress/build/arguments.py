@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.settings import BuildSettings, plan_file
+from compress.build.decide import BuildSettings, plan_file
 from compress.console import parse_bytes
 from compress.errors import UsageError
 

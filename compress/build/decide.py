@@ -1,38 +1,105 @@
-"""Decides what a build has to do, from options, headers and small files, before any work."""
+"""What a build is asked for, and what it is to do: decided from options, headers and small files,
+before any work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.build.settings import BuildSettings, check_options, command_line, resolved_recipe
 from compress.calibration.step import Importance, texts_of
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
-from compress.output.folder import Resume, baseline_folder, check_disk, check_output
+from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, identity, lock_document
-from compress.plan.document import plan_document
+from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.pruning.transforms import transforms_of
-from compress.recipe import Recipe
+from compress.errors import UsageError
+from compress.pruning.options import prune_option
+from compress.report.ci import CiFiles
+from compress.verify.gates import parse_option
+from compress.plan.transform import Transforms
+from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.report.against import Previous
 from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 
 __all__ = [
-    "Decision",
-    "check_places",
-    "decide",
-    "first_choice",
-    "identity_of",
-    "lock_of",
-    "replanner",
-    "resume_of",
-]
+    "BuildSettings", "Decision", "VerifySettings", "check_options", "check_places", "command_line",
+    "decide", "identity_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
+    "resolved_recipe",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What ``packlight build`` was asked for; the options of the same names.
+
+    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
+    and ``cache_dir``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
+    the name of the file that the build writes it to.
+    """
+
+    model: str
+    output: Path | None = None
+    recipe: str = "phone-4bit"
+    overrides: Sequence[str] = ()
+    formats: Sequence[str] = ()
+    eval_text: Path | None = None
+    gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
+    calibration: Sequence[Path] = ()
+    seed: int | None = None
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
+    budget: str = ""
+    budget_memory: str = ""
+    device: str = ""
+    plan: Path | None = None
+    locked: bool = False
+    provenance: bool = False
+    prune: str = ""
+    save_checkpoint: Path | None = None
+    allow_dense: bool = False
+    context: int | None = None
+    threads: int = 0
+    max_memory: int | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = True
+    keep_baseline: Path | None = None
+    ci_files: CiFiles | None = None
+    source: str = ""
+    made: Recipe | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What ``packlight verify`` was asked for; the options of the same names."""
+
+    artifact: Path
+    baseline: str
+    eval_text: Path | None = None
+    tasks: Sequence[Path] = ()
+    gates: Sequence[str] = ()
+    against: Path | None = None
+    max_regression: Sequence[str] = ()
+    windows: int = 0
+    sequence_length: int = 512
+    threads: int = 0
+    max_memory: int | None = None
+    ci_files: CiFiles | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,39 +153,48 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     for line in checkpoint.warnings:
         console.warning(line)
     output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
-    replan = replanner(checkpoint, recipe, settings, command_line(checkpoint, settings, output))
-    job = first_choice(settings, replan)
+    command = command_line(checkpoint, settings, output)
+    job, replan = prepare_job(checkpoint, recipe, settings, command)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
 
 
-def replanner(
+def prepare_job(
     checkpoint: Checkpoint, recipe: Recipe, settings: BuildSettings, command: str = ""
-) -> Replan:
-    """``compress.plan.job.prepare`` with what all jobs of one command share."""
-    transforms = transforms_of(recipe)
-    return partial(
-        prepare,
-        checkpoint,
-        recipe=recipe,
-        context=settings.context,
-        command=command,
+) -> tuple[Job, Replan]:
+    """The job with the grids that a plan file has, or the recipe's.
+
+    Args:
+        checkpoint: opened.
+        recipe: validated.
+        settings: what the build was asked for.
+        command: the command line that does this again.
+
+    Returns:
+        The job; and ``compress.plan.job.prepare`` with what all jobs of one command share.
+
+    Raises:
+        UsageError: a budget that cannot be met.
+    """
+    transforms: Transforms = {}
+    if recipe.folds or any("sparsity" in target for target in recipe.targets.values()):
+        from compress.pruning.transforms import transforms_of
+
+        transforms = transforms_of(recipe)
+    replan: Replan = partial(
+        prepare, checkpoint, recipe=recipe, context=settings.context, command=command,
         transforms=transforms,
-    )
-
-
-def first_choice(settings: BuildSettings, replan: Replan) -> Job:
-    """The grids that a plan file has, or the recipe's; a budget that cannot be met is refused."""
+    )  # fmt: skip
     job = replan()
     if settings.plan:
         from compress.allocation.lock import locked
 
-        return locked(settings.plan, job, replan)
-    if job.recipe.budget:
+        job = locked(settings.plan, job, replan)
+    elif recipe.budget:
         from compress.allocation.feasible import check_budget
 
-        return replace(job, at_most=check_budget(job, replan))
-    return job
+        job = replace(job, at_most=check_budget(job, replan))
+    return job, replan
 
 
 def check_places(decision: Decision, console: Console) -> Scorer | None:
@@ -152,17 +228,6 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     return scorer
 
 
-def resume_of(decision: Decision) -> Resume:
-    """What the build's work folder must know to be continued.
-
-    Raises:
-        CheckpointError: files of the checkpoint that cannot be read.
-    """
-    settings = decision.settings
-    afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
-    return Resume(identity_of(decision.job, settings), settings.resume, afresh)
-
-
 def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     """Everything that decides over the artifacts' bytes, as ``compress.output.lock.identity``."""
     looks = looks_at_inputs(job.recipe) or settings.plan is not None
@@ -174,7 +239,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     )
 
 
-def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
+def lock_of(decision: Decision, console: Console) -> Lock:
     """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
     against its plan.
 
@@ -191,8 +256,106 @@ def lock_of(decision: Decision, console: Console) -> dict[str, Any]:
             progress=update,
         )
     if settings.locked and settings.plan:
-        from compress.allocation.lock import read_lock
-
-        now = {**plan_document(job), "lock": lock}
-        check_lock(settings.plan.name, read_lock(settings.plan), now)
+        before = PlanDocument.load(settings.plan)
+        check_lock(settings.plan.name, before, plan_document(job, lock))
     return lock
+
+
+# --- options --------------------------------------------------------------------------------
+
+# Folders of absolute paths in an override, which are this machine's.
+FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
+
+
+def check_options(settings: BuildSettings) -> None:
+    """Refuse options that do not fit together.
+
+    Raises:
+        UsageError: two ways to choose grids.
+    """
+    budget = bool(settings.budget or settings.budget_memory or settings.device)
+    if budget and settings.plan is not None:
+        raise UsageError("a budget and --plan exclude each other")
+
+
+def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:
+    """``--plan``; for ``--locked`` without it, the output's own ``plan.json``.
+
+    Raises:
+        UsageError: there is none to lock to.
+    """
+    if plan is not None or not locked:
+        return plan
+    plan = output / "plan.json" if output else None
+    if plan is None or not plan.is_file():
+        missing = f": {plan} is not there" if plan else ""
+        raise UsageError(
+            f"--locked needs a plan{missing}", hint="--plan plan.json of an earlier build"
+        )
+    return plan
+
+
+def resolved_recipe(settings: BuildSettings) -> Recipe:
+    """The recipe with the overrides and formats that were asked for.
+
+    Raises:
+        RecipeError: see ``compress.recipe.load``.
+    """
+    source = settings.made or settings.recipe
+    return load(source, recipe_overrides(settings), settings.formats)
+
+
+def recipe_overrides(settings: BuildSettings) -> list[str]:
+    """``--set``, and the options that stand for keys of the recipe."""
+    overrides = list(settings.overrides)
+    if settings.prune:  # first, so that --set prune.heal adds to it
+        overrides.insert(0, f"prune={json.dumps(prune_option(settings.prune))}")
+    if settings.calibration:
+        overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")
+    if settings.seed is not None:
+        overrides.append(f"calibration.seed={settings.seed}")
+    for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
+        if value := getattr(settings, option):
+            overrides.append(f"budget.{key}={value}")
+    if settings.allow_dense:
+        overrides.append("allow_dense=true")
+    for name, limit in map(parse_option, settings.gates):
+        overrides.append(f"verify.gates.{name}={json.dumps(limit)}")
+    return overrides
+
+
+def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
+    """The command that makes this again, for the report: names instead of local paths."""
+    if settings.source == "packlight-demo":
+        return "packlight demo"
+    words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
+    if revision := settings.hub.get("revision"):
+        words += ["--revision", revision]
+    for name in settings.formats:
+        words += ["-f", name]
+    for override in settings.overrides:
+        words += ["--set", FOLDERS.sub("", override)]
+    if settings.eval_text:
+        words += ["--eval-text", settings.eval_text.name]
+    for gate in settings.gates:
+        words += ["--gate", gate]
+    for path in settings.calibration:
+        words += ["--calibration", path.name]
+    for option in ("budget", "budget_memory", "device"):
+        if value := getattr(settings, option):
+            words += [f"--{option.replace('_', '-')}", value]
+    if settings.plan:
+        words += ["--plan", settings.plan.name]
+    if settings.locked:
+        words.append("--locked")
+    if settings.imatrix:
+        words += ["--imatrix", settings.imatrix.name]
+    if settings.seed is not None:
+        words += ["--seed", str(settings.seed)]
+    if settings.prune:
+        words += ["--prune", settings.prune]
+    if settings.allow_dense:
+        words.append("--allow-dense")
+    if settings.context:
+        words += ["--context", str(settings.context)]
+    return shlex.join([*words, "-o", output.name])

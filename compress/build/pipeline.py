@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import Decision, check_places, decide, lock_of, resume_of
-from compress.build.settings import BuildSettings
+from compress.build.decide import BuildSettings, Decision, check_places, decide, identity_of, lock_of
 from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
 from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
-from compress.output.folder import check_output, work_folder
+from compress.output.folder import Resume, check_output, work_folder
 from compress.output.lock import PROVENANCE, provenance
-from compress.plan.document import plan_document
+from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
 from compress.report.card import model_card
@@ -57,13 +56,15 @@ def build(settings: BuildSettings, console: Console) -> Built:
         decision = decide(settings, console)
         scorer = check_places(decision, console)
         lock = lock_of(decision, console)
-        with work_folder(decision.output, resume_of(decision)) as folder:
+        afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+        resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
+        with work_folder(decision.output, resume) as folder:
             # Another build may just have ended.
             check_output(decision.output, overwrite=settings.overwrite)
             ready = choose(decision, console, keep=settings.resume)
             job = ready.job
             artifacts = write_artifacts(job, ready.calibration, folder, console)
-            write_json(folder / "plan.json", {**plan_document(job), "lock": lock})
+            write_json(folder / "plan.json", plan_document(job, lock).to_dict())
             (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
             verified: list[Outcome] = [None] * len(artifacts)
             if scorer:
@@ -126,15 +127,18 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     notes: tuple[str, ...] = ()
     calibration: CalibrationStep | None = None
     budgeted: tuple[Budgeted, ...] = ()
-    if job.cut is not None:
-        from compress.pruning.step import prune
-
-        pruned = prune(job, job.cut, console, threads)
-        job, notes = job.on(pruned.source), pruned.notes
     if decision.measures or importance.save or looks_at_inputs(job.recipe):
         from compress.calibration.step import CalibrationStep
 
         calibration = CalibrationStep(job, importance, console, threads, keep=keep)
+        if not importance.imatrix:
+            _ = calibration.texts  # refused before the work, where they will not do
+    if calibration and job.cut is not None:
+        from compress.pruning.step import prune
+
+        pruned = prune(job, job.cut, calibration.texts, console, threads)
+        job, notes = job.on(pruned.source), pruned.notes
+        calibration = calibration.on(job)
     if calibration and decision.measures:
         from compress.allocation.explain import describe
         from compress.allocation.step import within_budget
@@ -147,7 +151,7 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
     return Ready(job, budgeted, calibration, notes)
 
 
-def write_report(report: Report, job: Job, lock: Mapping[str, Any], folder: Path) -> None:
+def write_report(report: Report, job: Job, lock: Lock, folder: Path) -> None:
     """The report as JSON and as pages; then the digests of everything in the folder."""
     report.save(folder / "report.json")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
@@ -168,6 +172,12 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
+    config, notes = job.config, []
+    if config.max_context < config.max_position_embeddings:
+        notes.append(
+            f"Artifacts hold up to {config.max_context} positions of the model's "
+            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
+        )
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,
@@ -192,15 +202,5 @@ def make_report(
         folder=folder,
         decode=scorer.tokenizer.decode if scorer else None,
         budget_bytes=job.recipe.budget_bytes,
-        notes=[*baseline_notes(job.config), *(scorer.notes if scorer else ())],
+        notes=[*notes, *(scorer.notes if scorer else ())],
     )
-
-
-def baseline_notes(config: DecoderConfig) -> list[str]:
-    """What a reader must know about the whole comparison."""
-    if config.max_context < config.max_position_embeddings:
-        return [
-            f"Artifacts hold up to {config.max_context} positions of the model's "
-            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
-        ]
-    return []

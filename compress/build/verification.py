@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.build.pipeline import make_report
-from compress.build.settings import VerifySettings
+from compress.build.decide import VerifySettings
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.console import Console
 from compress.errors import UsageError
 from compress.formats import FORMATS

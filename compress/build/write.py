@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,16 +19,16 @@ from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
 from compress.plan.job import Job
-from compress.plan.ledger import Ledger
-from compress.plan.shapes import Artifact, Plan, Writer, Written
+from compress.plan.weights import Ledger
+from compress.plan.shapes import Artifact, Plan, PlanEntry, Writer
 from compress.plan.weights import Weights
-from compress.solvers import get_solver, slabs_at_once
+from compress.solvers import slabs_at_once, solver_function
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.calibration.step import CalibrationStep
 
-__all__ = ["put_all", "write_artifacts"]
+__all__ = ["in_parts", "write_artifacts"]
 
 
 def write_artifacts(
@@ -50,131 +50,103 @@ def write_artifacts(
     groups = [(plan,) for plan in job.plans] if propagates else [job.plans]
     artifacts: list[Artifact] = []
     for group in groups:
-        sources = [prepare_target(plan, job, calibration, console) for plan in group]
         label = f"write {', '.join(plan.format for plan in group)}"
         total, done = sum(plan.weights_bytes for plan in group), 0
-        with (
-            tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work,
-            console.progress(label, "bytes") as update,
-        ):
-
-            def written(nbytes: int) -> None:
-                nonlocal done
-                done += nbytes
-                update(min(done, total), total)
-
-            writers: list[Writer] = []
-            for plan, made_of in zip(group, sources, strict=True):
-                place = folder / plan.format
-                place.mkdir(exist_ok=True)
+        writers: list[Writer] = []
+        with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
+            made = []
+            for plan in group:
                 ledger = state_folder(folder) / f"{plan.format}.ledger"
-                weights = target_weights(plan, job, made_of, calibration, Path(work), ledger)
-                if found := len(weights.ledger):
-                    console.detail(f"{plan.format}: {found} tensors were written before")
-                writers.append(get_format(plan.format).Writer(plan, weights, place, written))
-            put_all(writers, written)
-            for writer, made_of in zip(writers, sources, strict=True):
-                artifact = writer.close()
-                notes = (*artifact.notes, *made_of.notes, *writer.weights.notes())
-                artifacts.append(replace(artifact, notes=notes))
-                console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
+                made.append(target_weights(plan, job, calibration, console, Path(work), ledger))
+
+            with console.progress(label, "bytes") as update:
+
+                def written(nbytes: int) -> None:
+                    nonlocal done
+                    done += nbytes
+                    update(min(done, total), total)
+
+                for plan, (weights, _) in zip(group, made, strict=True):
+                    place = folder / plan.format
+                    place.mkdir(exist_ok=True)
+                    if found := len(weights.ledger):
+                        console.detail(f"{plan.format}: {found} tensors were written before")
+                    writers.append(get_format(plan.format).Writer(plan, weights, place, written))
+                for writer, entry in in_parts(writers):
+                    weights = writer.weights
+                    if entry.target_name in weights.ledger:
+                        written(entry.nbytes)
+                    else:
+                        weights.finish(entry, writer.file, writer.put(entry))
+                for writer, (weights, changed) in zip(writers, made, strict=True):
+                    artifact = writer.close()
+                    notes = (*artifact.notes, *changed, *weights.notes())
+                    artifacts.append(replace(artifact, notes=notes))
+                    console.detail(f"{artifact.path.name}: {format_bytes(artifact.nbytes)}")
     return artifacts
 
 
-def put_all(writers: Sequence[Writer], written: Written = lambda nbytes: None) -> None:
-    """Every tensor of every writer's plan, part of the model by part; those in its ledger are
-    there.
-
-    Args:
-        writers: just begun.
-        written: called with the bytes of each tensor that is written.
-    """
+def in_parts(writers: Sequence[Writer]) -> Iterator[tuple[Writer, PlanEntry]]:
+    """Every tensor of every writer's plan, part of the model by part: the embedding for all of
+    them, then the first block, and so on."""
     parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
     for part in sorted({number for numbers in parts for number in numbers}):
         for writer, entries in zip(writers, parts, strict=True):
-            weights = writer.weights
             for entry in entries.get(part, ()):
-                if entry.target_name in weights.ledger:
-                    written(entry.nbytes)
-                else:
-                    weights.finish(entry, writer.file, writer.put(entry))
-            if weights.statistics is not None:
-                weights.statistics.forget()  # those of a block die with it
-
-
-@dataclass(frozen=True)
-class TargetInputs:
-    """What one target is written from.
-
-    Attributes:
-        source: its weights.
-        statistics: of the inputs that those weights have; None where nothing needs them.
-        notes: lines for the report about this target.
-    """
-
-    source: Source
-    statistics: Statistics | None = None
-    notes: tuple[str, ...] = ()
-
-
-def prepare_target(
-    plan: Plan, job: Job, calibration: CalibrationStep | None, console: Console
-) -> TargetInputs:
-    """Source and statistics of a target, just before it is written.
-
-    Raises:
-        PacklightError: see ``CalibrationStep.gather``.
-    """
-    source, changes = job.source_of(plan), job.transforms.get(plan.format, ())
-    statistics = None
-    if calibration and (changes or not calibration.propagates):
-        statistics = calibration.gather(source, plan)
-    windows = calibration.windows if calibration else list
-    notes = []
-    for change in changes:
-        made = change.apply(plan, source, statistics, windows, console)
-        if made is not None:
-            source, statistics = made.source, made.statistics
-            notes.append(made.note)
-    if calibration and calibration.propagates:  # statistics come with the codes
-        statistics = None
-    return TargetInputs(source, statistics, tuple(notes))
+                yield writer, entry
+            if writer.weights.statistics is not None:
+                writer.weights.statistics.forget()  # those of a block die with it
 
 
 def target_weights(
     plan: Plan,
     job: Job,
-    inputs: TargetInputs,
     calibration: CalibrationStep | None,
+    console: Console,
     work: Path,
     ledger_file: Path,
-) -> Weights:
-    """What the writer of a target pulls from, and its ledger.
+) -> tuple[Weights, tuple[str, ...]]:
+    """What the writer of a target asks for its tensors, with the ledger of what is written; and
+    lines for the report.
 
-    Where each block is solved with what the quantized blocks before it produce, those are stored
-    beside the ledger, too: the hidden states before the block that the walk is at.
+    Where each block is solved with what the quantized blocks before it produce, the hidden states
+    before the block that the walk is at are kept beside the ledger.
 
     Args:
         plan: of the target.
         job: that it is of.
-        inputs: as ``prepare_target`` made them.
         calibration: of the job; None where nothing looks at inputs.
+        console: for progress.
         work: an empty folder that stays until the target is written.
         ledger_file: of the target.
 
     Raises:
         UsageError: calibration texts that are not there or too short.
+        PacklightError: see ``CalibrationStep.gather``.
     """
+    source, changes = job.source, job.transforms.get(plan.format, ())
+    propagates = calibration is not None and calibration.propagates
+    statistics = None
+    if calibration and (changes or not propagates):
+        statistics = calibration.gather(source, plan)
+    notes = []
+    for change in changes:
+        windows = calibration.windows if calibration else list
+        made = change.apply(plan, source, statistics, windows, console)
+        source, statistics = made.source, made.statistics
+        notes.append(made.note)
     solver = job.recipe.solver
-    made_of = hashlib.sha256(f"{plan} {inputs.source.fingerprint()}".encode()).hexdigest()
+    made_of = hashlib.sha256(f"{plan} {source.fingerprint()}".encode()).hexdigest()
     ledger = Ledger(ledger_file, made_of)
-    if calibration and calibration.propagates:
+    if calibration and propagates:  # statistics come with the codes
         from compress.solvers.propagation import PropagatedWeights
 
-        windows, states = calibration.windows(), ledger_file.with_suffix(".states")
-        return PropagatedWeights(
-            inputs.source, plan, solver, windows, work=work, ledger=ledger, states=states
+        texts, states = calibration.windows(), ledger_file.with_suffix(".states")
+        weights: Weights = PropagatedWeights(
+            source, plan, solver, texts, work=work, ledger=ledger, states=states
         )
+        return weights, tuple(notes)
     at_once = slabs_at_once(solver, worker_threads())
-    solve = get_solver(solver, inputs.statistics)
-    return Weights(inputs.source, solve, ledger, at_once=at_once, statistics=inputs.statistics)
+    solve = solver_function(solver)
+    weights = Weights(source, solve, ledger, at_once=at_once, statistics=statistics)
+    return weights, tuple(notes)

@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
-from compress.calibration.statistics import Statistics, file_name, is_whole, save
+from compress.calibration.statistics import Statistics, file_name, input_names, save
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
@@ -47,9 +48,11 @@ def collect(
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     full, light = place / f"{key}-hessian", place / key
 
+    names = {file_name(key) for key in input_names(config)}
+
     def known() -> Statistics | None:
         for folder in (full,) if hessian else (light, full):
-            if folder.is_dir() and is_whole(config, folder):
+            if folder.is_dir() and all(is_zipfile(folder / name) for name in names):
                 return Statistics.open(config, folder, hessian=hessian)
         return None
 

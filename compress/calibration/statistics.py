@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class LayerStats:
         held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
             seen: to measure on. None without a Hessian, or with too few windows to spare any.
         drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
-            the Hessian's. None where ``x`` is the float model's; never kept on disk.
+            the Hessian's. None where ``x`` is the float model's; never stored on disk.
 
     Example:
         >>> x = np.eye(4, dtype=np.float32)  # four tokens
@@ -181,11 +181,6 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
             f"{path.name} cannot be read: {one_line(error)}",
             hint=f"delete {path.parent}, a cache that will be made again",
         ) from error
-
-
-def is_whole(config: DecoderConfig, folder: Path) -> bool:
-    """Whether a folder has every file, each to its end; what is inside them is not read."""
-    return all(is_zipfile(folder / file_name(key)) for key in input_names(config))
 
 
 def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan
-from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+from compress.recipe import Recipe, method_of, needs_of
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,6 @@ class Importance:
                 "--imatrix counts inputs of the whole model, and the recipe prunes it",
                 hint="--calibration, or an imatrix of what --save-checkpoint writes",
             )
-        targets = recipe.targets.items()
-        rotated = [name for name, its in targets if its.get("rotate", "none") != "none"]
-        if self.imatrix and rotated:
-            key = f"targets.{rotated[0]}.rotate"
-            raise UsageError(
-                f"--imatrix has the inputs before a rotation ({key}) turns them",
-                hint=f"texts instead, or --set {key}=none",
-            )
         if self.imatrix and needs_of(solver) == "hessian":
             raise UsageError(f"--imatrix has less than {solver} needs", hint=f"{use}, or texts")
         if recipe.folds and not needs_of(solver):
@@ -77,7 +70,7 @@ class Importance:
         if not needs_of(solver) and not measures and self.imatrix:
             raise UsageError(f"--imatrix has no effect: the solver is {solver}", hint=use)
         looks = looks_at_inputs(recipe) or measures or self.save is not None
-        updated = [name for name, its in targets if method_of(its) == "sparsegpt"]
+        updated = [name for name, its in recipe.targets.items() if method_of(its) == "sparsegpt"]
         if self.imatrix and updated:
             raise UsageError(
                 "--imatrix has less than sparsegpt needs",
@@ -122,10 +115,13 @@ class CalibrationStep:
 
     def on(self, job: Job) -> CalibrationStep:
         """The same for another job."""
-        return CalibrationStep(job, self._importance, self.console, self.threads, self._keep)
+        step = copy(self)  # with the texts, if they were read
+        step.job = job
+        return step
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
-        """What the recipe's solver must know of the inputs of ``source``; None if nothing.
+        """What solver and transforms of a target must know of the inputs of ``source``; None if
+        nothing.
 
         Args:
             source: the weights that ``plan`` is made of.
@@ -136,12 +132,12 @@ class CalibrationStep:
             ArtifactError: an imatrix file that cannot be read or is another model's.
             CheckpointError: weights or a tokenizer that cannot be read.
         """
-        solver = self.job.recipe.solver
         if self._importance.imatrix:
             return imatrix_format().read_imatrix(self._importance.imatrix, source.config)
-        mask = MASK_NEEDS.get(method_of(plan.settings) or "")
-        wanted = needs_of(solver) or mask is not None
-        return self._calibrate(source, hessian=mask == "hessian") if wanted else None
+        needs = {change.needs for change in self.job.transforms.get(plan.format, ())}
+        if not needs_of(self.job.recipe.solver) and not any(needs):
+            return None
+        return self._collect(source, self.texts, hessian="hessian" in needs)
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
         """What a cost table is measured with, whatever the solver: statistics of the inputs of the
@@ -154,14 +150,14 @@ class CalibrationStep:
         Raises:
             As ``gather``.
         """
-        texts = self._texts.first(tokens) if tokens else self._texts
+        texts = self.texts.first(tokens) if tokens else self.texts
         given = self._importance.imatrix
         if given:
             name = hashlib.sha256(given.read_bytes()).hexdigest()
             return imatrix_format().read_imatrix(given, source.config), texts, name
         if tokens:
-            return self._collect(source, texts, hessian=False), texts, ""
-        return self._calibrate(source), texts, ""
+            return self._collect(source, texts, hessian=None), texts, ""
+        return self._collect(source, texts), texts, ""
 
     @property
     def propagates(self) -> bool:
@@ -177,7 +173,7 @@ class CalibrationStep:
             UsageError: texts that are not there or too short.
         """
         set_threads(choose_threads(self.threads, self.job.config))
-        return self._texts.windows
+        return self.texts.windows
 
     def notes(self) -> list[str]:
         """A line for the report that says where the solver's statistics are from."""
@@ -187,7 +183,7 @@ class CalibrationStep:
             return [f"Codes chosen by {solver}, with the importance in {name}"]
         if not needs_of(solver):
             return []
-        seen = f"{self._texts.tokens} tokens of {', '.join(self._texts.sources)}"
+        seen = f"{self.texts.tokens} tokens of {', '.join(self.texts.sources)}"
         through = " through the quantized blocks before each" if self.propagates else ""
         return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
 
@@ -200,40 +196,39 @@ class CalibrationStep:
         statistics = (
             imatrix_format().read_imatrix(given, source.config)
             if given
-            else self._calibrate(source)
+            else self._collect(source, self.texts)
         )
         imatrix_format().write_imatrix(path, source.config, statistics)
         self.console.detail(f"importance: {path}")
 
     @cached_property
-    def _texts(self) -> CalibrationSet:
-        return read_texts(self.job)
+    def texts(self) -> CalibrationSet:
+        """The recipe's calibration texts as windows of tokens.
 
-    def _calibrate(self, source: Source, *, hessian: bool = False) -> Statistics:
-        """From the recipe's texts; with second moments where asked for, or needed by the recipe."""
+        Raises:
+            UsageError: texts that are not there or too short.
+            CheckpointError: no tokenizer.
+        """
+        settings = self.job.recipe.calibration
+        return CalibrationSet.load(
+            settings.texts,
+            Tokenizer(self.job.checkpoint.path),
+            tokens=settings.tokens,
+            sequence_length=min(settings.sequence_length, self.job.config.max_context),
+            seed=settings.seed,
+        )
+
+    def _collect(
+        self, source: Source, texts: CalibrationSet, *, hessian: bool | None = False
+    ) -> Statistics:
+        """Statistics from these texts.
+
+        Args:
+            hessian: with second moments also where the recipe does not need them; None: without.
+        """
         recipe = self.job.recipe
-        wanted = hessian or recipe.folds or needs_of(recipe.solver) == "hessian"
-        return self._collect(source, self._texts, hessian=wanted)
-
-    def _collect(self, source: Source, texts: CalibrationSet, *, hessian: bool) -> Statistics:
-        """From these texts."""
+        if hessian is not None:
+            hessian = hessian or recipe.folds or needs_of(recipe.solver) == "hessian"
         set_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
-            return collect(source, texts, hessian=hessian, keep=self._keep, progress=update)
-
-
-def read_texts(job: Job) -> CalibrationSet:
-    """The recipe's calibration texts as windows of tokens.
-
-    Raises:
-        UsageError: texts that are not there or too short.
-        CheckpointError: no tokenizer.
-    """
-    settings = job.recipe.calibration
-    return CalibrationSet.load(
-        settings.texts,
-        Tokenizer(job.checkpoint.path),
-        tokens=settings.tokens,
-        sequence_length=min(settings.sequence_length, job.config.max_context),
-        seed=settings.seed,
-    )
+            return collect(source, texts, hessian=bool(hessian), keep=self._keep, progress=update)

@@ -162,7 +162,8 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
     )
     if path.suffix == ".jsonl":
         rows = enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold a U+2028
-        return [read_row(f"{path} line {n}", row, tokenizer) for n, row in rows if row.strip()]
+        chats = tokenizer if tokenizer.has_chat_template else None
+        return [read_row(f"{path} line {n}", row, chats) for n, row in rows if row.strip()]
     passages, piece, size = [], [], 0
     for line in text.splitlines(keepends=True):
         piece.append(line)
@@ -173,8 +174,8 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
     return [*passages, "".join(piece)]
 
 
-def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
-    """The text of one JSONL line; a chat through the tokenizer's template, or plainly without one.
+def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
+    """The text of one JSONL line; a chat through a tokenizer's template, or plainly without one.
 
     Raises:
         UsageError: not an object with ``text`` or ``messages``.
@@ -194,7 +195,7 @@ def read_row(where: str, row: str, tokenizer: Tokenizer) -> str:
             hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '
             '"content": "..."}]}',
         ) from error
-    if tokenizer.has_chat_template:
+    if tokenizer is not None:
         return tokenizer.render_chat(messages, add_generation_prompt=False)
     return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
 

@@ -178,8 +178,8 @@ class Listener:
         """An ``OnInput`` of the window at ``position``.
 
         Args:
-            floats: inputs that ``remember`` stored of the float model at this window; consumed from
-                the front.
+            floats: what ``remember`` stored of the float model at this window; taken
+                from the front.
         """
         key = self.key(name)
         if key is None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download
-from compress.checkpoint.remote import fetch, is_url
+from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
     TensorInfo,
@@ -31,11 +31,12 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
-from compress.files import cache_folder
+from compress.files import cache_folder, is_url
 
-__all__ = ["TOKENIZER_FILES", "Checkpoint", "TensorInfo", "read_json"]
+__all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
 Float32 = NDArray[np.float32]
 
@@ -258,3 +259,27 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+
+
+class Stored:
+    """The weights of a checkpoint under our names, as they are: a ``Source``. Nothing is kept."""
+
+    threadsafe = True
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self._map = WeightMap(config)
+
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """See ``compress.checkpoint.sources.Source.read``."""
+        pieces = []
+        for tensor, window in self._map.locate(name, rows):
+            pieces.append(self.checkpoint.read(tensor, window))
+        if not pieces:
+            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """See ``Source.fingerprint``."""
+        return self.checkpoint.fingerprint()

@@ -21,11 +21,6 @@ from compress.files import file_lock, write_whole
 INDEX = ".fetched.json"  # name → tag of the copy that is here
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is a URL of fsspec rather than a folder or a Hub id."""
-    return "://" in location
-
-
 def open_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the folder's path in it.
 

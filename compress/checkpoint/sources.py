@@ -1,6 +1,6 @@
 """Where weights come from: a checkpoint as it is stored, or one seen through a change.
 
-A change (pruning, folding, rotation) is a ``Source`` around another ``Source``: it has a config of
+A change (pruning, folding) is a ``Source`` around another ``Source``: it has a config of
 its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
 beyond the tensor that is being read.
 """
@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 from typing import Protocol
 
-import numpy as np
-
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig, Float32, WeightMap
+from compress.decoder.config import DecoderConfig, Float32
 
-__all__ = ["Around", "Change", "Source", "Stored"]
+__all__ = ["Change", "Source"]
 
 
 class Source(Protocol):
@@ -51,44 +49,25 @@ class Source(Protocol):
         ...
 
 
-class Stored:
-    """The weights of a checkpoint as they are, read on request and never cached."""
+class Change:
+    """A source around a source; each kind has a ``read`` of its own.
 
-    threadsafe = True
-
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self._map = WeightMap(config)
-
-    def read(self, name: str, rows: slice | None = None) -> Float32:
-        """See ``Source.read``."""
-        pieces = []
-        for tensor, window in self._map.locate(name, rows):
-            pieces.append(self.checkpoint.read(tensor, window))
-        if not pieces:
-            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def fingerprint(self) -> str:
-        """See ``Source.fingerprint``."""
-        return self.checkpoint.fingerprint()
-
-
-class Around:
-    """What a source around a source has, whatever it does; ``read`` and ``fingerprint`` are its
-    own. It is read by one thread only: what it computes may take memory, and be used again.
+    It is read by one thread only: what it computes may take memory, and be used again.
 
     Attributes:
         source: the weights before.
         config: the decoder after.
+
+    Args:
+        what: names the change; with the source's it makes the fingerprint.
     """
 
     threadsafe = False
 
-    def __init__(self, source: Source, config: DecoderConfig) -> None:
+    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
         self.source = source
         self.config = config
+        self._what = what
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -98,14 +77,6 @@ class Around:
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``Source.read``."""
         raise NotImplementedError
-
-
-class Change(Around):
-    """A change that has a name: ``what`` it is, and of which source, is the fingerprint."""
-
-    def __init__(self, source: Source, config: DecoderConfig, what: str) -> None:
-        super().__init__(source, config)
-        self._what = what
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

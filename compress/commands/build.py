@@ -96,7 +96,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
-    from compress.build.settings import BuildSettings, plan_file
+    from compress.build.decide import BuildSettings, plan_file
     from compress.report.words import finish
 
     plan = plan_file(options["plan"], output, locked=options["locked"])
@@ -137,7 +137,7 @@ def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
-    from compress.build.settings import BuildSettings
+    from compress.build.decide import BuildSettings
     from compress.demo import model_path
     from compress.report.words import finish
 

@@ -125,7 +125,7 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
     as they are handed on.
 
     Args:
-        kind: a class of ``compress.build.settings``.
+        kind: a class of ``compress.build.decide``.
         options: as click gives them.
         more: over them, and what has another name.
     """

@@ -69,7 +69,7 @@ def verify(artifact: Path, **options: Any) -> int:
         )
     console.begin("load libraries")  # takes seconds
     from compress.build import verification
-    from compress.build.settings import VerifySettings
+    from compress.build.decide import VerifySettings
     from compress.report.words import finish
 
     windows = options["windows"] or 0

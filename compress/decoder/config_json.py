@@ -43,6 +43,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def json_or_empty(file: Path) -> dict[str, Any]:
     """A JSON object from a file that may be missing or damaged."""
+    if not file.is_file():
+        return {}
     try:
         return read_json(file)
     except CheckpointError:

@@ -102,7 +102,7 @@ class Tokenizer:
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
         """
-        if not self.has_chat_template:
+        if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
         try:
             text: str = self.hf.apply_chat_template(

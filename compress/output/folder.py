@@ -4,7 +4,7 @@ Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.plan.ledger``), its hidden states
+                             ledger for each target (``compress.plan.weights``), its hidden states
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from compress.errors import (
 )
 from compress.files import file_lock, real_path, write_whole
 from compress.output.checksums import NAME, read_checksums, unlisted
-from compress.plan import ledger
+from compress.plan import weights
 
 STATE = "state"
+RETIRED = ".old.partial"  # ends the name of an output that is being replaced
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -89,7 +90,9 @@ def check_disk(output: Path, needed: int) -> None:
     folder = real_path(output).parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free + disk_bytes(partial_folder(real_path(output)))
+    # Bytes on the disk of what a killed build left; holes take none.
+    left = partial_folder(real_path(output)).rglob("*")
+    free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left)
     if free < needed:
         raise DiskFullError(
             f"not enough room in {folder}: the artifacts take {format_bytes(needed)}, "
@@ -103,11 +106,6 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def retired_folder(output: Path) -> Path:
-    """Where an output that is being replaced is for a moment."""
-    return output.with_name(output.name + ".old.partial")
-
-
 def baseline_folder(output: Path) -> Path:
     """Where a build keeps the float model's answers, for itself if it is cut off."""
     return partial_folder(real_path(output)) / STATE / "baseline"
@@ -116,12 +114,6 @@ def baseline_folder(output: Path) -> Path:
 def state_folder(folder: Path) -> Path:
     """Where the build that works in ``folder`` (see ``work_folder``) keeps what it goes on with."""
     return folder.parent / STATE
-
-
-def disk_bytes(folder: Path) -> int:
-    """Bytes on the disk of everything in a folder, which may be missing; holes take none."""
-    found = (path.lstat() for path in folder.rglob("*"))
-    return sum(stat.st_blocks * 512 for stat in found)
 
 
 @dataclass(frozen=True)
@@ -152,7 +144,7 @@ class Resume:
                 hint="the same options again, or leave --resume out to begin afresh",
             )
         ledgers = list((partial / STATE).glob("*.ledger"))
-        finished = any(ledger.has_finished(path) for path in ledgers)
+        finished = any(weights.has_finished(path) for path in ledgers)
         if not self.wanted and not self.afresh and known == self.identity and finished:
             raise UsageError(
                 f"{partial.name} holds what an interrupted build has finished",
@@ -243,14 +235,14 @@ def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
 
 def bring_back(output: Path) -> None:
     """The old output, where a build was killed in the moment of replacing it."""
-    retired = retired_folder(output)
+    retired = output.with_name(output.name + RETIRED)
     if retired.is_dir() and not output.exists():
         retired.rename(output)
 
 
 def replace(output: Path, partial: Path) -> None:
     """Put ``partial`` in the place of ``output``; on a failure, the old output is still there."""
-    retired = retired_folder(output)
+    retired = output.with_name(output.name + RETIRED)
     shutil.rmtree(retired, ignore_errors=True)
     if not output.exists():
         partial.rename(output)

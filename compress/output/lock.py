@@ -24,12 +24,12 @@ from typing import Any
 
 from compress import __version__
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.remote import is_url
 from compress.decoder.config_json import json_or_empty
 from compress.errors import UsageError
-from compress.files import cache_folder, write_whole
+from compress.files import cache_folder, is_url, write_whole
 from compress.formats import FORMATS
 from compress.output.checksums import sha256_of
+from compress.plan.document import CheckpointLock, Lock, PlanDocument
 from compress.plan.job import Job
 
 __all__ = [
@@ -77,7 +77,7 @@ def lock_document(
     *,
     thorough: bool,
     progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
 
@@ -99,23 +99,18 @@ def lock_document(
         digests[path] = cached_digest(path)
         done += path.stat().st_size
         progress(done, total)
-    return {
-        "versions": versions(),
-        "checkpoint": {
-            "headers": headers_digest(checkpoint),
-            "files": {path.name: digests[path] for path in files} if known else None,
-        },
-        "inputs": {name: sha256_of(path) for name, path in named(inputs).items()},
-    }
-
-
-def named(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names without folders; ``text.txt#2`` for a second one of a name."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        count = sum(name.partition("#")[0] == path.name for name in found)
-        found[f"{path.name}#{count + 1}" if count else path.name] = path
-    return found
+    named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name
+    for path in inputs:
+        count = sum(name.partition("#")[0] == path.name for name in named)
+        named[f"{path.name}#{count + 1}" if count else path.name] = path
+    hashes = {path.name: digest for path, digest in digests.items() if digest}
+    return Lock(
+        versions=versions(),
+        checkpoint=CheckpointLock(
+            headers=headers_digest(checkpoint), files=hashes if known else None
+        ),
+        inputs={name: sha256_of(path) for name, path in named.items()},
+    )
 
 
 def source_files(checkpoint: Checkpoint) -> list[Path]:
@@ -139,15 +134,14 @@ def headers_digest(checkpoint: Checkpoint) -> str:
 
 
 def hub_digest(path: Path) -> str | None:
-    """SHA-256 of a large file in the Hub's cache, where snapshots link to ``blobs/<sha256>``.
+    """SHA-256 of a file as the Hub's cache names it, where snapshots link to ``blobs/<sha256>``;
+    None elsewhere.
 
     Small files are there under their git hash, of 40 digits.
     """
-    if not path.is_symlink():
-        return None
-    blob = path.resolve()
-    known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return blob.name if known else None
+    blob = path.resolve() if path.is_symlink() else path
+    known = path.is_symlink() and blob.parent.name == "blobs"
+    return blob.name if known and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
 def cached_digest(path: Path) -> str:
@@ -170,7 +164,7 @@ def cached_digest(path: Path) -> str:
 # --- --locked --------------------------------------------------------------------------------
 
 
-def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_lock(name: str, before: PlanDocument, now: PlanDocument) -> None:
     """``--locked``: refuse whatever would not give the bytes of an earlier build.
 
     Args:
@@ -181,8 +175,7 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     Raises:
         UsageError: what differs, old and new; or the plan does not say.
     """
-    lock = before.get("lock")
-    if not isinstance(lock, dict) or not (lock.get("checkpoint") or {}).get("files"):
+    if before.lock is None or not before.lock.checkpoint.files:
         raise UsageError(
             f"{name} does not say which bytes the checkpoint had, so nothing can be held to it",
             hint="build once with --provenance, and lock to the plan.json of that",
@@ -197,17 +190,17 @@ def check_lock(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     )
 
 
-def facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+def facts(plan: PlanDocument) -> dict[str, Any]:
     """What of a plan decides the bytes, with tensors by name."""
-    targets = plan.get("targets") or {}
     return {
-        **{key: plan.get(key) for key in ("lock", "model", "prune", "quantize")},
+        **plan.model_dump(mode="json", include={"lock", "model", "prune", "quantize"}),
         "targets": {
             name: {
-                **{key: target.get(key) for key in ("type", "settings", "prune")},
-                "tensors": {row["name"]: row["grid"] for row in target.get("tensors") or ()},
+                "type": target.type,
+                "settings": target.settings,
+                "tensors": {tensor.name: tensor.grid for tensor in target.tensors},
             }
-            for name, target in targets.items()
+            for name, target in plan.targets.items()
         },
     }
 
@@ -278,9 +271,7 @@ def files_digest(files: Sequence[Path]) -> str | None:
 # --- provenance.json -------------------------------------------------------------------------
 
 
-def provenance(
-    job: Job, lock: Mapping[str, Any], digests: Mapping[str, str]
-) -> dict[str, Any] | None:
+def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, Any] | None:
     """Which files were made from which: an in-toto Statement v1 with a SLSA provenance v1
     predicate; None where the checkpoint's hashes are not known.
 
@@ -296,8 +287,11 @@ def provenance(
         lock: from ``lock_document``.
         digests: SHA-256 of the files that were written, by their names in the build's folder.
     """
-    if lock["checkpoint"]["files"] is None:
+    if lock.checkpoint.files is None:
         return None
+    words = shlex.split(job.command)
+    if words[-2:-1] == ["-o"]:  # the folder's name has no part in what is written there
+        del words[-2:]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         # Targets have folders of their own; beside them lie the documents about them.
@@ -307,7 +301,7 @@ def provenance(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {
-                    "command": without_output(job.command),
+                    "command": shlex.join(words),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
                     "recipe": job.recipe.to_dict(),
@@ -322,7 +316,7 @@ def provenance(
                 "builder": {
                     "id": BUILDER,
                     "version": {
-                        "packlight": lock["versions"]["packlight"],
+                        "packlight": lock.versions["packlight"],
                         "python": platform.python_version(),
                     },
                 },
@@ -336,21 +330,15 @@ def provenance(
     }
 
 
-def without_output(command: str) -> str:
-    """A command line but for the folder's name, which has no part in what is written there."""
-    words = shlex.split(command)
-    return shlex.join(words[:-2] if words[-2:-1] == ["-o"] else words)
-
-
 def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:
     """A ResourceDescriptor of in-toto."""
     return {"name": name, **({"uri": uri} if uri else {}), "digest": {"sha256": sha256}}
 
 
-def dependencies(job: Job, lock: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def dependencies(job: Job, lock: Lock) -> Iterator[dict[str, Any]]:
     """Checkpoint files, texts and the like by hash; libraries by package URL."""
     checkpoint = job.checkpoint
-    for name, digest in lock["checkpoint"]["files"].items():
+    for name, digest in (lock.checkpoint.files or {}).items():
         uri = ""
         if is_url(checkpoint.source):
             uri = f"{checkpoint.source.rstrip('/')}/{name}"
@@ -358,8 +346,8 @@ def dependencies(job: Job, lock: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             at = f"{checkpoint.source}/resolve/{checkpoint.revision}"
             uri = f"https://huggingface.co/{at}/{name}"
         yield resource(name, digest, uri)
-    for name, digest in lock["inputs"].items():
+    for name, digest in lock.inputs.items():
         yield resource(name, digest)
-    for name, installed in lock["versions"].items():
+    for name, installed in lock.versions.items():
         if name != "packlight":
             yield {"name": name, "uri": f"pkg:pypi/{name.lower()}@{installed}"}

@@ -1,76 +1,207 @@
-"""``plan.json``, and what ``--dry-run`` prints."""
+"""``plan.json`` as typed data, and what ``--dry-run`` prints: what will be made, before it is.
+
+``plan.schema.json`` is generated from here (``make docs``). A key that holds its default is left
+out. There are no times in it: the same build has the same plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
 
 from compress import __version__
 from compress.console import Console, format_bytes
+from compress.errors import UsageError
 from compress.plan.job import Job, looks_at_inputs
-from compress.plan.shapes import Plan, bits_per_weight
+from compress.plan.shapes import bits_per_weight
 from compress.recipe import needs_of
+from compress.recipe.schema import Part, explain, json_schema
 
-__all__ = ["plan_document", "print_plan"]
-
-
-def plan_document(job: Job) -> dict[str, Any]:
-    """``plan.json``: which tensor has which grid, per target; readable, diffable, no times."""
-    recipe = job.recipe.to_dict()
-    return {
-        "schema_version": 1,
-        "tool": {"name": "packlight", "version": __version__},
-        "model": {
-            "source": job.checkpoint.source,
-            "revision": job.checkpoint.revision,
-            "family": job.config.family,
-            "parameters": job.config.num_parameters,
-        },
-        **({"prune": prune_document(job)} if job.cut else {}),
-        "quantize": {
-            **recipe["quantize"],
-            **({"calibration": recipe["calibration"]} if looks_at_inputs(job.recipe) else {}),
-        },
-        "targets": {
-            plan.format: plan_target(plan, job, job.budgets.get(plan.format)) for plan in job.plans
-        },
-    }
+__all__ = [
+    "CheckpointLock", "HighTensor", "Lock", "PlanDocument", "PlannedBudget", "PlannedTarget",
+    "plan_document", "plan_schema", "print_plan",
+]  # fmt: skip
 
 
-def prune_document(job: Job) -> dict[str, Any]:
-    """``prune`` as the recipe's document has it, and how many parameters are left."""
-    return {**job.recipe.to_dict()["prune"], "parameters_left": job.shape.num_parameters}
+class PlanTool(Part):
+    """What made the plan."""
+
+    name: Literal["packlight"]
+    version: str
 
 
-def plan_target(plan: Plan, job: Job, budget: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One target of ``plan.json``."""
-    expected = plan.expected_divergence
-    return {
-        "type": plan.type_name,
-        "settings": plan.settings,
-        "weights_bytes": plan.weights_bytes,
-        **({"file_bytes": plan.file_bytes} if plan.file_bytes else {}),
-        "bits_per_weight": round(bits_per_weight(plan.weights_bytes, job.config.num_parameters), 4),
-        **({} if expected is None else {"expected_kl_divergence": float(f"{expected:.4g}")}),
-        **({"budget": dict(budget)} if budget else {}),
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "name": entry.name,
-                "target_name": entry.target_name,
-                "grid": entry.grid,
-                "shape": list(entry.shape),
-                "bytes": entry.nbytes,
-                **({"note": entry.note} if entry.note else {}),
-            }
-            for entry in plan.entries
-        ],
-    }
+class PlannedModel(Part):
+    """The float model."""
+
+    source: str = Field(description="Hub id or folder name.")
+    revision: str = Field(description="Commit on the Hub; empty for a folder.")
+    family: str
+    parameters: int
+
+
+class HighTensor(Part):
+    """A tensor that has clearly more bits than the whole."""
+
+    name: str
+    grid: str
+    why: str
+
+
+class PlannedBudget(Part):
+    """What grids were chosen for."""
+
+    limit_bytes: int
+    limit_is: str = Field(default="", description="What the limit stands for.")
+    smallest_bytes: int = Field(description="With every tensor on its smallest grid.")
+    recommended_bytes: int = Field(
+        default=0, description="The smallest file that is expected to be good."
+    )
+    kept_high: list[HighTensor]
+
+
+class PlannedTensor(Part):
+    """One tensor of an artifact."""
+
+    name: str = Field(description="packlight's.")
+    target_name: str = Field(description="The name in the artifact.")
+    grid: str
+    shape: list[int]
+    bytes: int
+    note: str = Field(default="", description="Why this grid, when it is not the one asked for.")
+
+
+class PlannedTarget(Part):
+    """One artifact."""
+
+    type: str = Field(description="As in file names: Q4_K_M, int4-g32, lut4-g8.")
+    settings: dict[str, Any] = Field(description="The recipe's, that the writer needs again.")
+    weights_bytes: int
+    file_bytes: int = Field(default=0, description="Of the model files, where it is predicted.")
+    bits_per_weight: float = Field(description="Of the tensors alone.")
+    expected_kl_divergence: float | None = Field(
+        default=None, description="What a cost table predicts, nats per token."
+    )
+    budget: PlannedBudget | None = None
+    notes: list[str]
+    tensors: list[PlannedTensor]
+
+
+class CheckpointLock(Part):
+    """Hashes of the checkpoint."""
+
+    headers: str = Field(description="Of its config and all tensors' names, types and places.")
+    files: dict[str, str] | None = Field(
+        description="Name to SHA-256; null where hashing would take time and nobody asked for it."
+    )
+
+
+class Lock(Part):
+    """What decides over the bytes of a build, by hash."""
+
+    versions: dict[str, str]
+    checkpoint: CheckpointLock
+    inputs: dict[str, str] = Field(description="Calibration texts or an imatrix, by SHA-256.")
+
+
+class PlanDocument(Part):
+    """Which tensor has which grid, per target."""
+
+    schema_version: Literal[1]
+    tool: PlanTool
+    model: PlannedModel
+    prune: dict[str, Any] | None = Field(
+        default=None, description="As the recipe has it, and how many parameters are left."
+    )
+    quantize: dict[str, Any] = Field(description="As the recipe has it, with its calibration.")
+    targets: dict[str, PlannedTarget] = Field(description="By format.")
+    lock: Lock | None = Field(default=None, description="Absent from what --dry-run prints.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """``plan.json`` as plain data."""
+        return self.model_dump(exclude_defaults=True)
+
+    @classmethod
+    def load(cls, path: Path) -> PlanDocument:
+        """Read a ``plan.json``; keys that are not known are left out.
+
+        Raises:
+            UsageError: not there, or not one.
+        """
+        hint = "--plan takes a plan.json"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
+        except ValueError as error:
+            raise UsageError(f"{path} is not JSON: {error}", hint=hint) from error
+        try:
+            return cls.model_validate(document, extra="ignore")
+        except ValidationError as error:
+            why = explain(error, "", document).message.removeprefix(": ")
+            raise UsageError(f"{path} is not a plan of packlight: {why}", hint=hint) from None
+
+
+def plan_document(job: Job, lock: Lock | None = None) -> PlanDocument:
+    """``plan.json`` of a build.
+
+    Args:
+        job: with the grids of every target.
+        lock: hashes of what the build is made from (``compress.output.lock``).
+    """
+    recipe, parameters = job.recipe.to_dict(), job.config.num_parameters
+    prune = {**recipe["prune"], "parameters_left": job.shape.num_parameters} if job.cut else None
+    inputs = {"calibration": recipe["calibration"]} if looks_at_inputs(job.recipe) else {}
+    targets = {}
+    for plan in job.plans:
+        expected = plan.expected_divergence
+        targets[plan.format] = PlannedTarget(
+            type=plan.type_name,
+            settings=plan.settings,
+            weights_bytes=plan.weights_bytes,
+            file_bytes=plan.file_bytes,
+            bits_per_weight=round(bits_per_weight(plan.weights_bytes, parameters), 4),
+            expected_kl_divergence=None if expected is None else float(f"{expected:.4g}"),
+            budget=job.budgets.get(plan.format),
+            notes=list(plan.notes),
+            tensors=[
+                PlannedTensor(
+                    name=entry.name,
+                    target_name=entry.target_name,
+                    grid=entry.grid,
+                    shape=list(entry.shape),
+                    bytes=entry.nbytes,
+                    note=entry.note,
+                )
+                for entry in plan.entries
+            ],
+        )
+    return PlanDocument(
+        schema_version=1,
+        tool=PlanTool(name="packlight", version=__version__),
+        model=PlannedModel(
+            source=job.checkpoint.source,
+            revision=job.checkpoint.revision,
+            family=job.config.family,
+            parameters=parameters,
+        ),
+        prune=prune,
+        quantize={**recipe["quantize"], **inputs},
+        targets=targets,
+        lock=lock,
+    )
+
+
+def plan_schema() -> str:
+    """``plan.schema.json``."""
+    return json_schema(PlanDocument, "packlight plan")
 
 
 def print_plan(job: Job, console: Console) -> None:
     """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
-    console.result(plan_document(job))
+    console.result(plan_document(job).to_dict())
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
     if job.cut:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Source, Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import UsageError
@@ -18,6 +18,9 @@ from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transforms
 from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+
+if TYPE_CHECKING:
+    from compress.plan.document import PlannedBudget
 
 DEFAULT_CONTEXT = 2048  # positions that memory is given for by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
@@ -52,19 +55,12 @@ class Job:
     command: str = ""
     transforms: Transforms = field(default_factory=dict)
     cut: Cut | None = None
-    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgets: Mapping[str, PlannedBudget] = field(default_factory=dict)
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def bytes_of(self, plan: Plan) -> int:
         """What is known of a target's file: its weights, or what a budget lets it have at most."""
         return self.at_most.get(plan.format, plan.weights_bytes)
-
-    def source_of(self, plan: Plan) -> Source:
-        """The weights that a target is made of, before anything that goes by statistics."""
-        source = self.source
-        for change in self.transforms.get(plan.format, ()):
-            source = change.seen(source)
-        return source
 
     def on(self, source: Source) -> Job:
         """The same job on other weights of the shape that it was planned for."""
@@ -129,19 +125,20 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    whole = Stored(checkpoint, config)
     changes = transforms or {}
-    plans = make_plans(whole, recipe, context, changes)
+    name = model_name(checkpoint.source)
+    plans = make_plans(config, name, recipe, context, changes)
     cut = plan_cut(config, recipe.prune, plans) if recipe.prunes else None
     if cut is not None or choices:
-        shape = whole if cut is None else Stored(checkpoint, cut.config)
-        plans = make_plans(shape, recipe, context, changes, choices, whole=config)
+        shape = config if cut is None else cut.config
+        plans = make_plans(shape, name, recipe, context, changes, choices, whole=config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(whole, config, recipe, plans, positions, command, changes, cut)
+    return Job(Stored(checkpoint, config), config, recipe, plans, positions, command, changes, cut)
 
 
 def make_plans(
-    source: Source,
+    config: DecoderConfig,
+    name: str,
     recipe: Recipe,
     context: int | None,
     transforms: Transforms,
@@ -149,29 +146,27 @@ def make_plans(
     *,
     whole: DecoderConfig | None = None,
 ) -> tuple[Plan, ...]:
-    """A plan for each target of the recipe, from the config of a source; nothing is read.
+    """A plan for each target of the recipe; nothing is read.
 
     Args:
+        config: of the weights that are written.
+        name: of the model.
         choices: format → entry name → grid, over the recipe's.
-        whole: the float model, where the source is a pruned one: mixes go by its parameters.
+        whole: the float model, where ``config`` may be a pruned one: mixes go by its parameters.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
     """
-    name = model_name(source.checkpoint.source)
     plans = []
     for target, settings in recipe.targets.items():
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
         request = PlanRequest(settings, name, grids, context, importance)
-        changed, changes = source, transforms.get(target, ())
-        for change in changes:
-            changed = change.seen(changed)
-        plan = get_format(target).plan(changed.config, request)
+        plan = get_format(target).plan(config, request)
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
-        for change in changes:
-            plan = change.planned(plan, changed)
+        for change in transforms.get(target, ()):
+            plan = change.planned(plan)
         plans.append(plan)
     return tuple(plans)
 

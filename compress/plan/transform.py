@@ -1,7 +1,7 @@
 """Changes of a target's weights that a recipe asks for, before they are quantized; usually none.
 
-``compress.pruning.transforms`` makes them from a recipe. Plans, statistics and writers see the
-weights through the list and ask for nothing of it by name.
+``compress.pruning.transforms`` makes them from a recipe. Plans and writers go through the list and
+ask for none of them by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Changed", "Transform", "Transforms"]
 
 @dataclass(frozen=True)
 class Changed:
-    """What a transform that goes by statistics makes of a target.
+    """What a transform makes of a target.
 
     Attributes:
         source: the weights.
@@ -43,16 +43,8 @@ class Transform:
 
     needs: str = ""
 
-    def seen(self, source: Source) -> Source:
-        """The weights after it, where it goes by the weights alone; as they are where it does not.
-
-        Raises:
-            UnsupportedModelError: a model that it cannot change.
-        """
-        return source
-
-    def planned(self, plan: Plan, source: Source) -> Plan:
-        """The plan with what the report should say of it; ``source`` as ``seen`` gave it."""
+    def planned(self, plan: Plan) -> Plan:
+        """The plan with what the report should say of it."""
         return plan
 
     def apply(
@@ -62,8 +54,8 @@ class Transform:
         statistics: Any,
         windows: Callable[[], Sequence[Sequence[int]]],
         console: Console,
-    ) -> Changed | None:
-        """The weights after it, where it goes by statistics; None where it does not.
+    ) -> Changed:
+        """The weights after it; they have the shapes that they had.
 
         Args:
             plan: of the target.
@@ -72,7 +64,7 @@ class Transform:
             windows: the calibration texts as token ids.
             console: for progress.
         """
-        return None
+        raise NotImplementedError
 
 
 Transforms = Mapping[str, Sequence[Transform]]

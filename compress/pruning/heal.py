@@ -2,8 +2,8 @@
 
 Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
 its output comes near the float model's hidden states at the same place, on inputs that the pruned
-and healed blocks before it produce. After dropped blocks the place is the next retained
-block's input, so that a retained block learns to stand in for those that followed it. (Block-wise
+and healed blocks before it produce. After dropped blocks the place is the next retained block's
+input, so that a retained block learns to stand in for those that followed it. (Block-wise
 reconstruction as in BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
 
 In memory are one block's weights, their gradients and Adam's two moments in float32, activations of

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
-from compress.calibration.step import read_texts
 from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
@@ -51,15 +50,14 @@ class Pruned:
     notes: tuple[str, ...]
 
 
-def prune(job: Job, cut: Cut, console: Console, threads: int) -> Pruned:
-    """The job's weights without what its cut says.
+def prune(job: Job, cut: Cut, texts: CalibrationSet, console: Console, threads: int) -> Pruned:
+    """The job's weights without what its cut says, measured on ``texts``.
 
     Raises:
-        UsageError: calibration texts that are not there or too short.
-        CheckpointError: weights or a tokenizer that cannot be read.
+        CheckpointError: weights that cannot be read.
     """
     set_threads(choose_threads(threads, job.config))
-    return prune_source(job.source, cut, read_texts(job), console)
+    return prune_source(job.source, cut, texts, console)
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:

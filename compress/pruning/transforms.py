@@ -1,12 +1,10 @@
-"""The transforms of a recipe's targets: rotations, folds, zeros; most recipes have none."""
+"""The transforms of a recipe's targets: zeros and folds; most recipes have none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress.console import format_bytes
 from compress.plan.transform import Changed, Transform, Transforms
 
 if TYPE_CHECKING:
@@ -27,8 +25,6 @@ def transforms_of(recipe: Recipe) -> Transforms:
     """
     found: dict[str, list[Transform]] = {}
     for target, settings in recipe.targets.items():
-        if settings.get("rotate", "none") != "none":
-            found.setdefault(target, []).append(Rotate(settings["rotate"]))
         if settings.get("sparsity", "none") != "none":
             from compress.pruning.zeros import check_zeros, pattern_for
             from compress.recipe import method_of
@@ -41,36 +37,6 @@ def transforms_of(recipe: Recipe) -> Transforms:
         if recipe.folds:
             found.setdefault(target, []).append(Fold(recipe))
     return found
-
-
-class Rotate(Transform):
-    """Hadamard rotations folded into the weights (``rotation.py``).
-
-    Args:
-        kind: ``r1``, ``r2`` or ``r1r2``.
-    """
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def seen(self, source: Source) -> Source:
-        """See ``Transform.seen``."""
-        from compress.pruning.rotation import Rotated
-
-        return Rotated(source, self._kind)
-
-    def planned(self, plan: Plan, source: Source) -> Plan:
-        """See ``Transform.planned``: what was turned, and what a head that had to be untied
-        costs."""
-        from compress.pruning.rotation import Rotated
-
-        assert isinstance(source, Rotated)
-        notes = [source.summary()]
-        if source.unties:
-            (head,) = (entry for entry in plan.entries if entry.name == "lm_head.weight")
-            added = format_bytes(head.nbytes)
-            notes.append(f"R1 unties the embedding: the head is a tensor of its own, {added} more")
-        return replace(plan, notes=(*plan.notes, *notes))
 
 
 class Zeros(Transform):
@@ -88,7 +54,7 @@ class Zeros(Transform):
         self._pattern, self._method, self._settings = pattern, method, settings
         self.needs = MASK_NEEDS.get(method, "")
 
-    def planned(self, plan: Plan, source: Source) -> Plan:
+    def planned(self, plan: Plan) -> Plan:
         """See ``Transform.planned``."""
         from compress.pruning.zeros import plan_zeros
 

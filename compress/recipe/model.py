@@ -26,9 +26,8 @@ from pydantic_core import PydanticCustomError
 
 from compress.console import parse_bytes
 from compress.formats import FORMATS
-from compress.recipe import AMOUNTS, load, put
+from compress.recipe import AMOUNTS, BUILTIN_SOLVERS, load, put, solver_names
 from compress.recipe.schema import Name, Section, Text, explain, json_schema, refusal
-from compress.recipe.solvers import BUILTIN_SOLVERS, solver_names
 
 __all__ = [
     "Budget",

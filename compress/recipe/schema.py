@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress.errors import RecipeError, did_you_mean
 
-__all__ = ["Name", "Section", "Text", "Unique", "explain", "json_schema", "refusal"]
+__all__ = ["Name", "Part", "Section", "Text", "Unique", "explain", "json_schema", "refusal"]
 
 # Words of JSON, which is what the reader of a YAML file knows.
 TYPES = {
@@ -55,6 +55,12 @@ class Section(BaseModel):
                 context = {"key": unknown[0], "known": known}
                 raise PydanticCustomError("unknown_key", "unknown key {key}", context)
         return given
+
+
+class Part(BaseModel):
+    """A mapping of a document that packlight writes: only known keys, values of the very type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def refusal(message: str, hint: str = "") -> PydanticCustomError:

@@ -11,10 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+if TYPE_CHECKING:
+    from compress.report.report import TensorReport
+
 WIDTH = 400.0
+ROLES = [  # rows of the depth picture, in order of execution
+    "embed_tokens",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "lm_head",
+]
 CHARACTER = 8.8  # width to allow for a character; phones show text at 14.5 units
 
 
@@ -55,30 +72,16 @@ class Curve:
     mean: Sequence[float | None]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One tensor of the depth picture; outside the blocks ``column`` is None, for a whole row."""
-
-    row: str
-    column: int | None
-    bits: float
-    title: str
-
-
 def element(name: str, *children: object, **attributes: object) -> Markup:
     """An SVG element; children and values are escaped unless they are markup already."""
     # `class_` for the keyword, `stroke_width` for `stroke-width`.
-    parts = [
-        f' {key.rstrip("_").replace("_", "-")}="{escape(number(value))}"'
-        for key, value in attributes.items()
-    ]
+    parts = []
+    for key, value in attributes.items():
+        # Coordinates with one digit, so that pages are small and the same everywhere.
+        short = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+        parts.append(f' {key.rstrip("_").replace("_", "-")}="{escape(short)}"')
     inner = Markup("").join(escape(child) for child in children)
     return Markup(f"<{name}{''.join(parts)}>{inner}</{name}>")
-
-
-def number(value: object) -> str:
-    """Coordinates with one digit, so that pages are small and the same everywhere."""
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def picture(height: float, title: str, *children: Markup) -> Markup:
@@ -87,7 +90,7 @@ def picture(height: float, title: str, *children: Markup) -> Markup:
         "svg",
         element("title", title),
         *children,
-        viewBox=f"0 0 {number(WIDTH)} {number(height)}",
+        viewBox=f"0 0 {WIDTH:g} {height:g}",
         role="img",
         aria_label=title,
     )
@@ -341,15 +344,17 @@ def runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
     return [run for run in found if run]
 
 
-def depth(cells: Sequence[Cell], rows: Sequence[str], columns: int, title: str) -> Markup:
-    """Bits of each tensor: roles down, blocks to the right, more bits in a stronger tone.
+def depth(tensors: Sequence[TensorReport], title: str) -> Markup:
+    """Bits of each matrix: roles down, blocks to the right, more bits in a stronger tone.
 
     Args:
-        cells: one per tensor.
-        rows: roles, from top to bottom.
-        columns: number of blocks.
+        tensors: of one artifact; one outside the blocks has a whole row.
         title: for those who do not see the picture.
     """
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    rows = [role for role in ROLES if any(tensor.role == role for tensor in matrices)]
+    cells = [tensor for tensor in matrices if tensor.role in rows]
+    columns = max((cell.block + 1 for cell in cells if cell.block is not None), default=0)
     left = 8 + max((len(row) for row in rows), default=0) * CHARACTER * 0.9
     side = (WIDTH - left) / max(columns, 1)
     height, gap = 16.0, 2.0 if side > 8 else 0.5
@@ -357,17 +362,18 @@ def depth(cells: Sequence[Cell], rows: Sequence[str], columns: int, title: str) 
     for place, row in enumerate(rows):
         marks.append(text(left - 8, place * height + 12, row, "end", "tick"))
     for cell in cells:
-        width = side if cell.column is not None else WIDTH - left
+        width = side if cell.block is not None else WIDTH - left
+        bits = f"{cell.bits_per_weight:.3g} bits"
         marks.append(
             element(
                 "rect",
-                element("title", cell.title),
-                x=left + (cell.column or 0) * side,
-                y=rows.index(cell.row) * height + 1,
+                element("title", f"{cell.name}: {cell.grid}, {bits}"),
+                x=left + (cell.block or 0) * side,
+                y=rows.index(cell.role) * height + 1,
                 width=max(width - gap, 0.5),
                 height=height - 2,
                 class_="cell",
-                fill_opacity=f"{tone(cell.bits):.2f}",
+                fill_opacity=f"{tone(cell.bits_per_weight):.2f}",
             )
         )
     bottom = len(rows) * height

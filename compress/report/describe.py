@@ -17,7 +17,7 @@ from compress.report import report as typed
 from compress.report.report import ArtifactReport, BaselineReport, ModelFacts, Report, TensorReport
 from compress.verify import Outcome, Verified
 from compress.verify.gates import Limit, judge
-from compress.verify.quality import Quality, Series
+from compress.verify.quality import Series
 from compress.verify.resources import Speed
 from compress.verify.tasks import TaskScore
 
@@ -80,7 +80,11 @@ def build_report(
         for artifact, outcome in artifacts
     ]
     ran = (outcome for _, outcome in artifacts if isinstance(outcome, Verified))
-    quality = next((verified.quality for verified in ran), None)
+    measured: dict[str, Any] = speed_of(baseline.speed) if baseline.speed else {}
+    if quality := next((verified.quality for verified in ran), None):
+        perplexity = quality.baseline_perplexity
+        measured |= {"windows": quality.windows, "tokens": quality.tokens}
+        measured |= {"perplexity": perplexity.value, "perplexity_se": perplexity.se}
     return Report(
         schema_version=1,
         tool=typed.Tool(version=__version__, command=command),
@@ -93,7 +97,14 @@ def build_report(
         recipe=dict(recipe),
         context=context,
         budget_bytes=budget_bytes,
-        baseline=describe_baseline(baseline, model.parameters, quality),
+        baseline=BaselineReport(
+            bytes=baseline.bytes,
+            dtype=baseline.dtype,
+            parameters=model.parameters,
+            runtime=baseline.runtime,
+            text=baseline.text,
+            **measured,
+        ),
         artifacts=entries,
         verdict=typed.verdict(entries),
         notes=list(notes),
@@ -123,25 +134,6 @@ def model_facts(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_context=config.max_context,
-    )
-
-
-def describe_baseline(
-    baseline: Baseline, parameters: int, quality: Quality | None
-) -> BaselineReport:
-    """The report's ``baseline``; what was not measured stays None."""
-    found: dict[str, Any] = speed_of(baseline.speed) if baseline.speed else {}
-    if quality:
-        perplexity = quality.baseline_perplexity
-        found |= {"windows": quality.windows, "tokens": quality.tokens}
-        found |= {"perplexity": perplexity.value, "perplexity_se": perplexity.se}
-    return BaselineReport(
-        bytes=baseline.bytes,
-        dtype=baseline.dtype,
-        parameters=parameters,
-        runtime=baseline.runtime,
-        text=baseline.text,
-        **found,
     )
 
 

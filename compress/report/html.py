@@ -1,7 +1,8 @@
 """``report.html``: one page from ``report.json`` alone, without scripts, fonts or network.
 
-The template is ``report.html.j2`` with autoescape on; its pictures come from
-``compress.report.charts``. What was not measured is shown as a dash.
+The template is ``report.html.j2`` with autoescape on. Its pictures come from
+``compress.report.charts``: it asks for those that there are figures for. What was not measured is
+shown as a dash.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from compress.console import format_bytes
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
 from compress.report.words import amount, gate_failure, label, short_size
@@ -20,19 +22,6 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 STYLES = 6  # c0 … c5 in the style sheet
-ROLES = [  # rows of the depth picture, in order of execution
-    "embed_tokens",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "qkv_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
-    "down_proj",
-    "lm_head",
-]
 VERDICTS = {"passed": "Passed", "failed": "Failed", "not verified": "Not verified"}
 
 Styles = Mapping[str, str]
@@ -48,11 +37,10 @@ def render(report: Report) -> str:
     folder = files("compress.report")
     template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report.artifacts
-    styles = styles_of(artifacts)
     return template.render(
         report=report,
         artifacts=artifacts,
-        styles=styles,
+        styles={found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)},
         measured=[artifact for artifact in artifacts if artifact.kl_divergence],
         verdict=VERDICTS[report.verdict],
         failures=[
@@ -63,16 +51,16 @@ def render(report: Report) -> str:
         ],
         gates=sum(len(artifact.gates) for artifact in artifacts),
         style=Markup(folder.joinpath("report.css").read_text("utf-8")),
-        pictures=pictures(report, styles),
-        grids={artifact.path: grids(artifact) for artifact in artifacts},
+        draw_bytes=draw_bytes,
+        draw_curves=draw_curves,
+        draw_depth=charts.depth,
+        draw_memory=draw_memory,
+        draw_scatter=draw_scatter,
+        draw_speed=draw_speed,
+        grids=grids,
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
-
-
-def styles_of(artifacts: Sequence[ArtifactReport]) -> Styles:
-    """A colour for each artifact, by its path."""
-    return {found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)}
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:
@@ -103,9 +91,11 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
 
 def size(count: int | None) -> Markup:
     """Bytes in both units, which may stand on two lines: ``740.48 MB (706.17 MiB)``."""
-    decimal, space, binary = words.size(count).partition(" (")
+    if count is None:
+        return Markup("–")
+    decimal, _, binary = format_bytes(count).partition(" (")
     both = '<span class="unit">{}</span> <span class="unit error">({}</span>'
-    return Markup(both).format(decimal, binary) if space else Markup("{}").format(decimal)
+    return Markup(both).format(decimal, binary)
 
 
 def figure(value: float | None, error: float | None = None) -> Markup:
@@ -134,27 +124,6 @@ def quarters(points: Sequence[float | None]) -> list[float | None]:
 
 
 # --- pictures ----------------------------------------------------------------------------------
-
-
-def pictures(report: Report, styles: Styles) -> dict[str, Markup]:
-    """The pictures that the report has figures for, by name."""
-    artifacts = report.artifacts
-    measured = [artifact for artifact in artifacts if artifact.kl_divergence]
-    drawn = {"bytes": draw_bytes(report, styles)}
-    for artifact in artifacts:
-        drawn[f"depth {artifact.path}"] = draw_depth(artifact)
-    if any(found.kl_divergence.mean is not None for found in measured if found.kl_divergence):
-        drawn["scatter"] = draw_scatter(report, measured, styles)
-    if measured:
-        tokens, windows = report.baseline.tokens or 0, report.baseline.windows or 1
-        drawn["along"] = draw_curves(measured, styles, "kl_along_text", "scored tokens", tokens)
-        drawn["position"] = draw_curves(
-            measured, styles, "kl_by_position", "place in the window", -(-tokens // windows)
-        )
-        for phase in ("prefill", "decode"):
-            drawn[phase] = draw_speed(report, measured, styles, phase)
-        drawn["memory"] = draw_memory(measured, styles)
-    return drawn
 
 
 def draw_scatter(report: Report, artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
@@ -249,24 +218,6 @@ def draw_memory(artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
     longest = max(value for group in groups for bar in group.bars for value, _ in bar.parts)
     divisor, unit = charts.unit_of(longest)
     return charts.bars(groups, "Memory of each artifact", f"memory, {unit}", divisor=divisor)
-
-
-def draw_depth(artifact: ArtifactReport) -> Markup:
-    """Bits of each weight matrix along the depth."""
-    weights = [tensor for tensor in artifact.tensors if len(tensor.shape) > 1]
-    rows = [role for role in ROLES if any(tensor.role == role for tensor in weights)]
-    cells = [
-        charts.Cell(
-            tensor.role,
-            tensor.block,
-            tensor.bits_per_weight,
-            f"{tensor.name}: {tensor.grid}, {tensor.bits_per_weight:.3g} bits",
-        )
-        for tensor in weights
-        if tensor.role in rows
-    ]
-    blocks = max((cell.column + 1 for cell in cells if cell.column is not None), default=0)
-    return charts.depth(cells, rows, blocks, f"Bits per weight by block, {label(artifact)}")
 
 
 def grids(artifact: ArtifactReport) -> list[dict[str, Any]]:

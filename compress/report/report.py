@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -26,7 +24,7 @@ from pydantic import (
 from compress.decoder.config_json import write_json
 from compress.errors import ArtifactError
 from compress.recipe.model import OneOfTheFormats
-from compress.recipe.schema import explain, json_schema
+from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
     "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
@@ -57,12 +55,6 @@ RATE = {
     "decode": "One token at a time after it; median.",
 }
 BATCH, DECODED = "Length of that batch.", "Tokens decoded."
-
-
-class Part(BaseModel):
-    """A mapping of the report: only known keys, values of the very type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Tool(Part):
@@ -138,7 +130,7 @@ class Generation(Part):
 
     prompt_text: str | None = None
     text: str | None = None
-    tokens: list[Count] = []
+    tokens: list[Count] = Field(default=[])
     first_difference: int | None = Field(
         default=None, description="Place of the first other token."
     )
@@ -262,9 +254,9 @@ class ArtifactReport(Part):
     failure: str | None = Field(
         default=None, description="Why it could not be run, where that was tried."
     )
-    notes: list[str] = []
-    tensors: list[TensorReport] = []
-    gates: list[GateReport] = []
+    notes: list[str] = Field(default=[])
+    tensors: list[TensorReport] = Field(default=[])
+    gates: list[GateReport] = Field(default=[])
 
     def __repr__(self) -> str:
         return f"ArtifactReport({self.format} {self.type}, {self.bytes} bytes)"
@@ -302,7 +294,7 @@ class Report(Part):
     baseline: BaselineReport
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
-    notes: list[str] = []
+    notes: list[str] = Field(default=[])
 
     def __getitem__(self, format: str) -> ArtifactReport:
         """The artifact of a format, the first where there are several.

@@ -40,11 +40,6 @@ def amount(value: float | None) -> str:
     return f"{value:#.3g}" if abs(value) < 1 else f"{value:#.4g}"
 
 
-def size(count: int | None) -> str:
-    """Bytes in both units: ``740.48 MB (706.17 MiB)``."""
-    return "–" if count is None else format_bytes(count)
-
-
 def short_size(count: float) -> str:
     """Bytes in the decimal unit: ``740.48 MB``."""
     return format_bytes(count).partition(" (")[0]
@@ -95,22 +90,18 @@ def gate_failure(gate: GateReport) -> str:
 
 
 def refusal(artifact: ArtifactReport) -> str:
-    """What became of an artifact that its runtime refused; ``""`` of any other."""
-    return f"{label(artifact)} could not be run: {artifact.failure}" if artifact.failure else ""
+    """What became of an artifact that its runtime refused."""
+    return f"{label(artifact)} could not be run: {artifact.failure}"
 
 
 def failures(artifact: ArtifactReport) -> list[str]:
     """Every gate that the artifact failed, and a KV cache that changes its text."""
     lines = [gate_failure(gate) for gate in artifact.gates if not gate.passed]
-    return lines + [CACHE_CHANGES_TEXT] * cache_changes_text(artifact)
-
-
-def cache_changes_text(artifact: ArtifactReport) -> bool:
-    """Whether greedy tokens differ with and without the KV cache, by more than a tie."""
     sample = artifact.generation
-    if artifact.generation_consistent is not False or sample is None:
-        return False
-    return (sample.gap or 0.0) > TIE * (sample.spread or 0.0)
+    if artifact.generation_consistent is False and sample is not None:
+        # Greedy tokens differ with and without the cache: more than a tie is a wrong cache.
+        lines += [CACHE_CHANGES_TEXT] * ((sample.gap or 0.0) > TIE * (sample.spread or 0.0))
+    return lines
 
 
 def no_verdict(report: Report) -> str:
@@ -127,22 +118,18 @@ def no_verdict(report: Report) -> str:
 
 def table_row(artifact: ArtifactReport) -> list[str]:
     """One line of the table under ``HEADERS``; what was not measured is a dash."""
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     ratio, kl = artifact.perplexity_ratio, artifact.kl_divergence
+    speed, peak = artifact.decode_tokens_per_second, artifact.peak_memory_bytes
     change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
-    peak = artifact.peak_memory_bytes
     return [
         artifact.format,
         artifact.type,
         format_bytes(artifact.bytes),
-        number(artifact.bits_per_weight, ".2f"),
-        number(artifact.perplexity, ".3f") + change,
-        number(kl.mean if kl else None, ".4f"),
+        f"{artifact.bits_per_weight:.2f}",
+        "-" if artifact.perplexity is None else f"{artifact.perplexity:.3f}{change}",
+        "-" if kl is None or kl.mean is None else f"{kl.mean:.4f}",
         percent(artifact.top1_agreement),
-        number(artifact.decode_tokens_per_second, ".1f"),
+        "-" if speed is None else f"{speed:.1f}",
         "-" if peak is None else short_size(peak),
     ]
 
@@ -173,11 +160,11 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
     console.end()
     console.result(report.to_dict())
     console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
-    if tasks := task_rows(report):
-        console.table(TASK_HEADERS, tasks)
+    if any(artifact.tasks for artifact in report.artifacts):
+        console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
-        if line := refusal(artifact):
-            print_error(PacklightError(line, REFUSED_HINT))
+        if artifact.failure:
+            print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):
             console.warning(f"{artifact.format}: {line}")
         if output is not None:

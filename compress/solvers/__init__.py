@@ -6,7 +6,7 @@
              none (an embedding, an input that calibration has not seen, a solver that needs none)
 
 A solver sees weights, grids and statistics, never a file format. The table of them is
-``compress.recipe.solvers.SOLVERS``. A row more: ``register_solver`` in a program, or for the
+``compress.recipe.SOLVERS``. A row more: ``register_solver`` in a program, or for the
 command line the entry point of an installed package, whose function may have an attribute
 ``needs``:
 
@@ -26,7 +26,7 @@ from compress.calibration.statistics import LayerStats, Statistics
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.plan.weights import Solver
-from compress.recipe.solvers import (
+from compress.recipe import (
     BUILTIN_SOLVERS,
     SOLVERS,
     SolverRow,
@@ -37,6 +37,7 @@ from compress.recipe.solvers import (
 
 __all__ = [
     "get_solver", "quantize", "register_solver", "rtn", "scale_search", "slabs_at_once",
+    "solver_function",
 ]  # fmt: skip
 
 Solve = Callable[[Float32, Grid, LayerStats | None], Quantized]
@@ -97,12 +98,11 @@ class OneInput:
         return self.stats
 
 
-def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
-    """The solver of that name, which looks up the statistics of each weight's input.
+def solver_function(name: str) -> Solve:
+    """``solve(weight, grid, stats) -> Quantized``, the solver of that name.
 
     Args:
         name: of a row of ``SOLVERS``, or an entry point.
-        statistics: of the inputs; None: the solver gets none.
 
     Raises:
         UsageError: no such solver, or one that cannot be loaded. Calling what is returned: a result
@@ -112,11 +112,11 @@ def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> So
     if isinstance(solve, str):
         module, _, function = solve.partition(":")
         solve = getattr(importlib.import_module(module), function)
-    if name in BUILTIN_SOLVERS and needs_of(name) is None:
-        return solve  # rtn, which looks at nothing else
+    if name in BUILTIN_SOLVERS:
+        builtin: Solve = solve
+        return builtin
 
-    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
-        stats = statistics.for_weight(tensor) if statistics is not None else None
+    def checked(weight: Float32, grid: Grid, stats: LayerStats | None) -> Quantized:
         found = solve(weight, grid, stats)
         if isinstance(found, Quantized) and found.shape == weight.shape and found.grid == grid:
             return found
@@ -124,6 +124,24 @@ def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> So
             f"solver {name!r} returned something else than {grid.name} of shape {weight.shape}",
             hint="Quantized(codes, params, grid, weight.shape)",
         )
+
+    return checked
+
+
+def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
+    """``solve(weight, grid, tensor)``: that solver with the statistics of each weight's input.
+
+    Args:
+        name: see ``solver_function``.
+        statistics: of the inputs; None: the solver gets none.
+
+    Raises:
+        UsageError: see ``solver_function``.
+    """
+    solve = solver_function(name)
+
+    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
+        return solve(weight, grid, statistics.for_weight(tensor) if statistics else None)
 
     return solver
 

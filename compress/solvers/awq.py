@@ -3,7 +3,7 @@
 AWQ (Lin et al., arXiv 2306.00978): a column whose input is large is multiplied by ``s > 1`` before
 it is rounded, and its input divided by ``s``: its error shrinks, at the cost of those that share
 its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
-largest magnitude to the power of 1 - α. ``solvers.folding`` has the places where that is exact.
+largest magnitude to the power of 1 - α. ``folding.py`` has the places where that is exact.
 
 α is that of the least output error of the weights that multiply the input, estimated on some of
 their rows (``Estimate``). What counts is decided afterwards, on inputs that were held back from the
@@ -26,8 +26,8 @@ from compress.grids import CodebookGrid, Grid, LatticeGrid, get_grid
 from compress.plan.shapes import Plan
 from compress.recipe import needs_of
 from compress.solvers import scale_search
-from compress.solvers.folding import Folds, columns_of
-from compress.solvers.half_blocks import HeadTrial, Trial, halves, some_rows
+from compress.solvers.folding import Folds, columns_of, foldable
+from compress.solvers.half_blocks import HalfTrial, HeadTrial, Trial, halves, some_rows
 from compress.solvers.hessian import factors_of, output_errors
 
 __all__ = ["Found", "search"]
@@ -99,22 +99,20 @@ def search(
         for half in halves(config, block):
             if not any(input_of(config, name) in half.sites for name in entries):
                 continue  # all of it stays float
-            trial = Trial(source, statistics, half, entries, solver, length)
-            errors.append(improve(trial, half.sites, folds))
+            trial = HalfTrial(source, statistics, half, entries, solver, length)
+            errors.append(improve(trial, folds))
         progress(done, len(stored))
     if not config.tie_word_embeddings and "lm_head.weight" in rounded:
         head = HeadTrial(source, statistics, rounded["lm_head.weight"], solver)
-        errors.append(improve(head, ("lm_head",), folds))
+        errors.append(improve(head, folds))
     return Found(folds, tuple(errors))
 
 
-def improve(
-    trial: Trial | HeadTrial, sites: tuple[str, ...], folds: dict[str, Float32]
-) -> tuple[float, float]:
-    """Add to ``folds`` what lowers the error of a half; its error before and after."""
+def improve(trial: Trial, folds: dict[str, Float32]) -> tuple[float, float]:
+    """Add to ``folds`` what lowers the error of a half or the head; its error before and after."""
     accepted: dict[str, Float32] = {}
     before = best = trial.error(accepted)
-    for site in sites:
+    for site in trial.sites:
         scale = propose_scale(trial, site)
         if scale is None:
             continue
@@ -128,10 +126,10 @@ def improve(
 # --- what is tried ----------------------------------------------------------------------------
 
 
-def propose_scale(trial: Trial | HeadTrial, site: str) -> Float32 | None:
-    """The scale of the best α, or None where 1 is as good or nothing may be scaled."""
-    config = trial.source.config
-    if not trial.entries_of(site) or (site.endswith("down_proj") and not config.gated_mlp):
+def propose_scale(trial: Trial, site: str) -> Float32 | None:
+    """The scale of the best α, float32 ``[channels]``; None where 1 is as good or nothing may be
+    scaled."""
+    if not trial.entries_of(site) or not foldable(trial.source.config, site):
         return None
     estimate = Estimate(trial, site)
     least, found = estimate.cost(None), None
@@ -157,14 +155,14 @@ class Estimate:
         widths: largest magnitude of the weights that multiply it, float32 ``[channels]``.
     """
 
-    def __init__(self, trial: Trial | HeadTrial, site: str) -> None:
+    def __init__(self, trial: Trial, site: str) -> None:
         self._config, self._site = trial.source.config, site
         stats = trial.stats(site)
-        entries = trial.entries_of(site)
         self._weights = [
-            (some_rows(trial.source, name, grid, SAMPLE), grid) for name, grid in entries
+            (some_rows(trial.source, name, grid, SAMPLE), grid)
+            for name, grid in trial.entries_of(site)
         ]
-        self._full = replace(stats, held_back=None)
+        self._stats = replace(stats, held_back=None)  # ``output_errors`` goes by the Hessian then
         self._diagonal = None
         if needs_of(trial.solver) == "hessian":
             self._diagonal = left_over(stats, self._weights[0][1])
@@ -174,16 +172,16 @@ class Estimate:
         self.widths = np.maximum(by_channel(self._config, site, largest), np.float32(1e-12))
 
     def cost(self, scale: Float32 | None) -> float:
-        """Under ``scale``, float32 ``[channels]``."""
+        """Under ``scale``, float32 ``[channels]``; None: all 1."""
         one = np.ones(1, np.float32)
         columns = one if scale is None else columns_of(self._config, self._site, scale)
         total = 0.0
         for weight, grid in self._weights:
             scaled = weight * columns
             if self._diagonal is None:
-                shares = self._full.importance / columns**2
-                codes = scale_search(scaled, grid, LayerStats(self._full.count, shares))
-                total += output_errors((scaled - codes.decode()) / columns, self._full).sum()
+                shares = self._stats.importance / columns**2
+                codes = scale_search(scaled, grid, LayerStats(self._stats.count, shares))
+                total += output_errors((scaled - codes.decode()) / columns, self._stats).sum()
             else:
                 codes = grid.quantize(scaled, self._diagonal / columns**2)
                 total += (((scaled - codes.decode()) / columns) ** 2 @ self._diagonal).sum()

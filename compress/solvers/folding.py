@@ -26,10 +26,10 @@ from dataclasses import replace
 import numpy as np
 
 from compress.calibration.statistics import LayerStats, Statistics, input_names, input_of
-from compress.checkpoint.sources import Around, Source
+from compress.checkpoint.sources import Change, Source
 from compress.decoder.config import FUSED, DecoderConfig, Float32, input_roles, split_name
 
-__all__ = ["Folded", "columns_of", "fold_statistics"]
+__all__ = ["Folded", "Folds", "columns_of", "fold_statistics", "foldable"]
 
 Folds = Mapping[str, Float32]
 """Input name (``compress.calibration.statistics.input_names``) → float32 ``[channels]``, positive:
@@ -38,7 +38,7 @@ Channels are the rows of what makes the input: for ``o_proj`` those of ``v_proj`
 """
 
 
-class Folded(Around):
+class Folded(Change):
     """A source whose weights are those of another, folded; computed when they are read.
 
     Args:
@@ -52,12 +52,16 @@ class Folded(Around):
     def __init__(self, source: Source, folds: Folds) -> None:
         for key, scale in folds.items():
             check(source.config, key, scale)
-        super().__init__(source, source.config)  # a fold changes no shape
+        digest = hashlib.sha256()
+        for key, scale in sorted(folds.items()):
+            digest.update(key.encode())
+            digest.update(scale.tobytes())
+        super().__init__(source, source.config, f"folds {digest.hexdigest()}")
         self.folds = dict(folds)
         self._uses = uses(source.config)
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
-        """See ``compress.checkpoint.sources.Source``."""
+        """See ``Source.read``."""
         weight = self.source.read(name, rows)
         divisor = self._divisor(name)
         if divisor is not None:
@@ -67,14 +71,6 @@ class Folded(Around):
         if key in self.folds:
             weight = weight * columns_of(self.config, key, self.folds[key])
         return weight
-
-    def fingerprint(self) -> str:
-        """See ``compress.checkpoint.sources.Source``."""
-        digest = hashlib.sha256(self.source.fingerprint().encode())
-        for key, scale in sorted(self.folds.items()):
-            digest.update(key.encode())
-            digest.update(scale.tobytes())
-        return digest.hexdigest()
 
     def _divisor(self, name: str) -> Float32 | None:
         """What each row of a weight is divided by, float32 ``[rows]``; None where all are by 1."""
@@ -111,6 +107,11 @@ def uses(config: DecoderConfig) -> dict[str, str]:
     return made
 
 
+def foldable(config: DecoderConfig, key: str) -> bool:
+    """Whether an input can be folded."""
+    return key in input_names(config) and key.rpartition(".")[2] in uses(config).values()
+
+
 def channels_of(config: DecoderConfig, key: str) -> int:
     """Channels of an input that can be folded apart."""
     role = key.rpartition(".")[2]
@@ -125,8 +126,7 @@ def check(config: DecoderConfig, key: str, scale: Float32) -> None:
     Raises:
         ValueError: see ``Folded``.
     """
-    role = key.rpartition(".")[2]
-    if key not in input_names(config) or role not in uses(config).values():
+    if not foldable(config, key):
         raise ValueError(f"{key}: nothing can be folded there")
     count = channels_of(config, key)
     if scale.shape != (count,) or scale.dtype != np.float32:

@@ -1,4 +1,4 @@
-"""What a change of weights before rounding does to the output of half a block, measured on inputs
+"""What folding and rounding do to the output of half a block, or of the head, measured on inputs
 that were held back from calibration: attention runs whole windows, an MLP rows.
 """
 
@@ -19,7 +19,7 @@ from compress.grids import Grid
 from compress.solvers import get_solver
 from compress.solvers.folding import Folded, Folds, fold_statistics
 
-__all__ = ["HeadTrial", "Trial", "halves", "some_rows"]
+__all__ = ["HalfTrial", "HeadTrial", "Trial", "halves", "some_rows"]
 
 RUN = 32  # rows that are sampled together, or whole palettes
 HEAD = "lm_head"
@@ -33,7 +33,7 @@ class Half:
     Attributes:
         block: index of the block.
         roles: of its weights.
-        sites: names of the inputs inside, its own first (``calibration.statistics.input_names``).
+        sites: names of the inputs inside, its own first.
     """
 
     block: int
@@ -53,14 +53,47 @@ def halves(config: DecoderConfig, block: int) -> Iterator[Half]:
 
 
 class Trial:
-    """Half a block, run with weights that were folded and rounded.
+    """Weights of which some are folded and rounded, and the error of what they compute.
 
     Args:
         source: the float weights.
-        statistics: of their inputs.
-        half: which half.
-        entries: weights of the block that will be rounded, and their grids.
+        statistics: of their inputs; some were held back.
+        sites: names of the inputs, in order of execution (``calibration.statistics.input_names``).
+        entries: weights that will be rounded, and their grids.
         solver: what chooses the codes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        statistics: Statistics,
+        sites: tuple[str, ...],
+        entries: Mapping[str, Grid],
+        solver: str,
+    ) -> None:
+        self.source, self.statistics, self.sites = source, statistics, sites
+        self.entries, self.solver = entries, solver
+
+    def stats(self, site: str) -> LayerStats:
+        """Statistics of an input."""
+        return stats_of(self.statistics, site)
+
+    def entries_of(self, site: str) -> list[tuple[str, Grid]]:
+        """The weights that multiply an input and will be rounded."""
+        config = self.source.config
+        return [(n, grid) for n, grid in self.entries.items() if input_of(config, n) == site]
+
+    def error(self, folds: Folds) -> float:
+        """On held-back inputs, under folds, with the codes of the solver."""
+        raise NotImplementedError
+
+
+class HalfTrial(Trial):
+    """Half a block; its error is the mean square of the output's over the output's mean square.
+
+    Args:
+        half: which half.
+        entries: may be of the whole block.
         length: tokens of a window.
 
     Raises:
@@ -76,29 +109,19 @@ class Trial:
         solver: str,
         length: int,
     ) -> None:
-        self.source, self.solver = source, solver
-        self._statistics, self._half, self._length = statistics, half, length
-        self._entries = entries
+        super().__init__(source, statistics, half.sites, entries, solver)
+        self._half, self._length = half, length
         self._wanted = self._outputs(source.read, held_back(statistics, half.sites[0]))
 
-    def stats(self, site: str) -> LayerStats:
-        """Statistics of an input."""
-        return known(self._statistics, site)
-
-    def entries_of(self, site: str) -> list[tuple[str, Grid]]:
-        """The weights that multiply an input and will be rounded."""
-        config = self.source.config
-        return [(n, grid) for n, grid in self._entries.items() if input_of(config, n) == site]
-
     def error(self, folds: Folds) -> float:
-        """Mean squared error of the output over its mean square, under folds."""
+        """See ``Trial.error``."""
         config = self.source.config
         folded = Folded(self.source, folds)
-        statistics = fold_statistics(config, self._statistics, folds)
+        statistics = fold_statistics(config, self.statistics, folds)
         solve = get_solver(self.solver, statistics)
         weights = {
             name: solve(folded.read(name), grid, name).decode()
-            for site in self._half.sites
+            for site in self.sites
             for name, grid in self.entries_of(site)
         }
         rounded = reader(config, weights)
@@ -109,7 +132,7 @@ class Trial:
             except KeyError:  # a norm, a bias, a weight that stays float
                 return folded.read(name)
 
-        found = self._outputs(read, held_back(statistics, self._half.sites[0]))
+        found = self._outputs(read, held_back(statistics, self.sites[0]))
         return float(np.mean((found - self._wanted) ** 2) / np.mean(self._wanted**2))
 
     def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
@@ -129,35 +152,28 @@ class Trial:
         return outputs
 
 
-class HeadTrial:
-    """The same for the head, whose outputs are compared as probabilities: over some of its rows.
+class HeadTrial(Trial):
+    """The head, unless it is tied; its error is the mean KL divergence of the next token's
+    probabilities, over ``HEAD_ROWS`` of its rows.
 
     A squared error of logits would count improbable tokens as much as those that matter.
     On the demo model folds that took a quarter off it made the KL divergence worse.
 
     Args:
-        source: the float weights.
-        statistics: of their inputs.
         grid: of the head.
-        solver: what chooses the codes.
+
+    Raises:
+        UsageError: no inputs were held back.
     """
 
     def __init__(self, source: Source, statistics: Statistics, grid: Grid, solver: str) -> None:
-        self.source, self.solver = source, solver
-        self._statistics, self._grid = statistics, grid
+        super().__init__(source, statistics, (HEAD,), {f"{HEAD}.weight": grid}, solver)
+        self._grid = grid
         self._wanted = self._log_probabilities(self._rows(source), held_back(statistics, HEAD))
 
-    def stats(self, site: str) -> LayerStats:
-        """As ``Trial``'s."""
-        return known(self._statistics, site)
-
-    def entries_of(self, site: str) -> list[tuple[str, Grid]]:
-        """As ``Trial``'s."""
-        return [(f"{HEAD}.weight", self._grid)]
-
     def error(self, folds: Folds) -> float:
-        """Mean KL divergence of the next token's probabilities, under folds."""
-        statistics = fold_statistics(self.source.config, self._statistics, folds)
+        """See ``Trial.error``."""
+        statistics = fold_statistics(self.source.config, self.statistics, folds)
         weight = self._rows(Folded(self.source, folds))
         codes = get_solver(self.solver, statistics)(weight, self._grid, f"{HEAD}.weight")
         found = self._log_probabilities(codes.decode(), held_back(statistics, HEAD))
@@ -175,7 +191,7 @@ class HeadTrial:
         return logits
 
 
-def known(statistics: Statistics, site: str) -> LayerStats:
+def stats_of(statistics: Statistics, site: str) -> LayerStats:
     """Statistics of an input that must be there.
 
     Raises:
@@ -193,7 +209,7 @@ def held_back(statistics: Statistics, site: str) -> Float32:
     Raises:
         UsageError: there are none.
     """
-    rows = known(statistics, site).held_back
+    rows = stats_of(statistics, site).held_back
     if rows is None:
         raise UsageError(
             "too few calibration windows to keep any back, and folds are measured on those",

@@ -61,7 +61,24 @@ def factors_of(
         if known() is stats and settings == (span, damping, together):
             return factors
     _last.clear()  # before the next are made: they are large
-    factors = factorize(stats.hessian or (), span, damping, together)
+    made: list[Factor] = []
+    start = 0
+    for block in stats.hessian or ():
+        diagonal = np.diagonal(block).astype(np.float64)
+        damp, variances = damping * float(diagonal.mean()), None
+        order = rounding_order(diagonal, span, together)
+        for repair in REPAIRS if np.isfinite(damp) and damp > 0 else ():
+            damped = block[np.ix_(order, order)]
+            np.fill_diagonal(damped, np.diagonal(damped) * (1 + repair) + damp)
+            variances = factor_in_place(damped)
+            if variances is not None:
+                break
+        if variances is None:
+            made = []
+            break
+        made.append(Factor(order + start, damped, variances))
+        start += len(block)
+    factors = tuple(made)
     _last.append((weakref.ref(stats, lambda _: _last.clear()), (span, damping, together), factors))
     return factors
 
@@ -69,31 +86,6 @@ def factors_of(
 # Row slabs of a tensor, and q, k and v, come one after the other with the same statistics; these
 # are let go with them.
 _last: list[tuple[weakref.ref[LayerStats], tuple[int, float, int], tuple[Factor, ...]]] = []
-
-
-def factorize(
-    hessian: tuple[Float32, ...], span: int, damping: float, together: int
-) -> tuple[Factor, ...]:
-    """As ``factors_of``, anew."""
-    factors = []
-    start = 0
-    for block in hessian:
-        diagonal = np.diagonal(block).astype(np.float64)
-        damp = damping * float(diagonal.mean())
-        if not (np.isfinite(damp) and damp > 0):
-            return ()
-        order = rounding_order(diagonal, span, together)
-        for repair in REPAIRS:
-            damped = block[np.ix_(order, order)]
-            np.fill_diagonal(damped, np.diagonal(damped) * (1 + repair) + damp)
-            variances = factor_in_place(damped)
-            if variances is not None:
-                break
-        else:
-            return ()
-        factors.append(Factor(order + start, damped, variances))
-        start += len(block)
-    return tuple(factors)
 
 
 def rounding_order(diagonal: Array, span: int, together: int = 1) -> Array:

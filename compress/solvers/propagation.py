@@ -23,9 +23,9 @@ makes it better in every format that was tried.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -35,15 +35,16 @@ from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, split_name, stored_block
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.machine import in_threads, one_thread
-from compress.plan.ledger import Ledger
 from compress.plan.shapes import Plan, PlanEntry
-from compress.plan.weights import Weights
+from compress.plan.weights import Ledger, Weights
 from compress.solvers import get_solver
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["PropagatedWeights"]
+
+T = TypeVar("T")
 
 SLAB = 1 << 23  # weights of the embedding that are decoded at a time
 SHARE = 0.25  # of the way from the float weights to those that meet the float outputs best
@@ -97,6 +98,13 @@ class PropagatedWeights(Weights):
         if solved.fallen:
             self.fallen[name] = solved.fallen
         return solved.rows(rows) if rows else solved
+
+    def in_slabs(
+        self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
+    ) -> Iterator[T]:
+        """See ``Weights.in_slabs``; one after the other."""
+        for rows in slabs:
+            yield pack(self.quantize(name, grid, rows))
 
     # --- the walk ----------------------------------------------------------------------------
 

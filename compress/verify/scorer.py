@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.calibration.texts import read_words
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.sources import Stored
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.console import Console, format_bytes
 from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError

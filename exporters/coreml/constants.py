@@ -53,8 +53,13 @@ class Constants:
     def __init__(
         self, mb: Any, storage: dict[str, np.dtype[Any]], plan: Plan, block_repeat: int
     ) -> None:
-        self._mb, self._storage, self._repeat = mb, storage, block_repeat
+        self._mb, self._storage = mb, storage
         self._planned = {entry.name: entry for entry in plan.entries}
+        for entry in plan.entries if block_repeat > 1 else ():  # MobileLLM-LS: the same constants
+            block, role, kind = split_name(entry.name)
+            for repeat in range(block_repeat) if block is not None else ():
+                number = (block or 0) + repeat
+                self._planned[f"blocks.{number}.{role}.{kind}"] = entry
         self._pieces = {entry.name: parts(entry.grid, entry.shape) for entry in plan.entries}
         self._vars: dict[str, Var] = {}
         self.parts: dict[str, Part] = {}
@@ -63,7 +68,7 @@ class Constants:
 
     def weight(self, name: str) -> Var:
         """A matrix: decompressed by Core ML when it loads, or as it runs."""
-        entry = self._entry(name)
+        entry = self._planned[name]
         if entry.target_name in self._vars:
             return self._vars[entry.target_name]
         pieces = self._pieces[entry.name]
@@ -81,7 +86,7 @@ class Constants:
 
     def vector(self, name: str) -> Var:
         """A norm weight or a bias."""
-        entry = self._entry(name)
+        entry = self._planned[name]
         (part,) = self._pieces[entry.name]
         self.entries[entry.target_name] = entry
         return self._constant(entry.target_name, part)
@@ -101,13 +106,6 @@ class Constants:
         else:
             found = np.zeros(part.shape, np.float32)
         return np.asarray(found, self._storage[part.dtype]).reshape(part.shape)
-
-    def _entry(self, name: str) -> PlanEntry:
-        """Blocks that repeat a stored block (MobileLLM-LS) use its constants."""
-        block, role, kind = split_name(name)
-        if block is not None:
-            name = f"blocks.{block - block % self._repeat}.{role}.{kind}"
-        return self._planned[name]
 
     def _constant(self, name: str, part: Part) -> Var:
         """A constant whose array has the part's shape and type, and the memory of a row at most."""

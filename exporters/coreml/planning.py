@@ -27,7 +27,7 @@ GRIDS = (
 # What a budget chooses among. Palettes of fewer than eight rows are slow on the Neural Engine.
 PALETTES = ("lut2-g8", "lut3-g16", "lut3-g8", "lut4-g16", "lut4-g8", "lut6-g16", "lut6-g8")
 BLOCKS = ("int4-g128", "int4-g64", "int4-g32", "int4-g32-asym", "int8-channel", "int8-g32")
-DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18", "rotate": "none"}
+DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
@@ -63,6 +63,12 @@ class Part:
     def nbytes(self) -> int:
         """Bytes in the file; sub-byte integers are packed without gaps."""
         return (math.prod(self.shape) * BITS[self.dtype] + 7) // 8
+
+    @property
+    def in_graph(self) -> bool:
+        """Plain constants of few elements stand in the program, which is made before any weight is
+        solved: small tables of palettes cannot."""
+        return self.name == "val" and math.prod(self.shape) < IMMEDIATE
 
 
 def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
@@ -114,9 +120,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
             ``grid``; the head's too where it is tied), ``deployment`` (``iOS18``), ``context``
-            (slots of the KV cache; default 2048 or what the model has), ``rotate`` (``none``;
-            else ``config`` is that of the rotated weights), ``sparsity`` of the blocks' linears
-            (``none``).
+            (slots of the KV cache; default 2048 or what the model has), ``sparsity`` of the
+            blocks' linears (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
@@ -125,7 +130,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         ``weight.bin`` holds besides (records, alignment, the zero biases that MIL asks for).
 
     Raises:
-        GridError: a grid that Core ML cannot store, or one that rotation harms.
+        GridError: a grid that Core ML cannot store.
         UnsupportedModelError: a deployment target other than iOS 18.
         UsageError: more context than the model has.
     """
@@ -155,12 +160,6 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
                 hint="int4-g32, int8-channel, int4-g128-asym, lut4-g8, lut6-tensor, F16 …",
             )
-    if harmed(settings["grid"], settings):
-        raise GridError(
-            f"coreml: rotate {settings['rotate']} with {settings['grid']}: groups along the inputs "
-            "hold outliers in already, and rotation spreads them",
-            hint="lut4-g8, lut4-tensor, int4-channel …, or rotate: none",
-        )
     if settings["deployment"] != "iOS18":
         raise UnsupportedModelError(
             f"coreml: deployment {settings['deployment']!r} is not supported",
@@ -173,14 +172,6 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             "of this model",
             hint=f"--context {config.max_context}, or targets.coreml.context in the recipe",
         )
-
-
-def harmed(grid: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the weights are rotated, and the grid has groups along the inputs, which lose by it.
-
-    See ``docs/solvers.md``.
-    """
-    return settings["rotate"] != "none" and get_grid(grid).group_size > 0
 
 
 def stored_names(config: DecoderConfig) -> Iterator[str]:
@@ -203,7 +194,7 @@ def candidates(
     """See ``compress.formats``.
 
     Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
-    integers, which it does not; nor are there where they ask for a rotation.
+    integers, which it does not.
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
@@ -212,8 +203,7 @@ def candidates(
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
     if entry.name == "embed_tokens.weight":
         grids.append("F16")
-    apt = [grid for grid in wanted or grids if not harmed(grid, settings)]
-    fitting = [grid for grid in apt if fitting_grid(grid, shape) == grid]
+    fitting = [grid for grid in wanted or grids if fitting_grid(grid, shape) == grid]
     sizes = {grid: container_bytes(parts(grid, shape)) for grid in fitting}
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
 
@@ -304,7 +294,7 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
 
 def container_bytes(arrays: Iterable[Part]) -> int:
     """What arrays take in ``weight.bin``, each with its record, both aligned."""
-    sizes = (part.nbytes for part in arrays if math.prod(part.shape) >= IMMEDIATE)
+    sizes = (part.nbytes for part in arrays if not part.in_graph)
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 

@@ -26,10 +26,10 @@ Predict = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, NDArray[Any]]
 
 OLDEST_MACOS = 15  # states, 4-bit constants
 # Ids per call while a prompt is read: bounds the scores, [heads, ids, positions].
-CHUNK = 512
+BATCH = 512
 
 
-def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
+def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> Runtime:
     """Load a package; see ``compress.formats``.
 
     Raises:
@@ -51,7 +51,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0) -> Runtime:
         name, predict, make_state = _core_ml(path)
     else:
         name, predict, make_state = _evaluator(path, threads)
-    return CoreMLRuntime(name, predict, make_state, slots, vocab)
+    return CoreMLRuntime(name, predict, make_state, slots, vocab, batch)
 
 
 class CoreMLRuntime:
@@ -63,6 +63,7 @@ class CoreMLRuntime:
         make_state: an empty KV cache.
         slots: positions in the cache.
         vocab_size: width of the logits.
+        batch: tokens per call while a prompt is read.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class CoreMLRuntime:
         make_state: Callable[[], Any],
         slots: int,
         vocab_size: int,
+        batch: int,
     ) -> None:
         self._name = name
         self._predict: Predict | None = predict
         self._make_state = make_state
         self._slots = slots
-        self._vocab_size = vocab_size
+        self._vocab_size, self._batch = vocab_size, batch
         self.reset()
 
     @property
@@ -117,8 +119,8 @@ class CoreMLRuntime:
         if self._state is None:
             self._state = self._make_state()
         pieces = []
-        for start in range(0, len(tokens), CHUNK):
-            ids = np.asarray(tokens[start : start + CHUNK], np.int32)[None]
+        for start in range(0, len(tokens), self._batch):
+            ids = np.asarray(tokens[start : start + self._batch], np.int32)[None]
             self._length += ids.shape[1]
             # No triangle: the program makes its own. The mask says where the ids end.
             mask = np.zeros((1, 1, 1, self._length), np.float16)

@@ -28,11 +28,6 @@ class Settings(TargetSettings):
     embedding: GridName | None = Field(
         default=None, description="Grid of embed_tokens; default: the same."
     )
-    rotate: Literal["none", "r1", "r2", "r1r2"] = Field(
-        default="none",
-        description="Fold rotations into the weights: r1 of the residual stream, r2 of the values "
-        "in each head; for palettes and channel grids of models with RMSNorm.",
-    )
     deployment: Literal["iOS18"] = Field(
         default="iOS18", description="Oldest system that must run it."
     )

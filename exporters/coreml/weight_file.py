@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import BinaryIO
+from io import RawIOBase
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Blob:
         DiskFullError: no room.
     """
 
-    def __init__(self, stream: BinaryIO, offset: int, part: Part) -> None:
+    def __init__(self, stream: RawIOBase, offset: int, part: Part) -> None:
         self._stream, self._part = stream, part
         self._begin, self._taken = offset + ALIGNMENT, 0
         padding = 8 * part.nbytes - math.prod(part.shape) * BITS[part.dtype]
@@ -71,16 +71,17 @@ class Blob:
         return self._begin + self._part.nbytes
 
 
-def write_at(stream: BinaryIO, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at a place.
+def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
+    """Write bytes at a place of a file without a buffer, whose closing would try once more.
 
     Raises:
         DiskFullError: no room.
     """
+    rest = memoryview(data).cast("B")
     try:
         stream.seek(offset)
-        stream.write(data)
-        stream.flush()
+        while rest:
+            rest = rest[stream.write(rest) :]
     except OSError as error:
         if not is_disk_full(error):
             raise

@@ -1,4 +1,5 @@
-"""Large constants of a running program, decoded on use, whole or by rows; cached if room is left.
+"""Large constants of a running program: decoded when used, whole or by rows, cached if there is
+room.
 
 Decoding is what a run of a large model spends its time on, so ``linear`` takes its weight a slab
 of rows at a time (a decoded slab stays in the processor's cache), and ``gather`` decodes only the

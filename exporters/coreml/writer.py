@@ -41,7 +41,7 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreml.constants import Constants, constant_name, stored
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import ALIGNMENT, IMMEDIATE, parts
+from exporters.coreml.planning import ALIGNMENT, parts
 from exporters.coreml.weight_file import HEADER, VERSION, Blob, Layout
 
 COREMLTOOLS = "9.0"
@@ -87,11 +87,11 @@ class Writer:
         names = {key: constant_name(entry, part) for key, part in pieces.items()}
         computed = self._constants.computed.get(entry.target_name)
         slabs = [{"val": computed()}] if computed else stored(entry, self.weights)
-        with self.file.open("r+b") as stream:
+        with self.file.open("r+b", buffering=0) as stream:
             blobs = {
                 key: Blob(stream, self._layout.offsets[names[key]], part)
                 for key, part in pieces.items()
-                if names[key] in self._layout.offsets  # a few numbers stand in the graph
+                if not part.in_graph
             }
             for arrays in slabs if blobs else ():
                 for key, blob in blobs.items():
@@ -103,7 +103,7 @@ class Writer:
         """See ``compress.plan.shapes.Writer.close``."""
         plan, config = self.plan, self.weights.config
         planned = {entry.target_name for entry in plan.entries}
-        with self.file.open("r+b") as stream:  # the zero biases that MIL asks for
+        with self.file.open("r+b", buffering=0) as stream:  # the zero biases that MIL asks for
             for name in self._constants.computed.keys() - planned:
                 if name in self._layout.offsets:
                     blob = Blob(stream, self._layout.offsets[name], self._constants.parts[name])
@@ -318,7 +318,7 @@ class CoreMLTools:
                 part = constants.parts.get(name)
                 if part is None:
                     return super().get_milproto_value(var)
-                if math.prod(part.shape) < IMMEDIATE:
+                if part.in_graph:
                     return helper.create_tensor_value(constants.values(name, weights))
                 return helper.create_file_value_tensor(
                     file_name=f"@model_path/{WEIGHTS_FOLDER}/{WEIGHT_FILE}",

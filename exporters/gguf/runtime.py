@@ -147,7 +147,7 @@ def load_library() -> Library:
 class LlamaCpp:
     """A GGUF file in llama.cpp (``compress.plan.shapes.Runtime``)."""
 
-    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> None:
         """Load the model and make room for ``context`` positions.
 
         A model with longrope gets no more than its original context, where llama.cpp would
@@ -170,7 +170,7 @@ class LlamaCpp:
             raise ArtifactError(f"llama.cpp refuses {path.name}: {self._library.reason()}")
         self._vocab = self._c.llama_model_get_vocab(self._model)
         self.positions = self._room(context)
-        self._batch_size = min(BATCH, self.positions)
+        self._batch_size = min(batch, self.positions)
         params = self._c.llama_context_default_params()
         numbers = c.cast(c.byref(params), c.POINTER(c.c_uint32))
         # n_ctx, n_batch, n_ubatch: first in the struct in every version so far.

@@ -25,19 +25,20 @@ from exporters.onnx.planning import CONTEXT_KEY
 Float32 = NDArray[np.float32]
 
 # Positions per run of a long prompt: bounds the logits that onnxruntime holds besides ours.
-CHUNK = 512
+BATCH = 512
 
 
 class OnnxRuntime:
     """See ``compress.plan.shapes.Runtime``."""
 
-    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> None:
         """Load the folder.
 
         Args:
             path: the folder with config.json, or the .onnx file.
             context: positions to make room for; less where the graph holds less.
             threads: 0 for the CPUs that the process may use.
+            batch: tokens per run; bounds the memory of scores.
 
         Raises:
             ArtifactError: unreadable, or refused by onnxruntime.
@@ -72,7 +73,7 @@ class OnnxRuntime:
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
                 self._caches[value.name] = untouched((1, heads, self._context, size))
-        self._length = 0
+        self._length, self._batch = 0, batch
 
     @property
     def name(self) -> str:
@@ -86,8 +87,8 @@ class OnnxRuntime:
         self.reset()
         check_room(0, len(tokens), self._context)
         result = np.empty((len(tokens), self._vocab), np.float32)
-        for start in range(0, len(tokens), CHUNK):
-            chunk = tokens[start : start + CHUNK]
+        for start in range(0, len(tokens), self._batch):
+            chunk = tokens[start : start + self._batch]
             result[start : start + len(chunk)] = self._run(chunk)
         self.reset()
         return result
@@ -99,8 +100,8 @@ class OnnxRuntime:
     def feed(self, tokens: Sequence[int]) -> Float32:
         check_room(self._length, len(tokens), self._context)
         last: Float32
-        for start in range(0, len(tokens), CHUNK):
-            last = self._run(tokens[start : start + CHUNK])[-1]
+        for start in range(0, len(tokens), self._batch):
+            last = self._run(tokens[start : start + self._batch])[-1]
         return last.copy()
 
     def close(self) -> None:
