@@ -53,7 +53,7 @@ def pytest_addoption(parser):
 # What takes longest goes first: a long file that comes last leaves one of two workers idle.
 LONG = (
     "test_readme", "test_gptq", "test_batch", "test_resume", "test_allocation", "test_propagation",
-    "test_pruning", "test_shipped_recipes", "test_gguf", "test_steady", "test_calibrated_build",
+    "test_pruning", "test_shipped_recipes", "test_gguf", "test_threads", "test_calibrated_build",
     "test_batch_ray", "test_action", "test_cli", "test_heal", "test_kquant", "test_coreml",
 )  # fmt: skip
 
