@@ -16,7 +16,7 @@ from compress.commands.options import settings_of
 SHAPED = {"revision", "token", "cache_dir", "junit", "summary", "no_verify"}
 TOLD = {"as_json", "quiet", "verbose", "progress_file", "checksums"}
 # What those shapes are, and what no option gives.
-MADE = {"hub", "ci_files", "verify", "source"}
+MADE = {"hub", "ci_files", "verify", "source", "made"}
 
 COMMANDS = [(build.build, BuildSettings), (verify.verify, VerifySettings)]
 
