@@ -96,7 +96,7 @@ def test_threads_are_the_users_then_the_environments_then_all(
 
 def test_in_threads_covers_the_range_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in (1, 2, 3, 7):
-        monkeypatch.setattr(machine, "worker_threads", lambda count=threads: count)
+        monkeypatch.setattr(machine, "default_threads", lambda count=threads: count)
         for count in (0, 1, 9, 10, 100):
             parts: list[tuple[int, int]] = []
             machine.in_threads(lambda *part: parts.append(part), count, 10)  # noqa: B023

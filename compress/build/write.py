@@ -22,7 +22,7 @@ from compress.plan.job import Job
 from compress.plan.weights import Ledger
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Writer
 from compress.plan.weights import Weights
-from compress.solvers import slabs_at_once, solver_function
+from compress.solvers import get_solver, slabs_at_once, solver_function
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
@@ -147,6 +147,6 @@ def target_weights(
         )
         return weights, tuple(notes)
     at_once = slabs_at_once(solver, worker_threads())
-    solve = solver_function(solver)
+    solve = get_solver(solver) if statistics is None else solver_function(solver)
     weights = Weights(source, solve, ledger, at_once=at_once, statistics=statistics)
     return weights, tuple(notes)
