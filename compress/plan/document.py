@@ -135,7 +135,7 @@ class PlanDocument(Part):
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not JSON: {error}", hint=hint) from error
         try:
             return cls.model_validate(document, extra="ignore")

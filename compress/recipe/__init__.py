@@ -192,7 +192,7 @@ def parse(
     """
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; 10,000 brackets
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
@@ -213,7 +213,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set quantize.solver=gptq")
     try:
         put(document, keys, text if text.startswith((">=", "<=")) else yaml.safe_load(text))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
 
 

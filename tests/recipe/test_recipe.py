@@ -7,7 +7,8 @@ import yaml
 
 import recipes
 from compress import recipe
-from compress.errors import RecipeError
+from compress.errors import RecipeError, UsageError
+from compress.plan.document import PlanDocument
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -97,3 +98,21 @@ def test_unknown_recipe_offers_the_nearest():
 def test_shipped_files_say_their_own_name():
     for name in recipes.names():
         assert yaml.safe_load(recipes.read(name))["name"] == name
+
+
+@pytest.mark.parametrize("text", ["day: 2020-13-01", "a: " + "[" * 9999, "n: " + "9" * 5000])
+def test_yaml_that_its_library_chokes_on_is_refused(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match="not YAML"):
+        recipe.load(str(file))
+    key, _, value = text.partition(": ")
+    with pytest.raises(RecipeError, match="not a YAML value"):
+        recipe.load("phone-4bit", [f"{key}={value}"])
+
+
+def test_a_plan_that_is_too_deep_is_refused(tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text('{"a":' * 99999 + "1" + "}" * 99999)
+    with pytest.raises(UsageError, match="is not JSON"):
+        PlanDocument.load(file)
