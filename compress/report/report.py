@@ -346,7 +346,7 @@ class Report(Part):
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ArtifactError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} is not JSON") from error
         return cls.from_dict(document, str(path))
 

@@ -7,8 +7,9 @@ import yaml
 
 import recipes
 from compress import recipe
-from compress.errors import RecipeError, UsageError
+from compress.errors import PacklightError, RecipeError
 from compress.plan.document import PlanDocument
+from compress.report.report import Report
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -111,8 +112,9 @@ def test_yaml_that_its_library_chokes_on_is_refused(tmp_path, text):
         recipe.load("phone-4bit", [f"{key}={value}"])
 
 
-def test_a_plan_that_is_too_deep_is_refused(tmp_path):
-    file = tmp_path / "plan.json"
+@pytest.mark.parametrize("kind", [PlanDocument, Report])
+def test_json_that_is_too_deep_is_refused(tmp_path, kind):
+    file = tmp_path / "deep.json"
     file.write_text('{"a":' * 99999 + "1" + "}" * 99999)
-    with pytest.raises(UsageError, match="is not JSON"):
-        PlanDocument.load(file)
+    with pytest.raises(PacklightError, match="is not JSON"):
+        kind.load(file)
