@@ -39,8 +39,9 @@ def cluster() -> Iterator[Any]:
 
 
 def build(folder: Path, model: Path, name: str) -> Work:
+    """A job as ``packlight batch`` makes it: it continues what a lost node left unfinished."""
     arguments = ("build", str(model), "-r", "int4-fast", "-f", "gguf", "-f", "onnx", "--no-verify")
-    return work(folder, name, *arguments, "-o", str(folder / name), seconds=5.0)
+    return work(folder, name, *arguments, "--resume", "-o", str(folder / name), seconds=5.0)
 
 
 def job_on(node: Any) -> psutil.Process | None:
