@@ -28,7 +28,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
     """
     found = find_artifacts(Path(target)) if Path(target).exists() else []
     if found:
-        return [get_format(name).describe(path) for name, path in found]
+        return [get_format(name).inspect(path) for name, path in found]
     return [describe_checkpoint(Checkpoint.open(str(target), **hub))]
 
 
