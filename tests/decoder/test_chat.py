@@ -6,7 +6,8 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from compress.decoder.chat import DATE, ChatTemplate
+from compress.decoder.chat import ChatTemplate
+from compress.decoder.chat_server import DATE
 from compress.errors import CheckpointError
 
 LOOP = "{% for i in range(99999) %}"

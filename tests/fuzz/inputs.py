@@ -33,6 +33,7 @@ JOBS = {
 }  # fmt: skip
 LOOP = "{% for i in range(99999) %}"
 CHATS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "One line of text."}]
+SHARD = "m/model-00001-of-00001.safetensors"
 INSPECT = ["inspect", "m"]
 DRY = ["build", "m", "-r", "rec.yaml", "--dry-run", "-o", "made"]
 GGUF = ["build", "m", "-r", "rec.yaml", "-f", "gguf", "--no-verify", "-o", "made", "--threads", "1"]
@@ -62,7 +63,6 @@ class Row:
     head: int = 0
     given: Any = None
     hand: Callable[[], dict[str, bytes]] = lambda: DOCUMENTS
-    remove: tuple[str, ...] = ()
 
 
 def templates() -> dict[str, bytes]:
@@ -158,7 +158,7 @@ def text_lines() -> dict[str, bytes]:
 
 
 ROWS: dict[str, Row] = {
-    "safetensors": Row("m/model.safetensors", (INSPECT, GGUF), head=4000, hand=headers),
+    "safetensors": Row(SHARD, (INSPECT, GGUF), head=4000, hand=headers),
     "config": Row("m/config.json", (INSPECT, DRY, GGUF)),
     "generation": Row("m/generation_config.json", (GGUF,), given={"eos_token_id": [1, 2]}),
     "added tokens": Row("m/added_tokens.json", (GGUF, DRY), given={"<x>": 500, "<y>": 501}),
@@ -169,11 +169,7 @@ ROWS: dict[str, Row] = {
     "tokenizer": Row("m/tokenizer.json", (GGUF, WRITE)),
     "tokenizer settings": Row("m/tokenizer_config.json", (GGUF, WRITE)),
     "chat template": Row("m/chat_template.jinja", (GPTQ,), given="{{ messages }}", hand=templates),
-    "index": Row(
-        "m/model.safetensors.index.json", (INSPECT,),
-        given={"metadata": {"total_size": 5}, "weight_map": {"model.norm.weight": "a.safetensors"}},
-        remove=("m/model.safetensors",),
-    ),
+    "index": Row("m/model.safetensors.index.json", (INSPECT,)),
     "recipe": Row("rec.yaml", (DRY, ["recipes", "check", "rec.yaml"]), hand=yaml_documents),
     "jobs": Row(
         "jobs.yaml", (["batch", "jobs.yaml", "--dry-run"],), given=JOBS, hand=yaml_documents
@@ -213,6 +209,8 @@ ROWS: dict[str, Row] = {
         (["verify", "out/coreml", *VERIFY],),
     ),
 }  # fmt: skip
+GOOD = -1
+"""The number of the input that is as it should be."""
 STRUCTURED = (".json", ".yaml")
 
 
@@ -223,9 +221,14 @@ def make_base(folder: Path, run: Callable[[list[str]], int]) -> None:
         run: packlight's command line, in the current folder.
     """
     import tiny
+    from safetensors import safe_open
 
     folder.mkdir(parents=True)
-    tiny.make("llama", folder / "m", num_hidden_layers=1)
+    model = tiny.make("llama", folder / "m", num_hidden_layers=1)
+    shard = (model / "model.safetensors").rename(folder / SHARD)
+    with safe_open(shard, "np") as tensors:
+        index = {"weight_map": dict.fromkeys(tensors.keys(), shard.name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "rec.yaml").write_text(RECIPE)
     before = Path.cwd()
     os.chdir(folder)
@@ -248,14 +251,14 @@ def place_input(name: str, number: int, seed: int, base: Path, cwd: Path) -> tup
         What it is, and the command line that reads it.
     """
     row = ROWS[name]
-    rng = random.Random(f"{name}-{seed}-{number}")
+    rng = random.Random(f"{name}-{seed}-{number}")  # the same input in every process
     shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
-    for file in row.remove:
-        (cwd / file).unlink()
     target = next(iter(cwd.glob(row.file)), cwd / row.file)
     good = target.read_bytes() if target.exists() else b""
     hand = list(row.hand().items()) if not row.head or name == "safetensors" else []
-    if number < len(hand):
+    if number == GOOD:
+        label, data = "good", good if row.given is None else encoded(row.given)
+    elif number < len(hand):
         label, data = hand[number]
     else:
         label, data = "mutated", mutated(rng, row, good, target.suffix)
@@ -268,9 +271,13 @@ def mutated(rng: random.Random, row: Row, good: bytes, suffix: str) -> bytes:
     if suffix in STRUCTURED and rng.random() < 0.85:
         return json_bytes(rng, document(good) if row.given is None else row.given)
     if row.given is not None:
-        good = row.given.encode() if isinstance(row.given, str) else json.dumps(row.given).encode()
+        good = encoded(row.given)
     head = row.head if not row.head or rng.random() < 0.8 else 0
     return mangled(rng, good, head)
+
+
+def encoded(given: Any) -> bytes:
+    return given.encode() if isinstance(given, str) else json.dumps(given).encode()
 
 
 @cache
