@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
+from compress.checkpoint.adapter import Adapter
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import PacklightError
 from compress.plan.shapes import Artifact, PlanEntry
@@ -112,7 +113,11 @@ def build_report(
 
 
 def model_facts(
-    config: DecoderConfig, source: str, revision: str | None = None, license: str | None = None
+    config: DecoderConfig,
+    source: str,
+    revision: str | None = None,
+    license: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> ModelFacts:
     """The report's ``model``.
 
@@ -121,11 +126,21 @@ def model_facts(
         source: Hub id, or the last part of a local path.
         revision: commit on the Hub.
         license: identifier from the model's own card, when it is known.
+        adapters: that are merged into it.
     """
     return ModelFacts(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
         revision=revision,
+        adapters=[
+            typed.AdapterFacts(
+                source=adapter.source,
+                revision=adapter.revision or None,
+                weight=adapter.weight,
+                sha256=adapter.sha256,
+            )
+            for adapter in adapters
+        ],
         license=license,
         family=config.family,
         architecture=config.architecture,
