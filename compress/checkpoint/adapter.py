@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ LARGEST_CONFIG = 10_000_000  # bytes; the patterns of a few thousand modules are
 MOST_PATTERNS = 4096
 LONGEST_PATTERN = 2000  # characters; target_modules of vision models take a few hundred
 PATIENCE = 1.0  # seconds for one match: a pattern may take exponential time
+MOST_MATCHING = 20.0  # seconds of CPU for all of them
 
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), and build that folder"
 # What changes the meaning of A and B, by the key that asks for it.
@@ -78,6 +80,8 @@ class Adapter:
         """
         self.folder, self.source, self.revision, self.weight = folder, source, revision, weight
         self.warnings: list[str] = []
+        self._patterns: dict[str, Any] = {}  # compiled
+        self._matching = 0.0  # seconds that they have taken
         if not (folder / CONFIG).is_file():
             is_model = (folder / "config.json").is_file()
             hint = "it is a checkpoint: give it as MODEL" if is_model else "PEFT writes it"
@@ -210,7 +214,7 @@ class Adapter:
             raise self.error(f"lora_alpha of {short(module)} is {short(value)}, not a number")
         rank = self.rank(module)
         divisor = math.sqrt(rank) if self.settings.get("use_rslora") else rank
-        return self.weight * (value / divisor)
+        return self.weight * float(value / divisor)
 
     def targets(self, module: str, *, is_linear: bool) -> bool:
         """Whether ``target_modules`` and what goes with it choose a module (as PEFT's
@@ -265,13 +269,20 @@ class Adapter:
         """A match of an untrusted pattern, which may take no longer than ``PATIENCE``."""
         import regex  # it stops when the time is up, which re does not
 
+        began = time.thread_time()
         try:
-            if len(pattern) > LONGEST_PATTERN:
-                raise regex.error("too long")
-            return getattr(regex, how)(pattern, text, timeout=PATIENCE)
+            if pattern not in self._patterns:
+                if len(pattern) > LONGEST_PATTERN:
+                    raise regex.error("too long")
+                self._patterns[pattern] = regex.compile(pattern)
+            if self._matching > MOST_MATCHING:
+                raise TimeoutError
+            return getattr(self._patterns[pattern], how)(text, timeout=PATIENCE)
         except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
             why = "takes too long" if isinstance(error, TimeoutError) else "is not valid"
             raise self.error(f"the pattern {short(pattern)} of {CONFIG} {why}") from error
+        finally:
+            self._matching += time.thread_time() - began
 
     @property
     def ties(self) -> bool:
@@ -299,12 +310,11 @@ class Adapter:
         rows = self.settings.get("trainable_token_indices")
         if isinstance(rows, dict):
             rows = next((rows[end] for end in rows if module.endswith(end)), None)
-        fits = isinstance(rows, list) and all(
-            isinstance(row, int) and 0 <= row < vocabulary for row in rows
-        )
-        if not fits or len(set(rows)) < len(rows):
+        found = rows if isinstance(rows, list) else []
+        fits = all(isinstance(row, int) and 0 <= row < vocabulary for row in found)
+        if not fits or not found or len(set(found)) < len(found):
             raise self.error(f"trainable_token_indices of {short(module)} are not ids of tokens")
-        return list(rows)
+        return found
 
 
 def ends_with_one(module: str, ends: Sequence[str]) -> bool:
