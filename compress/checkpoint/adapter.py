@@ -19,7 +19,7 @@ from typing import Any
 
 from compress.checkpoint.hub import download_adapter
 from compress.checkpoint.safetensors import scan_safetensors
-from compress.decoder.config_json import read_json, short
+from compress.decoder.config_json import LARGEST, read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.files import is_url
 
@@ -202,9 +202,10 @@ class Adapter:
     def rank(self, module: str) -> int:
         """The rank that the config gives a module."""
         value = self._of_pattern("rank_pattern", "r", 8, module)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not is_number or not 1 <= value <= LARGEST:
             raise self.error(f"the rank of {short(module)} is {short(value)}, not a whole number")
-        return value
+        return int(value)
 
     def scaling(self, module: str) -> float:
         """The factor of ``B·A`` of a module, the adapter's weight in it."""

@@ -251,7 +251,9 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+                start:stop
+            ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:

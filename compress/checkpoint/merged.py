@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.checkpoint.adapter import CONFIG, Adapter
+from compress.checkpoint.adapter import CONFIG, MERGE, Adapter
 from compress.checkpoint.checkpoint import Checkpoint, Float32
 from compress.checkpoint.safetensors import TensorInfo, check_finite, read_range
 from compress.decoder.config import DecoderConfig, WeightMap
@@ -112,10 +112,13 @@ class Merged(Checkpoint):
     untied where an adapter brings a head or an embedding of its own.
     """
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, base: Checkpoint, config: DecoderConfig, adapters: Sequence[Adapter]
+    ) -> None:
         """
         Args:
-            base: opened, and held against its config (``WeightMap.check``).
+            base: opened.
+            config: of it, which its headers were held against (``WeightMap.check``).
             adapters: in any order: what they bring whole comes first, then what they add.
 
         Raises:
@@ -128,7 +131,6 @@ class Merged(Checkpoint):
         self._terms: dict[str, list[Term]] = {}
         self._brought: dict[str, Adapter] = {}
 
-        config = DecoderConfig.from_hf(base.config, base.generation_config)
         shapes = WeightMap(config)
         self._shapes = shapes.expected()
         self._embedding = shapes.parts("embed_tokens.weight")[0].source
@@ -182,7 +184,7 @@ class Merged(Checkpoint):
         self.config = {**self.config, "tie_word_embeddings": False}
         if "share_embedding" in self.config:
             self.config["share_embedding"] = False
-        self.tensors[self._head] = replace(self.tensors[self._embedding], name=self._head)
+        self.tensors[self._head] = self.tensors[self._embedding]
 
     def _weight(self, name: str) -> str:
         """The tensor on disk that a weight of the model is."""
@@ -207,12 +209,13 @@ class Merged(Checkpoint):
                     self._replace_rows(adapter, module, info)
                     continue
                 if kind.startswith("lora_magnitude_vector"):
-                    raise adapter.error("DoRA is not supported", "merge it with PEFT")
+                    raise adapter.error("DoRA is not supported", MERGE)
                 if (kind in EMBEDDING) == (weight == self._embedding) and kind in PAIR:
                     if self._shared and weight == self._head and adapter.ties:
                         continue  # the embedding's pair again, which its term is made of
                     pairs.setdefault(module, {})[PAIR[kind]] = info
                     continue
+                raise adapter.error(f"{short(name)} is of a kind that is not supported", MERGE)
             unknown.append(name)
         if unknown:
             raise adapter.error(
@@ -351,8 +354,8 @@ def check_shape(adapter: Adapter, info: TensorInfo, shape: Sequence[int], name: 
                 "(resize_token_embeddings), save it, and give that as MODEL"
             )
         raise adapter.error(
-            f"{short(info.name)[1:-1]} has shape {list(info.shape)}, {name} of this model needs "
-            f"{list(shape)}",
+            f"{short(info.name)[1:-1]} has shape {short(list(info.shape))}, {name} of this model "
+            f"needs {list(shape)}",
             hint,
         )
 
@@ -376,6 +379,7 @@ def merge(
         UsageError, CheckpointError: see ``Adapter.open``, ``Merged``.
         UnsupportedModelError: see ``DecoderConfig.from_hf``.
     """
-    WeightMap(DecoderConfig.from_hf(base.config, base.generation_config)).check(base)
+    config = DecoderConfig.from_hf(base.config, base.generation_config)
+    WeightMap(config).check(base)
     opened = [Adapter.open(text, token=token, cache_dir=cache_dir) for text in adapters]
-    return Merged(base, opened)
+    return Merged(base, config, opened)

@@ -100,6 +100,12 @@ REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
         {},
         "q_proj.weight has 65536 NaN or Inf",
     ),
+    "another-kind": (
+        pair() | {f"{QUERY}.lora_diag": np.ones(2, np.float32)},
+        {},
+        "of a kind that is not supported",
+    ),
+    "huge": (None, {"r": 10**400}, "is a huge number, not a whole number"),
     "no-tensors": ({}, {}, "holds no tensors"),
     "whole-numbers": ({"x": np.ones(3, np.int32)}, {}, "not F32, F16 or BF16"),
 }

@@ -212,6 +212,15 @@ def test_pickled_checkpoints_are_merged_and_not_changed(llama, loras, tmp_path):
         assert not differing(weights(checkpoint), expected)
 
 
+def test_a_pickled_head_is_untied(bases, tmp_path):
+    base = tiny.make("qwen2", tmp_path / "pickled", dtype="float32", safetensors=False)
+    targets = {"target_modules": QUERY, "modules_to_save": ["embed_tokens"]}
+    adapter = peft_adapters.make(base, tmp_path / "lora", **targets)
+    found = weights(Checkpoint.open(base, adapters=[str(adapter)]))
+    expected = weights(Checkpoint.open(bases("qwen2"), adapters=[str(adapter)]))
+    assert "lm_head.weight" in found and not differing(found, expected)
+
+
 def test_every_change_has_a_fingerprint_of_its_own(llama, loras, tmp_path):
     changed = shutil.copytree(loras[0], tmp_path / "changed")
     tensors = load_file(changed / "adapter_model.safetensors")
