@@ -7,10 +7,9 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.checkpoint.adapter import Adapter
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import PacklightError
 from compress.plan.shapes import Artifact, PlanEntry
@@ -21,6 +20,9 @@ from compress.verify.gates import Limit, judge
 from compress.verify.quality import Series
 from compress.verify.resources import Speed
 from compress.verify.tasks import TaskScore
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["Baseline", "build_report", "model_facts"]
 
