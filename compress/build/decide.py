@@ -49,6 +49,7 @@ class BuildSettings:
 
     model: str
     output: Path | None = None
+    adapters: Sequence[str] = ()
     recipe: str = "phone-4bit"
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
@@ -89,6 +90,7 @@ class VerifySettings:
 
     artifact: Path
     baseline: str
+    adapters: Sequence[str] = ()
     eval_text: Path | None = None
     tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
@@ -147,12 +149,13 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
-    checkpoint = Checkpoint.open(settings.model, **settings.hub)
+    checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
     for line in checkpoint.warnings:
         console.warning(line)
-    output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
+    names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
@@ -331,6 +334,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
     words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
     if revision := settings.hub.get("revision"):
         words += ["--revision", revision]
+    for adapter in checkpoint.adapters:
+        words += ["--adapter", adapter.label]
     for name in settings.formats:
         words += ["-f", name]
     for override in settings.overrides:

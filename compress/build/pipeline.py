@@ -192,6 +192,7 @@ def make_report(
             job.checkpoint.source,
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
+            job.checkpoint.adapters,
         ),
         recipe=job.recipe.to_dict(),
         command=job.command,

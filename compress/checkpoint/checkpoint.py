@@ -15,9 +15,9 @@ import os
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.errors import CheckpointError, UsageError
 from compress.files import cache_folder, is_url
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
@@ -64,6 +67,7 @@ class Checkpoint:
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
         warnings: lines for the user (pickled weights).
+        adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
         >>> from compress.demo import model_path
@@ -73,6 +77,8 @@ class Checkpoint:
         >>> checkpoint.read("model.norm.weight").dtype
         dtype('float32')
     """
+
+    adapters: tuple[Adapter, ...] = ()
 
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
@@ -92,6 +98,7 @@ class Checkpoint:
         cls,
         model: str | Path,
         *,
+        adapters: Sequence[str] = (),
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -99,10 +106,21 @@ class Checkpoint:
         """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
         a URL through fsspec.
 
+        Args:
+            model: folder, Hub id or URL.
+            adapters: LoRAs of PEFT, merged as the weights are read: folders or Hub ids, each with
+                ``=WEIGHT`` behind it where that is not 1.
+            revision, token, cache_dir: for a Hub id; the revision is the model's.
+
         Raises:
             UsageError: neither a folder nor something that can be a Hub id.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
+        if adapters:
+            from compress.checkpoint.merged import merge
+
+            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
             raise UsageError("the model's name is empty")
@@ -233,7 +251,9 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+                start:stop
+            ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
