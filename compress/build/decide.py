@@ -21,7 +21,7 @@ from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.errors import UsageError
+from compress.errors import UsageError, without_secrets
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -358,4 +358,4 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
-    return shlex.join([*words, "-o", output.name])
+    return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

@@ -33,7 +33,7 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, UsageError, without_secrets
 from compress.files import cache_folder, is_url
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
@@ -58,7 +58,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
@@ -76,7 +76,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
-        self.source = source or path.resolve().name
+        self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
         self.config: dict[str, Any] = read_json(path / "config.json")
