@@ -7,11 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import BuildSettings, Decision, check_places, decide, identity_of, lock_of
+from compress.build.decide import (
+    BuildSettings,
+    Decision,
+    check_places,
+    decide,
+    identity_of,
+    inputs_of,
+    lock_of,
+)
 from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
+from compress.files import check_unchanged, stamps
 from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
 from compress.output.folder import Resume, check_output, work_folder
@@ -55,6 +64,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
         console.begin("plan")
         decision = decide(settings, console)
         scorer = check_places(decision, console)
+        opened = {**decision.job.checkpoint.opened, **stamps(inputs_of(decision))}
         lock = lock_of(decision, console)
         afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
         resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
@@ -77,6 +87,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
                 report.notes += ready.calibration.notes()
             if decision.previous:
                 decision.previous.apply(report, console)
+            check_unchanged(opened)
             write_report(report, job, lock, folder)
             if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
                 from compress.output.pruned_checkpoint import save_pruned
