@@ -147,12 +147,16 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: without ``wait``, another process holds it or has just let go of it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or something else than an empty file is there, which
+            would be removed.
     """
     flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size:
+                raise OSError(errno.EEXIST, "it was not made by packlight", str(path))
             fcntl.flock(handle, flags)
             if not is_same_file(handle, path):  # its holder has just ended, and removed it
                 if wait:
@@ -170,7 +174,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 def is_same_file(handle: int, path: Path) -> bool:
     """Whether a path still leads to an open file."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
 

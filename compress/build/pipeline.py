@@ -23,7 +23,7 @@ from compress.decoder.config_json import write_json
 from compress.files import check_unchanged, stamps
 from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
-from compress.output.folder import Resume, check_output, work_folder
+from compress.output.folder import Resume, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
@@ -68,9 +68,8 @@ def build(settings: BuildSettings, console: Console) -> Built:
         lock = lock_of(decision, console)
         afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
         resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
-        with work_folder(decision.output, resume) as folder:
-            # Another build may just have ended.
-            check_output(decision.output, overwrite=settings.overwrite)
+        overwrite = settings.overwrite
+        with work_folder(decision.output, resume, overwrite=overwrite) as folder:
             ready = choose(decision, console, keep=settings.resume)
             job = ready.job
             artifacts = write_artifacts(job, ready.calibration, folder, console)
