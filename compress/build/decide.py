@@ -21,7 +21,7 @@ from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.errors import UsageError
+from compress.errors import UsageError, without_secrets
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -33,7 +33,7 @@ from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_options", "check_places", "command_line",
-    "decide", "identity_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
+    "decide", "identity_of", "inputs_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
     "resolved_recipe",
 ]  # fmt: skip
 
@@ -242,6 +242,13 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     )
 
 
+def inputs_of(decision: Decision) -> list[Path]:
+    """The files beside the checkpoint that artifacts are made from."""
+    if imatrix := decision.importance.imatrix:
+        return [imatrix]
+    return texts_of(decision.job.recipe) if looks_at_inputs(decision.job.recipe) else []
+
+
 def lock_of(decision: Decision, console: Console) -> Lock:
     """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
     against its plan.
@@ -249,12 +256,11 @@ def lock_of(decision: Decision, console: Console) -> Lock:
     Raises:
         UsageError: see ``compress.output.lock.check_lock``.
     """
-    settings, job, imatrix = decision.settings, decision.job, decision.importance.imatrix
-    inputs = texts_of(job.recipe) if looks_at_inputs(job.recipe) else []
+    settings, job = decision.settings, decision.job
     with console.progress("hash the checkpoint") as update:
         lock = lock_document(
             job.checkpoint,
-            [imatrix] if imatrix else inputs,
+            inputs_of(decision),
             thorough=settings.provenance or settings.locked,
             progress=update,
         )
@@ -363,4 +369,4 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
-    return shlex.join([*words, "-o", output.name])
+    return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
@@ -33,8 +34,8 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
-from compress.errors import CheckpointError, UsageError
-from compress.files import cache_folder, is_url
+from compress.errors import CheckpointError, UsageError, without_secrets
+from compress.files import cache_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
@@ -61,11 +62,12 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
+        opened: the files that a build reads, as they were then (``compress.files.stamps``).
         warnings: lines for the user (pickled weights).
         adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
@@ -82,9 +84,11 @@ class Checkpoint:
 
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
-        self.source = source or path.resolve().name
+        self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
+        check_folder(path)
+        before = stamps(path.iterdir())
         self.config: dict[str, Any] = read_json(path / "config.json")
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
@@ -92,6 +96,7 @@ class Checkpoint:
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         self.tensors: dict[str, TensorInfo] = self._scan()
+        self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
     def open(
@@ -128,8 +133,8 @@ class Checkpoint:
         folder = Path(os.path.expanduser(name))
         if folder.is_dir():
             return cls(folder)
-        if name.startswith("file://"):
-            return cls.open(name.removeprefix("file://"))
+        if name.startswith(("file://", "local://")):
+            return cls.open(name.partition("://")[2])
         if is_url(name):
             return cls(fetch(name, cache_folder("checkpoints")), source=name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -275,6 +280,15 @@ class Checkpoint:
             row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(row).encode())
         return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        """The files that a build reads, by name; not those of adapters."""
+        shards = {info.file for info in self.tensors.values()}
+        shards -= {adapter.file for adapter in self.adapters}
+        others = [self.path / "config.json", self.path / "generation_config.json"]
+        others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
+        found = shards | {path for path in others if path.is_file()}
+        return sorted(found, key=lambda path: path.name)
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""

@@ -39,7 +39,6 @@ __all__ = [
     "identity",
     "lock_document",
     "provenance",
-    "source_files",
     "versions",
 ]
 
@@ -89,7 +88,7 @@ def lock_document(
         thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
     """
-    files = source_files(checkpoint)
+    files = checkpoint.files()
     digests = {path: None if thorough else hub_digest(path) for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
@@ -115,18 +114,6 @@ def lock_document(
             for number, adapter in enumerate(checkpoint.adapters, 1)
         },
     )
-
-
-def source_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a checkpoint that a build reads, by name; not those of adapters."""
-    folder = checkpoint.path
-    shards = {info.file for info in checkpoint.tensors.values()}
-    shards.difference_update(adapter.file for adapter in checkpoint.adapters)
-    names = ("config.json", "generation_config.json")
-    others = {folder / name for name in names if (folder / name).is_file()}
-    indices = {path for path in folder.glob("*.index.json") if path.is_file()}
-    tokenizer = set(checkpoint.tokenizer_files())
-    return sorted(shards | others | indices | tokenizer, key=lambda path: path.name)
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:

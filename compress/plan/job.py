@@ -11,7 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import UsageError
+from compress.errors import UsageError, without_secrets
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
@@ -173,7 +173,7 @@ def make_plans(
 
 def model_name(source: str) -> str:
     """Base of file names: the last part of the Hub id or folder, safe on every file system."""
-    last = source.rstrip("/").rsplit("/", 1)[-1]
+    last = without_secrets(source).rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
 
