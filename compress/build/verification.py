@@ -82,6 +82,8 @@ def adopt_all(
         )
     checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
     config = describe_model(checkpoint)
+    for line in checkpoint.warnings:
+        console.warning(line)
     artifacts = [adopt(name, path, config, console) for name, path in found]
     recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)

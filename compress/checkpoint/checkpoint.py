@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.hub import download
+from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -31,8 +31,10 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.names import BUFFERS
 from compress.errors import CheckpointError, UsageError
 from compress.files import cache_folder, is_url
 
@@ -63,7 +65,7 @@ class Checkpoint:
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
-        warnings: lines for the user (pickled weights).
+        warnings: lines for the user and the report: pickled weights, names that differ.
 
     Example:
         >>> from compress.demo import model_path
@@ -79,7 +81,7 @@ class Checkpoint:
         self.source = source or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
@@ -100,7 +102,8 @@ class Checkpoint:
         a URL through fsspec.
 
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id.
+            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
+                not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
         name = str(model)
@@ -108,8 +111,18 @@ class Checkpoint:
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
+        if page := None if folder.exists() else page_of(name):
+            name, linked = page
+            revision = revision or linked or None
+        if revision and (folder.exists() or is_url(name)):
+            raise UsageError(
+                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                hint="leave it out, or give a Hub id",
+            )
         if folder.is_dir():
             return cls(folder)
+        if folder.is_file():
+            raise other_file(folder)
         if name.startswith("file://"):
             return cls.open(name.removeprefix("file://"))
         if is_url(name):
@@ -141,10 +154,11 @@ class Checkpoint:
                     return self._scan_index(index, scan)
             except OSError as error:
                 raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
-        raise CheckpointError(
+        none = CheckpointError(
             f"no weights in {self.path}",
             hint="expected model.safetensors or model.safetensors.index.json",
         )
+        raise explain_folder(self.path, none)
 
     def _scan_index(
         self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
@@ -176,13 +190,13 @@ class Checkpoint:
         }
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         tensors = {}
         for name, tensor in self._load_pickle(file).items():
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None and BUFFERS.search(str(name)):
+                continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
@@ -233,12 +247,19 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+                start:stop
+            ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
             values = read_range(info, start, math.prod(shape))
         return values.reshape(shape if info.shape else ())
+
+    def warn(self, line: str) -> None:
+        """Add a line to ``warnings``, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     # --- facts about the whole ---------------------------------------------------------------
 

@@ -5,7 +5,9 @@ Loaded offline and without remote code. ``transformers`` is imported when a toke
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,23 +99,31 @@ class Tokenizer:
     def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        ``TODAY``, so that a build has the same bytes tomorrow.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
         """
         if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
+        state = random.getstate()
+        random.seed(0)  # Jinja's filter of that name
         try:
             text: str = self.hf.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                strftime_now=TODAY.strftime,
             )
         except Exception as error:  # whatever a template of the checkpoint raises
             raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
+        finally:
+            random.setstate(state)
         return text
 
+
+TODAY = datetime(2024, 7, 26)  # what Llama 3's templates say where there is no clock
 
 MARGIN = 64  # tokens before a cut that the cut may have changed
 

@@ -100,6 +100,14 @@ def test_logits_equal_those_of_the_decoded_weights(
     assert difference(case, (1, 12, 90)) <= 1e-4
 
 
+def test_yarn_is_in_the_tables(exported: Exports) -> None:
+    case = exported("onnx", "qwen3", {"rope_scaling": tiny.YARN}, accuracy_level=0)
+    assert difference(case, (1, 90)) <= 1e-4
+    plain = exported("onnx", "qwen3", accuracy_level=0)
+    tokens = case.tokens(90)
+    assert np.abs(open_runtime(case).logits(tokens) - reference(plain).logits(tokens)).max() > 0.1
+
+
 def test_a_plan_may_mix_grids(exported: Exports) -> None:
     grids = {
         "blocks.0.qkv_proj.weight": "int8-g128-asym",
