@@ -26,16 +26,12 @@ class Yarn:
     Attributes:
         factor: that low frequencies are divided by.
         original_context: positions of the training before.
-        beta_fast, beta_slow: turns within them, above and below which a frequency is left as it
-            is, or divided by the whole factor.
-        truncate: whether the pairs at these bounds are whole numbers.
+        usual: whether the paper's bounds (32 turns and 1, whole pairs) give the same factors.
     """
 
     factor: float
     original_context: int
-    beta_fast: float
-    beta_slow: float
-    truncate: bool
+    usual: bool
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,28 @@ def _yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int)
     truncate = scaling.get("truncate") is None or flag(scaling, "truncate")
     if factor < 1 or theta <= 1:
         raise ValueError(f"yarn: factor {factor:g} and rope_theta {theta:g} must be 1 or more")
+    factors = _yarn_factors(theta, rotary, factor, original, (fast, slow), truncate=truncate)
+    usual = factors == _yarn_factors(theta, rotary, factor, original, (32, 1), truncate=True)
+    attention, caveat = number(scaling, "attention_factor", _attention(factor, scaling)), ""
+    if "attention_factor" not in scaling and "attn_factor" in scaling:
+        caveat = (
+            f"transformers does not read rope_scaling's attn_factor, and neither is it read here: "
+            f"cos and sin are multiplied by {attention:.4g}; attention_factor in config.json sets "
+            "another number"
+        )
+    yarn = Yarn(factor, original, usual)
+    return Rope(theta, "yarn", rotary, factors, (), attention, yarn=yarn, caveat=caveat)
+
+
+def _yarn_factors(
+    theta: float, rotary: int, factor: float, original: int, turns: tuple[float, float], *,
+    truncate: bool,
+) -> tuple[float, ...]:  # fmt: skip
+    """Divisors of the frequencies: 1 above ``turns[0]`` turns within the original context, the
+    whole factor below ``turns[1]``, a ramp between."""
     low, high = (
-        rotary * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in (fast, slow)
+        rotary * math.log(original / (count * 2 * math.pi)) / (2 * math.log(theta))
+        for count in turns
     )
     if truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -185,16 +200,7 @@ def _yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int)
     base = powers(theta, rotary)
     plain, stretched = np.float32(1) / base, np.float32(1) / (np.float32(factor) * base)
     frequencies = stretched * (np.float32(1) - kept) + plain * kept
-    factors = tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
-    attention, caveat = number(scaling, "attention_factor", _attention(factor, scaling)), ""
-    if "attention_factor" not in scaling and "attn_factor" in scaling:
-        caveat = (
-            f"transformers does not read rope_scaling's attn_factor, and neither is it read here: "
-            f"cos and sin are multiplied by {attention:.4g}; attention_factor in config.json sets "
-            "another number"
-        )
-    yarn = Yarn(factor, original, fast, slow, truncate)
-    return Rope(theta, "yarn", rotary, factors, (), attention, yarn=yarn, caveat=caveat)
+    return tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
 
 
 def _attention(factor: float, scaling: Mapping[str, Any]) -> float:

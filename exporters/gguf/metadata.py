@@ -87,7 +87,7 @@ def permuted_heads(config: DecoderConfig, name: str) -> int:
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
     """Our name → divisors of the rotary frequencies, ``[rotary_dim / 2]``; often none."""
     rope = config.rope
-    if rope.kind == "llama3":
+    if rope.kind == "llama3" or (rope.yarn is not None and not rope.yarn.usual):
         return {"rope.factors": rope.factors}
     if rope.kind == "longrope":
         return {"rope.long_factors": rope.long_factors, "rope.short_factors": rope.factors}
@@ -134,9 +134,10 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factors[0])
-    if rope.kind == "longrope":
+    usual = rope.yarn is not None and rope.yarn.usual
+    if rope.kind == "longrope" or (rope.yarn is not None and not usual):
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
-    if rope.yarn is not None:
+    if rope.yarn is not None and usual:
         write_yarn(writer, rope.yarn, rope.attention_factor)
     if architecture(config) == "phi3":
         if rope.yarn is None:
@@ -147,7 +148,8 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
 
 
 def write_yarn(writer: gguf.GGUFWriter, yarn: Yarn, attention_factor: float) -> None:
-    """The keys of YaRN.
+    """The keys of YaRN, of which llama.cpp makes factors by the paper's bounds; it does not read
+    those of a file.
 
     llama.cpp multiplies cos and sin by ``1 + 0.1 ln(factor)`` by itself, and by ``attn_factor``,
     which is what is left of the model's factor.
@@ -160,6 +162,3 @@ def write_yarn(writer: gguf.GGUFWriter, yarn: Yarn, attention_factor: float) -> 
     left = attention_factor / (1 + 0.1 * math.log(yarn.factor))
     if abs(left - 1) > 1e-6:
         writer.add_rope_scaling_attn_factors(left)
-    if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0):
-        writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)

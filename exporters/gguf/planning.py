@@ -141,8 +141,11 @@ def check_expressible(config: DecoderConfig) -> None:
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has no {config.rope.kind} rope scaling",
         )
-    if config.rope.yarn is not None and not config.rope.yarn.truncate:
-        raise UnsupportedModelError("llama.cpp rounds the bounds of yarn, this model does not")
+    if config.rope.yarn is not None and not config.rope.yarn.usual and arch != "llama":
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} has yarn with its usual bounds only, not this model's beta_fast, "
+            "beta_slow or truncate"
+        )
     if arch in ("qwen2", "qwen3") and (config.o_bias or (arch == "qwen3" and config.qkv_bias)):
         raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")
     if config.rope.kind == "longrope" and config.rope.original_context < CONTEXT_STEP:
