@@ -145,6 +145,9 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
+    if settings.dry_run or not settings.verify or settings.allow_dense or settings.seed is not None:
+        for line in idle_options(settings, recipe):
+            console.warning(line)
     previous = None
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
@@ -152,12 +155,12 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
-    for line in checkpoint.warnings:
-        console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
+    for line in checkpoint.warnings:
+        console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
 
@@ -285,6 +288,38 @@ def check_options(settings: BuildSettings) -> None:
     budget = bool(settings.budget or settings.budget_memory or settings.device)
     if budget and settings.plan is not None:
         raise UsageError("a budget and --plan exclude each other")
+
+
+def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
+    """A line for each option that changes nothing in this build."""
+    options = {
+        "--no-verify runs nothing": {
+            "--eval-text": not settings.verify and settings.eval_text,
+            "--keep-baseline": not settings.verify and settings.keep_baseline,
+        },
+        "--dry-run writes nothing": {
+            "--overwrite": settings.dry_run and settings.overwrite,
+            "--resume": settings.dry_run and settings.resume,
+            "--provenance": settings.dry_run and settings.provenance,
+            "--save-imatrix": settings.dry_run and settings.save_imatrix,
+            "--save-checkpoint": settings.dry_run and settings.save_checkpoint,
+            "--junit and --summary": settings.dry_run and settings.ci_files,
+        },
+        "nothing here looks at calibration texts": {
+            "--seed": settings.seed is not None
+            and not (looks_at_inputs(recipe) or settings.save_imatrix),
+        },
+        "no target has sparsity": {
+            "--allow-dense": settings.allow_dense
+            and not any("sparsity" in target for target in recipe.targets.values()),
+        },
+    }
+    return [
+        f"{option} has no effect: {why}"
+        for why, given in options.items()
+        for option, idle in given.items()
+        if idle
+    ]
 
 
 def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:

@@ -182,7 +182,7 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
-    config, notes = job.config, []
+    config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
         notes.append(
             f"Artifacts hold up to {config.max_context} positions of the model's "

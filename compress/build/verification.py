@@ -86,6 +86,8 @@ def adopt_all(
     for line in checkpoint.warnings if settings.adapters else ():
         console.warning(line)
     config = describe_model(checkpoint)
+    for line in checkpoint.warnings:
+        console.warning(line)
     artifacts = [adopt(name, path, config, console) for name, path in found]
     recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)

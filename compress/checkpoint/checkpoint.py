@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.folder import check_folder
-from compress.checkpoint.hub import download
+from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -32,8 +32,10 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.names import BUFFERS
 from compress.errors import CheckpointError, UsageError, without_secrets
 from compress.files import cache_folder, is_url, stamps
 
@@ -68,7 +70,7 @@ class Checkpoint:
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
         opened: the files that a build reads, as they were then (``compress.files.stamps``).
-        warnings: lines for the user (pickled weights).
+        warnings: lines for the user and the report: pickled weights, names that differ.
         adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
@@ -89,7 +91,7 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
@@ -118,7 +120,8 @@ class Checkpoint:
             revision, token, cache_dir: for a Hub id; the revision is the model's.
 
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id.
+            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
+                not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
         if adapters:
@@ -131,8 +134,18 @@ class Checkpoint:
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
+        if page := None if folder.exists() else page_of(name):
+            name, linked = page
+            revision = revision or linked or None
+        if revision and (folder.exists() or is_url(name)):
+            raise UsageError(
+                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                hint="leave it out, or give a Hub id",
+            )
         if folder.is_dir():
             return cls(folder)
+        if folder.is_file():
+            raise other_file(folder)
         if name.startswith(("file://", "local://")):
             return cls.open(name.partition("://")[2])
         if is_url(name):
@@ -164,10 +177,11 @@ class Checkpoint:
                     return self._scan_index(index, scan)
             except OSError as error:
                 raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
-        raise CheckpointError(
+        none = CheckpointError(
             f"no weights in {self.path}",
             hint="expected model.safetensors or model.safetensors.index.json",
         )
+        raise explain_folder(self.path, none)
 
     def _scan_index(
         self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
@@ -199,13 +213,13 @@ class Checkpoint:
         }
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         tensors = {}
         for name, tensor in self._load_pickle(file).items():
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None and BUFFERS.search(str(name)):
+                continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
@@ -264,6 +278,11 @@ class Checkpoint:
         else:
             values = read_range(info, start, math.prod(shape))
         return values.reshape(shape if info.shape else ())
+
+    def warn(self, line: str) -> None:
+        """Add a line to ``warnings``, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     # --- facts about the whole ---------------------------------------------------------------
 

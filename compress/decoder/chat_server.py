@@ -8,6 +8,7 @@ that escapes no HTML, the tag ``generation``), without the seconds that importin
 from __future__ import annotations
 
 import json
+import random
 import resource
 import signal
 import sys
@@ -34,6 +35,7 @@ def serve() -> None:
         allow_seconds()
         text, error = "", ""
         try:
+            random.seed(0)  # jinja2's filter of that name
             template = template or environment().from_string(source)
             text = template.render(
                 messages=messages, tools=None, documents=None,

@@ -98,7 +98,8 @@ class Tokenizer:
     def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        ``TODAY``, so that a build has the same bytes tomorrow.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.

@@ -11,7 +11,13 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import UsageError, without_secrets
+from compress.errors import (
+    GridError,
+    PacklightError,
+    UnsupportedModelError,
+    UsageError,
+    without_secrets,
+)
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
@@ -88,13 +94,20 @@ class Replan(Protocol):
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
-    """The architecture, held against the shard headers.
+    """The architecture, held against the shard headers; of a head beside a config that ties it the
+    numbers are read.
 
     Raises:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if config.tie_word_embeddings:
+        from compress.checkpoint.settle import settle_head
+
+        config = settle_head(config, checkpoint)
     WeightMap(config).check(checkpoint)
+    if config.rope.caveat:
+        checkpoint.warn(config.rope.caveat)
     return config
 
 
@@ -162,13 +175,25 @@ def make_plans(
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
         request = PlanRequest(settings, name, grids, context, importance)
-        plan = get_format(target).plan(config, request)
+        try:
+            plan = get_format(target).plan(config, request)
+        except (GridError, UnsupportedModelError) as error:
+            raise without(target, list(recipe.targets), error) from error
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         for change in transforms.get(target, ()):
             plan = change.planned(plan)
         plans.append(plan)
     return tuple(plans)
+
+
+def without(target: str, targets: Sequence[str], error: PacklightError) -> PacklightError:
+    """The refusal of one target, with the command for the others where there are others."""
+    others = " ".join(f"-f {name}" for name in targets if name != target)
+    if not others or "-f " in error.hint:
+        return error
+    hint = f"{error.hint}; or " if error.hint else ""
+    return type(error)(error.message, f"{hint}{others} builds without {target}")
 
 
 def model_name(source: str) -> str:

@@ -162,6 +162,12 @@ def load(
         document["targets"] = {name: targets.get(name) or {} for name in chosen}
     for override in overrides:
         apply_override(document, override)
+        if chosen and (left_out := set(document.get("targets") or ()) - set(chosen)):
+            name = min(map(str, left_out))
+            raise RecipeError(
+                f"--set {override}: -f {' -f '.join(chosen)} leaves {name} out",
+                hint=f"add -f {name}, or leave the override out",
+            )
     return Recipe.from_dict(document, source)
 
 

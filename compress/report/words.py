@@ -163,6 +163,8 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
     if any(artifact.tasks for artifact in report.artifacts):
         console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
+        for note in artifact.notes[bool(artifact.failure) :]:  # the first one says the failure
+            console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):
