@@ -99,7 +99,7 @@ class Tokenizer:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
         The template writes its own BOS where the model wants one. One that asks for the date gets
-        ``TODAY``, so that a build has the same bytes tomorrow.
+        that of ``chat_server.DATE``: a build has the same bytes tomorrow.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
