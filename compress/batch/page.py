@@ -15,7 +15,7 @@ from compress.batch.pictures import Dot, Row, cloud, rows
 from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import STYLES, page_template
+from compress.report.pages import STYLES, page_template
 from compress.report.report import GateReport
 from compress.report.words import gate_failure, short_size
 

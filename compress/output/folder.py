@@ -208,7 +208,9 @@ def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
     partial = partial_folder(place)
     keeps = resume is not None and resume.wanted
     with locked(place):
-        bring_back(place)
+        retired = place.with_name(place.name + RETIRED)
+        if retired.is_dir() and not place.exists():
+            retired.rename(place)  # a build was killed in the moment of replacing it
         if resume is None:
             shutil.rmtree(partial, ignore_errors=True)  # left by a killed build
         else:
@@ -231,13 +233,6 @@ def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
         finally:
             if not keeps:
                 shutil.rmtree(partial, ignore_errors=True)
-
-
-def bring_back(output: Path) -> None:
-    """The old output, where a build was killed in the moment of replacing it."""
-    retired = output.with_name(output.name + RETIRED)
-    if retired.is_dir() and not output.exists():
-        retired.rename(output)
 
 
 def replace(output: Path, partial: Path) -> None:
