@@ -85,14 +85,16 @@ def explain(
         model: of the document, by which the nearest known key of an unknown one is named.
         hint_of: path and kind of an error → a hint of the model's own, or ``""``.
     """
-    found: list[tuple[list[str], str, ErrorDetails]] = []
+    found: list[tuple[list[str], str | None, ErrorDetails]] = []
     for detail in error.errors():
-        *section, last = detail["loc"] or ("",)
-        unknown = model is not None and detail["type"] in UNKNOWN
-        path = key_path(section if unknown else detail["loc"], document)
-        found.append((path, str(last) if unknown else "", detail))
-    path, key, first = min(found, key=lambda each: (each[0], not each[1], each[1]))
-    if model is not None and key:
+        place: Sequence[int | str] = detail["loc"]
+        key: str | None = None
+        if model is not None and detail["type"] in UNKNOWN:
+            key = str(detail["input"] if detail["type"] == "invalid_key" else place[-1])
+            place = place[:-1]
+        found.append((key_path(place, document), key, detail))
+    path, key, first = min(found, key=lambda each: (each[0], each[1] is None, each[1] or ""))
+    if model is not None and key is not None:
         dotted = ".".join([*path, key])
         own = hint_of(dotted, "unknown_key") if hint_of else ""
         hint = own or did_you_mean(key, known_keys(model, path), "known keys")
