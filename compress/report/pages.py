@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from compress.console import format_bytes
+from compress.errors import visible
 from compress.formats import get_format
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
@@ -44,7 +45,7 @@ def render(report: Report) -> str:
     folder = files("compress.report")
     template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report.artifacts
-    return template.render(
+    page = template.render(
         report=report,
         artifacts=artifacts,
         styles={found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)},
@@ -68,6 +69,7 @@ def render(report: Report) -> str:
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
+    return visible(page)
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:
@@ -128,7 +130,7 @@ def model_card(report: Report) -> str:
     }
     text = files("compress.report").joinpath("card.md.j2").read_text("utf-8")
     gates = [(artifact, gate) for artifact in artifacts for gate in artifact.gates]
-    return environment.from_string(text).render(
+    card = environment.from_string(text).render(
         report=report,
         artifacts=artifacts,
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000),
@@ -136,6 +138,7 @@ def model_card(report: Report) -> str:
         failed=[f"{label(artifact)}: {gate.name}" for artifact, gate in gates if not gate.passed],
         get_format=get_format,
     )
+    return visible(card)
 
 
 # --- numbers, for a page -----------------------------------------------------------------------
