@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import BuildSettings, plan_file
+from compress.build.decide import BuildSettings, plan_of
 from compress.console import parse_bytes
 from compress.errors import UsageError
 
@@ -37,10 +37,9 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
         "gates": limits(given.get("gates")),
         "calibration": paths(given.get("calibration", ())),
         "max_memory": size("max_memory", given.get("max_memory")),
-        "plan": plan_file(
-            given.get("plan"), given.get("output"), locked=given.get("locked", False)
-        ),
     }
+    if given.get("locked") and "plan" not in given:
+        given["plan"] = plan_of(given.get("output"))
     if isinstance(recipe, str | Path):
         given["recipe"] = str(recipe)
     else:

@@ -28,9 +28,8 @@ from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
-from compress.report.card import model_card
-from compress.report.html import render
 from compress.report.describe import Baseline, build_report, model_facts
+from compress.report.pages import model_card, render
 from compress.report.report import Report
 from compress.verify import Outcome, gates
 from compress.verify.scorer import BUILTIN_TEXT, Scorer

@@ -354,7 +354,7 @@ class Report(Part):
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``: indented UTF-8."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(path), self.model_dump())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
