@@ -4,6 +4,7 @@ before any work.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
 from compress.errors import UsageError, without_secrets
+from compress.files import check_place
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -33,7 +35,8 @@ from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_places", "command_line", "decide",
-    "identity_of", "inputs_of", "lock_of", "plan_of", "prepare_job", "resolved_recipe",
+    "digest_of", "identity_of", "inputs_of", "lock_of", "plan_of", "prepare_job",
+    "resolved_recipe",
 ]  # fmt: skip
 
 
@@ -215,6 +218,10 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     check_output(output, overwrite=settings.overwrite)
     if settings.ci_files:
         settings.ci_files.check(output)
+    if settings.save_imatrix:
+        check_place("--save-imatrix", settings.save_imatrix, output)
+    if settings.keep_baseline:
+        check_place("--keep-baseline", settings.keep_baseline, output, folder=True)
     if settings.save_checkpoint:
         from compress.output.pruned_checkpoint import check_save
 
@@ -260,6 +267,17 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(document))
     return plain
+
+
+def digest_of(decision: Decision) -> str:
+    """SHA-256 of all that a build was asked for: its bytes, and how they are judged."""
+    settings = decision.settings
+    asked = [
+        identity_of(decision.job, settings), decision.job.command, decision.job.recipe.to_dict(),
+        settings.verify, sorted(settings.max_regression), str(settings.save_checkpoint),
+        *(files_digest([path]) if path else "" for path in (settings.eval_text, settings.against)),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def inputs_of(decision: Decision) -> list[Path]:

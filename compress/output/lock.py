@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def cached_digest(path: Path) -> str:
     if {name: found.get(name) for name in facts} == facts and "sha256" in found:
         return str(found["sha256"])
     digest = sha256_of(real)
-    write_whole(entry, json.dumps({**facts, "sha256": digest}))
+    with suppress(OSError):  # a cache without room costs the time of hashing again
+        write_whole(entry, json.dumps({**facts, "sha256": digest}))
     return digest
 
 

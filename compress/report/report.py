@@ -316,6 +316,11 @@ class Report(Part):
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
+    asked: str = Field(
+        default="",
+        description="SHA-256 of all that the build was asked for, by which --resume knows that "
+        "it is finished.",
+    )
 
     def __getitem__(self, format: str) -> ArtifactReport:
         """The artifact of a format, the first where there are several.
