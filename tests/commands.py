@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ def packlight(
         code, _ = server().run(words, cwd or Path.cwd(), environment, stdout, stderr, step)
         said = stdout.read_text("utf-8"), stderr.read_text("utf-8")
     return subprocess.CompletedProcess(["packlight", *words], code, *said)
+
+
+def until(condition: Callable[[], T]) -> T:
+    """What a condition gives once that is true: for what other processes and threads do. The limit
+    is for what never comes; no machine is so busy."""
+    deadline = time.monotonic() + 600
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

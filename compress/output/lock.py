@@ -77,6 +77,7 @@ def lock_document(
     *,
     thorough: bool,
     progress: Progress = lambda done, total: None,
+    small: int = SMALL,
 ) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
@@ -88,15 +89,16 @@ def lock_document(
         inputs: other files that the artifacts depend on: calibration texts, an imatrix.
         thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
+        small: bytes of all that are always hashed.
     """
     files = source_files(checkpoint)
     digests = {path: None if thorough else hub_digest(path) for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
-    known = thorough or total <= SMALL
+    known = thorough or total <= small
     done = 0
     for path in unknown if known else ():
-        digests[path] = cached_digest(path)
+        digests[path] = cached_digest(path, small)
         done += path.stat().st_size
         progress(done, total)
     named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name
@@ -144,11 +146,11 @@ def hub_digest(path: Path) -> str | None:
     return blob.name if known and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
-def cached_digest(path: Path) -> str:
-    """SHA-256 of a file, cached for as long as its size and time stay."""
+def cached_digest(path: Path, small: int = SMALL) -> str:
+    """SHA-256 of a file; of more than ``small`` bytes cached while its size and time stay."""
     real = path.resolve()
     stat = real.stat()
-    if stat.st_size <= SMALL:
+    if stat.st_size <= small:
         return sha256_of(real)
     key = hashlib.sha256(str(real).encode()).hexdigest()[:16]
     entry = cache_folder("hashes") / f"{key}.json"

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
-from commands import Step, packlight, refused
+from commands import Step, packlight, refused, until
 
 from compress.batch.document import errors, markdown
 from compress.batch.page import render
@@ -194,8 +193,7 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
     step = at_work("second", "llama/plain", signal.SIGKILL, "parent")
     batch = interrupted(shop, step, *options)
     assert batch.returncode == -signal.SIGKILL
-    while any(f"{shop}/second/" in word for word in command_lines()):
-        time.sleep(0.05)  # the job dies with the batch
+    until(lambda: all(f"{shop}/second/" not in word for word in command_lines()))  # it dies, too
     assert (shop / "second" / "llama" / "scaled").is_dir()
     assert not (shop / "second" / "llama" / "plain").exists()
     again = packlight("batch", *options, cwd=shop)

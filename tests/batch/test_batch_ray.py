@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 import tiny
-from commands import packlight, refused
-from test_batch_engine import GIB, Seen, gone, until, work
+from commands import packlight, refused, until
+from test_batch_engine import GIB, Seen, gone, work
 
 from compress import __version__
 from compress.batch.engine import LocalEngine, Outcome, Work, run_work

@@ -120,7 +120,7 @@ def test_a_build_and_a_verification_leave_the_process_as_it_was(tmp_path: Path) 
 def test_bounds_are_of_their_block_and_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     monkeypatch.setattr(machine, "default_threads", lambda: 8)
-    inside, leave = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+    inside, leave = threading.Barrier(2, timeout=600), threading.Barrier(2, timeout=600)
     seen = []
 
     def other() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from trees import PACKAGES, warm
 
 from compress.demo import model_path
 
@@ -28,7 +29,7 @@ MEASURE = ["--set", "verify.windows=2", "--set", "verify.sequence_length=64"]
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """packlight with the toy format."""
     root = tmp_path_factory.mktemp("tree")
-    for package in ("compress", "exporters", "packlight", "recipes"):
+    for package in PACKAGES:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, root / package, ignore=ignore)
     shutil.copytree(ROOT / "tests" / "toy", root / "exporters" / "toy", ignore=ignore)
@@ -36,6 +37,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = table.read_text(encoding="utf-8")
     assert text.count(LAST_ROW) == 1
     table.write_text(text.replace(LAST_ROW, ROW + LAST_ROW), encoding="utf-8")
+    warm(root)
     return root
 
 
