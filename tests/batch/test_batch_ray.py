@@ -90,10 +90,10 @@ def test_a_node_dies_and_every_job_ends_once_with_the_same_bytes(cluster, tmp_pa
     assert gone(killed[0].pid)
     assert sorted(seen.names) == names
 
-    local = Seen().of(LocalEngine(2 * GIB, 2), works(tmp_path / "local"))
-    assert [outcome.code for outcome in local.ended] == [0] * 4
-    for name in names:
-        assert sums(tmp_path / "ray" / name) == sums(tmp_path / "local" / name)
+    local = Seen().of(LocalEngine(2 * GIB, 2), works(tmp_path / "local")[:2])
+    assert [outcome.code for outcome in local.ended] == [0] * 2
+    for number, name in enumerate(names):  # of each model two
+        assert sums(tmp_path / "ray" / name) == sums(tmp_path / "local" / names[number % 2])
         assert not list((tmp_path / "ray").glob(f"{name}.*partial"))
 
 
