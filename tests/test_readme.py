@@ -183,9 +183,15 @@ def test_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_the_python_lines_work(clone, tmp_path):
+@pytest.mark.parametrize("windows", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_python_lines_work(windows, clone, tmp_path):
+    """Measured on two windows; and as they are typed."""
     checkpoint(clone, tmp_path)
     (code,) = blocks("python")
+    if windows:
+        few = f'output="out-py", overrides={{"verify.windows": {windows}}}'
+        code = code.replace('output="out-py"', few)
+        assert few in code
     (tmp_path / "reader.py").write_text(code)
     done = shell(f"{sys.executable} reader.py", tmp_path)
     assert re.fullmatch(r"True 0\.00\d+\n", done.stdout), done.stdout + done.stderr

@@ -150,9 +150,7 @@ def demo():
     return config, read, seen, fresh
 
 
-@pytest.mark.parametrize(
-    "name", ["Q4_K", "IQ4_XS", *SLOW.values(), "MXFP4", "int4-g32", "lut4-g8"]
-)
+@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", *SLOW.values(), "MXFP4", "int4-g32", "lut4-g8"])
 def test_every_linear_of_the_demo_is_better_off(demo, name):
     config, read, seen, fresh = demo
     roles = {"q_proj": "qkv_proj", "o_proj": "o_proj", "gate_proj": "gate_up_proj",
