@@ -189,7 +189,7 @@ def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
             {"role": checked(turn["role"]), "content": checked(turn["content"])}
             for turn in record["messages"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{where} is not a calibration text",
             hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '

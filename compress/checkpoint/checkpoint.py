@@ -15,13 +15,14 @@ import os
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
@@ -35,8 +36,11 @@ from compress.checkpoint.strangers import explain_folder, other_file, read_confi
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
-from compress.errors import CheckpointError, UsageError
-from compress.files import cache_folder, is_url
+from compress.errors import CheckpointError, UsageError, without_secrets
+from compress.files import cache_folder, is_url, stamps
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
@@ -60,12 +64,14 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
+        opened: the files that a build reads, as they were then (``compress.files.stamps``).
         warnings: lines for the user and the report: pickled weights, names that differ.
+        adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
         >>> from compress.demo import model_path
@@ -76,11 +82,15 @@ class Checkpoint:
         dtype('float32')
     """
 
+    adapters: tuple[Adapter, ...] = ()
+
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
-        self.source = source or path.resolve().name
+        self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
+        check_folder(path)
+        before = stamps(path.iterdir())
         self.config: dict[str, Any] = read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
@@ -88,12 +98,14 @@ class Checkpoint:
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         self.tensors: dict[str, TensorInfo] = self._scan()
+        self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
     def open(
         cls,
         model: str | Path,
         *,
+        adapters: Sequence[str] = (),
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -101,11 +113,22 @@ class Checkpoint:
         """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
         a URL through fsspec.
 
+        Args:
+            model: folder, Hub id or URL.
+            adapters: LoRAs of PEFT, merged as the weights are read: folders or Hub ids, each with
+                ``=WEIGHT`` behind it where that is not 1.
+            revision, token, cache_dir: for a Hub id; the revision is the model's.
+
         Raises:
             UsageError: neither a folder nor something that can be a Hub id; a revision of what is
                 not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
+        if adapters:
+            from compress.checkpoint.merged import merge
+
+            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
             raise UsageError("the model's name is empty")
@@ -123,8 +146,8 @@ class Checkpoint:
             return cls(folder)
         if folder.is_file():
             raise other_file(folder)
-        if name.startswith("file://"):
-            return cls.open(name.removeprefix("file://"))
+        if name.startswith(("file://", "local://")):
+            return cls.open(name.partition("://")[2])
         if is_url(name):
             return cls(fetch(name, cache_folder("checkpoints")), source=name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -276,6 +299,15 @@ class Checkpoint:
             row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(row).encode())
         return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        """The files that a build reads, by name; not those of adapters."""
+        shards = {info.file for info in self.tensors.values()}
+        shards -= {adapter.file for adapter in self.adapters}
+        others = [self.path / "config.json", self.path / "generation_config.json"]
+        others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
+        found = shards | {path for path in others if path.is_file()}
+        return sorted(found, key=lambda path: path.name)
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""

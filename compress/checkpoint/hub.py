@@ -11,7 +11,14 @@ from pathlib import Path
 from compress.checkpoint.strangers import read_config
 from compress.decoder.config_json import json_or_empty
 from compress.decoder.families import find_family
-from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
+from compress.errors import (
+    CheckpointError,
+    DiskFullError,
+    PacklightError,
+    UsageError,
+    is_disk_full,
+    one_line,
+)
 
 # What a build needs, and nothing of the other formats that live beside it in a repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
@@ -57,10 +64,49 @@ def download(
         return path
     # huggingface_hub's errors are OSErrors; a name that cannot be a repository is a ValueError.
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and is_disk_full(error):
-            raise DiskFullError(f"no room left to fetch {repo_id}") from error
-        why, hint = _explain(error, revision)
-        raise CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint) from error
+        raise _failure(repo_id, error, revision) from error
+
+
+def download_adapter(
+    repo_id: str,
+    names: Sequence[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+) -> Path:
+    """Fetch the named files of a Hub repository, one after the other; those that it has.
+
+    Returns:
+        The snapshot's folder, which is named after the commit.
+
+    Raises:
+        CheckpointError, DiskFullError: see ``download``.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        for count in range(1, len(names) + 1):  # the config first: others are not worth the rest
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=list(names[:count]),
+            )
+            if not (Path(folder) / names[0]).is_file():
+                break
+        return Path(folder)
+    except (OSError, ValueError) as error:
+        raise _failure(repo_id, error, revision) from error
+
+
+def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:
+    """What to raise where a download failed."""
+    if isinstance(error, OSError) and is_disk_full(error):
+        return DiskFullError(f"no room left to fetch {repo_id}")
+    why, hint = _explain(error, revision)
+    return CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint)
 
 
 def page_of(name: str) -> tuple[str, str] | None:

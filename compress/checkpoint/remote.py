@@ -17,7 +17,14 @@ from typing import Any
 from compress.checkpoint.hub import SMALL_FILES, WEIGHTS, weight_files
 from compress.checkpoint.strangers import read_config
 from compress.decoder.families import find_family
-from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
+from compress.errors import (
+    CheckpointError,
+    DiskFullError,
+    UsageError,
+    is_disk_full,
+    one_line,
+    without_secrets,
+)
 from compress.files import file_lock, write_whole
 
 INDEX = ".fetched.json"  # name → tag of the copy that is here
@@ -84,7 +91,7 @@ def fetch(url: str, cache: Path) -> Path:
         UsageError: see ``open_url``.
     """
     fs, root = open_url(url)
-    name = PurePosixPath(root).name
+    name = PurePosixPath(without_secrets(root)).name  # of https:// a root is the whole URL
     folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -31,7 +31,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
     if found and hub.get("revision"):
         raise UsageError("--revision is for a Hub id, and this is an artifact")
     if found:
-        return [get_format(name).describe(path) for name, path in found]
+        return [get_format(name).inspect(path) for name, path in found]
     return [describe_checkpoint(Checkpoint.open(str(target), **hub))]
 
 

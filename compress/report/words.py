@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes, print_error
-from compress.errors import PacklightError
+from compress.errors import PacklightError, visible
 from compress.formats import get_format
 
 if TYPE_CHECKING:
@@ -187,12 +187,13 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
 
 def sentence(text: str) -> str:
     """Text that Markdown shows as it is, on one line and within one table cell."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
 
 
 def fenced(code: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
+    code = visible(code)
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"

@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import save_file
 
 from compress.checkpoint.hub import page_of
 
@@ -188,6 +190,33 @@ def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
     assert unconnected[0] == found
     assert unconnected[1][:2] == ["CheckpointError", "cannot fetch someone/else: no connection"]
     assert hub.fetched == []
+
+
+def test_adapters_are_fetched_without_the_rest(hub: Hub, folder: Path, tmp_path: Path):
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["model.norm"]}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    norm = np.full(256, 3, np.float32)
+    save_file({"base_model.model.model.norm.weight": norm}, lora / "adapter_model.safetensors")
+    hub.add("someone/lora", lora, adapter_model__bin=b"pickle", checkpoint_1__x=b"again")
+    hub.repositories["someone/lora"]["adapter_model.bin"] = b"pickle"
+    hub.add("someone/ia3", lora)
+    hub.repositories["someone/ia3"]["adapter_config.json"] = b'{"peft_type": "IA3"}'
+    plain, merged, absent, model, other = open_in_child(
+        hub,
+        tmp_path / "home",
+        (str(folder), {}),
+        (str(folder), {"adapters": [f"someone/lora@{COMMIT}"]}),
+        (str(folder), {"adapters": ["someone/nothing"]}),
+        (str(folder), {"adapters": ["someone/phi3"]}),
+        (str(folder), {"adapters": ["someone/ia3"]}),
+    )
+    assert plain[2] != merged[2] == 3 * 256
+    assert absent[1].startswith("cannot fetch someone/nothing: the Hub has no such model")
+    assert "no adapter_config.json" in model[1]
+    assert "'IA3' of PEFT, not LoRA" in other[1]
+    assert sorted(set(hub.fetched)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_cache_dir_revision_and_token(hub: Hub, tmp_path: Path):
