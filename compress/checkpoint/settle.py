@@ -47,8 +47,9 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
             f"config.json ties the head to the embedding, but {head} differs from it: built "
             "untied, with the stored head, as transformers 5 loads it (4 drops it)"
         )
-        untied = {key: False for key in ("tie_word_embeddings", "share_embedding")}
-        checkpoint.config = {**checkpoint.config, **untied}
+        checkpoint.config = {**checkpoint.config, "tie_word_embeddings": False}
+        if "share_embedding" in checkpoint.config:
+            checkpoint.config["share_embedding"] = False
         return replace(config, tie_word_embeddings=False, raw=dict(checkpoint.config))
     return config
 
