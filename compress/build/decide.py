@@ -155,11 +155,13 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
+    for line in (opening := list(checkpoint.warnings)):
+        console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
-    for line in checkpoint.warnings:
+    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
         console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
