@@ -36,6 +36,7 @@ def serve() -> None:
         random.seed(0)  # Jinja's filter of that name, and lipsum
         text, error = "", ""
         try:
+            random.seed(0)  # jinja2's filter of that name
             template = template or environment().from_string(source)
             text = template.render(
                 messages=messages, tools=None, documents=None,

@@ -277,8 +277,8 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
     # A pruned model keeps less.
-    kept = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
-    shape = replace(config, **{key: n for key, n in kept.items() if isinstance(n, int) and n > 0})
+    sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
+    shape = replace(config, **{key: n for key, n in sizes.items() if isinstance(n, int) and n > 0})
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
