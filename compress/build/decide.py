@@ -294,7 +294,7 @@ def check_options(settings: BuildSettings) -> None:
 
 def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
     """A line for each option that changes nothing in this build."""
-    options = {
+    options: dict[str, dict[str, object]] = {
         "--no-verify runs nothing": {
             "--eval-text": not settings.verify and settings.eval_text,
             "--keep-baseline": not settings.verify and settings.keep_baseline,

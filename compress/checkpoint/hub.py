@@ -140,7 +140,8 @@ def page_of(name: str) -> tuple[str, str] | None:
     match = re.match(rf"(?:https?://)?(?:www\.)?(?:{hosts})/([^?#]*)", name)
     if match is None:
         return None
-    owner, model, *rest = [*match[1].strip("/").split("/"), ""]
+    path: str = match[1]
+    owner, model, *rest = [*path.strip("/").split("/"), ""]
     if not model or owner in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
         said = without_secrets(name)
         raise UsageError(f"{said} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
