@@ -156,11 +156,13 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
+    for line in (opening := list(checkpoint.warnings)):
+        console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
-    for line in checkpoint.warnings:
+    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
         console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
@@ -316,7 +318,7 @@ FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
     """A line for each option that changes nothing in this build."""
-    options = {
+    options: dict[str, dict[str, object]] = {
         "--no-verify runs nothing": {
             "--eval-text": not settings.verify and settings.eval_text,
             "--keep-baseline": not settings.verify and settings.keep_baseline,

@@ -19,7 +19,7 @@ from compress.errors import GridError
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
-from compress.plan.job import Job
+from compress.plan.job import Job, without
 from compress.plan.weights import Ledger
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Writer
 from compress.plan.weights import Weights
@@ -81,7 +81,9 @@ def write_artifacts(
                         try:
                             weights.finish(entry, writer.file, writer.put(entry))
                         except GridError as error:
-                            raise GridError(f"{entry.name}: {error.message}", error.hint) from error
+                            named = GridError(f"{entry.name}: {error.message}", error.hint)
+                            targets = [plan.format for plan in job.plans]
+                            raise without(writer.plan.format, targets, named) from error
                 for writer, (weights, changed) in zip(writers, made, strict=True):
                     artifact = writer.close()
                     notes = (*artifact.notes, *changed, *weights.notes())

@@ -139,7 +139,8 @@ class Checkpoint:
             revision = revision or linked or None
         if revision and (folder.exists() or is_url(name)):
             raise UsageError(
-                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                f"--revision {revision}: {without_secrets(name)} is not on the Hub, and has no "
+                "revisions",
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
