@@ -125,6 +125,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 # Tokenizer classes whose template is remade from add_bos_token, whatever tokenizer.json says.
 REMADE = ("LlamaTokenizer", "CodeLlamaTokenizer")
+# Model types that have the first of these where no class is named.
+LLAMAS = ("llama", "mistral", "phi3")
 
 
 def saved_by_5(settings: Mapping[str, Any]) -> bool:
@@ -144,6 +146,7 @@ def load(folder: Path) -> Any:
     installed one does not know, is in ``tokenizer.json`` whole, and is read from there.
     """
     import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as MODELS
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     path = folder / "tokenizer_config.json"
@@ -152,11 +155,15 @@ def load(folder: Path) -> Any:
     if isinstance(extra := settings.get("extra_special_tokens"), list):  # as 4 spells it
         keys |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
     kind: Any = transformers.AutoTokenizer
-    name = settings.get("tokenizer_class")
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() and "tokenizer_class" not in settings else {}
+    model = config.get("model_type")
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    name = name or ("LlamaTokenizer" if model in LLAMAS else None)
     whole = (folder / "tokenizer.json").exists() and "auto_map" not in settings
-    unknown = isinstance(name, str) and not (
-        tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast")
-    )
+    unknown = model is not None and not (isinstance(model, str) and model in MODELS)
+    if isinstance(name, str):
+        unknown = not (tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast"))
     if whole and (new or unknown):
         kind = transformers.PreTrainedTokenizerFast
     elif not transformers.__version__.startswith("4.") and "auto_map" not in settings:
@@ -168,7 +175,14 @@ def load(folder: Path) -> Any:
             keys |= {"add_bos_token": settings.get("add_bos_token", True)} if remade else {}
     if kind is transformers.AutoTokenizer:
         keys["trust_remote_code"] = False
-    return kind.from_pretrained(str(folder), **keys)
+    found = kind.from_pretrained(str(folder), **keys)
+    remakes = settings.keys() & {"add_bos_token", "add_eos_token"} and "add_bos_token" not in keys
+    if remakes and kind is transformers.PreTrainedTokenizerFast:  # which 5 does for any class
+        from tokenizers import Tokenizer as Core
+
+        stated = Core.from_file(str(folder / "tokenizer.json"))
+        found.backend_tokenizer.post_processor = stated.post_processor
+    return found
 
 
 def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:
