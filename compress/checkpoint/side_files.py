@@ -7,13 +7,14 @@ GGUF holds all of this inside; ONNX and Core ML folders need ``config.json``,
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
-from compress.decoder.config_json import write_json
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.config_json import read_json, write_json
+from compress.decoder.tokenizer import REMADE, Tokenizer, saved_by_5
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
@@ -59,3 +60,26 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         # From the copies: the folder's config.json names no remote code.
         text = Tokenizer(folder).to_json()
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    settings = folder / "tokenizer_config.json"
+    if settings.exists() and saved_by_5(found := read_json(settings)):
+        write_json(settings, settings_for_4(found, Tokenizer(folder)), sort_keys=True)
+
+
+def settings_for_4(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """``tokenizer_config.json`` of transformers 5, so that 4.57 takes it, too.
+
+    It has neither the general class's new name nor a list of special tokens without names, and
+    remakes some classes' templates by keys that 5 leaves out.
+    """
+    own = ("backend", "is_local", "local_files_only")
+    found = {key: value for key, value in settings.items() if key not in own}
+    if isinstance(extra := found.get("extra_special_tokens"), list):
+        del found["extra_special_tokens"]
+        found["additional_special_tokens"] = extra
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if found.get("tokenizer_class") in REMADE:
+        around = tokenizer.encode("a", add_special=True)
+        found["add_bos_token"] = tokenizer.adds_bos
+        found["add_eos_token"] = around[-1] == tokenizer.hf.eos_token_id
+    return found

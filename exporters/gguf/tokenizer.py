@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer import Tokenizer, saved_by_5
 from compress.errors import CheckpointError
 from exporters.gguf.splitting import classify, normalizer_notes, space_prefix, steps
 
@@ -292,7 +292,7 @@ def added_around(
     tokens: Sequence[str],
 ) -> tuple[bool, bool]:
     """Whether encoding puts ``bos`` in front and ``eos`` behind, as transformers does."""
-    if settings.get("tokenizer_class") in _REBUILD_TEMPLATE:
+    if settings.get("tokenizer_class") in _REBUILD_TEMPLATE and not saved_by_5(settings):
         add_bos = bool(settings.get("add_bos_token", True))
         add_eos = bool(settings.get("add_eos_token", False))
         return add_bos and "bos" in special, add_eos and "eos" in special
