@@ -16,6 +16,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.tokenizer import Tokenizer
 from compress.errors import CheckpointError, UsageError
 from compress.files import cache_folder, is_url
 
@@ -48,6 +50,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
@@ -256,9 +259,20 @@ class Checkpoint:
             digest.update(repr(row).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once.
+
+        Raises:
+            CheckpointError: see ``Tokenizer``.
+        """
+        rows = self.config.get("vocab_size")
+        return Tokenizer(self.path, rows if isinstance(rows, int) else None)
+
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        return [path for name in TOKENIZER_FILES if (path := self.path / name).exists()] + templates
 
 
 class Stored:

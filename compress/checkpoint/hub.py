@@ -14,6 +14,7 @@ from compress.errors import CheckpointError, DiskFullError, is_disk_full, one_li
 # (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
 # that packlight does not build is refused before its gigabytes are fetched.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
+CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)  # the one folder that is looked into
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin")
 
@@ -40,13 +41,14 @@ def download(
             token=token,
             cache_dir=cache_dir,
             allow_patterns=[pattern for group in patterns for pattern in group],
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if patterns == (CHAT_TEMPLATES,) else ["*/*"],
         )
         return Path(folder)
 
     try:
         path = fetch(SMALL_FILES)
         find_family(read_json(path / "config.json"))
+        fetch(CHAT_TEMPLATES)
         path = fetch(SMALL_FILES, SAFETENSORS)
         if not list(path.glob("*.safetensors")):
             path = fetch(SMALL_FILES, PICKLES)
