@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.decoder.chat import ChatTemplate
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError, UsageError, one_line
 from compress.machine import change_setting
@@ -55,6 +56,7 @@ class Tokenizer:
                 ) from error
             raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
         self.rows = rows
+        self._rendering: dict[str, ChatTemplate] = {}  # a process each
         if not self.hf.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
             self.hf.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
 
@@ -120,7 +122,8 @@ class Tokenizer:
     ) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        ``TODAY``, so that a build has the same bytes tomorrow.
 
         Args:
             template: one of ``chat_templates``' values, for the first of them.
@@ -131,16 +134,10 @@ class Tokenizer:
         if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
         template = template or next(iter(self.chat_templates.values()))
-        try:
-            text: str = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # whatever a template of the checkpoint raises
-            raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
-        return text
+        if template not in self._rendering:
+            self._rendering[template] = ChatTemplate(template, self.hf.special_tokens_map)
+        rendering = self._rendering[template]
+        return rendering.render(messages, add_generation_prompt=add_generation_prompt)
 
 
 # What processors of several media keep their template in, and transformers' tokenizers leave there.
