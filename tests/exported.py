@@ -120,7 +120,7 @@ class Exports:
         if format == "coreml":
             settings = {"context": CONTEXT, **settings}
         if get_format(format).tokenizer_inside:
-            keywords["tokenizer"] = opened.tokenizer
+            keywords["tokenizer"] = opened.tokenizer_facts
         plan = change(writing.plan_for(format, config, settings, **keywords))
         weights = Weights(Stored(opened, config), rtn, slab=slab)
         artifact = writing.write(plan, weights, folder or self.new_folder(), written)

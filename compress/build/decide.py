@@ -21,6 +21,7 @@ from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
+from compress.decoder.tokenizer import has_tokenizer
 from compress.errors import UsageError, without_secrets
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
@@ -156,6 +157,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    if (settings.verify or looks_at_inputs(recipe)) and has_tokenizer(checkpoint.path):
+        _ = checkpoint.tokenizer  # here, and not once more in a child process
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
 from compress.files import cache_folder, is_url, stamps
 
@@ -312,6 +314,17 @@ class Checkpoint:
         """
         rows = self.config.get("vocab_size")
         return Tokenizer(self.path, rows if isinstance(rows, int) else None)
+
+    @cached_property
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What files need to know of it, by a child process where transformers is not loaded.
+
+        Raises:
+            CheckpointError: see ``TokenizerFacts``.
+        """
+        if "transformers" in sys.modules:
+            return TokenizerFacts.of(self.tokenizer)
+        return facts_from_child(self.path)
 
     def files(self) -> list[Path]:
         """The files that a build reads, by name; not those of adapters."""

@@ -10,7 +10,6 @@ tokens and all, and ``tokenizer_config.json`` names a class that takes it as it 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import json_or_empty, write_json
 from compress.decoder.tokenizer import has_tokenizer
+from compress.decoder.tokenizer_facts import SPECIAL
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
@@ -30,9 +30,6 @@ REBUILDING = (
     "additional_special_tokens", "auto_map", "backend", "extra_special_tokens", "from_slow",
     "is_local", "legacy", "merges_file", "name_or_path", "processor_class", "sp_model_kwargs",
     "special_tokens_map_file", "tokenizer_file", "use_fast", "vocab_file",
-)  # fmt: skip
-SPECIAL = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
 
@@ -51,17 +48,13 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     Raises:
         CheckpointError: no tokenizer, or one that cannot be written as ``tokenizer.json``.
     """
-    tokenizer = checkpoint.tokenizer
-    text = tokenizer.to_json()
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    tokenizer = checkpoint.tokenizer_facts
+    (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     stated = json_or_empty(checkpoint.path / "tokenizer_config.json")
     settings = {key: value for key, value in stated.items() if key not in (*REBUILDING, *SPECIAL)}
-    special = {key: getattr(tokenizer.hf, key) for key in SPECIAL}
-    named = {key: str(token) for key, token in special.items() if token is not None}
-    others = [token for token in tokenizer.hf.all_special_tokens if token not in named.values()]
-    settings |= {**named, "additional_special_tokens": others}
+    settings |= {**tokenizer.special, "additional_special_tokens": tokenizer.others}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    splitting = json.loads(text)["pre_tokenizer"] or {}
+    splitting = tokenizer.document["pre_tokenizer"] or {}
     if "add_prefix_space" in splitting:  # transformers 4 sets it to false unless told
         settings["add_prefix_space"] = splitting["add_prefix_space"]
     templates = tokenizer.chat_templates

@@ -7,10 +7,12 @@ nothing (the plan has a note where a tokenizer does).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 
+from compress.decoder.config_json import short
 from compress.decoder.tokenizer import Messages, Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.errors import CheckpointError
 
 TEXTS = (
@@ -89,10 +91,13 @@ def rendered_chats(tokenizer: Tokenizer) -> list[str]:
     return found
 
 
-def check_rows(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> list[str]:
-    """Hold the tokenizer against the embedding.
+def check_rows(
+    facts: TokenizerFacts, load: Callable[[], Tokenizer], rows: int, ends: Sequence[int]
+) -> list[str]:
+    """Hold a tokenizer against the embedding.
 
     Args:
+        load: the tokenizer itself, where there is something to ask it.
         rows: of the embedding.
         ends: ids that end generation, by the model's config.
 
@@ -102,42 +107,40 @@ def check_rows(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> list[str
     Raises:
         CheckpointError: an end, a chat template or ordinary text needs one of them.
     """
-    beyond = {index: text for text, index in tokenizer.hf.get_vocab().items() if index >= rows}
+    beyond = {index: text for text, index in facts.ids.items() if index >= rows}
     if not beyond:
         return []
     first = min(beyond)
     count = f"{len(beyond)} token" + ("s" if len(beyond) > 1 else "")
     told = (
         f"the tokenizer has {count} beyond the {rows} rows of the embedding, "
-        f"first {beyond[first]!r} ({first})"
+        f"first {short(beyond[first])} ({first})"
     )
-    for what, ids in needed(tokenizer, beyond, ends):
+    for what, ids in needed(facts, load(), beyond, ends):
         if missing := [index for index in ids if index in beyond]:
             raise CheckpointError(
-                f"{told}; {what} needs {beyond[missing[0]]!r} ({missing[0]})",
+                f"{told}; {what} needs {short(beyond[missing[0]])} ({missing[0]})",
                 hint="model.resize_token_embeddings(len(tokenizer)) in transformers makes the rows",
             )
     return [f"{told}: these are left out"]
 
 
 def needed(
-    tokenizer: Tokenizer, beyond: dict[int, str], ends: Sequence[int]
-) -> list[tuple[str, list[int]]]:
+    facts: TokenizerFacts, tokenizer: Tokenizer, beyond: Mapping[int, str], ends: Sequence[int]
+) -> Iterator[tuple[str, list[int]]]:
     """Who needs which ids."""
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.hf.encode(text, verbose=False))
+    def encoded(texts: Sequence[str]) -> list[int]:
+        return [index for text in texts for index in tokenizer.hf.encode(text, verbose=False)]
 
-    end = tokenizer.hf.eos_token_id
+    templates = facts.chat_templates.values()
     written = [
         index
         for index, text in beyond.items()
-        if any(text in template for template in tokenizer.chat_templates.values())
-        and index in tokenizer.hf.added_tokens_decoder
+        if index in facts.added and any(text in template for template in templates)
     ]
-    return [
-        ("the end of generation", [*ends, *([end] if end is not None else [])]),
-        ("the chat template", written),
-        ("the chat template", [i for text in rendered_chats(tokenizer) for i in encode(text)]),
-        ("ordinary text", [i for text in TEXTS for i in encode(text)]),
-    ]
+    end = facts.ids.get(facts.special.get("eos_token", ""))
+    yield "the end of generation", [*ends, *([] if end is None else [end])]
+    yield "the chat template", written
+    yield "the chat template", encoded(rendered_chats(tokenizer))
+    yield "ordinary text", encoded(TEXTS)

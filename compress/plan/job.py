@@ -11,7 +11,8 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.decoder.tokenizer import VOCABULARIES, Tokenizer, has_tokenizer
+from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
 from compress.errors import (
     CheckpointError,
@@ -138,6 +139,10 @@ def prepare(
     """
     config = describe_model(checkpoint)
     tokenizer = tokenizer_of(checkpoint, recipe)
+    notes = []
+    if tokenizer:
+        rows, ends = config.vocab_size, config.eos_token_ids
+        notes = check_rows(tokenizer, lambda: checkpoint.tokenizer, rows, ends)
     if context is not None and context > config.max_context:
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
@@ -151,25 +156,29 @@ def prepare(
         plans = make_plans(
             shape, name, recipe, context, changes, choices, whole=config, tokenizer=tokenizer
         )
+    if notes:
+        plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     return Job(Stored(checkpoint, config), config, recipe, plans, positions, command, changes, cut)
 
 
-def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> Tokenizer | None:
+def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:
     """The checkpoint's tokenizer; None where there is none, and no format of the recipe needs one.
 
     Raises:
         CheckpointError: a format needs one, or it is damaged.
     """
-    inside = [FORMATS[name].title for name in recipe.targets if get_format(name).tokenizer_inside]
-    if not has_tokenizer(checkpoint.path) and inside:
-        without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
-        raise CheckpointError(
-            f"no tokenizer in {checkpoint.path}: it is part of a {inside[0]} file",
-            hint=f"one of {', '.join(VOCABULARIES)}; or {' or '.join(without)} with "
-            "-r int4-fast --no-verify, which reads no text",
-        )
-    return checkpoint.tokenizer if has_tokenizer(checkpoint.path) else None
+    if has_tokenizer(checkpoint.path):
+        return checkpoint.tokenizer_facts
+    for row in map(get_format, recipe.targets):
+        if row.tokenizer_inside:
+            without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
+            raise CheckpointError(
+                f"no tokenizer in {checkpoint.path}: it is part of a {row.title} file",
+                hint=f"one of {', '.join(VOCABULARIES)}; or {' or '.join(without)} with "
+                "-r int4-fast --no-verify, which reads no text",
+            )
+    return None
 
 
 def make_plans(
@@ -181,7 +190,7 @@ def make_plans(
     choices: Mapping[str, Mapping[str, str]] | None = None,
     *,
     whole: DecoderConfig | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerFacts | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe; nothing is read.
 
@@ -194,10 +203,8 @@ def make_plans(
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
-        CheckpointError: see ``check_rows``.
     """
     plans = []
-    notes = check_rows(tokenizer, config.vocab_size, config.eos_token_ids) if tokenizer else []
     for target, settings in recipe.targets.items():
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
@@ -206,7 +213,6 @@ def make_plans(
             plan = get_format(target).plan(config, request)
         except (GridError, UnsupportedModelError) as error:
             raise without(target, list(recipe.targets), error) from error
-        plan = replace(plan, notes=(*plan.notes, *notes))
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         for change in transforms.get(target, ()):

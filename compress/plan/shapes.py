@@ -14,7 +14,7 @@ from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.decoder.tokenizer import Tokenizer
+    from compress.decoder.tokenizer_facts import TokenizerFacts
     from compress.plan.weights import Weights
 
 
@@ -157,7 +157,7 @@ class PlanRequest:
             then goes by ``mix_name``.
         context: positions of the KV cache, where one was given.
         importance: whether the solver looks at inputs.
-        tokenizer: of the checkpoint, for formats that hold it; None: planned without.
+        tokenizer: the checkpoint's, for formats that hold it; None: planned without.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class PlanRequest:
     choices: Mapping[str, str] = field(default_factory=dict)
     context: int | None = None
     importance: bool = False
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerFacts | None = None
 
 
 class Runtime(Protocol):

@@ -10,14 +10,13 @@ It is made from the loaded tokenizer and not from its files: transformers adds t
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.errors import CheckpointError
 from exporters.gguf.splitting import IGNORE_MERGES, classify, normalizer_notes, space_prefix
 
@@ -71,7 +70,7 @@ class Vocabulary:
 
 
 @functools.lru_cache(maxsize=2)  # of the float model, and of what pruning leaves of it
-def read_vocabulary(tokenizer: Tokenizer, config: DecoderConfig) -> Vocabulary:
+def read_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
     """What a GGUF file holds of a tokenizer, made from it as Hugging Face loaded it.
 
     Raises:
@@ -79,21 +78,17 @@ def read_vocabulary(tokenizer: Tokenizer, config: DecoderConfig) -> Vocabulary:
         UnsupportedModelError: one that llama.cpp cannot express.
     """
     try:
-        return make_vocabulary(json.loads(tokenizer.to_json()), tokenizer, config)
+        return make_vocabulary(tokenizer, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"tokenizer.json is damaged: {what}") from error
 
 
-def make_vocabulary(
-    document: Mapping[str, Any], tokenizer: Tokenizer, config: DecoderConfig
-) -> Vocabulary:
-    """From what ``tokenizer.json`` says, and the loaded tokenizer itself."""
+def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
+    """See ``read_vocabulary``; damage shows as other exceptions."""
+    document, added, by_text = tokenizer.document, tokenizer.added, tokenizer.ids
     model = document["model"]
-    added = {int(token["id"]): token for token in document.get("added_tokens") or []}
     kind, pre = classify(document)
-    by_text = {text: int(index) for text, index in model["vocab"].items()}
-    by_text |= {token["content"]: index for index, token in added.items()}
     tokens, types = token_table(by_text, added, model, kind, config.vocab_size)
     special, eog_notes = special_ids(tokenizer, config, by_text, tokens)
     add_bos, add_eos, around_notes = added_around(tokenizer, special)
@@ -224,7 +219,7 @@ def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bo
 
 
 def special_ids(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerFacts,
     config: DecoderConfig,
     by_text: Mapping[str, int],
     tokens: Sequence[str],
@@ -242,8 +237,7 @@ def special_ids(
     }
     special: dict[str, int] = {}
     for kind, default in defaults.items():
-        text = getattr(tokenizer.hf, f"{kind}_token")
-        index = default if text is None else by_text.get(str(text), default)
+        index = by_text.get(tokenizer.special.get(f"{kind}_token", ""), default)
         if index is not None and 0 <= index < len(tokens):
             special[kind] = index
     turn = next((by_text[text] for text in END_OF_TURN if text in by_text), None)
@@ -260,17 +254,15 @@ def special_ids(
 
 
 def added_around(
-    tokenizer: Tokenizer, special: MutableMapping[str, int]
+    tokenizer: TokenizerFacts, special: MutableMapping[str, int]
 ) -> tuple[bool, bool, list[str]]:
     """Whether encoding puts ``bos`` in front and ``eos`` behind, and a note where it puts others.
 
     A single other token where the tokenizer has no ``bos`` or ``eos`` becomes it in ``special``.
     """
-    bare, whole = tokenizer.encode("a"), tokenizer.encode("a", add_special=True)
-    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    around = {"bos": whole[:at], "eos": whole[at + len(bare) :]}
+    around = {"bos": tokenizer.before, "eos": tokenizer.behind}
     for kind, ids in around.items():
-        if len(ids) == 1 and getattr(tokenizer.hf, f"{kind}_token") is None:
+        if len(ids) == 1 and f"{kind}_token" not in tokenizer.special:
             special[kind] = ids[0]
     adds = {kind: ids == [special.get(kind)] for kind, ids in around.items()}
     notes = [

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer_facts import facts_from_child
 from compress.errors import CheckpointError, UnsupportedModelError
 from exporters.gguf.inspection import describe
 from exporters.gguf.runtime import open_runtime
@@ -168,7 +168,7 @@ def test_merges_that_score_order_would_invent() -> None:
 def test_rows_without_a_token_are_padding(exported: Exports) -> None:
     opened = Checkpoint.open(exported.checkpoint("demo"))
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
-    vocabulary = read_vocabulary(Tokenizer(opened.path), config)
+    vocabulary = read_vocabulary(facts_from_child(opened.path), config)
     assert len(vocabulary.tokens) == len(vocabulary.types) == config.vocab_size == 2048
     assert vocabulary.tokens[2011:] == [f"[PAD{i}]" for i in range(2011, 2048)]
     assert set(vocabulary.types[2011:]) == {5}
@@ -180,8 +180,8 @@ def test_sentencepiece_model_alone(exported: Exports, tmp_path: Path) -> None:
     config = DecoderConfig.from_hf(Checkpoint.open(source).config)
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(source / name, tmp_path)
-    alone = read_vocabulary(Tokenizer(tmp_path), config)
-    both = read_vocabulary(Tokenizer(source), config)
+    alone = read_vocabulary(facts_from_child(tmp_path), config)
+    both = read_vocabulary(facts_from_child(source), config)
     assert (alone.tokens, alone.scores, alone.types) == (both.tokens, both.scores, both.types)
 
 
@@ -206,7 +206,7 @@ def test_missing_and_damaged(exported: Exports, tmp_path: Path) -> None:
     config = exported.config("llama")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
-        read_vocabulary(Tokenizer(tmp_path), config)
+        read_vocabulary(facts_from_child(tmp_path), config)
 
 
 def test_duplicates_take_no_square_of_the_vocabulary() -> None:
