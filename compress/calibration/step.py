@@ -18,7 +18,6 @@ from compress.calibration.statistics import Statistics
 from compress.calibration.texts import BUILTIN, CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.formats import FORMATS, Format
 from compress.machine import set_threads
@@ -212,7 +211,7 @@ class CalibrationStep:
         settings = self.job.recipe.calibration
         return CalibrationSet.load(
             settings.texts,
-            Tokenizer(self.job.checkpoint.path),
+            self.job.checkpoint.tokenizer,
             tokens=settings.tokens,
             sequence_length=min(settings.sequence_length, self.job.config.max_context),
             seed=settings.seed,
