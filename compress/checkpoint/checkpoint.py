@@ -16,8 +16,9 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -261,23 +262,29 @@ class Checkpoint:
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
 
 
+@dataclass(frozen=True)
 class Stored:
     """The weights of a checkpoint under our names, as they are: a ``Source``. Nothing is kept."""
 
-    threadsafe = True
-
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self._map = WeightMap(config)
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    threadsafe: ClassVar[bool] = True
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``compress.checkpoint.sources.Source.read``."""
-        pieces = []
-        for tensor, window in self._map.locate(name, rows):
-            pieces.append(self.checkpoint.read(tensor, window))
+        weights, pieces = WeightMap(self.config), []
+        shape = weights.shape(name)
+        start, stop, _ = (rows or slice(None)).indices(shape[0])
+        offset = 0  # of the part's first row within the weight
+        for part in weights.parts(name):
+            length = part.stop - part.start
+            first, last = max(start - offset, 0), min(stop - offset, length)
+            if first < last:
+                window = slice(part.start + first, part.start + last)
+                pieces.append(self.checkpoint.read(part.source, window))
+            offset += length
         if not pieces:
-            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
+            return np.empty((0, *shape[1:]), np.float32)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def fingerprint(self) -> str:

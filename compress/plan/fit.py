@@ -73,7 +73,7 @@ def planned_needs(
     target: str, recipe: Recipe, context: int | None, hub: Mapping[str, Any]
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each target of a recipe."""
-    job = prepare(Checkpoint.open(target, **hub), recipe, context=context)
+    job = prepare(Checkpoint.open(target, **hub), recipe, context=context, transforms={})
     needs = []
     for plan in job.plans:
         embedding = embedding_bytes(job.shape, plan.entries)

@@ -174,15 +174,6 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
         )
 
 
-def stored_names(config: DecoderConfig) -> Iterator[str]:
-    """Weights and biases of the checkpoint that get a constant, in order of execution."""
-    shapes = WeightMap(config)
-    for name in shapes.names():
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if shapes.first_use(name) and not tied:
-            yield name
-
-
 def target_name(name: str) -> str:
     """The constant's name: MIL allows letters, digits and underscores."""
     return name.replace("blocks.", "block_").replace(".", "_")
@@ -232,7 +223,7 @@ def _entries(
     table = (settings["context"], config.rope.rotary_dim // 2)
     for name in ("rope.cos", "rope.sin"):
         yield _entry(name, "F16", table)
-    for name in stored_names(config):
+    for name in shapes.names(tied_head=False, repeats=False):
         block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:

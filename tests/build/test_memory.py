@@ -21,6 +21,7 @@ from compress.formats import get_format
 from compress.machine import available_memory, bounded, resident_memory
 from compress.plan.job import prepare
 from compress.plan.memory import check_memory, hessian_bytes, smallest_memory
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 
 
@@ -30,7 +31,8 @@ def model(tmp_path_factory):
 
 
 def job_of(model, recipe="int4-fast", *overrides):
-    return prepare(Checkpoint.open(str(model)), load(recipe, overrides, []))
+    found = load(recipe, overrides, [])
+    return prepare(Checkpoint.open(str(model)), found, transforms=transforms_of(found))
 
 
 def test_a_limit_bounds_what_is_available():
