@@ -89,7 +89,7 @@ class DecoderConfig:
     def from_hf(
         cls, keys: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> DecoderConfig:
-        """From the keys of ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
+        """From ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
 
         Raises:
             UnsupportedModelError: an architecture or a setting that is not in ``FAMILIES``.

@@ -273,8 +273,8 @@ class Decoder:
         return mb.concat(values=[*turned, *tail], axis=-1, name=f"{name}_rotated")
 
     def cached(self, which: int, block: int, new: Var, span: tuple[Var, Var]) -> Var:
-        """Put ``new`` into a cache; the block's layer of it up to ``end``, every head of it once per
-        query head that shares it: ``[1, heads, n, head_dim]``.
+        """Put ``new`` into a cache; the block's layer of it up to ``end``, each head of it once for
+        every query head that shares it: ``[1, heads, n, head_dim]``.
 
         ``coreml_update_state`` writes the state and reads it back, which is what lets Core ML
         update it in place; ``self.caches`` is the chain.

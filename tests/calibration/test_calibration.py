@@ -13,7 +13,6 @@ import tiny
 from hooked import Model, distance, draw_windows, hooked
 
 from compress.calibration import walk as walking
-from compress.calibration.collect import collect
 from compress.calibration.statistics import (
     LayerStats,
     Statistics,
@@ -24,6 +23,7 @@ from compress.calibration.statistics import (
     save,
     unpack_hessian,
 )
+from compress.calibration.step import collect
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import walk
 from compress.checkpoint.checkpoint import Checkpoint, Stored
