@@ -67,7 +67,6 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
         needs.append(alone + WAITING * (len(job.plans) - 1))
     # A block's linears in float32, and one of them as it comes from the file; and what a token
     # leaves behind on its way through a block, float32.
-    embedding = embedding_bytes(config)
     sizes = [rows * columns for rows, columns in map(config.weight_shape, config.linear_roles)]
     block = 4 * sum(sizes) + 2 * max(sizes)
     heads = config.num_attention_heads * config.head_dim
@@ -81,11 +80,13 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
         if recipe.calibration.propagate == "quantized" and needs_of(recipe.solver):
             held = 2 * inputs + block // 2  # drifts, codes
         solving = COPIES * max(4 * max(sizes), widest) if hessian else 0
-        needs.append(TORCH + max(embedding, 2 * held + max(block + length * token, solving)))
+        needs.append(
+            TORCH + max(embedding_bytes(config), 2 * held + max(block + length * token, solving))
+        )
     if verify:
         length = window_length(config, job.plans, recipe.sequence_length)
         logits = 3 * 4 * length * config.vocab_size
-        needs.append(TORCH + max(block + length * token, embedding + logits))
+        needs.append(TORCH + max(block + length * token, embedding_bytes(config) + logits))
     return PYTHON + max(needs)
 
 

@@ -30,7 +30,7 @@ from exporters.gguf.metadata import (
     rope_tensors,
     write_architecture,
 )
-from exporters.gguf.mixes import file_type
+from exporters.gguf.mixes import MIXES, Mix
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 
 ALIGNMENT = 32  # gguf's default, so no key says it
@@ -131,12 +131,15 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
-    sizes: Counter[str] = Counter()
-    for entry in plan.entries:
-        sizes[entry.grid] += entry.nbytes
-    writer.add_file_type(file_type(plan.type_name, sizes))
-    if plan.type_name.startswith("mix-"):
+    if plan.type_name.startswith("mix-"):  # goes by the type of most bytes
+        numbers, sizes = dict(MIXES.values()), Counter({"F16": 0})
+        for entry in plan.entries:
+            if entry.grid in numbers:
+                sizes[entry.grid] += entry.nbytes
+        writer.add_file_type(numbers[sizes.most_common(1)[0][0]])
         writer.add_string(TYPE_KEY, plan.type_name)
+    else:
+        writer.add_file_type(Mix.parse(plan.type_name).file_type)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     write_vocabulary(writer, vocabulary)
     for entry in plan.entries:
