@@ -7,25 +7,31 @@ there would be one.)
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 
 __all__ = [
+    "LARGEST_TEXT",
     "cache_folder",
+    "check_unchanged",
     "computed_once",
     "file_lock",
     "is_url",
+    "read_bounded",
     "real_path",
     "scratch_folder",
+    "stamps",
     "sync",
     "write_whole",
 ]
@@ -33,6 +39,10 @@ __all__ = [
 T = TypeVar("T")
 
 LOCK = "lock"
+LARGEST_TEXT = 100_000_000  # bytes of a file that is read whole
+
+Stamp = tuple[int, int, int]
+"""Size in bytes, time of the last change in nanoseconds, inode."""
 
 
 def cache_folder(kind: str = "calibration") -> Path:
@@ -69,6 +79,47 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a plain file, which must not be endless: no device, no pipe, no huge file.
+
+    Raises:
+        OSError: it cannot be read, or is none of that.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
+    with open(handle, "rb") as stream:
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+            return stream.read(most)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    raise OSError(errno.EFBIG, f"{found.st_size:,} bytes are more than {most:,}", str(path))
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
+    """What is another one after a change of a file; None for one that is not there."""
+    found: dict[Path, Stamp | None] = {}
+    for file in files:
+        with suppress(OSError):
+            now = file.stat()
+            found[file] = (now.st_size, now.st_mtime_ns, now.st_ino)
+        found.setdefault(file, None)
+    return found
+
+
+def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
+    """Refuse to say what was made from files that have changed since (``stamps``).
+
+    Raises:
+        CheckpointError: the first one that has.
+    """
+    now = stamps(before)
+    if changed := next((file for file in before if now[file] != before[file]), None):
+        raise CheckpointError(
+            f"{changed.name} has changed since it was opened: nobody can say what this is made of",
+            hint="begin again, once nothing writes to it",
+        )
+
+
 def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[], T]) -> T:
     """What ``load`` finds, or else what ``compute`` returns: processes of this machine that want
     the same wait for the one that computes, and load what it left.
@@ -96,12 +147,16 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: without ``wait``, another process holds it or has just let go of it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or something else than an empty file is there, which
+            would be removed.
     """
     flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size:
+                raise OSError(errno.EEXIST, "it was not made by packlight", str(path))
             fcntl.flock(handle, flags)
             if not is_same_file(handle, path):  # its holder has just ended, and removed it
                 if wait:
@@ -119,7 +174,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 def is_same_file(handle: int, path: Path) -> bool:
     """Whether a path still leads to an open file."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
 

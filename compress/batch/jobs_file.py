@@ -42,6 +42,9 @@ class Options(Section):
         default=None,
         description="Keys of the recipe with their values, such as quantize.solver: gptq.",
     )
+    adapter: list[str] | None = Field(
+        default=None, description="LoRA adapters, merged into the model: PATH or PATH=WEIGHT."
+    )
     calibration: list[str] | None = Field(default=None, description="Text or JSONL files.")
     eval_text: str | None = Field(default=None, description="UTF-8 text to score on.")
     imatrix: str | None = Field(default=None, description="A file with the importance of inputs.")

@@ -61,7 +61,7 @@ class Planner:
     def __init__(self, output: Path, memory: int, cpus: int, jobs: int) -> None:
         self._output = output
         self._memory, self._cpus, self._jobs = memory, cpus, jobs
-        self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}
+        self._opened: dict[tuple[str, ...], Checkpoint | PacklightError] = {}
 
     def plan(self, job: BatchJob) -> Planned:
         """What is known of a job; errors are part of it."""
@@ -107,11 +107,12 @@ class Planner:
         return Planned(job, settings, found, fingerprint(inputs))
 
     def _open(self, job: BatchJob) -> Checkpoint:
-        key = (job.model, job.revision)
+        adapters = job.options.adapter or ()
+        key = (job.model, job.revision, *adapters)
         if key not in self._opened:
             try:
                 opened: Checkpoint | PacklightError = Checkpoint.open(
-                    job.model, revision=job.revision or None
+                    job.model, adapters=adapters, revision=job.revision or None
                 )
             except PacklightError as error:
                 opened = error

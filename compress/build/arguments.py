@@ -14,7 +14,7 @@ from compress.errors import UsageError
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["PathLike", "build_settings", "limits", "path", "paths", "settings_of", "size"]
+__all__ = ["PathLike", "adapter_texts", "build_settings", "limits", "path", "paths", "settings_of", "size"]
 
 PathLike = str | Path
 PATHS = {
@@ -33,6 +33,7 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
         given[key] = str(given[key])
     given |= {
         "overrides": settings_of(given.get("overrides")),
+        "adapters": adapter_texts(given.get("adapters", ())),
         "gates": limits(given.get("gates")),
         "calibration": paths(given.get("calibration", ())),
         "max_memory": size("max_memory", given.get("max_memory")),
@@ -56,6 +57,17 @@ def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
         plain = isinstance(value, str) and yaml.safe_load(value) == value
         found.append(f"{key}={value if plain else json.dumps(value)}")
     return tuple(found)
+
+
+def adapter_texts(
+    adapters: PathLike | Sequence[PathLike] | Mapping[PathLike, float],
+) -> tuple[str, ...]:
+    """``PATH=WEIGHT``, as ``--adapter`` takes them."""
+    if isinstance(adapters, str | Path):
+        return (str(adapters),)
+    if isinstance(adapters, Mapping):
+        return tuple(f"{path}={weight!r}" for path, weight in adapters.items())
+    return tuple(map(str, adapters))
 
 
 def limits(gates: Mapping[str, str] | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from compress.output.lock import check_lock, identity, lock_document
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.errors import UsageError
+from compress.errors import UsageError, without_secrets
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -34,7 +34,7 @@ from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_options", "check_places", "command_line",
-    "decide", "identity_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
+    "decide", "identity_of", "inputs_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
     "resolved_recipe",
 ]  # fmt: skip
 
@@ -50,6 +50,7 @@ class BuildSettings:
 
     model: str
     output: Path | None = None
+    adapters: Sequence[str] = ()
     recipe: str = "phone-4bit"
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
@@ -90,6 +91,7 @@ class VerifySettings:
 
     artifact: Path
     baseline: str
+    adapters: Sequence[str] = ()
     eval_text: Path | None = None
     tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
@@ -144,18 +146,22 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates)
+    if settings.dry_run or not settings.verify or settings.allow_dense or settings.seed is not None:
+        for line in idle_options(settings, recipe):
+            console.warning(line)
     previous = None
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
-    checkpoint = Checkpoint.open(settings.model, **settings.hub)
+    checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
-    for line in checkpoint.warnings:
-        console.warning(line)
-    output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
+    names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
+    for line in checkpoint.warnings:
+        console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
 
@@ -240,6 +246,13 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     )
 
 
+def inputs_of(decision: Decision) -> list[Path]:
+    """The files beside the checkpoint that artifacts are made from."""
+    if imatrix := decision.importance.imatrix:
+        return [imatrix]
+    return texts_of(decision.job.recipe) if looks_at_inputs(decision.job.recipe) else []
+
+
 def lock_of(decision: Decision, console: Console) -> Lock:
     """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
     against its plan.
@@ -247,12 +260,11 @@ def lock_of(decision: Decision, console: Console) -> Lock:
     Raises:
         UsageError: see ``compress.output.lock.check_lock``.
     """
-    settings, job, imatrix = decision.settings, decision.job, decision.importance.imatrix
-    inputs = texts_of(job.recipe) if looks_at_inputs(job.recipe) else []
+    settings, job = decision.settings, decision.job
     with console.progress("hash the checkpoint") as update:
         lock = lock_document(
             job.checkpoint,
-            [imatrix] if imatrix else inputs,
+            inputs_of(decision),
             thorough=settings.provenance or settings.locked,
             progress=update,
         )
@@ -277,6 +289,38 @@ def check_options(settings: BuildSettings) -> None:
     budget = bool(settings.budget or settings.budget_memory or settings.device)
     if budget and settings.plan is not None:
         raise UsageError("a budget and --plan exclude each other")
+
+
+def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
+    """A line for each option that changes nothing in this build."""
+    options = {
+        "--no-verify runs nothing": {
+            "--eval-text": not settings.verify and settings.eval_text,
+            "--keep-baseline": not settings.verify and settings.keep_baseline,
+        },
+        "--dry-run writes nothing": {
+            "--overwrite": settings.dry_run and settings.overwrite,
+            "--resume": settings.dry_run and settings.resume,
+            "--provenance": settings.dry_run and settings.provenance,
+            "--save-imatrix": settings.dry_run and settings.save_imatrix,
+            "--save-checkpoint": settings.dry_run and settings.save_checkpoint,
+            "--junit and --summary": settings.dry_run and settings.ci_files,
+        },
+        "nothing here looks at calibration texts": {
+            "--seed": settings.seed is not None
+            and not (looks_at_inputs(recipe) or settings.save_imatrix),
+        },
+        "no target has sparsity": {
+            "--allow-dense": settings.allow_dense
+            and not any("sparsity" in target for target in recipe.targets.values()),
+        },
+    }
+    return [
+        f"{option} has no effect: {why}"
+        for why, given in options.items()
+        for option, idle in given.items()
+        if idle
+    ]
 
 
 def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:
@@ -332,6 +376,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
     words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
     if revision := settings.hub.get("revision"):
         words += ["--revision", revision]
+    for adapter in checkpoint.adapters:
+        words += ["--adapter", adapter.label]
     for name in settings.formats:
         words += ["-f", name]
     for override in settings.overrides:
@@ -359,4 +405,4 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
-    return shlex.join([*words, "-o", output.name])
+    return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

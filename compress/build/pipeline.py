@@ -7,14 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import BuildSettings, Decision, check_places, decide, identity_of, lock_of
+from compress.build.decide import (
+    BuildSettings,
+    Decision,
+    check_places,
+    decide,
+    identity_of,
+    inputs_of,
+    lock_of,
+)
 from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
+from compress.files import check_unchanged, stamps
 from compress.machine import bounded
 from compress.output.checksums import folder_digests, write_checksums
-from compress.output.folder import Resume, check_output, work_folder
+from compress.output.folder import Resume, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
@@ -55,12 +64,12 @@ def build(settings: BuildSettings, console: Console) -> Built:
         console.begin("plan")
         decision = decide(settings, console)
         scorer = check_places(decision, console)
+        opened = {**decision.job.checkpoint.opened, **stamps(inputs_of(decision))}
         lock = lock_of(decision, console)
         afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
         resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
-        with work_folder(decision.output, resume) as folder:
-            # Another build may just have ended.
-            check_output(decision.output, overwrite=settings.overwrite)
+        overwrite = settings.overwrite
+        with work_folder(decision.output, resume, overwrite=overwrite) as folder:
             ready = choose(decision, console, keep=settings.resume)
             job = ready.job
             artifacts = write_artifacts(job, ready.calibration, folder, console)
@@ -77,6 +86,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
                 report.notes += ready.calibration.notes()
             if decision.previous:
                 decision.previous.apply(report, console)
+            check_unchanged(opened)
             write_report(report, job, lock, folder)
             if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
                 from compress.output.pruned_checkpoint import save_pruned
@@ -172,7 +182,7 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
-    config, notes = job.config, []
+    config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
         notes.append(
             f"Artifacts hold up to {config.max_context} positions of the model's "
@@ -192,6 +202,7 @@ def make_report(
             job.checkpoint.source,
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
+            job.checkpoint.adapters,
         ),
         recipe=job.recipe.to_dict(),
         command=job.command,

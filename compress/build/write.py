@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
+from compress.errors import GridError
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
@@ -94,7 +95,10 @@ def put_tensors(writers: Sequence[Writer], written: Written) -> None:
                 if entry.target_name in weights.ledger:
                     written(entry.nbytes)
                     continue
-                end = writer.put(entry)
+                try:
+                    end = writer.put(entry)
+                except GridError as error:
+                    raise GridError(f"{entry.name}: {error.message}", error.hint) from error
                 facts = {"weight": entry.name, "fallen": weights.fallen.get(entry.name, 0)}
                 weights.ledger.add(entry.target_name, writer.file, end, **facts)
             if weights.statistics is not None:

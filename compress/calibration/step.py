@@ -27,7 +27,7 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
-from compress.files import cache_folder, computed_once, sync
+from compress.files import cache_folder, check_unchanged, computed_once, sync
 from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
@@ -313,6 +313,7 @@ def collect_anew(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
+        check_unchanged(source.checkpoint.opened)  # or the cache would answer for other weights
         folder.rename(final)
 
 

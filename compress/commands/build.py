@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.commands.options import (
+    adapter_option,
     device_names,
     eval_option,
     format_option,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
+@adapter_option
 @recipe_option
 @format_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",

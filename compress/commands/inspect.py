@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    adapter_option,
     device_names,
     format_option,
     hub_of,
@@ -35,6 +36,7 @@ def inspect(target: str, **options: Any) -> int:
 
 @click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
+@adapter_option
 @click.option("--device", metavar="NAME", shell_complete=device_names,
               help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Any other limit, e.g. 3GiB.")
@@ -64,6 +66,7 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
         overrides=options["overrides"],
         formats=options["formats"],
         hub=hub_of(options),
+        adapters=options["adapters"],
     )
     console.result({"rows": rows})
     print_fit(rows, console)

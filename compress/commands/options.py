@@ -157,6 +157,11 @@ recipe_option = click.option(
     "-r", "--recipe", default="phone-4bit", show_default=True, metavar="NAME|FILE",
     shell_complete=recipe_names, help="A shipped recipe or a YAML file.",
 )  # fmt: skip
+adapter_option = click.option(
+    "--adapter", "adapters", multiple=True, metavar="LORA[=WEIGHT]",
+    help="A LoRA adapter of PEFT, a folder or a Hub id, merged into MODEL as it is read; may be "
+         "repeated, each with a weight: my-lora=0.5.",
+)  # fmt: skip
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Override a key of the recipe, e.g. quantize.solver=gptq.",

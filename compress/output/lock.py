@@ -39,7 +39,6 @@ __all__ = [
     "identity",
     "lock_document",
     "provenance",
-    "source_files",
     "versions",
 ]
 
@@ -89,7 +88,7 @@ def lock_document(
         thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
     """
-    files = source_files(checkpoint)
+    files = checkpoint.files()
     digests = {path: None if thorough else hub_digest(path) for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
@@ -110,18 +109,11 @@ def lock_document(
             headers=headers_digest(checkpoint), files=hashes if known else None
         ),
         inputs={name: sha256_of(path) for name, path in named.items()},
+        adapters={
+            f"{adapter.label}#{number}" if number > 1 else adapter.label: adapter.files
+            for number, adapter in enumerate(checkpoint.adapters, 1)
+        },
     )
-
-
-def source_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a checkpoint that a build reads, by name."""
-    folder = checkpoint.path
-    shards = {info.file for info in checkpoint.tensors.values()}
-    names = ("config.json", "generation_config.json")
-    others = {folder / name for name in names if (folder / name).is_file()}
-    indices = {path for path in folder.glob("*.index.json") if path.is_file()}
-    tokenizer = set(checkpoint.tokenizer_files())
-    return sorted(shards | others | indices | tokenizer, key=lambda path: path.name)
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:
@@ -304,6 +296,7 @@ def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, An
                     "command": shlex.join(words),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
+                    **({"adapters": [*lock.adapters]} if lock.adapters else {}),
                     "recipe": job.recipe.to_dict(),
                 },
                 "internalParameters": {
@@ -346,6 +339,11 @@ def dependencies(job: Job, lock: Lock) -> Iterator[dict[str, Any]]:
             at = f"{checkpoint.source}/resolve/{checkpoint.revision}"
             uri = f"https://huggingface.co/{at}/{name}"
         yield resource(name, digest, uri)
+    for adapter in checkpoint.adapters:
+        at = f"{adapter.source}/resolve/{adapter.revision}"
+        for name, digest in adapter.files.items():
+            uri = f"https://huggingface.co/{at}/{name}" if adapter.revision else ""
+            yield resource(f"{adapter.source}/{name}", digest, uri)
     for name, digest in lock.inputs.items():
         yield resource(name, digest)
     for name, installed in lock.versions.items():

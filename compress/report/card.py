@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from compress.console import format_bytes
+from compress.errors import visible
 from compress.formats import get_format
 from compress.report.report import Report
 from compress.report.words import fenced, figure, label, sentence
@@ -55,7 +56,7 @@ def model_card(report: Report) -> str:
     }
     text = files("compress.report").joinpath("card.md.j2").read_text("utf-8")
     gates = [(artifact, gate) for artifact in artifacts for gate in artifact.gates]
-    return environment.from_string(text).render(
+    card = environment.from_string(text).render(
         report=report,
         artifacts=artifacts,
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000),
@@ -63,3 +64,4 @@ def model_card(report: Report) -> str:
         failed=[f"{label(artifact)}: {gate.name}" for artifact, gate in gates if not gate.passed],
         get_format=get_format,
     )
+    return visible(card)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import UsageError
+from compress.errors import UsageError, visible
 from compress.files import real_path
 from compress.report.words import (
     HEADERS,
@@ -212,5 +212,5 @@ def gate_case(gate: GateReport) -> ET.Element:
 
 
 def xml_text(text: str) -> str:
-    """Text without what XML cannot hold."""
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Text without what XML cannot hold, or a page would obey."""
+    return visible(NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from compress.console import format_bytes
+from compress.errors import visible
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
 from compress.report.words import amount, gate_failure, label, short_size
@@ -37,7 +38,7 @@ def render(report: Report) -> str:
     folder = files("compress.report")
     template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report.artifacts
-    return template.render(
+    page = template.render(
         report=report,
         artifacts=artifacts,
         styles={found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)},
@@ -61,6 +62,7 @@ def render(report: Report) -> str:
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
+    return visible(page)
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:

@@ -11,7 +11,7 @@ from compress.calibration.texts import read_words
 from compress.checkpoint.checkpoint import Stored
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError
-from compress.files import scratch_folder
+from compress.files import check_unchanged, scratch_folder
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
@@ -169,6 +169,7 @@ class Scorer:
             else:
                 store = self._answers(decoder, folder)
                 self.speed = self._measure_speed(stored)
+                check_unchanged(job.checkpoint.opened)
                 if cache:
                     cache.save(folder, self.speed)
         if self.speed is None:

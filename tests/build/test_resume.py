@@ -262,6 +262,7 @@ def test_room_that_an_interrupted_build_has_taken_counts_as_free(tmp_path, monke
     state.mkdir(parents=True)
     with pytest.raises(DiskFullError):
         check_disk(tmp_path / "out", 1 << 20)
+    (state / "build.json").write_text("{}")
     (state / "written").write_bytes(bytes(1 << 20))
     check_disk(tmp_path / "out", 1 << 20)
 
@@ -273,7 +274,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from compress.output.checksums import write_checksums
 from compress.plan.weights import Ledger
-from compress.output.folder import Resume, check_output, state_folder, work_folder
+from compress.output.folder import Resume, state_folder, work_folder
 
 CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 place = Path(sys.argv[1])
@@ -281,8 +282,8 @@ output, old, overwrite = place / "out", sys.argv[2] == "old", sys.argv[2] == "ol
 
 
 def build(name):
-    with work_folder(output, Resume({"build": name}, wanted=True)) as folder:
-        check_output(output, overwrite=overwrite)
+    resume = Resume({"build": name}, wanted=True)
+    with work_folder(output, resume, overwrite=overwrite) as folder:
         target, ledger = folder / "gguf", Ledger(state_folder(folder) / "gguf.ledger", "t")
         target.mkdir(exist_ok=True)
         file = target / "weights"
