@@ -1,12 +1,14 @@
 """The path of one build: which of our functions run, in how many files, how deep.
 
 ``python tests/path.py FORMAT SOLVER`` prints them as JSON; ``test_path.py`` holds the figures. What
-runs while a module is imported does not count, nor do lambdas and comprehensions.
+runs while a module is imported does not count, nor do lambdas and comprehensions. A solver that
+looks at inputs has its statistics in the cache: a process before this one puts them there.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +32,7 @@ class Trace:
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
         self.deepest: list[str] = []
+        self.inside = 0  # frames of ``PLAN_AND_WRITE`` on any stack, at most
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event != "call" or not is_ours(frame.f_code):
@@ -46,6 +49,7 @@ class Trace:
         self.codes.add(frame.f_code)
         if len(above) > len(self.deepest):
             self.deepest = above[::-1]
+        self.inside = max(self.inside, sum(name.startswith(PLAN_AND_WRITE) for name in above))
 
 
 def is_ours(code: CodeType) -> bool:
@@ -63,10 +67,14 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
 
     seen = Trace()
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [
-            "packlight", "build", str(model_path()), "-r", "int4-fast", "-f", name,
-            "--set", f"quantize.solver={solver}", "--no-verify", "-o", f"{folder}/out", "-q",
+        options = [
+            "build", str(model_path()), "-r", "int4-fast", "-f", name,
+            "--set", f"quantize.solver={solver}", "--no-verify", "-q",
         ]  # fmt: skip
+        if solver != "rtn":
+            before = [sys.executable, "-m", "compress", *options, "-o", f"{folder}/before"]
+            subprocess.run(before, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        sys.argv = ["packlight", *options, "-o", f"{folder}/out"]
         threading.setprofile(seen)
         sys.setprofile(seen)
         try:
@@ -78,14 +86,15 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
             threading.setprofile(None)
     assert code == 0
     functions = sorted(map(label, seen.codes))
-    return {"functions": functions, "deepest": seen.deepest, **figures(functions, seen.deepest)}
+    return {"functions": functions, "deepest": seen.deepest, **figures(functions, seen)}
 
 
-def figures(functions: list[str], deepest: list[str]) -> dict[str, Any]:
+def figures(functions: list[str], seen: Trace) -> dict[str, Any]:
+    """Functions, files and frames of the whole build, and of plan and write alone."""
     part = [name for name in functions if name.startswith(PLAN_AND_WRITE)]
     return {
-        "all": [len(functions), len({f.partition(":")[0] for f in functions}), len(deepest)],
-        "plan and write": [len(part), len({f.partition(":")[0] for f in part})],
+        "all": [len(functions), len({f.partition(":")[0] for f in functions}), len(seen.deepest)],
+        "plan and write": [len(part), len({f.partition(":")[0] for f in part}), seen.inside],
     }
 
 
