@@ -101,7 +101,7 @@ def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
     statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     solve, chosen = get_solver(solver), get_grid(grid)
     name = "blocks.0.k_proj.weight"
-    solve(weight(config, name)[:64], chosen, statistics and statistics.for_weight(name))
+    solve(weight(config, name)[:64], chosen, statistics.for_weight(name) if statistics else None)
     statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
     spent = 0.0
     for role in LINEARS:
@@ -110,7 +110,7 @@ def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
         step = SLAB // values.shape[1] // 64 * 64
         start = time.process_time()
         for first in range(0, len(values), step):
-            stats = statistics and statistics.for_weight(name)
+            stats = statistics.for_weight(name) if statistics else None
             solve(values[first : first + step], chosen, stats).pack()
         spent += time.process_time() - start
     return {"cpu_seconds": spent}

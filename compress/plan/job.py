@@ -138,7 +138,8 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    name, cut = model_name(checkpoint.source), None
+    name = model_name(checkpoint.source)
+    cut: Cut | None = None
     if recipe.prunes:
         whole = make_plans(config, name, recipe, context, transforms)
         cut = plan_cut(config, recipe.prune, whole)

@@ -104,7 +104,7 @@ class Weights:
         Args:
             slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
         """
-        stats = self.statistics and self.statistics.for_weight(name)
+        stats = self.statistics.for_weight(name) if self.statistics else None
         if self._at_once == 1 or len(slabs) == 1:
             for rows in slabs:
                 if rows is None or rows.start == 0:

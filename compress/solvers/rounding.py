@@ -9,6 +9,8 @@ neighbours nor on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from compress.grids import (
@@ -79,6 +81,7 @@ class Spans:
         self.grid, self.span = grid, grid.span
         self.together = grid.together if isinstance(grid, CodebookGrid) else 1
         # Parameters → the values that columns may take.
+        self._values: Callable[[Params], Lattice | Codebook]
         self._values = grid.codebook if isinstance(grid, CodebookGrid) else grid.lattice
         self.fitted: list[Params] = [{}] * (columns // grid.span)
 

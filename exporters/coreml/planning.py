@@ -81,9 +81,9 @@ def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
     Raises:
         GridError: a grid that Core ML does not store.
     """
-    if grid in FLOATS:
-        return (Part("val", FLOATS[grid], shape),)
     if isinstance(grid, str):
+        if grid in FLOATS:
+            return (Part("val", FLOATS[grid], shape),)
         grid = get_grid(grid)
     match grid:
         case DenseGrid(name="F16"):  # what a sparse grid has of it

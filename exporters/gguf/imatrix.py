@@ -132,7 +132,7 @@ def pooled(runs: Sequence[LayerStats]) -> LayerStats:
 
 def linear_names(config: DecoderConfig) -> Iterator[str]:
     """Our names of the matrices that GGUF has and that multiply an input."""
-    fused = FUSED if ARCHITECTURES[config.family] == "phi3" else ()
+    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
     for name in WeightMap(config).names(tied_head=False, fused=fused):
         if input_of(config, name) is not None:
             yield name

@@ -60,7 +60,7 @@ def plan_entries(
         GridError: a choice that the tensor's rows cannot hold.
     """
     weights = WeightMap(config)
-    fused = FUSED if ARCHITECTURES[config.family] == "phi3" else ()
+    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
     for name in weights.names(tied_head=False, fused=fused):  # llama.cpp uses token_embd again
         block, role, kind = split_name(name)
         shape = weights.shape(name)
