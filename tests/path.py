@@ -24,6 +24,7 @@ PLAN_AND_WRITE = (
     "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",
     "compress/build/write.py", "exporters/",
 )  # fmt: skip
+INSIDE = tuple(f"{ROOT}/{place}" for place in PLAN_AND_WRITE)
 
 
 class Trace:
@@ -37,19 +38,20 @@ class Trace:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event != "call" or not is_ours(frame.f_code):
             return
-        above: list[str] = []
+        above: list[CodeType] = []
         caller: FrameType | None = frame
         while caller is not None:
             code = caller.f_code
             if code.co_name == "<module>" and code.co_filename.startswith(OURS):
                 return  # an import is under way
             if is_ours(code):
-                above.append(label(code))
+                above.append(code)
             caller = caller.f_back
         self.codes.add(frame.f_code)
         if len(above) > len(self.deepest):
-            self.deepest = above[::-1]
-        self.inside = max(self.inside, sum(name.startswith(PLAN_AND_WRITE) for name in above))
+            self.deepest = [label(code) for code in above[::-1]]
+        inside = sum(code.co_filename.startswith(INSIDE) for code in above)
+        self.inside = max(self.inside, inside)
 
 
 def is_ours(code: CodeType) -> bool:
@@ -69,7 +71,8 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = [
             "build", str(model_path()), "-r", "int4-fast", "-f", name,
-            "--set", f"quantize.solver={solver}", "--no-verify", "-q",
+            "--set", f"quantize.solver={solver}", "--set", "calibration.tokens=1024",
+            "--set", "calibration.sequence_length=256", "--no-verify", "-q",
         ]  # fmt: skip
         if solver != "rtn":
             before = [sys.executable, "-m", "compress", *options, "-o", f"{folder}/before"]
