@@ -92,7 +92,8 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        self.config: dict[str, Any] = read_config(path)
+        config = path / "config.json"  # where there is none, a word on what is there
+        self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
