@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.step import Importance, texts_of
+from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
@@ -32,7 +33,7 @@ from compress.plan.transform import Transforms
 from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.report.against import Previous
-from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_places", "command_line", "decide",
