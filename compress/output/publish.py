@@ -194,7 +194,7 @@ def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], rep
     from huggingface_hub import HfApi, errors
 
     # Large files: of huggingface_hub 0.x. HTTPError: of requests, httpx or httpx2, by its version.
-    also = (errors.HTTPError, getattr(errors, "XetError", OSError))
+    also = (getattr(errors, "HTTPError", OSError), getattr(errors, "XetError", OSError))
     api = HfApi(library_name="packlight", library_version=report.tool.version)
     try:
         return commit(api, settings, operations, report)

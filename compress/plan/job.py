@@ -313,7 +313,8 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
     )
     # A pruned model keeps less.
     sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
-    shape = replace(config, **{key: n for key, n in sizes.items() if isinstance(n, int) and n > 0})
+    known: dict[str, Any] = {k: n for k, n in sizes.items() if isinstance(n, int) and n > 0}
+    shape = replace(config, **known)
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
