@@ -148,7 +148,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates) if settings.verify or settings.dry_run else []
-    if settings.dry_run or not settings.verify or settings.allow_dense or settings.seed is not None:
+    unread = not settings.verify and (settings.eval_text or settings.keep_baseline)
+    if unread or settings.dry_run or settings.allow_dense or settings.seed is not None:
         for line in idle_options(settings, recipe):
             console.warning(line)
     previous = None
