@@ -149,7 +149,7 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
     assert contents(builds.output) == whole
     said = builds.log.read_text()
     for target, names in before.items():
-        assert not names or f"{target}: {len(names)} arrays were written before" in said
+        assert not names or f"{target}: {len(names)} tensors were written before" in said
     assert sorted(path.name for path in builds.place.iterdir()) == ["cache", "log", "out"]
     builds.forget()
 
@@ -183,7 +183,7 @@ def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(builds):
     assert contents(builds.output) == whole
     assert left["gguf"] and left["onnx"]
     for target, names in left.items():
-        assert f"{target}: {len(names)} arrays were written before" in builds.log.read_text()
+        assert f"{target}: {len(names)} tensors were written before" in builds.log.read_text()
     builds.forget()
 
 
