@@ -10,7 +10,8 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress import cli, machine
+from compress import __main__ as cli
+from compress import machine
 from compress.calibration import walk
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console

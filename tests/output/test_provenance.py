@@ -222,14 +222,14 @@ def test_large_files_are_hashed_on_demand_and_once(
     assert found == {name: real[name] for name in found} and "model.safetensors" in found
     monkeypatch.setattr(origin, "sha256_of", lambda path: pytest.fail(f"hashed {path} again"))
     large = [path for path in place.iterdir() if path.stat().st_size > 1000]
-    assert {path.name: origin.cached_digest(path, 1000) for path in large} == {
+    assert {path.name: origin.cached_digest(path) for path in large} == {
         path.name: real[path.name] for path in large
     }
     monkeypatch.undo()
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     shard = place / "model.safetensors"
     shard.write_bytes(b"x" * 2000)
-    assert origin.cached_digest(shard, 1000) == hashlib.sha256(b"x" * 2000).hexdigest()
+    assert origin.cached_digest(shard) == hashlib.sha256(b"x" * 2000).hexdigest()
 
 
 def test_the_hubs_cache_knows_the_hashes(
