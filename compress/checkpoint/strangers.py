@@ -119,7 +119,10 @@ def other_file(path: Path) -> PacklightError:
             hint=f"give the folder that holds all of them, such as {folder}",
         )
     if path.name.endswith((".safetensors", ".index.json")) or path.name == "config.json":
-        return UsageError(f"{path} is one file of a checkpoint", hint=f"give its folder: {folder}")
+        return UsageError(
+            f"{path} is not a folder, but one file of a checkpoint",
+            hint=f"give its folder: {folder}",
+        )
     return UsageError(
         f"{path} is not a folder with a checkpoint",
         hint="a folder holds config.json, *.safetensors and the tokenizer's files",
