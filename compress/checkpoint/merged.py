@@ -17,6 +17,7 @@ import numpy as np
 from compress.checkpoint.adapter import CONFIG, MERGE, Adapter
 from compress.checkpoint.checkpoint import Checkpoint, Float32
 from compress.checkpoint.safetensors import TensorInfo, check_finite
+from compress.checkpoint.settle import settle_head
 from compress.checkpoint.terms import BiasTerm, LowRank, Term, TokenRows, same_values
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import short
@@ -298,6 +299,8 @@ def merge(
         UnsupportedModelError: see ``DecoderConfig.from_hf``.
     """
     config = DecoderConfig.from_hf(base.config, base.generation_config)
+    if config.tie_word_embeddings:
+        config = settle_head(config, base)
     WeightMap(config).check(base)
     texts = [adapters] if isinstance(adapters, str) else adapters
     opened = [Adapter.open(str(text), token=token, cache_dir=cache_dir) for text in texts]
