@@ -90,8 +90,9 @@ class Writer:
         config, self._layout = weights.config, Layout()
         self._constants = Constants(tools.mb, tools.storage, plan, config)
         self._storage = tools.storage
-        program = build_program(tools, config, plan.settings["context"], self._constants)
-        self._model = tools.export(program, self._constants, self._layout, weights)
+        with ONE_AT_A_TIME:
+            program = build_program(tools, config, plan.settings["context"], self._constants)
+            self._model = tools.export(program, self._constants, self._layout, weights)
         add_metadata(self._model, plan, weights)
         if not weights.ledger.cut(self.file):
             self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
@@ -162,8 +163,9 @@ def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the program as it will be, its arrays counted."""
     tools, layout = CoreMLTools(), Layout()
     constants = Constants(tools.mb, tools.storage, plan, source.config)
-    program = build_program(tools, source.config, plan.settings["context"], constants)
-    model = tools.export(program, constants, layout)
+    with ONE_AT_A_TIME:
+        program = build_program(tools, source.config, plan.settings["context"], constants)
+        model = tools.export(program, constants, layout)
     add_metadata(model, plan, source)
     return layout.end + int(model.ByteSize()) + len(MANIFEST)
 
