@@ -120,9 +120,9 @@ def prepare(
     recipe: Recipe,
     *,
     context: int | None = None,
+    transforms: Transforms,
     command: str = "",
     choices: Mapping[str, Mapping[str, str]] | None = None,
-    transforms: Transforms | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -130,9 +130,9 @@ def prepare(
         checkpoint: opened.
         recipe: validated.
         context: positions of KV caches, over the recipe's.
+        transforms: of the recipe's targets (``compress.pruning.transforms``).
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
-        transforms: of the recipe's targets (``compress.pruning.transforms``).
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
@@ -147,19 +147,20 @@ def prepare(
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    changes = transforms or {}
     name = model_name(checkpoint.source)
-    plans = make_plans(config, name, recipe, context, changes, tokenizer=tokenizer)
-    cut = plan_cut(config, recipe.prune, plans) if recipe.prunes else None
-    if cut is not None or choices:
-        shape = config if cut is None else cut.config
-        plans = make_plans(
-            shape, name, recipe, context, changes, choices, whole=config, tokenizer=tokenizer
-        )
+    cut: Cut | None = None
+    if recipe.prunes:
+        whole = make_plans(config, name, recipe, context, transforms, tokenizer=tokenizer)
+        cut = plan_cut(config, recipe.prune, whole)
+    shape = config if cut is None else cut.config
+    plans = make_plans(
+        shape, name, recipe, context, transforms, choices, whole=config, tokenizer=tokenizer
+    )
     if notes:
         plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
+    source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(Stored(checkpoint, config), config, recipe, plans, positions, command, changes, cut)
+    return Job(source, config, recipe, plans, positions, command, transforms, cut)
 
 
 def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.calibration.texts import read_words
-from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.console import Console, format_bytes
-from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
 from compress.files import check_unchanged, scratch_folder
-from compress.formats import FORMATS
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
@@ -36,7 +34,7 @@ from compress.verify.tasks import Task, TaskSet
 if TYPE_CHECKING:
     from compress.decoder.decoder import Decoder
 
-__all__ = ["Scorer", "check_tokenizer", "describe_verification", "read_text", "text_name"]
+__all__ = ["Scorer", "describe_verification", "read_text", "text_name"]
 
 
 def read_text(path: Path | None) -> str:
@@ -54,21 +52,6 @@ def read_text(path: Path | None) -> str:
 def text_name(path: Path | None) -> str:
     """How reports call a text to score on."""
     return path.name if path else BUILTIN_TEXT
-
-
-def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that cannot read the texts a build wants.
-
-    Raises:
-        CheckpointError: no tokenizer.
-    """
-    if not has_tokenizer(checkpoint.path):
-        without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
-        raise CheckpointError(
-            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
-            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
-            f"text, with {' or '.join(without)}",
-        )
 
 
 def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
