@@ -172,7 +172,7 @@ def byte_level(config: DecoderConfig, merges: int) -> Vocabulary:
         add_bos=False,
         add_eos=False,
         add_space_prefix=False,
-        chat_template="",
+        chat_templates={},
         strips_after_special=False,
         notes=(),
     )
