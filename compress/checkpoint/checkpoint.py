@@ -105,7 +105,7 @@ class Checkpoint:
         cls,
         model: str | Path,
         *,
-        adapters: Sequence[str] = (),
+        adapters: str | Sequence[str] = (),
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,

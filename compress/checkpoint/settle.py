@@ -54,13 +54,13 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     return config
 
 
-def same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+def same_values(checkpoint: Checkpoint, first: str, second: str, slab: int = SLAB) -> bool:
     """Whether two matrices hold the same numbers, whatever their types; reads up to the first slab
-    that differs."""
+    (of so many weights) that differs."""
     shape = checkpoint.tensors[first].shape
     if checkpoint.tensors[second].shape != shape or not shape:
         return False
-    rows, step = shape[0], max(1, SLAB * shape[0] // max(1, int(np.prod(shape))))
+    rows, step = shape[0], max(1, slab * shape[0] // max(1, int(np.prod(shape))))
     return all(
         np.array_equal(
             checkpoint.read(first, slice(start, start + step)),

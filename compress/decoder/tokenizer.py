@@ -98,8 +98,8 @@ class Tokenizer:
     def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one. One that asks for the date is
-        told that of ``compress.decoder.chat_server``, so that a build has the same bytes tomorrow.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        that of ``chat_server.DATE``: a build has the same bytes tomorrow.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.

@@ -125,6 +125,8 @@ def load_library() -> Library:
     Raises:
         RuntimeMissingError: none is, or it does not export the C API (xllamacpp on Windows).
     """
+    # Otherwise a debugger's lines follow the one that says why it aborts.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     unusable = ""
     for distribution, package, patterns in LIBRARIES:
         spec = importlib.util.find_spec(package)

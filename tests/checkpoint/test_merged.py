@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, WeightMap
+from compress.errors import PacklightError
 
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 QUERY = ["q_proj"]
@@ -202,6 +203,25 @@ def test_weights_of_adapters_are_those_of_peft(llama, loras):
     found = weights(Checkpoint.open(llama, adapters=[f"{loras[0]}=0.5", f"{loras[1]}=-0.25"]))
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name].numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_embeddings_that_two_adapters_were_trained_on(llama, tmp_path):
+    """PEFT saves the embedding beneath a LoRA along with it: the same in both."""
+    adapters = [
+        peft_adapters.make(llama, tmp_path / str(seed), seed=seed, target_modules=["embed_tokens"])
+        for seed in (1, 2)
+    ]
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    (base,) = (name for name in tensors if name.endswith("base_layer.weight"))
+    name = "model.embed_tokens.weight"
+    plain = Checkpoint.open(llama).read(name)
+    found = Checkpoint.open(llama, adapters=[f"{path}=0.5" for path in adapters]).read(name)
+    each = [Checkpoint.open(llama, adapters=str(path)).read(name) - plain for path in adapters]
+    np.testing.assert_allclose(found, plain + sum(each) / 2, rtol=0, atol=1e-5)
+    tensors[base][0, 0] += 1
+    save_file(tensors, adapters[0] / "adapter_model.safetensors")
+    with pytest.raises(PacklightError, match=r"model\.embed_tokens\.weight is brought by 1, too"):
+        Checkpoint.open(llama, adapters=[*map(str, adapters)])
 
 
 def test_pickled_checkpoints_are_merged_and_not_changed(llama, loras, tmp_path):

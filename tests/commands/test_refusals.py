@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_bfloat16
 from safetensors.torch import save_file as save_bfloat16
 
-from compress import cli
+from compress import __main__ as cli
 
 
 @pytest.fixture(scope="module")

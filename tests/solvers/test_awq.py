@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from compress import cli
+from compress import __main__ as cli
 from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
