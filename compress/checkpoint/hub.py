@@ -25,6 +25,8 @@ from compress.errors import (
 # (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
 # that packlight does not build is refused before its gigabytes are fetched.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
+# The one folder that is looked into.
+CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
 
@@ -50,7 +52,7 @@ def download(
             token=token,
             cache_dir=cache_dir,
             allow_patterns=[pattern for group in patterns for pattern in group],
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if patterns == (CHAT_TEMPLATES,) else ["*/*"],
         )
         return Path(folder)
 
@@ -59,6 +61,7 @@ def download(
         if not (path / "config.json").is_file():
             read_config(path, repo_id, list_files(repo_id, path.name, token))
         find_family(read_config(path, repo_id))
+        fetch(CHAT_TEMPLATES)
         for single in WEIGHTS:
             names = weight_files(path, single)
             path = fetch(SMALL_FILES, list(map(glob.escape, names)))

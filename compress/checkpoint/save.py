@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import BYTES, write_safetensors
-from compress.checkpoint.side_files import hf_config, write_side_files
+from compress.checkpoint.side_files import copy_tokenizer, hf_config, write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.decoder.config_json import write_json
@@ -36,6 +36,7 @@ def write_checkpoint(source: Source, folder: Path, shard: int = SHARD) -> None:
     """
     config = DecoderConfig.from_hf(hf_config(source.config), source.checkpoint.generation_config)
     write_side_files(source.config, source.checkpoint, folder)
+    copy_tokenizer(source.checkpoint, folder)
     for license_file in sorted(source.checkpoint.path.glob("LICENSE*")):
         shutil.copyfile(license_file, folder / license_file.name)
     shards = split(tensor_headers(config, stored_dtypes(source.checkpoint)), shard)

@@ -70,7 +70,7 @@ class Hub:
         self.repositories[name] = files | {key.replace("__", "/"): more[key] for key in more}
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        parts = request.path.lstrip("/").split("/")
+        parts = request.path.partition("?")[0].lstrip("/").split("/")
         api = parts[:2] == ["api", "models"]
         owner, repository, verb, revision, *rest = [*(parts[2:] if api else parts), "", ""][:20]
         name = f"{owner}/{repository}"
@@ -79,6 +79,17 @@ class Hub:
             return self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", COMMIT, ""):
             return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if api and verb == "tree":  # which huggingface_hub 2 asks for
+            rows = [
+                {
+                    "type": "file",
+                    "path": file,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                for file, data in files.items()
+            ]
+            return self.send(request, 200, json.dumps(rows).encode(), {})
         if api:
             siblings = [{"rfilename": file} for file in files]
             body = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings}
