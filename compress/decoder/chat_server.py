@@ -33,7 +33,6 @@ def serve() -> None:
     for line in sys.stdin:
         messages, add_generation_prompt = json.loads(line)
         allow_seconds()
-        random.seed(0)  # Jinja's filter of that name, and lipsum
         text, error = "", ""
         try:
             random.seed(0)  # jinja2's filter of that name
