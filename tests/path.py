@@ -34,18 +34,18 @@ class Trace:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event != "call" or not is_ours(frame.f_code):
             return
-        above: list[str] = []
+        above: list[CodeType] = []
         caller: FrameType | None = frame
         while caller is not None:
             code = caller.f_code
             if code.co_name == "<module>" and code.co_filename.startswith(OURS):
                 return  # an import is under way
             if is_ours(code):
-                above.append(label(code))
+                above.append(code)
             caller = caller.f_back
         self.codes.add(frame.f_code)
         if len(above) > len(self.deepest):
-            self.deepest = above[::-1]
+            self.deepest = [label(code) for code in above[::-1]]
 
 
 def is_ours(code: CodeType) -> bool:
@@ -65,7 +65,8 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [
             "packlight", "build", str(model_path()), "-r", "int4-fast", "-f", name,
-            "--set", f"quantize.solver={solver}", "--no-verify", "-o", f"{folder}/out", "-q",
+            "--set", f"quantize.solver={solver}", "--set", "calibration.tokens=1024",
+            "--set", "calibration.sequence_length=256", "--no-verify", "-o", f"{folder}/out", "-q",
         ]  # fmt: skip
         threading.setprofile(seen)
         sys.setprofile(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import packlight
+from trees import warm
 
 from compress.recipe import load
 
@@ -50,6 +53,7 @@ def clone(tmp_path_factory) -> Path:
         subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
     else:
         shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".venv", "demo-out"))
+    warm(target)
     return target
 
 
@@ -135,14 +139,14 @@ def test_every_command_is_understood(demo, clone, tmp_path):
     """Of one format and on two windows; what comes after the first build is planned only."""
     checkpoint(clone, tmp_path)
     for command in in_order():
-        command = re.split(r"\s{2,}#", command)[0]
-        if command.startswith("packlight build"):
-            command += " -f gguf --set verify.windows=2"
-            if (tmp_path / "out").exists() and "--dry-run" not in command:
-                command += " --dry-run"
-        elif command.startswith("packlight verify") and "--checksums" not in command:
-            command += " --windows 2"
-        done = shell(command, tmp_path)
+        words = shlex.split(command, comments=True)[1:]
+        if words[0] == "build":
+            words += ["-f", "gguf", "--set", "verify.windows=2"]
+            if (tmp_path / "out").exists() and "--dry-run" not in words:
+                words += ["--dry-run"]
+        elif words[0] == "verify" and "--checksums" not in words:
+            words += ["--windows", "2"]
+        done = packlight(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if (tmp_path / "out").exists() and not (tmp_path / "last").exists():
             shutil.copytree(tmp_path / "out", tmp_path / "last")  # which was released
@@ -179,9 +183,15 @@ def test_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_the_python_lines_work(clone, tmp_path):
+@pytest.mark.parametrize("windows", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_python_lines_work(windows, clone, tmp_path):
+    """Measured on two windows; and as they are typed."""
     checkpoint(clone, tmp_path)
     (code,) = blocks("python")
+    if windows:
+        few = f'output="out-py", overrides={{"verify.windows": {windows}}}'
+        code = code.replace('output="out-py"', few)
+        assert few in code
     (tmp_path / "reader.py").write_text(code)
     done = shell(f"{sys.executable} reader.py", tmp_path)
     assert re.fullmatch(r"True 0\.00\d+\n", done.stdout), done.stdout + done.stderr

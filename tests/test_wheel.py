@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from trees import PACKAGES, warm
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("compress", "exporters", "packlight", "recipes")
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -34,6 +34,7 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("packlight-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
+    warm(folder / "site")
     return folder / "site"
 
 

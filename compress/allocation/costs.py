@@ -24,7 +24,7 @@ from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
-from compress.files import cache_folder, file_lock, write_whole
+from compress.files import cache_folder, check_unchanged, file_lock, write_whole
 from compress.grids import Float32, Grid, get_grid
 from compress.plan.weights import Solver
 
@@ -132,10 +132,12 @@ def measured(
                 table.sensitivities = measure(
                     source, calibration.windows, statistics, progress, most=effort.noisy
                 )
+            check_unchanged(source.checkpoint.opened)
             table.save(path)
         if missing := table.missing(wanted):
             with console.progress("measure grids", "tensors") as progress:
                 measure_errors(source, statistics, solve, missing, table.errors, effort, progress)
+            check_unchanged(source.checkpoint.opened)
             table.save(path)
     return table
 

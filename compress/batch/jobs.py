@@ -144,7 +144,7 @@ def read_jobs(path: Path) -> BatchFile:
     try:
         file = JobsFile.model_validate(document)
     except ValidationError as error:
-        raise explain(error, str(path), document, hint_of) from None
+        raise explain(error, str(path), document, JobsFile, hint_of) from None
     home = path.resolve().parent
     jobs = list(expand(file, home))
     if not jobs:

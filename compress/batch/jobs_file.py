@@ -34,9 +34,7 @@ Formats = Annotated[
 class Options(Section):
     """Options of `packlight build`, in its words."""
 
-    model_config = ConfigDict(
-        alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
-    )
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
 
     set: dict[str, Any] | None = Field(
         default=None,

@@ -16,7 +16,6 @@ from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import fingerprint
 from compress.build.decide import (
     BuildSettings,
-    check_options,
     identity_of,
     prepare_job,
     resolved_recipe,
@@ -79,7 +78,6 @@ class Planner:
             return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
 
     def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
-        check_options(settings)
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})

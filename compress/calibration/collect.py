@@ -19,7 +19,7 @@ from compress.calibration.statistics import Statistics, file_name, input_names, 
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
-from compress.files import cache_folder, computed_once, sync
+from compress.files import cache_folder, check_unchanged, computed_once, sync
 
 __all__ = ["collect"]
 
@@ -92,6 +92,7 @@ def collect_anew(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
+        check_unchanged(source.checkpoint.opened)  # or the cache would answer for other weights
         folder.rename(final)
 
 

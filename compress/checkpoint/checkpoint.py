@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.hub import download
+from compress.checkpoint.folder import check_folder
+from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -31,10 +32,12 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
-from compress.errors import CheckpointError, UsageError
-from compress.files import cache_folder, is_url
+from compress.decoder.names import BUFFERS
+from compress.errors import CheckpointError, UsageError, without_secrets
+from compress.files import cache_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
@@ -61,12 +64,13 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
-        warnings: lines for the user (pickled weights).
+        opened: the files that a build reads, as they were then (``compress.files.stamps``).
+        warnings: lines for the user and the report: pickled weights, names that differ.
         adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
@@ -82,16 +86,19 @@ class Checkpoint:
 
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
-        self.source = source or path.resolve().name
+        self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        check_folder(path)
+        before = stamps(path.iterdir())
+        self.config: dict[str, Any] = read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         self.tensors: dict[str, TensorInfo] = self._scan()
+        self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
     def open(
@@ -113,7 +120,8 @@ class Checkpoint:
             revision, token, cache_dir: for a Hub id; the revision is the model's.
 
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id.
+            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
+                not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
         if adapters:
@@ -126,10 +134,20 @@ class Checkpoint:
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
+        if page := None if folder.exists() else page_of(name):
+            name, linked = page
+            revision = revision or linked or None
+        if revision and (folder.exists() or is_url(name)):
+            raise UsageError(
+                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                hint="leave it out, or give a Hub id",
+            )
         if folder.is_dir():
             return cls(folder)
-        if name.startswith("file://"):
-            return cls.open(name.removeprefix("file://"))
+        if folder.is_file():
+            raise other_file(folder)
+        if name.startswith(("file://", "local://")):
+            return cls.open(name.partition("://")[2])
         if is_url(name):
             return cls(fetch(name, cache_folder("checkpoints")), source=name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -159,10 +177,11 @@ class Checkpoint:
                     return self._scan_index(index, scan)
             except OSError as error:
                 raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
-        raise CheckpointError(
+        none = CheckpointError(
             f"no weights in {self.path}",
             hint="expected model.safetensors or model.safetensors.index.json",
         )
+        raise explain_folder(self.path, none)
 
     def _scan_index(
         self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
@@ -194,13 +213,13 @@ class Checkpoint:
         }
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         tensors = {}
         for name, tensor in self._load_pickle(file).items():
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None and BUFFERS.search(str(name)):
+                continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
@@ -260,6 +279,11 @@ class Checkpoint:
             values = read_range(info, start, math.prod(shape))
         return values.reshape(shape if info.shape else ())
 
+    def warn(self, line: str) -> None:
+        """Add a line to ``warnings``, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+
     # --- facts about the whole ---------------------------------------------------------------
 
     @property
@@ -275,6 +299,15 @@ class Checkpoint:
             row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
             digest.update(repr(row).encode())
         return digest.hexdigest()
+
+    def files(self) -> list[Path]:
+        """The files that a build reads, by name; not those of adapters."""
+        shards = {info.file for info in self.tensors.values()}
+        shards -= {adapter.file for adapter in self.adapters}
+        others = [self.path / "config.json", self.path / "generation_config.json"]
+        others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
+        found = shards | {path for path in others if path.is_file()}
+        return sorted(found, key=lambda path: path.name)
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""

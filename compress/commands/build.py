@@ -98,10 +98,12 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
-    from compress.build.decide import BuildSettings, plan_file
+    from compress.build.decide import BuildSettings, plan_of
     from compress.report.words import finish
 
-    plan = plan_file(options["plan"], output, locked=options["locked"])
+    plan = options["plan"]
+    if options["locked"] and plan is None:
+        plan = plan_of(output)
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    HUB,
     adapter_option,
     device_names,
     format_option,
-    hub_of,
     hub_options,
     make_console,
     output_options,
@@ -30,7 +30,7 @@ def inspect(target: str, **options: Any) -> int:
     from compress.plan.facts import describe
 
     console = make_console(options)
-    print_all(describe(target, hub_of(options)), console)
+    print_all(describe(target, {key: options[key] for key in HUB}), console)
     return 0
 
 
@@ -60,12 +60,12 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
     rows = fit_rows(
         target,
         device=device,
-        memory=read_size("--memory", memory),
+        memory=read_size("--memory", memory) if memory else None,
         context=options["context"],
         recipe=options["recipe"],
         overrides=options["overrides"],
         formats=options["formats"],
-        hub=hub_of(options),
+        hub={key: options[key] for key in HUB},
         adapters=options["adapters"],
     )
     console.result({"rows": rows})

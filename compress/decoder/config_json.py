@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError
+from compress.files import read_bounded
 
 Config = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: not there, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(file).decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file.name} is missing in {file.parent}",

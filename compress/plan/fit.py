@@ -100,7 +100,7 @@ def artifact_needs(
     """The footprint of each artifact, from its own metadata."""
     needs = []
     for name, path in found:
-        facts = get_format(name).describe(path)
+        facts = get_format(name).inspect(path)
         if not facts["config"]:
             raise UsageError(
                 f"{path} does not say what model it holds",

@@ -316,6 +316,11 @@ class Report(Part):
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
+    asked: str = Field(
+        default="",
+        description="SHA-256 of all that the build was asked for, by which --resume knows that "
+        "it is finished.",
+    )
 
     def __getitem__(self, format: str) -> ArtifactReport:
         """The artifact of a format, the first where there are several.
@@ -354,7 +359,7 @@ class Report(Part):
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``: indented UTF-8."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(path), self.model_dump())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

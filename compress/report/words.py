@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes, print_error
-from compress.errors import PacklightError
+from compress.errors import PacklightError, visible
 from compress.formats import get_format
 
 if TYPE_CHECKING:
@@ -158,11 +158,15 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
         2 where an artifact could not be run, 1 where a gate failed, else 0.
     """
     console.end()
-    console.result(report.to_dict())
-    console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
-    if any(artifact.tasks for artifact in report.artifacts):
-        console.table(TASK_HEADERS, task_rows(report))
+    if console.mode == "json":
+        console.result(report.to_dict())
+    if console.mode == "human":
+        console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+        if any(artifact.tasks for artifact in report.artifacts):
+            console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
+        for note in artifact.notes[bool(artifact.failure) :]:  # the first one says the failure
+            console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):
@@ -185,12 +189,13 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
 
 def sentence(text: str) -> str:
     """Text that Markdown shows as it is, on one line and within one table cell."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
 
 
 def fenced(code: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
+    code = visible(code)
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"

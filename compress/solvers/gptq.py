@@ -32,7 +32,7 @@ __all__ = ["gptq"]
 
 DESCENTS = 2  # times that every code is looked at again ...
 DAMPING = 0.03  # ... with this share of the diagonal's mean added to it
-ROWS = 1024  # of a slab; temporaries are a few float32 matrices of ROWS x columns
+ROWS = 1024  # of a slab; temporaries are a few float32 matrices of so many rows
 SLABS = 4  # in work at once, at most
 
 
@@ -43,6 +43,7 @@ def gptq(
     *,
     damping: float = 0.01,
     block: int = 128,
+    slab: int = ROWS,
 ) -> Quantized:
     """Codes of least output error, found greedily column by column.
 
@@ -56,6 +57,7 @@ def gptq(
         stats: of the weight's input. Without a Hessian this is ``scale_search``.
         damping: share of the Hessian diagonal's mean that is added to the diagonal.
         block: columns whose errors are spread over all later ones at once. Speed only.
+        slab: rows that are solved for at once. Memory and speed only.
 
     Returns:
         ``fallen``: the rows that became those of ``scale_search``; all of them where the Hessian is
@@ -75,7 +77,7 @@ def gptq(
     fallen = []
 
     def solve(start: int) -> None:
-        part = slice(start, min(start + ROWS, rows))
+        part = slice(start, min(start + slab, rows))
         fits = Spans(grid, weight.shape[1]) if whole is None else Whole(whole, rows, part)
         trial, left = round_rows(weight[part], factors, fits, block)
         for _ in range(DESCENTS):
@@ -88,7 +90,7 @@ def gptq(
         fallen.append(len(better) - int(better.sum()))
 
     # A slab has a thread to itself: its steps are thousands, each too short to be shared out.
-    slabs = (partial(solve, start) for start in range(0, rows, ROWS))
+    slabs = (partial(solve, start) for start in range(0, rows, slab))
     for _ in in_order(slabs, min(worker_threads(), SLABS), share=1):
         pass
     return Quantized(codes, params, grid, searched.shape, sum(fallen))

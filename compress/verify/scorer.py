@@ -12,7 +12,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.console import Console, format_bytes
 from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
-from compress.files import scratch_folder
+from compress.files import check_unchanged, scratch_folder
 from compress.formats import FORMATS
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
@@ -186,6 +186,7 @@ class Scorer:
             else:
                 store = self._answers(decoder, folder)
                 self.speed = self._measure_speed(stored)
+                check_unchanged(job.checkpoint.opened)
                 if cache:
                     cache.save(folder, self.speed)
         if self.speed is None:

@@ -12,7 +12,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import packlight
-from compress import cli
+from compress import __main__ as cli
 
 FAST = {
     "verify.windows": 2,

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress import cli, machine
+from compress import __main__ as cli
+from compress import machine
 from compress.calibration import walk
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
@@ -138,7 +139,7 @@ def test_the_command_refuses_in_one_line(model, tmp_path):
 
 
 def test_the_report_says_that_the_float_model_was_not_timed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.verify.scorer.FLOAT_MEMORY", 0)
+    monkeypatch.setattr("compress.verify.scorer.available_memory", lambda: 0)
     words = ["build", str(model), "-f", "gguf", "-r", "int4-fast", "-o", str(tmp_path / "out")]
     few = ["--set", "verify.windows=2", "--set", "verify.sequence_length=32"]
     assert cli.run([*words, *few]) < 2

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from compress import cli
+from compress import __main__ as cli
 from compress.checkpoint.adapter import split_weight
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import PacklightError, UsageError

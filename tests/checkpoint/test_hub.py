@@ -18,6 +18,8 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
+from compress.checkpoint.hub import page_of
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_for_this_test_only"
@@ -244,6 +246,53 @@ def test_cache_dir_revision_and_token(hub: Hub, tmp_path: Path):
     # The environment's token serves as well.
     (taken,) = open_in_child(hub, tmp_path / "other", ("someone/phi3", {}), HF_TOKEN=TOKEN)
     assert taken[1] == COMMIT
+
+
+def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: Path):
+    files = hub.repositories["someone/phi3"]
+    index = json.loads(files["model.safetensors.index.json"])
+    names = {old: old.replace("model-", "model.safetensors-").removesuffix(".safetensors")
+             for old in set(index["weight_map"].values())}  # fmt: skip
+    index["weight_map"] = {key: names[file] for key, file in index["weight_map"].items()}
+    other = {name: data for name, data in files.items() if name not in names}
+    other |= {new: files[old] for old, new in names.items()}
+    other["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.repositories["someone/other"] = other
+    hub.repositories["someone/adapter"] = {
+        "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
+        "adapter_model.safetensors": b"",
+    }
+    found, adapter, page, pinned, table = open_in_child(
+        hub,
+        tmp_path,
+        ("someone/other", {}),
+        ("someone/adapter", {}),
+        (f"{hub.endpoint}/someone/phi3", {}),
+        (f"{hub.endpoint}/someone/phi3/blob/{COMMIT}/config.json?x=1", {}),
+        (f"{hub.endpoint}/datasets/someone/phi3", {}),
+    )
+    assert set(names.values()) < set(found[3])
+    assert "pytorch_model.bin" not in found[3]
+    assert adapter[1] == "someone/adapter is a LoRA adapter of a/b, not a model"
+    assert adapter[2] == "packlight build a/b --adapter someone/adapter"
+    assert page[:2] == pinned[:2] == ["someone/phi3", COMMIT]
+    assert "is not the page of a model" in table[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("https://huggingface.co/some/one", ("some/one", "")),
+        ("huggingface.co/some/one/", ("some/one", "")),
+        ("http://hf.co/some/one/tree/v1.0", ("some/one", "v1.0")),
+        ("https://www.huggingface.co/some/one/resolve/main/a.safetensors", ("some/one", "main")),
+        ("https://hub.example/some/one", None),
+        ("some/one", None),
+        ("s3://huggingface.co/some", None),
+    ],
+)
+def test_pages_of_the_hub(name: str, found: tuple[str, str] | None):
+    assert page_of(name) == found
 
 
 def test_refusals_come_before_the_weights(hub: Hub, tmp_path: Path):

@@ -81,7 +81,9 @@ def test_a_recipe_builds_on_its_family(name: str, tmp_path: Path) -> None:
         assert len(blocks) == (5 if name == "prune-depth-10" else 1)
 
 
-@pytest.mark.parametrize("name", ["int4-balanced", "phi3-mini-iphone"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("int4-balanced", marks=pytest.mark.slow), "phi3-mini-iphone"]
+)
 def test_a_recipe_passes_its_own_gates_on_a_trained_phi3(name: str, tmp_path: Path) -> None:
     few = ["verify.windows=4", "verify.sequence_length=256"]
     if name == "phi3-mini-iphone":
@@ -102,7 +104,10 @@ BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+# The phone recipes are alike but for their number of bytes.
+@pytest.mark.parametrize(
+    "name", [pytest.param("phone-1.8GB", marks=pytest.mark.slow), *[*BUDGETS][1:]]
+)
 def test_a_budget_is_kept_and_used(name: str, tmp_path: Path) -> None:
     family, budget, few = BUDGETS[name]
     model = tiny.make(family, tmp_path / "model", num_hidden_layers=1)
