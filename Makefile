@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo screenshot test test-slow test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow fuzz test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup
+	$(BIN)/python tests/fuzz/harness.py --count 800 --minutes 5
 
 test-all: setup
 	$(BIN)/python -m pytest -m ""

@@ -50,6 +50,7 @@ class Console:
         self.mode = mode
         self.verbose = verbose
         self._listener = listener
+        self._shows_phases = mode in ("human", "silent") or verbose or listener is not None
         self._phase: Phase | None = None
 
     # --- data, to stdout ---------------------------------------------------------------------
@@ -114,8 +115,7 @@ class Console:
         """
         self.begin(phase, unit)
         begun = self._phase
-        assert begun is not None
-        yield begun.update
+        yield begun.update if begun else lambda done, total: None
         if self._phase is begun:
             self.end()
 
@@ -124,6 +124,8 @@ class Console:
         nothing.
         """
         self.end()
+        if not self._shows_phases:
+            return
         self.detail(phase)
         bar = self.mode == "human" and sys.stderr.isatty()
         self._phase = Phase(phase, unit, self._listener, None if bar else self.say, bar=bar)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ArtifactError",
@@ -39,6 +40,7 @@ __all__ = [
     "first_line",
     "is_disk_full",
     "one_line",
+    "reading",
     "told",
     "visible",
     "without_secrets",
@@ -144,6 +146,29 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All that a library says, on one line of bounded length."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def reading(
+    what: str, kind: type[PacklightError] = ArtifactError, hint: str = ""
+) -> Iterator[None]:
+    """While a file that somebody else wrote is read: what its parser stumbles over is its damage.
+
+    Errors of ours and of the system pass as they are.
+
+    Raises:
+        kind: ``what`` is damaged, with the parser's reason, or takes more memory than there is.
+    """
+    try:
+        yield
+    except (PacklightError, OSError):
+        raise
+    except MemoryError as error:
+        raise kind(f"{what} takes more memory than there is to read it") from error
+    except RecursionError as error:
+        raise kind(f"{what} is damaged: nested too deeply", hint) from error
+    except Exception as error:  # whatever the library raises
+        raise kind(f"{what} is damaged: {type(error).__name__}, {one_line(error)}", hint) from error
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UsageError, did_you_mean, reading
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
@@ -133,6 +133,15 @@ class Format:
 
         @property
         def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """What ``describe`` finds in an artifact of anybody's.
+
+        Raises:
+            ArtifactError: it is damaged, or no artifact of this format.
+        """
+        with reading(path.name):
+            return self.describe(path)
 
     def __getattr__(self, name: str) -> Any:
         if name not in MEMBERS:

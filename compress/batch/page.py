@@ -16,7 +16,7 @@ from compress.errors import visible
 from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import STYLES, page_template
+from compress.report.pages import STYLES, page_template
 from compress.report.report import GateReport
 from compress.report.words import gate_failure, short_size
 

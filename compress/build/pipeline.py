@@ -30,9 +30,8 @@ from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
-from compress.report.card import model_card
-from compress.report.html import render
 from compress.report.describe import Baseline, build_report, model_facts
+from compress.report.pages import model_card, render
 from compress.report.report import Report
 from compress.verify import Outcome, gates
 from compress.verify.scorer import BUILTIN_TEXT, Scorer
@@ -203,7 +202,7 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
-    config, notes = job.config, []
+    config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
         notes.append(
             f"Artifacts hold up to {config.max_context} positions of the model's "
@@ -223,6 +222,7 @@ def make_report(
             job.checkpoint.source,
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
+            job.checkpoint.adapters,
         ),
         recipe=job.recipe.to_dict(),
         command=job.command,

@@ -82,8 +82,12 @@ def adopt_all(
             f"{settings.artifact} is not an artifact",
             hint=", ".join([*(row.place for row in FORMATS.values()), "or the folder of a build"]),
         )
-    checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
+    checkpoint = Checkpoint.open(settings.baseline, adapters=settings.adapters, **settings.hub)
+    for line in checkpoint.warnings if settings.adapters else ():
+        console.warning(line)
     config = describe_model(checkpoint)
+    for line in checkpoint.warnings:
+        console.warning(line)
     artifacts = [adopt(name, path, config, console) for name, path in found]
     recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)

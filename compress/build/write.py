@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
+from compress.errors import GridError
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
@@ -77,7 +78,10 @@ def write_artifacts(
                     if entry.target_name in weights.ledger:
                         written(entry.nbytes)
                     else:
-                        weights.finish(entry, writer.file, writer.put(entry))
+                        try:
+                            weights.finish(entry, writer.file, writer.put(entry))
+                        except GridError as error:
+                            raise GridError(f"{entry.name}: {error.message}", error.hint) from error
                 for writer, (weights, changed) in zip(writers, made, strict=True):
                     artifact = writer.close()
                     notes = (*artifact.notes, *changed, *weights.notes())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.decoder.tokenizer import Tokenizer
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 
 __all__ = ["BUILTIN", "CalibrationSet"]
 
@@ -189,14 +189,17 @@ def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
             {"role": checked(turn["role"]), "content": checked(turn["content"])}
             for turn in record["messages"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{where} is not a calibration text",
             hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '
             '"content": "..."}]}',
         ) from error
     if tokenizer is not None:
-        return tokenizer.render_chat(messages, add_generation_prompt=False)
+        try:
+            return tokenizer.render_chat(messages, add_generation_prompt=False)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error.message}", error.hint) from error
     return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
 
 

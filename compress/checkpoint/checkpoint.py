@@ -15,15 +15,15 @@ import os
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.folder import check_folder
-from compress.checkpoint.hub import download
+from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -32,10 +32,15 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.names import BUFFERS
 from compress.errors import CheckpointError, UsageError, without_secrets
 from compress.files import cache_folder, is_url, stamps
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
@@ -65,7 +70,8 @@ class Checkpoint:
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
         opened: the files that a build reads, as they were then (``compress.files.stamps``).
-        warnings: lines for the user (pickled weights).
+        warnings: lines for the user and the report: pickled weights, names that differ.
+        adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
         >>> from compress.demo import model_path
@@ -76,6 +82,8 @@ class Checkpoint:
         dtype('float32')
     """
 
+    adapters: tuple[Adapter, ...] = ()
+
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
         self.source = without_secrets(source) or path.resolve().name
@@ -83,7 +91,7 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
@@ -97,6 +105,7 @@ class Checkpoint:
         cls,
         model: str | Path,
         *,
+        adapters: str | Sequence[str] = (),
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -104,17 +113,39 @@ class Checkpoint:
         """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
         a URL through fsspec.
 
+        Args:
+            model: folder, Hub id or URL.
+            adapters: LoRAs of PEFT, merged as the weights are read: folders or Hub ids, each with
+                ``=WEIGHT`` behind it where that is not 1.
+            revision, token, cache_dir: for a Hub id; the revision is the model's.
+
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id.
+            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
+                not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
+        if adapters:
+            from compress.checkpoint.merged import merge
+
+            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
+        if page := None if folder.exists() else page_of(name):
+            name, linked = page
+            revision = revision or linked or None
+        if revision and (folder.exists() or is_url(name)):
+            raise UsageError(
+                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                hint="leave it out, or give a Hub id",
+            )
         if folder.is_dir():
             return cls(folder)
+        if folder.is_file():
+            raise other_file(folder)
         if name.startswith(("file://", "local://")):
             return cls.open(name.partition("://")[2])
         if is_url(name):
@@ -146,10 +177,11 @@ class Checkpoint:
                     return self._scan_index(index, scan)
             except OSError as error:
                 raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
-        raise CheckpointError(
+        none = CheckpointError(
             f"no weights in {self.path}",
             hint="expected model.safetensors or model.safetensors.index.json",
         )
+        raise explain_folder(self.path, none)
 
     def _scan_index(
         self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
@@ -181,13 +213,13 @@ class Checkpoint:
         }
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         tensors = {}
         for name, tensor in self._load_pickle(file).items():
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None and BUFFERS.search(str(name)):
+                continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
@@ -238,12 +270,19 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+                start:stop
+            ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
             values = read_range(info, start, math.prod(shape))
         return values.reshape(shape if info.shape else ())
+
+    def warn(self, line: str) -> None:
+        """Add a line to ``warnings``, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     # --- facts about the whole ---------------------------------------------------------------
 
@@ -262,8 +301,9 @@ class Checkpoint:
         return digest.hexdigest()
 
     def files(self) -> list[Path]:
-        """The files that a build reads, by name."""
+        """The files that a build reads, by name; not those of adapters."""
         shards = {info.file for info in self.tensors.values()}
+        shards -= {adapter.file for adapter in self.adapters}
         others = [self.path / "config.json", self.path / "generation_config.json"]
         others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
         found = shards | {path for path in others if path.is_file()}

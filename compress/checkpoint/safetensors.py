@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.strangers import not_a_weight
 from compress.decoder.config_json import short
+from compress.decoder.names import BUFFERS
 from compress.errors import CheckpointError
 from compress.machine import in_threads
 
@@ -61,7 +63,7 @@ class TensorInfo:
 
 
 def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file, from its header.
+    """The tensors of a file, from its header; buffers of numbers that no weight has are left out.
 
     Raises:
         CheckpointError: not such a file, truncated, or with numbers that are not float.
@@ -85,10 +87,9 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, dtype, shape, begin, end in rows:
         if dtype not in BYTES:
-            raise CheckpointError(
-                f"{file.name}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16",
-                hint="packlight starts from float checkpoints, not from quantized ones",
-            )
+            if BUFFERS.search(name):
+                continue
+            raise not_a_weight(file.name, name, dtype)
         whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
         if not whole or begin < 0:
             raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")

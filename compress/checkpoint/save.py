@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from compress.checkpoint.checkpoint import Checkpoint
@@ -96,6 +97,8 @@ def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str])
 def stored_dtypes(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
     """Role and kind → the dtype that the checkpoint holds it in; float32 where blocks differ."""
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if "lm_head.weight" in checkpoint.tensors:  # of its own, whatever config.json says
+        config = replace(config, tie_word_embeddings=False)
     found: dict[tuple[str, str], str] = {}
     for name, tensor in disk_tensors(config):
         _, role, kind = split_name(name)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config_json import short
+from compress.decoder.config_json import short, token_ids
 from compress.decoder.families import FAMILIES, find_family
+from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
 from compress.errors import CheckpointError, UnsupportedModelError
 
@@ -96,6 +97,10 @@ class DecoderConfig:
             CheckpointError: a key is missing or has an impossible value.
         """
         family = find_family(config)
+        try:
+            token_ids(generation or {}, "eos_token_id")
+        except ValueError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
         try:
             fields = FAMILIES[family].describe(config, generation or {})
             described = cls(family=family, **fields)
@@ -262,15 +267,14 @@ class WeightMap:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
         expected = self.expected()
-        # Old Llama checkpoints store the rope table; some tied models store the head again, which
-        # transformers ignores too.
-        tied_head = "lm_head.weight" if self.config.tie_word_embeddings else ""
-        found = {
-            name
-            for name in checkpoint.tensors
-            if name != tied_head and not name.endswith(".rotary_emb.inv_freq")
-        }
-        missing = sorted(set(expected) - found)
+        found = {name for name in checkpoint.tensors if not BUFFERS.search(name)}
+        if len(found) < len(checkpoint.tensors):
+            compare_tables(self.config.rope, checkpoint, checkpoint.tensors.keys() - found)
+        missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
+        if missing or unexpected:
+            known = explain_names(expected, unexpected, self.config.family)
+            if known is not None:
+                raise known
         if missing:
             hint = "an incomplete download? packlight never fills in weights"
             if missing == ["lm_head.weight"]:
@@ -279,12 +283,11 @@ class WeightMap:
                 f"{len(missing)} tensor(s) missing from the checkpoint, first {missing[0]!r}",
                 hint=hint,
             )
-        unexpected = sorted(found - set(expected))
         if unexpected:
             raise CheckpointError(
                 f"{len(unexpected)} tensor(s) that a {self.config.family} model does not have, "
                 f"first {short(unexpected[0])}",
-                hint="an adapter, or another architecture than config.json says?",
+                hint="another architecture than config.json says?",
             )
         for name, shape in expected.items():
             if checkpoint.tensors[name].shape != shape:

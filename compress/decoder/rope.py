@@ -13,10 +13,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config_json import Config, number, numbers, short, whole
+from compress.decoder.config_json import Config, flag, number, numbers, short, whole
 from compress.errors import UnsupportedModelError
 
 Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Settings of YaRN (arXiv 2309.00071).
+
+    Attributes:
+        factor: that low frequencies are divided by.
+        original_context: positions of the training before.
+        usual: whether the paper's bounds (32 turns and 1, whole pairs) give the same factors.
+    """
+
+    factor: float
+    original_context: int
+    usual: bool
 
 
 @dataclass(frozen=True)
@@ -25,13 +40,17 @@ class Rope:
 
     Attributes:
         theta: the base.
-        kind: ``default``, ``linear``, ``llama3`` or ``longrope``.
+        kind: ``default``, ``linear``, ``llama3``, ``longrope``, ``yarn`` or ``dynamic`` (as
+            ``default`` up to ``max_position_embeddings``).
         rotary_dim: leading dimensions of a head that rotate (halves: NEOX layout).
         factors: float, ``[rotary_dim / 2]``: inverse frequencies are divided by these
             (1.0 for ``default``; the *short* list for ``longrope``).
         long_factors: the other list of ``longrope``, for metadata only; empty otherwise.
-        attention_factor: multiplied into cos and sin, also for short prompts (``longrope``).
+        attention_factor: multiplied into cos and sin, also for short prompts (``longrope``,
+            ``yarn``).
         original_context: positions up to which ``factors`` hold (``longrope``), else 0.
+        yarn: what made ``factors``, for metadata; None for other kinds.
+        caveat: a line for the user, or ``""``.
     """
 
     theta: float
@@ -41,6 +60,8 @@ class Rope:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     original_context: int = 0
+    yarn: Yarn | None = None
+    caveat: str = ""
 
     def inverse_frequencies(self) -> Float32:
         """float32 ``[rotary_dim / 2]``, rounded where transformers rounds.
@@ -48,8 +69,9 @@ class Rope:
         One unit in the last place here is 2e-4 radians at position 4096, so the order matters:
         float32 exponent, correctly rounded power, float32 product and reciprocal.
         """
-        exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        base = np.power(self.theta, exponent.astype(np.float64)).astype(np.float32)
+        base = powers(self.theta, self.rotary_dim)
+        if self.yarn is not None:  # factors that give back what was rounded in ``_yarn``
+            return (1.0 / (np.asarray(self.factors) * base)).astype(np.float32)
         factors = np.asarray(self.factors, np.float32)
         return np.asarray(np.float32(1.0) / (factors * base), np.float32)
 
@@ -58,6 +80,13 @@ class Rope:
         angle = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
         scale = np.float32(self.attention_factor)
         return np.cos(angle) * scale, np.sin(angle) * scale
+
+
+def powers(theta: float, rotary: int) -> Float32:
+    """``theta ** (2i / rotary)`` for each pair of dimensions: exponents in float32, powers rounded
+    to it."""
+    exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
+    return np.power(theta, exponent.astype(np.float64)).astype(np.float32)
 
 
 def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
@@ -70,7 +99,7 @@ def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
         partial: the family's share of a head that rotates, where the config names none.
 
     Raises:
-        UnsupportedModelError: another scaling (``yarn``, ``dynamic`` …).
+        UnsupportedModelError: another scaling.
         KeyError, ValueError: a key is missing or its value impossible.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -94,7 +123,21 @@ def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
     # transformers reads the early Phi-3 spellings as longrope too.
     if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling):
         return _longrope(theta, rotary, both)
-    raise UnsupportedModelError(f"rope scaling {short(kind)} is not supported")
+    if kind == "yarn":
+        return _yarn(theta, rotary, scaling, whole(config, "max_position_embeddings"))
+    if kind == "dynamic":
+        number(scaling, "factor")
+        positions = whole(config, "max_position_embeddings")
+        caveat = (
+            f"rope scaling 'dynamic' changes nothing up to {positions} positions, which is what "
+            "artifacts hold; beyond them transformers changes its frequencies as a text grows"
+        )
+        return Rope(theta, kind, rotary, (1.0,) * half, caveat=caveat)
+    raise UnsupportedModelError(
+        f"rope scaling {short(kind)} is not supported",
+        hint="supported: default, linear, dynamic, yarn, llama3, longrope; where the model was "
+        "trained without it, for contexts up to max_position_embeddings, remove rope_scaling",
+    )
 
 
 def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
@@ -112,6 +155,61 @@ def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
         attention = math.sqrt(1 + math.log(stretch) / math.log(original))
     attention = number(keys, "attention_factor", attention)
     return Rope(theta, "longrope", rotary, short, long, attention, original)
+
+
+def _yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:
+    """As ``_compute_yarn_parameters`` of transformers, with its float32 roundings.
+
+    Args:
+        positions: that the model has, where ``scaling`` does not name those of its training.
+    """
+    factor = number(scaling, "factor")
+    original = whole(scaling, "original_max_position_embeddings", positions)
+    fast, slow = number(scaling, "beta_fast", 32.0), number(scaling, "beta_slow", 1.0)
+    truncate = scaling.get("truncate") is None or flag(scaling, "truncate")
+    if factor < 1 or theta <= 1:
+        raise ValueError(f"yarn: factor {factor:g} and rope_theta {theta:g} must be 1 or more")
+    factors = _yarn_factors(theta, rotary, factor, original, (fast, slow), truncate=truncate)
+    usual = factors == _yarn_factors(theta, rotary, factor, original, (32, 1), truncate=True)
+    attention, caveat = number(scaling, "attention_factor", _attention(factor, scaling)), ""
+    if "attention_factor" not in scaling and "attn_factor" in scaling:
+        caveat = (
+            f"transformers does not read rope_scaling's attn_factor, and neither is it read here: "
+            f"cos and sin are multiplied by {attention:.4g}; attention_factor in config.json sets "
+            "another number"
+        )
+    yarn = Yarn(factor, original, usual)
+    return Rope(theta, "yarn", rotary, factors, (), attention, yarn=yarn, caveat=caveat)
+
+
+def _yarn_factors(
+    theta: float, rotary: int, factor: float, original: int, turns: tuple[float, float], *,
+    truncate: bool,
+) -> tuple[float, ...]:  # fmt: skip
+    """Divisors of the frequencies: 1 above ``turns[0]`` turns within the original context, the
+    whole factor below ``turns[1]``, a ramp between."""
+    low, high = (
+        rotary * math.log(original / (count * 2 * math.pi)) / (2 * math.log(theta))
+        for count in turns
+    )
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary - 1)
+    pairs, width = np.arange(rotary // 2, dtype=np.float32), high - low or 0.001
+    kept = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
+    base = powers(theta, rotary)
+    plain, stretched = np.float32(1) / base, np.float32(1) / (np.float32(factor) * base)
+    frequencies = stretched * (np.float32(1) - kept) + plain * kept
+    return tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
+
+
+def _attention(factor: float, scaling: Mapping[str, Any]) -> float:
+    """The attention factor of YaRN by its scaling factor, and DeepSeek's two exponents."""
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if over and under:
+        over, under = number(scaling, "mscale"), number(scaling, "mscale_all_dim")
+        return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
 
 
 def _llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.decoder.chat import ChatTemplate
 from compress.errors import CheckpointError, UsageError, one_line
 from compress.machine import change_setting
 
@@ -97,22 +98,25 @@ class Tokenizer:
     def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        that of ``chat_server.DATE``: a build has the same bytes tomorrow.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
         """
         if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
         try:
-            text: str = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # whatever a template of the checkpoint raises
-            raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
-        return text
+            template = self.hf.get_chat_template()
+        except Exception as error:  # several, none of them the default one
+            raise CheckpointError(f"no chat template to use: {one_line(error)}") from error
+        if not isinstance(template, str):
+            raise CheckpointError("the chat template is not a text")
+        return ChatTemplate(template, self.hf.special_tokens_map)
 
 
 MARGIN = 64  # tokens before a cut that the cut may have changed

@@ -11,13 +11,19 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import UsageError, without_secrets
+from compress.errors import (
+    GridError,
+    PacklightError,
+    UnsupportedModelError,
+    UsageError,
+    without_secrets,
+)
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transforms
-from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+from compress.recipe import MASK_NEEDS, Recipe, load_yaml, method_of, needs_of
 
 if TYPE_CHECKING:
     from compress.plan.document import PlannedBudget
@@ -88,13 +94,20 @@ class Replan(Protocol):
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
-    """The architecture, held against the shard headers.
+    """The architecture, held against the shard headers; of a head beside a config that ties it the
+    numbers are read.
 
     Raises:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if config.tie_word_embeddings:
+        from compress.checkpoint.settle import settle_head
+
+        config = settle_head(config, checkpoint)
     WeightMap(config).check(checkpoint)
+    if config.rope.caveat:
+        checkpoint.warn(config.rope.caveat)
     return config
 
 
@@ -162,13 +175,25 @@ def make_plans(
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
         request = PlanRequest(settings, name, grids, context, importance)
-        plan = get_format(target).plan(config, request)
+        try:
+            plan = get_format(target).plan(config, request)
+        except (GridError, UnsupportedModelError) as error:
+            raise without(target, list(recipe.targets), error) from error
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         for change in transforms.get(target, ()):
             plan = change.planned(plan)
         plans.append(plan)
     return tuple(plans)
+
+
+def without(target: str, targets: Sequence[str], error: PacklightError) -> PacklightError:
+    """The refusal of one target, with the command for the others where there are others."""
+    others = " ".join(f"-f {name}" for name in targets if name != target)
+    if not others or "-f " in error.hint:
+        return error
+    hint = f"{error.hint}; or " if error.hint else ""
+    return type(error)(error.message, f"{hint}{others} builds without {target}")
 
 
 def model_name(source: str) -> str:
@@ -230,7 +255,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         UsageError: its vocabulary is not that of the float model, so nothing can be compared.
         ArtifactError: see ``compress.formats``.
     """
-    facts = get_format(name).describe(path)
+    facts = get_format(name).inspect(path)
     for key in SIZES:
         stated, expected = facts["config"].get(key), getattr(config, key)
         if isinstance(stated, int) and stated != expected:
@@ -251,12 +276,9 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    stated = facts["config"]  # a pruned model keeps less
-    shape = replace(
-        config,
-        num_hidden_layers=stated.get("num_hidden_layers") or config.num_hidden_layers,
-        num_key_value_heads=stated.get("num_key_value_heads") or config.num_key_value_heads,
-    )
+    # A pruned model keeps less.
+    sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
+    shape = replace(config, **{key: n for key, n in sizes.items() if isinstance(n, int) and n > 0})
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
@@ -275,8 +297,8 @@ def read_license(checkpoint: Checkpoint) -> str | None:
 
     try:
         text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
-        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        head = load_yaml(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return None
     name = head.get("license") if isinstance(head, dict) else None
     return name if isinstance(name, str) else None

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.decoder.config import DecoderConfig, split_name
@@ -20,6 +20,9 @@ from compress.verify.gates import Limit, judge
 from compress.verify.quality import Series
 from compress.verify.resources import Speed
 from compress.verify.tasks import TaskScore
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["Baseline", "build_report", "model_facts"]
 
@@ -112,7 +115,11 @@ def build_report(
 
 
 def model_facts(
-    config: DecoderConfig, source: str, revision: str | None = None, license: str | None = None
+    config: DecoderConfig,
+    source: str,
+    revision: str | None = None,
+    license: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> ModelFacts:
     """The report's ``model``.
 
@@ -121,11 +128,21 @@ def model_facts(
         source: Hub id, or the last part of a local path.
         revision: commit on the Hub.
         license: identifier from the model's own card, when it is known.
+        adapters: that are merged into it.
     """
     return ModelFacts(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
         revision=revision,
+        adapters=[
+            typed.AdapterFacts(
+                source=adapter.source,
+                revision=adapter.revision or None,
+                weight=adapter.weight,
+                sha256=adapter.sha256,
+            )
+            for adapter in adapters
+        ],
         license=license,
         family=config.family,
         architecture=config.architecture,

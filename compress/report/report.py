@@ -73,12 +73,24 @@ class Machine(Part):
     python: str
 
 
+class AdapterFacts(Part):
+    """A LoRA adapter that is merged into the float model."""
+
+    source: str = Field(description="Hub id or folder name.")
+    revision: str | None = None
+    weight: float = 1.0
+    sha256: str = Field(default="", description="Of its adapter_model.safetensors.")
+
+
 class ModelFacts(Part):
     """The float model."""
 
     name: str = ""
     source: str = Field(description="Hub id or folder name.")
     revision: str | None = None
+    adapters: list[AdapterFacts] = Field(
+        default=[], exclude_if=lambda adapters: not adapters, description="Merged into it."
+    )
     license: str | None = None
     family: str = ""
     architecture: str = ""
@@ -87,6 +99,15 @@ class ModelFacts(Part):
     hidden_size: Count = 0
     vocab_size: Count = 0
     max_context: Count = 0
+
+    @property
+    def whole_source(self) -> str:
+        """The source, and what is merged into it: ``org/model + my-lora × 0.5``."""
+        merged = [
+            f" + {adapter.source}" + (f" × {adapter.weight:g}" if adapter.weight != 1 else "")
+            for adapter in self.adapters
+        ]
+        return self.source + "".join(merged)
 
 
 class BaselineReport(Part):
@@ -338,7 +359,7 @@ class Report(Part):
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``: indented UTF-8."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(path), self.model_dump())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

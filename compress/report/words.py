@@ -158,11 +158,15 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
         2 where an artifact could not be run, 1 where a gate failed, else 0.
     """
     console.end()
-    console.result(report.to_dict())
-    console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
-    if any(artifact.tasks for artifact in report.artifacts):
-        console.table(TASK_HEADERS, task_rows(report))
+    if console.mode == "json":
+        console.result(report.to_dict())
+    if console.mode == "human":
+        console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+        if any(artifact.tasks for artifact in report.artifacts):
+            console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
+        for note in artifact.notes[bool(artifact.failure) :]:  # the first one says the failure
+            console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):

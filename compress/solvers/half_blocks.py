@@ -133,7 +133,8 @@ class HalfTrial(Trial):
                 return folded.read(name)
 
         found = self._outputs(read, held_back(statistics, self.sites[0]))
-        return float(np.mean((found - self._wanted) ** 2) / np.mean(self._wanted**2))
+        size = float(np.mean(self._wanted**2))
+        return float(np.mean((found - self._wanted) ** 2)) / (size or 1.0)  # 1 beside zeros
 
     def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
         """What the half adds to the residual, float32 ``[rows, hidden]``."""

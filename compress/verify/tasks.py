@@ -124,7 +124,7 @@ def parse_item(line: str, where: str) -> Item:
     """
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}", hint=FORM) from error
     if not isinstance(found, dict):
         raise UsageError(f"{where}: not a JSON object", hint=FORM)

@@ -25,6 +25,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,10 @@ def build_program(
 def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
     """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
     config, context = weights.config, plan.settings["context"]
-    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is compared with
+    floating = replace(  # what a size is compared with
+        DecoderConfig.from_hf(weights.checkpoint.config),
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
     described = model.description
     for feature, text in (
         (described.input[0], "Token ids, the new ones only"),

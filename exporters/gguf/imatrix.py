@@ -16,7 +16,8 @@ import numpy as np
 
 from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.decoder.config import FUSED, DecoderConfig, split_name
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, reading
+from exporters.gguf.head import read_head
 from exporters.gguf.metadata import architecture, target_name
 from exporters.gguf.planning import tensor_names
 
@@ -91,23 +92,20 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
     """
     import gguf
 
-    try:
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist")
+    entries = {}
+    with reading(path.name, hint="write it with llama-imatrix --output-format gguf"):
+        read_head(path)  # refuses what would keep gguf-py's reader busy
         reader: Any = gguf.GGUFReader(str(path))
         kind = reader.fields.get("general.type")
         if kind is None or kind.contents() != "imatrix":
             raise ArtifactError(f"{path.name} is a GGUF file, but no imatrix")
         tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        entries = {}
         for name, tensor in tensors.items():
             if name.endswith(SUMS):
                 stem = name.removesuffix(SUMS)
                 entries[stem] = entry_of(tensor.data, tensors[stem + COUNTS].data)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise ArtifactError(
-            f"{path} does not exist" if missing else f"{path.name} cannot be read as an imatrix",
-            hint="" if missing else "write it with llama-imatrix --output-format gguf",
-        ) from error
     return entries
 
 

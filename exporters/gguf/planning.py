@@ -137,9 +137,14 @@ def check_expressible(config: DecoderConfig) -> None:
         )
     if arch in ("llama", "qwen2", "qwen3") and config.rope.rotary_dim != config.head_dim:
         raise UnsupportedModelError(f"llama.cpp's {arch} rotates whole heads, this model does not")
-    if config.rope.kind not in ("default", "linear") and arch not in ("llama", "phi3"):
+    if config.rope.kind in ("llama3", "longrope") and arch not in ("llama", "phi3"):
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has no {config.rope.kind} rope scaling",
+        )
+    if config.rope.yarn is not None and not config.rope.yarn.usual and arch != "llama":
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} has yarn with its usual bounds only, not this model's beta_fast, "
+            "beta_slow or truncate"
         )
     if arch in ("qwen2", "qwen3") and (config.o_bias or (arch == "qwen3" and config.qkv_bias)):
         raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")

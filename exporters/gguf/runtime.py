@@ -245,7 +245,8 @@ class LlamaCpp:
         """The context to ask for: never above longrope's original one."""
         arch = self._metadata("general.architecture")
         original = self._metadata(f"{arch}.rope.scaling.original_context_length")
-        if self._metadata(f"{arch}.rope.scaling.attn_factor") and original:
+        yarn = self._metadata(f"{arch}.rope.scaling.type") == "yarn"  # has both keys, too
+        if self._metadata(f"{arch}.rope.scaling.attn_factor") and original and not yarn:
             # llama.cpp rounds contexts up; rounding down keeps it at or below the original.
             return min(context, int(original) // CONTEXT_STEP * CONTEXT_STEP)
         return context

@@ -350,6 +350,16 @@ def test_chats_go_through_the_template(tokenizer, tmp_path):
     assert "plain words" in tokenizer.decode(drawn(tokenizer, path).windows[0])
 
 
+def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path):
+    model = tiny.make("qwen2", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content + messages[0].missing }}")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "plain"}\n{"messages": [{"role": "user", "content": "x"}]}\n'
+    )
+    with pytest.raises(CheckpointError, match=r"a\.jsonl line 2: the chat template failed"):
+        drawn(Tokenizer(model), tmp_path / "a.jsonl")
+
+
 def test_the_built_in_set_fills_the_default(tokenizer):
     found = drawn(tokenizer, "builtin", tokens=16384, sequence_length=512)
     assert found.tokens == 16384 and found.sources == ("builtin",)

@@ -13,7 +13,7 @@ import tiny
 from commands import Step, packlight, refused
 
 from compress import api
-from compress.cli import in_words
+from compress.commands.endings import in_words
 from compress.errors import UsageError
 from compress.files import check_place
 

@@ -16,7 +16,7 @@ from commands import packlight, refused
 from fake_hub import LARGE, TOKEN, Hub
 
 from compress.output.checksums import write_checksums
-from compress.report.card import model_card
+from compress.report.pages import model_card
 
 NAME = "someone/SmolThinker-GGUF"
 

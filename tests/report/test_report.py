@@ -16,9 +16,8 @@ from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError
 from compress.plan.shapes import Artifact, Plan, PlanEntry
 from compress.report import describe, report
-from compress.report.card import model_card
 from compress.report.ci import markdown_summary
-from compress.report.html import render
+from compress.report.pages import model_card, render
 from compress.verify.gates import METRICS, find, parse
 from compress.verify.quality import Estimate
 

@@ -1,4 +1,4 @@
-"""compress.report.html: the page as a browser sees it, and the pictures by their arithmetic."""
+"""compress.report.pages: the page as a browser sees it, and the pictures by their arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import sample_report
 
 from compress.report import charts
-from compress.report.html import figure, grids, percent, quarters, render, size
+from compress.report.pages import figure, grids, percent, quarters, render, size
 from compress.report.report import KlDivergence, TensorReport
 from compress.report.words import amount
 

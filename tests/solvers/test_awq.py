@@ -173,6 +173,31 @@ def test_rows_are_sampled_in_whole_palettes(known):
     assert np.array_equal(whole, weight)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("solver", ["scale_search", "gptq"])
+@pytest.mark.parametrize("silent", ["v_proj", "o_proj", "down_proj", "input_layernorm"])
+def test_a_block_that_is_silent_has_no_folds_and_no_warnings(silent, solver, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.make("llama", tmp_path, tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers.0." in name and f".{silent}." in name:
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    source = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+    windows = np.random.default_rng(0).integers(0, 480, (16, LENGTH)).tolist()
+    stats: dict[str, LayerStats] = {}
+    for step in walk(source.config, source.read, windows, hessian=True):
+        stats |= step
+    plan = plan_of(source.config, "int4-g32")
+    found = look(source, Statistics.of(source.config, stats), plan, solver)
+    assert np.isfinite(found.errors).all()
+    assert all(np.isfinite(scale).all() for scale in found.folds.values())
+    assert "output error" in found.note()
+
+
 def test_too_few_windows_are_told(known):
     source, _ = known("llama")
     windows = np.random.default_rng(0).integers(0, 480, (4, LENGTH)).tolist()

@@ -24,7 +24,7 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.plan.weights import Weights
-from compress.report.html import render
+from compress.report.pages import render
 from compress.report.report import Report
 from compress.solvers import rtn
 from compress.verify import tasks
