@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download_adapter
 from compress.checkpoint.safetensors import scan_safetensors
 from compress.decoder.config_json import LARGEST, read_json, short
 from compress.errors import CheckpointError, UsageError
-from compress.files import is_url
+from compress.files import is_url, stamps
 
 __all__ = ["Adapter", "split_weight"]
 
@@ -71,6 +72,7 @@ class Adapter:
         settings: ``adapter_config.json``.
         tensors: name without ``base_model.model.`` → TensorInfo.
         warnings: lines for the user.
+        opened: its two files, as they were then (``compress.files.stamps``).
     """
 
     def __init__(self, folder: Path, source: str, revision: str = "", weight: float = 1.0) -> None:
@@ -79,6 +81,8 @@ class Adapter:
             CheckpointError: the files are missing, damaged, or not a LoRA that can be merged.
         """
         self.folder, self.source, self.revision, self.weight = folder, source, revision, weight
+        check_folder(folder)
+        self.opened = stamps(folder / name for name in (CONFIG, WEIGHTS))
         self.warnings: list[str] = []
         self._patterns: dict[str, Any] = {}  # compiled
         self._matching = 0.0  # seconds that they have taken

@@ -46,6 +46,9 @@ class Merged(Checkpoint):
         """
         self.__dict__.update(base.__dict__)
         self.adapters = tuple(adapters)
+        self.opened = dict(base.opened)
+        for adapter in adapters:
+            self.opened |= adapter.opened
         self.warnings = [*base.warnings]
         self.tensors = dict(base.tensors)
         self._terms: dict[str, list[Term]] = {}
