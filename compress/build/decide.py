@@ -23,7 +23,6 @@ from compress.output.lock import check_lock, files_digest, lock_document, versio
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.decoder.tokenizer import has_tokenizer
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
 from compress.pruning.options import prune_option
@@ -162,7 +161,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
-    if (settings.verify or looks_at_inputs(recipe)) and has_tokenizer(checkpoint.path):
+    if (settings.verify or looks_at_inputs(recipe)) and checkpoint.has_tokenizer:
         _ = checkpoint.tokenizer  # here, and not once more in a child process
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)

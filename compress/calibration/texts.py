@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.tokenizer import VOCABULARIES, Tokenizer, has_tokenizer
+from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.errors import CheckpointError, UsageError
 from compress.formats import FORMATS
 
@@ -131,7 +131,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: no tokenizer.
     """
-    if not has_tokenizer(checkpoint.path):
+    if not checkpoint.has_tokenizer:
         without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
         raise CheckpointError(
             f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",

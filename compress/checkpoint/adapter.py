@@ -17,12 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download_adapter, page_of
 from compress.checkpoint.safetensors import scan_safetensors
 from compress.decoder.config_json import LARGEST, read_json, short
 from compress.errors import CheckpointError, UsageError
-from compress.files import is_url, stamps
+from compress.files import check_folder, is_url, stamps
 
 __all__ = ["Adapter", "split_weight"]
 

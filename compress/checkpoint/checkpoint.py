@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
@@ -39,10 +38,10 @@ from compress.checkpoint.strangers import explain_folder, other_file, read_confi
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
-from compress.files import cache_folder, is_url, stamps
+from compress.files import cache_folder, check_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
@@ -337,6 +336,11 @@ class Checkpoint:
         others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
         found = shards | {path for path in others if path.is_file()}
         return sorted(found, key=lambda path: path.name)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a vocabulary at all."""
+        return any(file.name in VOCABULARIES for file in self.tokenizer_files())
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""

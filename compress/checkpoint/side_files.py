@@ -17,7 +17,6 @@ from typing import Any
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import json_or_empty, write_json
-from compress.decoder.tokenizer import has_tokenizer
 from compress.decoder.tokenizer_facts import SPECIAL
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
@@ -38,7 +37,7 @@ def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path
     write_json(folder / "config.json", hf_config(config), sort_keys=True)
     generation = generation_config(config, checkpoint)
     write_json(folder / "generation_config.json", generation, sort_keys=True)
-    if has_tokenizer(checkpoint.path):
+    if checkpoint.has_tokenizer:
         write_tokenizer(checkpoint, folder)
 
 

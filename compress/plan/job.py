@@ -11,7 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
+from compress.decoder.tokenizer import VOCABULARIES
 from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
 from compress.errors import (
@@ -140,8 +140,8 @@ def prepare(
     config = describe_model(checkpoint)
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
-    if tokenizer:
-        rows, ends = config.vocab_size, config.eos_token_ids
+    rows, ends = config.vocab_size, config.eos_token_ids
+    if tokenizer and max(tokenizer.ids.values(), default=0) >= rows:
         notes = check_rows(tokenizer, lambda: checkpoint.tokenizer, rows, ends)
     if context is not None and context > config.max_context:
         raise UsageError(
@@ -169,7 +169,7 @@ def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | Non
     Raises:
         CheckpointError: a format needs one, or it is damaged.
     """
-    if has_tokenizer(checkpoint.path):
+    if checkpoint.has_tokenizer:
         return checkpoint.tokenizer_facts
     for row in map(get_format, recipe.targets):
         if row.tokenizer_inside:

@@ -85,14 +85,14 @@ WITHOUT_IGNORE_MERGES = {"llama-bpe": "smaug-bpe"}
 
 def steps(node: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """A normalizer, pre-tokenizer or post-processor as a flat list (``Sequence`` opened)."""
-    if node is None:
-        return
-    if node["type"] != "Sequence":
-        yield node
-        return
-    for key in ("normalizers", "pretokenizers", "processors"):
-        for child in node.get(key, ()):
-            yield from steps(child)
+    waiting = [node] if node else []
+    while waiting:
+        found = waiting.pop()
+        if found["type"] == "Sequence":
+            keys = ("normalizers", "pretokenizers", "processors")
+            waiting += reversed([child for key in keys for child in found.get(key, ())])
+        else:
+            yield found
 
 
 def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
