@@ -179,7 +179,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_loads_nothing_heavy():
     done = run(
-        "import sys, compress.__main__ as c\n"
+        "import sys, compress.cli as c\n"
         "assert c.run(['--help']) == 0\n"
         "assert c.run(['build', '--help']) == 0\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
@@ -193,7 +193,7 @@ def test_writing_loads_no_torch(tmp_path):
     where = ["build", str(model), "-o", str(tmp_path / "out")]
     options = [*where, "-r", "int4-fast", "--no-verify"]
     done = run(
-        "import sys, compress.__main__ as c, compress.machine as m\n"
+        "import sys, compress.cli as c, compress.machine as m\n"
         "m.own_process()\n"
         f"assert c.run({options}) == 0\n"
         "assert 'coremltools' in sys.modules\n"

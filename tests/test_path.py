@@ -14,9 +14,9 @@ import pytest
 
 # Functions, files and frames of ours at most: of the whole build, of plan and write alone.
 BARS = {
-    ("gguf", "rtn"): ([277, 48, 13], [150, 28]),
-    ("coreml", "rtn"): ([316, 48, 14], None),
-    ("gguf", "gptq"): ([415, 63, 22], None),  # with the walk; 375, 61 and 14 where it is cached
+    ("gguf", "rtn"): ([277, 49, 13], [150, 28]),
+    ("coreml", "rtn"): ([316, 49, 14], None),
+    ("gguf", "gptq"): ([415, 64, 22], None),  # with the walk; 375, 62 and 14 where it is cached
 }
 
 
