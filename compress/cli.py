@@ -12,7 +12,7 @@ import click
 from compress import __version__
 from compress.commands import batch, build, doctor, inspect, push, recipes, verify
 from compress.console import print_error
-from compress.errors import PacklightError
+from compress.errors import PacklightError, check_utf8, told
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 HELP = """
@@ -44,6 +44,8 @@ click.version_option(__version__, "-V", "--version", message="packlight %(versio
 def run(arguments: list[str]) -> int:
     """Run a command line and translate every ending into its exit code."""
     try:
+        for argument in arguments:
+            check_utf8(argument)
         code = cli.main(arguments, prog_name="packlight", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except PacklightError as error:
@@ -53,6 +55,7 @@ def run(arguments: list[str]) -> int:
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
+        vars(error)["message"] = told(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
@@ -67,20 +70,12 @@ def run(arguments: list[str]) -> int:
         # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
         # that a gate failed; in shells a closed pipe is 141, 128 + SIGPIPE.
         return 141
-    except OSError as error:
-        if os.environ.get("PACKLIGHT_DEBUG"):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print_error(PacklightError(f"{where}{error.strerror or error}"))
-        print_notes(error)
-        return 2
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        name = type(error).__name__
-        line = (str(error).strip().splitlines() or [""])[0]
-        hint = "this is a bug in packlight; PACKLIGHT_DEBUG=1 shows where"
-        print_error(PacklightError(f"{name}: {line}", hint))
+        from compress.commands.endings import in_words
+
+        print_error(in_words(error))
         print_notes(error)
         return 2
 

@@ -35,6 +35,7 @@ __all__ = [
     "RuntimeMissingError",
     "UnsupportedModelError",
     "UsageError",
+    "check_utf8",
     "did_you_mean",
     "first_line",
     "is_disk_full",
@@ -122,6 +123,21 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "one of") -> str
     return f"did you mean {near[0]}?" if near else f"{listed}: {', '.join(words)}"
 
 
+def check_utf8(name: str) -> None:
+    """Refuse a name that no report can hold: bytes of the file system that are not UTF-8.
+
+    Raises:
+        UsageError: it has such bytes.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        readable = name.encode("utf-8", "backslashreplace").decode()
+        raise UsageError(
+            f"the name {readable} is not UTF-8", hint="give it another name"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """What a library says first; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -157,7 +173,8 @@ def reading(
 
 def is_disk_full(error: OSError) -> bool:
     """No room on the device, or no more of the user's quota or file size."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    numpys = error.errno is None and "requested and" in str(error)  # ndarray.tofile's
+    return numpys or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # --- what is told of a stranger's names, and of places with passwords in them --------------------

@@ -24,9 +24,11 @@ from compress.errors import CheckpointError, UsageError
 __all__ = [
     "LARGEST_TEXT",
     "cache_folder",
+    "check_place",
     "check_unchanged",
     "computed_once",
     "file_lock",
+    "full_disk",
     "is_url",
     "read_bounded",
     "real_path",
@@ -118,6 +120,65 @@ def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
             f"{changed.name} has changed since it was opened: nobody can say what this is made of",
             hint="begin again, once nothing writes to it",
         )
+
+
+def check_place(
+    option: str, path: Path, output: Path | None = None, *, folder: bool = False
+) -> None:
+    """Refuse, before the hours of a build, a place where nothing can be written after them.
+
+    Args:
+        option: that named it.
+        path: of a file, or of a ``folder`` that is made if it is not there.
+        output: of the build, which holds what was checksummed and nothing else.
+
+    Raises:
+        UsageError: a folder that is not there or not writable, a folder in place of a file or the
+            reverse, or a place inside the output.
+    """
+    place = real_path(path)
+    if output is not None and place.is_relative_to(real_path(output)):
+        raise UsageError(
+            f"{option} {path} is inside the output {output}",
+            hint=f"beside it, such as {option} {path.name}",
+        )
+    if place.exists() and place.is_dir() != folder:
+        what = "a folder, not a file" if place.is_dir() else "a file, not a folder"
+        raise UsageError(f"{option} {path} is {what}")
+    if not folder and not place.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    near = place if folder else place.parent
+    while not near.exists():
+        near = near.parent
+    try:
+        with tempfile.TemporaryFile(dir=near):  # what permissions say is not all
+            pass
+        writable = not place.exists() or os.access(place, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"{option} {path} is not writable")
+
+
+def full_disk(folder: Path) -> tuple[Path, str]:
+    """Which disk is the fullest, of those that packlight writes to, and what to do about it.
+
+    Args:
+        folder: that is written to, beside the cache and ``TMPDIR``.
+    """
+    from huggingface_hub.constants import HF_ASSETS_CACHE
+
+    places = (
+        (folder, "free some space"),
+        (Path(os.environ.get("PACKLIGHT_CACHE") or HF_ASSETS_CACHE), "set PACKLIGHT_CACHE"),
+        (Path(tempfile.gettempdir()), "set TMPDIR"),
+    )
+    disks: dict[int, tuple[Path, str]] = {}
+    for place, hint in places:
+        while not place.exists():
+            place = place.parent
+        disks.setdefault(place.stat().st_dev, (place, hint))
+    return min(disks.values(), key=lambda disk: shutil.disk_usage(disk[0]).free)
 
 
 def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 from collections import deque
@@ -358,8 +359,27 @@ def own_process() -> None:
     """For a process that is packlight's alone: what cannot be, or need not be, as before."""
     global _own
     _own = True
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     handle_signals()  # before anything that takes time
     make_deterministic()  # before anything that computes
+
+
+def die_with_parent() -> None:
+    """End this process, and the session that it leads, when the process that holds the other end
+    of its stdin is gone, however it went (``kill -9`` too). Where stdin is no pipe nothing happens.
+
+    Works where Linux's parent-death signal does not exist, and from any thread.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(128 + signal.SIGKILL)
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def is_own_process() -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.build.decide import BuildSettings, plan_of
 from compress.console import parse_bytes
-from compress.errors import UsageError
+from compress.errors import UsageError, check_utf8
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -27,6 +27,9 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
     """The settings of a build, from arguments of the same names; None means the default."""
     hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
     given = {key: value for key, value in given.items() if value is not None}
+    for value in (model, *given.values()):
+        if isinstance(value, str | Path):
+            check_utf8(str(value))
     for key in given.keys() & PATHS:
         given[key] = Path(given[key])
     for key in given.keys() & {"budget", "budget_memory"}:

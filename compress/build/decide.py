@@ -4,6 +4,7 @@ before any work.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.step import Importance, texts_of
+from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
@@ -21,7 +23,9 @@ from compress.output.lock import check_lock, files_digest, lock_document, versio
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
+from compress.decoder.tokenizer import has_tokenizer
 from compress.errors import UsageError, without_secrets
+from compress.files import check_place
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -29,11 +33,12 @@ from compress.plan.transform import Transforms
 from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.report.against import Previous
-from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_places", "command_line", "decide",
-    "identity_of", "inputs_of", "lock_of", "plan_of", "prepare_job", "resolved_recipe",
+    "digest_of", "identity_of", "inputs_of", "lock_of", "plan_of", "prepare_job",
+    "resolved_recipe",
 ]  # fmt: skip
 
 
@@ -154,11 +159,15 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
+    for line in (opening := list(checkpoint.warnings)):
+        console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    if (settings.verify or looks_at_inputs(recipe)) and has_tokenizer(checkpoint.path):
+        _ = checkpoint.tokenizer  # here, and not once more in a child process
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
-    for line in checkpoint.warnings:
+    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
         console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
@@ -216,6 +225,10 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     check_output(output, overwrite=settings.overwrite)
     if settings.ci_files:
         settings.ci_files.check(output)
+    if settings.save_imatrix:
+        check_place("--save-imatrix", settings.save_imatrix, output)
+    if settings.keep_baseline:
+        check_place("--keep-baseline", settings.keep_baseline, output, folder=True)
     if settings.save_checkpoint:
         from compress.output.pruned_checkpoint import check_save
 
@@ -263,6 +276,17 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     return plain
 
 
+def digest_of(decision: Decision) -> str:
+    """SHA-256 of all that a build was asked for: its bytes, and how they are judged."""
+    settings = decision.settings
+    asked = [
+        identity_of(decision.job, settings), decision.job.command, decision.job.recipe.to_dict(),
+        settings.verify, sorted(settings.max_regression), str(settings.save_checkpoint),
+        *(files_digest([path]) if path else "" for path in (settings.eval_text, settings.against)),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def inputs_of(decision: Decision) -> list[Path]:
     """The files beside the checkpoint that artifacts are made from."""
     if imatrix := decision.importance.imatrix:
@@ -299,7 +323,7 @@ FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
     """A line for each option that changes nothing in this build."""
-    options = {
+    options: dict[str, dict[str, object]] = {
         "--no-verify runs nothing": {
             "--eval-text": not settings.verify and settings.eval_text,
             "--keep-baseline": not settings.verify and settings.keep_baseline,

@@ -12,6 +12,7 @@ from compress.build.decide import (
     Decision,
     check_places,
     decide,
+    digest_of,
     identity_of,
     inputs_of,
     lock_of,
@@ -20,9 +21,10 @@ from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
+from compress.errors import PacklightError
 from compress.files import check_unchanged, stamps
 from compress.machine import bounded
-from compress.output.checksums import folder_digests, write_checksums
+from compress.output.checksums import NAME, folder_digests, read_checksums, write_checksums
 from compress.output.folder import Resume, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
@@ -62,6 +64,12 @@ def build(settings: BuildSettings, console: Console) -> Built:
     with bounded(settings.threads, settings.max_memory):
         console.begin("plan")
         decision = decide(settings, console)
+        asked = digest_of(decision)
+        if settings.resume and not settings.overwrite and (done := finished(decision, asked)):
+            console.say(f"{decision.output} is finished; nothing was left to do")
+            if settings.ci_files:
+                settings.ci_files.write(done)
+            return Built(done, decision.output)
         scorer = check_places(decision, console)
         opened = {**decision.job.checkpoint.opened, **stamps(inputs_of(decision))}
         lock = lock_of(decision, console)
@@ -80,6 +88,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
             console.begin("write the report")  # and checksums of all that was written
             text = settings.eval_text
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
+            report.asked = asked
             report.notes += ready.notes
             if ready.calibration:
                 report.notes += ready.calibration.notes()
@@ -94,6 +103,18 @@ def build(settings: BuildSettings, console: Console) -> Built:
         if settings.ci_files:
             settings.ci_files.write(report)
         return Built(report, decision.output)
+
+
+def finished(decision: Decision, asked: str) -> Report | None:
+    """The report of the output, where this very build has made it, and all its files are there."""
+    folder = decision.output
+    try:
+        report = Report.load(folder / "report.json")
+        names = read_checksums(folder / NAME)
+    except PacklightError:
+        return None
+    whole = all((folder / name).is_file() for name in names)
+    return report if report.asked == asked and whole else None
 
 
 @dataclass(frozen=True)

@@ -2,107 +2,28 @@
 
 Every weight is ``W + s·B·A``, in float32, as PEFT's ``merge_and_unload`` makes it. What is around
 the checkpoint sees the merged model: the float baseline, calibration, each format.
-
-Products are made in tiles of rows whose places are fixed, so that a weight has the same bits
-however many rows of it are asked for at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from compress.checkpoint.adapter import CONFIG, MERGE, Adapter
 from compress.checkpoint.checkpoint import Checkpoint, Float32
-from compress.checkpoint.safetensors import TensorInfo, check_finite, read_range
+from compress.checkpoint.safetensors import TensorInfo, check_finite
+from compress.checkpoint.settle import settle_head
+from compress.checkpoint.terms import BiasTerm, LowRank, Term, TokenRows, same_values
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import short
 from compress.decoder.families import FAMILIES
-from compress.machine import in_threads
 
 __all__ = ["Merged", "merge"]
-
-TILE = 64  # rows of one product
-PIECE = 1 << 20  # weights that are worth a thread
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``scaling · B·A``, which is added to a weight.
-
-    Attributes:
-        a: float ``[rank, columns]``; of an embedding ``[rank, rows]``.
-        b: float ``[rows, rank]``; of an embedding ``[columns, rank]``, its term is ``(B·A)ᵀ``.
-    """
-
-    a: TensorInfo
-    b: TensorInfo
-    scaling: float
-    is_embedding: bool
-
-    def add(self, values: Float32, start: int) -> None:
-        """Add to rows of the weight, in place; ``start`` is the first of them."""
-        rank, rows = self.a.shape[0], (self.a.shape[1] if self.is_embedding else self.b.shape[0])
-        first, stop = start // TILE * TILE, start + len(values)
-        last = min(-(-stop // TILE) * TILE, rows)
-        if self.is_embedding:
-            flat = replace(self.a, shape=(math.prod(self.a.shape),))
-            parts = [read_range(flat, row * rows + first, last - first) for row in range(rank)]
-            left = np.ascontiguousarray(np.stack(parts).T)
-            right = np.ascontiguousarray(read_all(self.b).T)
-        else:
-            left = read_range(self.b, first, (last - first) * rank).reshape(-1, rank)
-            right = read_all(self.a)
-
-        def work(begin: int, end: int) -> None:
-            for tile in range(first + begin * TILE, min(first + end * TILE, last), TILE):
-                product = left[tile - first : tile - first + TILE] @ right
-                product *= np.float32(self.scaling)
-                top, bottom = max(tile, start), min(tile + len(product), stop)
-                values[top - start : bottom - start] += product[top - tile : bottom - tile]
-
-        least = max(PIECE // (TILE * right.shape[1]), 1)
-        in_threads(work, -(-(last - first) // TILE), least)
-
-
-@dataclass(frozen=True)
-class BiasTerm:
-    """``scaling`` times the bias of B, which is added to a bias."""
-
-    b: TensorInfo
-    scaling: float
-
-    def add(self, values: Float32, start: int) -> None:
-        """See ``LowRank.add``."""
-        values += read_range(self.b, start, len(values)) * np.float32(self.scaling)
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows of an embedding that are replaced: those of trained tokens.
-
-    Attributes:
-        trained: float ``[tokens, columns]``.
-        rows: the row that each of them has in the weight.
-    """
-
-    trained: TensorInfo
-    rows: Sequence[int]
-
-    def add(self, values: Float32, start: int) -> None:
-        """See ``LowRank.add``."""
-        for index, row in enumerate(self.rows):
-            if start <= row < start + len(values):
-                values[row - start] = read_range(self.trained, index, values.shape[1])
-
-
-Term = LowRank | BiasTerm | TokenRows
 
 
 class Merged(Checkpoint):
@@ -118,7 +39,7 @@ class Merged(Checkpoint):
         """
         Args:
             base: opened.
-            config: of it, which its headers were held against (``WeightMap.check``).
+            config: of what it stores (``settle_head``, ``WeightMap.check``).
             adapters: in any order: what they bring whole comes first, then what they add.
 
         Raises:
@@ -126,8 +47,12 @@ class Merged(Checkpoint):
         """
         self.__dict__.update(base.__dict__)
         self.adapters = tuple(adapters)
+        self.opened = dict(base.opened)
+        for adapter in adapters:
+            self.opened |= adapter.opened
         self.warnings = [*base.warnings]
         self.tensors = dict(base.tensors)
+        self.opened = dict(base.opened)
         self._terms: dict[str, list[Term]] = {}
         self._brought: dict[str, Adapter] = {}
 
@@ -140,10 +65,14 @@ class Merged(Checkpoint):
             self._shapes[self._head] = self._shapes[self._embedding]
             if any(map(self._unties, adapters)):
                 self._untie()
+                self.tensors[self._head] = self.tensors[self._embedding]
+        elif DecoderConfig.from_hf(base.config, base.generation_config).tie_word_embeddings:
+            self._untie()  # the checkpoint has a head of its own, whatever its config says
         for adapter in adapters:
             self._check_base_name(adapter)
             self._place(adapter)
             self.warnings += adapter.warnings
+            self.opened |= adapter.opened
         for terms in self._terms.values():  # rows that are replaced, then what is added
             terms.sort(key=lambda term: not isinstance(term, TokenRows))
 
@@ -179,12 +108,11 @@ class Merged(Checkpoint):
         )
 
     def _untie(self) -> None:
-        """Give the head, so far the embedding, a tensor of its own."""
+        """Say so where a head has a tensor of its own."""
         self._shared = False
         self.config = {**self.config, "tie_word_embeddings": False}
         if "share_embedding" in self.config:
             self.config["share_embedding"] = False
-        self.tensors[self._head] = self.tensors[self._embedding]
 
     def _weight(self, name: str) -> str:
         """The tensor on disk that a weight of the model is."""
@@ -202,7 +130,9 @@ class Merged(Checkpoint):
             if kind in ("", "base_layer"):
                 brought = name.replace(".base_layer.", ".") if kind else name
                 if brought in self._shapes:
-                    self._bring(adapter, brought, info)
+                    # Beneath a LoRA only biases are trained; the weight is the base's, again.
+                    trained = not name.endswith(".base_layer.weight")
+                    self._bring(adapter, brought, info, trained=trained)
                     continue
             elif weight in self._shapes and len(self._shapes[weight]) == 2:
                 if kind == "token_adapter.trainable_tokens_delta":
@@ -227,13 +157,14 @@ class Merged(Checkpoint):
             self._add_pair(adapter, module, found)
         self._check_complete(adapter, set(pairs))
 
-    def _bring(self, adapter: Adapter, name: str, info: TensorInfo) -> None:
+    def _bring(self, adapter: Adapter, name: str, info: TensorInfo, *, trained: bool) -> None:
         """A tensor that the adapter brings whole takes the place of the checkpoint's."""
-        self._need_weight_one(adapter, name)
+        if trained:
+            self._need_weight_one(adapter, name)
         check_shape(adapter, info, self._shapes[name], name)
         weight = self._weight(name)
         other = self._brought.setdefault(weight, adapter)
-        if other is not adapter:
+        if other is not adapter and not same_values(self.tensors[weight], info):
             raise adapter.error(f"{name} is brought by {short(other.source)[1:-1]}, too")
         self.tensors[weight] = replace(info, name=weight)
 
@@ -360,13 +291,8 @@ def check_shape(adapter: Adapter, info: TensorInfo, shape: Sequence[int], name: 
         )
 
 
-def read_all(info: TensorInfo) -> Float32:
-    """A whole tensor as float32."""
-    return read_range(info, 0, math.prod(info.shape)).reshape(info.shape)
-
-
 def merge(
-    base: Checkpoint, adapters: Sequence[str], *, token: str | None, cache_dir: str | None
+    base: Checkpoint, adapters: str | Sequence[str], *, token: str | None, cache_dir: str | None
 ) -> Merged:
     """A checkpoint with adapters merged into it.
 
@@ -380,6 +306,9 @@ def merge(
         UnsupportedModelError: see ``DecoderConfig.from_hf``.
     """
     config = DecoderConfig.from_hf(base.config, base.generation_config)
+    if config.tie_word_embeddings:
+        config = settle_head(config, base)
     WeightMap(config).check(base)
-    opened = [Adapter.open(text, token=token, cache_dir=cache_dir) for text in adapters]
+    texts = [adapters] if isinstance(adapters, str) else adapters
+    opened = [Adapter.open(str(text), token=token, cache_dir=cache_dir) for text in texts]
     return Merged(base, config, opened)

@@ -22,8 +22,9 @@ from compress.errors import UsageError
 
 # What asks for a verdict, which --checksums alone must not seem to have given.
 JUDGING = {
-    "gates": "--gate", "against": "--against", "max_regression": "--max-regression",
-    "tasks": "--task", "junit": "--junit", "summary": "--summary",
+    "adapters": "--adapter", "gates": "--gate", "against": "--against",
+    "max_regression": "--max-regression", "tasks": "--task", "junit": "--junit",
+    "summary": "--summary",
 }  # fmt: skip
 
 

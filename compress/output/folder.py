@@ -32,7 +32,7 @@ from compress.errors import (
     UsageError,
     is_disk_full,
 )
-from compress.files import file_lock, real_path, write_whole
+from compress.files import file_lock, full_disk, real_path, write_whole
 from compress.output.checksums import NAME, read_checksums, unlisted
 from compress.plan import weights
 
@@ -265,9 +265,10 @@ def work_folder(
                 error.add_note(f"what is finished stays in {partial.name}: --resume continues it")
             if isinstance(error, OSError) and is_disk_full(error):
                 left = "what is finished stays" if keeps else "nothing was left behind"
+                full, hint = full_disk(place.parent)
                 raise DiskFullError(
-                    f"the disk ran full while writing to {output.parent} ({error.strerror})",
-                    hint=f"{left}; free some space and run it again",
+                    f"the disk of {full} ran full ({error.strerror or error})",
+                    hint=f"{left}; {hint}, and run it again",
                 ) from error
             raise
         finally:

@@ -12,7 +12,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import packlight
-from compress import cli
+from compress import __main__ as cli
 
 FAST = {
     "verify.windows": 2,
@@ -72,12 +72,9 @@ def test_calibration_and_baseline_see_the_merged_model(trained, tmp_path, monkey
 
     plain = build(base, "plain")  # leaves its statistics and answers in the cache
     ours = build(base, "ours", adapters=[adapter])
-    half = build(base, "half", adapters={shutil.copytree(adapter, tmp_path / "q"): 1.0})
     theirs = build(merged, "theirs")
     assert model_files(tmp_path / "ours") == model_files(tmp_path / "theirs")
-    assert model_files(tmp_path / "ours") == model_files(tmp_path / "half")
     assert ours.baseline.perplexity == theirs.baseline.perplexity != plain.baseline.perplexity
-    assert half.model.adapters[0].sha256 == ours.model.adapters[0].sha256
     verified = packlight.verify(
         tmp_path / "theirs", base, adapters=adapter, windows=2, sequence_length=32
     )
@@ -101,7 +98,7 @@ def test_everything_names_the_adapter_by_its_hash(trained, tmp_path, capsys):
     assert "my-lora" not in "".join(plan["lock"]["checkpoint"]["files"])
     stated = json.loads((out / "provenance.json").read_text())["predicate"]["buildDefinition"]
     assert stated["externalParameters"]["adapters"] == ["my-lora"]
-    found = {row["name"]: row["digest"] for row in stated["resolvedDependencies"]}
+    found = {row["name"]: row.get("digest") for row in stated["resolvedDependencies"]}
     assert found[f"my-lora/{WEIGHTS}"] == {"sha256": named.sha256}
 
     again = ["build", str(base), "-r", "int4-fast", "-f", "gguf", "--adapter", str(mine)]

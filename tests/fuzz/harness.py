@@ -106,7 +106,7 @@ def be_the_command(arguments: list[str], box: Path) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        from compress import cli
+        from compress import __main__ as cli
 
         code = cli.run(arguments)
     except SystemExit as ending:
@@ -225,7 +225,7 @@ def main() -> int:
     work = given.work.resolve()
     load_libraries()
     if not (work / "base").exists():
-        from compress import cli
+        from compress import __main__ as cli
 
         make_base(work / "base", cli.run)
     bad = 0

@@ -47,6 +47,7 @@ def finished(folder: Path, *, passed: bool = True, verified: bool = True) -> Pat
 def push(hub: Hub, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: "" for key in os.environ if key.startswith("HF_")}
     home = {"HF_HOME": str(Path(os.environ["PACKLIGHT_CACHE"]) / "hf"), "NO_PROXY": "127.0.0.1"}
+    home["HF_HUB_DISABLE_XET"] = "1"  # its store is not here: large files go through LFS
     token = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
     return packlight("push", *arguments, env=kept | home | token | environment)
 
@@ -190,3 +191,12 @@ def test_refusals_of_the_hub_are_one_line(hub, tmp_path, name, environment, told
 def test_no_such_branch_to_open_a_pull_request_against(hub, tmp_path):
     text = refused(push(hub, finished(tmp_path / "out"), NAME, "--revision", "refs/pr/9"))
     assert "the Hub has no such account, repository or branch" in text
+
+
+@pytest.mark.parametrize("name", ["onnx/config.json", "SHA256SUMS", "README.md"])
+def test_a_link_is_not_pushed(hub, tmp_path, name):
+    folder = finished(tmp_path / "out")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link" in refused(push(hub, folder, NAME))
+    assert hub.requests == []
