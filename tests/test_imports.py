@@ -190,7 +190,7 @@ def test_writing_loads_no_torch(tmp_path):
     where = ["build", str(model), "-o", str(tmp_path / "out")]
     options = [*where, "-r", "int4-fast", "--no-verify"]
     done = run(
-        "import sys, compress.cli as c, compress.machine as m\n"
+        "import sys, compress.__main__ as c, compress.machine as m\n"
         "m.own_process()\n"
         f"assert c.run({options}) == 0\n"
         "assert 'coremltools' in sys.modules\n"
