@@ -20,7 +20,14 @@ BARS = {
 }
 
 
-@pytest.mark.parametrize(("name", "solver"), list(BARS))
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("gguf", "rtn"),
+        ("coreml", "rtn"),
+        pytest.param("gguf", "gptq", marks=pytest.mark.slow),  # each call of its walk is traced
+    ],
+)
 def test_the_path_of_a_build(name, solver):
     script = str(Path(__file__).with_name("path.py"))
     done = subprocess.run(

@@ -19,7 +19,7 @@ from compress.errors import GridError
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
-from compress.plan.job import Job
+from compress.plan.job import Job, without
 from compress.plan.shapes import Artifact, Plan, Writer, Written
 from compress.plan.weights import Ledger, Weights
 from compress.recipe import needs_of
@@ -98,7 +98,9 @@ def put_tensors(writers: Sequence[Writer], written: Written) -> None:
                 try:
                     end = writer.put(entry)
                 except GridError as error:
-                    raise GridError(f"{entry.name}: {error.message}", error.hint) from error
+                    named = GridError(f"{entry.name}: {error.message}", error.hint)
+                    formats = [other.plan.format for other in writers]
+                    raise without(writer.plan.format, formats, named) from error
                 facts = {"weight": entry.name, "fallen": weights.fallen.get(entry.name, 0)}
                 weights.ledger.add(entry.target_name, writer.file, end, **facts)
             if weights.statistics is not None:

@@ -25,7 +25,6 @@ from compress.calibration.texts import BUILTIN, CalibrationSet
 from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.files import cache_folder, check_unchanged, computed_once, sync
 from compress.formats import FORMATS, Format
@@ -222,7 +221,7 @@ class CalibrationStep:
         settings = self.job.recipe.calibration
         return CalibrationSet.load(
             settings.texts,
-            Tokenizer(self.job.checkpoint.path),
+            self.job.checkpoint.tokenizer,
             tokens=settings.tokens,
             sequence_length=min(settings.sequence_length, self.job.config.max_context),
             seed=settings.seed,

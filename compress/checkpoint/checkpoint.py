@@ -13,10 +13,12 @@ import json
 import math
 import os
 import pickle
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +39,8 @@ from compress.checkpoint.strangers import explain_folder, other_file, read_confi
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
+from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
 from compress.files import cache_folder, is_url, stamps
 
@@ -55,6 +59,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
@@ -141,7 +146,8 @@ class Checkpoint:
             revision = revision or linked or None
         if revision and (folder.exists() or is_url(name)):
             raise UsageError(
-                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                f"--revision {revision}: {without_secrets(name)} is not on the Hub, and has no "
+                "revisions",
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
@@ -302,6 +308,27 @@ class Checkpoint:
             digest.update(repr(row).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once.
+
+        Raises:
+            CheckpointError: see ``Tokenizer``.
+        """
+        rows = self.config.get("vocab_size")
+        return Tokenizer(self.path, rows if isinstance(rows, int) else None)
+
+    @cached_property
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What files need to know of it, by a child process where transformers is not loaded.
+
+        Raises:
+            CheckpointError: see ``TokenizerFacts``.
+        """
+        if "transformers" in sys.modules:
+            return TokenizerFacts.of(self.tokenizer)
+        return facts_from_child(self.path)
+
     def files(self) -> list[Path]:
         """The files that a build reads, by name; not those of adapters."""
         shards = {info.file for info in self.tensors.values()}
@@ -313,7 +340,8 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        return [path for name in TOKENIZER_FILES if (path := self.path / name).exists()] + templates
 
 
 @dataclass(frozen=True)

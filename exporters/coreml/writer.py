@@ -25,7 +25,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,9 @@ class Writer:
         config, self._layout = weights.config, Layout()
         self._constants = Constants(tools.mb, tools.storage, plan, config)
         self._storage = tools.storage
-        program = build_program(tools, config, plan.settings["context"], self._constants)
-        self._model = tools.export(program, self._constants, self._layout, weights)
+        with ONE_AT_A_TIME:
+            program = build_program(tools, config, plan.settings["context"], self._constants)
+            self._model = tools.export(program, self._constants, self._layout, weights)
         add_metadata(self._model, plan, weights)
         if not weights.ledger.cut(self.file):
             self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
@@ -163,8 +163,9 @@ def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the program as it will be, its arrays counted."""
     tools, layout = CoreMLTools(), Layout()
     constants = Constants(tools.mb, tools.storage, plan, source.config)
-    program = build_program(tools, source.config, plan.settings["context"], constants)
-    model = tools.export(program, constants, layout)
+    with ONE_AT_A_TIME:
+        program = build_program(tools, source.config, plan.settings["context"], constants)
+        model = tools.export(program, constants, layout)
     add_metadata(model, plan, source)
     return layout.end + int(model.ByteSize()) + len(MANIFEST)
 
@@ -198,10 +199,7 @@ def build_program(
 def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
     """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
     config, context = weights.config, plan.settings["context"]
-    floating = replace(  # what a size is compared with
-        DecoderConfig.from_hf(weights.checkpoint.config),
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is compared with
     described = model.description
     for feature, text in (
         (described.input[0], "Token ids, the new ones only"),

@@ -11,6 +11,7 @@ from compress.errors import GridError, UnsupportedModelError, did_you_mean
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.gguf.metadata import ARCHITECTURES, ROPE_TENSORS, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
+from exporters.gguf.tokenizer import read_vocabulary
 
 GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 
@@ -31,13 +32,16 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
 
     Raises:
         GridError: an unknown type.
-        UnsupportedModelError: a model that llama.cpp cannot express.
+        CheckpointError: a damaged tokenizer.
+        UnsupportedModelError: a model or a tokenizer that llama.cpp cannot express.
     """
     check_expressible(config)
     importance = bool(request.importance or request.settings.get("importance", False))
     mix = Mix.parse(str(request.settings.get("type", "Q4_K_M")), importance=importance)
     entries = tuple(plan_entries(config, mix, request.choices))
     context, caveats = context_limit(config)
+    if request.tokenizer:
+        caveats += read_vocabulary(request.tokenizer, config).notes
     fallbacks = Counter(entry.note for entry in entries if entry.note)
     notes = [f"{n} tensor{'s' if n > 1 else ''} in {note}" for note, n in fallbacks.items()]
     return Plan(

@@ -47,7 +47,7 @@ class Writer:
 
     def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
         self.plan, self.weights, self._written = plan, weights, written
-        self._vocabulary = read_vocabulary(weights.checkpoint.path, weights.config)
+        self._vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
             write_head(self.file, plan, weights.config, self._vocabulary)
@@ -94,7 +94,7 @@ class Writer:
             weights_bytes=plan.weights_bytes,
             kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
             plan=plan,
-            notes=(*plan.notes, *self._vocabulary.notes),
+            notes=plan.notes,
         )
 
 
@@ -105,7 +105,7 @@ def writing_memory(plan: Plan) -> int:
 
 def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the head as it will be, and aligned tensors."""
-    vocabulary = read_vocabulary(source.checkpoint.path, source.config)
+    vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
         write_head(path, plan, source.config, vocabulary)
