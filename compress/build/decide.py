@@ -161,7 +161,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
-    if (settings.verify or looks_at_inputs(recipe)) and checkpoint.has_tokenizer:
+    reads = (settings.verify or looks_at_inputs(recipe)) and not settings.dry_run
+    if reads and checkpoint.has_tokenizer:
         _ = checkpoint.tokenizer  # here, and not once more in a child process
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)

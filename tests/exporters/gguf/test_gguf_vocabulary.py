@@ -93,6 +93,11 @@ SAME: dict[str, tuple[str, Edit]] = {
     "EOS behind": ("llama", settings(add_eos_token=True)),
     "legacy": ("mobilellm", settings(legacy=True)),
     "a class of its own name": ("llama3", settings(tokenizer_class="PreTrainedTokenizer")),
+    "a class that nobody knows": ("llama3", settings(tokenizer_class="NobodysTokenizer")),
+    "transformers 5's": (
+        "qwen2",
+        settings(tokenizer_class="TokenizersBackend", extra_special_tokens=["<|tool|>"]),
+    ),
     "no class": ("qwen2", settings(tokenizer_class=None)),
     "no tokenizer_config.json": ("qwen2", without("tokenizer_config.json")),
     "no tokenizer.json": ("qwen2", without("tokenizer.json")),
