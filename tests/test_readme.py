@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import packlight
+from commands import packlight as command_line
 from trees import warm
 
+import packlight
 from compress.recipe import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +147,7 @@ def test_every_command_is_understood(demo, clone, tmp_path):
                 words += ["--dry-run"]
         elif words[0] == "verify" and "--checksums" not in words:
             words += ["--windows", "2"]
-        done = packlight(*words, cwd=tmp_path)
+        done = command_line(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if (tmp_path / "out").exists() and not (tmp_path / "last").exists():
             shutil.copytree(tmp_path / "out", tmp_path / "last")  # which was released
@@ -183,15 +184,17 @@ def test_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("windows", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_the_python_lines_work(windows, clone, tmp_path):
-    """Measured on two windows; and as they are typed."""
+def test_the_python_lines_name_what_there_is():
+    (code,) = blocks("python")
+    compile(code, "README.md", "exec")
+    for name in re.findall(r"pk\.(\w+)", code):
+        assert name in packlight.__all__
+
+
+@pytest.mark.slow  # docs/api.md's and the docstrings' examples run in each suite
+def test_the_python_lines_work(clone, tmp_path):
     checkpoint(clone, tmp_path)
     (code,) = blocks("python")
-    if windows:
-        few = f'output="out-py", overrides={{"verify.windows": {windows}}}'
-        code = code.replace('output="out-py"', few)
-        assert few in code
     (tmp_path / "reader.py").write_text(code)
     done = shell(f"{sys.executable} reader.py", tmp_path)
     assert re.fullmatch(r"True 0\.00\d+\n", done.stdout), done.stdout + done.stderr

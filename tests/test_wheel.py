@@ -46,6 +46,7 @@ def test_every_source_file_is_in_the_wheel(installed):
                 assert (installed / relative).exists(), relative
 
 
+@pytest.mark.slow  # every file is in it: see above
 def test_the_demo_runs_from_the_wheel(installed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-m", "compress", "demo", "-f", "gguf", "-q"],

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download_adapter, page_of
 from compress.checkpoint.safetensors import scan_safetensors
 from compress.decoder.config_json import LARGEST, read_json, short
@@ -81,6 +82,7 @@ class Adapter:
             CheckpointError: the files are missing, damaged, or not a LoRA that can be merged.
         """
         self.folder, self.source, self.revision, self.weight = folder, source, revision, weight
+        check_folder(folder)
         self.warnings: list[str] = []
         self._patterns: dict[str, Any] = {}  # compiled
         self._matching = 0.0  # seconds that they have taken

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.decoder.config_json import Config, flag, number, short, token_id, token_ids, whole
+from compress.decoder.config_json import Config, flag, number, short, token_ids, whole
 from compress.decoder.rope import read_rope
 from compress.errors import UnsupportedModelError
 
@@ -94,6 +94,8 @@ class Family:
         positions = whole(config, "max_position_embeddings")
         head_dim = whole(config, "head_dim", self.head_dim or hidden // heads, most=MOST_WIDE)
         rope = read_rope(config, head_dim, self.partial_rotary)
+        bos = token_ids(config, "bos_token_id", most=1)
+        pad = token_ids(config, "pad_token_id", most=1)
         fields: dict[str, Any] = {
             "model_type": self.model_type,
             "architecture": self.architecture,
@@ -119,14 +121,14 @@ class Family:
             "sliding_window": None,
             "max_position_embeddings": positions,
             "max_context": min(positions, rope.original_context or positions),
-            "bos_token_id": token_id(config, "bos_token_id"),
+            "bos_token_id": bos[0] if bos else None,
             # Both files, generation_config first: Phi-3's config alone never stops a chat.
             "eos_token_ids": tuple(
                 dict.fromkeys(
                     token_ids(generation, "eos_token_id") + token_ids(config, "eos_token_id")
                 )
             ),
-            "pad_token_id": token_id(config, "pad_token_id"),
+            "pad_token_id": pad[0] if pad else None,
             "raw": dict(config),
         }
         fields |= self.changes(config)

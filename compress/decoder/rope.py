@@ -196,10 +196,10 @@ def _yarn_factors(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary - 1)
     pairs, width = np.arange(rotary // 2, dtype=np.float32), high - low or 0.001
-    kept = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
+    plain_share = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
     base = powers(theta, rotary)
     plain, stretched = np.float32(1) / base, np.float32(1) / (np.float32(factor) * base)
-    frequencies = stretched * (np.float32(1) - kept) + plain * kept
+    frequencies = stretched * (np.float32(1) - plain_share) + plain * plain_share
     return tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
 
 

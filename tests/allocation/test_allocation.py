@@ -158,9 +158,9 @@ def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
         recipe = load("phone-4bit", changes, ["gguf"])
-        (plan,) = prepare(checkpoint, recipe).plans
+        (plan,) = prepare(checkpoint, recipe, transforms={}).plans
         choices = {"gguf": {plan.entries[-1].name: "Q8_0"}}
-        job = prepare(checkpoint, recipe, choices=choices)
+        job = prepare(checkpoint, recipe, transforms={}, choices=choices)
         bits = 8 * job.plans[0].weights_bytes / job.config.num_parameters
         assert job.plans[0].type_name == f"mix-{bits:.2f}bpw"
 
@@ -207,7 +207,7 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
     for solver in ("scale_search", "gptq"):
         how, errors = effort_for(weights.config, solver, large=0), found.setdefault(solver, {})
         wanted = {name: ["int4-g32"] for name in ("blocks.0.q_proj.weight", "lm_head.weight")}
-        solve = get_solver(how.solver, stats)
+        solve = get_solver(how.solver)
         measure_errors(weights, stats, solve, wanted, errors, how, lambda done, total: None)
     for name, errors in found["scale_search"].items():
         share = found["gptq"][name]["int4-g32"] / errors["int4-g32"]
@@ -219,7 +219,7 @@ def test_no_file_is_larger_than_its_budget(format: str) -> None:
     """Every byte counts: the graph of a mix is not always that of the smallest file."""
     weights = source("phi3")
     recipe = load("phone-4bit", [], [format])
-    job = prepare(weights.checkpoint, recipe)
+    job = prepare(weights.checkpoint, recipe, transforms={})
     target = Target(job, job.plans[0])
     rng = np.random.default_rng(0)
     table = CostTable(weights.config)

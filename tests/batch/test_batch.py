@@ -231,7 +231,8 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
     assert "llama/strict, GGUF: kl_divergence is" in page
 
 
-@pytest.mark.parametrize("away", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # what a build does then: tests/commands/test_cli.py; its page: test_batch_state
+@pytest.mark.parametrize("away", [False, True])
 def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_the_page(
     away, shop, tmp_path
 ):

@@ -14,7 +14,6 @@ import torch
 from hooked import Model, distance, draw_windows, hooked
 
 from compress.calibration import walk as walking
-from compress.calibration.collect import collect
 from compress.calibration.statistics import (
     LayerStats,
     Statistics,
@@ -25,6 +24,7 @@ from compress.calibration.statistics import (
     save,
     unpack_hessian,
 )
+from compress.calibration.step import collect
 from compress.calibration.texts import CalibrationSet
 from compress.calibration.walk import Accumulator, held_back, walk
 from compress.checkpoint.checkpoint import Checkpoint, Stored

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from compress.checkpoint.adapter import Adapter
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.errors import CheckpointError
 
@@ -81,6 +82,14 @@ def test_a_text_without_end_is_not_read(copy: Path, name: str) -> None:
     os.truncate(copy / name, 20 * 10**9)
     with pytest.raises(CheckpointError, match=f"{name} has 20,000,000,000 bytes"):
         Checkpoint.open(copy)
+
+
+def test_an_adapters_folder_is_a_strangers_too(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_config.json").symlink_to(tmp_path / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="leads out"):
+        Adapter.open(str(tmp_path / "lora"))
 
 
 def write_header(folder: Path, header: bytes) -> None:

@@ -73,7 +73,7 @@ def test_a_build_writes_it_and_its_pages_name_it(built: Path) -> None:
     assert (built / toy["path"]).stat().st_size == toy["bytes"]
     assert "Toy™ int8-channel" in (built / "report.html").read_text()
     card = (built / "README.md").read_text()
-    assert "Toy™ int8-channel" in card and "Play with toy/model.toy." in card
+    assert "Toy™ int8-channel" in card and "\nplay toy/model.toy\n" in card
     assert json.loads((built / "plan.json").read_text())["targets"].keys() == {"toy", "onnx"}
 
 

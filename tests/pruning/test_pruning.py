@@ -417,7 +417,9 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["depth:1", "ffn:50%", "heads:2"])
+@pytest.mark.parametrize(
+    "method", ["depth:1", "ffn:50%", pytest.param("heads:2", marks=pytest.mark.slow)]
+)
 def test_three_artifacts_of_a_pruned_model_run(method, tmp_path):
     model = tiny.make("llama", tmp_path / "whole" / "m", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(tiny.TEXT * 3)

@@ -38,7 +38,9 @@ def made(
 ) -> dict[str, Any]:
     """The report of a build, after its files were held against it."""
     options = {"verify": False, "threads": 1} | settings
-    wanted = BuildSettings(str(model), folder, recipe, overrides=(*SHORT, *overrides), **options)
+    wanted = BuildSettings(
+        str(model), folder, recipe=recipe, overrides=(*SHORT, *overrides), **options
+    )
     assert build(wanted, Console("quiet")).folder == folder
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     assert report["verdict"] != "failed"

@@ -18,9 +18,9 @@ from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
 from compress.solvers import scale_search
-from compress.solvers.descent import descend
-from compress.solvers.gptq import Spans, Whole, gptq, round_rows
+from compress.solvers.gptq import descend, gptq, round_rows
 from compress.solvers.hessian import factor_in_place, factors_of, output_errors
+from compress.solvers.rounding import Spans, Whole
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
