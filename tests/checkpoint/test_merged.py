@@ -245,7 +245,7 @@ def test_a_pickled_head_is_untied(bases, tmp_path):
 
 def test_a_tied_checkpoint_with_a_head_of_its_own(bases, tmp_path):
     """What such a checkpoint holds counts, and the adapter's embedding is the embedding's alone."""
-    base = shutil.copytree(bases("qwen2"), tmp_path / "base")
+    base = shutil.copytree(bases("qwen2"), tmp_path / "qwen2")
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
