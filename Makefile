@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NEXT   := .venv-transformers5
 
-.PHONY: setup demo screenshot test test-slow fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 fuzz test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,21 @@ fuzz: setup
 test-all: setup
 	$(BIN)/python -m pytest -m ""
 
+# What a checkpoint and the Hub are read with, in the next major version of those libraries.
+test-transformers5: $(NEXT)/.installed
+	$(NEXT)/bin/python -m pytest tests/decoder tests/checkpoint tests/exporters/gguf \
+		tests/output/test_publish.py
+
+# A layer over .venv: its own packages come first, then .venv's, then this checkout.
+$(NEXT)/.installed: $(STAMP) constraints-transformers5.txt
+	$(PYTHON) -m venv $(NEXT)
+	for site in $(CURDIR)/$(VENV)/lib/python3.*/site-packages; do \
+		printf '%s\n' "$$site" $(CURDIR) > $(NEXT)/lib/$$(basename $${site%/*})/site-packages/below.pth; \
+	done
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+		-c constraints-transformers5.txt "transformers>=5,<6"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +67,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache

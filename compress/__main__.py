@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
-        error.message = told(error.message)
+        vars(error)["message"] = told(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:

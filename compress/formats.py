@@ -59,6 +59,23 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """How to run an artifact, for the model card.
+
+    Attributes:
+        text: a paragraph of Markdown.
+        code: what to type, with ``{path}`` where the artifact's belongs.
+        language: of the code.
+        quote: a path as that language writes it.
+    """
+
+    text: str
+    code: str
+    language: str
+    quote: Callable[[str], str]
+
+
+@dataclass(frozen=True)
 class Format:
     """A format of artifacts: a row of ``exporters.formats``.
 
@@ -123,7 +140,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def how_to_run(self) -> Callable[[str], list[str]]: ...
+        def USAGE(self) -> Usage: ...
 
         @property
         def checks(self) -> Callable[[], list[Check]]: ...
@@ -175,8 +192,7 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# how_to_run        how_to_run(path) -> lines of Markdown for the model card; ``path`` as in the
-#                   report
+# USAGE             a ``Usage``
 # checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
 #                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
@@ -193,7 +209,7 @@ MEMBERS = {
     "open_runtime": "runtime",
     "describe": "inspection",
     "find": "card",
-    "how_to_run": "card",
+    "USAGE": "card",
     "checks": "card",
     "read_imatrix": "imatrix",
     "write_imatrix": "imatrix",

@@ -119,6 +119,7 @@ def test_in_threads_covers_the_range_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "default_threads", lambda: 6)
     lock, working, most, shares = threading.Lock(), [0], [0], set()
+    together = threading.Barrier(3, timeout=600)
     taken = [0]
 
     def work(index: int) -> int:
@@ -126,7 +127,9 @@ def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPa
             working[0] += 1
             most[0] = max(most[0], working[0])
         shares.add(machine.worker_threads())
-        time.sleep(0.002 * (index % 3))  # later ones are done first
+        if index < 3:
+            together.wait()  # whenever the machine comes to start them
+        time.sleep(0.002 * (-index % 3))  # later ones are done first
         with lock:
             working[0] -= 1
         return index

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_tokenizers import LLAMA_IDS, TEXT, save_tokenizer
+from tiny_tokenizers import LLAMA_IDS, MAJOR, TEXT, save_tokenizer
 
 __all__ = ["CONFIGS", "FAMILIES", "TEXT", "YARN", "make", "reference"]
 
@@ -146,10 +146,30 @@ def make(
         model.generation_config.eos_token_id = stops
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = size if shards == 1 else math.ceil(size / shards)
-    model.save_pretrained(folder, safe_serialization=safetensors, max_shard_size=limit)
+    old = {"safe_serialization": safetensors} if MAJOR == 4 else {}
+    model.save_pretrained(folder, max_shard_size=limit, **old)
+    if MAJOR > 4 and not safetensors:
+        _as_pickles(folder)
     if family == "mobilellm":
         _as_mobilellm(folder, layer_sharing)
     return folder
+
+
+def _as_pickles(folder: Path) -> None:
+    """What ``safe_serialization=False`` wrote until transformers 4."""
+    import torch
+    from safetensors.torch import load_file
+
+    def renamed(name: str) -> str:
+        return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+    for file in folder.glob("model*.safetensors"):
+        torch.save(load_file(file), folder / renamed(file.name))
+        file.unlink()
+    for index in folder.glob("*.index.json"):
+        keys = json.loads(index.read_text())
+        keys["weight_map"] = {name: renamed(file) for name, file in keys["weight_map"].items()}
+        index.rename(folder / "pytorch_model.bin.index.json").write_text(json.dumps(keys))
 
 
 def reference(folder: str | Path) -> Any:

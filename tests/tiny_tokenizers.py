@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,7 @@ O200K_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
+MAJOR = int(version("transformers").split(".")[0])
 LLAMA_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -149,26 +152,37 @@ def _pieces(text: str, vocabulary: int) -> bytes:
 
 def _sentencepiece(name: str, folder: Path, text: str, pieces: int) -> dict[str, Any]:
     from tokenizers import AddedToken
-    from transformers import LlamaTokenizer, LlamaTokenizerFast
+    from transformers import LlamaTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
     phi3 = name.startswith("phi3")
     model = folder / "tokenizer.model"
     # phi3: 480 + 11 tokens, 21 padding rows
     model.write_bytes(_pieces(text, pieces or (480 if phi3 else 512)))
     if name == "mobilellm":  # published with the slow tokenizer's files only
-        LlamaTokenizer(str(model), legacy=True).save_pretrained(folder)
+        if MAJOR == 4:
+            LlamaTokenizer(str(model), legacy=True).save_pretrained(folder)
+        else:
+            keys = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+            keys |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(keys))
         return LLAMA_IDS
-    # legacy=True writes the "Prepend ▁" normalizer that the published tokenizer.json files have.
-    converted = LlamaTokenizerFast(vocab_file=str(model), legacy=True, add_prefix_space=True)
-    converted.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer = LlamaTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        vocab_file=str(model),
-        legacy=False,
-        add_bos_token=name != "phi3-longrope",  # Phi-3-mini adds it, Phi-3.5 does not
-        chat_template=PHI3_CHAT if phi3 else LLAMA2_CHAT,
+    keys: dict[str, Any] = {
+        "legacy": False,
+        "add_bos_token": name != "phi3-longrope",  # Phi-3-mini adds it, Phi-3.5 does not
+        "chat_template": PHI3_CHAT if phi3 else LLAMA2_CHAT,
         **({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"} if phi3 else {}),
-    )
+    }
+    # legacy=True writes the "Prepend ▁" normalizer that the published tokenizer.json files have.
+    if MAJOR == 4:
+        converted = LlamaTokenizerFast(vocab_file=str(model), legacy=True, add_prefix_space=True)
+        converted.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        file = str(folder / "tokenizer.json")
+        tokenizer = LlamaTokenizerFast(tokenizer_file=file, vocab_file=str(model), **keys)
+    else:  # its LlamaTokenizer has no normalizer
+        converted = PreTrainedTokenizerFast.from_pretrained(str(folder), legacy=True)
+        keys = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | keys
+        core = converted.backend_tokenizer
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **keys)
     ids: dict[str, Any] = dict(LLAMA_IDS)
     if phi3:
         tokenizer.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
@@ -212,6 +226,8 @@ def _byte_level(name: str, folder: Path, text: str, pieces: int) -> dict[str, An
         ),
     }
     kind, pattern, special, keys = rows[name]
+    if MAJOR > 4:  # where the classes take no tokenizer_object
+        kind = PreTrainedTokenizerFast
     if name.startswith("phi"):
         keys |= {"bos_token": end, "eos_token": end, "unk_token": end}
     templates = {"llama3": LLAMA3_CHAT, "phi4": PHI4_CHAT, "phi": None}

@@ -25,7 +25,7 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
 from compress.files import cache_folder, check_unchanged, file_lock, write_whole
-from compress.grids import Float32, Grid, get_grid
+from compress.grids import Float32, get_grid
 from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
@@ -116,7 +116,7 @@ def measured(
         source: the weights.
         calibration: the windows, and what names them.
         statistics: of the inputs.
-        solve: the effort's solver, with the statistics bound.
+        solve: the effort's solver.
         effort: how much is measured.
         origin: names what the statistics are from, where that is not ``calibration``.
         wanted: pairs of unfused name and grid.
@@ -164,12 +164,7 @@ def measure_errors(
 
         weight = sampled(read, rows, columns, effort.sample)
         for grid in map(get_grid, grids):
-            change = decoded(solve, weight, grid, stored) - weight
+            change = solve(weight, grid, statistics.for_weight(stored)).decode() - weight
             error = relative_error(weight, change, statistics.for_weight(name))
             errors.setdefault(name, {})[grid.name] = effort.left * error
         progress(done + 1, len(missing))
-
-
-def decoded(solve: Solver, weight: Float32, grid: Grid, name: str) -> Float32:
-    """A weight as a runtime reconstructs it."""
-    return solve(weight, grid, name).decode()

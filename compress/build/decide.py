@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.step import Importance, texts_of
+from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
@@ -31,7 +32,7 @@ from compress.plan.transform import Transforms
 from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.report.against import Previous
-from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
     "BuildSettings", "Decision", "VerifySettings", "check_places", "command_line", "decide",
@@ -146,7 +147,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates) if settings.verify or settings.dry_run else []
-    if settings.dry_run or not settings.verify or settings.allow_dense or settings.seed is not None:
+    unread = not settings.verify and (settings.eval_text or settings.keep_baseline)
+    if unread or settings.dry_run or settings.allow_dense or settings.seed is not None:
         for line in idle_options(settings, recipe):
             console.warning(line)
     previous = None
@@ -156,11 +158,16 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
+    for line in (opening := list(checkpoint.warnings)):
+        console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    reads = (settings.verify or looks_at_inputs(recipe)) and not settings.dry_run
+    if reads and checkpoint.has_tokenizer:
+        _ = checkpoint.tokenizer  # here, and not once more in a child process
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
-    for line in checkpoint.warnings:
+    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
         console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
@@ -316,7 +323,7 @@ FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
     """A line for each option that changes nothing in this build."""
-    options = {
+    options: dict[str, dict[str, object]] = {
         "--no-verify runs nothing": {
             "--eval-text": not settings.verify and settings.eval_text,
             "--keep-baseline": not settings.verify and settings.keep_baseline,

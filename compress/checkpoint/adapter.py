@@ -17,12 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.folder import check_folder
-from compress.checkpoint.hub import download_adapter
+from compress.checkpoint.hub import download_adapter, page_of
 from compress.checkpoint.safetensors import scan_safetensors
 from compress.decoder.config_json import LARGEST, read_json, short
 from compress.errors import CheckpointError, UsageError
-from compress.files import is_url, stamps
+from compress.files import check_folder, is_url, stamps
 
 __all__ = ["Adapter", "split_weight"]
 
@@ -70,9 +69,10 @@ class Adapter:
         revision: commit of a Hub adapter, or ``""``.
         weight: factor of everything that it adds.
         settings: ``adapter_config.json``.
+        file: with the weights.
+        opened: both files, as they were then (``compress.files.stamps``).
         tensors: name without ``base_model.model.`` → TensorInfo.
         warnings: lines for the user.
-        opened: its two files, as they were then (``compress.files.stamps``).
     """
 
     def __init__(self, folder: Path, source: str, revision: str = "", weight: float = 1.0) -> None:
@@ -82,10 +82,11 @@ class Adapter:
         """
         self.folder, self.source, self.revision, self.weight = folder, source, revision, weight
         check_folder(folder)
-        self.opened = stamps(folder / name for name in (CONFIG, WEIGHTS))
         self.warnings: list[str] = []
         self._patterns: dict[str, Any] = {}  # compiled
         self._matching = 0.0  # seconds that they have taken
+        self.file = folder / WEIGHTS
+        self.opened = stamps([folder / CONFIG, self.file])
         if not (folder / CONFIG).is_file():
             is_model = (folder / "config.json").is_file()
             hint = "it is a checkpoint: give it as MODEL" if is_model else "PEFT writes it"
@@ -94,7 +95,6 @@ class Adapter:
             raise self.error(f"{CONFIG} has more than {LARGEST_CONFIG:,} bytes", "another file?")
         self.settings: Mapping[str, Any] = read_json(folder / CONFIG)
         self._check_settings()
-        self.file = folder / WEIGHTS
         if not self.file.is_file():
             hint = "PEFT writes it; an adapter in several files is not supported"
             if (folder / "adapter_model.bin").is_file():
@@ -125,9 +125,11 @@ class Adapter:
         folder = Path(os.path.expanduser(name))
         if folder.is_dir():
             return cls(folder, folder.resolve().name, weight=weight)
-        hub_id, _, revision = name.partition("@")
-        looks_local = name.startswith((".", "/", "~")) or hub_id.count("/") != 1
-        if is_url(name) or looks_local or folder.exists():
+        name, _, revision = name.partition("@")
+        hub_id, linked = page_of(name) or (name, "")
+        revision = revision or linked
+        looks_local = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1
+        if is_url(hub_id) or looks_local or folder.exists():
             raise UsageError(
                 f"--adapter {name} is not a folder with an adapter",
                 hint=f"a folder with {CONFIG} and {WEIGHTS}, or a Hub id such as someone/my-lora",

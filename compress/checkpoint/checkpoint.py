@@ -13,16 +13,18 @@ import json
 import math
 import os
 import pickle
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.folder import check_folder
 from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
@@ -36,8 +38,10 @@ from compress.checkpoint.strangers import explain_folder, other_file, read_confi
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
+from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
-from compress.files import cache_folder, is_url, stamps
+from compress.files import cache_folder, check_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
@@ -54,6 +58,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
@@ -91,7 +96,8 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        self.config: dict[str, Any] = read_config(path)
+        config = path / "config.json"  # where there is none, a word on what is there
+        self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
@@ -139,7 +145,8 @@ class Checkpoint:
             revision = revision or linked or None
         if revision and (folder.exists() or is_url(name)):
             raise UsageError(
-                f"--revision {revision}: {name} is not on the Hub, and has no revisions",
+                f"--revision {revision}: {without_secrets(name)} is not on the Hub, and has no "
+                "revisions",
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
@@ -300,6 +307,27 @@ class Checkpoint:
             digest.update(repr(row).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once.
+
+        Raises:
+            CheckpointError: see ``Tokenizer``.
+        """
+        rows = self.config.get("vocab_size")
+        return Tokenizer(self.path, rows if isinstance(rows, int) else None)
+
+    @cached_property
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What files need to know of it, by a child process where transformers is not loaded.
+
+        Raises:
+            CheckpointError: see ``TokenizerFacts``.
+        """
+        if "transformers" in sys.modules:
+            return TokenizerFacts.of(self.tokenizer)
+        return facts_from_child(self.path)
+
     def files(self) -> list[Path]:
         """The files that a build reads, by name; not those of adapters."""
         shards = {info.file for info in self.tensors.values()}
@@ -309,28 +337,40 @@ class Checkpoint:
         found = shards | {path for path in others if path.is_file()}
         return sorted(found, key=lambda path: path.name)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a vocabulary at all."""
+        return any(file.name in VOCABULARIES for file in self.tokenizer_files())
+
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        return [path for name in TOKENIZER_FILES if (path := self.path / name).exists()] + templates
 
 
+@dataclass(frozen=True)
 class Stored:
     """The weights of a checkpoint under our names, as they are: a ``Source``. Nothing is kept."""
 
-    threadsafe = True
-
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self._map = WeightMap(config)
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    threadsafe: ClassVar[bool] = True
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``compress.checkpoint.sources.Source.read``."""
-        pieces = []
-        for tensor, window in self._map.locate(name, rows):
-            pieces.append(self.checkpoint.read(tensor, window))
+        weights, pieces = WeightMap(self.config), []
+        shape = weights.shape(name)
+        start, stop, _ = (rows or slice(None)).indices(shape[0])
+        offset = 0  # of the part's first row within the weight
+        for part in weights.parts(name):
+            length = part.stop - part.start
+            first, last = max(start - offset, 0), min(stop - offset, length)
+            if first < last:
+                window = slice(part.start + first, part.start + last)
+                pieces.append(self.checkpoint.read(part.source, window))
+            offset += length
         if not pieces:
-            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
+            return np.empty((0, *shape[1:]), np.float32)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def fingerprint(self) -> str:

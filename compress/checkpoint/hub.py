@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.checkpoint.strangers import read_config
+from compress.checkpoint.strangers import explain_folder, read_config
 from compress.decoder.config_json import json_or_empty
 from compress.decoder.families import find_family
 from compress.errors import (
@@ -18,12 +18,15 @@ from compress.errors import (
     UsageError,
     is_disk_full,
     one_line,
+    without_secrets,
 )
 
 # What a build needs, and nothing of the other formats that live beside it in a repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
 # that packlight does not build is refused before its gigabytes are fetched.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
+# The one folder that is looked into.
+CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
 
@@ -49,22 +52,37 @@ def download(
             token=token,
             cache_dir=cache_dir,
             allow_patterns=[pattern for group in patterns for pattern in group],
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if patterns == (CHAT_TEMPLATES,) else ["*/*"],
         )
         return Path(folder)
 
     try:
         path = fetch(SMALL_FILES)
+        if not (path / "config.json").is_file():
+            read_config(path, repo_id, list_files(repo_id, path.name, token))
         find_family(read_config(path, repo_id))
+        fetch(CHAT_TEMPLATES)
         for single in WEIGHTS:
             names = weight_files(path, single)
             path = fetch(SMALL_FILES, list(map(glob.escape, names)))
             if any((path / name).is_file() for name in names):
-                break
-        return path
+                return path
+        none = CheckpointError(f"{repo_id} has no weights", hint=f"one of {', '.join(WEIGHTS)}")
+        raise explain_folder(path, none, repo_id, list_files(repo_id, path.name, token))
     # huggingface_hub's errors are OSErrors; a name that cannot be a repository is a ValueError.
     except (OSError, ValueError) as error:
         raise _failure(repo_id, error, revision) from error
+
+
+def list_files(repo_id: str, revision: str, token: str | None) -> list[str]:
+    """Names of the files of a repository, those in folders left out; none without a connection."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repo_id, revision=revision, token=token).siblings or []
+    except (OSError, ValueError):
+        return []
+    return [file.rfilename for file in found if "/" not in file.rfilename]
 
 
 def download_adapter(
@@ -118,14 +136,18 @@ def page_of(name: str) -> tuple[str, str] | None:
     Raises:
         UsageError: a page of the Hub that is not of a model.
     """
+    if match := re.fullmatch(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/@]+))?/?", name):
+        return match[1], match[2] or ""
     mirror = re.sub("^https?://", "", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
     hosts = "|".join(map(re.escape, filter(None, ("huggingface.co", "hf.co", mirror))))
     match = re.match(rf"(?:https?://)?(?:www\.)?(?:{hosts})/([^?#]*)", name)
     if match is None:
         return None
-    owner, model, *rest = [*match[1].strip("/").split("/"), ""]
+    path: str = match[1]
+    owner, model, *rest = [*path.strip("/").split("/"), ""]
     if not model or owner in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
-        raise UsageError(f"{name} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
+        said = without_secrets(name)
+        raise UsageError(f"{said} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
     revision = rest[1] if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve", "raw") else ""
     return f"{owner}/{model}", revision
 

@@ -17,6 +17,7 @@ import numpy as np
 from compress.checkpoint.adapter import CONFIG, MERGE, Adapter
 from compress.checkpoint.checkpoint import Checkpoint, Float32
 from compress.checkpoint.safetensors import TensorInfo, check_finite
+from compress.checkpoint.settle import settle_head
 from compress.checkpoint.terms import BiasTerm, LowRank, Term, TokenRows, same_values
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import short
@@ -38,7 +39,7 @@ class Merged(Checkpoint):
         """
         Args:
             base: opened.
-            config: of it, which its headers were held against (``WeightMap.check``).
+            config: of what it stores (``settle_head``, ``WeightMap.check``).
             adapters: in any order: what they bring whole comes first, then what they add.
 
         Raises:
@@ -51,6 +52,7 @@ class Merged(Checkpoint):
             self.opened |= adapter.opened
         self.warnings = [*base.warnings]
         self.tensors = dict(base.tensors)
+        self.opened = dict(base.opened)
         self._terms: dict[str, list[Term]] = {}
         self._brought: dict[str, Adapter] = {}
 
@@ -63,10 +65,14 @@ class Merged(Checkpoint):
             self._shapes[self._head] = self._shapes[self._embedding]
             if any(map(self._unties, adapters)):
                 self._untie()
+                self.tensors[self._head] = self.tensors[self._embedding]
+        elif DecoderConfig.from_hf(base.config, base.generation_config).tie_word_embeddings:
+            self._untie()  # the checkpoint has a head of its own, whatever its config says
         for adapter in adapters:
             self._check_base_name(adapter)
             self._place(adapter)
             self.warnings += adapter.warnings
+            self.opened |= adapter.opened
         for terms in self._terms.values():  # rows that are replaced, then what is added
             terms.sort(key=lambda term: not isinstance(term, TokenRows))
 
@@ -102,12 +108,11 @@ class Merged(Checkpoint):
         )
 
     def _untie(self) -> None:
-        """Give the head, so far the embedding, a tensor of its own."""
+        """Say so where a head has a tensor of its own."""
         self._shared = False
         self.config = {**self.config, "tie_word_embeddings": False}
         if "share_embedding" in self.config:
             self.config["share_embedding"] = False
-        self.tensors[self._head] = self.tensors[self._embedding]
 
     def _weight(self, name: str) -> str:
         """The tensor on disk that a weight of the model is."""
@@ -301,6 +306,8 @@ def merge(
         UnsupportedModelError: see ``DecoderConfig.from_hf``.
     """
     config = DecoderConfig.from_hf(base.config, base.generation_config)
+    if config.tie_word_embeddings:
+        config = settle_head(config, base)
     WeightMap(config).check(base)
     texts = [adapters] if isinstance(adapters, str) else adapters
     opened = [Adapter.open(str(text), token=token, cache_dir=cache_dir) for text in texts]

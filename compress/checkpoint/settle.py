@@ -23,8 +23,8 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     """The config by what is stored: untied where the head is a matrix of its own.
 
     A head that equals the embedding is left out of ``checkpoint.tensors``; a matrix that is stored
-    under the head's name only is entered under the embedding's, too. ``checkpoint.warnings`` gets
-    a line for what differs from the plain case.
+    under the head's name only is entered under the embedding's instead; where they differ,
+    ``checkpoint.config`` says so. ``checkpoint.warnings`` gets a line for what is not plain.
 
     Args:
         config: tied.
@@ -47,17 +47,20 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
             f"config.json ties the head to the embedding, but {head} differs from it: built "
             "untied, with the stored head, as transformers 5 loads it (4 drops it)"
         )
-        return replace(config, tie_word_embeddings=False)
+        checkpoint.config = {**checkpoint.config, "tie_word_embeddings": False}
+        if "share_embedding" in checkpoint.config:
+            checkpoint.config["share_embedding"] = False
+        return replace(config, tie_word_embeddings=False, raw=dict(checkpoint.config))
     return config
 
 
-def same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+def same_values(checkpoint: Checkpoint, first: str, second: str, slab: int = SLAB) -> bool:
     """Whether two matrices hold the same numbers, whatever their types; reads up to the first slab
-    that differs."""
+    (of so many weights) that differs."""
     shape = checkpoint.tensors[first].shape
     if checkpoint.tensors[second].shape != shape or not shape:
         return False
-    rows, step = shape[0], max(1, SLAB * shape[0] // max(1, int(np.prod(shape))))
+    rows, step = shape[0], max(1, slab * shape[0] // max(1, int(np.prod(shape))))
     return all(
         np.array_equal(
             checkpoint.read(first, slice(start, start + step)),

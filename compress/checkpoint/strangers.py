@@ -13,12 +13,17 @@ from compress.errors import CheckpointError, PacklightError, UsageError
 __all__ = ["explain_folder", "not_a_weight", "other_file", "read_config"]
 
 
-def read_config(folder: Path, name: str = "") -> dict[str, Any]:
+# What a trainer leaves beside weights.
+OTHERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+
+
+def read_config(folder: Path, name: str = "", listed: Sequence[str] = ()) -> dict[str, Any]:
     """``config.json`` of a checkpoint.
 
     Args:
         folder: that it is in.
         name: what the user calls the checkpoint; default: the folder's path.
+        listed: files that are where the folder came from.
 
     Raises:
         CheckpointError: not there, then by what is there instead; or not readable.
@@ -28,42 +33,59 @@ def read_config(folder: Path, name: str = "") -> dict[str, Any]:
     except CheckpointError as error:
         if (folder / "config.json").exists():
             raise
-        raise explain_folder(folder, error, name) from error
+        raise explain_folder(folder, error, name, listed) from error
 
 
-def explain_folder(folder: Path, otherwise: PacklightError, name: str = "") -> PacklightError:
+def explain_folder(
+    folder: Path, otherwise: PacklightError, name: str = "", listed: Sequence[str] = ()
+) -> PacklightError:
     """Why a folder is no checkpoint, by the files that are there.
 
     Args:
         folder: without ``config.json``, or without weights under the names that are read.
         otherwise: what to say where nothing there is known.
         name: what the user calls it; default: its path.
+        listed: files that are where the folder came from.
     """
     name = name or str(folder)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        return adapter_error(name, json_or_empty(adapter))
+    there = folder.iterdir() if folder.is_dir() else ()
+    files = sorted({*(file.name for file in there if file.is_file()), *listed})
+    if any(re.match(r"adapter_(config\.json|model\.)", file) for file in files):
+        return adapter_error(name, json_or_empty(folder / "adapter_config.json"))
     configured = (folder / "config.json").is_file()
-    if not configured and (folder / "params.json").is_file():
+    if not configured and "params.json" in files:
         return CheckpointError(
             f"{name} is in the layout of the model's makers (params.json), not Hugging Face's",
             hint="give the same model's folder with config.json and *.safetensors",
         )
-    there = folder.iterdir() if folder.is_dir() else ()
-    files = sorted(file.name for file in there if file.is_file())
-    weights = [file for file in files if re.search(r"\.safetensors$|^pytorch_model.*\.bin$", file)]
-    pickles = [file for file in files if file.endswith((".pth", ".pt", ".ckpt"))]
-    ggufs = [file for file in files if file.endswith(".gguf")]
-    if weights and configured:
-        return shards_error(name, weights)
-    if pickles:
-        return CheckpointError(
-            f"{name} has its weights in {short(pickles[0])}, a pickle of another layout",
-            hint="save the model with transformers: model.save_pretrained(FOLDER)",
-        )
-    if ggufs:
-        return gguf_error(f"{name} holds {short(ggufs[0])}, which")
+    files = [file for file in files if not OTHERS.fullmatch(file)]
+    for pattern, explain in (
+        (r"\.(safetensors|bin)$", shards_error if configured else None),
+        (r"\.(pth?|ckpt|pkl)$", pickle_error),
+        (r"\.gguf$", lambda name, files: gguf_error(f"{name} holds {short(files[0])}, which")),
+        (r"\.(h5|msgpack|onnx)$", library_error),
+    ):
+        found = [file for file in files if re.search(pattern, file)]
+        if found and explain:
+            return explain(name, found)
     return otherwise
+
+
+def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
+    """Weights as some training loop saved them."""
+    return CheckpointError(
+        f"{name} has its weights in {short(files[0])}, a pickle of another layout",
+        hint="save the model with transformers: model.save_pretrained(FOLDER)",
+    )
+
+
+def library_error(name: str, files: Sequence[str]) -> PacklightError:
+    """Weights for TensorFlow, JAX or a runtime."""
+    return CheckpointError(
+        f"{name} has its weights in {short(files[0])}, which PyTorch does not read",
+        hint="the same model with *.safetensors, or load it with transformers (from_tf, from_flax) "
+        "and save it",
+    )
 
 
 def adapter_error(name: str, config: Mapping[str, Any]) -> PacklightError:
@@ -119,7 +141,10 @@ def other_file(path: Path) -> PacklightError:
             hint=f"give the folder that holds all of them, such as {folder}",
         )
     if path.name.endswith((".safetensors", ".index.json")) or path.name == "config.json":
-        return UsageError(f"{path} is one file of a checkpoint", hint=f"give its folder: {folder}")
+        return UsageError(
+            f"{path} is not a folder, but one file of a checkpoint",
+            hint=f"give its folder: {folder}",
+        )
     return UsageError(
         f"{path} is not a folder with a checkpoint",
         hint="a folder holds config.json, *.safetensors and the tokenizer's files",

@@ -48,9 +48,17 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template fails on it, or takes more than it may.
         """
-        process = self._process or self._start()
+        process, first = self._process, self._process is None
+        if process is None:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-P", chat_server.__file__],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            weakref.finalize(self, end, process)
         assert process.stdin is not None and process.stdout is not None
         try:
+            if first:
+                process.stdin.write(f"{self._head}\n")
             process.stdin.write(json.dumps([list(map(dict, messages)), add_generation_prompt]))
             process.stdin.write("\n")
             process.stdin.flush()
@@ -64,16 +72,6 @@ class ChatTemplate:
         if error:
             raise CheckpointError(f"the chat template failed: {error}")
         return str(text)
-
-    def _start(self) -> subprocess.Popen[str]:
-        process = self._process = subprocess.Popen(
-            [sys.executable, "-P", chat_server.__file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        weakref.finalize(self, end, process)
-        assert process.stdin is not None
-        process.stdin.write(f"{self._head}\n")
-        return process
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 LONGEST_CHAT = 4_000_000  # characters of a rendered chat
 CPU_SECONDS = 10  # for one chat
@@ -69,7 +69,7 @@ def environment() -> Any:
     class Generation(ext.Extension):
         """``{% generation %}``: where the assistant speaks; here only its text."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config_json import Config, flag, number, numbers, short, whole
-from compress.errors import UnsupportedModelError
+from compress.decoder.config_json import Config, flag, number, numbers, whole
 
 Float32 = NDArray[np.float32]
 
@@ -89,58 +88,7 @@ def powers(theta: float, rotary: int) -> Float32:
     return np.power(theta, exponent.astype(np.float64)).astype(np.float32)
 
 
-def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
-    """Rotary settings from ``rope_theta``/``rope_scaling`` or the newer ``rope_parameters``.
-
-    ``longrope`` (Phi-3-128k, 3.5, Phi-4-mini; also spelled ``su``) keeps the short factors: they
-    hold up to ``original_max_position_embeddings``.
-
-    Args:
-        partial: the family's share of a head that rotates, where the config names none.
-
-    Raises:
-        UnsupportedModelError: another scaling.
-        KeyError, ValueError: a key is missing or its value impossible.
-    """
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping):
-        raise ValueError("rope_scaling is not an object")
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise UnsupportedModelError("rope settings that differ between layers are not supported")
-    both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
-    theta = number(both, "rope_theta", 10000.0)
-    rotary = int(head_dim * number(both, "partial_rotary_factor", partial))
-    if rotary % 2 or not 2 <= rotary <= head_dim:
-        raise ValueError(f"{rotary} rotating dimensions do not fit heads of {head_dim}")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    half = rotary // 2
-    if kind == "default":
-        return Rope(theta, kind, rotary, (1.0,) * half)
-    if kind == "linear":
-        return Rope(theta, kind, rotary, (number(scaling, "factor"),) * half)
-    if kind == "llama3":
-        return Rope(theta, kind, rotary, _llama3_factors(theta, rotary, scaling))
-    # transformers reads the early Phi-3 spellings as longrope too.
-    if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling):
-        return _longrope(theta, rotary, both)
-    if kind == "yarn":
-        return _yarn(theta, rotary, scaling, whole(config, "max_position_embeddings"))
-    if kind == "dynamic":
-        number(scaling, "factor")
-        positions = whole(config, "max_position_embeddings")
-        caveat = (
-            f"rope scaling 'dynamic' changes nothing up to {positions} positions, which is what "
-            "artifacts hold; beyond them transformers changes its frequencies as a text grows"
-        )
-        return Rope(theta, kind, rotary, (1.0,) * half, caveat=caveat)
-    raise UnsupportedModelError(
-        f"rope scaling {short(kind)} is not supported",
-        hint="supported: default, linear, dynamic, yarn, llama3, longrope; where the model was "
-        "trained without it, for contexts up to max_position_embeddings, remove rope_scaling",
-    )
-
-
-def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
+def longrope(theta: float, rotary: int, keys: Config) -> Rope:
     short, long = numbers(keys, "short_factor"), numbers(keys, "long_factor")
     if len(short) != rotary // 2 or len(long) != rotary // 2:
         raise ValueError(
@@ -157,7 +105,7 @@ def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
     return Rope(theta, "longrope", rotary, short, long, attention, original)
 
 
-def _yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:
+def yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:
     """As ``_compute_yarn_parameters`` of transformers, with its float32 roundings.
 
     Args:
@@ -196,10 +144,10 @@ def _yarn_factors(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary - 1)
     pairs, width = np.arange(rotary // 2, dtype=np.float32), high - low or 0.001
-    kept = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
+    plain_share = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
     base = powers(theta, rotary)
     plain, stretched = np.float32(1) / base, np.float32(1) / (np.float32(factor) * base)
-    frequencies = stretched * (np.float32(1) - kept) + plain * kept
+    frequencies = stretched * (np.float32(1) - plain_share) + plain * plain_share
     return tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
 
 
@@ -212,7 +160,7 @@ def _attention(factor: float, scaling: Mapping[str, Any]) -> float:
     return 0.1 * math.log(factor) + 1
 
 
-def _llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+def llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
     factor = number(scaling, "factor")
     low, high = number(scaling, "low_freq_factor"), number(scaling, "high_freq_factor")
     original = number(scaling, "original_max_position_embeddings")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.decoder.chat import ChatTemplate
+from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError, UsageError, one_line
 from compress.machine import change_setting
 
@@ -23,15 +24,15 @@ class Tokenizer:
 
     Attributes:
         hf: the transformers tokenizer underneath.
+        rows: of the embedding; ids beyond them are left out of ``encode``.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, rows: int | None = None) -> None:
         """Load the tokenizer of a checkpoint folder.
 
         Raises:
             CheckpointError: no tokenizer files, damaged ones, or one that needs remote code.
         """
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         # Its warnings are advice to programmers, of no use to a command line.
@@ -44,15 +45,17 @@ class Tokenizer:
                 hint=f"expected one of {', '.join(VOCABULARIES)}",
             )
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+            self.hf: Any = load(folder)
         except Exception as error:  # tokenizers raises bare Exception for damaged files
             if "trust_remote_code" in str(error):
                 raise CheckpointError(
                     "the tokenizer needs the checkpoint's own code, which packlight never executes"
                 ) from error
             raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
+        self.rows = rows
+        self._rendering: dict[str, ChatTemplate] = {}  # a process each
+        if not self.hf.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
+            self.hf.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
@@ -60,7 +63,8 @@ class Tokenizer:
         Special tokens written out in the text (``<|end|>``) become their ids either way.
         """
         # verbose=False: no warning about texts longer than the model's context.
-        return list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+        ids = list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+        return ids if self.rows is None else [index for index in ids if index < self.rows]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens included, without clean-up of spaces."""
@@ -95,29 +99,46 @@ class Tokenizer:
         """Whether ``render_chat`` can work: base models have no template."""
         return bool(self.hf.chat_template)
 
-    def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Name → template, the one that is used first; most have one, ``default``.
+
+        Raises:
+            CheckpointError: something that is no template.
+        """
+        found = self.hf.chat_template or {}
+        named = {"default": found} if isinstance(found, str) else found
+        if not isinstance(named, Mapping) or not all(isinstance(t, str) for t in named.values()):
+            raise CheckpointError(
+                "the tokenizer's chat_template is neither a template nor a list of named ones"
+            )
+        return dict(sorted(named.items(), key=lambda entry: entry[0] != "default"))
+
+    def render_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, template: str = ""
+    ) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
         The template writes its own BOS where the model wants one. One that asks for the date gets
         that of ``chat_server.DATE``: a build has the same bytes tomorrow.
+
+        Args:
+            template: one of ``chat_templates``' values, for the first of them.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
         """
         if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        template = template or next(iter(self.chat_templates.values()))
+        if template not in self._rendering:
+            self._rendering[template] = ChatTemplate(template, self.hf.special_tokens_map)
+        rendering = self._rendering[template]
+        return rendering.render(messages, add_generation_prompt=add_generation_prompt)
 
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        try:
-            template = self.hf.get_chat_template()
-        except Exception as error:  # several, none of them the default one
-            raise CheckpointError(f"no chat template to use: {one_line(error)}") from error
-        if not isinstance(template, str):
-            raise CheckpointError("the chat template is not a text")
-        return ChatTemplate(template, self.hf.special_tokens_map)
 
+# What processors of several media keep their template in, and transformers' tokenizers leave there.
+PROCESSOR_TEMPLATE = "chat_template.json"
 
 MARGIN = 64  # tokens before a cut that the cut may have changed
 
@@ -127,6 +148,68 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder has a vocabulary at all."""
     return any((folder / name).exists() for name in VOCABULARIES)
+
+
+# Tokenizer classes whose template is remade from add_bos_token, whatever tokenizer.json says.
+REMADE = ("LlamaTokenizer", "CodeLlamaTokenizer")
+# Model types that have the first of these where no class is named.
+LLAMAS = ("llama", "mistral", "phi3")
+
+
+def saved_by_5(settings: Mapping[str, Any]) -> bool:
+    """Whether transformers 5 wrote this ``tokenizer_config.json``: tokenizer.json has all of it."""
+    return (
+        "backend" in settings
+        or settings.get("tokenizer_class") == "TokenizersBackend"
+        or isinstance(settings.get("extra_special_tokens"), list)
+    )
+
+
+def load(folder: Path) -> Any:
+    """A folder's tokenizer as transformers 4.57 has it, in transformers 4 and 5 alike.
+
+    The two differ in what they take from ``tokenizer.json``: 4 all but the templates of the classes
+    in ``REMADE``; 5 only the vocabulary, for classes of its own. What 5 saved, and a class that the
+    installed one does not know, is in ``tokenizer.json`` whole, and is read from there.
+    """
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as MODELS
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    new, keys = saved_by_5(settings), dict[str, Any](local_files_only=True)
+    if isinstance(extra := settings.get("extra_special_tokens"), list):  # as 4 spells it
+        keys |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+    kind: Any = transformers.AutoTokenizer
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() and "tokenizer_class" not in settings else {}
+    model = config.get("model_type")
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    name = name or ("LlamaTokenizer" if model in LLAMAS else None)
+    whole = (folder / "tokenizer.json").exists() and "auto_map" not in settings
+    unknown = model is not None and not (isinstance(model, str) and model in MODELS)
+    if isinstance(name, str):
+        unknown = not (tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast"))
+    if whole and (new or unknown):
+        kind = transformers.PreTrainedTokenizerFast
+    elif not transformers.__version__.startswith("4.") and "auto_map" not in settings:
+        remade = isinstance(name, str) and name.removesuffix("Fast") in REMADE
+        if remade and (not whole or settings.get("add_prefix_space") is not None):
+            kind = transformers.LlamaTokenizer
+        elif whole:
+            kind = transformers.PreTrainedTokenizerFast
+            keys |= {"add_bos_token": settings.get("add_bos_token", True)} if remade else {}
+    if kind is transformers.AutoTokenizer:
+        keys["trust_remote_code"] = False
+    found = kind.from_pretrained(str(folder), **keys)
+    remakes = settings.keys() & {"add_bos_token", "add_eos_token"} and "add_bos_token" not in keys
+    if remakes and kind is transformers.PreTrainedTokenizerFast:  # which 5 does for any class
+        from tokenizers import Tokenizer as Core
+
+        stated = Core.from_file(str(folder / "tokenizer.json"))
+        found.backend_tokenizer.post_processor = stated.post_processor
+    return found
 
 
 def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> list[list[int]]:

@@ -75,6 +75,7 @@ def lock_document(
     *,
     thorough: bool,
     progress: Progress = lambda done, total: None,
+    small: int = SMALL,
 ) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
@@ -86,17 +87,18 @@ def lock_document(
         inputs: other files that the artifacts depend on: calibration texts, an imatrix.
         thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
+        small: bytes of all that are always hashed.
     """
     files = checkpoint.files()
     linked = [] if thorough else [path for path in files if path.is_symlink()]
     digests = {path: hub_digest(path) if path in linked else None for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
-    known = thorough or total <= SMALL
+    known = thorough or total <= small
     done = 0
     for path in unknown if known else ():
         size = path.stat().st_size
-        digests[path] = sha256_of(path) if size <= SMALL else cached_digest(path)
+        digests[path] = sha256_of(path) if size <= small else cached_digest(path)
         done += size
         progress(done, total)
     named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name

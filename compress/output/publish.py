@@ -191,16 +191,17 @@ def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], rep
     Raises:
         PublishError: the Hub cannot be reached or does not take it.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import XetError
+    from huggingface_hub import HfApi, errors
 
+    # Large files: of huggingface_hub 0.x. HTTPError: of requests, httpx or httpx2, by its version.
+    also = (getattr(errors, "HTTPError", OSError), getattr(errors, "XetError", OSError))
     api = HfApi(library_name="packlight", library_version=report.tool.version)
     try:
         return commit(api, settings, operations, report)
-    # What the client raises: HTTP and connection errors (OSErrors), a name that is none or a card
-    # that the Hub refuses (ValueError), a large file that did not get through (RuntimeError around
-    # an HTTP error, or XetError).
-    except (OSError, ValueError, RuntimeError, XetError) as error:
+    # What the client raises: HTTP and connection errors, a name that is none or a card that the Hub
+    # refuses (ValueError), a large file that did not get through (RuntimeError around an HTTP
+    # error, or XetError).
+    except (OSError, ValueError, RuntimeError, *also) as error:
         raise explain(error, settings) from error
 
 
@@ -238,14 +239,14 @@ AGAIN = "run it again; what was uploaded is not uploaded twice"
 
 def explain(error: Exception, settings: PushSettings) -> PublishError:
     """One clear line for what the client raised."""
-    import requests
     from huggingface_hub import errors, get_token
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    kinds = {kind.__name__ for kind in type(cause).__mro__}
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.OfflineModeIsEnabled):
         why, hint = "HF_HUB_OFFLINE is set", "unset it"
-    elif isinstance(cause, requests.ConnectionError | requests.Timeout):
+    elif kinds & {"ConnectionError", "Timeout", "TransportError"}:  # of requests, or of httpx
         why, hint = "no connection to the Hub", AGAIN
     elif error is not cause:  # of a large file's store: its answers are not about the token
         why, hint = f"{one_line(error)} ({status or type(cause).__name__})", AGAIN

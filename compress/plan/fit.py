@@ -83,7 +83,7 @@ def planned_needs(
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each target of a recipe."""
     checkpoint = Checkpoint.open(target, adapters=adapters, **hub)
-    job = prepare(checkpoint, recipe, context=context)
+    job = prepare(checkpoint, recipe, context=context, transforms={})
     needs = []
     for plan in job.plans:
         embedding = embedding_bytes(job.shape, plan.entries)

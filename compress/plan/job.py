@@ -11,7 +11,11 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.tokenizer import VOCABULARIES
+from compress.decoder.tokenizer_facts import TokenizerFacts
+from compress.decoder.tokenizer_texts import check_rows
 from compress.errors import (
+    CheckpointError,
     GridError,
     PacklightError,
     UnsupportedModelError,
@@ -116,9 +120,9 @@ def prepare(
     recipe: Recipe,
     *,
     context: int | None = None,
+    transforms: Transforms,
     command: str = "",
     choices: Mapping[str, Mapping[str, str]] | None = None,
-    transforms: Transforms | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -126,27 +130,56 @@ def prepare(
         checkpoint: opened.
         recipe: validated.
         context: positions of KV caches, over the recipe's.
+        transforms: of the recipe's targets (``compress.pruning.transforms``).
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
-        transforms: of the recipe's targets (``compress.pruning.transforms``).
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
     """
     config = describe_model(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, recipe)
+    notes = []
+    rows, ends = config.vocab_size, config.eos_token_ids
+    if tokenizer and max(tokenizer.ids.values(), default=0) >= rows:
+        notes = check_rows(tokenizer, lambda: checkpoint.tokenizer, rows, ends)
     if context is not None and context > config.max_context:
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    changes = transforms or {}
     name = model_name(checkpoint.source)
-    plans = make_plans(config, name, recipe, context, changes)
-    cut = plan_cut(config, recipe.prune, plans) if recipe.prunes else None
-    if cut is not None or choices:
-        shape = config if cut is None else cut.config
-        plans = make_plans(shape, name, recipe, context, changes, choices, whole=config)
+    cut: Cut | None = None
+    if recipe.prunes:
+        whole = make_plans(config, name, recipe, context, transforms, tokenizer=tokenizer)
+        cut = plan_cut(config, recipe.prune, whole)
+    shape = config if cut is None else cut.config
+    plans = make_plans(
+        shape, name, recipe, context, transforms, choices, whole=config, tokenizer=tokenizer
+    )
+    if notes:
+        plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
+    source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(Stored(checkpoint, config), config, recipe, plans, positions, command, changes, cut)
+    return Job(source, config, recipe, plans, positions, command, transforms, cut)
+
+
+def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:
+    """The checkpoint's tokenizer; None where there is none, and no format of the recipe needs one.
+
+    Raises:
+        CheckpointError: a format needs one, or it is damaged.
+    """
+    if checkpoint.has_tokenizer:
+        return checkpoint.tokenizer_facts
+    for row in map(get_format, recipe.targets):
+        if row.tokenizer_inside:
+            without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
+            raise CheckpointError(
+                f"no tokenizer in {checkpoint.path}: it is part of a {row.title} file",
+                hint=f"one of {', '.join(VOCABULARIES)}; or {' or '.join(without)} with "
+                "-r int4-fast --no-verify, which reads no text",
+            )
+    return None
 
 
 def make_plans(
@@ -158,6 +191,7 @@ def make_plans(
     choices: Mapping[str, Mapping[str, str]] | None = None,
     *,
     whole: DecoderConfig | None = None,
+    tokenizer: TokenizerFacts | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe; nothing is read.
 
@@ -166,6 +200,7 @@ def make_plans(
         name: of the model.
         choices: format → entry name → grid, over the recipe's.
         whole: the float model, where ``config`` may be a pruned one: mixes go by its parameters.
+        tokenizer: the checkpoint's, for the formats that hold it.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
@@ -174,7 +209,7 @@ def make_plans(
     for target, settings in recipe.targets.items():
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
-        request = PlanRequest(settings, name, grids, context, importance)
+        request = PlanRequest(settings, name, grids, context, importance, tokenizer)
         try:
             plan = get_format(target).plan(config, request)
         except (GridError, UnsupportedModelError) as error:
@@ -278,7 +313,8 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
     )
     # A pruned model keeps less.
     sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
-    shape = replace(config, **{key: n for key, n in sizes.items() if isinstance(n, int) and n > 0})
+    known: dict[str, Any] = {k: n for k, n in sizes.items() if isinstance(n, int) and n > 0}
+    shape = replace(config, **known)
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 

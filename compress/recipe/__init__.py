@@ -214,11 +214,9 @@ LONGEST = 1_000_000  # characters of YAML
 class PlainLoader(yaml.SafeLoader):
     """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
+    def fetch_alias(self) -> None:
+        mark = self.get_mark()
+        raise yaml.MarkedYAMLError(problem="aliases (*) are not allowed", problem_mark=mark)
 
 
 def load_yaml(text: str) -> Any:

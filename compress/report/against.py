@@ -33,6 +33,7 @@ SHORT = {
 
 MORE_IS_BETTER = {
     "top1_agreement",
+    "tokenizer_agreement",
     "generation_consistent",
     "prefill_tokens_per_second",
     "decode_tokens_per_second",

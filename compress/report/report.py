@@ -28,7 +28,8 @@ from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
     "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
-    "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "Tool", "report_schema",
+    "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "TokenizerDifference", "Tool",
+    "report_schema",
 ]  # fmt: skip
 
 
@@ -195,6 +196,17 @@ class TensorReport(Part):
     note: str = ""
 
 
+class TokenizerDifference(Part):
+    """The first text that the artifact tokenizes otherwise than the checkpoint."""
+
+    text: str
+    add_special: bool = Field(description="With BOS and EOS, where the tokenizer puts them.")
+    expected: list[Count] = Field(description="By Hugging Face, of the checkpoint.")
+    found: list[Count] = Field(description="By the artifact.")
+    texts: Count = Field(default=1, description="Compared.")
+    differing: Count = Field(default=1, description="Of them, with other ids.")
+
+
 class GateReport(Part):
     """A limit and what was measured; None where nothing was."""
 
@@ -263,6 +275,12 @@ class ArtifactReport(Part):
     decode_tokens_per_second: Figure = Field(default=None, description=RATE["decode"])
     prefill_tokens: int | None = Field(default=None, description=BATCH)
     decode_tokens: int | None = Field(default=None, description=DECODED)
+    tokenizer_agreement: Figure = Field(
+        default=None,
+        description="Share of texts that the artifact's tokenizer and the checkpoint's, loaded by "
+        "Hugging Face, give the same ids.",
+    )
+    tokenizer_difference: TokenizerDifference | None = None
     generation_consistent: bool | None = Field(
         default=None, description="Greedy tokens are the same with and without the KV cache."
     )

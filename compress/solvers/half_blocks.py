@@ -118,9 +118,9 @@ class HalfTrial(Trial):
         config = self.source.config
         folded = Folded(self.source, folds)
         statistics = fold_statistics(config, self.statistics, folds)
-        solve = get_solver(self.solver, statistics)
+        solve = get_solver(self.solver)
         weights = {
-            name: solve(folded.read(name), grid, name).decode()
+            name: solve(folded.read(name), grid, statistics.for_weight(name)).decode()
             for site in self.sites
             for name, grid in self.entries_of(site)
         }
@@ -176,7 +176,8 @@ class HeadTrial(Trial):
         """See ``Trial.error``."""
         statistics = fold_statistics(self.source.config, self.statistics, folds)
         weight = self._rows(Folded(self.source, folds))
-        codes = get_solver(self.solver, statistics)(weight, self._grid, f"{HEAD}.weight")
+        stats = statistics.for_weight(f"{HEAD}.weight")
+        codes = get_solver(self.solver)(weight, self._grid, stats)
         found = self._log_probabilities(codes.decode(), held_back(statistics, HEAD))
         return float(np.mean(np.sum(np.exp(self._wanted) * (self._wanted - found), axis=1)))
 

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from compress.calibration.statistics import LayerStats, Statistics, input_of
-from compress.decoder.config import FUSED, DecoderConfig, split_name
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.errors import ArtifactError, reading
 from exporters.gguf.head import read_head
-from exporters.gguf.metadata import architecture, target_name
-from exporters.gguf.planning import tensor_names
+from exporters.gguf.metadata import ARCHITECTURES, target_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -62,7 +61,7 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
     """
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), architecture(config))
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.family])
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["packlight"])
     tokens = 0
@@ -133,7 +132,8 @@ def pooled(runs: Sequence[LayerStats]) -> LayerStats:
 
 def linear_names(config: DecoderConfig) -> Iterator[str]:
     """Our names of the matrices that GGUF has and that multiply an input."""
-    for name in tensor_names(config):
+    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
+    for name in WeightMap(config).names(tied_head=False, fused=fused):
         if input_of(config, name) is not None:
             yield name
     if config.tie_word_embeddings:

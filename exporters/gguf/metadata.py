@@ -24,6 +24,7 @@ CONTEXT_KEY = "packlight.context"
 # What a chosen mix is called: ``general.file_type`` has numbers for llama.cpp's presets only.
 TYPE_KEY = "packlight.type"
 
+# Family → ``general.architecture``.
 ARCHITECTURES: dict[str, str] = {
     "llama": "llama",
     "mistral": "llama",
@@ -59,29 +60,12 @@ ROPE_TENSORS: dict[str, str] = {
 }
 
 
-def architecture(config: DecoderConfig) -> str:
-    """``general.architecture``."""
-    return ARCHITECTURES[config.family]
-
-
 def target_name(name: str) -> str:
     """``blocks.3.q_proj.weight`` → ``blk.3.attn_q.weight``."""
     block, role, kind = split_name(name)
     if block is None:
         return f"{_TOP[role]}.{kind}"
     return f"blk.{block}.{_BLOCK[role]}.{kind}"
-
-
-def permuted_heads(config: DecoderConfig, name: str) -> int:
-    """Heads whose rows llama.cpp wants interleaved, or 0.
-
-    Its ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates halves
-    (i, i + d/2); q and k rows, and their biases, are reordered to match.
-    """
-    _, role, _ = split_name(name)
-    if architecture(config) != "llama" or role not in ("q_proj", "k_proj"):
-        return 0
-    return config.num_attention_heads if role == "q_proj" else config.num_key_value_heads
 
 
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
@@ -139,7 +123,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
     if rope.yarn is not None and usual:
         write_yarn(writer, rope.yarn, rope.attention_factor)
-    if architecture(config) == "phi3":
+    if ARCHITECTURES[config.family] == "phi3":
         if rope.yarn is None:
             original = rope.original_context or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(original)

@@ -113,22 +113,6 @@ def _check_group_size(config: DecoderConfig, group_size: int) -> None:
             )
 
 
-def weight_names(config: DecoderConfig) -> Iterator[str]:
-    """Every stored weight and bias, in order of execution; q, k and v as one matrix."""
-    yield "embed_tokens.weight"
-    mlp = ("gate_proj", "up_proj", "down_proj") if config.gated_mlp else ("up_proj", "down_proj")
-    roles = (*config.norm_roles, "qkv_proj", "o_proj", *mlp)
-    stems = [
-        (f"blocks.{block}.{role}", role)
-        for block in range(0, config.num_hidden_layers, config.block_repeat)
-        for role in roles
-    ]
-    for stem, role in (*stems, ("norm", "norm"), ("lm_head", "lm_head")):
-        yield f"{stem}.weight"
-        if config.has_bias(role):
-            yield f"{stem}.bias"
-
-
 def candidates(
     entry: PlanEntry, settings: Mapping[str, Any], wanted: Sequence[str] = ()
 ) -> list[Candidate]:
@@ -170,7 +154,7 @@ def _entries(
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
     body = _grid_name(settings, settings["bits"])
-    for name in weight_names(config):
+    for name in shapes.names(repeats=False, fused=("qkv_proj",)):
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32", shape)

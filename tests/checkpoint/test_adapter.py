@@ -184,10 +184,15 @@ def test_the_same_name_elsewhere_is_not_said(name, model, tmp_path):
 
 
 def test_two_adapters_that_bring_one_tensor(model, tmp_path):
-    head = {HEAD: np.ones((512, 256), np.float32)}
-    first, second = (
-        write(tmp_path / name, pair() | head, modules_to_save=["lm_head"]) for name in "ab"
+    first, second, again = (
+        write(
+            tmp_path / name,
+            pair() | {HEAD: np.full((512, 256), value, np.float32)},
+            modules_to_save=["lm_head"],
+        )
+        for name, value in (("a", 1), ("b", 2), ("c", 1))
     )
+    Checkpoint.open(model, adapters=[str(first), str(again)])  # one head
     with pytest.raises(PacklightError, match=r"lm_head\.weight is brought by a, too"):
         Checkpoint.open(model, adapters=[str(first), str(second)])
     with pytest.raises(PacklightError, match=r"brings lm_head\.weight whole, of which there is no"):

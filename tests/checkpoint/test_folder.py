@@ -1,4 +1,4 @@
-"""compress.checkpoint.folder: a stranger's folder leads nowhere else, and ends."""
+"""compress.files.check_folder: a stranger's folder leads nowhere else, and ends."""
 
 from __future__ import annotations
 

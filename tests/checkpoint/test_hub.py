@@ -70,7 +70,7 @@ class Hub:
         self.repositories[name] = files | {key.replace("__", "/"): more[key] for key in more}
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        parts = request.path.lstrip("/").split("/")
+        parts = request.path.partition("?")[0].lstrip("/").split("/")
         api = parts[:2] == ["api", "models"]
         owner, repository, verb, revision, *rest = [*(parts[2:] if api else parts), "", ""][:20]
         name = f"{owner}/{repository}"
@@ -79,6 +79,17 @@ class Hub:
             return self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", COMMIT, ""):
             return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if api and verb == "tree":  # which huggingface_hub 2 asks for
+            rows = [
+                {
+                    "type": "file",
+                    "path": file,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                for file, data in files.items()
+            ]
+            return self.send(request, 200, json.dumps(rows).encode(), {})
         if api:
             siblings = [{"rfilename": file} for file in files]
             body = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings}
@@ -262,7 +273,11 @@ def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: P
         "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
         "adapter_model.safetensors": b"",
     }
-    found, adapter, page, pinned, table = open_in_child(
+    small = {name: data for name, data in files.items() if not name.endswith((".bin", "tensors"))}
+    del small["model.safetensors.index.json"]
+    hub.repositories["someone/no-index"] = small | {"model-00001-of-00002.safetensors": b""}
+    hub.repositories["someone/x-GGUF"] = {"x.Q4_K_M.gguf": b"GGUF", "README.md": b""}
+    found, adapter, page, pinned, table, shards, ggufs = open_in_child(
         hub,
         tmp_path,
         ("someone/other", {}),
@@ -270,7 +285,12 @@ def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: P
         (f"{hub.endpoint}/someone/phi3", {}),
         (f"{hub.endpoint}/someone/phi3/blob/{COMMIT}/config.json?x=1", {}),
         (f"{hub.endpoint}/datasets/someone/phi3", {}),
+        ("someone/no-index", {}),
+        ("someone/x-GGUF", {}),
     )
+    assert "'model-00001-of-00002.safetensors', but its index is missing" in shards[1]
+    assert ggufs[1].startswith("someone/x-GGUF holds 'x.Q4_K_M.gguf', which is a GGUF file")
+    assert "x.Q4_K_M.gguf" not in hub.fetched
     assert set(names.values()) < set(found[3])
     assert "pytorch_model.bin" not in found[3]
     assert adapter[1] == "someone/adapter is a LoRA adapter of a/b, not a model"
@@ -286,6 +306,7 @@ def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: P
         ("huggingface.co/some/one/", ("some/one", "")),
         ("http://hf.co/some/one/tree/v1.0", ("some/one", "v1.0")),
         ("https://www.huggingface.co/some/one/resolve/main/a.safetensors", ("some/one", "main")),
+        ("hf://some/one@v1", ("some/one", "v1")),
         ("https://hub.example/some/one", None),
         ("some/one", None),
         ("s3://huggingface.co/some", None),

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import PacklightError
+from compress.files import check_unchanged
+from compress.plan.job import describe_model
 
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 QUERY = ["q_proj"]
@@ -239,6 +241,48 @@ def test_a_pickled_head_is_untied(bases, tmp_path):
     found = weights(Checkpoint.open(base, adapters=[str(adapter)]))
     expected = weights(Checkpoint.open(bases("qwen2"), adapters=[str(adapter)]))
     assert "lm_head.weight" in found and not differing(found, expected)
+
+
+def test_a_tied_checkpoint_with_a_head_of_its_own(bases, tmp_path):
+    """What such a checkpoint holds counts, and the adapter's embedding is the embedding's alone."""
+    base = shutil.copytree(bases("qwen2"), tmp_path / "qwen2")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = peft_adapters.make(bases("qwen2"), tmp_path / "lora", target_modules=["embed_tokens"])
+    checkpoint = Checkpoint.open(base, adapters=str(adapter))
+    assert describe_model(checkpoint).tie_word_embeddings is False
+    (warning,) = checkpoint.warnings
+    assert "differs from it" in warning
+    found = weights(checkpoint)
+    np.testing.assert_array_equal(found["lm_head.weight"], tensors["lm_head.weight"])
+    tied = Checkpoint.open(bases("qwen2"), adapters=str(adapter)).read("model.embed_tokens.weight")
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], tied)
+
+
+def test_an_adapter_that_changes_meanwhile_is_found(llama, loras, tmp_path):
+    folder = shutil.copytree(loras[0], tmp_path / "lora")
+    checkpoint = Checkpoint.open(llama, adapters=str(folder))
+    check_unchanged(checkpoint.opened)
+    edit(folder, lora_alpha=1300)
+    with pytest.raises(PacklightError, match=r"adapter_config\.json has changed"):
+        check_unchanged(checkpoint.opened)
+
+
+def test_layers_that_are_shared(tmp_path):
+    """MobileLLM ties by a key of its own, and runs each block twice."""
+    base = tiny.make("mobilellm", tmp_path / "base", dtype="float32", layer_sharing=True)
+    plain = tiny.make("llama", tmp_path / "llama", dtype="float32", num_key_value_heads=2)
+    targets = {"target_modules": QUERY, "modules_to_save": ["lm_head"]}
+    adapter = peft_adapters.make(plain, tmp_path / "lora", **targets)
+    checkpoint = Checkpoint.open(base, adapters=str(adapter))
+    config = describe_model(checkpoint)
+    assert (config.tie_word_embeddings, config.num_hidden_layers) == (False, 4)
+    stored = Stored(checkpoint, config)
+    twice = [stored.read(f"blocks.{block}.q_proj.weight") for block in (2, 3)]
+    np.testing.assert_array_equal(*twice)
+    before = Checkpoint.open(base).read("model.layers.1.self_attn.q_proj.weight")
+    assert not np.array_equal(twice[0], before)
 
 
 def test_every_change_has_a_fingerprint_of_its_own(llama, loras, tmp_path):

@@ -19,7 +19,7 @@ import tiny
 from commands import Step, packlight, paths, refused
 
 import compress
-from compress import cli
+from compress import __main__ as cli
 from compress.build.decide import BuildSettings, command_line
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.verify import scorer

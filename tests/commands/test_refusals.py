@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_bfloat16
 from safetensors.torch import save_file as save_bfloat16
 
-from compress import cli
+from compress import __main__ as cli
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_notes_of_an_artifact_stand_under_the_table(sound, tmp_path, capsys):
 
 def test_a_head_of_its_own_reaches_the_file_and_the_report(tmp_path, capsys):
     model = tiny.make("mobilellm", tmp_path / "model")
-    weights = load_bfloat16(model)
+    weights = load_bfloat16(model / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
     save_bfloat16(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert run(model, tmp_path / "out") == 0

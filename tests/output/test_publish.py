@@ -47,6 +47,7 @@ def finished(folder: Path, *, passed: bool = True, verified: bool = True) -> Pat
 def push(hub: Hub, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: "" for key in os.environ if key.startswith("HF_")}
     home = {"HF_HOME": str(Path(os.environ["PACKLIGHT_CACHE"]) / "hf"), "NO_PROXY": "127.0.0.1"}
+    home["HF_HUB_DISABLE_XET"] = "1"  # its store is not here: large files go through LFS
     token = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
     return packlight("push", *arguments, env=kept | home | token | environment)
 

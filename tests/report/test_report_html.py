@@ -71,7 +71,7 @@ def look(page: str, folder: Path, width: int = 1200, *flags: str) -> tuple[dict[
         "--dump-dom",
         path.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert seen, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
