@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
 
     from compress.cli import cli
     from compress.console import print_error
-    from compress.errors import PacklightError, check_utf8, told
+    from compress.errors import PacklightError, check_utf8, printable_line
 
     try:
         for argument in arguments:
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
-        vars(error)["message"] = told(error.message)
+        vars(error)["message"] = printable_line(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
