@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         from compress.cli import cli
         from compress.console import print_error
-        from compress.errors import PacklightError, check_utf8, told
+        from compress.errors import PacklightError, check_utf8, printable_line
     except KeyboardInterrupt:  # before the command line can catch it
         return 130
     try:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
-        vars(error)["message"] = told(error.message)
+        vars(error)["message"] = printable_line(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
