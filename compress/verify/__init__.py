@@ -179,7 +179,7 @@ def examine(
         seconds=seconds,
     )
     try:
-        if encode := runtime.tokenize:  # the tokenizer is in the file
+        if encode := getattr(runtime, "tokenize", None):  # the tokenizer is in the file
             emit({"stage": "tokenizing"})
             emit({"token_ids": encode_all(encode, texts)})
         emit({"resources": asdict(used), "stage": "generating"})
