@@ -13,7 +13,6 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry
 from compress.report.describe import Baseline, build_report
 from compress.report.report import ModelFacts, Report
 from compress.verify import Verified
-from compress.verify.agreement import Agreement
 from compress.verify.gates import parse
 from compress.verify.generate import Generation
 from compress.verify.quality import TokenScores, summarize
@@ -87,7 +86,6 @@ def simulated(seed: int, kl: float, memory: float, speed: float, runtime: str) -
             speed=Speed(speed * 6, speed, 256, 32, 3),
         ),
         generation=Generation((1, 2, 3), tuple(range(32)), True),
-        agreement=Agreement(40, 0, None),
     )
 
 
