@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
 
-.PHONY: setup demo screenshot test test-slow test-all test-transformers5 lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 fuzz test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup
+	$(BIN)/python tests/fuzz/harness.py --count 800 --minutes 5
 
 test-all: setup
 	$(BIN)/python -m pytest -m ""

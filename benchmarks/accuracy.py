@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peers import PEERS, OnnxHqq, Peer
+from peers import PEERS, OnnxHqq, Peer, PeerWeights
 from writing import write
 
 # Below the public names: times the choice of codes, ours and of other people.
@@ -40,7 +40,7 @@ from compress.demo import model_path
 from compress.grids import get_grid
 from compress.plan.job import Job, prepare
 from compress.plan.shapes import Artifact, Plan
-from compress.plan.weights import Solver, Weights
+from compress.plan.weights import Weights
 from compress.pruning.transforms import transforms_of
 from compress.recipe import load, needs_of
 from compress.solvers import get_solver
@@ -146,17 +146,17 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
     """The artifact of a job's one plan, by its solver or by a peer, and its CPU seconds."""
     (made,) = job.plans
 
-    def solver(statistics: Statistics | None) -> Solver:
-        return peer(statistics) if peer else get_solver(job.recipe.solver, statistics)
-
     calibration, statistics = statistics_of(job)
-    warm(made, Weights(job.source, solver(statistics)))
+    solve = get_solver(job.recipe.solver)
+    warm(made, PeerWeights(job.source, peer(statistics)) if peer else Weights(
+        job.source, solve, statistics=statistics
+    ))  # fmt: skip
     folder.mkdir(parents=True)
     start = time.process_time()
     if peer is not None:
-        solve = peer(statistics)
-        artifact = write(made, Weights(job.source, solve), folder)
-        artifact = solve.finish(artifact)
+        other = peer(statistics)
+        artifact = write(made, PeerWeights(job.source, other), folder)
+        artifact = other.finish(artifact)
     else:
         with tempfile.TemporaryDirectory(prefix="packlight-") as work:
             ledger = Path(work) / "ledger"

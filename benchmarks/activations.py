@@ -28,6 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 # Below the public names: writes files of zeros, and reads llama.cpp's buffers.
 from compress.decoder.config import DecoderConfig
+from compress.decoder.tokenizer_facts import facts_from_child
 from compress.plan.shapes import PlanRequest
 from compress.verify.resources import AnonymousPeak, read_status
 from exporters.gguf.planning import plan
@@ -130,7 +131,8 @@ BLOCKS = {"demo": (6,), "SmolLM2-135M": (2, 30), "Llama-3.2-1B": (2, 8)}
 def write_hollow(path: Path, config: DecoderConfig, merges: int) -> None:
     """A GGUF file whose weights are a hole."""
     made = plan(config, PlanRequest({"type": TYPE}, path.stem))
-    vocabulary = byte_level(config, merges) if merges else read_vocabulary(DEMO, config)
+    own = None if merges else read_vocabulary(facts_from_child(DEMO), config)
+    vocabulary = own or byte_level(config, merges)
     write_head(path, made, config, vocabulary)
     with path.open("r+b") as stream:
         size = aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in made.entries)
@@ -170,7 +172,7 @@ def byte_level(config: DecoderConfig, merges: int) -> Vocabulary:
         add_bos=False,
         add_eos=False,
         add_space_prefix=False,
-        chat_template="",
+        chat_templates={},
         strips_after_special=False,
         notes=(),
     )

@@ -98,7 +98,7 @@ class Bench:
         common = [f"calibration.texts={texts}", f"verify.windows={self.chosen.windows}"]
         common.append(f"quantize.solver={self.chosen.solver}")
         recipe = load("phone-4bit", [*common, *changes], [format])
-        return prepare(self.checkpoint, recipe)
+        return prepare(self.checkpoint, recipe, transforms={})
 
     def add(self, group: str, name: str, kind: str, job: Job, peer: type[Peer] | None = None,
             budget: int = 0) -> Artifact:  # fmt: skip

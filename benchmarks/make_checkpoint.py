@@ -48,13 +48,26 @@ OUTLIERS = 6  # channels of the residual stream that stand out
 THREADS = 2
 
 
-def make(model: str, folder: Path, *, seed: int = 0, layers: int = 0, weights: bool = True) -> Path:
+def make(
+    model: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 0,
+    weights: bool = True,
+    shard: int = SHARD,
+    slab: int = SLAB,
+    threads: int = THREADS,
+) -> Path:
     """Write the checkpoint of ``model``, a key of ``published.MODELS``; returns the folder.
 
     Args:
         layers: only so many blocks; 0 for all.
         weights: False makes shards of the right headers and sizes without a byte in them (sparse
             files, all zeros): enough for plans and dry runs of models that no disk here holds.
+        shard: bytes of a file, at most.
+        slab: weights made at once by a thread.
+        threads: that make weights.
     """
     from train_demo import standard_library
 
@@ -69,10 +82,15 @@ def make(model: str, folder: Path, *, seed: int = 0, layers: int = 0, weights: b
     write_json(folder / "config.json", keys)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})
     config = DecoderConfig.from_hf(keys)
-    shards = split(WeightMap(config).expected())
+    shards = split(WeightMap(config).expected(), shard)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shapes in zip(names, shards, strict=True):
-        write_shard(folder / name, shapes, config, seed, weights)
+        with (folder / name).open("wb") as stream:
+            nbytes = write_header(stream, shapes)
+            if weights:
+                write_tensors(stream, shapes, config, seed, slab, threads)
+            else:
+                stream.truncate(stream.tell() + nbytes)
     index = {tensor: name for name, shapes in zip(names, shards, strict=True) for tensor in shapes}
     total = 2 * sum(math.prod(shape) for shapes in shards for shape in shapes.values())
     document = {"metadata": {"total_size": total}, "weight_map": index}
@@ -84,13 +102,13 @@ def write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def split(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
-    """Tensors in their order, in shards of at most ``SHARD`` bytes."""
+def split(shapes: dict[str, tuple[int, ...]], limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """Tensors in their order, in shards of at most ``limit`` bytes."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
-        if used + size > SHARD and shards[-1]:
+        if used + size > limit and shards[-1]:
             shards.append({})
             used = 0
         shards[-1][name] = shape
@@ -98,10 +116,8 @@ def split(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]
     return shards
 
 
-def write_shard(
-    path: Path, shapes: dict[str, tuple[int, ...]], config: DecoderConfig, seed: int, weights: bool
-) -> None:
-    """A safetensors file: length of the header, header, tensors one after the other."""
+def write_header(stream: BinaryIO, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The start of a safetensors file; returns how many bytes the tensors have behind it."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -109,31 +125,32 @@ def write_shard(
         table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        if not weights:
-            stream.truncate(8 + len(header) + end)
-            return
-        write_tensors(stream, shapes, config, seed)
+    stream.write(len(header).to_bytes(8, "little") + header)
+    return end
 
 
 def write_tensors(
-    stream: BinaryIO, shapes: dict[str, tuple[int, ...]], config: DecoderConfig, seed: int
+    stream: BinaryIO,
+    shapes: dict[str, tuple[int, ...]],
+    config: DecoderConfig,
+    seed: int,
+    size: int,
+    threads: int,
 ) -> None:
-    """Slabs made by threads, written in order; at most a few wait to be written."""
+    """Slabs of ``size`` weights made by threads, written in order; at most a few wait."""
     table = student_t(seed)
 
     def slabs() -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         for name, shape in shapes.items():
-            step = max(1, SLAB // math.prod(shape[1:]))
+            step = max(1, size // math.prod(shape[1:]))
             for first in range(0, shape[0], step):
                 yield name, shape, first, min(first + step, shape[0])
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting = []
         for slab in slabs():
             waiting.append(pool.submit(make_slab, slab, config, table, seed))
-            if len(waiting) > 2 * THREADS:
+            if len(waiting) > 2 * threads:
                 stream.write(waiting.pop(0).result().data)
         for made in waiting:
             stream.write(made.result().data)

@@ -1,6 +1,6 @@
 """Other people's quantizers, in our files: only who chose the codes differs.
 
-Each peer is a solver, ``solve(weight, grid, name) -> Quantized``, that hands the weight to the
+Each peer is a function, ``peer(weight, grid, name) -> Quantized``, that hands the weight to the
 peer's own code and brings back its codes, so that a file of theirs has the tensors, types, bytes
 and runtime of ours.
 
@@ -28,10 +28,10 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -42,10 +42,15 @@ import ggml_oracle  # noqa: E402
 
 # Below the public names: other people's quantizers, in the layouts of our grids.
 from compress.calibration.statistics import LayerStats, Statistics  # noqa: E402
+from compress.checkpoint.sources import Source  # noqa: E402
 from compress.grids import Array, Float32, Grid, Params, Quantized  # noqa: E402
 from compress.grids.affine import Affine  # noqa: E402
 from compress.grids.palette import Palette  # noqa: E402
 from compress.plan.shapes import Artifact  # noqa: E402
+from compress.plan.weights import Weights  # noqa: E402
+from compress.solvers import rtn  # noqa: E402
+
+T = TypeVar("T")
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -76,6 +81,21 @@ class Peer:
     def stats(self, name: str) -> LayerStats | None:
         """Of the input that a weight multiplies."""
         return self._statistics.for_weight(name) if self._statistics else None
+
+
+class PeerWeights(Weights):
+    """Weights as a peer quantizes them, which knows each by its name."""
+
+    def __init__(self, source: Source, peer: Peer) -> None:
+        super().__init__(source, rtn)
+        self._peer = peer
+
+    def in_slabs(
+        self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
+    ) -> Iterator[T]:
+        """See ``Weights.in_slabs``; one after the other."""
+        for rows in slabs:
+            yield pack(self._peer(self.read(name, rows), grid, name))
 
 
 # --- llama.cpp -----------------------------------------------------------------------------

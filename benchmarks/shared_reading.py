@@ -62,7 +62,7 @@ def drop(info: TensorInfo) -> None:
 
 def write(checkpoint: Checkpoint, formats: tuple[str, ...], folder: Path) -> None:
     """The artifacts of some targets."""
-    job = prepare(checkpoint, load("int4-fast", (), formats))
+    job = prepare(checkpoint, load("int4-fast", (), formats), transforms={})
     (folder / "work").mkdir(parents=True)
     write_artifacts(job, None, folder / "work", Console())
 

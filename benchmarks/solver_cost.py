@@ -99,10 +99,10 @@ def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
     config = phi3_mini()
     hessian = needs_of(solver) == "hessian"
     statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
-    solve, chosen = get_solver(solver, statistics), get_grid(grid)
-    solve(weight(config, "blocks.0.k_proj.weight")[:64], chosen, "blocks.0.k_proj.weight")
+    solve, chosen = get_solver(solver), get_grid(grid)
+    name = "blocks.0.k_proj.weight"
+    solve(weight(config, name)[:64], chosen, statistics.for_weight(name) if statistics else None)
     statistics = Statistics.open(config, folder, hessian=hessian) if needs_of(solver) else None
-    solve = get_solver(solver, statistics)
     spent = 0.0
     for role in LINEARS:
         name = f"blocks.0.{role}.weight"
@@ -110,7 +110,8 @@ def measured_solver(folder: Path, solver: str, grid: str) -> dict[str, float]:
         step = SLAB // values.shape[1] // 64 * 64
         start = time.process_time()
         for first in range(0, len(values), step):
-            solve(values[first : first + step], chosen, name).pack()
+            stats = statistics.for_weight(name) if statistics else None
+            solve(values[first : first + step], chosen, stats).pack()
         spent += time.process_time() - start
     return {"cpu_seconds": spent}
 

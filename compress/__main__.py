@@ -1,23 +1,101 @@
-"""The ``packlight`` command, and ``python -m compress``."""
+"""The ``packlight`` command, and ``python -m compress``: the exit code of every ending."""
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 
 from compress import machine
 
 
 def main() -> None:
     """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
+    own_streams()
+    if not os.environ.get("PACKLIGHT_DEBUG"):  # what NumPy says of 0/0 is for programmers
+        warnings.filterwarnings("ignore", category=RuntimeWarning)
     machine.own_process()
     try:
-        from compress.cli import run
-
         sys.exit(run(sys.argv[1:]))
     except KeyboardInterrupt:  # before the command line could catch it
         sys.exit(130)
     finally:
         machine.ignore_signals()
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and translate every ending into its exit code."""
+    import click
+
+    from compress.cli import cli
+    from compress.console import print_error
+    from compress.errors import PacklightError, check_utf8, told
+
+    try:
+        for argument in arguments:
+            check_utf8(argument)
+        code = cli.main(arguments, prog_name="packlight", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except PacklightError as error:
+        if os.environ.get("PACKLIGHT_DEBUG"):
+            raise
+        print_error(error)
+        print_notes(error)
+        return error.exit_code
+    except click.ClickException as error:
+        vars(error)["message"] = told(error.message)
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort) as ending:
+        # Click makes an Abort of a KeyboardInterrupt.
+        if not print_notes(ending.__cause__ or ending, "interrupted; "):
+            click.echo("interrupted; nothing half-written was left behind", err=True)
+        return 130
+    except SystemExit as ending:
+        print_notes(ending)
+        if ending.code != 1:
+            raise
+        # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
+        # that a gate failed; in shells a closed pipe is 141, 128 + SIGPIPE.
+        return 141
+    except Exception as error:
+        if os.environ.get("PACKLIGHT_DEBUG"):
+            raise
+        from compress.commands.endings import in_words
+
+        print_error(in_words(error))
+        print_notes(error)
+        return 2
+
+
+def print_notes(ending: BaseException, prefix: str = "") -> bool:
+    """Say what a build with ``--resume`` left (``compress.output.folder.work_folder`` notes it)."""
+    import click
+
+    notes = getattr(ending, "__notes__", [])
+    for note in notes:
+        click.echo(f"{prefix}{note}", err=True)
+    return bool(notes)
+
+
+def own_streams() -> None:
+    """Standard streams that are open and take every letter.
+
+    A closed one (``2>&-``) leads nowhere: else the next file that is opened, an artifact, would
+    have its number, and get what libraries print there. Where the locale has ASCII only, Python
+    starts again in its UTF-8 mode: paths and messages have other letters.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    ascii_only = sys.getfilesystemencoding() in ("ascii", "us-ascii")
+    if ascii_only and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "build", "fit", "inspect", "plan", "verify"]
 
 PathLike = str | Path
+Adapters = PathLike | Sequence[PathLike] | Mapping[PathLike, float]
 Progress = Callable[[str, int, int, str], object]
 """``progress(phase, done, total, unit)``: ``done`` of ``total`` bytes, tokens, windows … (``unit``)
 of a phase; both are 0 when it begins. An exception that it raises ends the work, and nothing
@@ -36,6 +37,7 @@ def build(
     model: PathLike,
     recipe: str | Path | Recipe = "phone-4bit",
     *,
+    adapters: Adapters = (),
     formats: Sequence[str] = (),
     output: PathLike | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -73,6 +75,8 @@ def build(
     Args:
         model: a checkpoint's folder, a Hub id or a URL.
         recipe: a shipped name, a YAML file, or a ``Recipe``.
+        adapters: LoRAs of PEFT to merge into the model: a folder or Hub id, several, or a dict
+            of them with their weights.
         formats: only these targets: ``gguf``, ``onnx``, ``coreml``; default: the recipe's.
         output: folder to make; default ``./MODEL-RECIPE``.
         overrides: keys of the recipe with other values: ``{"targets.gguf.type": "Q4_0"}``.
@@ -124,8 +128,9 @@ def build(
     from compress.build.arguments import build_settings
 
     settings = build_settings(
-        model, recipe, formats=formats, output=output, overrides=overrides, budget=budget,
-        budget_memory=budget_memory, device=device, prune=prune, calibration=calibration,
+        model, recipe, adapters=adapters, formats=formats, output=output,
+        overrides=overrides, budget=budget, budget_memory=budget_memory, device=device,
+        prune=prune, calibration=calibration,
         imatrix=imatrix, save_imatrix=save_imatrix, save_checkpoint=save_checkpoint, plan=plan,
         locked=locked, provenance=provenance, verify=verify, eval_text=eval_text, gates=gates,
         against=against, max_regression=max_regression, keep_baseline=keep_baseline,
@@ -139,6 +144,7 @@ def plan(
     model: PathLike,
     recipe: str | Path | Recipe = "phone-4bit",
     *,
+    adapters: Adapters = (),
     formats: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     budget: str | int | None = None,
@@ -160,8 +166,8 @@ def plan(
     No weight is read, unless a budget leaves grids to choose by measurement.
 
     Args:
-        model, recipe, formats, overrides, budget, budget_memory, device, prune, plan, context:
-            as for ``build``; so the others.
+        model, recipe, adapters, formats, overrides, budget, budget_memory, device, prune, plan,
+            context: as for ``build``; so the others.
 
     Returns:
         Format → Plan: ``entries`` (name, shape, grid and ``nbytes`` of each tensor),
@@ -182,7 +188,7 @@ def plan(
     from compress.formats import get_format
 
     settings = build_settings(
-        model, recipe, formats=formats, overrides=overrides, budget=budget,
+        model, recipe, adapters=adapters, formats=formats, overrides=overrides, budget=budget,
         budget_memory=budget_memory, device=device, prune=prune, plan=plan, context=context,
         threads=threads, max_memory=max_memory, verify=False, dry_run=True,
         revision=revision, token=token, cache_dir=cache_dir,
@@ -201,6 +207,7 @@ def verify(
     baseline: PathLike,
     gates: Mapping[str, str] | None = None,
     *,
+    adapters: Adapters = (),
     tasks: Sequence[PathLike] = (),
     eval_text: PathLike | None = None,
     against: PathLike | None = None,
@@ -221,6 +228,7 @@ def verify(
         artifact: a file or folder that a format knows, or the folder of a build.
         baseline: the float checkpoint: a folder, a Hub id or a URL.
         gates: metric → limit: ``{"kl_divergence": "<=0.1"}``; none: it is only measured.
+        adapters: merged into the baseline, as for ``build``.
         tasks: files of multiple-choice questions, one JSON object a line with ``question``,
             ``choices`` and ``answer`` (an index from 0).
         windows: of text to score; 0: 16, 8 or 4 by the model's size.
@@ -248,12 +256,13 @@ def verify(
         (True, 'kl_divergence')
     """
     from compress.build import verification
-    from compress.build.arguments import limits, path, paths, size
+    from compress.build.arguments import adapter_texts, limits, path, paths, size
     from compress.build.decide import VerifySettings
 
     settings = VerifySettings(
         artifact=Path(artifact),
         baseline=str(baseline),
+        adapters=adapter_texts(adapters),
         gates=limits(gates),
         tasks=paths(tasks),
         eval_text=path(eval_text),
@@ -309,6 +318,7 @@ def fit(
     memory: str | int | None = None,
     context: int | None = None,
     recipe: str | Path | Recipe = "phone-4bit",
+    adapters: Adapters = (),
     formats: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -324,7 +334,7 @@ def fit(
         device: one device, e.g. ``iphone-14``; default: all that packlight knows.
         memory: bytes or a size (``3GiB``), instead of devices.
         context: positions of the KV cache; default 2048 or the model's limit.
-        recipe, formats, overrides, revision, token, cache_dir: as for ``build``.
+        recipe, adapters, formats, overrides, revision, token, cache_dir: as for ``build``.
 
     Returns:
         One dict for each artifact and device: ``artifact``, ``device``, ``context``,
@@ -342,7 +352,7 @@ def fit(
         >>> row["artifact"], row["verdict"]
         ('gguf Q4_K_M', 'fits')
     """
-    from compress.build.arguments import settings_of, size
+    from compress.build.arguments import adapter_texts, settings_of, size
     from compress.plan.fit import fit_rows
 
     return fit_rows(
@@ -354,6 +364,7 @@ def fit(
         overrides=settings_of(overrides),
         formats=formats,
         hub={"revision": revision, "token": token, "cache_dir": cache_dir},
+        adapters=adapter_texts(adapters),
     )
 
 

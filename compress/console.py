@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from typing import Any
 
 import click
 
-from compress.errors import PacklightError
+from compress.errors import PacklightError, told, without_secrets
 from compress.progress import Listener, Phase, clock_time
 
 Update = Callable[[int, int], None]
+CELL = 120  # characters that one cell of a table has at most
+NOT_ASCII = re.compile(r"[^\x20-\x7e\n]")
 LOG = logging.getLogger("packlight")
 LOG.addHandler(logging.NullHandler())  # a program that sets no handler up hears nothing
 
@@ -47,6 +50,7 @@ class Console:
         self.mode = mode
         self.verbose = verbose
         self._listener = listener
+        self._shows_phases = mode in ("human", "silent") or verbose or listener is not None
         self._phase: Phase | None = None
 
     # --- data, to stdout ---------------------------------------------------------------------
@@ -54,17 +58,18 @@ class Console:
     def data(self, text: str) -> None:
         """A line that a script may want; not in json or quiet mode."""
         if self.mode == "human":
-            click.echo(text)
+            click.echo(told(text))
 
     def result(self, document: Any) -> None:
         """The one JSON document of ``--json``."""
         if self.mode == "json":
-            click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+            click.echo(NOT_ASCII.sub(escaped, text))
 
     def path(self, path: object) -> None:
         """A written path: all that ``-q`` prints."""
         if self.mode == "quiet":
-            click.echo(str(path))
+            click.echo(without_secrets(str(path)))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Plain aligned columns; the first is left-aligned, columns of numbers right-aligned."""
@@ -76,29 +81,29 @@ class Console:
     def say(self, text: str) -> None:
         """A line about what is going on."""
         if self.mode == "human":
-            click.echo(text, err=True, color=color())
+            click.echo(told(text), err=True, color=color())
         elif self.mode == "silent":
-            LOG.info(text)
+            LOG.info(told(text))
 
     def detail(self, text: str) -> None:
         """A line for ``-v``."""
         if self.mode == "silent":
-            LOG.debug(text)
+            LOG.debug(told(text))
         elif self.verbose:
-            click.echo(click.style(text, dim=True), err=True, color=color())
+            click.echo(click.style(told(text), dim=True), err=True, color=color())
 
     def warning(self, text: str) -> None:
         """Something that is not as it should be, but goes on; shown in every mode but silent."""
         if self.mode == "silent":
-            LOG.warning(text)
+            LOG.warning(told(text))
             return
-        click.echo(click.style("warning: ", fg="yellow") + text, err=True, color=color())
+        click.echo(click.style("warning: ", fg="yellow") + told(text), err=True, color=color())
 
     def verdict(self, passed: bool, text: str) -> None:
         """The last line of a run."""
         if self.mode == "human":
             mark = click.style("passed", fg="green") if passed else click.style("FAILED", fg="red")
-            click.echo(f"{mark}  {text}", err=True, color=color())
+            click.echo(f"{mark}  {told(text)}", err=True, color=color())
 
     @contextmanager
     def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
@@ -110,8 +115,7 @@ class Console:
         """
         self.begin(phase, unit)
         begun = self._phase
-        assert begun is not None
-        yield begun.update
+        yield begun.update if begun else lambda done, total: None
         if self._phase is begun:
             self.end()
 
@@ -120,6 +124,8 @@ class Console:
         nothing.
         """
         self.end()
+        if not self._shows_phases:
+            return
         self.detail(phase)
         bar = self.mode == "human" and sys.stderr.isatty()
         self._phase = Phase(phase, unit, self._listener, None if bar else self.say, bar=bar)
@@ -140,15 +146,16 @@ class Console:
             self._listener.close()
 
 
-def print_error(error: PacklightError) -> None:
-    """The one clear line, and the hint below it; to stderr.
+def escaped(char: re.Match[str]) -> str:
+    """A character of a JSON document as JSON escapes it, if a terminal would obey it."""
+    return char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1]
 
-    One line even where a name has line breaks in it, or a checkpoint escapes for the terminal.
-    """
+
+def print_error(error: PacklightError) -> None:
+    """The one clear line, and the hint below it; to stderr."""
     for label, shade, text in (("error", "red", error.message), ("hint", "cyan", error.hint)):
         if text:
-            line = "".join(char if char.isprintable() else " " for char in text)
-            click.echo(click.style(f"{label}: ", fg=shade) + line, err=True, color=color())
+            click.echo(click.style(f"{label}: ", fg=shade) + told(text), err=True, color=color())
 
 
 def color() -> bool | None:
@@ -158,7 +165,7 @@ def color() -> bool | None:
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, two spaces apart, readable without colour."""
-    cells = [list(headers), *(list(row) for row in rows)]
+    cells = [[told(cell, CELL) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     lines = []
     for row in cells:

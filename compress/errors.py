@@ -19,7 +19,9 @@ Ctrl-C is Python's own KeyboardInterrupt (exit code 130).
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ArtifactError",
@@ -33,10 +35,15 @@ __all__ = [
     "RuntimeMissingError",
     "UnsupportedModelError",
     "UsageError",
+    "check_utf8",
     "did_you_mean",
     "first_line",
     "is_disk_full",
     "one_line",
+    "reading",
+    "told",
+    "visible",
+    "without_secrets",
 ]
 
 
@@ -59,9 +66,9 @@ class PacklightError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = without_secrets(message)
+        self.hint = without_secrets(hint)
+        super().__init__(self.message)
 
 
 class UsageError(PacklightError):
@@ -116,6 +123,21 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "one of") -> str
     return f"did you mean {near[0]}?" if near else f"{listed}: {', '.join(words)}"
 
 
+def check_utf8(name: str) -> None:
+    """Refuse a name that no report can hold: bytes of the file system that are not UTF-8.
+
+    Raises:
+        UsageError: it has such bytes.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        readable = name.encode("utf-8", "backslashreplace").decode()
+        raise UsageError(
+            f"the name {readable} is not UTF-8", hint="give it another name"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """What a library says first; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -126,6 +148,85 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@contextmanager
+def reading(
+    what: str, kind: type[PacklightError] = ArtifactError, hint: str = ""
+) -> Iterator[None]:
+    """While a file that somebody else wrote is read: what its parser stumbles over is its damage.
+
+    Errors of ours and of the system pass as they are.
+
+    Raises:
+        kind: ``what`` is damaged, with the parser's reason, or takes more memory than there is.
+    """
+    try:
+        yield
+    except (PacklightError, OSError):
+        raise
+    except MemoryError as error:
+        raise kind(f"{what} takes more memory than there is to read it") from error
+    except RecursionError as error:
+        raise kind(f"{what} is damaged: nested too deeply", hint) from error
+    except Exception as error:  # whatever the library raises
+        raise kind(f"{what} is damaged: {type(error).__name__}, {one_line(error)}", hint) from error
+
+
 def is_disk_full(error: OSError) -> bool:
     """No room on the device, or no more of the user's quota or file size."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    numpys = error.errno is None and "requested and" in str(error)  # ndarray.tofile's
+    return numpys or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# --- what is told of a stranger's names, and of places with passwords in them --------------------
+
+LINE = 400  # characters that one line of a terminal has at most
+
+# What stands before the host of a URL. A secret may have slashes and spaces in it; digits between
+# a colon and a slash are a port.
+CREDENTIALS = re.compile(
+    r"([a-z][a-z0-9+.-]*://)(?!\[)(?:[^/?#\s@:]*:(?!\d{1,5}(?:[/?#\s:'\",)]|$))(?=\S)[^\n@]{0,300}@)?"
+    r"(?:[^/?#\s@]*@)*",
+    re.IGNORECASE,
+)
+CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # Azure's: CONTAINER@ACCOUNT
+QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#](?:[^\s'\"<>=]*=[^\s'\"<>]*|[^\s'\"<>]{20,})")
+PARAMETER = re.compile(
+    r"([?&][\w.-]*(?:sig|token|passw|secret|credential|delegation|key)[\w.-]*=)[^&\s'\"<>]+",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """A location, or any text with URLs in it, without user names, passwords and signed queries.
+
+    Whatever is told, stored or uploaded of a URL goes through here: ``Checkpoint.source``, the
+    message of a ``PacklightError``, every line of a ``Console``.
+
+    Example:
+        >>> without_secrets("s3://KEY:SECRET@bucket/model?X-Amz-Signature=abc")
+        's3://bucket/model'
+    """
+    if "://" in text:
+        text = QUERY.sub(r"\1", CREDENTIALS.sub(_without_user, text))
+    return PARAMETER.sub("\\1\N{HORIZONTAL ELLIPSIS}", text) if "=" in text else text
+
+
+def _without_user(found: re.Match[str]) -> str:
+    """The scheme, and Azure's container."""
+    user = found[0][len(found[1]) :]
+    return found[0] if found[1].lower() in CONTAINERS and ":" not in user else found[1]
+
+
+def visible(text: str) -> str:
+    """Text whose every character but the line feed can be seen: no escapes for a terminal, nothing
+    that turns the direction of writing, no half of a surrogate pair.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+
+
+def told(text: str, most: int = LINE) -> str:
+    """One visible line of bounded length, without secrets."""
+    line = without_secrets(visible(text).replace("\n", " "))
+    return line if len(line) <= most else f"{line[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

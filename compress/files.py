@@ -7,25 +7,35 @@ there would be one.)
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 
 __all__ = [
+    "LARGEST_TEXT",
     "cache_folder",
+    "check_folder",
+    "check_place",
+    "check_unchanged",
     "computed_once",
     "file_lock",
+    "full_disk",
     "is_url",
+    "read_bounded",
     "real_path",
     "scratch_folder",
+    "stamps",
     "sync",
     "write_whole",
 ]
@@ -33,6 +43,10 @@ __all__ = [
 T = TypeVar("T")
 
 LOCK = "lock"
+LARGEST_TEXT = 100_000_000  # bytes of a file that is read whole
+
+Stamp = tuple[int, int, int]
+"""Size in bytes, time of the last change in nanoseconds, inode."""
 
 
 def cache_folder(kind: str = "calibration") -> Path:
@@ -69,6 +83,106 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a plain file, which must not be endless: no device, no pipe, no huge file.
+
+    Raises:
+        OSError: it cannot be read, or is none of that.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
+    with open(handle, "rb") as stream:
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+            return stream.read(most)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    raise OSError(errno.EFBIG, f"{found.st_size:,} bytes are more than {most:,}", str(path))
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
+    """What is another one after a change of a file; None for one that is not there."""
+    found: dict[Path, Stamp | None] = {}
+    for file in files:
+        with suppress(OSError):
+            now = file.stat()
+            found[file] = (now.st_size, now.st_mtime_ns, now.st_ino)
+        found.setdefault(file, None)
+    return found
+
+
+def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
+    """Refuse to say what was made from files that have changed since (``stamps``).
+
+    Raises:
+        CheckpointError: the first one that has.
+    """
+    now = stamps(before)
+    if changed := next((file for file in before if now[file] != before[file]), None):
+        raise CheckpointError(
+            f"{changed.name} has changed since it was opened: nobody can say what this is made of",
+            hint="begin again, once nothing writes to it",
+        )
+
+
+def check_place(
+    option: str, path: Path, output: Path | None = None, *, folder: bool = False
+) -> None:
+    """Refuse, before the hours of a build, a place where nothing can be written after them.
+
+    Args:
+        option: that named it.
+        path: of a file, or of a ``folder`` that is made if it is not there.
+        output: of the build, which holds what was checksummed and nothing else.
+
+    Raises:
+        UsageError: a folder that is not there or not writable, a folder in place of a file or the
+            reverse, or a place inside the output.
+    """
+    place = real_path(path)
+    if output is not None and place.is_relative_to(real_path(output)):
+        raise UsageError(
+            f"{option} {path} is inside the output {output}",
+            hint=f"beside it, such as {option} {path.name}",
+        )
+    if place.exists() and place.is_dir() != folder:
+        what = "a folder, not a file" if place.is_dir() else "a file, not a folder"
+        raise UsageError(f"{option} {path} is {what}")
+    if not folder and not place.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    near = place if folder else place.parent
+    while not near.exists():
+        near = near.parent
+    try:
+        with tempfile.TemporaryFile(dir=near):  # what permissions say is not all
+            pass
+        writable = not place.exists() or os.access(place, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"{option} {path} is not writable")
+
+
+def full_disk(folder: Path) -> tuple[Path, str]:
+    """Which disk is the fullest, of those that packlight writes to, and what to do about it.
+
+    Args:
+        folder: that is written to, beside the cache and ``TMPDIR``.
+    """
+    from huggingface_hub.constants import HF_ASSETS_CACHE
+
+    places = (
+        (folder, "free some space"),
+        (Path(os.environ.get("PACKLIGHT_CACHE") or HF_ASSETS_CACHE), "set PACKLIGHT_CACHE"),
+        (Path(tempfile.gettempdir()), "set TMPDIR"),
+    )
+    disks: dict[int, tuple[Path, str]] = {}
+    for place, hint in places:
+        while not place.exists():
+            place = place.parent
+        disks.setdefault(place.stat().st_dev, (place, hint))
+    return min(disks.values(), key=lambda disk: shutil.disk_usage(disk[0]).free)
+
+
 def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[], T]) -> T:
     """What ``load`` finds, or else what ``compute`` returns: processes of this machine that want
     the same wait for the one that computes, and load what it left.
@@ -96,12 +210,16 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: without ``wait``, another process holds it or has just let go of it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or something else than an empty file is there, which
+            would be removed.
     """
     flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size:
+                raise OSError(errno.EEXIST, "it was not made by packlight", str(path))
             fcntl.flock(handle, flags)
             if not is_same_file(handle, path):  # its holder has just ended, and removed it
                 if wait:
@@ -119,7 +237,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 def is_same_file(handle: int, path: Path) -> bool:
     """Whether a path still leads to an open file."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
 
@@ -179,3 +297,60 @@ def clear_abandoned(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
+
+
+# --- folders of strangers -------------------------------------------------------------------------
+#
+# What a checkpoint's folder leads to is read, copied into artifacts and published. So links lead
+# into the folder itself or into the blobs of the Hub's cache, files are plain files, and those that
+# are read whole are of bounded size.
+
+# Read whole, by packlight or transformers.
+TEXTS = re.compile(
+    r".*\.(json|jinja|model|bpe|tiktoken)|(merges|vocab)\.txt|README\.md|LICENSE.*", re.IGNORECASE
+)
+TEMPLATES = "additional_chat_templates"  # the one folder inside that transformers looks into
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse links that lead elsewhere, what is no plain file, and texts that are too large.
+
+    Hidden files and folders inside are not looked at: nothing reads them.
+
+    Raises:
+        CheckpointError: the first file that is refused.
+    """
+    home = os.path.realpath(folder)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name, place = entry.name, os.path.realpath(entry.path)
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:  # a link that leads nowhere: as if it were not there
+            continue
+        except OSError as error:  # links that lead to each other, among others
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if name.startswith(".") or (is_folder and name != TEMPLATES):
+            continue
+        if entry.is_symlink() and not (place.startswith(f"{home}/") or is_blob(home, place)):
+            raise CheckpointError(
+                f"{name} is a link that leads out of the checkpoint's folder",
+                hint="packlight would publish what it leads to; put the file itself there",
+            )
+        if is_folder:
+            check_folder(folder / name)
+        elif not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{name} is not a plain file", hint="a pipe, or a device?")
+        elif found.st_size > LARGEST_TEXT and TEXTS.fullmatch(name):
+            raise CheckpointError(
+                f"{name} has {found.st_size:,} bytes, more than the {LARGEST_TEXT:,} that it may"
+            )
+
+
+def is_blob(home: str, place: str) -> bool:
+    """Whether a link leads into the Hub's cache, where snapshots/COMMIT/NAME leads to
+    blobs/DIGEST: that of the same repository, or any from a folder of links.
+    """
+    above, blobs = os.path.split(os.path.dirname(place))
+    snapshots = os.path.dirname(home) == os.path.join(above, "snapshots")
+    return blobs == "blobs" and (snapshots or os.path.basename(above).startswith("models--"))

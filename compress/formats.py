@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UsageError, did_you_mean, reading
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
@@ -56,6 +56,23 @@ class Check:
     found: str
     ok: bool
     hint: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How to run an artifact, for the model card.
+
+    Attributes:
+        text: a paragraph of Markdown.
+        code: what to type, with ``{path}`` where the artifact's belongs.
+        language: of the code.
+        quote: a path as that language writes it.
+    """
+
+    text: str
+    code: str
+    language: str
+    quote: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def how_to_run(self) -> Callable[[str], list[str]]: ...
+        def USAGE(self) -> Usage: ...
 
         @property
         def checks(self) -> Callable[[], list[Check]]: ...
@@ -133,6 +150,15 @@ class Format:
 
         @property
         def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """What ``describe`` finds in an artifact of anybody's.
+
+        Raises:
+            ArtifactError: it is damaged, or no artifact of this format.
+        """
+        with reading(path.name):
+            return self.describe(path)
 
     def __getattr__(self, name: str) -> Any:
         if name not in MEMBERS:
@@ -166,8 +192,7 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# how_to_run        how_to_run(path) -> lines of Markdown for the model card; ``path`` as in the
-#                   report
+# USAGE             a ``Usage``
 # checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
 #                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
@@ -184,7 +209,7 @@ MEMBERS = {
     "open_runtime": "runtime",
     "describe": "inspection",
     "find": "card",
-    "how_to_run": "card",
+    "USAGE": "card",
     "checks": "card",
     "read_imatrix": "imatrix",
     "write_imatrix": "imatrix",

@@ -11,10 +11,11 @@ import ctypes
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -29,13 +30,19 @@ PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def available_cpus() -> int:
+def available_cpus(proc: Path = PROC, root: Path = CGROUPS) -> int:
     """CPUs that the process may run on at once, a cgroup's quota rounded up to whole ones."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    return max(1, min([count, *map(math.ceil, cpu_quotas())]))
+    files = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for both, quota, period in cgroup_files("cpu", files, proc, root):
+        if both:
+            quota, _, period = both.partition(" ")
+        if quota.isdigit() and period.isdigit():  # not "max", not -1
+            count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 @cache
@@ -68,7 +75,8 @@ def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
     share = _share.set(0)
     limit = _memory.set(memory)
     try:
-        one_openblas_thread()
+        if not _own or os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+            one_openblas_thread()
         for name, value in DETERMINISTIC.items():
             if name not in os.environ:
                 get, put = partial(os.environ.get, name), partial(set_variable, name)
@@ -175,14 +183,21 @@ def reuse_memory() -> None:
         mallopt(TRIM_THRESHOLD, RETAINED)
 
 
-def available_memory() -> int:
-    """Bytes that may be taken without swapping: the machine's, what is left in the cgroup, or what
-    is left within ``bounded``."""
+def available_memory(proc: Path = PROC, root: Path = CGROUPS) -> int:
+    """Bytes that may be taken without swapping: the machine's, what is left in the cgroup (page
+    cache that can be dropped counts as free), or what is left within ``bounded``."""
     import psutil
 
-    left = [int(psutil.virtual_memory().available), *memory_left()]
-    if (limit := _memory.get()) is not None:
-        left.append(max(limit - resident_memory(), 0))
+    left = [int(psutil.virtual_memory().available)]
+    files = ("memory.max", "memory.current", "memory.stat")
+    old = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for found in cgroup_files("memory", (*files, *old), proc, root):
+        limit, used, stat = found[0] or found[3], found[1] or found[4], found[2].split()
+        if limit.isdigit() and used.isdigit():
+            cached = dict(zip(stat[::2], stat[1::2], strict=False)).get("inactive_file", 0)
+            left.append(max(int(limit) - int(used) + int(cached), 0))
+    if (bound := _memory.get()) is not None:
+        left.append(max(bound - resident_memory(), 0))
     return min(left)
 
 
@@ -193,52 +208,35 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def cpu_quotas(proc: Path = PROC, root: Path = CGROUPS) -> list[float]:
-    """CPUs' worth of time under each quota that the process is under."""
-    found = []
-    for folder in cgroup_folders("cpu", proc, root):
-        quota, *period = read(folder / "cpu.max").split() or [""]
-        if not quota:
-            quota, period = (
-                read(folder / "cpu.cfs_quota_us"),
-                [read(folder / "cpu.cfs_period_us")],
-            )
-        if quota.isdigit() and period and period[0].isdigit():  # not "max", not -1
-            found.append(int(quota) / int(period[0]))
-    return found
+def cgroup_files(
+    controller: str, names: Sequence[str], proc: Path, root: Path
+) -> Iterator[list[str]]:
+    """What files of the process's control group say, its own first, then of those above it.
 
-
-def memory_left(proc: Path = PROC, root: Path = CGROUPS) -> list[int]:
-    """Bytes left under each memory limit; page cache that can be dropped counts as free."""
-    found = []
-    for folder in cgroup_folders("memory", proc, root):
-        limit = read(folder / "memory.max") or read(folder / "memory.limit_in_bytes")
-        used = read(folder / "memory.current") or read(folder / "memory.usage_in_bytes")
-        if limit.isdigit() and used.isdigit():
-            stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
-            found.append(max(int(limit) - int(used) + int(stat.get("inactive_file", 0)), 0))
-    return found
-
-
-def cgroup_folders(controller: str, proc: Path, root: Path) -> Iterator[Path]:
-    """The folders of the process's control group, its own first, then those above it."""
-    for line in read(proc / "cgroup").splitlines():
-        _, names, path = line.split(":", 2)
-        if names and controller not in names.split(","):
+    Args:
+        controller: ``cpu`` or ``memory``.
+        names: of files; what is not there is empty.
+        proc: of the process.
+        root: where control groups are mounted.
+    """
+    own = proc / "cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
             continue
-        top = root / controller if names else root
-        own = top / path.lstrip("/")
+        top = root / controller if controllers else root
+        group = top / path.lstrip("/")
         # In a container the path can be the host's, of which only the top is mounted here.
-        own = own if own.is_dir() else top
-        yield from (own, *(above for above in own.parents if above.is_relative_to(top)))
-
-
-def read(path: Path) -> str:
-    """What a small file says, stripped; empty where there is none."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+        group = group if group.is_dir() else top
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                found = []
+                for name in names:
+                    try:
+                        found.append((folder / name).read_text().strip())
+                    except OSError:
+                        found.append("")
+                yield found
 
 
 # --- the same sums with any number of threads -------------------------------------------------
@@ -279,8 +277,6 @@ def set_variable(name: str, value: str | None) -> None:
 
 def one_openblas_thread() -> None:
     """NumPy's products on one thread, also where NumPy is loaded already."""
-    if _own and os.environ.get("OPENBLAS_NUM_THREADS") == "1":
-        return
     import numpy  # before the environment is changed, which would hold for good
 
     package = Path(numpy.__file__).parent
@@ -363,8 +359,27 @@ def own_process() -> None:
     """For a process that is packlight's alone: what cannot be, or need not be, as before."""
     global _own
     _own = True
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     handle_signals()  # before anything that takes time
     make_deterministic()  # before anything that computes
+
+
+def die_with_parent() -> None:
+    """End this process, and the session that it leads, when the process that holds the other end
+    of its stdin is gone, however it went (``kill -9`` too). Where stdin is no pipe nothing happens.
+
+    Works where Linux's parent-death signal does not exist, and from any thread.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(128 + signal.SIGKILL)
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def is_own_process() -> bool:

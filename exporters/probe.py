@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import exporters  # noqa: F401 -- fills the table of formats
+from compress.errors import reading
 from compress.formats import get_format
 from compress.plan.shapes import Runtime
 from compress.verify import BaselineStore, examine
@@ -30,7 +31,8 @@ def main() -> int:
 
     def opened() -> Runtime:
         open_runtime = get_format(options.format).open_runtime
-        return open_runtime(options.path, context=options.context, threads=options.threads)
+        with reading(options.path.name):
+            return open_runtime(options.path, context=options.context, threads=options.threads)
 
     def work(emit: Emit) -> None:
         baseline = BaselineStore(options.baseline)

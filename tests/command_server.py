@@ -41,17 +41,22 @@ def main() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # pages that are not written to stay shared
-    steps = mmap.mmap(-1, 8)  # shared with the children
+    counters: dict[int, mmap.mmap] = {}  # of each child: its steps, shared with it
     while line := requests.readline():
         request = json.loads(line)
-        steps[:] = bytes(8)
-        child = os.fork()
-        if not child:
-            requests.close()
-            answers.close()
-            serve(request, steps)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps([status, int.from_bytes(steps[:], "little")]), file=answers, flush=True)
+        answer: object
+        if child := request.get("wait"):
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            answer = [status, int.from_bytes(counters.pop(child)[:], "little")]
+        else:
+            steps = mmap.mmap(-1, 8)
+            child = answer = os.fork()
+            if not child:
+                requests.close()
+                answers.close()
+                serve(request, steps)
+            counters[child] = steps
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def own_streams() -> tuple[TextIO, TextIO]:

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,31 +45,38 @@ class Step:
 class Server:
     """`command_server.py`: processes of the command line that need not load the libraries."""
 
-    def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths()}
+    def __init__(self, tree: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths(tree)}
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "command_server.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         atexit.register(self.close)
 
-    def run(
+    def start(
         self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], stdout: Path,
         stderr: Path, step: Step | None = None,
-    ) -> tuple[int, int]:  # fmt: skip
-        """Run a command line; the files are appended to.
-
-        Returns:
-            Its exit status (-9: killed), and how many changes matched the step's pattern.
-        """
+    ) -> int:  # fmt: skip
+        """Start a command line; the files are appended to. Returns its process id."""
         request: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd), "env": dict(env)}
         request |= {"stdout": str(stdout), "stderr": str(stderr)}
         request |= {"step": asdict(step) if step else None}
+        return int(self._ask(request))
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """Its exit status (-9: killed), and how many changes matched the step's pattern."""
+        status, steps = self._ask({"wait": child})
+        return status, steps
+
+    def run(self, *command: Any, **options: Any) -> tuple[int, int]:
+        """Both."""
+        return self.wait(self.start(*command, **options))
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(f"{json.dumps(request)}\n")
         self._process.stdin.flush()
-        status, steps = json.loads(self._process.stdout.readline())
-        return status, steps
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         """End the server, and a command that is not waited for."""
@@ -76,14 +85,15 @@ class Server:
 
 
 @cache
-def server() -> Server:
-    """One for each process of pytest, started by whoever needs it first."""
-    return Server()
+def server(tree: Path = ROOT) -> Server:
+    """One for each process of pytest, started by whoever needs it first; others for copies of this
+    tree."""
+    return Server(tree)
 
 
-def paths() -> str:
-    """PYTHONPATH with this tree in front."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+def paths(tree: Path = ROOT) -> str:
+    """PYTHONPATH with a tree in front."""
+    return os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def packlight(
@@ -92,16 +102,19 @@ def packlight(
     env: dict[str, str] | None = None,
     new: bool = False,
     step: Step | None = None,
+    tree: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """The finished command, with its exit code, stdout and stderr.
 
     Args:
         env: variables to change. Those that libraries read as they load ask for a new interpreter.
         new: in an interpreter of its own, not in a fork of one that has loaded the libraries.
-        step: where it is sent a signal.
+        step: where it is sent a signal. (``Step.variables`` in ``env``: where what it starts is.)
+        tree: a copy of this one, whose command it is.
     """
     words = [str(argument) for argument in arguments]
-    if new or not (env or {}).keys() <= {"PACKLIGHT_CACHE"}:
+    changed = (env or {}).keys() - {"PACKLIGHT_CACHE"}
+    if new or (changed and "PACKLIGHT_TEST_STEP" not in changed):
         return subprocess.run(
             [sys.executable, "-m", "compress", *words],
             cwd=cwd, env={**os.environ, "NO_COLOR": "1", **(env or {})},
@@ -109,10 +122,20 @@ def packlight(
         )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="packlight-command-") as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        environment = {**os.environ, "NO_COLOR": "1", **(env or {})}
-        code, _ = server().run(words, cwd or Path.cwd(), environment, stdout, stderr, step)
+        environment = {**os.environ, "PYTHONPATH": paths(tree), "NO_COLOR": "1", **(env or {})}
+        code, _ = server(tree).run(words, cwd or Path.cwd(), environment, stdout, stderr, step)
         said = stdout.read_text("utf-8"), stderr.read_text("utf-8")
     return subprocess.CompletedProcess(["packlight", *words], code, *said)
+
+
+def until(condition: Callable[[], T]) -> T:
+    """What a condition gives once that is true: for what other processes and threads do. The limit
+    is for what never comes; no machine is so busy."""
+    deadline = time.monotonic() + 600
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

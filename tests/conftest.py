@@ -52,9 +52,12 @@ def pytest_addoption(parser):
 
 # What takes longest goes first: a long file that comes last leaves one of two workers idle.
 LONG = (
-    "test_readme", "test_gptq", "test_batch", "test_resume", "test_allocation", "test_propagation",
-    "test_pruning", "test_shipped_recipes", "test_gguf", "test_threads", "test_calibrated_build",
-    "test_batch_ray", "test_action", "test_cli", "test_heal", "test_kquant", "test_coreml",
+    "test_batch", "test_readme", "test_gptq", "test_batch_ray", "test_resume", "test_pruning",
+    "test_process_state", "test_extension", "test_propagation", "test_descent",
+    "test_calibrated_build", "test_gguf", "test_path", "test_wheel", "test_shipped_recipes",
+    "test_allocation", "test_coreml_package", "test_mil_evaluator", "test_api", "test_cli",
+    "test_heal", "test_action", "test_gitlab", "test_make_checkpoint", "test_threads",
+    "test_baseline_cache", "test_write", "test_file_bytes", "test_kquant", "test_coreml",
 )  # fmt: skip
 
 

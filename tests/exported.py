@@ -26,6 +26,7 @@ from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
 from compress.demo import model_path
+from compress.formats import get_format
 from compress.grids import Float32, get_grid
 from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
@@ -115,9 +116,12 @@ class Exports:
         """
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
+        keywords: dict[str, Any] = {"model_name": name}
         if format == "coreml":
             settings = {"context": CONTEXT, **settings}
-        plan = change(writing.plan_for(format, config, settings, model_name=name))
+        if get_format(format).tokenizer_inside:
+            keywords["tokenizer"] = opened.tokenizer_facts
+        plan = change(writing.plan_for(format, config, settings, **keywords))
         weights = Weights(Stored(opened, config), rtn, slab=slab)
         artifact = writing.write(plan, weights, folder or self.new_folder(), written)
         return Exported(opened, config, plan, weights, artifact)

@@ -1,12 +1,14 @@
 """The path of one build: which of our functions run, in how many files, how deep.
 
 ``python tests/path.py FORMAT SOLVER`` prints them as JSON; ``test_path.py`` holds the figures. What
-runs while a module is imported does not count, nor do lambdas and comprehensions.
+runs while a module is imported does not count, nor do lambdas and comprehensions. A solver that
+looks at inputs has its statistics in the cache: a process before this one puts them there.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +24,7 @@ PLAN_AND_WRITE = (
     "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",
     "compress/build/write.py", "exporters/",
 )  # fmt: skip
+INSIDE = tuple(f"{ROOT}/{place}" for place in PLAN_AND_WRITE)
 
 
 class Trace:
@@ -30,22 +33,25 @@ class Trace:
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
         self.deepest: list[str] = []
+        self.inside = 0  # frames of ``PLAN_AND_WRITE`` on any stack, at most
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event != "call" or not is_ours(frame.f_code):
             return
-        above: list[str] = []
+        above: list[CodeType] = []
         caller: FrameType | None = frame
         while caller is not None:
             code = caller.f_code
             if code.co_name == "<module>" and code.co_filename.startswith(OURS):
                 return  # an import is under way
             if is_ours(code):
-                above.append(label(code))
+                above.append(code)
             caller = caller.f_back
         self.codes.add(frame.f_code)
         if len(above) > len(self.deepest):
-            self.deepest = above[::-1]
+            self.deepest = [label(code) for code in above[::-1]]
+        inside = sum(code.co_filename.startswith(INSIDE) for code in above)
+        self.inside = max(self.inside, inside)
 
 
 def is_ours(code: CodeType) -> bool:
@@ -63,10 +69,15 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
 
     seen = Trace()
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [
-            "packlight", "build", str(model_path()), "-r", "int4-fast", "-f", name,
-            "--set", f"quantize.solver={solver}", "--no-verify", "-o", f"{folder}/out", "-q",
+        options = [
+            "build", str(model_path()), "-r", "int4-fast", "-f", name,
+            "--set", f"quantize.solver={solver}", "--set", "calibration.tokens=1024",
+            "--set", "calibration.sequence_length=256", "--no-verify", "-q",
         ]  # fmt: skip
+        if solver != "rtn":
+            before = [sys.executable, "-m", "compress", *options, "-o", f"{folder}/before"]
+            subprocess.run(before, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        sys.argv = ["packlight", *options, "-o", f"{folder}/out"]
         threading.setprofile(seen)
         sys.setprofile(seen)
         try:
@@ -78,14 +89,15 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
             threading.setprofile(None)
     assert code == 0
     functions = sorted(map(label, seen.codes))
-    return {"functions": functions, "deepest": seen.deepest, **figures(functions, seen.deepest)}
+    return {"functions": functions, "deepest": seen.deepest, **figures(functions, seen)}
 
 
-def figures(functions: list[str], deepest: list[str]) -> dict[str, Any]:
+def figures(functions: list[str], seen: Trace) -> dict[str, Any]:
+    """Functions, files and frames of the whole build, and of plan and write alone."""
     part = [name for name in functions if name.startswith(PLAN_AND_WRITE)]
     return {
-        "all": [len(functions), len({f.partition(":")[0] for f in functions}), len(deepest)],
-        "plan and write": [len(part), len({f.partition(":")[0] for f in part})],
+        "all": [len(functions), len({f.partition(":")[0] for f in functions}), len(seen.deepest)],
+        "plan and write": [len(part), len({f.partition(":")[0] for f in part}), seen.inside],
     }
 
 

@@ -81,6 +81,7 @@ def test_the_workflow_of_the_docs_gives_what_the_action_takes():
         parse_option(gate)
 
 
+@pytest.mark.slow  # pip makes the wheel and an environment for it
 def test_a_good_build_is_installed_built_verified_and_uploaded(model, environment, tmp_path):
     source = copy_sources(tmp_path / "source")  # what the container's Dockerfile copies is enough
     (source / "action.yml").write_bytes((ROOT / "action.yml").read_bytes())

@@ -184,6 +184,13 @@ def test_arguments_become_the_settings_of_the_command(model: Path, tmp_path: Pat
     assert settings.gates == ("bytes=<=1GB",)
     assert settings.calibration == (Path("a.txt"),)
     assert settings.hub["revision"] == "main"
+    hub = dict.fromkeys(("revision", "token", "cache_dir"))
+    for given, expected in (
+        ("lora", ("lora",)),
+        ([Path("a"), "b=2"], ("a", "b=2")),
+        ({"a": 0.5, Path("b"): 1}, ("a=0.5", "b=1")),
+    ):
+        assert build_settings(model, "phone-4bit", adapters=given, **hub).adapters == expected
 
 
 @pytest.mark.parametrize(

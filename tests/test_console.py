@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from compress.console import Console, format_bytes, format_table, parse_bytes
+from compress.console import Console, format_bytes, format_table, parse_bytes, print_error
+from compress.errors import PacklightError
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,29 @@ def test_progress_is_silent_when_piped(capsys):
         update(1, 2)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b31mkey\u202e\nerror: faked\ud800 s3://me:SECRET@b/m " + "x" * 10**4
+
+
+def test_a_strangers_words_are_cleaned_where_they_are_printed(capsys):
+    console = Console(verbose=True)
+    for tell in (console.data, console.say, console.detail, console.warning):
+        tell(HOSTILE)
+    console.verdict(True, HOSTILE)
+    console.table([HOSTILE], [[HOSTILE]])
+    print_error(PacklightError(HOSTILE, HOSTILE))
+    printed = capsys.readouterr()
+    for stream, count in ((printed.out, 3), (printed.err, 6)):
+        lines = stream.splitlines()
+        assert len(lines) == count
+        assert all(line.isprintable() and len(line) < 500 for line in lines)
+        assert "SECRET" not in stream
+
+
+def test_json_escapes_what_a_terminal_would_obey(capsys):
+    console = Console("json")
+    console.result({HOSTILE: "größe"})
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert json.loads(printed) == {HOSTILE: "größe"}

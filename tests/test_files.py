@@ -37,7 +37,7 @@ def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
 def hold(lock: Path, held: multiprocessing.synchronize.Event) -> None:
     with file_lock(lock):
         held.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_the_dead_let_go(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_what_many_want_is_computed_once(tmp_path: Path) -> None:
         return "found"
 
     def want(_: int) -> str:
-        together.wait(60)
+        together.wait(600)
         return computed_once(tmp_path / "key.lock", load, compute)
 
     with ThreadPoolExecutor(6) as pool:
@@ -133,7 +133,7 @@ from compress.files import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "logits").write_text("many")
     print("ready", flush=True)
-    time.sleep(100)
+    time.sleep(600)
 """
 
 

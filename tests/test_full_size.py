@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -34,8 +35,8 @@ while time.process_time() < 0.5: pass
 def test_usage_counts_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = usage.measure([sys.executable, "-c", KNOWN], watch=tmp_path, log=tmp_path / "log")
-    assert 0.5 <= found.cpu_seconds < 3
-    assert found.wall_seconds >= 1
+    assert 0.5 <= found.cpu_seconds <= found.wall_seconds * (os.cpu_count() or 1)
+    assert found.wall_seconds >= 1  # of sleeping and computing
     assert 200 * MB < found.peak_anonymous < 290 * MB
     assert 200 * MB < found.child_resident < 260 * MB
     assert found.peak_resident >= found.child_resident

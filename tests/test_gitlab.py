@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import yaml
 
@@ -44,6 +45,7 @@ def test_its_image_is_that_of_the_container():
     assert f"FROM {JOBS['.packlight']['image']}\n" in dockerfile
 
 
+@pytest.mark.slow  # the options are those of action.yml's steps
 def test_its_script_leaves_what_it_says(tmp_path):
     model = tiny.make("llama", tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"

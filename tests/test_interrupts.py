@@ -51,7 +51,7 @@ def test_an_import_is_finished_before_the_interruption(tmp_path, number):
                 import slow
             except BaseException:
                 print("broken")
-            time.sleep(60)
+            time.sleep(600)
             print("lost")
         finally:
             print("imported", sys.modules["slow"].whole)
@@ -68,7 +68,7 @@ def test_an_interruption_lost_in_a_finalizer_comes_again(tmp_path):
                 send(signal.SIGTERM)
 
         Slow()
-        time.sleep(60)
+        time.sleep(600)
         print("lost")
     """
     assert run(tmp_path, body) == (143, [])
@@ -78,7 +78,7 @@ def test_a_second_ctrl_c_does_not_disturb_the_cleaning_up(tmp_path):
     body = """
         try:
             send(signal.SIGINT)
-            time.sleep(60)
+            time.sleep(600)
         finally:
             send(signal.SIGINT)
             send(signal.SIGTERM)

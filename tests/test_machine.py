@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from compress import machine
-from compress.machine import available_cpus, available_memory, cpu_quotas, memory_left
+from compress.machine import available_cpus, available_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,13 @@ def lay_out(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
+@pytest.fixture
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose own limits are above those of the test's control groups."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64), raising=False)
+
+
+@pytest.mark.usefixtures("plenty")
 def test_cgroup_v2(tmp_path):
     lay_out(
         tmp_path,
@@ -40,10 +48,11 @@ def test_cgroup_v2(tmp_path):
             "sys/build/cpu.max": "max 100000\n",
         },
     )
-    assert memory_left(tmp_path / "proc", tmp_path / "sys") == [1700]
-    assert cpu_quotas(tmp_path / "proc", tmp_path / "sys") == [1.5]
+    assert available_memory(tmp_path / "proc", tmp_path / "sys") == 1700
+    assert available_cpus(tmp_path / "proc", tmp_path / "sys") == 2  # of 1.5
 
 
+@pytest.mark.usefixtures("plenty")
 def test_cgroup_v1(tmp_path):
     """Controllers have hierarchies of their own; a path of the host's is the mounted top."""
     lay_out(
@@ -59,19 +68,21 @@ def test_cgroup_v1(tmp_path):
             "sys/cpu/cpu.cfs_period_us": "100000\n",
         },
     )
-    assert memory_left(tmp_path / "proc", tmp_path / "sys") == [0]
-    assert cpu_quotas(tmp_path / "proc", tmp_path / "sys") == [4.0]
+    assert available_memory(tmp_path / "proc", tmp_path / "sys") == 0
+    assert available_cpus(tmp_path / "proc", tmp_path / "sys") == 4
 
 
+@pytest.mark.usefixtures("plenty")
 def test_no_cgroups(tmp_path):
-    assert memory_left(tmp_path, tmp_path) == []
-    assert cpu_quotas(tmp_path, tmp_path) == []
+    assert available_memory(tmp_path, tmp_path) > 1 << 20
+    assert available_cpus(tmp_path, tmp_path) == 64
 
 
-@pytest.mark.parametrize("quotas, most", [([0.5], 1), ([64.0], 64)])
-def test_quotas_limit_threads(monkeypatch, quotas, most):
-    monkeypatch.setattr("compress.machine.cpu_quotas", lambda: quotas)
-    assert 1 <= available_cpus() <= most
+@pytest.mark.usefixtures("plenty")
+@pytest.mark.parametrize(("quota", "cpus"), [("50000", 1), ("6400000", 64), ("9900000", 64)])
+def test_quotas_limit_threads(tmp_path, quota, cpus):
+    lay_out(tmp_path, {"cgroup": "0::/\n", "cpu.max": f"{quota} 100000\n"})
+    assert available_cpus(tmp_path, tmp_path) == cpus
 
 
 def test_here():
@@ -108,6 +119,7 @@ def test_in_threads_covers_the_range_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "default_threads", lambda: 6)
     lock, working, most, shares = threading.Lock(), [0], [0], set()
+    together = threading.Barrier(3, timeout=600)
     taken = [0]
 
     def work(index: int) -> int:
@@ -115,7 +127,9 @@ def test_in_order_keeps_the_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPa
             working[0] += 1
             most[0] = max(most[0], working[0])
         shares.add(machine.worker_threads())
-        time.sleep(0.002 * (index % 3))  # later ones are done first
+        if index < 3:
+            together.wait()  # whenever the machine comes to start them
+        time.sleep(0.002 * (-index % 3))  # later ones are done first
         with lock:
             working[0] -= 1
         return index

@@ -37,6 +37,8 @@ PARAMETERS = {
     "phi-3-medium-4k": 13_960_238_080,
 }
 
+SIZES = {"shard": 20_000_000, "slab": 100_000}  # so small that there are several
+
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shapes_are_the_published_ones(model: str) -> None:
@@ -45,22 +47,17 @@ def test_shapes_are_the_published_ones(model: str) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model of the table cut to two blocks, in small shards and slabs."""
+    """A model of the table cut to two blocks."""
     tokenizer, pieces, keys = MODELS["phi-3-mini-4k"]
     cut = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     monkeypatch.setitem(MODELS, "small", (tokenizer, pieces, keys | cut | heads))
-    monkeypatch.setattr(make_checkpoint, "SHARD", 20_000_000)
-    monkeypatch.setattr(make_checkpoint, "SLAB", 100_000)
     return "small"
 
 
-def test_checkpoint_is_whole_and_repeatable(
-    tmp_path: Path, small: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = make_checkpoint.make(small, tmp_path / "first")
-    monkeypatch.setattr(make_checkpoint, "THREADS", 1)
-    second = make_checkpoint.make(small, tmp_path / "second")
+def test_checkpoint_is_whole_and_repeatable(tmp_path: Path, small: str) -> None:
+    first = make_checkpoint.make(small, tmp_path / "first", **SIZES)
+    second = make_checkpoint.make(small, tmp_path / "second", **SIZES, threads=1)
     files = sorted(first.iterdir())
     assert sum(file.suffix == ".safetensors" for file in files) > 1
     for file in files:
@@ -72,7 +69,7 @@ def test_checkpoint_is_whole_and_repeatable(
 
 
 def test_weights_look_trained(tmp_path: Path, small: str) -> None:
-    checkpoint = Checkpoint.open(make_checkpoint.make(small, tmp_path / "model"))
+    checkpoint = Checkpoint.open(make_checkpoint.make(small, tmp_path / "model", **SIZES))
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     WeightMap(config).check(checkpoint)
     weights = Stored(checkpoint, config)

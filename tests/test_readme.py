@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -12,7 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import packlight as command_line
+from trees import warm
 
+import packlight
 from compress.recipe import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +54,7 @@ def clone(tmp_path_factory) -> Path:
         subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
     else:
         shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".venv", "demo-out"))
+    warm(target)
     return target
 
 
@@ -135,14 +140,14 @@ def test_every_command_is_understood(demo, clone, tmp_path):
     """Of one format and on two windows; what comes after the first build is planned only."""
     checkpoint(clone, tmp_path)
     for command in in_order():
-        command = re.split(r"\s{2,}#", command)[0]
-        if command.startswith("packlight build"):
-            command += " -f gguf --set verify.windows=2"
-            if (tmp_path / "out").exists() and "--dry-run" not in command:
-                command += " --dry-run"
-        elif command.startswith("packlight verify") and "--checksums" not in command:
-            command += " --windows 2"
-        done = shell(command, tmp_path)
+        words = shlex.split(command, comments=True)[1:]
+        if words[0] == "build":
+            words += ["-f", "gguf", "--set", "verify.windows=2"]
+            if (tmp_path / "out").exists() and "--dry-run" not in words:
+                words += ["--dry-run"]
+        elif words[0] == "verify" and "--checksums" not in words:
+            words += ["--windows", "2"]
+        done = command_line(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if (tmp_path / "out").exists() and not (tmp_path / "last").exists():
             shutil.copytree(tmp_path / "out", tmp_path / "last")  # which was released
@@ -179,6 +184,14 @@ def test_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
+def test_the_python_lines_name_what_there_is():
+    (code,) = blocks("python")
+    compile(code, "README.md", "exec")
+    for name in re.findall(r"pk\.(\w+)", code):
+        assert name in packlight.__all__
+
+
+@pytest.mark.slow  # docs/api.md's and the docstrings' examples run in each suite
 def test_the_python_lines_work(clone, tmp_path):
     checkpoint(clone, tmp_path)
     (code,) = blocks("python")

@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from trees import PACKAGES, warm
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("compress", "exporters", "packlight", "recipes")
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -34,6 +34,7 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("packlight-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
+    warm(folder / "site")
     return folder / "site"
 
 
@@ -45,6 +46,7 @@ def test_every_source_file_is_in_the_wheel(installed):
                 assert (installed / relative).exists(), relative
 
 
+@pytest.mark.slow  # every file is in it: see above
 def test_the_demo_runs_from_the_wheel(installed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-m", "compress", "demo", "-f", "gguf", "-q"],

@@ -3,6 +3,7 @@
     make(family, folder, **overrides) -> Path    a checkpoint folder as transformers saves it
     reference(folder) -> PreTrainedModel         transformers' own model of it, float32, eager
     FAMILIES                                     what `make` can make
+    YARN                                         rope_scaling for one of them
     TEXT                                         the text the tokenizers were trained on
 
 Hidden 256, head_dim 64, MLP 512, 2 blocks, vocabulary 512, windows of 32, longrope's original
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from tiny_tokenizers import LLAMA_IDS, MAJOR, TEXT, save_tokenizer
 
-__all__ = ["CONFIGS", "FAMILIES", "TEXT", "make", "reference"]
+__all__ = ["CONFIGS", "FAMILIES", "TEXT", "YARN", "make", "reference"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -97,6 +98,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mobilellm": _COMMON | LLAMA_IDS | {"model_type": "llama", "tie_word_embeddings": True},
 }
 FAMILIES = tuple(CONFIGS)
+
+# Four times the positions of the training before, which are few, so that every factor is met.
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def make(

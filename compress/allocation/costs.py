@@ -24,8 +24,8 @@ from compress.calibration.texts import CalibrationSet
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name, stored_block
-from compress.files import cache_folder, file_lock, write_whole
-from compress.grids import Float32, Grid, get_grid
+from compress.files import cache_folder, check_unchanged, file_lock, write_whole
+from compress.grids import Float32, get_grid
 from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
@@ -116,7 +116,7 @@ def measured(
         source: the weights.
         calibration: the windows, and what names them.
         statistics: of the inputs.
-        solve: the effort's solver, with the statistics bound.
+        solve: the effort's solver.
         effort: how much is measured.
         origin: names what the statistics are from, where that is not ``calibration``.
         wanted: pairs of unfused name and grid.
@@ -132,10 +132,12 @@ def measured(
                 table.sensitivities = measure(
                     source, calibration.windows, statistics, progress, most=effort.noisy
                 )
+            check_unchanged(source.checkpoint.opened)
             table.save(path)
         if missing := table.missing(wanted):
             with console.progress("measure grids", "tensors") as progress:
                 measure_errors(source, statistics, solve, missing, table.errors, effort, progress)
+            check_unchanged(source.checkpoint.opened)
             table.save(path)
     return table
 
@@ -162,12 +164,7 @@ def measure_errors(
 
         weight = sampled(read, rows, columns, effort.sample)
         for grid in map(get_grid, grids):
-            change = decoded(solve, weight, grid, stored) - weight
+            change = solve(weight, grid, statistics.for_weight(stored)).decode() - weight
             error = relative_error(weight, change, statistics.for_weight(name))
             errors.setdefault(name, {})[grid.name] = effort.left * error
         progress(done + 1, len(missing))
-
-
-def decoded(solve: Solver, weight: Float32, grid: Grid, name: str) -> Float32:
-    """A weight as a runtime reconstructs it."""
-    return solve(weight, grid, name).decode()

@@ -39,17 +39,18 @@ class Effort:
     left: float
 
 
-def effort_for(config: DecoderConfig, solver: str) -> Effort:
+def effort_for(config: DecoderConfig, solver: str, large: int = LARGE) -> Effort:
     """The effort for a model.
 
     Args:
         config: the float model, whatever is pruned of it.
         solver: the recipe's. Costs are cached on disk by the solver's name, so one of another
             package, whose code may change under its name, is measured as our nearest.
+        large: parameters, from which on a sample has to do.
     """
     if solver not in BUILTIN_SOLVERS:
         solver = "scale_search" if needs_of(solver) else "rtn"
-    if config.num_parameters < LARGE:
+    if config.num_parameters < large:
         return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
     second = needs_of(solver) == "hessian"
     light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)

@@ -70,23 +70,27 @@ def measure(
     progress: Progress = lambda done, total: None,
     *,
     most: int = MOST_TOKENS,
+    work: float = WORK,
 ) -> dict[str, Sensitivity]:
     """Sensitivity of every linear and of the embedding, by unfused name, stored blocks once.
 
     Args:
         source: the weights.
-        windows: token ids to look at; as many are used as ``WORK`` allows.
+        windows: token ids to look at; as many are used as ``work`` allows.
         statistics: of the inputs, to weigh the noise with.
         progress: ``progress(done, total)`` in blocks.
         most: tokens that are looked at.
+        work: multiplications and additions that it may take.
     """
     import torch
 
     with torch.inference_mode():
-        return _Measurement(source, windows, statistics, most).run(progress)
+        return _Measurement(source, windows, statistics, most, work).run(progress)
 
 
-def partition(config: DecoderConfig, tokens: int) -> tuple[tuple[tuple[str, ...], ...], int]:
+def partition(
+    config: DecoderConfig, tokens: int, work: float = WORK
+) -> tuple[tuple[tuple[str, ...], ...], int]:
     """Roles of a block that share a variant, and how many tokens are looked at.
 
     The finest of: each role alone; attention and MLP; the whole block.
@@ -102,7 +106,7 @@ def partition(config: DecoderConfig, tokens: int) -> tuple[tuple[tuple[str, ...]
         # Half of the blocks for every variant, and one run of its block for every shared role.
         shared = len(roles) if len(parts) < len(roles) else 0
         passes = 1 + len(parts) * blocks / 2 + shared
-        affordable = int(WORK / (forward * passes))
+        affordable = int(work / (forward * passes))
         if affordable >= min(FEWEST_TOKENS, tokens):
             break
     return parts, max(min(tokens, affordable), min(FEWEST_TOKENS, tokens))
@@ -135,11 +139,12 @@ class _Measurement:
         windows: Sequence[Sequence[int]],
         statistics: Statistics,
         most: int,
+        work: float,
     ) -> None:
         from compress.decoder.decoder import Decoder
 
         self.source, self.config, self.statistics = source, source.config, statistics
-        self.parts, tokens = partition(source.config, min(most, sum(map(len, windows))))
+        self.parts, tokens = partition(source.config, min(most, sum(map(len, windows))), work)
         count = max(1, tokens // len(windows[0]))
         self.windows = [list(window[:tokens]) for window in windows[:count]]
         self.decoder = Decoder(self.config, source.read)

@@ -74,7 +74,7 @@ class BudgetStep:
             job.source,
             texts,
             statistics,
-            get_solver(effort.solver, statistics),
+            get_solver(effort.solver),
             effort,
             origin,
             [pair for target in self.targets for pair in target.wanted()],

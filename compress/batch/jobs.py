@@ -72,6 +72,7 @@ class BatchJob:
         return BuildSettings(
             model=self.model,
             output=output,
+            adapters=tuple(options.adapter or ()),
             recipe=self.recipe,
             overrides=overrides(options),
             formats=self.formats,
@@ -100,6 +101,8 @@ def arguments(settings: BuildSettings) -> list[str]:
         words += ["-f", name]
     for override in settings.overrides:
         words += ["--set", override]
+    for adapter in settings.adapters:
+        words += ["--adapter", adapter]
     for text in settings.calibration:
         words += ["--calibration", str(text)]
     for key in (*PATHS, *WORDS):
@@ -141,7 +144,7 @@ def read_jobs(path: Path) -> BatchFile:
     try:
         file = JobsFile.model_validate(document)
     except ValidationError as error:
-        raise explain(error, str(path), document, hint_of) from None
+        raise explain(error, str(path), document, JobsFile, hint_of) from None
     home = path.resolve().parent
     jobs = list(expand(file, home))
     if not jobs:
@@ -239,6 +242,17 @@ def place_of(path: str, home: Path) -> str:
     return os.path.normpath(home / os.path.expanduser(path))
 
 
+def adapter_place(text: str, home: Path) -> str:
+    """A LoRA's path, relative to the jobs file, or its Hub id, with its weight."""
+    from compress.checkpoint.adapter import split_weight
+
+    if (home / os.path.expanduser(text)).is_dir():
+        return place_of(text, home)
+    name, _ = split_weight(text)
+    local = name.startswith((".", "/", "~")) or (home / os.path.expanduser(name)).is_dir()
+    return place_of(name, home) + text[len(name) :] if local else text
+
+
 def safe_name(model: str) -> str:
     """The last part of a path or a Hub id, as a folder's name."""
     from compress.plan.job import model_name
@@ -252,6 +266,8 @@ def merged(options: Options, more: Options, home: Path) -> Options:
     for key in PATHS:
         if changes.get(key) is not None:
             changes[key] = place_of(changes[key], home)
+    if more.adapter is not None:
+        changes["adapter"] = [adapter_place(text, home) for text in more.adapter]
     if more.calibration is not None:
         changes["calibration"] = [place_of(text, home) for text in more.calibration]
     if more.set is not None:

@@ -34,13 +34,14 @@ Formats = Annotated[
 class Options(Section):
     """Options of `packlight build`, in its words."""
 
-    model_config = ConfigDict(
-        alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
-    )
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
 
     set: dict[str, Any] | None = Field(
         default=None,
         description="Keys of the recipe with their values, such as quantize.solver: gptq.",
+    )
+    adapter: list[str] | None = Field(
+        default=None, description="LoRA adapters, merged into the model: PATH or PATH=WEIGHT."
     )
     calibration: list[str] | None = Field(default=None, description="Text or JSONL files.")
     eval_text: str | None = Field(default=None, description="UTF-8 text to score on.")

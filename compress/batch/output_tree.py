@@ -19,7 +19,7 @@ from compress.checkpoint.remote import fingerprint_text, open_url, read_text
 from compress.errors import ArtifactError, PacklightError, UsageError, one_line
 from compress.files import cache_folder, is_url
 from compress.output.checksums import NAME as SUMS
-from compress.output.checksums import parse_checksums, read_checksums
+from compress.output.checksums import parse_checksums, read_checksums, refuse_links
 from compress.plan.job import model_name
 
 __all__ = ["CopyingEngine", "OutputTree", "fetch_records", "publish", "read_sums", "run_and_copy"]
@@ -129,6 +129,7 @@ def publish(folder: Path, url: str) -> None:
     """
     fs, root = open_url(url)
     sums = read_checksums(folder / SUMS)
+    refuse_links(folder, [*sums, SUMS])
     try:
         old = read_sums(url)
         if old == sums:

@@ -12,10 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from compress.batch.pictures import Dot, Row, cloud, rows
+from compress.errors import visible
 from compress.formats import FORMATS, get_format
 from compress.progress import clock_time
 from compress.report import charts
-from compress.report.html import STYLES, page_template
+from compress.report.pages import STYLES, page_template
 from compress.report.report import GateReport
 from compress.report.words import gate_failure, short_size
 
@@ -46,7 +47,7 @@ def render(document: Json) -> str:
     template = page_template(text, clock=clock_time, short=short_size)
     jobs = document["jobs"]
     style, verdict = VERDICTS[document["exit_code"]]
-    return template.render(
+    made = template.render(
         batch=document,
         jobs=jobs,
         done=[job for job in jobs if job["artifacts"]],
@@ -66,6 +67,7 @@ def render(document: Json) -> str:
         style=Markup((files("compress.report") / "report.css").read_text("utf-8")),
         pictures=pictures(jobs),
     )
+    return visible(made)
 
 
 def style_of(name: str) -> str:

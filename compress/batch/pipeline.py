@@ -21,7 +21,7 @@ from compress.batch.workers import Workers, open_workers
 from compress.checkpoint.remote import write_text
 from compress.console import Console
 from compress.decoder.config_json import write_json
-from compress.output.folder import check_disk, locked
+from compress.output.folder import check_disk, locked, remove
 from compress.report.ci import CiFiles
 
 __all__ = ["BatchSettings", "batch"]
@@ -165,7 +165,7 @@ def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
     record = state.read(one.name)
     words = arguments(one.settings)
     if record is None or record.fingerprint != one.fingerprint:
-        shutil.rmtree(state.partial_of(one.name), ignore_errors=True)
+        remove(state.partial_of(one.name))
     if state.stamp(one.name):
         words.append("--overwrite")
     progress = state.file(one.name, "progress")

@@ -16,7 +16,6 @@ from compress.batch.predict import Prediction, predict, share_threads
 from compress.batch.state import fingerprint
 from compress.build.decide import (
     BuildSettings,
-    check_options,
     identity_of,
     prepare_job,
     resolved_recipe,
@@ -61,7 +60,7 @@ class Planner:
     def __init__(self, output: Path, memory: int, cpus: int, jobs: int) -> None:
         self._output = output
         self._memory, self._cpus, self._jobs = memory, cpus, jobs
-        self._opened: dict[tuple[str, str], Checkpoint | PacklightError] = {}
+        self._opened: dict[tuple[str, ...], Checkpoint | PacklightError] = {}
 
     def plan(self, job: BatchJob) -> Planned:
         """What is known of a job; errors are part of it."""
@@ -79,7 +78,6 @@ class Planner:
             return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
 
     def _plan(self, job: BatchJob, settings: BuildSettings) -> Planned:
-        check_options(settings)
         checkpoint = self._open(job)
         if checkpoint.revision:  # all jobs of a model see the same commit
             settings = replace(settings, hub={**settings.hub, "revision": checkpoint.revision})
@@ -107,11 +105,12 @@ class Planner:
         return Planned(job, settings, found, fingerprint(inputs))
 
     def _open(self, job: BatchJob) -> Checkpoint:
-        key = (job.model, job.revision)
+        adapters = job.options.adapter or ()
+        key = (job.model, job.revision, *adapters)
         if key not in self._opened:
             try:
                 opened: Checkpoint | PacklightError = Checkpoint.open(
-                    job.model, revision=job.revision or None
+                    job.model, adapters=adapters, revision=job.revision or None
                 )
             except PacklightError as error:
                 opened = error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.batch.engine import PATIENCE, Outcome, Watch, Work, longest_first, run_work
+from compress.batch.engine import Outcome, Watch, Work, longest_first, run_work
 from compress.batch.output_tree import fetch_records, run_and_copy
 from compress.console import format_bytes
 from compress.decoder.config_json import json_or_empty
@@ -29,6 +29,7 @@ from compress.output.folder import locked
 __all__ = ["RayEngine"]
 
 RETRIES = 3  # times that a job is started again after its node or worker was lost
+LOST = 300.0  # seconds that a job has to end on a node that was lost
 PERIOD = 1.0  # seconds between looks at whether more is still wanted
 
 
@@ -116,7 +117,7 @@ def finished_before(work: Work) -> Outcome | None:
 
 def await_lock(output: Path) -> None:
     """Wait until no process writes to an output: the same job on a lost node ends there soon."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOST
     while time.monotonic() < deadline:
         try:
             with locked(output):

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import BuildSettings, plan_file
+from compress.build.decide import BuildSettings, plan_of
 from compress.console import parse_bytes
-from compress.errors import UsageError
+from compress.errors import UsageError, check_utf8
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["PathLike", "build_settings", "limits", "path", "paths", "settings_of", "size"]
+__all__ = ["PathLike", "adapter_texts", "build_settings", "limits", "path", "paths", "settings_of", "size"]
 
 PathLike = str | Path
 PATHS = {
@@ -27,19 +27,22 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
     """The settings of a build, from arguments of the same names; None means the default."""
     hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
     given = {key: value for key, value in given.items() if value is not None}
+    for value in (model, *given.values()):
+        if isinstance(value, str | Path):
+            check_utf8(str(value))
     for key in given.keys() & PATHS:
         given[key] = Path(given[key])
     for key in given.keys() & {"budget", "budget_memory"}:
         given[key] = str(given[key])
     given |= {
         "overrides": settings_of(given.get("overrides")),
+        "adapters": adapter_texts(given.get("adapters", ())),
         "gates": limits(given.get("gates")),
         "calibration": paths(given.get("calibration", ())),
         "max_memory": size("max_memory", given.get("max_memory")),
-        "plan": plan_file(
-            given.get("plan"), given.get("output"), locked=given.get("locked", False)
-        ),
     }
+    if given.get("locked") and "plan" not in given:
+        given["plan"] = plan_of(given.get("output"))
     if isinstance(recipe, str | Path):
         given["recipe"] = str(recipe)
     else:
@@ -56,6 +59,17 @@ def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
         plain = isinstance(value, str) and yaml.safe_load(value) == value
         found.append(f"{key}={value if plain else json.dumps(value)}")
     return tuple(found)
+
+
+def adapter_texts(
+    adapters: PathLike | Sequence[PathLike] | Mapping[PathLike, float],
+) -> tuple[str, ...]:
+    """``PATH=WEIGHT``, as ``--adapter`` takes them."""
+    if isinstance(adapters, str | Path):
+        return (str(adapters),)
+    if isinstance(adapters, Mapping):
+        return tuple(f"{path}={weight!r}" for path, weight in adapters.items())
+    return tuple(map(str, adapters))
 
 
 def limits(gates: Mapping[str, str] | None) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ before any work.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.step import Importance, texts_of
+from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.output.folder import baseline_folder, check_disk, check_output
-from compress.output.lock import check_lock, identity, lock_document
+from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.errors import UsageError
+from compress.errors import UsageError, without_secrets
+from compress.files import check_place
 from compress.pruning.options import prune_option
 from compress.report.ci import CiFiles
 from compress.verify.gates import parse_option
@@ -29,11 +32,11 @@ from compress.plan.transform import Transforms
 from compress.recipe import Recipe, load
 from compress.verify import gates
 from compress.report.against import Previous
-from compress.verify.scorer import Scorer, check_tokenizer, read_text, text_name
+from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
-    "BuildSettings", "Decision", "VerifySettings", "check_options", "check_places", "command_line",
-    "decide", "identity_of", "lock_of", "plan_file", "prepare_job", "recipe_overrides",
+    "BuildSettings", "Decision", "VerifySettings", "check_places", "command_line", "decide",
+    "digest_of", "identity_of", "inputs_of", "lock_of", "plan_of", "prepare_job",
     "resolved_recipe",
 ]  # fmt: skip
 
@@ -49,6 +52,7 @@ class BuildSettings:
 
     model: str
     output: Path | None = None
+    adapters: Sequence[str] = ()
     recipe: str = "phone-4bit"
     overrides: Sequence[str] = ()
     formats: Sequence[str] = ()
@@ -89,6 +93,7 @@ class VerifySettings:
 
     artifact: Path
     baseline: str
+    adapters: Sequence[str] = ()
     eval_text: Path | None = None
     tasks: Sequence[Path] = ()
     gates: Sequence[str] = ()
@@ -112,7 +117,7 @@ class Decision:
             ``measures``, its grids are chosen later.
         replan: the job by other grids or another recipe.
         importance: the options that go around the recipe's calibration.
-        limits: the recipe's gates.
+        limits: the recipe's gates; none without verification.
         previous: the report that nothing may get worse than; None where there is none.
         text: to score on.
         output: the folder to make.
@@ -136,25 +141,34 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     Raises:
         PacklightError: the build is impossible, as far as these show.
     """
-    check_options(settings)
     recipe = resolved_recipe(settings)
     measures = not settings.plan and bool(recipe.budget)
     importance = Importance(settings.imatrix, settings.save_imatrix)
     if importance != Importance() or settings.calibration or looks_at_inputs(recipe):
         importance.check(recipe, settings.calibration, measures=measures)
-    limits = gates.parse(recipe.gates)
+    limits = gates.parse(recipe.gates) if settings.verify or settings.dry_run else []
+    unread = not settings.verify and (settings.eval_text or settings.keep_baseline)
+    if unread or settings.dry_run or settings.allow_dense or settings.seed is not None:
+        for line in idle_options(settings, recipe):
+            console.warning(line)
     previous = None
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
-    checkpoint = Checkpoint.open(settings.model, **settings.hub)
+    checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
     if settings.source:  # the name that reports call it by
         checkpoint.source = settings.source
-    for line in checkpoint.warnings:
+    for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
-    output = settings.output or Path(f"{model_name(checkpoint.source)}-{recipe.name}")
+    names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
+    reads = (settings.verify or looks_at_inputs(recipe)) and not settings.dry_run
+    if reads and checkpoint.has_tokenizer:
+        _ = checkpoint.tokenizer  # here, and not once more in a child process
+    output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
+    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
+        console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
 
@@ -211,6 +225,10 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     check_output(output, overwrite=settings.overwrite)
     if settings.ci_files:
         settings.ci_files.check(output)
+    if settings.save_imatrix:
+        check_place("--save-imatrix", settings.save_imatrix, output)
+    if settings.keep_baseline:
+        check_place("--keep-baseline", settings.keep_baseline, output, folder=True)
     if settings.save_checkpoint:
         from compress.output.pruned_checkpoint import check_save
 
@@ -229,14 +247,51 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
 
 
 def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
-    """Everything that decides over the artifacts' bytes, as ``compress.output.lock.identity``."""
+    """Everything that decides over the artifacts' bytes: what two builds must share for one to go
+    on with what the other left (``--resume``).
+
+    Verification has no part in it: what a build left for want of memory there can be continued
+    with ``--no-verify``. Neither have threads (``compress.machine``).
+
+    Args:
+        job: as it is before grids are chosen and weights changed; those follow from it.
+        settings: what the build was asked for.
+
+    Raises:
+        CheckpointError: files of the checkpoint that cannot be read.
+    """
     looks = looks_at_inputs(job.recipe) or settings.plan is not None
-    return identity(
-        job,
-        texts=texts_of(job.recipe) if looks and not settings.imatrix else [],
-        options={"context": settings.context},
-        files={"plan": settings.plan, "imatrix": settings.imatrix},
-    )
+    document = {
+        "versions": versions(),
+        "model": job.checkpoint.source,
+        "checkpoint": job.checkpoint.fingerprint(),
+        "tokenizer": files_digest(job.checkpoint.tokenizer_files()),
+        "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
+        "texts": files_digest(texts_of(job.recipe)) if looks and not settings.imatrix else None,
+        "context": settings.context,
+        "plan": files_digest([settings.plan]) if settings.plan else None,
+        "imatrix": files_digest([settings.imatrix]) if settings.imatrix else None,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(document))
+    return plain
+
+
+def digest_of(decision: Decision) -> str:
+    """SHA-256 of all that a build was asked for: its bytes, and how they are judged."""
+    settings = decision.settings
+    asked = [
+        identity_of(decision.job, settings), decision.job.command, decision.job.recipe.to_dict(),
+        settings.verify, sorted(settings.max_regression), str(settings.save_checkpoint),
+        *(files_digest([path]) if path else "" for path in (settings.eval_text, settings.against)),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def inputs_of(decision: Decision) -> list[Path]:
+    """The files beside the checkpoint that artifacts are made from."""
+    if imatrix := decision.importance.imatrix:
+        return [imatrix]
+    return texts_of(decision.job.recipe) if looks_at_inputs(decision.job.recipe) else []
 
 
 def lock_of(decision: Decision, console: Console) -> Lock:
@@ -246,12 +301,11 @@ def lock_of(decision: Decision, console: Console) -> Lock:
     Raises:
         UsageError: see ``compress.output.lock.check_lock``.
     """
-    settings, job, imatrix = decision.settings, decision.job, decision.importance.imatrix
-    inputs = texts_of(job.recipe) if looks_at_inputs(job.recipe) else []
+    settings, job = decision.settings, decision.job
     with console.progress("hash the checkpoint") as update:
         lock = lock_document(
             job.checkpoint,
-            [imatrix] if imatrix else inputs,
+            inputs_of(decision),
             thorough=settings.provenance or settings.locked,
             progress=update,
         )
@@ -267,25 +321,44 @@ def lock_of(decision: Decision, console: Console) -> Lock:
 FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 
-def check_options(settings: BuildSettings) -> None:
-    """Refuse options that do not fit together.
+def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
+    """A line for each option that changes nothing in this build."""
+    options: dict[str, dict[str, object]] = {
+        "--no-verify runs nothing": {
+            "--eval-text": not settings.verify and settings.eval_text,
+            "--keep-baseline": not settings.verify and settings.keep_baseline,
+        },
+        "--dry-run writes nothing": {
+            "--overwrite": settings.dry_run and settings.overwrite,
+            "--resume": settings.dry_run and settings.resume,
+            "--provenance": settings.dry_run and settings.provenance,
+            "--save-imatrix": settings.dry_run and settings.save_imatrix,
+            "--save-checkpoint": settings.dry_run and settings.save_checkpoint,
+            "--junit and --summary": settings.dry_run and settings.ci_files,
+        },
+        "nothing here looks at calibration texts": {
+            "--seed": settings.seed is not None
+            and not (looks_at_inputs(recipe) or settings.save_imatrix),
+        },
+        "no target has sparsity": {
+            "--allow-dense": settings.allow_dense
+            and not any("sparsity" in target for target in recipe.targets.values()),
+        },
+    }
+    return [
+        f"{option} has no effect: {why}"
+        for why, given in options.items()
+        for option, idle in given.items()
+        if idle
+    ]
 
-    Raises:
-        UsageError: two ways to choose grids.
-    """
-    budget = bool(settings.budget or settings.budget_memory or settings.device)
-    if budget and settings.plan is not None:
-        raise UsageError("a budget and --plan exclude each other")
 
-
-def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path | None:
-    """``--plan``; for ``--locked`` without it, the output's own ``plan.json``.
+def plan_of(output: Path | None) -> Path:
+    """For ``--locked`` without ``--plan``: the output's own ``plan.json``.
 
     Raises:
         UsageError: there is none to lock to.
     """
-    if plan is not None or not locked:
-        return plan
     plan = output / "plan.json" if output else None
     if plan is None or not plan.is_file():
         missing = f": {plan} is not there" if plan else ""
@@ -296,17 +369,12 @@ def plan_file(plan: Path | None, output: Path | None, *, locked: bool) -> Path |
 
 
 def resolved_recipe(settings: BuildSettings) -> Recipe:
-    """The recipe with the overrides and formats that were asked for.
+    """The recipe with the overrides, the options that stand for keys of it, and the formats.
 
     Raises:
+        UsageError: two ways to choose grids.
         RecipeError: see ``compress.recipe.load``.
     """
-    source = settings.made or settings.recipe
-    return load(source, recipe_overrides(settings), settings.formats)
-
-
-def recipe_overrides(settings: BuildSettings) -> list[str]:
-    """``--set``, and the options that stand for keys of the recipe."""
     overrides = list(settings.overrides)
     if settings.prune:  # first, so that --set prune.heal adds to it
         overrides.insert(0, f"prune={json.dumps(prune_option(settings.prune))}")
@@ -316,12 +384,14 @@ def recipe_overrides(settings: BuildSettings) -> list[str]:
         overrides.append(f"calibration.seed={settings.seed}")
     for key, option in (("weights", "budget"), ("memory", "budget_memory"), ("device", "device")):
         if value := getattr(settings, option):
+            if settings.plan is not None:
+                raise UsageError("a budget and --plan exclude each other")
             overrides.append(f"budget.{key}={value}")
     if settings.allow_dense:
         overrides.append("allow_dense=true")
     for name, limit in map(parse_option, settings.gates):
         overrides.append(f"verify.gates.{name}={json.dumps(limit)}")
-    return overrides
+    return load(settings.made or settings.recipe, overrides, settings.formats)
 
 
 def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
@@ -331,6 +401,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
     words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]
     if revision := settings.hub.get("revision"):
         words += ["--revision", revision]
+    for adapter in checkpoint.adapters:
+        words += ["--adapter", adapter.label]
     for name in settings.formats:
         words += ["-f", name]
     for override in settings.overrides:
@@ -358,4 +430,4 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
-    return shlex.join([*words, "-o", output.name])
+    return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

@@ -7,21 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.build.decide import BuildSettings, Decision, check_places, decide, identity_of, lock_of
+from compress.build.decide import (
+    BuildSettings,
+    Decision,
+    check_places,
+    decide,
+    digest_of,
+    identity_of,
+    inputs_of,
+    lock_of,
+)
 from compress.build.write import write_artifacts
 from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
+from compress.errors import PacklightError
+from compress.files import check_unchanged, stamps
 from compress.machine import bounded
-from compress.output.checksums import folder_digests, write_checksums
-from compress.output.folder import Resume, check_output, work_folder
+from compress.output.checksums import NAME, folder_digests, read_checksums, write_checksums
+from compress.output.folder import Resume, work_folder
 from compress.output.lock import PROVENANCE, provenance
 from compress.plan.document import Lock, plan_document
 from compress.plan.job import Job, looks_at_inputs, read_license
 from compress.plan.shapes import Artifact
-from compress.report.card import model_card
-from compress.report.html import render
 from compress.report.describe import Baseline, build_report, model_facts
+from compress.report.pages import model_card, render
 from compress.report.report import Report
 from compress.verify import Outcome, gates
 from compress.verify.scorer import BUILTIN_TEXT, Scorer
@@ -54,13 +64,19 @@ def build(settings: BuildSettings, console: Console) -> Built:
     with bounded(settings.threads, settings.max_memory):
         console.begin("plan")
         decision = decide(settings, console)
+        asked = digest_of(decision)
+        if settings.resume and not settings.overwrite and (done := finished(decision, asked)):
+            console.say(f"{decision.output} is finished; nothing was left to do")
+            if settings.ci_files:
+                settings.ci_files.write(done)
+            return Built(done, decision.output)
         scorer = check_places(decision, console)
+        opened = {**decision.job.checkpoint.opened, **stamps(inputs_of(decision))}
         lock = lock_of(decision, console)
         afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
         resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
-        with work_folder(decision.output, resume) as folder:
-            # Another build may just have ended.
-            check_output(decision.output, overwrite=settings.overwrite)
+        overwrite = settings.overwrite
+        with work_folder(decision.output, resume, overwrite=overwrite) as folder:
             ready = choose(decision, console, keep=settings.resume)
             job = ready.job
             artifacts = write_artifacts(job, ready.calibration, folder, console)
@@ -72,11 +88,13 @@ def build(settings: BuildSettings, console: Console) -> Built:
             console.begin("write the report")  # and checksums of all that was written
             text = settings.eval_text
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
+            report.asked = asked
             report.notes += ready.notes
             if ready.calibration:
                 report.notes += ready.calibration.notes()
             if decision.previous:
                 decision.previous.apply(report, console)
+            check_unchanged(opened)
             write_report(report, job, lock, folder)
             if settings.save_checkpoint:  # last: a build that fails or is interrupted leaves none
                 from compress.output.pruned_checkpoint import save_pruned
@@ -85,6 +103,18 @@ def build(settings: BuildSettings, console: Console) -> Built:
         if settings.ci_files:
             settings.ci_files.write(report)
         return Built(report, decision.output)
+
+
+def finished(decision: Decision, asked: str) -> Report | None:
+    """The report of the output, where this very build has made it, and all its files are there."""
+    folder = decision.output
+    try:
+        report = Report.load(folder / "report.json")
+        names = read_checksums(folder / NAME)
+    except PacklightError:
+        return None
+    whole = all((folder / name).is_file() for name in names)
+    return report if report.asked == asked and whole else None
 
 
 @dataclass(frozen=True)
@@ -172,7 +202,7 @@ def make_report(
     eval_text: Path | None,
 ) -> Report:
     """The report, its gates judged."""
-    config, notes = job.config, []
+    config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
         notes.append(
             f"Artifacts hold up to {config.max_context} positions of the model's "
@@ -192,6 +222,7 @@ def make_report(
             job.checkpoint.source,
             job.checkpoint.revision or None,
             read_license(job.checkpoint),
+            job.checkpoint.adapters,
         ),
         recipe=job.recipe.to_dict(),
         command=job.command,

@@ -12,6 +12,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.checkpoint import Stored
 from compress.console import Console
 from compress.errors import UsageError
+from compress.files import check_unchanged
 from compress.formats import FORMATS
 from compress.machine import bounded
 from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts
@@ -50,6 +51,7 @@ def verify(settings: VerifySettings, console: Console) -> Report:
         if previous:
             previous.check_text(text_name(settings.eval_text), scorer.windows)
         verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
+        check_unchanged(job.checkpoint.opened)
         artifact = settings.artifact
         folder = artifact if artifact.is_dir() else artifact.parent
         report = make_report(job, artifacts, verified, scorer, limits, folder, settings.eval_text)
@@ -80,8 +82,12 @@ def adopt_all(
             f"{settings.artifact} is not an artifact",
             hint=", ".join([*(row.place for row in FORMATS.values()), "or the folder of a build"]),
         )
-    checkpoint = Checkpoint.open(settings.baseline, **settings.hub)
+    checkpoint = Checkpoint.open(settings.baseline, adapters=settings.adapters, **settings.hub)
+    for line in checkpoint.warnings if settings.adapters else ():
+        console.warning(line)
     config = describe_model(checkpoint)
+    for line in checkpoint.warnings:
+        console.warning(line)
     artifacts = [adopt(name, path, config, console) for name, path in found]
     recipe = recipe.model_copy(update={"targets": {found.format: {} for found in artifacts}})
     plans = tuple(artifact.plan for artifact in artifacts)

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
+from compress.errors import GridError
 from compress.formats import get_format
 from compress.machine import reuse_memory, worker_threads
 from compress.output.folder import state_folder
-from compress.plan.job import Job
-from compress.plan.weights import Ledger
-from compress.plan.shapes import Artifact, Plan, PlanEntry, Writer
-from compress.plan.weights import Weights
-from compress.solvers import get_solver, slabs_at_once, solver_function
+from compress.plan.job import Job, without
+from compress.plan.shapes import Artifact, Plan, Writer, Written
+from compress.plan.weights import Ledger, Weights
+from compress.recipe import needs_of
+from compress.solvers import get_solver
 
 if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.calibration.step import CalibrationStep
 
-__all__ = ["in_parts", "write_artifacts"]
+__all__ = ["put_tensors", "write_artifacts"]
+
+MOST_SLABS = 7  # of a weight that are solved at a time
 
 
 def write_artifacts(
@@ -72,12 +75,7 @@ def write_artifacts(
                     if found := len(weights.ledger):
                         console.detail(f"{plan.format}: {found} tensors were written before")
                     writers.append(get_format(plan.format).Writer(plan, weights, place, written))
-                for writer, entry in in_parts(writers):
-                    weights = writer.weights
-                    if entry.target_name in weights.ledger:
-                        written(entry.nbytes)
-                    else:
-                        weights.finish(entry, writer.file, writer.put(entry))
+                put_tensors(writers, written)
                 for writer, (weights, changed) in zip(writers, made, strict=True):
                     artifact = writer.close()
                     notes = (*artifact.notes, *changed, *weights.notes())
@@ -86,16 +84,27 @@ def write_artifacts(
     return artifacts
 
 
-def in_parts(writers: Sequence[Writer]) -> Iterator[tuple[Writer, PlanEntry]]:
+def put_tensors(writers: Sequence[Writer], written: Written) -> None:
     """Every tensor of every writer's plan, part of the model by part: the embedding for all of
-    them, then the first block, and so on."""
+    them, then the first block, and so on. What a writer's ledger has is only counted."""
     parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
     for part in sorted({number for numbers in parts for number in numbers}):
         for writer, entries in zip(writers, parts, strict=True):
+            weights = writer.weights
             for entry in entries.get(part, ()):
-                yield writer, entry
-            if writer.weights.statistics is not None:
-                writer.weights.statistics.forget()  # those of a block die with it
+                if entry.target_name in weights.ledger:
+                    written(entry.nbytes)
+                    continue
+                try:
+                    end = writer.put(entry)
+                except GridError as error:
+                    named = GridError(f"{entry.name}: {error.message}", error.hint)
+                    formats = [other.plan.format for other in writers]
+                    raise without(writer.plan.format, formats, named) from error
+                facts = {"weight": entry.name, "fallen": weights.fallen.get(entry.name, 0)}
+                weights.ledger.add(entry.target_name, writer.file, end, **facts)
+            if weights.statistics is not None:
+                weights.statistics.forget()  # those of a block die with it
 
 
 def target_weights(
@@ -146,7 +155,8 @@ def target_weights(
             source, plan, solver, texts, work=work, ledger=ledger, states=states
         )
         return weights, tuple(notes)
-    at_once = slabs_at_once(solver, worker_threads())
-    solve = get_solver(solver) if statistics is None else solver_function(solver)
-    weights = Weights(source, solve, ledger, at_once=at_once, statistics=statistics)
+    # GPTQ shares one slab out among all threads itself, for the memory that each takes. The others
+    # take little, and work on a slab in steps of which each would wait for its slowest thread.
+    at_once = 1 if needs_of(solver) == "hessian" else min(worker_threads(), MOST_SLABS)
+    weights = Weights(source, get_solver(solver), ledger, at_once=at_once, statistics=statistics)
     return weights, tuple(notes)

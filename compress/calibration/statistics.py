@@ -175,33 +175,29 @@ def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
         CheckpointError: a damaged file.
     """
     try:
-        return read(path, key, hessian=hessian)
+        with np.load(path) as arrays:
+            if f"{key}.count" not in arrays:
+                return None
+            blocks: list[Float32] = []
+            while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
+                stem = f"{key}.hessian.{len(blocks)}"
+                roots, triangle = arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]
+                blocks.append(unpack_hessian(roots, triangle))
+            held_back = None
+            if hessian and f"{key}.held_back.rows" in arrays:
+                held_back = arrays[f"{key}.held_back.rows"] * arrays[f"{key}.held_back.peaks"]
+            return LayerStats(
+                count=int(arrays[f"{key}.count"]),
+                importance=arrays[f"{key}.importance"],
+                mean=arrays.get(f"{key}.mean"),
+                hessian=tuple(blocks) or None,
+                held_back=held_back,
+            )
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {one_line(error)}",
             hint=f"delete {path.parent}, a cache that will be made again",
         ) from error
-
-
-def read(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
-    """What ``load`` reads, in the words of NumPy and zipfile where it cannot be."""
-    with np.load(path) as arrays:
-        if f"{key}.count" not in arrays:
-            return None
-        blocks: list[Float32] = []
-        while hessian and f"{key}.hessian.{len(blocks)}.roots" in arrays:
-            stem = f"{key}.hessian.{len(blocks)}"
-            blocks.append(unpack_hessian(arrays[f"{stem}.roots"], arrays[f"{stem}.correlations"]))
-        held_back = None
-        if hessian and f"{key}.held_back.rows" in arrays:
-            held_back = arrays[f"{key}.held_back.rows"] * arrays[f"{key}.held_back.peaks"]
-        return LayerStats(
-            count=int(arrays[f"{key}.count"]),
-            importance=arrays[f"{key}.importance"],
-            mean=arrays.get(f"{key}.mean"),
-            hessian=tuple(blocks) or None,
-            held_back=held_back,
-        )
 
 
 def pack_hessian(hessian: Float32) -> tuple[Float32, NDArray[np.int16]]:

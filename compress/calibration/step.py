@@ -2,29 +2,38 @@
 
 Statistics come from the recipe's texts (walked, or from the cache) or from an imatrix file; ``rtn``
 needs none, and then nothing is read.
+
+A walk (``walk.py``) that is killed leaves in the cache what it has found, and the next one with the
+same weights and windows goes on with the block that it was at. Of two builds that want the same,
+one walks and the other waits for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import is_zipfile
 
-from compress.calibration.collect import collect
-from compress.calibration.statistics import Statistics
+from compress.calibration.statistics import Statistics, file_name, input_names, save
 from compress.calibration.texts import BUILTIN, CalibrationSet
+from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
 from compress.console import Console
-from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.files import cache_folder, check_unchanged, computed_once, sync
 from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
 from compress.plan.shapes import Plan
 from compress.recipe import Recipe, method_of, needs_of
+
+LAYOUT = 2  # of the cache; part of its key
 
 
 @dataclass(frozen=True)
@@ -212,7 +221,7 @@ class CalibrationStep:
         settings = self.job.recipe.calibration
         return CalibrationSet.load(
             settings.texts,
-            Tokenizer(self.job.checkpoint.path),
+            self.job.checkpoint.tokenizer,
             tokens=settings.tokens,
             sequence_length=min(settings.sequence_length, self.job.config.max_context),
             seed=settings.seed,
@@ -232,3 +241,95 @@ class CalibrationStep:
         set_threads(choose_threads(self.threads, self.job.config))
         with self.console.progress("calibrate", "windows") as update:
             return collect(source, texts, hessian=bool(hessian), keep=self._keep, progress=update)
+
+
+# --- the cache ------------------------------------------------------------------------------
+
+
+def collect(
+    source: Source,
+    calibration: CalibrationSet,
+    *,
+    hessian: bool,
+    keep: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Statistics from the cache, or from a walk that is then cached.
+
+    Args:
+        source: the weights; equal ones (``Source.fingerprint``) share their statistics.
+        calibration: windows.
+        hessian: whether Hessians are wanted; statistics that have them serve without, too.
+        keep: leave what was found, too, where the walk ends by an exception.
+        progress: of the walk.
+    """
+    place, config = cache_folder(), source.config
+    facts = f"{LAYOUT} {source.fingerprint()} {calibration.digest()}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    full, light = place / f"{key}-hessian", place / key
+
+    names = {file_name(key) for key in input_names(config)}
+
+    def known() -> Statistics | None:
+        for folder in (full,) if hessian else (light, full):
+            if folder.is_dir() and all(is_zipfile(folder / name) for name in names):
+                return Statistics.open(config, folder, hessian=hessian)
+        return None
+
+    def walked() -> Statistics:
+        final = full if hessian else light
+        shutil.rmtree(final, ignore_errors=True)  # damaged
+        collect_anew(source, calibration, final, hessian, keep, progress)
+        if hessian:  # they serve both, so the lesser ones may go
+            shutil.rmtree(light, ignore_errors=True)
+        return Statistics.open(config, final, hessian=hessian)
+
+    return computed_once(place / f"{key}.lock", known, walked)
+
+
+def collect_anew(
+    source: Source,
+    calibration: CalibrationSet,
+    final: Path,
+    hessian: bool,
+    keep: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Walk, and put the statistics into the folder ``final``; arguments as of ``collect``."""
+    with walk_folder(final, keep=keep) as work:
+        folder = work / "statistics"
+        folder.mkdir(exist_ok=True)
+        blocks = walk(
+            source.config,
+            source.read,
+            calibration.windows,
+            hessian=hessian,
+            work=work,
+            boundary=Boundary(work / "boundary"),
+            progress=progress,
+        )
+        for stats in blocks:
+            file = folder / file_name(next(iter(stats)))
+            save(file, stats)
+            sync(file)
+        check_unchanged(source.checkpoint.opened)  # or the cache would answer for other weights
+        folder.rename(final)
+
+
+@contextmanager
+def walk_folder(final: Path, *, keep: bool) -> Iterator[Path]:
+    """Where a walk works: ``FINAL.partial``, or what another one left there; removed at the end.
+
+    Args:
+        final: where its statistics will be.
+        keep: leave it where the walk ends by an exception.
+    """
+    partial = final.with_name(final.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not keep:
+            shutil.rmtree(partial)
+        raise
+    shutil.rmtree(partial)

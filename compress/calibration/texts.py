@@ -11,12 +11,19 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from compress.decoder.tokenizer import Tokenizer
-from compress.errors import UsageError
+from compress.checkpoint.checkpoint import Checkpoint
+from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
+from compress.errors import CheckpointError, UsageError
+from compress.formats import FORMATS
 
-__all__ = ["BUILTIN", "CalibrationSet"]
+__all__ = ["BUILTIN", "BUILTIN_PATHS", "CalibrationSet"]
 
 BUILTIN = "builtin"
+# The built-in set mixes English prose, chat turns, source code, numbers and tables, and nineteen
+# other languages: statistics of one domain (only an encyclopedia, only code) hurt the others.
+# README.md beside the files says what each is. UTF-8; ``.jsonl`` has one conversation per line.
+FILES = ("prose.txt", "chat.jsonl", "code.txt", "numbers.txt", "languages.txt")
+BUILTIN_PATHS = [Path(__file__).with_name("builtin") / name for name in FILES]
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class CalibrationSet:
         """
         streams = []
         for source in sources:
-            paths = builtin_paths() if source == BUILTIN else [Path(source)]
+            paths = BUILTIN_PATHS if source == BUILTIN else [Path(source)]
             parts = [windows_of(path, tokenizer, sequence_length, seed) for path in paths]
             stream = take_turns(parts)
             first = next(stream, None)
@@ -84,13 +91,6 @@ class CalibrationSet:
         windows = tuple(tuple(window) for window in islice(take_turns(streams), count))
         names = tuple(s if s == BUILTIN else Path(s).name for s in sources)
         return cls(windows, names)
-
-
-def builtin_paths() -> list[Path]:
-    """The files of the built-in set."""
-    from compress.calibration.builtin import paths
-
-    return paths()
 
 
 def take_turns(streams: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
@@ -123,6 +123,21 @@ def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iter
         while len(pending) >= body:
             yield [*head, *pending[:body]]
             pending = pending[body:]
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot read the texts a build wants.
+
+    Raises:
+        CheckpointError: no tokenizer.
+    """
+    if not checkpoint.has_tokenizer:
+        without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
+        raise CheckpointError(
+            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
+            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
+            f"text, with {' or '.join(without)}",
+        )
 
 
 def read_words(path: Path, missing: str, empty: str) -> str:
@@ -189,14 +204,17 @@ def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
             {"role": checked(turn["role"]), "content": checked(turn["content"])}
             for turn in record["messages"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{where} is not a calibration text",
             hint='one JSON object a line: {"text": "..."} or {"messages": [{"role": "user", '
             '"content": "..."}]}',
         ) from error
     if tokenizer is not None:
-        return tokenizer.render_chat(messages, add_generation_prompt=False)
+        try:
+            return tokenizer.render_chat(messages, add_generation_prompt=False)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error.message}", error.hint) from error
     return "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in messages)
 
 

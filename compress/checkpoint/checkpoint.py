@@ -13,16 +13,19 @@ import json
 import math
 import os
 import pickle
+import sys
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.hub import download
+from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -31,10 +34,17 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
+from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
-from compress.errors import CheckpointError, UsageError
-from compress.files import cache_folder, is_url
+from compress.decoder.names import BUFFERS
+from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
+from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
+from compress.errors import CheckpointError, UsageError, without_secrets
+from compress.files import cache_folder, check_folder, is_url, stamps
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
@@ -48,6 +58,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
@@ -58,12 +69,14 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
-        warnings: lines for the user (pickled weights).
+        opened: the files that a build reads, as they were then (``compress.files.stamps``).
+        warnings: lines for the user and the report: pickled weights, names that differ.
+        adapters: that are merged into the weights (``compress.checkpoint.merged``).
 
     Example:
         >>> from compress.demo import model_path
@@ -74,24 +87,31 @@ class Checkpoint:
         dtype('float32')
     """
 
+    adapters: tuple[Adapter, ...] = ()
+
     def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
         self.path = path
-        self.source = source or path.resolve().name
+        self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
         self.warnings: list[str] = []
-        self.config: dict[str, Any] = read_json(path / "config.json")
+        check_folder(path)
+        before = stamps(path.iterdir())
+        config = path / "config.json"  # where there is none, a word on what is there
+        self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         self.tensors: dict[str, TensorInfo] = self._scan()
+        self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
     def open(
         cls,
         model: str | Path,
         *,
+        adapters: str | Sequence[str] = (),
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -99,19 +119,42 @@ class Checkpoint:
         """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
         a URL through fsspec.
 
+        Args:
+            model: folder, Hub id or URL.
+            adapters: LoRAs of PEFT, merged as the weights are read: folders or Hub ids, each with
+                ``=WEIGHT`` behind it where that is not 1.
+            revision, token, cache_dir: for a Hub id; the revision is the model's.
+
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id.
+            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
+                not on the Hub.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
+        if adapters:
+            from compress.checkpoint.merged import merge
+
+            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
         folder = Path(os.path.expanduser(name))
+        if page := None if folder.exists() else page_of(name):
+            name, linked = page
+            revision = revision or linked or None
+        if revision and (folder.exists() or is_url(name)):
+            raise UsageError(
+                f"--revision {revision}: {without_secrets(name)} is not on the Hub, and has no "
+                "revisions",
+                hint="leave it out, or give a Hub id",
+            )
         if folder.is_dir():
             return cls(folder)
-        if name.startswith("file://"):
-            return cls.open(name.removeprefix("file://"))
+        if folder.is_file():
+            raise other_file(folder)
+        if name.startswith(("file://", "local://")):
+            return cls.open(name.partition("://")[2])
         if is_url(name):
             return cls(fetch(name, cache_folder("checkpoints")), source=name)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -141,10 +184,11 @@ class Checkpoint:
                     return self._scan_index(index, scan)
             except OSError as error:
                 raise CheckpointError(f"{single} cannot be read: {error.strerror}") from error
-        raise CheckpointError(
+        none = CheckpointError(
             f"no weights in {self.path}",
             hint="expected model.safetensors or model.safetensors.index.json",
         )
+        raise explain_folder(self.path, none)
 
     def _scan_index(
         self, index: Path, scan: Callable[[Path], dict[str, TensorInfo]]
@@ -176,13 +220,13 @@ class Checkpoint:
         }
 
     def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        warning = "the weights are pickles: read with weights_only=True; safetensors is safer"
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
         names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
         tensors = {}
         for name, tensor in self._load_pickle(file).items():
             dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
+            if dtype is None and BUFFERS.search(str(name)):
+                continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
@@ -233,12 +277,19 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[name].reshape(-1, *info.shape[1:])[start:stop]
+            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+                start:stop
+            ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
             values = read_range(info, start, math.prod(shape))
         return values.reshape(shape if info.shape else ())
+
+    def warn(self, line: str) -> None:
+        """Add a line to ``warnings``, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     # --- facts about the whole ---------------------------------------------------------------
 
@@ -256,28 +307,70 @@ class Checkpoint:
             digest.update(repr(row).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded once.
+
+        Raises:
+            CheckpointError: see ``Tokenizer``.
+        """
+        rows = self.config.get("vocab_size")
+        return Tokenizer(self.path, rows if isinstance(rows, int) else None)
+
+    @cached_property
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What files need to know of it, by a child process where transformers is not loaded.
+
+        Raises:
+            CheckpointError: see ``TokenizerFacts``.
+        """
+        if "transformers" in sys.modules:
+            return TokenizerFacts.of(self.tokenizer)
+        return facts_from_child(self.path)
+
+    def files(self) -> list[Path]:
+        """The files that a build reads, by name; not those of adapters."""
+        shards = {info.file for info in self.tensors.values()}
+        shards -= {adapter.file for adapter in self.adapters}
+        others = [self.path / "config.json", self.path / "generation_config.json"]
+        others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
+        found = shards | {path for path in others if path.is_file()}
+        return sorted(found, key=lambda path: path.name)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a vocabulary at all."""
+        return any(file.name in VOCABULARIES for file in self.tokenizer_files())
+
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, those that exist."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        return [path for name in TOKENIZER_FILES if (path := self.path / name).exists()] + templates
 
 
+@dataclass(frozen=True)
 class Stored:
     """The weights of a checkpoint under our names, as they are: a ``Source``. Nothing is kept."""
 
-    threadsafe = True
-
-    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig) -> None:
-        self.checkpoint = checkpoint
-        self.config = config
-        self._map = WeightMap(config)
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    threadsafe: ClassVar[bool] = True
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
         """See ``compress.checkpoint.sources.Source.read``."""
-        pieces = []
-        for tensor, window in self._map.locate(name, rows):
-            pieces.append(self.checkpoint.read(tensor, window))
+        weights, pieces = WeightMap(self.config), []
+        shape = weights.shape(name)
+        start, stop, _ = (rows or slice(None)).indices(shape[0])
+        offset = 0  # of the part's first row within the weight
+        for part in weights.parts(name):
+            length = part.stop - part.start
+            first, last = max(start - offset, 0), min(stop - offset, length)
+            if first < last:
+                window = slice(part.start + first, part.start + last)
+                pieces.append(self.checkpoint.read(part.source, window))
+            offset += length
         if not pieces:
-            return np.empty((0, *self._map.shape(name)[1:]), np.float32)
+            return np.empty((0, *shape[1:]), np.float32)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def fingerprint(self) -> str:

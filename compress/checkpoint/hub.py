@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.decoder.config_json import read_json
+from compress.checkpoint.strangers import explain_folder, read_config
+from compress.decoder.config_json import json_or_empty
 from compress.decoder.families import find_family
-from compress.errors import CheckpointError, DiskFullError, is_disk_full, one_line
+from compress.errors import (
+    CheckpointError,
+    DiskFullError,
+    PacklightError,
+    UsageError,
+    is_disk_full,
+    one_line,
+    without_secrets,
+)
 
 # What a build needs, and nothing of the other formats that live beside it in a repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
 # that packlight does not build is refused before its gigabytes are fetched.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
-SAFETENSORS = ("model.safetensors", "model-*.safetensors")
-PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin")
+# The one folder that is looked into.
+CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
 
 def download(
@@ -40,23 +52,117 @@ def download(
             token=token,
             cache_dir=cache_dir,
             allow_patterns=[pattern for group in patterns for pattern in group],
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if patterns == (CHAT_TEMPLATES,) else ["*/*"],
         )
         return Path(folder)
 
     try:
         path = fetch(SMALL_FILES)
-        find_family(read_json(path / "config.json"))
-        path = fetch(SMALL_FILES, SAFETENSORS)
-        if not list(path.glob("*.safetensors")):
-            path = fetch(SMALL_FILES, PICKLES)
-        return path
+        if not (path / "config.json").is_file():
+            read_config(path, repo_id, list_files(repo_id, path.name, token))
+        find_family(read_config(path, repo_id))
+        fetch(CHAT_TEMPLATES)
+        for single in WEIGHTS:
+            names = weight_files(path, single)
+            path = fetch(SMALL_FILES, list(map(glob.escape, names)))
+            if any((path / name).is_file() for name in names):
+                return path
+        none = CheckpointError(f"{repo_id} has no weights", hint=f"one of {', '.join(WEIGHTS)}")
+        raise explain_folder(path, none, repo_id, list_files(repo_id, path.name, token))
     # huggingface_hub's errors are OSErrors; a name that cannot be a repository is a ValueError.
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and is_disk_full(error):
-            raise DiskFullError(f"no room left to fetch {repo_id}") from error
-        why, hint = _explain(error, revision)
-        raise CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint) from error
+        raise _failure(repo_id, error, revision) from error
+
+
+def list_files(repo_id: str, revision: str, token: str | None) -> list[str]:
+    """Names of the files of a repository, those in folders left out; none without a connection."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repo_id, revision=revision, token=token).siblings or []
+    except (OSError, ValueError):
+        return []
+    return [file.rfilename for file in found if "/" not in file.rfilename]
+
+
+def download_adapter(
+    repo_id: str,
+    names: Sequence[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+) -> Path:
+    """Fetch the named files of a Hub repository, one after the other; those that it has.
+
+    Returns:
+        The snapshot's folder, which is named after the commit.
+
+    Raises:
+        CheckpointError, DiskFullError: see ``download``.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        for count in range(1, len(names) + 1):  # the config first: others are not worth the rest
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=list(names[:count]),
+            )
+            if not (Path(folder) / names[0]).is_file():
+                break
+        return Path(folder)
+    except (OSError, ValueError) as error:
+        raise _failure(repo_id, error, revision) from error
+
+
+def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:
+    """What to raise where a download failed."""
+    if isinstance(error, OSError) and is_disk_full(error):
+        return DiskFullError(f"no room left to fetch {repo_id}")
+    why, hint = _explain(error, revision)
+    return CheckpointError(f"cannot fetch {repo_id}: {why}", hint=hint)
+
+
+def page_of(name: str) -> tuple[str, str] | None:
+    """The repository whose page on the Hub a URL is, and the revision that it names or ``""``.
+
+    Returns:
+        None for what is no page of the Hub: huggingface.co, hf.co or ``HF_ENDPOINT``.
+
+    Raises:
+        UsageError: a page of the Hub that is not of a model.
+    """
+    if match := re.fullmatch(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/@]+))?/?", name):
+        return match[1], match[2] or ""
+    mirror = re.sub("^https?://", "", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
+    hosts = "|".join(map(re.escape, filter(None, ("huggingface.co", "hf.co", mirror))))
+    match = re.match(rf"(?:https?://)?(?:www\.)?(?:{hosts})/([^?#]*)", name)
+    if match is None:
+        return None
+    path: str = match[1]
+    owner, model, *rest = [*path.strip("/").split("/"), ""]
+    if not model or owner in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
+        said = without_secrets(name)
+        raise UsageError(f"{said} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
+    revision = rest[1] if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve", "raw") else ""
+    return f"{owner}/{model}", revision
+
+
+def weight_files(folder: Path, single: str) -> list[str]:
+    """Names that weights may have: of the one file, and those that its index has.
+
+    Args:
+        folder: with the small files.
+        single: a row of ``WEIGHTS``.
+    """
+    named = json_or_empty(folder / f"{single}.index.json").get("weight_map")
+    shards = set(map(str, named.values())) if isinstance(named, dict) else set()
+    # Plain names only: ``Checkpoint`` refuses others.
+    return [single, *sorted(name for name in shards if Path(name).name == name)]
 
 
 def _explain(error: Exception, revision: str | None) -> tuple[str, str]:

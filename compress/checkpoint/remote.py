@@ -7,15 +7,24 @@ packages (``pip install s3fs gcsfs adlfs``).
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from compress.checkpoint.hub import PICKLES, SAFETENSORS, SMALL_FILES
-from compress.decoder.config_json import read_json
+from compress.checkpoint.hub import SMALL_FILES, WEIGHTS, weight_files
+from compress.checkpoint.strangers import read_config
 from compress.decoder.families import find_family
-from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full, one_line
+from compress.errors import (
+    CheckpointError,
+    DiskFullError,
+    UsageError,
+    is_disk_full,
+    one_line,
+    without_secrets,
+)
 from compress.files import file_lock, write_whole
 
 INDEX = ".fetched.json"  # name → tag of the copy that is here
@@ -33,10 +42,11 @@ def open_url(url: str) -> tuple[Any, str]:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
         protocol = url.split("://")[0]
-        raise UsageError(
-            f"{url}: {one_line(error)}",
-            hint=f"install fsspec's package for {protocol}://, such as s3fs, gcsfs or adlfs",
-        ) from error
+        hint = f"install fsspec's package for {protocol}://, such as s3fs, gcsfs or adlfs"
+        if protocol in ("http", "https"):
+            page = "/".join(url.split("/")[3:5])
+            hint = f"of a page of the Hub give the Hub id: {page or 'OWNER/MODEL'} instead"
+        raise UsageError(f"{url}: {one_line(error)}", hint=hint) from error
     return fs, root.rstrip("/")
 
 
@@ -81,18 +91,17 @@ def fetch(url: str, cache: Path) -> Path:
         UsageError: see ``open_url``.
     """
     fs, root = open_url(url)
-    name = PurePosixPath(root).name
+    name = PurePosixPath(without_secrets(root)).name  # of https:// a root is the whole URL
     folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with file_lock(folder.parent / ".lock"):
             found = listing(fs, root)
-            if "config.json" not in found:
-                raise CheckpointError(f"{url} has no config.json", hint="the URL of a checkpoint")
             copy(fs, found, SMALL_FILES, folder)
-            find_family(read_json(folder / "config.json"))
-            if not copy(fs, found, SAFETENSORS, folder):
-                copy(fs, found, PICKLES, folder)
+            find_family(read_config(folder, url))
+            for single in WEIGHTS:
+                if copy(fs, found, list(map(glob.escape, weight_files(folder, single))), folder):
+                    break
     except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(f"no room left to fetch {url}") from error
@@ -125,7 +134,7 @@ def fingerprint(url: str) -> str:
     return fingerprint_text(json.dumps(rows))
 
 
-def copy(fs: Any, found: dict[str, Any], patterns: tuple[str, ...], folder: Path) -> int:
+def copy(fs: Any, found: dict[str, Any], patterns: Sequence[str], folder: Path) -> int:
     """Fetch the files of some patterns unless this very version is here; returns how many match."""
     index_path = folder.parent / INDEX
     index = json.loads(index_path.read_text("utf-8")) if index_path.is_file() else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import BYTES, write_safetensors
-from compress.checkpoint.side_files import hf_config, write_side_files
+from compress.checkpoint.side_files import copy_tokenizer, hf_config, write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.decoder.config_json import write_json
@@ -26,18 +26,20 @@ SHARD = 5 * 10**9  # bytes, the default of transformers
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def write_checkpoint(source: Source, folder: Path) -> None:
+def write_checkpoint(source: Source, folder: Path, shard: int = SHARD) -> None:
     """Write the weights of ``source`` as a checkpoint, in the dtypes of its own checkpoint.
 
     Args:
         source: of any config.
         folder: to write to.
+        shard: bytes of a file, at most.
     """
     config = DecoderConfig.from_hf(hf_config(source.config), source.checkpoint.generation_config)
     write_side_files(source.config, source.checkpoint, folder)
+    copy_tokenizer(source.checkpoint, folder)
     for license_file in sorted(source.checkpoint.path.glob("LICENSE*")):
         shutil.copyfile(license_file, folder / license_file.name)
-    shards = split(tensor_headers(config, stored_dtypes(source.checkpoint)))
+    shards = split(tensor_headers(config, stored_dtypes(source.checkpoint)), shard)
     write_shards(folder, config, source, shards)
 
 
@@ -110,12 +112,12 @@ def shard_bytes(headers: Shapes) -> int:
     return sum(math.prod(shape) * BYTES[dtype] for dtype, shape in headers.values())
 
 
-def split(headers: Shapes) -> list[Shapes]:
-    """Shards of at most ``SHARD`` bytes, at least one tensor each."""
+def split(headers: Shapes, limit: int) -> list[Shapes]:
+    """Shards of at most ``limit`` bytes, at least one tensor each."""
     shards: list[Shapes] = [{}]
     for tensor, (dtype, shape) in headers.items():
         size = math.prod(shape) * BYTES[dtype]
-        if shards[-1] and shard_bytes(shards[-1]) + size > SHARD:
+        if shards[-1] and shard_bytes(shards[-1]) + size > limit:
             shards.append({})
         shards[-1][tensor] = (dtype, shape)
     return shards

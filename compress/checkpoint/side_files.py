@@ -2,22 +2,34 @@
 
 GGUF holds all of this inside; ONNX and Core ML folders need ``config.json``,
 ``generation_config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` next to the model.
+
+The tokenizer's are not the checkpoint's own, which mean one thing to one class and version of
+transformers and another to the next: ``tokenizer.json`` is the tokenizer as it was loaded, added
+tokens and all, and ``tokenizer_config.json`` names a class that takes it as it is, in any version.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
-from compress.decoder.config_json import read_json, write_json
-from compress.decoder.tokenizer import REMADE, Tokenizer, saved_by_5
+from compress.decoder.config_json import json_or_empty, write_json
+from compress.decoder.tokenizer_facts import SPECIAL
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
+
+# Settings of tokenizer_config.json by which some class rebuilds the tokenizer that tokenizer.json
+# has, and those that only make sense beside the checkpoint.
+REBUILDING = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
+    "additional_special_tokens", "auto_map", "backend", "extra_special_tokens", "from_slow",
+    "is_local", "legacy", "merges_file", "name_or_path", "processor_class", "sp_model_kwargs",
+    "special_tokens_map_file", "tokenizer_file", "use_fast", "vocab_file",
+)  # fmt: skip
 
 
 def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path) -> None:
@@ -25,7 +37,33 @@ def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path
     write_json(folder / "config.json", hf_config(config), sort_keys=True)
     generation = generation_config(config, checkpoint)
     write_json(folder / "generation_config.json", generation, sort_keys=True)
-    copy_tokenizer(checkpoint, folder)
+    if checkpoint.has_tokenizer:
+        write_tokenizer(checkpoint, folder)
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """``tokenizer.json`` and ``tokenizer_config.json``, which every transformers reads alike.
+
+    Raises:
+        CheckpointError: no tokenizer, or one that cannot be written as ``tokenizer.json``.
+    """
+    tokenizer = checkpoint.tokenizer_facts
+    (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
+    stated = json_or_empty(checkpoint.path / "tokenizer_config.json")
+    settings = {key: value for key, value in stated.items() if key not in (*REBUILDING, *SPECIAL)}
+    settings |= {**tokenizer.special, "additional_special_tokens": tokenizer.others}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    splitting = tokenizer.document["pre_tokenizer"] or {}
+    if "add_prefix_space" in splitting:  # transformers 4 sets it to false unless told
+        settings["add_prefix_space"] = splitting["add_prefix_space"]
+    templates = tokenizer.chat_templates
+    settings["chat_template"] = templates.get("default")
+    if templates.keys() - {"default"}:
+        settings["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
+    settings = {key: value for key, value in settings.items() if value is not None}
+    write_json(folder / "tokenizer_config.json", settings, sort_keys=True)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
@@ -52,34 +90,9 @@ def generation_config(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer's files; ``tokenizer.json`` is made where only ``tokenizer.model`` exists."""
-    files = checkpoint.tokenizer_files()
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    if files and not (folder / "tokenizer.json").exists():
-        # From the copies: the folder's config.json names no remote code.
-        text = Tokenizer(folder).to_json()
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if settings.exists() and saved_by_5(found := read_json(settings)):
-        write_json(settings, settings_for_4(found, Tokenizer(folder)), sort_keys=True)
-
-
-def settings_for_4(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """``tokenizer_config.json`` of transformers 5, so that 4.57 takes it, too.
-
-    It has neither the general class's new name nor a list of special tokens without names, and
-    remakes some classes' templates by keys that 5 leaves out.
-    """
-    own = ("backend", "is_local", "local_files_only")
-    found = {key: value for key, value in settings.items() if key not in own}
-    if isinstance(extra := found.get("extra_special_tokens"), list):
-        del found["extra_special_tokens"]
-        found["additional_special_tokens"] = extra
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if found.get("tokenizer_class") in REMADE:
-        around = tokenizer.encode("a", add_special=True)
-        found["add_bos_token"] = tokenizer.adds_bos
-        found["add_eos_token"] = around[-1] == tokenizer.hf.eos_token_id
-    return found
+    """The tokenizer's files as the checkpoint has them; those of ``write_tokenizer`` stay where it
+    has none of that name."""
+    for file in checkpoint.tokenizer_files():
+        target = folder / file.relative_to(checkpoint.path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from compress.commands.options import ci_of, ci_options, make_console, memory_option, output_options
+from compress.commands.options import (
+    ci_options,
+    make_console,
+    memory_option,
+    output_options,
+    settings_of,
+)
 
 
 @click.command(short_help="Build many models with many recipes, each job in its own process.")
@@ -42,17 +48,6 @@ def batch(file: Path, **options: Any) -> int:
     from compress.batch.pipeline import BatchSettings
     from compress.batch.pipeline import batch as run
 
-    settings = BatchSettings(
-        file=file,
-        output=options["output"],
-        only=options["only"],
-        retry_failed=options["retry_failed"],
-        fail_fast=not options["keep_going"],
-        max_memory=options["max_memory"],
-        jobs=options["jobs"],
-        engine=options["engine"],
-        address=options["address"],
-        dry_run=options["dry_run"],
-        ci_files=ci_of(options),
-    )
+    fail_fast = not options["keep_going"]
+    settings = settings_of(BatchSettings, options, file=file, fail_fast=fail_fast)
     return run(settings, console)

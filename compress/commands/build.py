@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.commands.options import (
+    adapter_option,
     device_names,
     eval_option,
     format_option,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
+@adapter_option
 @recipe_option
 @format_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
@@ -96,10 +98,12 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build import pipeline
-    from compress.build.decide import BuildSettings, plan_file
+    from compress.build.decide import BuildSettings, plan_of
     from compress.report.words import finish
 
-    plan = plan_file(options["plan"], output, locked=options["locked"])
+    plan = options["plan"]
+    if options["locked"] and plan is None:
+        plan = plan_of(output)
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],

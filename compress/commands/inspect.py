@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    HUB,
+    adapter_option,
     device_names,
     format_option,
-    hub_of,
     hub_options,
     make_console,
     output_options,
@@ -29,12 +30,13 @@ def inspect(target: str, **options: Any) -> int:
     from compress.plan.facts import describe
 
     console = make_console(options)
-    print_all(describe(target, hub_of(options)), console)
+    print_all(describe(target, {key: options[key] for key in HUB}), console)
     return 0
 
 
 @click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
+@adapter_option
 @click.option("--device", metavar="NAME", shell_complete=device_names,
               help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Any other limit, e.g. 3GiB.")
@@ -58,12 +60,13 @@ def fit(target: str, device: str | None, memory: str | None, **options: Any) -> 
     rows = fit_rows(
         target,
         device=device,
-        memory=read_size("--memory", memory),
+        memory=read_size("--memory", memory) if memory else None,
         context=options["context"],
         recipe=options["recipe"],
         overrides=options["overrides"],
         formats=options["formats"],
-        hub=hub_of(options),
+        hub={key: options[key] for key in HUB},
+        adapters=options["adapters"],
     )
     console.result({"rows": rows})
     print_fit(rows, console)

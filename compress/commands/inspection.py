@@ -33,7 +33,7 @@ def print_facts(facts: Mapping[str, Any], console: Console) -> None:
     for tensor in facts["tensors"]:
         grids[tensor["grid"]] = grids.get(tensor["grid"], 0) + 1
     head["tensors"] = ", ".join(f"{count} {grid}" for grid, count in sorted(grids.items()))
-    rows = head | dict(facts["metadata"])
+    rows = head | {shorten(key): value for key, value in facts["metadata"].items()}
     width = max(map(len, rows))
     for key, value in rows.items():
         console.data(f"{key.ljust(width)}  {shorten(value)}")

@@ -18,8 +18,6 @@ from compress.progress import ProgressFile
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from compress.report.ci import CiFiles
-
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound="DataclassInstance")
 
@@ -59,18 +57,7 @@ def hub_options(command: F) -> F:
     return command
 
 
-def hub_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``hub_options`` were given, as ``compress.checkpoint.hub`` takes it."""
-    return {key: options[key] for key in ("revision", "token", "cache_dir")}
-
-
-def ci_of(options: Mapping[str, Any]) -> CiFiles | None:
-    """What ``ci_options`` were given; None for none of them."""
-    if not (options["junit"] or options["summary"]):
-        return None
-    from compress.report.ci import CiFiles
-
-    return CiFiles(options["junit"], options["summary"])
+HUB = ("revision", "token", "cache_dir")  # what ``hub_options`` give to ``compress.checkpoint.hub``
 
 
 def recipe_names(*_: Any) -> list[str]:
@@ -92,14 +79,14 @@ def imatrix_titles() -> str:
     return ", ".join(row.title for row in FORMATS.values() if row.imatrix)
 
 
-def read_size(option: str, text: str | None) -> int | None:
+def read_size(option: str, text: str) -> int:
     """Bytes, from an option that takes a size.
 
     Raises:
         UsageError: not a size.
     """
     try:
-        return parse_bytes(text) if text else None
+        return parse_bytes(text)
     except ValueError as error:
         raise UsageError(f"{option}: {error}") from error
 
@@ -129,7 +116,11 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
         options: as click gives them.
         more: over them, and what has another name.
     """
-    given = {**options, "hub": hub_of(options), "ci_files": ci_of(options), **more}
+    given = {**options, "hub": {key: options.get(key) for key in HUB}, "ci_files": None, **more}
+    if options["junit"] or options["summary"]:
+        from compress.report.ci import CiFiles
+
+        given["ci_files"] = CiFiles(options["junit"], options["summary"])
     return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
 
 
@@ -148,14 +139,19 @@ def regression_options(command: F) -> F:
 def memory_option(text: str) -> Callable[[F], F]:
     """``--max-memory``, in bytes, with its help."""
     return click.option(
-        "--max-memory", callback=lambda _context, _option, size: read_size("--max-memory", size),
-        metavar="SIZE", help=text,
+        "--max-memory", metavar="SIZE", help=text,
+        callback=lambda _context, _option, size: read_size("--max-memory", size) if size else None,
     )  # fmt: skip
 
 
 recipe_option = click.option(
     "-r", "--recipe", default="phone-4bit", show_default=True, metavar="NAME|FILE",
     shell_complete=recipe_names, help="A shipped recipe or a YAML file.",
+)  # fmt: skip
+adapter_option = click.option(
+    "--adapter", "adapters", multiple=True, metavar="LORA[=WEIGHT]",
+    help="A LoRA adapter of PEFT, a folder or a Hub id, merged into MODEL as it is read; may be "
+         "repeated, each with a weight: my-lora=0.5.",
 )  # fmt: skip
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from compress.commands.options import (
+    adapter_option,
     eval_option,
     gate_option,
     make_console,
@@ -21,14 +22,16 @@ from compress.errors import UsageError
 
 # What asks for a verdict, which --checksums alone must not seem to have given.
 JUDGING = {
-    "gates": "--gate", "against": "--against", "max_regression": "--max-regression",
-    "tasks": "--task", "junit": "--junit", "summary": "--summary",
+    "adapters": "--adapter", "gates": "--gate", "against": "--against",
+    "max_regression": "--max-regression", "tasks": "--task", "junit": "--junit",
+    "summary": "--summary",
 }  # fmt: skip
 
 
 @click.command(short_help="Run an artifact in its runtime and compare it with the float model.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--baseline", metavar="MODEL", help="The float checkpoint.")
+@adapter_option
 @eval_option
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Multiple-choice questions, one JSON object a line with question, choices and "

@@ -7,15 +7,16 @@ No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config_json import short
+from compress.decoder.config_json import short, token_ids
 from compress.decoder.families import FAMILIES, find_family
+from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
 from compress.errors import CheckpointError, UnsupportedModelError
 
@@ -87,7 +88,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(
-        cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+        cls, keys: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> DecoderConfig:
         """From ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
 
@@ -95,15 +96,29 @@ class DecoderConfig:
             UnsupportedModelError: an architecture or a setting that is not in ``FAMILIES``.
             CheckpointError: a key is missing or has an impossible value.
         """
-        family = find_family(config)
+        family = find_family(keys)
         try:
-            fields = FAMILIES[family].describe(config, generation or {})
-            described = cls(family=family, **fields)
-            check_config(described)
+            token_ids(generation or {}, "eos_token_id")
+        except ValueError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+        try:
+            fields = FAMILIES[family].describe(keys, generation or {})
+            config = cls(family=family, **fields)
+            if config.num_attention_heads % config.num_key_value_heads:
+                raise ValueError(
+                    f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+                    f"num_key_value_heads ({config.num_key_value_heads})"
+                )
         except (KeyError, ValueError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"config.json: {what}") from error
-        return described
+        expected = "silu" if config.gated_mlp else "gelu_new"
+        if config.activation != expected:
+            raise UnsupportedModelError(
+                f"hidden_act {short(config.activation)} is not supported for {family}, "
+                f"only {expected}"
+            )
+        return config
 
     @property
     def linear_roles(self) -> tuple[str, ...]:
@@ -157,10 +172,7 @@ class DecoderConfig:
         """Parameters of the float model; a tied head counts once, repeated blocks once."""
         weights = WeightMap(self)
         return sum(
-            math.prod(weights.shape(name))
-            for name in weights.names()
-            if not (name.startswith("lm_head.weight") and self.tie_word_embeddings)
-            and weights.first_use(name)
+            math.prod(weights.shape(name)) for name in weights.names(tied_head=False, repeats=False)
         )
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
@@ -178,30 +190,44 @@ class Part:
     stop: int
 
 
+@dataclass(frozen=True)
 class WeightMap:
-    """Where each weight is on disk.
+    """Names, shapes and places on disk of a decoder's weights.
 
     Our names: ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight`` and, per block,
     ``blocks.{i}.{role}.weight``; biases end in ``.bias``. A fused role (``qkv_proj``,
     ``gate_up_proj``) and its parts can both be asked for, however the checkpoint stores them.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
-        self.config = config
-        self._disk = FAMILIES[config.family].names
+    config: DecoderConfig
 
-    def names(self) -> Iterator[str]:
-        """Every weight and bias once, unfused, in order of execution; a tied head included."""
+    def names(
+        self,
+        *,
+        tied_head: bool = True,
+        repeats: bool = True,
+        fused: Collection[str] = (),
+    ) -> Iterator[str]:
+        """Every weight and bias once, in order of execution.
+
+        Args:
+            tied_head: also ``lm_head.weight`` where it is the embedding.
+            repeats: also the blocks that repeat the stored block before them (MobileLLM-LS).
+            fused: the roles of ``FUSED`` to have in the place of their parts.
+        """
         c = self.config
-        roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *c.linear_roles)]
+        whole = {part: role for role in fused for part in FUSED[role]}
+        linears = dict.fromkeys(whole.get(role, role) for role in c.linear_roles)
+        roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *linears)]
         yield "embed_tokens.weight"
-        for block in range(c.num_hidden_layers):
+        for block in range(0, c.num_hidden_layers, 1 if repeats else c.block_repeat):
             for role, biased in roles:
                 yield f"blocks.{block}.{role}.weight"
                 if biased:
                     yield f"blocks.{block}.{role}.bias"
         for role in ("norm", "lm_head"):
-            yield f"{role}.weight"
+            if role == "norm" or tied_head or not c.tie_word_embeddings:
+                yield f"{role}.weight"
             if c.has_bias(role):
                 yield f"{role}.bias"
 
@@ -210,11 +236,6 @@ class WeightMap:
         _, role, kind = split_name(name)
         shape = self.config.weight_shape(role)
         return shape if kind == "weight" else shape[:1]
-
-    def first_use(self, name: str) -> bool:
-        """False for a block that repeats the stored block before it (MobileLLM-LS)."""
-        block, _, _ = split_name(name)
-        return block is None or block % self.config.block_repeat == 0
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """The pieces on disk whose rows, one after the other, make the weight.
@@ -225,10 +246,10 @@ class WeightMap:
         block, role, kind = split_name(name)
         if role == "lm_head" and kind == "weight" and self.config.tie_word_embeddings:
             role = "embed_tokens"
-        rows = self.config.weight_shape(role)[0]
+        rows, disk = self.config.weight_shape(role)[0], FAMILIES[self.config.family].names
         stored, first, pieces = 0 if block is None else block // self.config.block_repeat, 0, [role]
-        if role not in self._disk:
-            whole = [f for f, members in FUSED.items() if role in members and f in self._disk]
+        if role not in disk:
+            whole = [f for f, members in FUSED.items() if role in members and f in disk]
             if whole:
                 pieces, members = whole, FUSED[whole[0]]
                 before = members[: members.index(role)]
@@ -241,7 +262,7 @@ class WeightMap:
         for piece in pieces:
             if len(pieces) > 1:
                 rows = self.config.weight_shape(piece)[0]
-            source = f"{self._disk[piece].format(i=stored)}.{kind}"
+            source = f"{disk[piece].format(i=stored)}.{kind}"
             parts.append(Part(source, first, first + rows))
         return tuple(parts)
 
@@ -262,15 +283,14 @@ class WeightMap:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
         expected = self.expected()
-        # Old Llama checkpoints store the rope table; some tied models store the head again, which
-        # transformers ignores too.
-        tied_head = "lm_head.weight" if self.config.tie_word_embeddings else ""
-        found = {
-            name
-            for name in checkpoint.tensors
-            if name != tied_head and not name.endswith(".rotary_emb.inv_freq")
-        }
-        missing = sorted(set(expected) - found)
+        found = {name for name in checkpoint.tensors if not BUFFERS.search(name)}
+        if len(found) < len(checkpoint.tensors):
+            compare_tables(self.config.rope, checkpoint, checkpoint.tensors.keys() - found)
+        missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
+        if missing or unexpected:
+            known = explain_names(expected, unexpected, self.config.family)
+            if known is not None:
+                raise known
         if missing:
             hint = "an incomplete download? packlight never fills in weights"
             if missing == ["lm_head.weight"]:
@@ -279,12 +299,11 @@ class WeightMap:
                 f"{len(missing)} tensor(s) missing from the checkpoint, first {missing[0]!r}",
                 hint=hint,
             )
-        unexpected = sorted(found - set(expected))
         if unexpected:
             raise CheckpointError(
                 f"{len(unexpected)} tensor(s) that a {self.config.family} model does not have, "
                 f"first {short(unexpected[0])}",
-                hint="an adapter, or another architecture than config.json says?",
+                hint="another architecture than config.json says?",
             )
         for name, shape in expected.items():
             if checkpoint.tensors[name].shape != shape:
@@ -293,17 +312,6 @@ class WeightMap:
                     f"but config.json makes it {list(shape)}",
                     hint="config.json and the weights belong to different models",
                 )
-
-    def locate(self, name: str, rows: slice | None = None) -> Iterator[tuple[str, slice]]:
-        """Tensors on disk, and rows of each, that make up a weight or rows ``start:stop`` of it."""
-        start, stop, _ = (rows or slice(None)).indices(self.shape(name)[0])
-        offset = 0  # of the part's first row within the weight
-        for part in self.parts(name):
-            length = part.stop - part.start
-            first, last = max(start - offset, 0), min(stop - offset, length)
-            if first < last:
-                yield part.source, slice(part.start + first, part.start + last)
-            offset += length
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:
@@ -337,23 +345,3 @@ def hessian_spans(columns: int) -> list[slice]:
     count = math.ceil(columns / WIDEST_HESSIAN)
     width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
-def check_config(config: DecoderConfig) -> None:
-    """Refuse combinations that no checkpoint of the family can have.
-
-    Raises:
-        ValueError: heads that do not divide.
-        UnsupportedModelError: an activation that is not the family's.
-    """
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
-            f"num_key_value_heads ({config.num_key_value_heads})"
-        )
-    expected = "silu" if config.gated_mlp else "gelu_new"
-    if config.activation != expected:
-        raise UnsupportedModelError(
-            f"hidden_act {short(config.activation)} is not supported for {config.family}, "
-            f"only {expected}"
-        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError
+from compress.files import read_bounded
 
 Config = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: not there, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(file).decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file.name} is missing in {file.parent}",
@@ -71,28 +72,21 @@ def whole(config: Config, key: str, default: int | None = None, *, most: int = L
 
 def number(config: Config, key: str, default: float | None = None) -> float:
     """A positive finite number; ``default`` where the key is missing or null."""
-    value = config.get(key)
+    value = default if config.get(key) is None else config[key]
     if value is None:
-        if default is None:
-            raise KeyError(key)
-        return default
-    return positive(key, value)
+        raise KeyError(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf or value > 1e30:
+        raise ValueError(f"{key} is {short(value)}, not a positive number")
+    return float(value)
 
 
 def numbers(config: Config, key: str) -> tuple[float, ...]:
     """A list of positive finite numbers."""
     value = config[key]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or None in value:
         raise ValueError(f"{key} is {short(value)}, not a list of numbers")
-    return tuple(positive(key, item) for item in value)
-
-
-def positive(key: str, value: Any) -> float:
-    """``value`` as a float, if it is a positive finite number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf or value > 1e30:
-        raise ValueError(f"{key} is {short(value)}, not a positive number")
-    return float(value)
+    return tuple(number({key: item}, key) for item in value)
 
 
 def flag(config: Config, key: str) -> bool:
@@ -103,16 +97,8 @@ def flag(config: Config, key: str) -> bool:
     return bool(value)
 
 
-def token_id(config: Config, key: str) -> int | None:
-    """A token id, or None where there is none (null, or -1 as old Llama configs say)."""
-    ids = token_ids(config, key)
-    if len(ids) > 1:
-        raise ValueError(f"{key} is a list of {len(ids)} ids")
-    return ids[0] if ids else None
-
-
-def token_ids(config: Config, key: str) -> tuple[int, ...]:
-    """Token ids of a key that holds one, a list, or null."""
+def token_ids(config: Config, key: str, *, most: int = LARGEST) -> tuple[int, ...]:
+    """Token ids of a key that holds one, a list, or none (null, or -1 as old Llama configs say)."""
     value = config.get(key)
     ids = []
     for token in value if isinstance(value, list) else [value]:
@@ -122,6 +108,8 @@ def token_ids(config: Config, key: str) -> tuple[int, ...]:
             raise ValueError(f"{key} is {short(value)}, not a token id")
         if token >= 0:
             ids.append(token)
+    if len(ids) > most:
+        raise ValueError(f"{key} is a list of {len(ids)} ids")
     return tuple(ids)
 
 

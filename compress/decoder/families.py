@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.decoder.config_json import Config, flag, number, short, token_id, token_ids, whole
-from compress.decoder.rope import read_rope
+from compress.decoder.config_json import Config, flag, number, short, token_ids, whole
+from compress.decoder.rope import Rope, llama3_factors, longrope, yarn
 from compress.errors import UnsupportedModelError
 
 # Limits far above any model, so that a damaged config cannot ask for a table that fills memory.
@@ -94,6 +94,8 @@ class Family:
         positions = whole(config, "max_position_embeddings")
         head_dim = whole(config, "head_dim", self.head_dim or hidden // heads, most=MOST_WIDE)
         rope = read_rope(config, head_dim, self.partial_rotary)
+        bos = token_ids(config, "bos_token_id", most=1)
+        pad = token_ids(config, "pad_token_id", most=1)
         fields: dict[str, Any] = {
             "model_type": self.model_type,
             "architecture": self.architecture,
@@ -119,14 +121,14 @@ class Family:
             "sliding_window": None,
             "max_position_embeddings": positions,
             "max_context": min(positions, rope.original_context or positions),
-            "bos_token_id": token_id(config, "bos_token_id"),
+            "bos_token_id": bos[0] if bos else None,
             # Both files, generation_config first: Phi-3's config alone never stops a chat.
             "eos_token_ids": tuple(
                 dict.fromkeys(
                     token_ids(generation, "eos_token_id") + token_ids(config, "eos_token_id")
                 )
             ),
-            "pad_token_id": token_id(config, "pad_token_id"),
+            "pad_token_id": pad[0] if pad else None,
             "raw": dict(config),
         }
         fields |= self.changes(config)
@@ -254,3 +256,54 @@ def find_family(config: Config) -> str:
     if family == "llama" and (config.get("share_embedding") or config.get("layer_sharing")):
         return "mobilellm"  # as Meta's GitHub configs spell it
     return family
+
+
+def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
+    """Rotary settings from ``rope_theta``/``rope_scaling`` or the newer ``rope_parameters``.
+
+    ``longrope`` (Phi-3-128k, 3.5, Phi-4-mini; also spelled ``su``) keeps the short factors: they
+    hold up to ``original_max_position_embeddings``.
+
+    Args:
+        partial: the family's share of a head that rotates, where the config names none.
+
+    Raises:
+        UnsupportedModelError: another scaling.
+        KeyError, ValueError: a key is missing or its value impossible.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError("rope_scaling is not an object")
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise UnsupportedModelError("rope settings that differ between layers are not supported")
+    both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
+    theta = number(both, "rope_theta", 10000.0)
+    rotary = int(head_dim * number(both, "partial_rotary_factor", partial))
+    if rotary % 2 or not 2 <= rotary <= head_dim:
+        raise ValueError(f"{rotary} rotating dimensions do not fit heads of {head_dim}")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    half = rotary // 2
+    if kind == "default":
+        return Rope(theta, kind, rotary, (1.0,) * half)
+    if kind == "linear":
+        return Rope(theta, kind, rotary, (number(scaling, "factor"),) * half)
+    if kind == "llama3":
+        return Rope(theta, kind, rotary, llama3_factors(theta, rotary, scaling))
+    # transformers reads the early Phi-3 spellings as longrope too.
+    if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling):
+        return longrope(theta, rotary, both)
+    if kind == "yarn":
+        return yarn(theta, rotary, scaling, whole(config, "max_position_embeddings"))
+    if kind == "dynamic":
+        number(scaling, "factor")
+        positions = whole(config, "max_position_embeddings")
+        caveat = (
+            f"rope scaling 'dynamic' changes nothing up to {positions} positions, which is what "
+            "artifacts hold; beyond them transformers changes its frequencies as a text grows"
+        )
+        return Rope(theta, kind, rotary, (1.0,) * half, caveat=caveat)
+    raise UnsupportedModelError(
+        f"rope scaling {short(kind)} is not supported",
+        hint="supported: default, linear, dynamic, yarn, llama3, longrope; where the model was "
+        "trained without it, for contexts up to max_position_embeddings, remove rope_scaling",
+    )

@@ -13,10 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config_json import Config, number, numbers, short, whole
-from compress.errors import UnsupportedModelError
+from compress.decoder.config_json import Config, flag, number, numbers, whole
 
 Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Settings of YaRN (arXiv 2309.00071).
+
+    Attributes:
+        factor: that low frequencies are divided by.
+        original_context: positions of the training before.
+        usual: whether the paper's bounds (32 turns and 1, whole pairs) give the same factors.
+    """
+
+    factor: float
+    original_context: int
+    usual: bool
 
 
 @dataclass(frozen=True)
@@ -25,13 +39,17 @@ class Rope:
 
     Attributes:
         theta: the base.
-        kind: ``default``, ``linear``, ``llama3`` or ``longrope``.
+        kind: ``default``, ``linear``, ``llama3``, ``longrope``, ``yarn`` or ``dynamic`` (as
+            ``default`` up to ``max_position_embeddings``).
         rotary_dim: leading dimensions of a head that rotate (halves: NEOX layout).
         factors: float, ``[rotary_dim / 2]``: inverse frequencies are divided by these
             (1.0 for ``default``; the *short* list for ``longrope``).
         long_factors: the other list of ``longrope``, for metadata only; empty otherwise.
-        attention_factor: multiplied into cos and sin, also for short prompts (``longrope``).
+        attention_factor: multiplied into cos and sin, also for short prompts (``longrope``,
+            ``yarn``).
         original_context: positions up to which ``factors`` hold (``longrope``), else 0.
+        yarn: what made ``factors``, for metadata; None for other kinds.
+        caveat: a line for the user, or ``""``.
     """
 
     theta: float
@@ -41,6 +59,8 @@ class Rope:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     original_context: int = 0
+    yarn: Yarn | None = None
+    caveat: str = ""
 
     def inverse_frequencies(self) -> Float32:
         """float32 ``[rotary_dim / 2]``, rounded where transformers rounds.
@@ -48,8 +68,9 @@ class Rope:
         One unit in the last place here is 2e-4 radians at position 4096, so the order matters:
         float32 exponent, correctly rounded power, float32 product and reciprocal.
         """
-        exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        base = np.power(self.theta, exponent.astype(np.float64)).astype(np.float32)
+        base = powers(self.theta, self.rotary_dim)
+        if self.yarn is not None:  # factors that give back what was rounded in ``_yarn``
+            return (1.0 / (np.asarray(self.factors) * base)).astype(np.float32)
         factors = np.asarray(self.factors, np.float32)
         return np.asarray(np.float32(1.0) / (factors * base), np.float32)
 
@@ -60,44 +81,14 @@ class Rope:
         return np.cos(angle) * scale, np.sin(angle) * scale
 
 
-def read_rope(config: Config, head_dim: int, partial: float = 1.0) -> Rope:
-    """Rotary settings from ``rope_theta``/``rope_scaling`` or the newer ``rope_parameters``.
-
-    ``longrope`` (Phi-3-128k, 3.5, Phi-4-mini; also spelled ``su``) keeps the short factors: they
-    hold up to ``original_max_position_embeddings``.
-
-    Args:
-        partial: the family's share of a head that rotates, where the config names none.
-
-    Raises:
-        UnsupportedModelError: another scaling (``yarn``, ``dynamic`` …).
-        KeyError, ValueError: a key is missing or its value impossible.
-    """
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping):
-        raise ValueError("rope_scaling is not an object")
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        raise UnsupportedModelError("rope settings that differ between layers are not supported")
-    both = {**config, **{key: value for key, value in scaling.items() if value is not None}}
-    theta = number(both, "rope_theta", 10000.0)
-    rotary = int(head_dim * number(both, "partial_rotary_factor", partial))
-    if rotary % 2 or not 2 <= rotary <= head_dim:
-        raise ValueError(f"{rotary} rotating dimensions do not fit heads of {head_dim}")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    half = rotary // 2
-    if kind == "default":
-        return Rope(theta, kind, rotary, (1.0,) * half)
-    if kind == "linear":
-        return Rope(theta, kind, rotary, (number(scaling, "factor"),) * half)
-    if kind == "llama3":
-        return Rope(theta, kind, rotary, _llama3_factors(theta, rotary, scaling))
-    # transformers reads the early Phi-3 spellings as longrope too.
-    if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling):
-        return _longrope(theta, rotary, both)
-    raise UnsupportedModelError(f"rope scaling {short(kind)} is not supported")
+def powers(theta: float, rotary: int) -> Float32:
+    """``theta ** (2i / rotary)`` for each pair of dimensions: exponents in float32, powers rounded
+    to it."""
+    exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
+    return np.power(theta, exponent.astype(np.float64)).astype(np.float32)
 
 
-def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
+def longrope(theta: float, rotary: int, keys: Config) -> Rope:
     short, long = numbers(keys, "short_factor"), numbers(keys, "long_factor")
     if len(short) != rotary // 2 or len(long) != rotary // 2:
         raise ValueError(
@@ -114,7 +105,62 @@ def _longrope(theta: float, rotary: int, keys: Config) -> Rope:
     return Rope(theta, "longrope", rotary, short, long, attention, original)
 
 
-def _llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
+def yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:
+    """As ``_compute_yarn_parameters`` of transformers, with its float32 roundings.
+
+    Args:
+        positions: that the model has, where ``scaling`` does not name those of its training.
+    """
+    factor = number(scaling, "factor")
+    original = whole(scaling, "original_max_position_embeddings", positions)
+    fast, slow = number(scaling, "beta_fast", 32.0), number(scaling, "beta_slow", 1.0)
+    truncate = scaling.get("truncate") is None or flag(scaling, "truncate")
+    if factor < 1 or theta <= 1:
+        raise ValueError(f"yarn: factor {factor:g} and rope_theta {theta:g} must be 1 or more")
+    factors = _yarn_factors(theta, rotary, factor, original, (fast, slow), truncate=truncate)
+    usual = factors == _yarn_factors(theta, rotary, factor, original, (32, 1), truncate=True)
+    attention, caveat = number(scaling, "attention_factor", _attention(factor, scaling)), ""
+    if "attention_factor" not in scaling and "attn_factor" in scaling:
+        caveat = (
+            f"transformers does not read rope_scaling's attn_factor, and neither is it read here: "
+            f"cos and sin are multiplied by {attention:.4g}; attention_factor in config.json sets "
+            "another number"
+        )
+    yarn = Yarn(factor, original, usual)
+    return Rope(theta, "yarn", rotary, factors, (), attention, yarn=yarn, caveat=caveat)
+
+
+def _yarn_factors(
+    theta: float, rotary: int, factor: float, original: int, turns: tuple[float, float], *,
+    truncate: bool,
+) -> tuple[float, ...]:  # fmt: skip
+    """Divisors of the frequencies: 1 above ``turns[0]`` turns within the original context, the
+    whole factor below ``turns[1]``, a ramp between."""
+    low, high = (
+        rotary * math.log(original / (count * 2 * math.pi)) / (2 * math.log(theta))
+        for count in turns
+    )
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary - 1)
+    pairs, width = np.arange(rotary // 2, dtype=np.float32), high - low or 0.001
+    plain_share = np.float32(1) - np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
+    base = powers(theta, rotary)
+    plain, stretched = np.float32(1) / base, np.float32(1) / (np.float32(factor) * base)
+    frequencies = stretched * (np.float32(1) - plain_share) + plain * plain_share
+    return tuple((1.0 / (frequencies.astype(np.float64) * base)).tolist())
+
+
+def _attention(factor: float, scaling: Mapping[str, Any]) -> float:
+    """The attention factor of YaRN by its scaling factor, and DeepSeek's two exponents."""
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if over and under:
+        over, under = number(scaling, "mscale"), number(scaling, "mscale_all_dim")
+        return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+
+def llama3_factors(theta: float, rotary: int, scaling: Mapping[str, Any]) -> tuple[float, ...]:
     factor = number(scaling, "factor")
     low, high = number(scaling, "low_freq_factor"), number(scaling, "high_freq_factor")
     original = number(scaling, "original_max_position_embeddings")

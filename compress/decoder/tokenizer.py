@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.decoder.chat import ChatTemplate
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError, UsageError, one_line
 from compress.machine import change_setting
@@ -23,9 +24,10 @@ class Tokenizer:
 
     Attributes:
         hf: the transformers tokenizer underneath.
+        rows: of the embedding; ids beyond them are left out of ``encode``.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, rows: int | None = None) -> None:
         """Load the tokenizer of a checkpoint folder.
 
         Raises:
@@ -50,6 +52,10 @@ class Tokenizer:
                     "the tokenizer needs the checkpoint's own code, which packlight never executes"
                 ) from error
             raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
+        self.rows = rows
+        self._rendering: dict[str, ChatTemplate] = {}  # a process each
+        if not self.hf.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
+            self.hf.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
@@ -57,7 +63,8 @@ class Tokenizer:
         Special tokens written out in the text (``<|end|>``) become their ids either way.
         """
         # verbose=False: no warning about texts longer than the model's context.
-        return list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+        ids = list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+        return ids if self.rows is None else [index for index in ids if index < self.rows]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens included, without clean-up of spaces."""
@@ -92,26 +99,46 @@ class Tokenizer:
         """Whether ``render_chat`` can work: base models have no template."""
         return bool(self.hf.chat_template)
 
-    def render_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Name → template, the one that is used first; most have one, ``default``.
+
+        Raises:
+            CheckpointError: something that is no template.
+        """
+        found = self.hf.chat_template or {}
+        named = {"default": found} if isinstance(found, str) else found
+        if not isinstance(named, Mapping) or not all(isinstance(t, str) for t in named.values()):
+            raise CheckpointError(
+                "the tokenizer's chat_template is neither a template nor a list of named ones"
+            )
+        return dict(sorted(named.items(), key=lambda entry: entry[0] != "default"))
+
+    def render_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, template: str = ""
+    ) -> str:
         """The chat as the model was trained to see it, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one.
+        The template writes its own BOS where the model wants one. One that asks for the date gets
+        that of ``chat_server.DATE``: a build has the same bytes tomorrow.
+
+        Args:
+            template: one of ``chat_templates``' values, for the first of them.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
         """
         if not self.hf.chat_template:
             raise CheckpointError("the tokenizer has no chat template")
-        try:
-            text: str = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # whatever a template of the checkpoint raises
-            raise CheckpointError(f"the chat template failed: {one_line(error)}") from error
-        return text
+        template = template or next(iter(self.chat_templates.values()))
+        if template not in self._rendering:
+            self._rendering[template] = ChatTemplate(template, self.hf.special_tokens_map)
+        rendering = self._rendering[template]
+        return rendering.render(messages, add_generation_prompt=add_generation_prompt)
 
+
+# What processors of several media keep their template in, and transformers' tokenizers leave there.
+PROCESSOR_TEMPLATE = "chat_template.json"
 
 MARGIN = 64  # tokens before a cut that the cut may have changed
 

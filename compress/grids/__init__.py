@@ -103,11 +103,6 @@ class Grid(Protocol):
 class BaseGrid:
     """What grids have in common; a grid needs nothing of it to be one."""
 
-    @property
-    def group_rows(self) -> int:
-        """1: rows are independent."""
-        return 1
-
     def check(self, shape: tuple[int, int]) -> None:
         """Every shape fits."""
 
@@ -130,13 +125,14 @@ class BlockedGrid(BaseGrid):
     name: str
     block: int
     block_bytes: int
+    group_rows = 1  # they are independent
 
     @property
     def span(self) -> int:
         """See ``LatticeGrid``: a block is fitted on its own."""
         return self.block
 
-    def check(self, shape: tuple[int, int]) -> None:
+    def check(self, shape: tuple[int, ...]) -> None:
         """Raise GridError when the rows are not whole blocks."""
         if len(shape) != 2 or shape[1] % self.block or shape[1] == 0:
             raise GridError(
@@ -148,17 +144,6 @@ class BlockedGrid(BaseGrid):
         """Bytes of the packed blocks."""
         self.check(shape)
         return shape[0] * (shape[1] // self.block) * self.block_bytes
-
-    def checked(self, weight: Float32) -> Float32:
-        """The weight, contiguous float32.
-
-        Raises:
-            GridError: a shape that does not fit, a weight that is not finite or exceeds 65504.
-        """
-        from compress.grids.lanes import checked
-
-        self.check((weight.shape[0], weight.shape[1]) if weight.ndim == 2 else weight.shape)
-        return checked(weight, self.name)
 
 
 @dataclass(frozen=True)

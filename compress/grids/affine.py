@@ -68,6 +68,7 @@ class Affine(BaseGrid):
     bits: int
     group_size: int
     symmetric: bool
+    group_rows = 1  # they are independent
 
     @property
     def name(self) -> str:
@@ -83,13 +84,6 @@ class Affine(BaseGrid):
     def middle(self) -> int:
         """The code of zero in the symmetric case: 8 or 128."""
         return 1 << (self.bits - 1)
-
-    @property
-    def _width(self) -> str:
-        """See ``TRIES``."""
-        if not self.group_size:
-            return "channel"
-        return "narrow" if self.group_size <= NARROW else "wide"
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise GridError when the groups do not divide the row."""
@@ -134,7 +128,8 @@ class Affine(BaseGrid):
         shares = np.empty(0, np.float32)
         if importance is not None:
             shares = normalized(importance, columns, self.name)
-        tries = np.array(TRIES[self.bits, self.symmetric, self._width], np.float32)
+        width = "wide" if self.group_size > NARROW else "narrow" if self.group_size else "channel"
+        tries = np.array(TRIES[self.bits, self.symmetric, width], np.float32)
         scale = np.empty((rows, groups), np.float32)
         zero = np.empty((rows, groups), np.float32)
         middle = self.middle if self.symmetric else -1
@@ -157,7 +152,8 @@ class Affine(BaseGrid):
 
         codes = np.empty(weight.shape, np.uint8)
         weight = np.ascontiguousarray(weight, np.float32)
-        scale, zero, size = self._wide(params, weight.shape[1])
+        scale, zero = (params[key].astype(np.float32) for key in ("scale", "zero_point"))
+        size = weight.shape[1] // scale.shape[1]
 
         def work(begin: int, end: int) -> None:
             kernels.encode(weight, size, 2**self.bits - 1, scale, zero, begin, end, codes)
@@ -171,7 +167,8 @@ class Affine(BaseGrid):
         from compress.grids.lanes import over_rows
 
         weight = np.empty(codes.shape, np.float32)
-        scale, zero, size = self._wide(params, codes.shape[1])
+        scale, zero = (params[key].astype(np.float32) for key in ("scale", "zero_point"))
+        size = codes.shape[1] // scale.shape[1]
 
         def work(begin: int, end: int) -> None:
             kernels.decode(codes, size, scale, zero, begin, end, weight)
@@ -184,11 +181,6 @@ class Affine(BaseGrid):
         scale = params["scale"].astype(np.float32)
         levels = np.arange(2**self.bits, dtype=np.float32)
         return Lattice(scale, scale * params["zero_point"], levels[None], even=True)
-
-    def _wide(self, params: Params, columns: int) -> tuple[Float32, Float32, int]:
-        """Scale and zero point as float32, and the columns of a group."""
-        scale = params["scale"].astype(np.float32)
-        return scale, params["zero_point"].astype(np.float32), columns // scale.shape[1]
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """Neutral arrays; each exporter lays them out as its runtime wants.

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from compress.errors import GridError
 from compress.grids import Array, BlockedGrid, Codebook, Float32, Params, Quantized
 from compress.grids.codebook_kernels import SUB, encode_words, fit_words
-from compress.grids.lanes import normalized, over_rows
+from compress.grids.lanes import checked, normalized, over_rows
 
 __all__ = ["WordGrid", "make"]
 
@@ -154,7 +154,7 @@ class WordGrid(BlockedGrid):
         Which word is nearest depends on how its columns are weighed, so these codes are better
         than those of ``encode``.
         """
-        weight = self.checked(weight)
+        weight = checked(weight, self)
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         shares = normalized(importance, columns, self.name)
@@ -188,7 +188,7 @@ class WordGrid(BlockedGrid):
         Raises:
             GridError: as ``fit``.
         """
-        weight = self.checked(weight)
+        weight = checked(weight, self)
         codes = np.empty(weight.shape, np.uint8)
         scale, ones = self.effective(params), np.ones(weight.shape[1], np.float32)
 

@@ -33,6 +33,7 @@ class DenseGrid(BaseGrid):
     """A float format; see ``compress.grids.Grid``. Tensors may have any number of dimensions."""
 
     name: str
+    group_rows = 1  # they are independent
 
     @property
     def bits(self) -> int:

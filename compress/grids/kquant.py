@@ -21,6 +21,7 @@ set to that step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from compress.grids import Array, BlockedGrid, Float32, Lattice, Params, Quantiz
 from compress.grids.kquant_affine import fit_affine
 from compress.grids.kquant_kernels import encode_levels, encode_linear, fit_symmetric
 from compress.grids.kquant_layout import block_bytes, pack, unpack
-from compress.grids.lanes import normalized, over_rows
+from compress.grids.lanes import checked, normalized, over_rows
 
 __all__ = ["BlockGrid", "make"]
 
@@ -76,12 +77,12 @@ class BlockGrid(BlockedGrid):
     Attributes:
         name: ggml's name.
         block: columns of a block, 32 or 256.
-        sub: columns that share a scale.
+        group_size: columns that share a scale.
         zero: the code of zero (symmetric types).
-        top: the largest code.
+        bits: of a code.
         limit: largest integer scale (with a minimum), or the magnitude of the lowest (without);
             0 where the scale is a float16 of its own.
-        has_minimum: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
+        symmetric: there is no minimum; Q4_1, Q5_1, Q2_K, Q4_K and Q5_K have one.
         curved: the levels are those of a table, not evenly spaced: IQ4_NL, IQ4_XS.
         plain: the search when no importance is given.
         weighted: the search beside a given importance.
@@ -90,11 +91,11 @@ class BlockGrid(BlockedGrid):
 
     name: str
     block: int
-    sub: int
+    group_size: int
     zero: int
-    top: int
+    bits: int
     limit: int
-    has_minimum: bool
+    symmetric: bool
     curved: bool
     plain: Search
     weighted: Search
@@ -102,25 +103,10 @@ class BlockGrid(BlockedGrid):
 
     @property
     def levels(self) -> Float32:
-        """What each code stands for before scale and minimum, float32 ``[top + 1]``."""
+        """What each code stands for before scale and minimum, float32 ``[2 ** bits]``."""
         if self.curved:
             return IQ4_LEVELS
-        return np.arange(self.top + 1, dtype=np.float32) - np.float32(self.zero)
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return self.top.bit_length()
-
-    @property
-    def group_size(self) -> int:
-        """``sub``."""
-        return self.sub
-
-    @property
-    def symmetric(self) -> bool:
-        """There is no minimum."""
-        return not self.has_minimum
+        return np.arange(2**self.bits, dtype=np.float32) - np.float32(self.zero)
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
@@ -134,15 +120,13 @@ class BlockGrid(BlockedGrid):
 
         Returns:
             ``d`` (and ``m`` or ``dmin``) float16 ``[rows, columns / block]``; K-quants also
-            ``scales`` (int8, or uint8 where there are ``mins``) ``[rows, columns / sub]``.
+            ``scales`` (int8, or uint8 where there are ``mins``) ``[rows, columns / group_size]``.
 
         Raises:
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        return self._fit(self.checked(weight), importance)
-
-    def _fit(self, weight: Float32, importance: Float32 | None) -> Params:
+        weight = checked(weight, self)
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         squares = np.empty(0, dtype=np.float32)
@@ -159,12 +143,12 @@ class BlockGrid(BlockedGrid):
             search.units,
             search.refits,
             search.starts,
-            self.sub,
+            self.group_size,
         )
-        top, zero, limit = np.float32(self.top), np.float32(self.zero), np.float32(self.limit)
+        top, zero, limit = (np.float32(n) for n in (2**self.bits - 1, self.zero, self.limit))
         d = np.zeros((rows, columns // self.block), dtype=np.float32)
-        subs = columns // self.sub if self.limit else 0
-        if self.has_minimum:
+        subs = columns // self.group_size if self.limit else 0
+        if not self.symmetric:
             low = np.zeros_like(d)
             scales, mins = np.zeros((2, rows, subs), dtype=np.uint8)
             over_rows(
@@ -173,9 +157,10 @@ class BlockGrid(BlockedGrid):
                 ),
                 rows,
             )
+            halves = d.astype(np.float16)  # exact: the kernels round
             if self.limit:
-                return {"d": _half(d), "dmin": _half(low), "scales": scales, "mins": mins}
-            return {"d": _half(d), "m": _half(-low)}
+                return {"d": halves, "dmin": low.astype(np.float16), "scales": scales, "mins": mins}
+            return {"d": halves, "m": (-low).astype(np.float16)}
         scales = np.zeros((rows, subs), dtype=np.int8)
         values = IQ4_LEVELS[IQ4_CELLS] if self.curved else np.empty(0, np.float32)
         over_rows(
@@ -184,17 +169,18 @@ class BlockGrid(BlockedGrid):
             ),
             rows,
         )
-        return {"d": _half(d), "scales": scales} if self.limit else {"d": _half(d)}
+        halves = d.astype(np.float16)
+        return {"d": halves, "scales": scales} if self.limit else {"d": halves}
 
     def effective(self, params: Params) -> tuple[Float32, Float32]:
         """Scale and minimum of every sub-block: ``w = scale * levels[code] - minimum``.
 
-        Column c of a row belongs to sub-block ``c // sub``. A solver may round any column at any
-        time: the nearest code is ``(w + minimum) / scale + zero``, rounded and cut to 0..top
+        Column c of a row belongs to sub-block ``c // group_size``. A solver may round any column at
+        any time: the nearest code is ``(w + minimum) / scale + zero``, rounded and cut to the codes
         (IQ4_NL, IQ4_XS: the nearest of ``levels``); a scale of 0 wants code ``zero``.
 
         Returns:
-            Two float32 ``[rows, columns / sub]``.
+            Two float32 ``[rows, columns / group_size]``.
         """
         scale = params["d"].astype(np.float32)
         low = params["m"] if "m" in params else params.get("dmin")
@@ -202,7 +188,7 @@ class BlockGrid(BlockedGrid):
         if "m" in params:
             minimum = -minimum
         if self.limit:
-            times = self.block // self.sub
+            times = self.block // self.group_size
             scale = np.repeat(scale, times, axis=1) * params["scales"]
             minimum = np.repeat(minimum, times, axis=1)
             if "mins" in params:
@@ -215,12 +201,12 @@ class BlockGrid(BlockedGrid):
         return Lattice(scale, minimum, self.levels[None], even=not self.curved)
 
     def encode(self, weight: Float32, params: Params) -> Array:
-        """The nearest codes, uint8 ``[rows, columns]``, 0..top.
+        """The nearest codes, uint8 ``[rows, columns]``.
 
         Raises:
             GridError: as ``fit``.
         """
-        return self._encode(self.checked(weight), params)
+        return self._encode(checked(weight, self), params)
 
     def _encode(self, weight: Float32, params: Params) -> Array:
         scale, minimum = self.effective(params)
@@ -228,15 +214,15 @@ class BlockGrid(BlockedGrid):
         if self.curved:
             over_rows(
                 lambda begin, end: encode_levels(
-                    weight, scale, IQ4_CELLS, self.sub, begin, end, codes
+                    weight, scale, IQ4_CELLS, self.group_size, begin, end, codes
                 ),
                 len(codes),
             )
         else:
-            zero, top = np.float32(self.zero), np.float32(self.top)
+            zero, top = np.float32(self.zero), np.float32(2**self.bits - 1)
             over_rows(
                 lambda begin, end: encode_linear(
-                    weight, scale, minimum, self.sub, zero, top, begin, end, codes
+                    weight, scale, minimum, self.group_size, zero, top, begin, end, codes
                 ),
                 len(codes),
             )
@@ -245,9 +231,9 @@ class BlockGrid(BlockedGrid):
     def decode(self, codes: Array, params: Params) -> Float32:
         """float32 ``[rows, columns]``, equal bit for bit to gguf-py's decoding of the bytes."""
         scale, minimum = self.effective(params)
-        values: Float32 = np.take(self.levels, codes).reshape(*scale.shape, self.sub)
+        values: Float32 = np.take(self.levels, codes).reshape(*scale.shape, self.group_size)
         values *= scale[..., None]
-        if self.has_minimum:
+        if not self.symmetric:
             values -= minimum[..., None]
         decoded: Float32 = values.reshape(codes.shape)
         return decoded
@@ -255,28 +241,19 @@ class BlockGrid(BlockedGrid):
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
         """``blocks``: uint8 ``[rows, bytes_per_row]``, a GGUF tensor's data."""
         rows, columns = codes.shape
-        blocks = np.empty((rows, columns // self.block * self.block_bytes), np.uint8)
-
-        def work(begin: int, end: int) -> None:
-            some = {name: values[begin:end] for name, values in params.items()}
-            blocks[begin:end] = pack(self.name, self.block, codes[begin:end], some)
-
-        over_rows(work, rows)
-        return {"blocks": blocks}
+        blocks = np.empty((rows, columns // self.block, self.block_bytes), np.uint8)
+        over_rows(partial(pack, self.name, codes, params, blocks), rows)
+        return {"blocks": blocks.reshape(rows, -1)}
 
     def unpack(self, blocks: Array) -> tuple[Array, Params]:
         """Codes and parameters of packed blocks, the inverse of ``pack``."""
-        return unpack(self.name, self.block, blocks)
+        return unpack(self.name, blocks.reshape(len(blocks), -1, self.block_bytes))
 
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``fit``, then ``encode``; the weight is checked once."""
-        weight = self.checked(weight)
-        params = self._fit(weight, importance)
+        params = self.fit(weight, importance)
+        weight = np.ascontiguousarray(weight, np.float32)
         return Quantized(self._encode(weight, params), params, self, weight.shape)
-
-
-def _half(values: Float32) -> Array:
-    return values.astype(np.float16)  # exact: the kernels round
 
 
 # Tries were chosen greedily, each next one the most useful on sub-blocks of normal, Student-t,
@@ -302,20 +279,20 @@ LEVELS_Q3 = (-4.25, -3.25, -5.375, 4.75, -3.875, 4, -6, -4.625)
 LEVELS_IQ4 = (-128, 115, -109, -140, 129, -122, 91, -91)
 LEVELS_IQ4_XS = (-133, 117, -123, -107, -143, 110, 129, 93, -150, -128)
 
-# name: block, sub, zero, top, limit, has_minimum, curved
+# name: block, group_size, zero, bits, limit, symmetric, curved
 SHAPES = {
-    "Q8_0": (32, 32, 128, 255, 0, False, False),
-    "Q4_0": (32, 32, 8, 15, 0, False, False),
-    "Q5_0": (32, 32, 16, 31, 0, False, False),
-    "IQ4_NL": (32, 32, 0, 15, 0, False, True),
-    "Q4_1": (32, 32, 0, 15, 0, True, False),
-    "Q5_1": (32, 32, 0, 31, 0, True, False),
-    "Q2_K": (256, 16, 0, 3, 15, True, False),
-    "Q3_K": (256, 16, 4, 7, 32, False, False),
-    "Q4_K": (256, 32, 0, 15, 63, True, False),
-    "Q5_K": (256, 32, 0, 31, 63, True, False),
-    "Q6_K": (256, 16, 32, 63, 128, False, False),
-    "IQ4_XS": (256, 32, 0, 15, 32, False, True),
+    "Q8_0": (32, 32, 128, 8, 0, True, False),
+    "Q4_0": (32, 32, 8, 4, 0, True, False),
+    "Q5_0": (32, 32, 16, 5, 0, True, False),
+    "IQ4_NL": (32, 32, 0, 4, 0, True, True),
+    "Q4_1": (32, 32, 0, 4, 0, False, False),
+    "Q5_1": (32, 32, 0, 5, 0, False, False),
+    "Q2_K": (256, 16, 0, 2, 15, False, False),
+    "Q3_K": (256, 16, 4, 3, 32, True, False),
+    "Q4_K": (256, 32, 0, 4, 63, False, False),
+    "Q5_K": (256, 32, 0, 5, 63, False, False),
+    "Q6_K": (256, 16, 32, 6, 128, True, False),
+    "IQ4_XS": (256, 32, 0, 4, 32, True, True),
 }
 
 # name: search without, and with importance. The error's weights were chosen so that both the

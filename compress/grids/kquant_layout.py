@@ -79,13 +79,15 @@ def block_bytes(name: str) -> int:
     return sum(size for _, size in FIELDS[name])
 
 
-def pack(name: str, block: int, codes: Array, params: Params) -> Bytes:
-    """Codes uint8 ``[rows, columns]`` and parameters as uint8 ``[rows, bytes_per_row]``."""
-    rows, columns = codes.shape
-    blocks = np.empty((rows, columns // block, block_bytes(name)), dtype=np.uint8)
+def pack(name: str, codes: Array, params: Params, packed: Bytes, begin: int, end: int) -> None:
+    """Rows ``begin:end`` of codes, uint8 ``[rows, columns]``, and of parameters, as the bytes of
+    ``packed``, uint8 ``[rows, blocks per row, bytes per block]``."""
+    codes, blocks = codes[begin:end], packed[begin:end]
+    params = {key: values[begin:end] for key, values in params.items()}
     if name == "Q8_0":
         codes = codes ^ SIGN
-    flat, flat_codes = blocks.reshape(-1, blocks.shape[2]), codes.reshape(-1, block)
+    flat = blocks.reshape(-1, blocks.shape[2])
+    flat_codes = codes.reshape(len(flat), -1)
     start = 0
     for field, size in FIELDS[name]:
         part = blocks[..., start : start + size]
@@ -98,14 +100,13 @@ def pack(name: str, block: int, codes: Array, params: Params) -> Bytes:
         else:
             part[:] = params[field].astype("<f2")[..., None].view(np.uint8)
         start += size
-    return blocks.reshape(rows, -1)
 
 
-def unpack(name: str, block: int, packed: Bytes) -> tuple[Array, dict[str, Array]]:
+def unpack(name: str, blocks: Bytes) -> tuple[Array, dict[str, Array]]:
     """The inverse of ``pack``: codes and parameters."""
-    rows = packed.shape[0]
-    blocks = packed.reshape(rows, -1, block_bytes(name))
-    codes = np.zeros((rows, blocks.shape[1] * block), dtype=np.uint8)
+    bits, _, _ = PARTS[name]["low"]
+    _, size = next(field for field in FIELDS[name] if field[0] == "low")
+    codes = np.zeros((len(blocks), blocks.shape[1] * size * 8 // bits), dtype=np.uint8)
     params: dict[str, Array] = {}
     start = 0
     for field, size in FIELDS[name]:

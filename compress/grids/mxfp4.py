@@ -24,7 +24,7 @@ import numpy as np
 from compress.errors import GridError
 from compress.grids import Array, BlockedGrid, Float32, Lattice, Params
 from compress.grids.kquant_kernels import ROWS, STEP, WRR, encode_levels, load, sums_symmetric
-from compress.grids.lanes import LANES, WORST, kernel, normalized, over_rows
+from compress.grids.lanes import LANES, WORST, checked, kernel, normalized, over_rows
 
 __all__ = ["MicroscalingFloat", "make"]
 
@@ -68,7 +68,7 @@ class MicroscalingFloat(BlockedGrid):
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        weight = self.checked(weight)
+        weight = checked(weight, self)
         rows, columns = weight.shape
         shares = normalized(importance, columns, self.name)
         exponents = np.zeros((rows, columns // BLOCK), dtype=np.uint8)
@@ -85,7 +85,7 @@ class MicroscalingFloat(BlockedGrid):
         Raises:
             GridError: as ``fit``.
         """
-        weight = self.checked(weight)
+        weight = checked(weight, self)
         scale = self.lattice(params).scale
         codes = np.empty(weight.shape, dtype=np.uint8)
         over_rows(

@@ -8,8 +8,9 @@ escaped.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ __all__ = [
     "folder_digests",
     "parse_checksums",
     "read_checksums",
+    "refuse_links",
     "sha256_of",
     "unlisted",
     "verify",
@@ -45,22 +47,25 @@ class Findings:
         changed: listed and there, with other bytes.
         missing: listed and not there.
         extra: there and not listed.
+        links: listed, and a link now, or below one; what it leads to is not read.
     """
 
     files: int
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
         """Whether the folder is as it was written."""
-        return not (self.changed or self.missing or self.extra)
+        return not (self.changed or self.missing or self.extra or self.links)
 
     def lines(self) -> list[str]:
         """One for each file that is not as listed."""
         return [
             *(f"{name}: its bytes are not those that were written" for name in self.changed),
+            *(f"{name}: a link, not the file that was written" for name in self.links),
             *(f"{name}: missing" for name in self.missing),
             *(f"{name}: not in {NAME}" for name in self.extra),
         ]
@@ -73,8 +78,13 @@ def sha256_of(path: Path) -> str:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name."""
+    """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name.
+
+    Raises:
+        ArtifactError: there is a link among them.
+    """
     names = files_in(folder)
+    refuse_links(folder, names)
     largest_first = sorted(names, key=lambda name: -(folder / name).stat().st_size)
     with ThreadPoolExecutor(worker_threads()) as pool:
         digests = pool.map(sha256_of, [folder / name for name in largest_first])
@@ -102,6 +112,30 @@ def files_in(folder: Path) -> list[str]:
     """Names of the files below a folder but its ``SHA256SUMS``, in the order of their paths."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(folder).as_posix() for path in paths if path != folder / NAME]
+
+
+def links_in(folder: Path, names: Iterable[str]) -> list[str]:
+    """Which of some names are links, or lie below one: they are not the folder's own files."""
+    home = os.path.realpath(folder)
+    return [
+        name
+        for name in names
+        if "\0" not in name
+        and os.path.realpath(folder / name) != os.path.normpath(os.path.join(home, name))
+    ]
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """See that nothing else is hashed or published than what lies in a folder.
+
+    Raises:
+        ArtifactError: one of the names is a link, or lies below one.
+    """
+    if found := links_in(folder, names):
+        raise ArtifactError(
+            f"{folder} is damaged: {found[0]} is a link, and packlight writes none",
+            hint="build it again",
+        )
 
 
 def unlisted(folder: Path, listed: Collection[str]) -> list[str]:
@@ -200,7 +234,8 @@ def check_folder(
         UsageError, ArtifactError: see ``read_checksums``.
     """
     listed = read_checksums(folder / NAME)
-    present = [name for name in listed if (folder / name).is_file()]
+    links = links_in(folder, listed)
+    present = [name for name in listed if name not in links and (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     changed, done = [], 0
     for name in present:
@@ -211,6 +246,7 @@ def check_folder(
     return Findings(
         files=len(listed),
         changed=tuple(sorted(changed)),
-        missing=tuple(sorted(set(listed) - set(present))),
+        missing=tuple(sorted(set(listed) - set(present) - set(links))),
         extra=tuple(sorted(unlisted(folder, listed))),
+        links=tuple(sorted(links)),
     )

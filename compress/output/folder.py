@@ -3,13 +3,19 @@
 Nothing half-written ever stands under the final name, whatever stops a build.
 
     OUTPUT.partial/new/      what will be OUTPUT
+    OUTPUT.partial/old/      the OUTPUT that is being replaced
     OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
                              ledger for each target (``compress.plan.weights``), its hidden states
+
+``state/build.json`` is there from the first to the last: it tells the folder from somebody else's
+of that name, which is left alone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,12 +32,13 @@ from compress.errors import (
     UsageError,
     is_disk_full,
 )
-from compress.files import file_lock, real_path, write_whole
+from compress.files import file_lock, full_disk, real_path, write_whole
 from compress.output.checksums import NAME, read_checksums, unlisted
 from compress.plan import weights
 
-STATE = "state"
-RETIRED = ".old.partial"  # ends the name of an output that is being replaced
+STATE, NEW, OLD = "state", "new", "old"
+RECORD = "build.json"
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -40,13 +47,20 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: it exists and is not empty, without ``overwrite``.
         UsageError: ``overwrite`` of something that is not a packlight output, or holds anything
-            else; a folder that cannot be replaced: the current one, or a mount point.
+            else; a folder that cannot be replaced: the current one, or a mount point; somebody
+            else's ``OUTPUT.partial``.
     """
     place = real_path(output)
     if Path.cwd().is_relative_to(place):
         raise UsageError(
             f"the output {output} would replace the folder that you are in",
             hint="name a folder inside it, such as -o out",
+        )
+    if not is_work_folder(partial_folder(place)):
+        raise UsageError(
+            f"{partial_folder(place)} was not made by packlight, which would work there and "
+            "delete it",
+            hint="move it elsewhere, or choose another --output",
         )
     if not place.exists():
         return
@@ -91,7 +105,8 @@ def check_disk(output: Path, needed: int) -> None:
     while not folder.exists():
         folder = folder.parent
     # Bytes on the disk of what a killed build left; holes take none.
-    left = partial_folder(real_path(output)).rglob("*")
+    partial = partial_folder(real_path(output))
+    left = partial.rglob("*") if is_work_folder(partial) else ()
     free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left)
     if free < needed:
         raise DiskFullError(
@@ -104,6 +119,27 @@ def check_disk(output: Path, needed: int) -> None:
 def partial_folder(output: Path) -> Path:
     """Where a build of an output (see ``real_path``) works."""
     return output.with_name(output.name + ".partial")
+
+
+def is_work_folder(partial: Path) -> bool:
+    """Whether a folder is one of a build's, or is not there; links are not."""
+    if partial.is_symlink() or not partial.is_dir():
+        return not partial.is_symlink() and not partial.exists()
+    inside = list(partial.iterdir())
+    known = {STATE, NEW, OLD} >= {path.name for path in inside}
+    if not known or any(path.is_symlink() for path in inside):
+        return False
+    # A build that was killed before it wrote its record has made nothing else.
+    marked = (partial / STATE / RECORD).is_file()
+    return marked or all(p.is_dir() or p.name.startswith(RECORD) for p in partial.rglob("*"))
+
+
+def remove(partial: Path) -> None:
+    """Remove a work folder, last what tells whose it is: this may be cut off, too."""
+    if is_work_folder(partial):
+        with suppress(OSError):
+            clear(partial, {partial / STATE / RECORD})
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def baseline_folder(output: Path) -> Path:
@@ -136,7 +172,7 @@ class Resume:
         Raises:
             UsageError: another build's is there, or one that should be continued.
         """
-        record = partial / STATE / "build.json"
+        record = partial / STATE / RECORD
         known = json_or_empty(record)
         if self.wanted and known and known != self.identity:
             raise UsageError(
@@ -153,10 +189,10 @@ class Resume:
         if self.wanted and known:
             states = [path.with_suffix(".states") for path in ledgers]
             baseline = partial / STATE / "baseline"
-            clear(partial, {record, baseline, partial / "new", *ledgers, *states})
-            clear(partial / "new", {partial / "new" / path.stem for path in ledgers})
+            clear(partial, {record, baseline, partial / NEW, *ledgers, *states})
+            clear(partial / NEW, {partial / NEW / path.stem for path in ledgers})
             return
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         record.parent.mkdir(parents=True)
         write_whole(record, json.dumps(self.identity))
 
@@ -192,69 +228,83 @@ def brief(value: Any) -> str:
 
 
 @contextmanager
-def work_folder(output: Path, resume: Resume | None = None) -> Iterator[Path]:
+def work_folder(
+    output: Path, resume: Resume | None = None, *, overwrite: bool = False
+) -> Iterator[Path]:
     """``OUTPUT.partial/new``, renamed to ``OUTPUT`` on success and deleted on any failure.
 
     Args:
         output: to make.
         resume: on a failure the folder stays, if this wants it.
+        overwrite: replace an output of packlight's, also one that comes into being meanwhile.
 
     Raises:
         DiskFullError: the device ran full meanwhile.
         UsageError: another build writes to the same output, or the place is not writable; see
-            ``Resume.begin``.
+            ``check_output`` and ``Resume.begin``.
     """
     place = real_path(output)
     partial = partial_folder(place)
-    keeps = resume is not None and resume.wanted
+    begun = resume or Resume({}, wanted=False, afresh=True)
+    keeps = begun.wanted
     with locked(place):
         bring_back(place)
-        if resume is None:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed build
-        else:
-            resume.begin(partial)
+        check_output(output, overwrite=overwrite)  # another build may just have ended
+        begun.begin(partial)
         try:
-            (partial / "new").mkdir(parents=True, exist_ok=True)
-            yield partial / "new"
-            replace(place, partial / "new")
+            (partial / NEW).mkdir(parents=True, exist_ok=True)
+            yield partial / NEW
+            try:
+                replace(place, partial, overwrite=overwrite)
+            except UsageError:  # the work is done, and only its place was taken meanwhile
+                keeps = resume is not None
+                raise
             keeps = False
         except BaseException as error:
             if keeps:
                 error.add_note(f"what is finished stays in {partial.name}: --resume continues it")
             if isinstance(error, OSError) and is_disk_full(error):
                 left = "what is finished stays" if keeps else "nothing was left behind"
+                full, hint = full_disk(place.parent)
                 raise DiskFullError(
-                    f"the disk ran full while writing to {output.parent} ({error.strerror})",
-                    hint=f"{left}; free some space and run it again",
+                    f"the disk of {full} ran full ({error.strerror or error})",
+                    hint=f"{left}; {hint}, and run it again",
                 ) from error
             raise
         finally:
-            if not keeps:
-                shutil.rmtree(partial, ignore_errors=True)
+            if not keeps and (place.exists() or not (partial / OLD).exists()):
+                remove(partial)
 
 
 def bring_back(output: Path) -> None:
     """The old output, where a build was killed in the moment of replacing it."""
-    retired = output.with_name(output.name + RETIRED)
-    if retired.is_dir() and not output.exists():
-        retired.rename(output)
+    old = partial_folder(output) / OLD
+    if old.is_dir() and not output.exists() and is_work_folder(partial_folder(output)):
+        old.rename(output)
 
 
-def replace(output: Path, partial: Path) -> None:
-    """Put ``partial`` in the place of ``output``; on a failure, the old output is still there."""
-    retired = output.with_name(output.name + RETIRED)
-    shutil.rmtree(retired, ignore_errors=True)
-    if not output.exists():
-        partial.rename(output)
-        return
+def replace(output: Path, partial: Path, *, overwrite: bool) -> None:
+    """Put what a build has made in the place of the output.
+
+    Nothing is replaced but an empty folder, and with ``overwrite`` an output of packlight's; on a
+    failure that is still there.
+
+    Raises:
+        UsageError: something else is there now (``check_output``).
+    """
     try:
-        output.rename(retired)
-        partial.rename(output)
+        (partial / NEW).rename(output)
+        return
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+    check_output(output, overwrite=overwrite)
+    try:
+        output.rename(partial / OLD)
+        (partial / NEW).rename(output)
     except BaseException:  # Ctrl-C between the two as well
-        if not output.exists():
-            retired.rename(output)
+        bring_back(output)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager
@@ -278,7 +328,14 @@ def locked(output: Path) -> Iterator[None]:
                 f"another build is writing to {output}", hint="wait for it, or another --output"
             ) from error
         except OSError as error:
-            raise UsageError(f"cannot write to {output.parent}: {error.strerror}") from error
+            lock = output.with_name(f"{output.name}.lock")
+            there = os.path.lexists(lock) and error.errno != errno.EROFS
+            raise UsageError(
+                f"{lock} cannot be locked: {error.strerror}"
+                if there
+                else f"cannot write to {output.parent}: {error.strerror}",
+                hint="move it elsewhere, or choose another --output" if there else "",
+            ) from error
         yield
 
 

@@ -1,6 +1,5 @@
 """The inputs that determine a build's bytes: versions, checkpoint, recipe, other files.
 
-- ``identity``: whether a build may go on with what another left (``--resume``).
 - ``lock_document``: by hash, in ``plan.json``; ``--locked`` refuses to build from anything else.
 - ``provenance``: by hash, as ``provenance.json``.
 
@@ -18,6 +17,7 @@ import platform
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,8 @@ __all__ = [
     "PROVENANCE",
     "check_lock",
     "files_digest",
-    "identity",
     "lock_document",
     "provenance",
-    "source_files",
     "versions",
 ]
 
@@ -77,6 +75,7 @@ def lock_document(
     *,
     thorough: bool,
     progress: Progress = lambda done, total: None,
+    small: int = SMALL,
 ) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
     of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
@@ -88,16 +87,19 @@ def lock_document(
         inputs: other files that the artifacts depend on: calibration texts, an imatrix.
         thorough: hash every file of the checkpoint, also where the Hub names its hash.
         progress: ``progress(done, total)`` in bytes.
+        small: bytes of all that are always hashed.
     """
-    files = source_files(checkpoint)
-    digests = {path: None if thorough else hub_digest(path) for path in files}
+    files = checkpoint.files()
+    linked = [] if thorough else [path for path in files if path.is_symlink()]
+    digests = {path: hub_digest(path) if path in linked else None for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
-    known = thorough or total <= SMALL
+    known = thorough or total <= small
     done = 0
     for path in unknown if known else ():
-        digests[path] = cached_digest(path)
-        done += path.stat().st_size
+        size = path.stat().st_size
+        digests[path] = sha256_of(path) if size <= small else cached_digest(path)
+        done += size
         progress(done, total)
     named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name
     for path in inputs:
@@ -110,18 +112,20 @@ def lock_document(
             headers=headers_digest(checkpoint), files=hashes if known else None
         ),
         inputs={name: sha256_of(path) for name, path in named.items()},
+        adapters={
+            f"{adapter.label}#{number}" if number > 1 else adapter.label: adapter.files
+            for number, adapter in enumerate(checkpoint.adapters, 1)
+        },
     )
 
 
-def source_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a checkpoint that a build reads, by name."""
-    folder = checkpoint.path
-    shards = {info.file for info in checkpoint.tensors.values()}
-    names = ("config.json", "generation_config.json")
-    others = {folder / name for name in names if (folder / name).is_file()}
-    indices = {path for path in folder.glob("*.index.json") if path.is_file()}
-    tokenizer = set(checkpoint.tokenizer_files())
-    return sorted(shards | others | indices | tokenizer, key=lambda path: path.name)
+def files_digest(files: Sequence[Path]) -> str | None:
+    """SHA-256 of some files; None for none."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest() if files else None
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:
@@ -133,23 +137,21 @@ def headers_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def hub_digest(path: Path) -> str | None:
+def hub_digest(link: Path) -> str | None:
     """SHA-256 of a file as the Hub's cache names it, where snapshots link to ``blobs/<sha256>``;
-    None elsewhere.
+    None of other links.
 
     Small files are there under their git hash, of 40 digits.
     """
-    blob = path.resolve() if path.is_symlink() else path
-    known = path.is_symlink() and blob.parent.name == "blobs"
-    return blob.name if known and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
+    blob = link.resolve()
+    known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    return blob.name if known else None
 
 
 def cached_digest(path: Path) -> str:
-    """SHA-256 of a file, cached for as long as its size and time stay."""
+    """SHA-256 of a large file, cached for as long as its size and time stay."""
     real = path.resolve()
     stat = real.stat()
-    if stat.st_size <= SMALL:
-        return sha256_of(real)
     key = hashlib.sha256(str(real).encode()).hexdigest()[:16]
     entry = cache_folder("hashes") / f"{key}.json"
     facts = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
@@ -157,7 +159,8 @@ def cached_digest(path: Path) -> str:
     if {name: found.get(name) for name in facts} == facts and "sha256" in found:
         return str(found["sha256"])
     digest = sha256_of(real)
-    write_whole(entry, json.dumps({**facts, "sha256": digest}))
+    with suppress(OSError):  # a cache without room costs the time of hashing again
+        write_whole(entry, json.dumps({**facts, "sha256": digest}))
     return digest
 
 
@@ -225,49 +228,6 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-# --- --resume --------------------------------------------------------------------------------
-
-
-def identity(
-    job: Job, *, texts: Sequence[Path], options: Mapping[str, Any], files: Mapping[str, Path | None]
-) -> dict[str, Any]:
-    """What two builds must share for one to go on with what the other left.
-
-    Verification has no part in it: what a build left for want of memory there can be continued
-    with ``--no-verify``. Neither have threads (``compress.machine``).
-
-    Args:
-        job: as it is before grids are chosen and weights changed; those follow from it.
-        texts: of the calibration, where a build looks at them.
-        options: others that decide over the bytes, by name.
-        files: the same for files, None where there is none.
-
-    Raises:
-        CheckpointError: files of the checkpoint that cannot be read.
-    """
-    document = {
-        "versions": versions(),
-        "model": job.checkpoint.source,
-        "checkpoint": job.checkpoint.fingerprint(),
-        "tokenizer": files_digest(job.checkpoint.tokenizer_files()),
-        "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
-        "texts": files_digest(texts),
-        **options,
-        **{name: files_digest([file] if file else []) for name, file in files.items()},
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(document))
-    return plain
-
-
-def files_digest(files: Sequence[Path]) -> str | None:
-    """SHA-256 of some files; None for none."""
-    found = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            found.update(hashlib.file_digest(stream, "sha256").digest())
-    return found.hexdigest() if files else None
-
-
 # --- provenance.json -------------------------------------------------------------------------
 
 
@@ -304,6 +264,7 @@ def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, An
                     "command": shlex.join(words),
                     "model": job.checkpoint.source,
                     **({"revision": job.checkpoint.revision} if job.checkpoint.revision else {}),
+                    **({"adapters": [*lock.adapters]} if lock.adapters else {}),
                     "recipe": job.recipe.to_dict(),
                 },
                 "internalParameters": {
@@ -346,6 +307,11 @@ def dependencies(job: Job, lock: Lock) -> Iterator[dict[str, Any]]:
             at = f"{checkpoint.source}/resolve/{checkpoint.revision}"
             uri = f"https://huggingface.co/{at}/{name}"
         yield resource(name, digest, uri)
+    for adapter in checkpoint.adapters:
+        at = f"{adapter.source}/resolve/{adapter.revision}"
+        for name, digest in adapter.files.items():
+            uri = f"https://huggingface.co/{at}/{name}" if adapter.revision else ""
+            yield resource(f"{adapter.source}/{name}", digest, uri)
     for name, digest in lock.inputs.items():
         yield resource(name, digest)
     for name, installed in lock.versions.items():

@@ -12,7 +12,7 @@ from compress.checkpoint.save import checkpoint_bytes, write_checkpoint
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.errors import UsageError
-from compress.files import real_path
+from compress.files import check_place, check_unchanged
 from compress.output.folder import check_disk, check_output, work_folder
 from compress.plan.job import Job, read_license
 from compress.pruning.step import RECORD
@@ -36,6 +36,7 @@ def save_checkpoint(source: Source, folder: Path, card: str = "") -> None:
     check_disk(folder, checkpoint_bytes(source))
     with work_folder(folder) as partial:
         write_checkpoint(source, partial)
+        check_unchanged(source.checkpoint.opened)
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -50,8 +51,7 @@ def check_save(folder: Path, output: Path, job: Job) -> None:
         raise UsageError(
             "--save-checkpoint has no effect: nothing is pruned", hint="--prune depth:10%"
         )
-    if real_path(folder).is_relative_to(real_path(output)):
-        raise UsageError(f"{folder} is inside the output {output}", hint="name another folder")
+    check_place("--save-checkpoint", folder, output, folder=True)
     check_output(folder, overwrite=False)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, PublishError, UsageError, one_line
-from compress.output.checksums import NAME, files_in, read_checksums
+from compress.output.checksums import NAME, files_in, read_checksums, refuse_links
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -140,6 +140,7 @@ def checked_operations(folder: Path, console: Console) -> list[CommitOperationAd
     listed = read_checksums(folder / NAME)
     if unlisted := sorted({*FINISHED} - {NAME, *listed}):
         raise ArtifactError(f"{folder} is damaged: {unlisted[0]} is not in {NAME}")
+    refuse_links(folder, [*listed, NAME])
     for name in files_in(folder):
         if name not in listed:
             console.warning(f"{name} is not in {NAME}, so it is not pushed")
@@ -193,7 +194,7 @@ def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], rep
     from huggingface_hub import HfApi, errors
 
     # Large files: of huggingface_hub 0.x. HTTPError: of requests, httpx or httpx2, by its version.
-    also = (errors.HTTPError, getattr(errors, "XetError", OSError))
+    also = (getattr(errors, "HTTPError", OSError), getattr(errors, "XetError", OSError))
     api = HfApi(library_name="packlight", library_version=report.tool.version)
     try:
         return commit(api, settings, operations, report)

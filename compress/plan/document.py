@@ -38,6 +38,9 @@ class PlannedModel(Part):
 
     source: str = Field(description="Hub id or folder name.")
     revision: str = Field(description="Commit on the Hub; empty for a folder.")
+    adapters: list[str] = Field(
+        default=[], description="Merged into it, as --adapter names them, without local paths."
+    )
     family: str
     parameters: int
 
@@ -104,6 +107,9 @@ class Lock(Part):
     versions: dict[str, str]
     checkpoint: CheckpointLock
     inputs: dict[str, str] = Field(description="Calibration texts or an imatrix, by SHA-256.")
+    adapters: dict[str, dict[str, str]] = Field(
+        default={}, description="Of each adapter the SHA-256 of its files."
+    )
 
 
 class PlanDocument(Part):
@@ -184,6 +190,7 @@ def plan_document(job: Job, lock: Lock | None = None) -> PlanDocument:
         model=PlannedModel(
             source=job.checkpoint.source,
             revision=job.checkpoint.revision,
+            adapters=[adapter.label for adapter in job.checkpoint.adapters],
             family=job.config.family,
             parameters=parameters,
         ),
@@ -204,6 +211,8 @@ def print_plan(job: Job, console: Console) -> None:
     console.result(plan_document(job).to_dict())
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")
+    for adapter in job.checkpoint.adapters:
+        console.data(f"merged with the adapter {adapter.label}")
     if job.cut:
         left = job.shape.num_parameters
         console.data(f"pruned: {job.cut.describe()}, {left:,} parameters are left")

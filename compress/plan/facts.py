@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
+from compress.errors import UsageError
 from compress.formats import get_format
 from compress.plan.job import describe_model, find_artifacts
 from compress.plan.shapes import bits_per_weight
@@ -27,8 +28,10 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
         ArtifactError, CheckpointError, UnsupportedModelError: it cannot be read, or is no decoder.
     """
     found = find_artifacts(Path(target)) if Path(target).exists() else []
+    if found and hub.get("revision"):
+        raise UsageError("--revision is for a Hub id, and this is an artifact")
     if found:
-        return [get_format(name).describe(path) for name, path in found]
+        return [get_format(name).inspect(path) for name, path in found]
     return [describe_checkpoint(Checkpoint.open(str(target), **hub))]
 
 

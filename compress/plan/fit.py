@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def fit_rows(
     overrides: Iterable[str] = (),
     formats: Iterable[str] = (),
     hub: Mapping[str, Any],
+    adapters: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """A row for each artifact, or each target of the recipe, and each device; see ``fit_row``.
 
@@ -48,17 +49,21 @@ def fit_rows(
         recipe: what a checkpoint would be made to; as ``overrides`` and ``formats`` for
             ``compress.recipe.load``.
         hub: ``revision``, ``token`` and ``cache_dir``.
+        adapters: LoRAs on the checkpoint, as ``compress.checkpoint.merged.merge`` takes them.
 
     Raises:
-        UsageError: no such device, a context that is too long, or an artifact without a config.
+        UsageError: no such device, a context that is too long, an artifact without a config, or
+            one with adapters.
     """
     if device and memory:
         raise UsageError("--device and --memory exclude each other")
     found = find_artifacts(Path(target)) if Path(target).exists() else []
+    if found and adapters:
+        raise UsageError("--adapter goes with a checkpoint, this is an artifact")
     if found:
         needs = artifact_needs(found, context)
     else:
-        needs = planned_needs(str(target), load(recipe, overrides, formats), context, hub)
+        needs = planned_needs(str(target), load(recipe, overrides, formats), context, hub, adapters)
     rows = []
     for label, config, need in needs:
         if memory is not None:
@@ -70,10 +75,15 @@ def fit_rows(
 
 
 def planned_needs(
-    target: str, recipe: Recipe, context: int | None, hub: Mapping[str, Any]
+    target: str,
+    recipe: Recipe,
+    context: int | None,
+    hub: Mapping[str, Any],
+    adapters: Sequence[str] = (),
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each target of a recipe."""
-    job = prepare(Checkpoint.open(target, **hub), recipe, context=context)
+    checkpoint = Checkpoint.open(target, adapters=adapters, **hub)
+    job = prepare(checkpoint, recipe, context=context, transforms={})
     needs = []
     for plan in job.plans:
         embedding = embedding_bytes(job.shape, plan.entries)
@@ -90,7 +100,7 @@ def artifact_needs(
     """The footprint of each artifact, from its own metadata."""
     needs = []
     for name, path in found:
-        facts = get_format(name).describe(path)
+        facts = get_format(name).inspect(path)
         if not facts["config"]:
             raise UsageError(
                 f"{path} does not say what model it holds",

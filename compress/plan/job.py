@@ -11,13 +11,23 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import UsageError
+from compress.decoder.tokenizer import VOCABULARIES
+from compress.decoder.tokenizer_facts import TokenizerFacts
+from compress.decoder.tokenizer_texts import check_rows
+from compress.errors import (
+    CheckpointError,
+    GridError,
+    PacklightError,
+    UnsupportedModelError,
+    UsageError,
+    without_secrets,
+)
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
 from compress.plan.transform import Transforms
-from compress.recipe import MASK_NEEDS, Recipe, method_of, needs_of
+from compress.recipe import MASK_NEEDS, Recipe, load_yaml, method_of, needs_of
 
 if TYPE_CHECKING:
     from compress.plan.document import PlannedBudget
@@ -88,13 +98,20 @@ class Replan(Protocol):
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
-    """The architecture, held against the shard headers.
+    """The architecture, held against the shard headers; of a head beside a config that ties it the
+    numbers are read.
 
     Raises:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if config.tie_word_embeddings:
+        from compress.checkpoint.settle import settle_head
+
+        config = settle_head(config, checkpoint)
     WeightMap(config).check(checkpoint)
+    if config.rope.caveat:
+        checkpoint.warn(config.rope.caveat)
     return config
 
 
@@ -103,9 +120,9 @@ def prepare(
     recipe: Recipe,
     *,
     context: int | None = None,
+    transforms: Transforms,
     command: str = "",
     choices: Mapping[str, Mapping[str, str]] | None = None,
-    transforms: Transforms | None = None,
 ) -> Job:
     """Everything that can be known before work: the architecture and a plan per target.
 
@@ -113,27 +130,56 @@ def prepare(
         checkpoint: opened.
         recipe: validated.
         context: positions of KV caches, over the recipe's.
+        transforms: of the recipe's targets (``compress.pruning.transforms``).
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
-        transforms: of the recipe's targets (``compress.pruning.transforms``).
 
     Raises:
         PacklightError: whatever makes the build impossible, before any work is done.
     """
     config = describe_model(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, recipe)
+    notes = []
+    rows, ends = config.vocab_size, config.eos_token_ids
+    if tokenizer and max(tokenizer.ids.values(), default=0) >= rows:
+        notes = check_rows(tokenizer, lambda: checkpoint.tokenizer, rows, ends)
     if context is not None and context > config.max_context:
         raise UsageError(
             f"--context {context} is more than the {config.max_context} positions of this model"
         )
-    changes = transforms or {}
     name = model_name(checkpoint.source)
-    plans = make_plans(config, name, recipe, context, changes)
-    cut = plan_cut(config, recipe.prune, plans) if recipe.prunes else None
-    if cut is not None or choices:
-        shape = config if cut is None else cut.config
-        plans = make_plans(shape, name, recipe, context, changes, choices, whole=config)
+    cut: Cut | None = None
+    if recipe.prunes:
+        whole = make_plans(config, name, recipe, context, transforms, tokenizer=tokenizer)
+        cut = plan_cut(config, recipe.prune, whole)
+    shape = config if cut is None else cut.config
+    plans = make_plans(
+        shape, name, recipe, context, transforms, choices, whole=config, tokenizer=tokenizer
+    )
+    if notes:
+        plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
+    source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
-    return Job(Stored(checkpoint, config), config, recipe, plans, positions, command, changes, cut)
+    return Job(source, config, recipe, plans, positions, command, transforms, cut)
+
+
+def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:
+    """The checkpoint's tokenizer; None where there is none, and no format of the recipe needs one.
+
+    Raises:
+        CheckpointError: a format needs one, or it is damaged.
+    """
+    if checkpoint.has_tokenizer:
+        return checkpoint.tokenizer_facts
+    for row in map(get_format, recipe.targets):
+        if row.tokenizer_inside:
+            without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
+            raise CheckpointError(
+                f"no tokenizer in {checkpoint.path}: it is part of a {row.title} file",
+                hint=f"one of {', '.join(VOCABULARIES)}; or {' or '.join(without)} with "
+                "-r int4-fast --no-verify, which reads no text",
+            )
+    return None
 
 
 def make_plans(
@@ -145,6 +191,7 @@ def make_plans(
     choices: Mapping[str, Mapping[str, str]] | None = None,
     *,
     whole: DecoderConfig | None = None,
+    tokenizer: TokenizerFacts | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each target of the recipe; nothing is read.
 
@@ -153,6 +200,7 @@ def make_plans(
         name: of the model.
         choices: format → entry name → grid, over the recipe's.
         whole: the float model, where ``config`` may be a pruned one: mixes go by its parameters.
+        tokenizer: the checkpoint's, for the formats that hold it.
 
     Raises:
         GridError, UnsupportedModelError, UsageError: see ``compress.formats``.
@@ -161,8 +209,11 @@ def make_plans(
     for target, settings in recipe.targets.items():
         grids = (choices or {}).get(target, {})
         importance = needs_of(recipe.solver) is not None
-        request = PlanRequest(settings, name, grids, context, importance)
-        plan = get_format(target).plan(config, request)
+        request = PlanRequest(settings, name, grids, context, importance, tokenizer)
+        try:
+            plan = get_format(target).plan(config, request)
+        except (GridError, UnsupportedModelError) as error:
+            raise without(target, list(recipe.targets), error) from error
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         for change in transforms.get(target, ()):
@@ -171,9 +222,18 @@ def make_plans(
     return tuple(plans)
 
 
+def without(target: str, targets: Sequence[str], error: PacklightError) -> PacklightError:
+    """The refusal of one target, with the command for the others where there are others."""
+    others = " ".join(f"-f {name}" for name in targets if name != target)
+    if not others or "-f " in error.hint:
+        return error
+    hint = f"{error.hint}; or " if error.hint else ""
+    return type(error)(error.message, f"{hint}{others} builds without {target}")
+
+
 def model_name(source: str) -> str:
     """Base of file names: the last part of the Hub id or folder, safe on every file system."""
-    last = source.rstrip("/").rsplit("/", 1)[-1]
+    last = without_secrets(source).rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
 
@@ -230,7 +290,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         UsageError: its vocabulary is not that of the float model, so nothing can be compared.
         ArtifactError: see ``compress.formats``.
     """
-    facts = get_format(name).describe(path)
+    facts = get_format(name).inspect(path)
     for key in SIZES:
         stated, expected = facts["config"].get(key), getattr(config, key)
         if isinstance(stated, int) and stated != expected:
@@ -251,12 +311,10 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    stated = facts["config"]  # a pruned model keeps less
-    shape = replace(
-        config,
-        num_hidden_layers=stated.get("num_hidden_layers") or config.num_hidden_layers,
-        num_key_value_heads=stated.get("num_key_value_heads") or config.num_key_value_heads,
-    )
+    # A pruned model keeps less.
+    sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
+    known: dict[str, Any] = {k: n for k, n in sizes.items() if isinstance(n, int) and n > 0}
+    shape = replace(config, **known)
     cache = shape.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     return Artifact(name, plan.type_name, path, facts["bytes"], plan.weights_bytes, cache, plan)
 
@@ -275,8 +333,8 @@ def read_license(checkpoint: Checkpoint) -> str | None:
 
     try:
         text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
-        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        head = load_yaml(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return None
     name = head.get("license") if isinstance(head, dict) else None
     return name if isinstance(name, str) else None

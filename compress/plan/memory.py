@@ -65,21 +65,28 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
     if writes:
         alone = max(get_format(plan.format).writing_memory(plan) for plan in job.plans)
         needs.append(alone + WAITING * (len(job.plans) - 1))
+    # A block's linears in float32, and one of them as it comes from the file; and what a token
+    # leaves behind on its way through a block, float32.
+    sizes = [rows * columns for rows, columns in map(config.weight_shape, config.linear_roles)]
+    block = 4 * sum(sizes) + 2 * max(sizes)
+    heads = config.num_attention_heads * config.head_dim
+    token = 4 * (3 * config.intermediate_size + 4 * heads + 4 * config.hidden_size)
     if writes and (measures or looks_at_inputs(recipe)):
         length = min(recipe.calibration.sequence_length, config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
         hessian = needs_of(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
-        held = hessian_bytes(config) if hessian else 0
+        inputs, widest = hessian_bytes(config)
+        held = inputs if hessian else 0
         if recipe.calibration.propagate == "quantized" and needs_of(recipe.solver):
-            held = 2 * hessian_bytes(config) + block_bytes(config) // 2  # drifts, codes
-        solving = COPIES * widest_matrix(config) if hessian else 0
-        block = block_bytes(config) + activations(config, length)
-        needs.append(TORCH + max(embedding_bytes(config), 2 * held + max(block, solving)))
+            held = 2 * inputs + block // 2  # drifts, codes
+        solving = COPIES * max(4 * max(sizes), widest) if hessian else 0
+        needs.append(
+            TORCH + max(embedding_bytes(config), 2 * held + max(block + length * token, solving))
+        )
     if verify:
         length = window_length(config, job.plans, recipe.sequence_length)
         logits = 3 * 4 * length * config.vocab_size
-        block = block_bytes(config) + activations(config, length)
-        needs.append(TORCH + max(block, embedding_bytes(config) + logits))
+        needs.append(TORCH + max(block + length * token, embedding_bytes(config) + logits))
     return PYTHON + max(needs)
 
 
@@ -88,32 +95,9 @@ def embedding_bytes(config: DecoderConfig) -> int:
     return 6 * config.vocab_size * config.hidden_size
 
 
-def block_bytes(config: DecoderConfig) -> int:
-    """A block's linears in float32, and one of them as it comes from the file."""
-    sizes = [rows * columns for rows, columns in map(config.weight_shape, config.linear_roles)]
-    return 4 * sum(sizes) + 2 * max(sizes)
-
-
-def widest_matrix(config: DecoderConfig) -> int:
-    """The largest linear of a block in float32, or the square of its columns."""
-    shapes = list(map(config.weight_shape, config.linear_roles))
-    widths = [width for _, columns in shapes for width in span_widths(columns)]
-    return 4 * max(max(rows * columns for rows, columns in shapes), max(widths) ** 2)
-
-
-def activations(config: DecoderConfig, length: int) -> int:
-    """What one window leaves behind on its way through a block, float32."""
-    heads = config.num_attention_heads * config.head_dim
-    return 4 * length * (3 * config.intermediate_size + 4 * heads + 4 * config.hidden_size)
-
-
-def hessian_bytes(config: DecoderConfig) -> int:
-    """Second moments of all inputs of a block, float32."""
-    observed = set(map(input_roles(config).__getitem__, config.linear_roles))
-    columns = [config.weight_shape(role)[1] for role in observed]
-    return 4 * sum(width**2 for count in columns for width in span_widths(count))
-
-
-def span_widths(columns: int) -> list[int]:
-    """Columns of each diagonal block of a Hessian."""
-    return [int(span.stop - span.start) for span in hessian_spans(columns)]
+def hessian_bytes(config: DecoderConfig) -> tuple[int, int]:
+    """Second moments of all inputs of a block, and of the widest of their spans, float32."""
+    inputs = {input_roles(config)[role]: role for role in config.linear_roles}
+    columns = [config.weight_shape(role)[1] for role in inputs.values()]
+    spans = [4 * (s.stop - s.start) ** 2 for width in columns for s in hessian_spans(width)]
+    return sum(spans), max(spans)

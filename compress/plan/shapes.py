@@ -14,6 +14,7 @@ from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
+    from compress.decoder.tokenizer_facts import TokenizerFacts
     from compress.plan.weights import Weights
 
 
@@ -156,6 +157,7 @@ class PlanRequest:
             then goes by ``mix_name``.
         context: positions of the KV cache, where one was given.
         importance: whether the solver looks at inputs.
+        tokenizer: the checkpoint's, for formats that hold it; None: planned without.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -163,6 +165,7 @@ class PlanRequest:
     choices: Mapping[str, str] = field(default_factory=dict)
     context: int | None = None
     importance: bool = False
+    tokenizer: TokenizerFacts | None = None
 
 
 class Runtime(Protocol):

@@ -16,10 +16,9 @@ from compress.checkpoint.sources import Source
 from compress.files import sync
 from compress.grids import Float32, Grid, Quantized
 from compress.machine import in_order
-from compress.plan.shapes import PlanEntry
 
 if TYPE_CHECKING:
-    from compress.calibration.statistics import Statistics
+    from compress.calibration.statistics import LayerStats, Statistics
 
 __all__ = ["Ledger", "Solver", "Weights", "has_finished"]
 
@@ -27,9 +26,8 @@ T = TypeVar("T")
 
 SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.LANES``
 
-Solver = Callable[[Float32, Grid, Any], Quantized]
-"""``solve(weight, grid, stats)``; ``stats`` of the weight's input where ``Weights`` has statistics,
-else the weight's name."""
+Solver = Callable[[Float32, Grid, "LayerStats | None"], Quantized]
+"""``solve(weight, grid, stats)``: see ``compress.solvers``."""
 
 
 class Weights:
@@ -64,7 +62,8 @@ class Weights:
             at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
                 with one.
             slab: weights in memory at a time, at most; None for as many as a writer asks for.
-            statistics: what the solver goes by, let go at the end of each part of the model.
+            statistics: what the solver goes by, let go at the end of each part of the model; None:
+                nothing.
         """
         self.source = source
         self.checkpoint = source.checkpoint
@@ -105,7 +104,7 @@ class Weights:
         Args:
             slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
         """
-        stats = name if self.statistics is None else self.statistics.for_weight(name)
+        stats = self.statistics.for_weight(name) if self.statistics else None
         if self._at_once == 1 or len(slabs) == 1:
             for rows in slabs:
                 if rows is None or rows.start == 0:
@@ -124,17 +123,6 @@ class Weights:
         alone = not self.source.threadsafe
         works = (partial(solved, self.read(name, rows) if alone else None, rows) for rows in slabs)
         yield from in_order(works, self._at_once)
-
-    def finish(self, entry: PlanEntry, file: Path, end: int) -> None:
-        """Note in the ledger that a tensor is written.
-
-        Args:
-            entry: of the tensor.
-            file: that holds it; its bytes are out of the process (flushed).
-            end: of the file, in bytes, as far as it is written.
-        """
-        fallen = self.fallen.get(entry.name, 0)
-        self.ledger.add(entry.target_name, file, end, weight=entry.name, fallen=fallen)
 
     def notes(self) -> tuple[str, ...]:
         """A line for the report, where rows fell back."""
@@ -185,13 +173,27 @@ class Ledger(dict[str, Row]):
         sync_every: float = SYNC_EVERY,
         boot: Path = BOOT_ID,
     ) -> None:
-        self._path, self._target = path, target
-        self._sync_every, self._boot = sync_every, boot
         super().__init__()
+        self._path, self._target, self._sync_every = path, target, sync_every
         self._synced_at = time.monotonic()
         self._unsynced: Path | None = None  # file of the last tensor, unless that is synced
-        if path is not None:
-            self._open(path)
+        if path is None:
+            return
+        try:
+            self._boot = boot.read_text(encoding="ascii").strip()
+        except OSError:
+            self._boot = ""
+        lines = list(read_lines(path))
+        boots = [row["boot"] for row, _ in lines if "boot" in row]
+        if not lines or lines[0][0].get("target") != target:
+            self._begin()
+            return
+        if not boots[-1] or boots[-1] != self._boot:
+            synced = [i for i, (row, _) in enumerate(lines) if "synced" in row]
+            lines = lines[: synced[-1] + 1 if synced else 1]
+        os.truncate(path, lines[-1][1])
+        self.update({row["done"]: row for row, _ in lines if "done" in row})
+        self._append({"boot": self._boot})
 
     def add(self, name: str, file: Path, end: int, **facts: Any) -> None:
         """A tensor is finished.
@@ -232,25 +234,12 @@ class Ledger(dict[str, Row]):
 
     # --- the file ----------------------------------------------------------------------------
 
-    def _open(self, path: Path) -> None:
-        lines = list(read_lines(path))
-        boots = [row["boot"] for row, _ in lines if "boot" in row]
-        if not lines or lines[0][0].get("target") != self._target:
-            self._begin()
-            return
-        if not boots[-1] or boots[-1] != boot_id(self._boot):
-            synced = [i for i, (row, _) in enumerate(lines) if "synced" in row]
-            lines = lines[: synced[-1] + 1 if synced else 1]
-        os.truncate(path, lines[-1][1])
-        self.update({row["done"]: row for row, _ in lines if "done" in row})
-        self._append({"boot": boot_id(self._boot)})
-
     def _begin(self) -> None:
         self.clear()
         if self._path is not None:
             self._path.parent.mkdir(exist_ok=True)
             self._path.unlink(missing_ok=True)
-        self._append({"target": self._target, "boot": boot_id(self._boot)})
+            self._append({"target": self._target, "boot": self._boot})
 
     def _append(self, row: Row) -> None:
         if self._path is not None:
@@ -277,11 +266,3 @@ def read_lines(path: Path) -> Iterator[tuple[Row, int]]:
         if not line.endswith(b"\n") or not isinstance(row, dict):
             return
         yield row, end
-
-
-def boot_id(file: Path) -> str:
-    """Another after every start of the machine; empty where there is none to be had."""
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

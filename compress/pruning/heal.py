@@ -150,6 +150,7 @@ def heal(
     work: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.monotonic,
+    rate: float = RATE,
 ) -> dict[str, Any]:
     """Train every stored block of a pruned model.
 
@@ -163,6 +164,7 @@ def heal(
         work: for files on the way, on the same disk.
         progress: in blocks.
         clock: seconds.
+        rate: the first step's size, of a tensor's root mean square.
 
     Returns:
         Lists by block: ``steps`` done, held-back error ``before`` and ``after``; and ``digest`` of
@@ -190,7 +192,9 @@ def heal(
         index = number * pruned.config.block_repeat
         file = folder / f"blocks.{index}.safetensors"
         shares.begin()
-        steps, before, after = heal_block(window_states, pruned, index, shares.done, file, work)
+        steps, before, after = heal_block(
+            window_states, pruned, index, shares.done, file, work, rate
+        )
         for key, value in (("steps", steps), ("before", before), ("after", after)):
             found[key].append(value)
         if file.is_file():
@@ -239,6 +243,7 @@ def heal_block(
     done: Callable[[int], float],
     file: Path,
     work: Path,
+    rate: float,
 ) -> tuple[int, float, float]:
     """Train one stored block; ``file`` is there afterwards if it got better.
 
@@ -249,6 +254,7 @@ def heal_block(
         done: steps → the share of the healing that is done.
         file: of the new weights, in the checkpoint's dtype.
         work: for weights that are being measured.
+        rate: as ``heal`` has it.
 
     Returns:
         Steps done, held-back error before and after.
@@ -269,7 +275,7 @@ def heal_block(
         batch = next(batches)
         for position in batch:
             (window_states.misfit(block, position) / len(batch)).backward()  # type: ignore[no-untyped-call]
-        adam.step(RATE * (1 + math.cos(math.pi * share)) / 2)
+        adam.step(rate * (1 + math.cos(math.pi * share)) / 2)
         steps += 1
         if int(done(steps) * MEASURES) > measured:
             measured = int(done(steps) * MEASURES)

@@ -24,7 +24,7 @@ from compress.console import Console
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import read_json
 from compress.errors import CheckpointError
-from compress.files import cache_folder, computed_once
+from compress.files import cache_folder, check_unchanged, computed_once
 from compress.machine import set_threads
 from compress.plan.cut import Cut, Healing
 from compress.plan.job import Job, choose_threads
@@ -232,6 +232,7 @@ def measure(
     else:
         with console.progress(f"prune {cut.method}", "windows") as update:
             found = narrow(source, cut, texts.windows, folder, work, update)
+    check_unchanged(source.checkpoint.opened)
     (folder / FOUND).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -162,6 +162,12 @@ def load(
         document["targets"] = {name: targets.get(name) or {} for name in chosen}
     for override in overrides:
         apply_override(document, override)
+        if chosen and (left_out := set(document.get("targets") or ()) - set(chosen)):
+            name = min(map(str, left_out))
+            raise RecipeError(
+                f"--set {override}: -f {' -f '.join(chosen)} leaves {name} out",
+                hint=f"add -f {name}, or leave the override out",
+            )
     return Recipe.from_dict(document, source)
 
 
@@ -191,7 +197,7 @@ def parse(
         RecipeError: not YAML, or something else than a mapping, which ``what`` is.
     """
     try:
-        document = yaml.safe_load(text)
+        document = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month; 10,000 brackets
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -200,6 +206,28 @@ def parse(
     if not isinstance(document, dict):
         raise RecipeError(f"{source}: {what} is a mapping", hint=hint)
     return document
+
+
+LONGEST = 1_000_000  # characters of YAML
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
+
+    def fetch_alias(self) -> None:
+        mark = self.get_mark()
+        raise yaml.MarkedYAMLError(problem="aliases (*) are not allowed", problem_mark=mark)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text of at most ``LONGEST`` characters, without aliases.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none.
+    """
+    if len(text) > LONGEST:
+        raise yaml.MarkedYAMLError(problem=f"more than {LONGEST:,} characters")
+    return yaml.load(text, PlainLoader)  # a SafeLoader
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -212,7 +240,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write KEY=VALUE", hint="--set quantize.solver=gptq")
     try:
-        put(document, keys, text if text.startswith((">=", "<=")) else yaml.safe_load(text))
+        put(document, keys, text if text.startswith((">=", "<=")) else load_yaml(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     StringConstraints,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -31,6 +30,7 @@ TYPES = {
     "bool_type": "boolean", "float_type": "number", "list_type": "array", "dict_type": "object",
     "model_type": "object", "model_attributes_type": "object",
 }  # fmt: skip
+UNKNOWN = ("extra_forbidden", "invalid_key")  # keys that no section has; of YAML, so 5 may be one
 RANGES = {
     "greater_than_equal": ("ge", "less than the minimum of"),
     "less_than_equal": ("le", "greater than the maximum of"),
@@ -43,18 +43,6 @@ class Section(BaseModel):
     """A mapping of a document: only known keys, values of the very type, not changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def known_keys(cls, given: Any) -> Any:
-        """Refuse a key that the section does not have, and name the nearest that it has."""
-        known = sorted(field.alias or name for name, field in cls.model_fields.items())
-        if isinstance(given, Mapping):
-            unknown = sorted(str(key) for key in given if key not in known)
-            if unknown:
-                context = {"key": unknown[0], "known": known}
-                raise PydanticCustomError("unknown_key", "unknown key {key}", context)
-        return given
 
 
 class Part(BaseModel):
@@ -84,31 +72,55 @@ def explain(
     error: ValidationError,
     source: str,
     document: Any,
+    model: type[BaseModel] | None = None,
     hint_of: Callable[[str, str], str] | None = None,
 ) -> RecipeError:
-    """One line from the first of the errors, in the order of their paths.
+    """One line from the first of the errors, in the order of their paths; a section's unknown keys
+    come before what else is wrong in it.
 
     Args:
         error: what a model said.
         source: the document's name, which the line begins with.
         document: what was validated.
+        model: of the document, by which the nearest known key of an unknown one is named.
         hint_of: path and kind of an error → a hint of the model's own, or ``""``.
     """
-    found = [(key_path(detail["loc"], document), detail) for detail in error.errors()]
-    path, first = min(found, key=lambda pair: pair[0])
+    found: list[tuple[list[str], str | None, ErrorDetails]] = []
+    for detail in error.errors():
+        place: Sequence[int | str] = detail["loc"]
+        key: str | None = None
+        if model is not None and detail["type"] in UNKNOWN:
+            key = str(detail["input"] if detail["type"] == "invalid_key" else place[-1])
+            place = place[:-1]
+        found.append((key_path(place, document), key, detail))
+    path, key, first = min(found, key=lambda each: (each[0], each[1] is None, each[1] or ""))
+    if model is not None and key is not None:
+        dotted = ".".join([*path, key])
+        own = hint_of(dotted, "unknown_key") if hint_of else ""
+        hint = own or did_you_mean(key, known_keys(model, path), "known keys")
+        return RecipeError(f"{source}: unknown key {dotted}", hint=hint)
     dotted = ".".join(path)
-    where = f"{source}: {dotted}" if path else source
+    where = f"{source}: {dotted}" if path and first["type"] != "refusal" else source
     message, hint = words(first)
-    kinds = [TYPES.get(detail["type"], "") for of, detail in found if of == path]
+    kinds = [TYPES.get(detail["type"], "") for of, _, detail in found if of == path]
     if len(kinds) > 1 and all(kinds):  # of the branches of a union
         message = f"{first['input']!r} is not of type {', '.join(map(repr, kinds))}"
-    if first["type"] == "unknown_key":
-        dotted = ".".join([*path, first["ctx"]["key"]])
-        message, where = f"unknown key {dotted}", source
-    elif first["type"] == "refusal":
-        where = source
     own = hint_of(dotted, first["type"]) if hint_of else ""
     return RecipeError(f"{where}: {message}", hint=own or hint)
+
+
+def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys of the section that a path leads to, sorted."""
+    for key in path:
+        for name, field in model.model_fields.items():
+            if key == (field.alias or name):
+                inner = [field.annotation]
+                while inner:  # the model within optional ones, lists and unions
+                    kind = inner.pop()
+                    inner += get_args(kind)
+                    if isinstance(kind, type) and issubclass(kind, BaseModel):
+                        model = kind
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def key_path(location: Sequence[int | str], document: Any) -> list[str]:
@@ -126,8 +138,6 @@ def key_path(location: Sequence[int | str], document: Any) -> list[str]:
 def words(detail: ErrorDetails) -> tuple[str, str]:
     """Message and hint of one error of pydantic's."""
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "unknown_key":
-        return "", did_you_mean(context["key"], context["known"], "known keys")
     if kind == "missing":
         return f"{detail['loc'][-1]!r} is a required property", ""
     if kind == "literal_error":

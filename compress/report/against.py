@@ -33,6 +33,7 @@ SHORT = {
 
 MORE_IS_BETTER = {
     "top1_agreement",
+    "tokenizer_agreement",
     "generation_consistent",
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
@@ -261,10 +262,10 @@ class Previous:
         """
         notes = []
         old, new = self.report, report
-        same = old.model.source == new.model.source
+        same = old.model.whole_source == new.model.whole_source
         if not same:
-            was = old.model.source
-            notes.append(f"{self.name} is of {was}, this is of {new.model.source}")
+            was = old.model.whole_source
+            notes.append(f"{self.name} is of {was}, this is of {new.model.whole_source}")
         before, now = old.baseline.perplexity, new.baseline.perplexity
         moved = before and now and abs(now / before - 1) > SAME_TEXT
         if moved and same and self.measures:

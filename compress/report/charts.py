@@ -256,9 +256,7 @@ def bars(
     longest = max(sum(v for v, _ in bar.parts) for group in groups for bar in group.bars)
     marks_at = ticks(0.0, max(longest, limit[0] if limit else 0.0) / divisor or 1.0, 4)
 
-    def x_of(value: float) -> float:
-        return value / divisor / marks_at[-1] * (WIDTH - 12)
-
+    unit = (WIDTH - 12) / marks_at[-1] / divisor  # of the picture, for one of the values
     words: list[Markup] = []  # drawn last: their halo keeps lines out of the letters
     body: list[Markup] = []
     top = 20.0 if limit else 4.0
@@ -272,7 +270,7 @@ def bars(
             words.append(text(WIDTH, y + 12, bar.text, "end", "value"))
             start = 0.0
             for value, style in bar.parts:
-                width = max(x_of(value), 0.8)
+                width = max(value * unit, 0.8)
                 body.append(
                     element("rect", x=start, y=y + 17, width=width, height=9, class_=f"bar {style}")
                 )
@@ -281,13 +279,13 @@ def bars(
         y += 8 if group.heading else 0
     grid: list[Markup] = []
     for tick in marks_at:
-        x = x_of(tick * divisor)
+        x = tick * divisor * unit
         grid.append(line(x, top, x, y, "grid"))
         anchor = "start" if tick == 0 else "middle"
         grid.append(text(x, y + 14, plain(tick), anchor, "tick"))
     grid.append(text(0, y + 32, axis, "start", "axis"))
     if limit:
-        x = x_of(limit[0])
+        x = limit[0] * unit
         body.append(line(x, 14, x, y, "limit"))
         words.append(text(min(x, WIDTH - 60), 10, limit[1], "middle", "limit-label"))
     return picture(y + 40, title, *grid, *body, *words)

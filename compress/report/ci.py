@@ -8,7 +8,6 @@ JUnit reads it. There are no times and no host in it: the same report gives the 
 
 from __future__ import annotations
 
-import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import UsageError
-from compress.files import real_path
+from compress.errors import visible
+from compress.files import check_place
 from compress.report.words import (
     HEADERS,
     TASK_HEADERS,
@@ -57,27 +56,10 @@ class CiFiles:
     summary: Path | None = None
 
     def check(self, output: Path | None = None) -> None:
-        """Refuse, before the hours of a build, places where nothing can be written after them.
-
-        Raises:
-            UsageError: a folder that is not there or not writable, a folder in place of a file, or
-                a file inside the output, which holds what was checksummed and nothing else.
-        """
+        """Refuse places where nothing can be written (``compress.files.check_place``)."""
         for option, path in (("--junit", self.junit), ("--summary", self.summary)):
-            if path is None:
-                continue
-            place = real_path(path)
-            if output is not None and place.is_relative_to(real_path(output)):
-                raise UsageError(
-                    f"{option} {path} is inside the output {output}",
-                    hint=f"beside it, such as {option} {path.name}",
-                )
-            if place.is_dir():
-                raise UsageError(f"{option} {path} is a folder, not a file")
-            if not place.parent.is_dir():
-                raise UsageError(f"{option} {path}: there is no folder {path.parent}")
-            if not os.access(place if place.exists() else place.parent, os.W_OK):
-                raise UsageError(f"{option} {path} is not writable")
+            if path is not None:
+                check_place(option, path, output)
 
     def write(self, report: Report) -> None:
         """Write what was asked for of one report, whatever the verdict."""
@@ -212,5 +194,5 @@ def gate_case(gate: GateReport) -> ET.Element:
 
 
 def xml_text(text: str) -> str:
-    """Text without what XML cannot hold."""
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Text without what XML cannot hold, or a page would obey."""
+    return visible(NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text))

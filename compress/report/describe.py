@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.decoder.config import DecoderConfig, split_name
@@ -15,11 +15,16 @@ from compress.errors import PacklightError
 from compress.plan.shapes import Artifact, PlanEntry
 from compress.report import report as typed
 from compress.report.report import ArtifactReport, BaselineReport, ModelFacts, Report, TensorReport
+from compress.report.words import tokenizes_otherwise
 from compress.verify import Outcome, Verified
+from compress.verify.agreement import Agreement
 from compress.verify.gates import Limit, judge
 from compress.verify.quality import Series
 from compress.verify.resources import Speed
 from compress.verify.tasks import TaskScore
+
+if TYPE_CHECKING:
+    from compress.checkpoint.adapter import Adapter
 
 __all__ = ["Baseline", "build_report", "model_facts"]
 
@@ -112,7 +117,11 @@ def build_report(
 
 
 def model_facts(
-    config: DecoderConfig, source: str, revision: str | None = None, license: str | None = None
+    config: DecoderConfig,
+    source: str,
+    revision: str | None = None,
+    license: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> ModelFacts:
     """The report's ``model``.
 
@@ -121,11 +130,21 @@ def model_facts(
         source: Hub id, or the last part of a local path.
         revision: commit on the Hub.
         license: identifier from the model's own card, when it is known.
+        adapters: that are merged into it.
     """
     return ModelFacts(
         name=source.rstrip("/").rsplit("/", 1)[-1],
         source=source,
         revision=revision,
+        adapters=[
+            typed.AdapterFacts(
+                source=adapter.source,
+                revision=adapter.revision or None,
+                weight=adapter.weight,
+                sha256=adapter.sha256,
+            )
+            for adapter in adapters
+        ],
         license=license,
         family=config.family,
         architecture=config.architecture,
@@ -157,6 +176,9 @@ def describe_artifact(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."
         )
+    agreed = agreement_of(verified.agreement if verified else None)
+    if difference := agreed.get("tokenizer_difference"):
+        notes.append(f"Its tokenizer is not the checkpoint's: {tokenizes_otherwise(difference)}.")
     found = ArtifactReport(
         format=artifact.format,
         type=artifact.type_name,
@@ -171,6 +193,7 @@ def describe_artifact(
         notes=list(dict.fromkeys(notes)),
         tensors=[describe_tensor(entry) for entry in artifact.plan.entries],
         **(figures_of(verified, decode) if verified else {}),
+        **agreed,
     )
     if verified:
         found.gates = [typed.GateReport(**asdict(gate)) for gate in judge(limits, found)]
@@ -214,6 +237,22 @@ def figures_of(verified: Verified, decode: Decode | None) -> dict[str, Any]:
         ),
         "tasks": [describe_task(task) for task in verified.tasks],
     }
+
+
+def agreement_of(agreement: Agreement | None) -> dict[str, Any]:
+    """Of the artifact's tokenizer with the checkpoint's."""
+    if agreement is None:
+        return {}
+    first = agreement.first
+    difference = first and typed.TokenizerDifference(
+        text=first.text,
+        add_special=first.add_special,
+        expected=list(first.expected),
+        found=list(first.found),
+        texts=agreement.texts,
+        differing=agreement.differing,
+    )
+    return {"tokenizer_agreement": agreement.share, "tokenizer_difference": difference}
 
 
 def speed_of(speed: Speed) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
     "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
-    "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "Tool", "report_schema",
+    "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "TokenizerDifference", "Tool",
+    "report_schema",
 ]  # fmt: skip
 
 
@@ -73,12 +74,24 @@ class Machine(Part):
     python: str
 
 
+class AdapterFacts(Part):
+    """A LoRA adapter that is merged into the float model."""
+
+    source: str = Field(description="Hub id or folder name.")
+    revision: str | None = None
+    weight: float = 1.0
+    sha256: str = Field(default="", description="Of its adapter_model.safetensors.")
+
+
 class ModelFacts(Part):
     """The float model."""
 
     name: str = ""
     source: str = Field(description="Hub id or folder name.")
     revision: str | None = None
+    adapters: list[AdapterFacts] = Field(
+        default=[], exclude_if=lambda adapters: not adapters, description="Merged into it."
+    )
     license: str | None = None
     family: str = ""
     architecture: str = ""
@@ -87,6 +100,15 @@ class ModelFacts(Part):
     hidden_size: Count = 0
     vocab_size: Count = 0
     max_context: Count = 0
+
+    @property
+    def whole_source(self) -> str:
+        """The source, and what is merged into it: ``org/model + my-lora × 0.5``."""
+        merged = [
+            f" + {adapter.source}" + (f" × {adapter.weight:g}" if adapter.weight != 1 else "")
+            for adapter in self.adapters
+        ]
+        return self.source + "".join(merged)
 
 
 class BaselineReport(Part):
@@ -174,6 +196,17 @@ class TensorReport(Part):
     note: str = ""
 
 
+class TokenizerDifference(Part):
+    """The first text that the artifact tokenizes otherwise than the checkpoint."""
+
+    text: str
+    add_special: bool = Field(description="With BOS and EOS, where the tokenizer puts them.")
+    expected: list[Count] = Field(description="By Hugging Face, of the checkpoint.")
+    found: list[Count] = Field(description="By the artifact.")
+    texts: Count = Field(default=1, description="Compared.")
+    differing: Count = Field(default=1, description="Of them, with other ids.")
+
+
 class GateReport(Part):
     """A limit and what was measured; None where nothing was."""
 
@@ -242,6 +275,12 @@ class ArtifactReport(Part):
     decode_tokens_per_second: Figure = Field(default=None, description=RATE["decode"])
     prefill_tokens: int | None = Field(default=None, description=BATCH)
     decode_tokens: int | None = Field(default=None, description=DECODED)
+    tokenizer_agreement: Figure = Field(
+        default=None,
+        description="Share of texts that the artifact's tokenizer and the checkpoint's, loaded by "
+        "Hugging Face, give the same ids.",
+    )
+    tokenizer_difference: TokenizerDifference | None = None
     generation_consistent: bool | None = Field(
         default=None, description="Greedy tokens are the same with and without the KV cache."
     )
@@ -295,6 +334,11 @@ class Report(Part):
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
+    asked: str = Field(
+        default="",
+        description="SHA-256 of all that the build was asked for, by which --resume knows that "
+        "it is finished.",
+    )
 
     def __getitem__(self, format: str) -> ArtifactReport:
         """The artifact of a format, the first where there are several.
@@ -333,7 +377,7 @@ class Report(Part):
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``: indented UTF-8."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(path), self.model_dump())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

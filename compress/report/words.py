@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes, print_error
-from compress.errors import PacklightError
+from compress.errors import PacklightError, visible
 from compress.formats import get_format
 
 if TYPE_CHECKING:
-    from compress.report.report import ArtifactReport, GateReport, Report
+    from compress.report.report import ArtifactReport, GateReport, Report, TokenizerDifference
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
@@ -89,6 +89,24 @@ def gate_failure(gate: GateReport) -> str:
     return f"{gate.name} is {gate_value(gate)}, the gate is {gate.limit}"
 
 
+def tokenizes_otherwise(difference: TokenizerDifference) -> str:
+    """The first text that the artifact tokenizes otherwise, and where."""
+    ours, theirs = difference.found, difference.expected
+    same = [a == b for a, b in zip(ours, theirs, strict=False)]
+    start = max(0, (same.index(False) if False in same else len(same)) - 2)
+
+    def shown(ids: Sequence[int]) -> str:
+        some = ", ".join(map(str, ids[start : start + 8]))
+        return f"[{'…, ' if start else ''}{some}{', …' if len(ids) > start + 8 else ''}]"
+
+    text = difference.text if len(difference.text) <= 60 else f"{difference.text[:57]}..."
+    around = " with BOS and EOS" if difference.add_special else ""
+    return (
+        f"{difference.differing} of {difference.texts} texts have other token ids, first "
+        f"{text!r}{around}: {shown(ours)}, and {shown(theirs)} by Hugging Face"
+    )
+
+
 def refusal(artifact: ArtifactReport) -> str:
     """What became of an artifact that its runtime refused."""
     return f"{label(artifact)} could not be run: {artifact.failure}"
@@ -96,7 +114,11 @@ def refusal(artifact: ArtifactReport) -> str:
 
 def failures(artifact: ArtifactReport) -> list[str]:
     """Every gate that the artifact failed, and a KV cache that changes its text."""
-    lines = [gate_failure(gate) for gate in artifact.gates if not gate.passed]
+    lines = []
+    for gate in artifact.gates:
+        difference = artifact.tokenizer_difference if gate.name == "tokenizer_agreement" else None
+        told = f": {tokenizes_otherwise(difference)}" if difference else ""
+        lines += [] if gate.passed else [gate_failure(gate) + told]
     sample = artifact.generation
     if artifact.generation_consistent is False and sample is not None:
         # Greedy tokens differ with and without the cache: more than a tie is a wrong cache.
@@ -158,11 +180,15 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
         2 where an artifact could not be run, 1 where a gate failed, else 0.
     """
     console.end()
-    console.result(report.to_dict())
-    console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
-    if any(artifact.tasks for artifact in report.artifacts):
-        console.table(TASK_HEADERS, task_rows(report))
+    if console.mode == "json":
+        console.result(report.to_dict())
+    if console.mode == "human":
+        console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+        if any(artifact.tasks for artifact in report.artifacts):
+            console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
+        for note in artifact.notes[bool(artifact.failure) :]:  # the first one says the failure
+            console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):
@@ -185,12 +211,13 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
 
 def sentence(text: str) -> str:
     """Text that Markdown shows as it is, on one line and within one table cell."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
 
 
 def fenced(code: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
+    code = visible(code)
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"

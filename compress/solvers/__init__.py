@@ -17,12 +17,10 @@ command line the entry point of an installed package, whose function may have an
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from compress.calibration.statistics import LayerStats, Statistics
+from compress.calibration.statistics import LayerStats
 from compress.errors import UsageError
 from compress.grids import Float32, Grid, Quantized, get_grid
 from compress.plan.weights import Solver
@@ -35,14 +33,8 @@ from compress.recipe import (
     solver_row,
 )
 
-__all__ = [
-    "get_solver", "quantize", "register_solver", "rtn", "scale_search", "slabs_at_once",
-    "solver_function",
-]  # fmt: skip
+__all__ = ["get_solver", "quantize", "register_solver", "rtn", "scale_search"]
 
-Solve = Callable[[Float32, Grid, LayerStats | None], Quantized]
-
-MOST_SLABS = 7
 # Importance is taken to this power: inputs are correlated, and other texts stress other columns, so
 # the measured ratios between columns are trusted a little less than they say. On the demo model and
 # a text that is neither the calibration's nor the held-out one, over three draws of calibration
@@ -78,27 +70,10 @@ def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -
     """
     if stats is None or not stats.importance.any():
         return grid.quantize(weight)
-    return grid.quantize(weight, column_weights(stats))
+    return grid.quantize(weight, np.power(stats.importance, np.float32(POWER)))
 
 
-def column_weights(stats: LayerStats) -> Float32:
-    """What ``scale_search`` weighs the squared errors of the columns by, float32 ``[columns]``."""
-    weights: Float32 = np.power(stats.importance, np.float32(POWER))
-    return weights
-
-
-@dataclass(frozen=True)
-class OneInput:
-    """Statistics where there is one input only."""
-
-    stats: LayerStats | None
-
-    def for_weight(self, name: str) -> LayerStats | None:
-        """Its statistics."""
-        return self.stats
-
-
-def solver_function(name: str) -> Solve:
+def get_solver(name: str) -> Solver:
     """``solve(weight, grid, stats) -> Quantized``, the solver of that name.
 
     Args:
@@ -113,7 +88,7 @@ def solver_function(name: str) -> Solve:
         module, _, function = solve.partition(":")
         solve = getattr(importlib.import_module(module), function)
     if name in BUILTIN_SOLVERS:
-        builtin: Solve = solve
+        builtin: Solver = solve
         return builtin
 
     def checked(weight: Float32, grid: Grid, stats: LayerStats | None) -> Quantized:
@@ -128,25 +103,7 @@ def solver_function(name: str) -> Solve:
     return checked
 
 
-def get_solver(name: str, statistics: Statistics | OneInput | None = None) -> Solver:
-    """``solve(weight, grid, tensor)``: that solver with the statistics of each weight's input.
-
-    Args:
-        name: see ``solver_function``.
-        statistics: of the inputs; None: the solver gets none.
-
-    Raises:
-        UsageError: see ``solver_function``.
-    """
-    solve = solver_function(name)
-
-    def solver(weight: Float32, grid: Grid, tensor: str) -> Quantized:
-        return solve(weight, grid, statistics.for_weight(tensor) if statistics else None)
-
-    return solver
-
-
-def register_solver(name: str, solve: Solve, needs: str | None = None) -> None:
+def register_solver(name: str, solve: Solver, needs: str | None = None) -> None:
     """Add a solver to this process: recipes may name it (``quantize.solver``) from now on.
 
     Args:
@@ -168,15 +125,6 @@ def register_solver(name: str, solve: Solve, needs: str | None = None) -> None:
     if name in BUILTIN_SOLVERS:
         raise UsageError(f"solver {name!r} is packlight's own", hint="another name")
     SOLVERS[name] = checked_row(name, SolverRow(solve, needs))
-
-
-def slabs_at_once(name: str, threads: int) -> int:
-    """Slabs of rows that a solver is best given at a time, each with its share of the threads.
-
-    GPTQ shares one slab out among all threads itself, for the memory that each takes. The others
-    take little, and work on a slab in steps of which each would wait for its slowest thread.
-    """
-    return 1 if needs_of(name) == "hessian" else min(threads, MOST_SLABS)
 
 
 def quantize(
@@ -236,4 +184,4 @@ def quantize(
             f"solver {name!r} needs {what}",
             hint="a build collects them" if needs == "hessian" else "importance=",
         )
-    return get_solver(name, OneInput(stats))(weight, found, "")
+    return get_solver(name)(weight, found, stats)

@@ -54,7 +54,7 @@ class Found:
 
     def note(self) -> str:
         """A line for the report."""
-        ratios = [after / before for before, after in self.errors]
+        ratios = [max(after / before, 1e-9) if before else 1.0 for before, after in self.errors]
         drop = 1 - math.exp(sum(map(math.log, ratios)) / max(len(ratios), 1))
         return (
             f"Before rounding, the channels of {len(self.folds)} inputs were rescaled, which "
@@ -132,6 +132,8 @@ def propose_scale(trial: Trial, site: str) -> Float32 | None:
     if not trial.entries_of(site) or not foldable(trial.source.config, site):
         return None
     estimate = Estimate(trial, site)
+    if not estimate.sizes.any():  # an input of zeros, behind weights that are
+        return None
     least, found = estimate.cost(None), None
     for power in ALPHAS:
         for widths in (np.float32(1), estimate.widths ** (1 - power)):

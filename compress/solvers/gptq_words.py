@@ -1,4 +1,4 @@
-"""Rounding of a few columns, four at a time, to the words of a codebook; see ``gptq_kernels``.
+"""Rounding of a few columns, four at a time, to the words of a codebook; see ``rounding``.
 
 What is left of a row after the columns before, ``x``, asks of the next four columns the least of
 ``Σ_k D_k (x_k - q_k + Σ_{j<k} (w_j - q_j) U_jk)²`` over the words q (k and j run over these four).
@@ -193,7 +193,7 @@ def sweep_words(
     """Round columns 0..n-1 in this order, four at a time, rows begin..end.
 
     Args:
-        weight, carried, feedback, run, errors: as ``gptq_kernels.sweep``.
+        weight, carried, feedback, run, errors: as ``rounding.sweep``.
         variances: float32 ``[n]``.
         scale: float32 ``[rows, runs]``.
         book, even: levels, starts and partners, and even, of ``compress.grids.Codebook``.

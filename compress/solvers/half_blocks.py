@@ -118,9 +118,9 @@ class HalfTrial(Trial):
         config = self.source.config
         folded = Folded(self.source, folds)
         statistics = fold_statistics(config, self.statistics, folds)
-        solve = get_solver(self.solver, statistics)
+        solve = get_solver(self.solver)
         weights = {
-            name: solve(folded.read(name), grid, name).decode()
+            name: solve(folded.read(name), grid, statistics.for_weight(name)).decode()
             for site in self.sites
             for name, grid in self.entries_of(site)
         }
@@ -133,7 +133,8 @@ class HalfTrial(Trial):
                 return folded.read(name)
 
         found = self._outputs(read, held_back(statistics, self.sites[0]))
-        return float(np.mean((found - self._wanted) ** 2) / np.mean(self._wanted**2))
+        size = float(np.mean(self._wanted**2))
+        return float(np.mean((found - self._wanted) ** 2)) / (size or 1.0)  # 1 beside zeros
 
     def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
         """What the half adds to the residual, float32 ``[rows, hidden]``."""
@@ -175,7 +176,8 @@ class HeadTrial(Trial):
         """See ``Trial.error``."""
         statistics = fold_statistics(self.source.config, self.statistics, folds)
         weight = self._rows(Folded(self.source, folds))
-        codes = get_solver(self.solver, statistics)(weight, self._grid, f"{HEAD}.weight")
+        stats = statistics.for_weight(f"{HEAD}.weight")
+        codes = get_solver(self.solver)(weight, self._grid, stats)
         found = self._log_probabilities(codes.decode(), held_back(statistics, HEAD))
         return float(np.mean(np.sum(np.exp(self._wanted) * (self._wanted - found), axis=1)))
 

@@ -104,16 +104,16 @@ def rounding_order(diagonal: Array, span: int, together: int = 1) -> Array:
     return order
 
 
-def factor_in_place(matrix: Float32) -> Float32 | None:
+def factor_in_place(matrix: Float32, tile_columns: int = TILE) -> Float32 | None:
     """``U D Uᵀ`` of a symmetric matrix, float32 ``[n, n]``, which becomes ``U``; returns ``D``.
 
-    A Cholesky factorisation from the last column to the first, ``TILE`` at a time: nearly all of it
-    is matrix products, and a wide Hessian needs no second copy. None where it breaks down: the
-    matrix, spoilt, is not positive definite in float32.
+    A Cholesky factorisation from the last column to the first, ``tile_columns`` at a time: nearly
+    all of it is matrix products, and a wide Hessian needs no second copy. None where it breaks
+    down: the matrix, spoilt, is not positive definite in float32.
     """
     variances = np.empty(len(matrix), np.float32)
-    for last in range(len(matrix), 0, -TILE):
-        tile = slice(max(last - TILE, 0), last)
+    for last in range(len(matrix), 0, -tile_columns):
+        tile = slice(max(last - tile_columns, 0), last)
         known = matrix[tile, last:] * variances[last:]
         subtract_product(matrix, tile, last, known)
         try:

@@ -79,8 +79,7 @@ class PropagatedWeights(Weights):
         states: Path | None = None,
     ) -> None:
         self._head = Statistics(source.config, self._reach_head)
-        super().__init__(source, get_solver(solver, self._head), ledger)
-        self._solver = solver
+        super().__init__(source, get_solver(solver), ledger)
         self._shift: tuple[LayerStats | None, tuple[Float32, ...]] = (None, ())
         self._entries = {entry.name: entry for entry in plan.entries}
         self._windows, self._work, self._states = windows, work, states
@@ -92,7 +91,8 @@ class PropagatedWeights(Weights):
         """See ``Weights.quantize``."""
         block, _, _ = split_name(name)
         if block is None:
-            return self._solve(self._leaning(name, self._head, rows), grid, name)
+            weight = self._leaning(name, self._head, rows)
+            return self._solve(weight, grid, self._head.for_weight(name))
         self._reach(stored_block(self.config, block))
         solved = self._solved[name]
         if solved.fallen:
@@ -143,14 +143,14 @@ class PropagatedWeights(Weights):
 
     def _solve_block(self, statistics: Statistics) -> None:
         self._solved.clear()
-        solve = get_solver(self._solver, statistics)
         for name, entry in self._entries.items():
             block, _, _ = split_name(name)
             if block is None or len(entry.shape) == 1:
                 continue
             if stored_block(self.config, block) == self._block:
                 weight = self._leaning(name, statistics)
-                self._solved[name] = solve(weight, get_grid(entry.grid), name)
+                grid, stats = get_grid(entry.grid), statistics.for_weight(name)
+                self._solved[name] = self._solve(weight, grid, stats)
 
     def _leaning(self, name: str, statistics: Statistics, rows: slice | None = None) -> Float32:
         """What is solved for: the float weight, and ``SHARE`` of what makes up for the drift."""

@@ -30,6 +30,7 @@ from typing import Any
 from compress.errors import ArtifactError, PacklightError
 from compress.plan.shapes import Runtime
 from compress.verify import quality, tasks
+from compress.verify.agreement import Agreement, Encode, Ids, encode_all, load_texts
 from compress.verify.baseline import BaselineStore, Float32
 from compress.verify.child import SILENCE, Emit, Event, run_child
 from compress.verify.generate import (
@@ -60,12 +61,20 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verified:
-    """The measurements of one artifact."""
+    """The measurements of one artifact.
+
+    Attributes:
+        token_ids: by its own tokenizer, of the texts in ``agreement.TEXTS_FILE``; None where it
+            has none.
+        agreement: of its tokenizer with the checkpoint's; None where there is none.
+    """
 
     quality: Quality
     resources: Resources
     generation: Generation
     tasks: tuple[TaskScore, ...] = ()
+    token_ids: Ids | None = None
+    agreement: Agreement | None = None
 
 
 Outcome = Verified | PacklightError | None
@@ -124,7 +133,7 @@ def verify_artifact(
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
     finally:
         scores.unlink(missing_ok=True)
-    return Verified(summary, used, generation, judged)
+    return Verified(summary, used, generation, judged, found.get("token_ids"))
 
 
 def examine(
@@ -139,7 +148,8 @@ def examine(
 ) -> None:
     """The child's work, from loading to the scores of every token, and of every choice of tasks.
 
-    Emits ``stage`` before each part, ``resources``, ``generation`` and ``log_likelihoods``;
+    Emits ``stage`` before each part, ``resources``, ``token_ids``, ``generation`` and
+    ``log_likelihoods``;
     ``tokens`` (scored so far) as windows and tasks are, and empty events while it is fed before
     that, so that a large model in a slow runtime is not taken for dead.
 
@@ -154,6 +164,7 @@ def examine(
     """
     requests = tasks.load_requests(baseline.folder)
     asked = tasks.lengths(requests)
+    texts = load_texts(baseline.folder)
     text = [int(token) for window in baseline.windows[:4] for token in window]
     prompt = text[: max(1, min(PREFILL_TOKENS, context // 2))]
     decoded = min(DECODE_TOKENS, context - len(prompt))
@@ -168,7 +179,10 @@ def examine(
         seconds=seconds,
     )
     try:
-        emit({"resources": asdict(used), "stage": "generating"})
+        emit({"resources": asdict(used), "stage": "tokenizing"})
+        if runtime.tokenize:  # the tokenizer is in the file
+            emit({"token_ids": encode_all(runtime.tokenize, texts)})
+        emit({"stage": "generating"})
         sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows)))
@@ -216,6 +230,10 @@ class Observed:
     @property
     def vocab_size(self) -> int:
         return self._runtime.vocab_size
+
+    @property
+    def tokenize(self) -> Encode | None:
+        return getattr(self._runtime, "tokenize", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         return self._runtime.logits(tokens)

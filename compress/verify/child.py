@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from compress import errors
 from compress.errors import ArtifactError, PacklightError
+from compress.machine import die_with_parent
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -47,14 +48,14 @@ def run_child(
     """
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # whose end means that we are gone
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         env=environment(),
     )
-    assert process.stdout and process.stderr
+    assert process.stdin and process.stdout and process.stderr
     lines: queue.Queue[str | None] = queue.Queue()
     messages: deque[str] = deque(maxlen=20)
     stdout_reader = threading.Thread(target=pump, args=(process.stdout, lines.put), daemon=True)
@@ -89,6 +90,7 @@ def run_child(
         process.wait()
         stderr_reader.join(timeout=5)
         stdout_reader.join(timeout=5)
+        process.stdin.close()
         process.stdout.close()
         process.stderr.close()
 
@@ -125,11 +127,13 @@ def environment() -> Mapping[str, str]:
 
 
 def run_as_child(main: Callable[[Emit], None]) -> int:
-    """Run ``main(emit)`` in the child process; a ``PacklightError`` becomes an event.
+    """Run ``main(emit)`` in the child process, which ends with its parent; a ``PacklightError``
+    becomes an event.
 
     Returns:
         The exit status; other exceptions pass, their traceback's last line is the message.
     """
+    die_with_parent()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as events:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

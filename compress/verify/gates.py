@@ -19,6 +19,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "kl_divergence_p99": ("kl_divergence", "p99"),
     "kl_divergence_max": ("kl_divergence", "max"),
     "top1_agreement": ("top1_agreement",),
+    "tokenizer_agreement": ("tokenizer_agreement",),
     "generation_consistent": ("generation_consistent",),
     "bytes": ("bytes",),
     "weights_bytes": ("weights_bytes",),
@@ -123,12 +124,19 @@ def parse_size(where: str, name: str, text: str) -> float:
         raise RecipeError(f"{where}: {error}") from error
 
 
+EXACT = Limit("tokenizer_agreement", ">=1", ">=", 1.0)
+"""Of every artifact whose tokenizer was compared, unless its recipe says otherwise."""
+
+
 def judge(limits: Sequence[Limit], artifact: object) -> list[Gate]:
-    """Hold an artifact of a report against the limits.
+    """Hold an artifact of a report against the limits, and ``EXACT``.
 
     What is missing, NaN or infinite never passes.
     """
     gates = []
+    named = any(limit.name == EXACT.name for limit in limits)
+    if not named and find(artifact, EXACT.name) is not None:
+        limits = [*limits, EXACT]
     for limit in limits:
         value = find(artifact, limit.name)
         passed = value is not None and bool(COMPARE[limit.operator](value, limit.number))

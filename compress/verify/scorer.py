@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.calibration.texts import read_words
-from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.checkpoint import Stored
 from compress.console import Console, format_bytes
-from compress.decoder.tokenizer import VOCABULARIES, has_tokenizer
+from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
-from compress.files import scratch_folder
-from compress.formats import FORMATS
+from compress.files import check_unchanged, scratch_folder
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
 from compress.plan.memory import embedding_bytes
 from compress.plan.shapes import Artifact, Plan
 from compress.verify import Outcome, Verified, verify_artifact
+from compress.verify.agreement import (
+    Agreement,
+    Ids,
+    compare,
+    encode_all,
+    save_texts,
+    tokenizer_beside,
+)
 from compress.verify.baseline import BaselineCache, BaselineStore
 from compress.verify.resources import Speed, measure_speed
 from compress.verify.tasks import Task, TaskSet
@@ -26,7 +34,7 @@ from compress.verify.tasks import Task, TaskSet
 if TYPE_CHECKING:
     from compress.decoder.decoder import Decoder
 
-__all__ = ["Scorer", "check_tokenizer", "describe_verification", "read_text", "text_name"]
+__all__ = ["Scorer", "describe_verification", "read_text", "text_name"]
 
 
 def read_text(path: Path | None) -> str:
@@ -44,21 +52,6 @@ def read_text(path: Path | None) -> str:
 def text_name(path: Path | None) -> str:
     """How reports call a text to score on."""
     return path.name if path else BUILTIN_TEXT
-
-
-def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that cannot read the texts a build wants.
-
-    Raises:
-        CheckpointError: no tokenizer.
-    """
-    if not has_tokenizer(checkpoint.path):
-        without = [f"-f {row.name}" for row in FORMATS.values() if not row.tokenizer_inside]
-        raise CheckpointError(
-            f"no tokenizer in {checkpoint.path}: texts to calibrate and verify on cannot be read",
-            hint=f"one of {', '.join(VOCABULARIES)}; or -r int4-fast --no-verify, which reads no "
-            f"text, with {' or '.join(without)}",
-        )
 
 
 def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
@@ -105,12 +98,13 @@ class Scorer:
             UsageError: the text gives fewer than two windows, or a question is too long.
             CheckpointError: no tokenizer.
         """
-        from compress.decoder.tokenizer import Tokenizer, eval_windows
+        from compress.decoder.tokenizer import eval_windows
 
         self._job, self._console, self._cache = job, console, cache
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
-        self.tokenizer = Tokenizer(job.checkpoint.path)
+        self.tokenizer = job.checkpoint.tokenizer
+        self._texts = texts_for(self.tokenizer)
         count = window_count(job.config, job.recipe.windows)
         self.windows = eval_windows(text, self.tokenizer, self.length, count)
         room = window_length(job.config, job.plans, job.context)
@@ -145,6 +139,7 @@ class Scorer:
         found: list[Outcome] = []
         with scratch_folder(folder) as scratch:
             store = self._score_baseline(scratch)
+            save_texts(scratch, self._texts)
             for artifact in artifacts:
                 try:
                     found.append(self._score(artifact, store))
@@ -160,7 +155,7 @@ class Scorer:
         context = min(context, plan.max_context or context)
         label = f"verify {artifact.format} {artifact.type_name}"
         with self._console.progress(label, "tokens") as update:
-            return verify_artifact(
+            verified = verify_artifact(
                 artifact.path,
                 artifact.format,
                 store,
@@ -169,6 +164,19 @@ class Scorer:
                 task_set=self.task_set,
                 progress=update,
             )
+        return replace(verified, agreement=self._agreement(artifact.path, verified.token_ids))
+
+    def _agreement(self, path: Path, found: Ids | None) -> Agreement | None:
+        """Whether an artifact tokenizes as the checkpoint: by its ids, or with the files beside."""
+        rows = self._job.config.vocab_size
+        try:
+            beside = None if found else tokenizer_beside(path, rows)
+        except CheckpointError as error:
+            raise ArtifactError(f"the tokenizer beside {path.name}: {error.message}") from error
+        found = encode_all(beside.encode, self._texts) if beside else found
+        if not found:
+            return None
+        return compare(self._texts, encode_all(self.tokenizer.encode, self._texts), found)
 
     def _score_baseline(self, folder: Path) -> BaselineStore:
         from compress.decoder.decoder import Decoder
@@ -186,6 +194,7 @@ class Scorer:
             else:
                 store = self._answers(decoder, folder)
                 self.speed = self._measure_speed(stored)
+                check_unchanged(job.checkpoint.opened)
                 if cache:
                     cache.save(folder, self.speed)
         if self.speed is None:

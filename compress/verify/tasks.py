@@ -124,7 +124,7 @@ def parse_item(line: str, where: str) -> Item:
     """
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}", hint=FORM) from error
     if not isinstance(found, dict):
         raise UsageError(f"{where}: not a JSON object", hint=FORM)
@@ -215,7 +215,11 @@ def load_requests(folder: Path) -> list[Request]:
 
 
 def score(
-    requests: Sequence[Request], logits: Logits, progress: Progress | None = None
+    requests: Sequence[Request],
+    logits: Logits,
+    progress: Progress | None = None,
+    *,
+    batch_tokens: int = BATCH,
 ) -> list[float]:
     """Log-likelihood of the scored tokens of every request.
 
@@ -224,13 +228,14 @@ def score(
 
     Args:
         requests: any number.
-        logits: called with at most ``BATCH`` tokens at a time (or one sequence).
+        logits: called with at most ``batch_tokens`` at a time (or one sequence).
         progress: called with sequences done and in all.
+        batch_tokens: see ``logits``.
     """
     fed = sequences(requests)
     found = [0.0] * len(requests)
     done = 0
-    for batch in batches(fed):
+    for batch in batches(fed, batch_tokens):
         for tokens, rows in zip(batch, logits([list(t) for t in batch]), strict=True):
             for index in fed[tokens]:
                 found[index] = log_likelihood(requests[index], rows)
@@ -253,11 +258,11 @@ def lengths(requests: Sequence[Request]) -> list[int]:
     return [len(tokens) for tokens in sequences(requests)]
 
 
-def batches(fed: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences in order, ``BATCH`` tokens or one sequence at a time."""
+def batches(fed: Iterable[tuple[int, ...]], limit: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences in order, ``limit`` tokens or one sequence at a time."""
     batch: list[tuple[int, ...]] = []
     for tokens in fed:
-        if batch and sum(map(len, batch)) + len(tokens) > BATCH:
+        if batch and sum(map(len, batch)) + len(tokens) > limit:
             yield batch
             batch = []
         batch.append(tokens)

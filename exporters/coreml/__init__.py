@@ -2,9 +2,8 @@
 
     planning.py   settings → which tensor gets which grid, how it is stored, and its bytes
     graph.py      the decoder as a MIL program, operation by operation, from a DecoderConfig
-    constants.py  placeholders for its constants, filled one at a time
+    constants.py  its constants: placeholders, and weight.bin, written slab by slab
     writer.py     the package, streamed; all that is private of coremltools
-    weight_file.py its arrays, written slab by slab or only counted
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
     card.py       where its files lie, and how to run them
     inspection.py what a package says of itself

@@ -6,8 +6,16 @@ import platform
 import shlex
 from pathlib import Path
 
-from compress.formats import Check
-from compress.report.words import fenced
+from compress.formats import Check, Usage
+
+USAGE = Usage(
+    "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
+    "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
+    "files lie beside the package. iOS 18 or macOS 15 and later.",
+    "xcrun coremlcompiler compile {path} .",
+    "sh",
+    shlex.quote,
+)
 
 
 def find(path: Path) -> list[Path]:
@@ -15,17 +23,6 @@ def find(path: Path) -> list[Path]:
     if path.suffix == ".mlpackage":
         return [path] if path.is_dir() else []
     return sorted((*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage")))
-
-
-def how_to_run(path: str) -> list[str]:
-    """On a device, with swift-transformers."""
-    command = f"xcrun coremlcompiler compile {shlex.quote(path)} ."
-    text = (
-        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
-        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
-        "files lie beside the package. iOS 18 or macOS 15 and later."
-    )
-    return [text, fenced(command, "sh")]
 
 
 def checks() -> list[Check]:

@@ -2,23 +2,34 @@
 
 coremltools keeps the array of every constant until the end. An array with strides of zero has the
 right shape and type and no memory, so the graph is built of those, with the place in ``weight.bin``
-each array will be; ``stored`` then has the arrays of one tensor, some rows at a time.
+(``Layout``) where each array will be; ``stored`` then has the arrays of one tensor, some rows at a
+time, and a ``Blob`` writes each to its place.
+
+The format of ``weight.bin`` is in ``blobs.py``. coremltools has a writer, which wants each array
+whole and packs it in memory: half a gigabyte for the head of a large vocabulary. The bytes here are
+the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import RawIOBase
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.decoder.config import split_name
-from compress.grids import Array, Grid, Quantized, get_grid
+from compress.decoder.config import DecoderConfig, split_name
+from compress.errors import DiskFullError, is_disk_full
+from compress.grids import Array, Quantized, get_grid
 from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
 from compress.plan.weights import Weights
-from exporters.coreml.planning import SPARSE_NAMES, Part, parts
+from exporters.coreml.blobs import BITS, BLOB_TYPES, RECORD, SENTINEL
+from exporters.coreml.planning import ALIGNMENT, SPARSE_NAMES, Part, parts
 
 OPERATIONS = {
     "data": "constexpr_blockwise_shift_scale",
@@ -31,6 +42,10 @@ OPERATIONS = {
 SLABS = 1 << 23
 STEP = 256  # rows: all groups of rows divide it, and their codes fill whole bytes
 
+HEADER = struct.Struct("<II56x")  # number of records, version
+VERSION = 2
+TYPES = {dtype: number for number, dtype in BLOB_TYPES.items()}
+
 Var = Any  # coremltools has no types
 
 
@@ -41,19 +56,19 @@ class Constants:
         mb: coremltools' builder.
         storage: MIL dtype name → the numpy dtype by which coremltools knows it.
         plan: which grid each weight has.
-        block_repeat: times that each stored block runs.
+        config: the model.
 
     Attributes:
         parts: shape and type of every placeholder, by name.
         entries: the entry that a placeholder holds the whole of, by its name; none for computed
             arrays and for parts of compressed matrices.
-        computed: what makes the arrays that no checkpoint has, by name.
     """
 
     def __init__(
-        self, mb: Any, storage: dict[str, np.dtype[Any]], plan: Plan, block_repeat: int
+        self, mb: Any, storage: dict[str, np.dtype[Any]], plan: Plan, config: DecoderConfig
     ) -> None:
-        self._mb, self._storage = mb, storage
+        self._mb, self._storage, self._rope = mb, storage, config.rope
+        block_repeat = config.block_repeat
         self._planned = {entry.name: entry for entry in plan.entries}
         for entry in plan.entries if block_repeat > 1 else ():  # MobileLLM-LS: the same constants
             block, role, kind = split_name(entry.name)
@@ -64,7 +79,6 @@ class Constants:
         self._vars: dict[str, Var] = {}
         self.parts: dict[str, Part] = {}
         self.entries: dict[str, PlanEntry] = {}
-        self.computed: dict[str, Callable[[], NDArray[Any]]] = {}
 
     def weight(self, name: str) -> Var:
         """A matrix: decompressed by Core ML when it loads, or as it runs."""
@@ -75,7 +89,8 @@ class Constants:
         if len(pieces) == 1:
             self.entries[entry.target_name] = entry
             return self._constant(entry.target_name, pieces[0])
-        inputs = {part.name: self._constant(constant_name(entry, part), part) for part in pieces}
+        stem = entry.target_name
+        inputs = {part.name: self._constant(f"{stem}_{part.name}", part) for part in pieces}
         operation = getattr(self._mb, OPERATIONS.get(pieces[0].name, "constexpr_sparse_to_dense"))
         if pieces[0].name in OPERATIONS and pieces[0].name.endswith("_mask"):
             mask, values = operation(**inputs, name=f"{entry.target_name}_sparse")
@@ -91,17 +106,18 @@ class Constants:
         self.entries[entry.target_name] = entry
         return self._constant(entry.target_name, part)
 
-    def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
-        """A float16 constant that the program needs and no checkpoint has."""
-        self.computed[name] = make
+    def array(self, name: str, shape: tuple[int, ...]) -> Var:
+        """A float16 constant that the program needs and no checkpoint has: a table of cos or sin
+        (``rope_cos``, ``rope_sin``), or zeros."""
         return self._constant(name, Part("val", "fp16", shape))
 
     def values(self, name: str, weights: Weights | None) -> NDArray[Any]:
-        """A small constant, which stands in the graph itself; zeros without ``weights``."""
+        """The array of a constant that is not compressed; zeros for those of a checkpoint without
+        ``weights``."""
         part = self.parts[name]
-        if name in self.computed:
-            found = self.computed[name]()
-        elif weights is not None:
+        if name.startswith("rope_"):
+            found = self._rope.cos_sin(part.shape[0])[name == "rope_sin"]
+        elif weights is not None and name in self.entries:
             found = weights.read(self.entries[name].name)
         else:
             found = np.zeros(part.shape, np.float32)
@@ -121,11 +137,6 @@ class Constants:
         return self._vars[name]
 
 
-def constant_name(entry: PlanEntry, part: Part) -> str:
-    """The constant that holds one array of an entry."""
-    return entry.target_name if part.name == "val" else f"{entry.target_name}_{part.name}"
-
-
 def stored(entry: PlanEntry, weights: Weights) -> Iterator[dict[str, Array]]:
     """The arrays of an entry by the names of its ``parts``, some rows at a time."""
     slabs: Sequence[slice | None] = [None]  # all rows at once, where they share one table
@@ -140,31 +151,111 @@ def stored(entry: PlanEntry, weights: Weights) -> Iterator[dict[str, Array]]:
 
 def as_stored(quantized: Quantized) -> dict[str, Array]:
     """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
-    if isinstance(quantized.grid, SparseGrid):
-        return sparse_as_stored(quantized, quantized.grid)
-    return dense_as_stored(quantized.pack(), quantized.grid)
-
-
-def sparse_as_stored(quantized: Quantized, grid: SparseGrid) -> dict[str, Array]:
-    """The mask, and what is there as on the inner grid."""
-    packed = quantized.pack()
-    mask = packed.pop("mask")
-    if grid.inner.name == "F16":
-        return {"mask": mask, "nonzero_data": packed["codes"]}
-    stored = dense_as_stored(packed, grid.inner)
-    codes = "indices" if "indices" in stored else "data"
-    mask_name, values_name = SPARSE_NAMES[codes]
-    return {mask_name: mask, values_name: stored.pop(codes), **stored}
-
-
-def dense_as_stored(packed: dict[str, Array], grid: Grid) -> dict[str, Array]:
-    """Codes, scales and tables under Core ML's names."""
+    packed, grid = quantized.pack(), quantized.grid
+    mask = packed.pop("mask", None)  # of a sparse grid; the others are those of the inner one
+    if isinstance(grid, SparseGrid):
+        grid = grid.inner
     codes = packed["codes"]
-    if "lut" in packed:
+    if grid.name == "F16":
+        found = {"val": codes}
+    elif "lut" in packed:
         groups, levels = packed["lut"].shape
-        return {"indices": codes, "lut": packed["lut"].reshape(groups, 1, levels, 1)}
-    if not grid.symmetric:
-        return {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
-    # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps around.
-    middle = np.uint8(1 << (grid.bits - 1))
-    return {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}
+        found = {"indices": codes, "lut": packed["lut"].reshape(groups, 1, levels, 1)}
+    elif not grid.symmetric:
+        found = {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
+    else:
+        # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps
+        # around.
+        middle = np.uint8(1 << (grid.bits - 1))
+        found = {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}
+    if mask is None:
+        return found
+    name = next(iter(found))
+    mask_name, values_name = SPARSE_NAMES[name]
+    return {mask_name: mask, values_name: found.pop(name), **found}
+
+
+# --- weight.bin ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """Where the arrays of a ``weight.bin`` lie, in the order of their coming.
+
+    Attributes:
+        offsets: of each array's record, by name.
+        end: bytes so far.
+    """
+
+    offsets: dict[str, int] = field(default_factory=dict)
+    end: int = ALIGNMENT
+
+    def add(self, name: str, part: Part) -> int:
+        """The place of one more array, or of one that has its place; the offset of its record."""
+        if name not in self.offsets:
+            self.offsets[name] = -(-self.end // ALIGNMENT) * ALIGNMENT
+            self.end = self.offsets[name] + ALIGNMENT + part.nbytes
+        return self.offsets[name]
+
+
+class Blob:
+    """One array that is being written to its place, some rows after the other.
+
+    Raises:
+        DiskFullError: no room.
+    """
+
+    def __init__(self, stream: RawIOBase, offset: int, part: Part) -> None:
+        self._stream, self._part = stream, part
+        self._begin, self._taken = offset + ALIGNMENT, 0
+        padding = 8 * part.nbytes - math.prod(part.shape) * BITS[part.dtype]
+        record = RECORD.pack(SENTINEL, TYPES[part.dtype], part.nbytes, self._begin, padding)
+        write_at(stream, offset, record)
+
+    def append(self, values: Array) -> int:
+        """Write the next rows, of the part's dtype; their bytes."""
+        bits = BITS[self._part.dtype]
+        assert self._taken * bits % 8 == 0  # slabs begin with a byte
+        packed = pack_bits(values, bits)
+        write_at(self._stream, self._begin + self._taken * bits // 8, packed.data)
+        self._taken += values.size
+        return int(packed.nbytes)
+
+    def close(self) -> int:
+        """All rows are there; where the array ends in the file."""
+        assert self._taken == math.prod(self._part.shape), (self._part, self._taken)
+        return self._begin + self._part.nbytes
+
+
+def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
+    """Write bytes at a place of a file without a buffer, whose closing would try once more.
+
+    Raises:
+        DiskFullError: no room.
+    """
+    rest = memoryview(data).cast("B")
+    try:
+        stream.seek(offset)
+        while rest:
+            rest = rest[stream.write(rest) :]
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(f"weight.bin could not be written: {error.strerror}") from error
+
+
+def pack_bits(values: Array, bits: int) -> Array:
+    """The bytes of numbers: sub-byte integers (a byte each here) without gaps, low bits first.
+
+    A last byte that is not full is filled with zeros.
+    """
+    flat = np.ascontiguousarray(values).reshape(-1)
+    raw = flat.view(np.uint8)
+    if bits >= 8:
+        return raw
+    if bits == 4 and raw.size % 2 == 0:
+        from compress.grids.lanes import join_pairs  # compiles: not before it is needed
+
+        return join_pairs(raw)
+    fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(fields.reshape(-1), bitorder="little")

@@ -36,7 +36,7 @@ from exporters.coreml.weights import Weight, gather_rows, linear_by_slabs, share
 
 __all__ = ["Evaluator"]
 
-SMALL = 1 << 16  # constants up to so many elements are decoded once, when loading
+SMALL = 1 << 16  # elements of a constant that is decoded once, at most
 GIB = 1 << 30
 OTHER_OPS = ("const", "read_state", "write_state")
 VARIADIC = ("values",)
@@ -65,6 +65,7 @@ class Evaluator:
         threads: torch threads during ``predict``; 0 leaves torch's setting.
         cache_bytes: memory for decoded weights. What does not fit is decoded for each use, a
             slab of rows at a time: slower, but a model of any size runs.
+        small: constants of up to so many elements are decoded once, when loading.
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
@@ -82,6 +83,7 @@ class Evaluator:
         fp16: bool = False,
         threads: int = 0,
         cache_bytes: int = GIB,
+        small: int = SMALL,
     ) -> None:
         program = read_package(Path(package))
         self._function = program.function(function)
@@ -91,6 +93,7 @@ class Evaluator:
         self.outputs: Mapping[str, TensorSpec] = self._function.outputs
         self._fp16 = fp16
         self._threads = threads
+        self._small = small
         for operation in self._function.operations:
             _refuse_unknown(operation)
         self._constants = self._load_constants()
@@ -149,11 +152,10 @@ class Evaluator:
         trees = constants_of(self._function.operations)
         return {name: self._held(tree) for name, tree in trees.items() if name in needed}
 
-    @staticmethod
-    def _held(tree: Constant | str) -> Held:
+    def _held(self, tree: Constant | str) -> Held:
         if isinstance(tree, str):
             return tree
-        if tree.size > SMALL and tree.dtype.startswith("fp"):
+        if tree.size > self._small and tree.dtype.startswith("fp"):
             return Weight(tree)
         tensor = decode(tree)
         if tensor.is_floating_point() or tensor.dtype == torch.bool:

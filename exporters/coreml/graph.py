@@ -24,12 +24,9 @@ run its passes over the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig
 
@@ -52,8 +49,8 @@ class Constants(Protocol):
         """A norm weight or bias of the checkpoint, in the plan's float type."""
         ...
 
-    def array(self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]) -> Var:
-        """A float16 constant that is not in the checkpoint."""
+    def array(self, name: str, shape: tuple[int, ...]) -> Var:
+        """A float16 constant that is not in the checkpoint: a rotary table or zeros."""
         ...
 
 
@@ -71,12 +68,6 @@ class Decoder:
         self.config = config
         self.context = context
         self.constants = constants
-
-    @staticmethod
-    def cache_shape(config: DecoderConfig, context: int) -> tuple[int, ...]:
-        """``[layers, 1, kv_heads, context, head_dim]`` of either cache."""
-        layers, kv = config.num_hidden_layers, config.num_key_value_heads
-        return layers, 1, kv, context, config.head_dim
 
     def build(self, ids: Var, mask: Var, key_cache: Var, value_cache: Var) -> Var:
         """Emit the program for these inputs and states; returns ``logits``."""
@@ -97,41 +88,34 @@ class Decoder:
         for block in range(c.num_hidden_layers):
             x = self.block(block, x)
         x = self.norm("norm", x, "norm")
-        head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-        return self.linear(head, x, "logits", bias="lm_head" if c.lm_head_bias else "")
+        return self.linear("lm_head", x, "logits")
 
     # --- positions and the mask ---------------------------------------------------------------
 
     def place(self, ids: Var, mask: Var) -> None:
         """Where the tokens go, the rotary tables there, and what each of them may see."""
         mb = self.mb
-        queries = self._size(ids, 1, "query_count")  # int32 [1]
-        self.end = self._size(mask, 3, "position_end")
+        shape = mb.shape(x=ids, name="query_count_shape")
+        queries = mb.slice_by_size(x=shape, begin=[1], size=[1], name="query_count")  # int32 [1]
+        shape = mb.shape(x=mask, name="position_end_shape")
+        self.end = mb.slice_by_size(x=shape, begin=[3], size=[1], name="position_end")
         self.begin = mb.sub(x=self.end, y=queries, name="position_begin")
         begin = mb.squeeze(x=self.begin, name="position_begin_scalar")
         end = mb.squeeze(x=self.end, name="position_end_scalar")
         positions = mb.range_1d(start=begin, end=end, step=1, name="positions")
         slots = mb.range_1d(start=0, end=end, step=1, name="slots")
-        self.cosines, self.sines = self._rotary_tables(positions)
-        self.mask = self._mask(positions, slots, mask)
-
-    def _size(self, x: Var, axis: int, name: str) -> Var:
-        shape = self.mb.shape(x=x, name=f"{name}_shape")
-        return self.mb.slice_by_size(x=shape, begin=[axis], size=[1], name=name)
-
-    def _rotary_tables(self, positions: Var) -> tuple[Var, Var]:
-        tables = []
-        for which, name in enumerate(("rope_cos", "rope_sin")):
-            shape = (self.context, self.config.rope.rotary_dim // 2)
-            table = self.constants.array(name, shape, partial(self._rotary_table, which))
-            rows = self.mb.gather(
-                x=table, indices=positions, axis=0, validate_indices=False, name=f"{name}_rows"
+        table = (self.context, self.config.rope.rotary_dim // 2)
+        self.cosines, self.sines = (
+            mb.gather(
+                x=self.constants.array(name, table),
+                indices=positions,
+                axis=0,
+                validate_indices=False,
+                name=f"{name}_rows",
             )
-            tables.append(rows)
-        return tables[0], tables[1]
-
-    def _rotary_table(self, which: int) -> NDArray[Any]:
-        return self.config.rope.cos_sin(self.context)[which]
+            for name in ("rope_cos", "rope_sin")
+        )
+        self.mask = self._mask(positions, slots, mask)
 
     def _mask(self, positions: Var, slots: Var, given: Var) -> Var:
         """float16, broadcastable to ``[1, heads, q, n]``: 0 where visible, else very negative."""
@@ -211,50 +195,54 @@ class Decoder:
             normed = mb.mul(x=normed, y=scale, name=f"{name}_scaled")
         return mb.cast(x=normed, dtype="fp16", name=name)
 
-    def linear(self, weight: str, x: Var, name: str, bias: str = "") -> Var:
+    def linear(self, weight: str, x: Var, name: str) -> Var:
         """``x @ weight.T + bias``; without a bias, one shared vector of zeros (MIL wants one)."""
-        matrix = self.constants.weight(f"{weight}.weight")
+        tied = weight == "lm_head" and self.config.tie_word_embeddings
+        matrix = self.constants.weight("embed_tokens.weight" if tied else f"{weight}.weight")
         rows = int(matrix.shape[0])
-        if bias:
-            vector = self.constants.vector(f"{bias}.bias")
+        if self.config.has_bias(weight.rpartition(".")[2]):
+            vector = self.constants.vector(f"{weight}.bias")
         else:
-            vector = self.constants.array(f"zeros_{rows}", (rows,), partial(np.zeros, rows))
+            vector = self.constants.array(f"zeros_{rows}", (rows,))
         return self.mb.linear(x=x, weight=matrix, bias=vector, name=name)
 
-    def project(self, block: int, role: str, x: Var) -> Var:
-        """The linear of a role."""
-        weight = f"blocks.{block}.{role}"
-        bias = weight if self.config.has_bias(role) else ""
-        return self.linear(weight, x, f"block_{block}_{role}", bias)
-
     def mlp(self, block: int, x: Var) -> Var:
-        mb, stem = self.mb, f"block_{block}"
-        up = self.project(block, "up_proj", x)
+        mb, stem, weights = self.mb, f"block_{block}", f"blocks.{block}"
+        up = self.linear(f"{weights}.up_proj", x, f"{stem}_up_proj")
         if self.config.gated_mlp:
-            gate = mb.silu(x=self.project(block, "gate_proj", x), name=f"{stem}_gate")
+            gate = self.linear(f"{weights}.gate_proj", x, f"{stem}_gate_proj")
+            gate = mb.silu(x=gate, name=f"{stem}_gate")
             inner = mb.mul(x=gate, y=up, name=f"{stem}_gated")
         else:
             inner = mb.gelu(x=up, mode="TANH_APPROXIMATION", name=f"{stem}_gelu")
-        return self.project(block, "down_proj", inner)
+        return self.linear(f"{weights}.down_proj", inner, f"{stem}_down_proj")
 
     # --- attention ----------------------------------------------------------------------------
 
     def attention(self, block: int, x: Var) -> Var:
-        mb, c, stem = self.mb, self.config, f"block_{block}"
-        kv_heads = c.num_key_value_heads
-        heads = {"q_proj": c.num_attention_heads}
-        query, key, value = (
-            self.split(block, role, self.project(block, role, x), heads.get(role, kv_heads))
-            for role in ("q_proj", "k_proj", "v_proj")
-        )
+        mb, c, stem, weights = self.mb, self.config, f"block_{block}", f"blocks.{block}"
+        by_heads = []  # [1, heads, q, head_dim] each
+        for role in ("q_proj", "k_proj", "v_proj"):
+            heads = c.num_attention_heads if role == "q_proj" else c.num_key_value_heads
+            flat, name = self.linear(f"{weights}.{role}", x, f"{stem}_{role}"), f"{stem}_{role}"
+            split = mb.reshape(x=flat, shape=[1, -1, heads, c.head_dim], name=f"{name}_heads_last")
+            by_heads.append(mb.transpose(x=split, perm=[0, 2, 1, 3], name=f"{name}_heads"))
+        query, key, value = by_heads
         if c.qk_norm:
-            query = self.norm(f"blocks.{block}.q_norm", query, f"{stem}_q_norm")
-            key = self.norm(f"blocks.{block}.k_norm", key, f"{stem}_k_norm")
+            query = self.norm(f"{weights}.q_norm", query, f"{stem}_q_norm")
+            key = self.norm(f"{weights}.k_norm", key, f"{stem}_k_norm")
         query = self.rotate(query, f"{stem}_query")
         key = self.rotate(key, f"{stem}_key")
-        span = self.span(block)
-        keys = self.repeat(self.cached(0, block, key, span), f"{stem}_keys")
-        values = self.repeat(self.cached(1, block, value, span), f"{stem}_values")
+        # Begin and end, int32 [5], of the new positions in the block's layer of a cache.
+        first = np.array([block, 0, 0], np.int32)
+        last = np.array([block + 1, 1, c.num_key_value_heads], np.int32)
+        zero, whole = np.array([0], np.int32), np.array([c.head_dim], np.int32)
+        span = (
+            mb.concat(values=[first, self.begin, zero], axis=0, name=f"{stem}_begin"),
+            mb.concat(values=[last, self.end, whole], axis=0, name=f"{stem}_end"),
+        )
+        keys = self.cached(0, block, key, span)
+        values = self.cached(1, block, value, span)
         # The one operation that Core ML runs fused on the GPU, scaling and softmax included.
         mixed = mb.scaled_dot_product_attention(
             query=query, key=keys, value=values, attn_mask=self.mask, name=f"{stem}_attention"
@@ -262,13 +250,7 @@ class Decoder:
         mixed = mb.transpose(x=mixed, perm=[0, 2, 1, 3], name=f"{stem}_attention_heads_last")
         width = c.num_attention_heads * c.head_dim
         mixed = mb.reshape(x=mixed, shape=[1, -1, width], name=f"{stem}_attention_flat")
-        return self.project(block, "o_proj", mixed)
-
-    def split(self, block: int, role: str, flat: Var, heads: int) -> Var:
-        """A projection by heads: ``[1, heads, q, head_dim]``."""
-        mb, name = self.mb, f"block_{block}_{role}_heads"
-        split = mb.reshape(x=flat, shape=[1, -1, heads, self.config.head_dim], name=f"{name}_last")
-        return mb.transpose(x=split, perm=[0, 2, 1, 3], name=name)
+        return self.linear(f"{weights}.o_proj", mixed, f"{stem}_o_proj")
 
     def rotate(self, x: Var, name: str) -> Var:
         """Rotary embedding of the leading ``rotary_dim`` dimensions, halves rotating together."""
@@ -290,23 +272,14 @@ class Decoder:
         ]
         return mb.concat(values=[*turned, *tail], axis=-1, name=f"{name}_rotated")
 
-    def span(self, block: int) -> tuple[Var, Var]:
-        """Begin and end, int32 [5], of the new positions in the block's layer of a cache."""
-        c, stem = self.config, f"block_{block}"
-        first = np.array([block, 0, 0], np.int32)
-        last = np.array([block + 1, 1, c.num_key_value_heads], np.int32)
-        zero, width = np.array([0], np.int32), np.array([c.head_dim], np.int32)
-        begin = self.mb.concat(values=[first, self.begin, zero], axis=0, name=f"{stem}_begin")
-        end = self.mb.concat(values=[last, self.end, width], axis=0, name=f"{stem}_end")
-        return begin, end
-
     def cached(self, which: int, block: int, new: Var, span: tuple[Var, Var]) -> Var:
-        """Put ``new`` into a cache; the block's layer of it up to ``end``: ``[1, kv, n, dim]``.
+        """Put ``new`` into a cache; the block's layer of it up to ``end``, each head of it once for
+        every query head that shares it: ``[1, heads, n, head_dim]``.
 
         ``coreml_update_state`` writes the state and reads it back, which is what lets Core ML
         update it in place; ``self.caches`` is the chain.
         """
-        mb, name = self.mb, f"block_{block}_{('keys', 'values')[which]}"
+        mb, c, name = self.mb, self.config, f"block_{block}_{('keys', 'values')[which]}"
         begin, end = span
         updated = mb.slice_update(
             x=self.caches[which],
@@ -318,7 +291,7 @@ class Decoder:
         self.caches[which] = mb.coreml_update_state(
             state=self.states[which], value=updated, name=f"{name}_cache"
         )
-        return mb.slice_by_index(
+        layer = mb.slice_by_index(
             x=self.caches[which],
             begin=[block, 0, 0, 0, 0],
             end=end,
@@ -328,13 +301,10 @@ class Decoder:
             name=name,
         )
 
-    def repeat(self, x: Var, name: str) -> Var:
-        """Every key-value head once per query head that shares it: ``[1, heads, n, d]``."""
-        mb, c = self.mb, self.config
         times = c.num_attention_heads // c.num_key_value_heads
         if times == 1:
-            return x
-        apart = mb.expand_dims(x=x, axes=[2], name=f"{name}_apart")  # [1, kv, 1, n, d]
+            return layer
+        apart = mb.expand_dims(x=layer, axes=[2], name=f"{name}_apart")  # [1, kv, 1, n, d]
         tiled = mb.tile(x=apart, reps=[1, 1, times, 1, 1], name=f"{name}_tiled")
         shape = [1, c.num_attention_heads, -1, c.head_dim]
         return mb.reshape(x=tiled, shape=shape, name=f"{name}_repeated")

@@ -30,11 +30,11 @@ def describe(path: Path) -> dict[str, Any]:
     """
     program = read_package(path)
     function = program.function(program.default_function)
-    recorded = program.metadata.get("packlight.parameters")
+    recorded = program.metadata.get("packlight.parameters", "")
     kind = program.metadata.get("packlight.grid", "")
     tensors = list_tensors(function)
     counted = sum(tensor["weights"] for tensor in tensors)
-    parameters = int(recorded) if recorded else counted
+    parameters = int(recorded) if recorded.isascii() and recorded.isdigit() else counted
     nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     operators = Counter(op.kind for op in function.operations if op.kind != "const")
     shapes = {**function.inputs, **function.states, **function.outputs}
@@ -65,7 +65,7 @@ def describe(path: Path) -> dict[str, Any]:
 def cache_slots(function: Function) -> int:
     """Positions of the KV cache; 0 for a program that has none."""
     cache = function.states.get("keyCache")
-    return 0 if cache is None else cache.shape[3] or 0
+    return 0 if cache is None or len(cache.shape) < 4 else cache.shape[3] or 0
 
 
 def list_tensors(function: Function) -> list[dict[str, Any]]:

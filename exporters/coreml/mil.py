@@ -178,7 +178,7 @@ def _model_file(package: Path) -> Path:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
         relative = PurePosixPath(root["path"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{manifest_path} is damaged: {error!r}") from error
     model_path = package / "Data" / relative
     if ".." in relative.parts or relative.is_absolute() or not model_path.is_file():

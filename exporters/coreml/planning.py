@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
 DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
+FLOATS = {"F16": "fp16", "F32": "fp32"}  # grid → MIL's type of a plain constant
 IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
 NEURAL_ENGINE_MULTIPLE = 32
 
@@ -81,10 +82,12 @@ def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
         GridError: a grid that Core ML does not store.
     """
     if isinstance(grid, str):
+        if grid in FLOATS:
+            return (Part("val", FLOATS[grid], shape),)
         grid = get_grid(grid)
     match grid:
-        case DenseGrid(name="F16" | "F32"):
-            return (Part("val", f"fp{grid.bits}", shape),)
+        case DenseGrid(name="F16"):  # what a sparse grid has of it
+            return (Part("val", "fp16", shape),)
         case SparseGrid():
             return sparse_parts(grid, (shape[0], shape[1]))
         case Palette():
@@ -140,15 +143,19 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("embedding", chosen["grid"])
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     _check(config, chosen)
-    entries = tuple(_entries(config, chosen, choices))
+    prefix = ""
+    if chosen.get("sparsity", "none") != "none" and (pattern := pattern_of(chosen["sparsity"])):
+        prefix = f"{pattern.name}-"
+    entries = tuple(_entries(config, chosen, choices, prefix))
+    sparse = [entry for entry in entries if entry.grid not in (*GRIDS, *FLOATS)]
     chosen["container_bytes"] = weight_file_bytes(config, entries) - sum(e.nbytes for e in entries)
     return Plan(
         format="coreml",
-        type_name=mix_name(entries, config) if choices else sparse_name(chosen, chosen["grid"]),
+        type_name=mix_name(entries, config) if choices else prefix + chosen["grid"],
         model_name=request.model_name,
         entries=entries,
         settings=chosen,
-        notes=(*_notes(config, chosen), *sparse_notes(entries)),
+        notes=(*_notes(config, chosen), *(sparse_notes(sparse) if sparse else ())),
         max_context=chosen["context"],
     )
 
@@ -172,20 +179,6 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             "of this model",
             hint=f"--context {config.max_context}, or targets.coreml.context in the recipe",
         )
-
-
-def stored_names(config: DecoderConfig) -> Iterator[str]:
-    """Weights and biases of the checkpoint that get a constant, in order of execution."""
-    shapes = WeightMap(config)
-    for name in shapes.names():
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if shapes.first_use(name) and not tied:
-            yield name
-
-
-def target_name(name: str) -> str:
-    """The constant's name: MIL allows letters, digits and underscores."""
-    return name.replace("blocks.", "block_").replace(".", "_")
 
 
 def candidates(
@@ -226,13 +219,13 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
 
 
 def _entries(
-    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str]
+    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str], prefix: str
 ) -> Iterator[PlanEntry]:
     shapes = WeightMap(config)
     table = (settings["context"], config.rope.rotary_dim // 2)
     for name in ("rope.cos", "rope.sin"):
         yield _entry(name, "F16", table)
-    for name in stored_names(config):
+    for name in shapes.names(tied_head=False, repeats=False):
         block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:
@@ -244,14 +237,16 @@ def _entries(
         asked = settings["embedding" if role == "embed_tokens" else "grid"]
         grid = fitting_grid(asked, (shape[0], shape[1]))
         note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
-        if block is not None and sparse_name(settings, grid) != grid:  # not embeddings and head
-            grid = checked(name, sparse_name(settings, grid), (shape[0], shape[1]))
+        if block is not None and prefix:  # not embeddings and head
+            grid = checked(name, prefix + grid, (shape[0], shape[1]))
         yield _entry(name, grid, shape, note)
 
 
 def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> PlanEntry:
     nbytes = sum(part.nbytes for part in parts(grid, shape))
-    return PlanEntry(name, target_name(name), grid, shape, nbytes, note)
+    # MIL allows letters, digits and underscores.
+    target = name.replace("blocks.", "block_").replace(".", "_")
+    return PlanEntry(name, target, grid, shape, nbytes, note)
 
 
 def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
@@ -279,16 +274,13 @@ def dense_name(grid: str) -> str:
     return found.inner.name if isinstance(found, SparseGrid) else grid
 
 
-def zero_bias_sizes(config: DecoderConfig) -> list[int]:
-    """Rows of the linears without a bias; they share one vector of zeros per size, float16."""
-    roles = [role for role in (*config.linear_roles, "lm_head") if not config.has_bias(role)]
-    return sorted({config.weight_shape(role)[0] for role in roles})
-
-
 def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> int:
     """Size of ``weight.bin``, exact but for the padding of its last array, which is not written."""
     arrays = [part for entry in entries for part in parts(entry.grid, entry.shape)]
-    arrays += [Part("val", "fp16", (rows,)) for rows in zero_bias_sizes(config)]
+    # Linears without a bias share one vector of zeros per number of rows.
+    roles = [role for role in (*config.linear_roles, "lm_head") if not config.has_bias(role)]
+    rows = {config.weight_shape(role)[0] for role in roles}
+    arrays += [Part("val", "fp16", (size,)) for size in sorted(rows)]
     return ALIGNMENT + container_bytes(arrays)
 
 
@@ -317,17 +309,8 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def sparse_name(settings: Mapping[str, Any], grid: str) -> str:
-    """The grid of a block's linear under ``settings``: ``2of4-lut4-g8``, or as it is."""
-    pattern = pattern_of(settings.get("sparsity", "none"))
-    return f"{pattern.name}-{grid}" if pattern else grid
-
-
-def sparse_notes(entries: Iterable[PlanEntry]) -> Iterator[str]:
-    """What zeros save, and what they do not."""
-    sparse = [entry for entry in entries if isinstance(get_grid(entry.grid), SparseGrid)]
-    if not sparse:
-        return
+def sparse_notes(sparse: Sequence[PlanEntry]) -> Iterator[str]:
+    """What zeros save, and what they do not, in entries on sparse grids."""
     weights = sum(math.prod(entry.shape) for entry in sparse)
     dense = sum(_entry(e.name, dense_name(e.grid), e.shape).nbytes for e in sparse)
     now, before = (8 * n / weights for n in (sum(e.nbytes for e in sparse), dense))

@@ -31,10 +31,11 @@ class Weight:
         constant: as the file has it.
         shape: decoded.
         keep_as: torch type to stay decoded in after the first use; None: decode for every use.
+        slab: weights that ``slabs`` decodes at a time.
     """
 
-    def __init__(self, constant: Constant) -> None:
-        self.constant = constant
+    def __init__(self, constant: Constant, slab: int = SLAB) -> None:
+        self.constant, self.slab = constant, slab
         self.shape = constant.shape
         self.keep_as: torch.dtype | None = None
         self._by_rows = can_take_rows(constant)
@@ -77,7 +78,7 @@ class Weight:
     def _ranges(self) -> Iterator[tuple[int, int]]:
         total = self.shape[0]
         # A multiple of 64 rows, which most groups of rows that share a palette divide.
-        step = max(64, SLAB * total // max(1, math.prod(self.shape)) // 64 * 64)
+        step = max(64, self.slab * total // max(1, math.prod(self.shape)) // 64 * 64)
         for first in range(0, total, step):
             yield first, min(first + step, total)
 

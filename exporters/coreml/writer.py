@@ -39,10 +39,9 @@ from compress.grids import get_grid
 from compress.machine import change_setting, is_own_process
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
-from exporters.coreml.constants import Constants, constant_name, stored
+from exporters.coreml.constants import HEADER, VERSION, Blob, Constants, Layout, stored
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import ALIGNMENT, parts
-from exporters.coreml.weight_file import HEADER, VERSION, Blob, Layout
+from exporters.coreml.planning import ALIGNMENT, FLOATS, parts
 
 COREMLTOOLS = "9.0"
 SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
@@ -50,6 +49,22 @@ AUTHOR = "com.apple.CoreML"
 MODEL_FILE = "model.mlmodel"
 WEIGHTS_FOLDER = "weights"
 WEIGHT_FILE = "weight.bin"
+
+MANIFEST_ITEMS = {
+    f"{AUTHOR}/{MODEL_FILE}": (MODEL_FILE, "CoreML Model Specification"),
+    f"{AUTHOR}/{WEIGHTS_FOLDER}": (WEIGHTS_FOLDER, "CoreML Model Weights"),
+}
+# Identifiers made from the paths, instead of random ones.
+IDENTIFIERS = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in MANIFEST_ITEMS}
+MANIFEST_DOCUMENT = {
+    "fileFormatVersion": "1.0.0",
+    "itemInfoEntries": {
+        IDENTIFIERS[path]: {"author": AUTHOR, "description": text, "name": name, "path": path}
+        for path, (name, text) in MANIFEST_ITEMS.items()
+    },
+    "rootModelIdentifier": IDENTIFIERS[f"{AUTHOR}/{MODEL_FILE}"],
+}
+MANIFEST = json.dumps(MANIFEST_DOCUMENT, indent=4, sort_keys=True) + "\n"  # Manifest.json
 
 # The filters of warnings are one list for all threads, and so is coremltools' stack of the blocks
 # that are being built.
@@ -73,10 +88,11 @@ class Writer:
         self.file = self._model_folder / WEIGHTS_FOLDER / WEIGHT_FILE
         self.file.parent.mkdir(parents=True, exist_ok=True)
         config, self._layout = weights.config, Layout()
-        self._constants = Constants(tools.mb, tools.storage, plan, config.block_repeat)
+        self._constants = Constants(tools.mb, tools.storage, plan, config)
         self._storage = tools.storage
-        program = build_program(tools, config, plan.settings["context"], self._constants)
-        self._model = tools.export(program, self._constants, self._layout, weights)
+        with ONE_AT_A_TIME:
+            program = build_program(tools, config, plan.settings["context"], self._constants)
+            self._model = tools.export(program, self._constants, self._layout, weights)
         add_metadata(self._model, plan, weights)
         if not weights.ledger.cut(self.file):
             self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
@@ -84,12 +100,14 @@ class Writer:
     def put(self, entry: PlanEntry) -> int:
         """The arrays of one tensor to their places in ``weight.bin``."""
         pieces = {part.name: part for part in parts(entry.grid, entry.shape)}
-        names = {key: constant_name(entry, part) for key, part in pieces.items()}
-        computed = self._constants.computed.get(entry.target_name)
-        slabs = [{"val": computed()}] if computed else stored(entry, self.weights)
+        suffix = {key: "" if key == "val" else f"_{key}" for key in pieces}  # of the constant
+        if entry.name.startswith("rope."):
+            slabs = iter([{"val": self._constants.values(entry.target_name, None)}])
+        else:
+            slabs = stored(entry, self.weights)
         with self.file.open("r+b", buffering=0) as stream:
             blobs = {
-                key: Blob(stream, self._layout.offsets[names[key]], part)
+                key: Blob(stream, self._layout.offsets[entry.target_name + suffix[key]], part)
                 for key, part in pieces.items()
                 if not part.in_graph
             }
@@ -102,17 +120,24 @@ class Writer:
     def close(self) -> Artifact:
         """See ``compress.plan.shapes.Writer.close``."""
         plan, config = self.plan, self.weights.config
-        planned = {entry.target_name for entry in plan.entries}
         with self.file.open("r+b", buffering=0) as stream:  # the zero biases that MIL asks for
-            for name in self._constants.computed.keys() - planned:
-                if name in self._layout.offsets:
-                    blob = Blob(stream, self._layout.offsets[name], self._constants.parts[name])
+            for name, offset in self._layout.offsets.items():
+                if name.startswith("zeros_"):
+                    blob = Blob(stream, offset, self._constants.parts[name])
                     blob.append(self._constants.values(name, None))
-        check_weight_file(plan, self.file)
+        found, expected = (
+            self.file.stat().st_size,
+            plan.weights_bytes + plan.settings["container_bytes"],
+        )
+        if not expected - ALIGNMENT < found <= expected:
+            raise DiskFullError(
+                f"{self.file.name} has {found:,} bytes where the plan makes {expected:,}",
+                hint="is the disk full?",
+            )
         # Without `deterministic`, protobuf's maps come out in the order of a random hash.
         model = self._model.SerializeToString(deterministic=True)
         (self._model_folder / MODEL_FILE).write_bytes(model)
-        (self._package / "Manifest.json").write_text(manifest(), encoding="utf-8")
+        (self._package / "Manifest.json").write_text(MANIFEST, encoding="utf-8")
         write_side_files(config, self.weights.checkpoint, self._folder)
         return Artifact(
             format=plan.format,
@@ -129,18 +154,20 @@ class Writer:
 def writing_memory(plan: Plan) -> int:
     """coremltools with its program, and what does not go slab by slab: a matrix that shares one
     table."""
-    whole = [8 * math.prod(e.shape) for e in plan.entries if not get_grid(e.grid).group_rows]
+    matrices = [entry for entry in plan.entries if entry.grid not in FLOATS]
+    whole = [8 * math.prod(e.shape) for e in matrices if not get_grid(e.grid).group_rows]
     return (360 << 20) + max([0, *whole])
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the program as it will be, its arrays counted."""
     tools, layout = CoreMLTools(), Layout()
-    constants = Constants(tools.mb, tools.storage, plan, source.config.block_repeat)
-    program = build_program(tools, source.config, plan.settings["context"], constants)
-    model = tools.export(program, constants, layout)
+    constants = Constants(tools.mb, tools.storage, plan, source.config)
+    with ONE_AT_A_TIME:
+        program = build_program(tools, source.config, plan.settings["context"], constants)
+        model = tools.export(program, constants, layout)
     add_metadata(model, plan, source)
-    return layout.end + int(model.ByteSize()) + len(manifest())
+    return layout.end + int(model.ByteSize()) + len(MANIFEST)
 
 
 def build_program(
@@ -149,7 +176,8 @@ def build_program(
     """The MIL program: one function, ``main``, whose inputs have flexible shapes."""
     mb, ct, types = tools.mb, tools.ct, tools.types
     queries, rows, columns = (ct.RangeDim(1, context, default=1) for _ in range(3))
-    cache = Decoder.cache_shape(config, context)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    cache = (layers, 1, heads, context, config.head_dim)
     inputs = {
         "inputIds": mb.placeholder((1, queries.symbol), dtype=types.int32),
         "causalMask": mb.placeholder((1, 1, rows.symbol, columns.symbol), dtype=types.fp16),
@@ -200,35 +228,6 @@ def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
             "com.github.apple.coremltools.version": COREMLTOOLS,
         }
     )
-
-
-def manifest() -> str:
-    """``Manifest.json`` with identifiers made from the paths, instead of random ones."""
-    items = {
-        f"{AUTHOR}/{MODEL_FILE}": (MODEL_FILE, "CoreML Model Specification"),
-        f"{AUTHOR}/{WEIGHTS_FOLDER}": (WEIGHTS_FOLDER, "CoreML Model Weights"),
-    }
-    names = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in items}
-    document = {
-        "fileFormatVersion": "1.0.0",
-        "itemInfoEntries": {
-            names[path]: {"author": AUTHOR, "description": text, "name": name, "path": path}
-            for path, (name, text) in items.items()
-        },
-        "rootModelIdentifier": names[f"{AUTHOR}/{MODEL_FILE}"],
-    }
-    return json.dumps(document, indent=4, sort_keys=True) + "\n"
-
-
-def check_weight_file(plan: Plan, file: Path) -> None:
-    """The plan knows the size."""
-    expected = plan.weights_bytes + plan.settings["container_bytes"]
-    found = file.stat().st_size
-    if not expected - 64 < found <= expected:
-        raise DiskFullError(
-            f"{file.name} has {found:,} bytes where the plan makes {expected:,}",
-            hint="is the disk full?",
-        )
 
 
 @contextmanager

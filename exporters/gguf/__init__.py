@@ -11,3 +11,15 @@
 
 Importing this package loads neither gguf nor llama.cpp.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name != "open_runtime":
+        raise AttributeError(name)
+    from exporters.gguf.runtime import open_runtime
+
+    return open_runtime

@@ -6,8 +6,14 @@ import importlib.util
 import shlex
 from pathlib import Path
 
-from compress.formats import Check
-from compress.report.words import fenced
+from compress.formats import Check, Usage
+
+USAGE = Usage(
+    "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
+    "llama-cli -m {path} -p 'Once upon a time' -n 64",
+    "sh",
+    shlex.quote,
+)
 
 
 def find(path: Path) -> list[Path]:
@@ -15,15 +21,6 @@ def find(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".gguf" else []
     return sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))
-
-
-def how_to_run(path: str) -> list[str]:
-    """With llama.cpp."""
-    command = f"llama-cli -m {shlex.quote(path)} -p 'Once upon a time' -n 64"
-    return [
-        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
-        fenced(command, "sh"),
-    ]
 
 
 def checks() -> list[Check]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from compress.calibration.statistics import LayerStats, Statistics, input_of
-from compress.decoder.config import FUSED, DecoderConfig, split_name
-from compress.errors import ArtifactError
-from exporters.gguf.metadata import architecture, target_name
-from exporters.gguf.planning import tensor_names
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.errors import ArtifactError, reading
+from exporters.gguf.head import read_head
+from exporters.gguf.metadata import ARCHITECTURES, target_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -61,7 +61,7 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
     """
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), architecture(config))
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.family])
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["packlight"])
     tokens = 0
@@ -91,23 +91,20 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
     """
     import gguf
 
-    try:
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist")
+    entries = {}
+    with reading(path.name, hint="write it with llama-imatrix --output-format gguf"):
+        read_head(path)  # refuses what would keep gguf-py's reader busy
         reader: Any = gguf.GGUFReader(str(path))
         kind = reader.fields.get("general.type")
         if kind is None or kind.contents() != "imatrix":
             raise ArtifactError(f"{path.name} is a GGUF file, but no imatrix")
         tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        entries = {}
         for name, tensor in tensors.items():
             if name.endswith(SUMS):
                 stem = name.removesuffix(SUMS)
                 entries[stem] = entry_of(tensor.data, tensors[stem + COUNTS].data)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise ArtifactError(
-            f"{path} does not exist" if missing else f"{path.name} cannot be read as an imatrix",
-            hint="" if missing else "write it with llama-imatrix --output-format gguf",
-        ) from error
     return entries
 
 
@@ -135,7 +132,8 @@ def pooled(runs: Sequence[LayerStats]) -> LayerStats:
 
 def linear_names(config: DecoderConfig) -> Iterator[str]:
     """Our names of the matrices that GGUF has and that multiply an input."""
-    for name in tensor_names(config):
+    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
+    for name in WeightMap(config).names(tied_head=False, fused=fused):
         if input_of(config, name) is not None:
             yield name
     if config.tie_word_embeddings:

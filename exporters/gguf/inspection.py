@@ -83,12 +83,12 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
     """
     arch = metadata.get("general.architecture", "")
     shapes = {str(tensor["name"]): tensor["shape"] for tensor in tensors}
-    if arch not in CLASSES or "token_embd.weight" not in shapes:
+    if arch not in CLASSES or not shapes.get("token_embd.weight"):
         return {}
 
     def size(key: str, default: int = 0) -> int:
         text = metadata.get(f"{arch}.{key}", "")
-        return int(text) if text.isdigit() else default
+        return int(text) if text.isascii() and text.isdigit() else default
 
     heads = size("attention.head_count")
     config = {

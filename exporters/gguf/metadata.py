@@ -7,6 +7,7 @@ equal bytes.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,15 @@ from compress.decoder.config import DecoderConfig, split_name
 if TYPE_CHECKING:
     import gguf
 
+    from compress.decoder.rope import Yarn
+
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Positions up to which llama.cpp agrees with the float model, where that is not all of them.
 CONTEXT_KEY = "packlight.context"
 # What a chosen mix is called: ``general.file_type`` has numbers for llama.cpp's presets only.
 TYPE_KEY = "packlight.type"
 
+# Family → ``general.architecture``.
 ARCHITECTURES: dict[str, str] = {
     "llama": "llama",
     "mistral": "llama",
@@ -56,11 +60,6 @@ ROPE_TENSORS: dict[str, str] = {
 }
 
 
-def architecture(config: DecoderConfig) -> str:
-    """``general.architecture``."""
-    return ARCHITECTURES[config.family]
-
-
 def target_name(name: str) -> str:
     """``blocks.3.q_proj.weight`` → ``blk.3.attn_q.weight``."""
     block, role, kind = split_name(name)
@@ -69,22 +68,10 @@ def target_name(name: str) -> str:
     return f"blk.{block}.{_BLOCK[role]}.{kind}"
 
 
-def permuted_heads(config: DecoderConfig, name: str) -> int:
-    """Heads whose rows llama.cpp wants interleaved, or 0.
-
-    Its ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates halves
-    (i, i + d/2); q and k rows, and their biases, are reordered to match.
-    """
-    _, role, _ = split_name(name)
-    if architecture(config) != "llama" or role not in ("q_proj", "k_proj"):
-        return 0
-    return config.num_attention_heads if role == "q_proj" else config.num_key_value_heads
-
-
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
     """Our name → divisors of the rotary frequencies, ``[rotary_dim / 2]``; often none."""
     rope = config.rope
-    if rope.kind == "llama3":
+    if rope.kind == "llama3" or (rope.yarn is not None and not rope.yarn.usual):
         return {"rope.factors": rope.factors}
     if rope.kind == "longrope":
         return {"rope.long_factors": rope.long_factors, "rope.short_factors": rope.factors}
@@ -131,10 +118,31 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factors[0])
-    if rope.kind == "longrope":
+    usual = rope.yarn is not None and rope.yarn.usual
+    if rope.kind == "longrope" or (rope.yarn is not None and not usual):
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
-    if architecture(config) == "phi3":
-        original = rope.original_context or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(original)
+    if rope.yarn is not None and usual:
+        write_yarn(writer, rope.yarn, rope.attention_factor)
+    if ARCHITECTURES[config.family] == "phi3":
+        if rope.yarn is None:
+            original = rope.original_context or config.max_position_embeddings
+            writer.add_rope_scaling_orig_ctx_len(original)
         # llama.cpp wants the key and ignores the window; 0 says that there is none.
         writer.add_sliding_window(config.sliding_window or 0)
+
+
+def write_yarn(writer: gguf.GGUFWriter, yarn: Yarn, attention_factor: float) -> None:
+    """The keys of YaRN, of which llama.cpp makes factors by the paper's bounds; it does not read
+    those of a file.
+
+    llama.cpp multiplies cos and sin by ``1 + 0.1 ln(factor)`` by itself, and by ``attn_factor``,
+    which is what is left of the model's factor.
+    """
+    import gguf
+
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(yarn.factor)
+    writer.add_rope_scaling_orig_ctx_len(yarn.original_context)
+    left = attention_factor / (1 + 0.1 * math.log(yarn.factor))
+    if abs(left - 1) > 1e-6:
+        writer.add_rope_scaling_attn_factors(left)

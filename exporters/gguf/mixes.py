@@ -8,7 +8,6 @@ theirs, to the byte. A few presets differ where an importance matrix is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.decoder.config import DecoderConfig
@@ -212,20 +211,6 @@ class Mix:
             raised = DOWN_FIRST | (DOWN_FIRST_WEIGHTED if self.importance else DOWN_FIRST_PLAIN)
             return raised.get(self.name, self.base)
         return self.base
-
-
-def file_type(type_name: str, sizes: Mapping[str, int]) -> int:
-    """``general.file_type``: the preset's, or for a chosen mix that of the type of most bytes.
-
-    Args:
-        type_name: of the plan.
-        sizes: bytes by type.
-    """
-    if not type_name.startswith("mix-"):
-        return Mix.parse(type_name).file_type
-    by_base = {base: number for base, number in MIXES.values()}
-    known = [grid for grid in sizes if grid in by_base]
-    return by_base[max(known, key=lambda grid: sizes[grid])] if known else by_base["F16"]
 
 
 def more_bits(block: int, layers: int) -> bool:

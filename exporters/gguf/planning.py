@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compress.decoder.config import DecoderConfig, WeightMap, split_name
+from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, did_you_mean
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
-from exporters.gguf.metadata import ROPE_TENSORS, architecture, rope_tensors, target_name
+from exporters.gguf.metadata import ARCHITECTURES, ROPE_TENSORS, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
+from exporters.gguf.tokenizer import read_vocabulary
 
 GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 
@@ -31,20 +32,25 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
 
     Raises:
         GridError: an unknown type.
-        UnsupportedModelError: a model that llama.cpp cannot express.
+        CheckpointError: a damaged tokenizer.
+        UnsupportedModelError: a model or a tokenizer that llama.cpp cannot express.
     """
     check_expressible(config)
     importance = bool(request.importance or request.settings.get("importance", False))
     mix = Mix.parse(str(request.settings.get("type", "Q4_K_M")), importance=importance)
     entries = tuple(plan_entries(config, mix, request.choices))
     context, caveats = context_limit(config)
+    if request.tokenizer:
+        caveats += read_vocabulary(request.tokenizer, config).notes
+    fallbacks = Counter(entry.note for entry in entries if entry.note)
+    notes = [f"{n} tensor{'s' if n > 1 else ''} in {note}" for note, n in fallbacks.items()]
     return Plan(
         format="gguf",
         type_name=mix_name(entries, config) if request.choices else mix.name,
         model_name=request.model_name,
         entries=entries,
         settings={"type": mix.name, **({"importance": True} if importance else {})},
-        notes=(*fallback_notes(entries), *caveats),
+        notes=(*notes, *caveats),
         max_context=context,
     )
 
@@ -58,9 +64,8 @@ def plan_entries(
         GridError: a choice that the tensor's rows cannot hold.
     """
     weights = WeightMap(config)
-    for name in tensor_names(config):
-        if name in ROPE_TENSORS:
-            continue
+    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
+    for name in weights.names(tied_head=False, fused=fused):  # llama.cpp uses token_embd again
         block, role, kind = split_name(name)
         shape = weights.shape(name)
         grid, note = "F32", ""  # norms and biases
@@ -105,29 +110,13 @@ def candidates(
     return [Candidate(grid, sizes[grid]) for grid in sorted(sizes, key=lambda grid: sizes[grid])]
 
 
-def tensor_names(config: DecoderConfig) -> Iterator[str]:
-    """Our names of the weights, as GGUF wants them: phi3 fused, a tied head left out."""
-    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-    absorbed = ("k_proj", "v_proj", "up_proj")
-    for name in WeightMap(config).names():
-        block, role, kind = split_name(name)
-        if role == "lm_head" and kind == "weight" and config.tie_word_embeddings:
-            continue  # llama.cpp uses token_embd again
-        if architecture(config) == "phi3" and block is not None:
-            if role in absorbed:
-                continue
-            role = fused.get(role, role)
-            name = f"blocks.{block}.{role}.{kind}"
-        yield name
-
-
 def check_expressible(config: DecoderConfig) -> None:
     """Refuse what llama.cpp's graphs cannot express.
 
     Raises:
         UnsupportedModelError: with the reason.
     """
-    arch = architecture(config)
+    arch = ARCHITECTURES[config.family]
     width = config.num_attention_heads * config.head_dim
     if arch in ("phi2", "phi3") and width != config.hidden_size:
         raise UnsupportedModelError(
@@ -137,9 +126,14 @@ def check_expressible(config: DecoderConfig) -> None:
         )
     if arch in ("llama", "qwen2", "qwen3") and config.rope.rotary_dim != config.head_dim:
         raise UnsupportedModelError(f"llama.cpp's {arch} rotates whole heads, this model does not")
-    if config.rope.kind not in ("default", "linear") and arch not in ("llama", "phi3"):
+    if config.rope.kind in ("llama3", "longrope") and arch not in ("llama", "phi3"):
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has no {config.rope.kind} rope scaling",
+        )
+    if config.rope.yarn is not None and not config.rope.yarn.usual and arch != "llama":
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} has yarn with its usual bounds only, not this model's beta_fast, "
+            "beta_slow or truncate"
         )
     if arch in ("qwen2", "qwen3") and (config.o_bias or (arch == "qwen3" and config.qkv_bias)):
         raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")
@@ -170,9 +164,3 @@ def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
             f"shared blocks are written {config.block_repeat} times: GGUF cannot share tensors"
         )
     return context, notes
-
-
-def fallback_notes(entries: tuple[PlanEntry, ...]) -> list[str]:
-    """One line per kind of fallback: how many tensors, and why."""
-    counts = Counter(entry.note for entry in entries if entry.note)
-    return [f"{count} tensor{'s' if count > 1 else ''} in {note}" for note, count in counts.items()]

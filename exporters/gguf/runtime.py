@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from exporters.gguf.planning import CONTEXT_STEP
 # Tokens per llama_decode: its logits buffer is this many rows of the vocabulary.
 BATCH = 512
 ERROR = 4  # ggml_log_level
+NO_VOCABULARY = 0  # llama_vocab_type
 
 # Distribution, import package, where its library lies.
 LIBRARIES = (
@@ -73,6 +74,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_set_n_threads": (None, _POINTER, c.c_int32, c.c_int32),
     "llama_model_get_vocab": (_POINTER, _POINTER),
     "llama_vocab_n_tokens": (c.c_int32, _POINTER),
+    "llama_vocab_type": (c.c_int, _POINTER),
+    "llama_tokenize": (c.c_int32, _POINTER, c.c_char_p, c.c_int32, c.POINTER(c.c_int32), c.c_int32,
+                       c.c_bool, c.c_bool),
     "llama_batch_init": (_Batch, c.c_int32, c.c_int32, c.c_int32),
     "llama_batch_free": (None, _Batch),
     "llama_decode": (c.c_int32, _POINTER, _Batch),
@@ -125,6 +129,8 @@ def load_library() -> Library:
     Raises:
         RuntimeMissingError: none is, or it does not export the C API (xllamacpp on Windows).
     """
+    # Otherwise a debugger's lines follow the one that says why it aborts.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     unusable = ""
     for distribution, package, patterns in LIBRARIES:
         spec = importlib.util.find_spec(package)
@@ -195,6 +201,25 @@ class LlamaCpp:
         """Rows of the output, padding rows included."""
         return int(self._c.llama_vocab_n_tokens(self._vocab))
 
+    @property
+    def tokenize(self) -> Callable[..., list[int]] | None:
+        """``tokenize(text, add_special=True)``: ids by the file's own tokenizer, with BOS and EOS
+        where it says so; None where it holds none. ``<|user|>`` written out in the text is the
+        token, as for Hugging Face's tokenizers."""
+        none = self._c.llama_vocab_type(self._vocab) == NO_VOCABULARY
+        return None if none else self._tokenize
+
+    def _tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        data = text.encode()
+        # Never more tokens than bytes, with a space in front, and one at either end.
+        tokens = (c.c_int32 * (len(data) + 8))()
+        count = self._c.llama_tokenize(
+            self._vocab, data, len(data), tokens, len(tokens), add_special, True
+        )
+        if count < 0:
+            raise ArtifactError(f"llama.cpp cannot tokenize {text!r}: {self._library.reason()}")
+        return list(tokens[:count])
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
@@ -243,7 +268,8 @@ class LlamaCpp:
         """The context to ask for: never above longrope's original one."""
         arch = self._metadata("general.architecture")
         original = self._metadata(f"{arch}.rope.scaling.original_context_length")
-        if self._metadata(f"{arch}.rope.scaling.attn_factor") and original:
+        yarn = self._metadata(f"{arch}.rope.scaling.type") == "yarn"  # has both keys, too
+        if self._metadata(f"{arch}.rope.scaling.attn_factor") and original and not yarn:
             # llama.cpp rounds contexts up; rounding down keeps it at or below the original.
             return min(context, int(original) // CONTEXT_STEP * CONTEXT_STEP)
         return context

@@ -25,6 +25,33 @@ O200K = (
     rf"{_EDGE}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_EDGE}{_UPPER}+{_LOWER}*{_ENGLISH}?"
     rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}"
 )
+# deepseek-llm's letters with case, as its tokenizer.json lists them.
+_CASED = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ"
+    "ⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_HAN_AND_HANGUL = "[一-龥ࠀ-一가-퟿]+"
+DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_AND_HANGUL, DIGIT)
+_PUNCTUATION = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
+DEEPSEEK_LLM = (
+    r"[\r\n]", rf"\s?[{_CASED}]+", _PUNCTUATION, r"\s+$", _HAN_AND_HANGUL, DIGIT,
+)  # fmt: skip
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+SEED_CODER = (
+    rf"{_ENGLISH}|{_EDGE}\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35 = (
+    rf"{_ENGLISH}|{_EDGE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
+MINICPM5 = (r"\p{N}{1,3}", rf"{_ENGLISH}|{_EDGE}\p{{L}}+|\p{{N}}+|{_TAIL}")
 TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
 
 # The patterns that split a text, one after the other → llama.cpp's name for that splitting.
@@ -35,22 +62,37 @@ PATTERNS: dict[tuple[str, ...], str] = {
     (QWEN2,): "qwen2",
     (O200K,): "gpt-4o",
     (TEKKEN,): "tekken",
+    DEEPSEEK_CODER: "deepseek-coder",
+    DEEPSEEK_LLM: "deepseek-llm",
+    DEEPSEEK_V3: "deepseek-v3",
+    (SEED_CODER,): "seed-coder",
+    (QWEN35,): "qwen35",
+    (VIKING, DIGIT): "viking",
+    MINICPM5: "minicpm5",
 }
+
+
+def escaped(pattern: str) -> str:
+    """A pattern with line ends written out, as some tokenizer.json have them and others not."""
+    return pattern.replace("\r", "\\r").replace("\n", "\\n")
+
+
+WITHOUT_GGUF = "-f onnx -f coreml: these keep the tokenizer in a file of its own"
 # Names that imply `ignore_merges` (whole words are looked up first), and their twins without.
-IGNORE_MERGES = ("llama-bpe", "tekken")
+IGNORE_MERGES = ("llama-bpe", "tekken", "minicpm5")
 WITHOUT_IGNORE_MERGES = {"llama-bpe": "smaug-bpe"}
 
 
 def steps(node: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """A normalizer, pre-tokenizer or post-processor as a flat list (``Sequence`` opened)."""
-    if node is None:
-        return
-    if node["type"] != "Sequence":
-        yield node
-        return
-    for key in ("normalizers", "pretokenizers", "processors"):
-        for child in node.get(key, ()):
-            yield from steps(child)
+    waiting = [node] if node else []
+    while waiting:
+        found = waiting.pop()
+        if found["type"] == "Sequence":
+            keys = ("normalizers", "pretokenizers", "processors")
+            waiting += reversed([child for key in keys for child in found.get(key, ())])
+        else:
+            yield found
 
 
 def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
@@ -61,13 +103,15 @@ def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
     """
     model = tokenizer["model"]
     splits = list(steps(tokenizer.get("pre_tokenizer")))
-    if model.get("type") == "BPE" and any(step["type"] == "ByteLevel" for step in splits):
+    whole = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    if whole and model.get("type") == "BPE" and any(step["type"] == "ByteLevel" for step in splits):
         return "gpt2", splitting(splits, ignore_merges=bool(model.get("ignore_merges")))
-    if model.get("type") == "BPE" and "<0x0A>" in model["vocab"]:
+    if whole and model.get("type") == "BPE" and "<0x0A>" in model["vocab"]:
         return "llama", "default"
     raise UnsupportedModelError(
-        f"llama.cpp has no {model.get('type')} tokenizer like this one",
-        hint="byte-level BPE and SentencePiece BPE with byte fallback can go into a GGUF file",
+        f"packlight does not know how llama.cpp would take this {model.get('type')} tokenizer: "
+        "byte-level BPE and SentencePiece BPE with byte fallback can go into a GGUF file",
+        hint=WITHOUT_GGUF,
     )
 
 
@@ -79,7 +123,7 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
             # Isolated matches, or everything else removed: the same where a pattern covers all.
             isolated = step["behavior"] == "Isolated" and not step.get("invert")
             matched = step["behavior"] == "Removed" and step.get("invert")
-            pattern = step["pattern"].get("Regex", "")
+            pattern = escaped(step["pattern"].get("Regex", ""))
             patterns.append(pattern if isolated or matched else f"{step['behavior']} {pattern}")
         elif step["type"] == "Digits" and step.get("individual_digits"):
             patterns.append(DIGIT)
@@ -95,10 +139,17 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
         name = WITHOUT_IGNORE_MERGES.get(name, name)
     if not name:
         raise UnsupportedModelError(
-            f"llama.cpp has no pre-tokenizer for the pattern {' then '.join(patterns)!r}",
-            hint="known: GPT-2, SmolLM, Llama 3, Qwen2, GPT-4o and Tekken splitting",
+            f"packlight does not know this pre-tokenizer ({shown(patterns)}), and so not "
+            "llama.cpp's name for it",
+            hint=WITHOUT_GGUF,
         )
     return name
+
+
+def shown(patterns: Sequence[str]) -> str:
+    """Patterns for a message, its end where that is long."""
+    text = " then ".join(patterns)
+    return text if len(text) <= 200 else f"…{text[-199:]}"
 
 
 def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
@@ -121,11 +172,19 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
 
 def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
     """Normalizers that llama.cpp does not run."""
-    ours = ("Prepend", "Replace")
-    found = [s["type"] for s in steps(tokenizer.get("normalizer")) if s["type"] not in ours]
+    found = [step["type"] for step in steps(tokenizer.get("normalizer")) if not is_space_mark(step)]
     if not found:
         return []
     return [
         f"the tokenizer normalizes ({', '.join(found)}), llama.cpp does not: text in another "
-        "Unicode form can tokenize differently"
+        "form can tokenize differently"
     ]
+
+
+def is_space_mark(step: Mapping[str, Any]) -> bool:
+    """Whether a normalizer puts SentencePiece's mark in front of a text or in place of spaces."""
+    if step["type"] == "Prepend":
+        return bool(step["prepend"] == "▁")
+    return bool(
+        step["type"] == "Replace" and (step["pattern"].get("String"), step["content"]) == (" ", "▁")
+    )

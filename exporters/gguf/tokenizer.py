@@ -3,23 +3,22 @@
 llama.cpp has two that concern us. ``llama`` merges characters by score (SentencePiece BPE with
 byte fallback); ``gpt2`` is byte-level BPE (see ``splitting``).
 
-The text of ``tokenizer.json`` is that of Hugging Face's ``tokenizers``; where a checkpoint has only
-``tokenizer.model`` (or ``vocab.json`` and ``merges.txt``), transformers makes it.
+It is made from the loaded tokenizer and not from its files: transformers adds the tokens that only
+``tokenizer_config.json`` or ``added_tokens.json`` has, and rebuilds what other settings change.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
-from compress.decoder.config_json import read_json
-from compress.decoder.tokenizer import Tokenizer, saved_by_5
+from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.errors import CheckpointError
-from exporters.gguf.splitting import classify, normalizer_notes, space_prefix, steps
+from exporters.gguf.splitting import IGNORE_MERGES, classify, normalizer_notes, space_prefix
 
 if TYPE_CHECKING:
     import gguf
@@ -38,9 +37,6 @@ END_OF_GENERATION = (
 PHI3_NEEDS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
-# Tokenizer classes of transformers 4.57 that rebuild their template from `add_bos_token`.
-_REBUILD_TEMPLATE = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -52,6 +48,7 @@ class Vocabulary:
         tokens, types: one of each per row of the embedding.
         scores: per token, higher merges first (``llama`` only).
         merges: ``"left right"``, first merged first (``gpt2`` only).
+        chat_templates: by name, the default one first.
         special: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad`` → id.
         strips_after_special: special tokens swallow the whitespace behind them (Phi-3).
         notes: where llama.cpp will tokenize differently.
@@ -67,46 +64,48 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    chat_template: str
+    chat_templates: dict[str, str]
     strips_after_special: bool
     notes: tuple[str, ...]
 
 
-def read_vocabulary(folder: Path, config: DecoderConfig) -> Vocabulary:
-    """The tokenizer of a checkpoint folder.
+@functools.lru_cache(maxsize=2)  # of the float model, and of what pruning leaves of it
+def read_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
+    """What a GGUF file holds of a tokenizer, made from it as Hugging Face loaded it.
 
     Raises:
-        CheckpointError: no tokenizer, or a damaged one.
+        CheckpointError: a damaged one, or one that cannot be told as tokenizer.json.
         UnsupportedModelError: one that llama.cpp cannot express.
     """
-    tokenizer, settings = read_tokenizer(folder), read_settings(folder)
     try:
-        return make_vocabulary(tokenizer, settings, config)
+        return make_vocabulary(tokenizer, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"tokenizer.json is damaged: {what}") from error
 
 
-def make_vocabulary(
-    tokenizer: Mapping[str, Any], settings: Mapping[str, Any], config: DecoderConfig
-) -> Vocabulary:
-    """From the contents of ``tokenizer.json`` and ``read_settings``."""
-    model = tokenizer["model"]
-    added = {int(token["id"]): token for token in tokenizer.get("added_tokens") or []}
-    kind, pre = classify(tokenizer)
-    by_text = {text: int(index) for text, index in model["vocab"].items()}
-    by_text |= {token["content"]: index for index, token in added.items()}
+def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
+    """See ``read_vocabulary``; damage shows as other exceptions."""
+    document, added, by_text = tokenizer.document, tokenizer.added, tokenizer.ids
+    model = document["model"]
+    kind, pre = classify(document)
     tokens, types = token_table(by_text, added, model, kind, config.vocab_size)
-    special, eog_notes = special_ids(settings, config, by_text, tokens)
-    add_bos, add_eos = added_around(tokenizer, settings, special, tokens)
+    special, eog_notes = special_ids(tokenizer, config, by_text, tokens)
+    add_bos, add_eos, around_notes = added_around(tokenizer, special)
     strips, strip_notes = strips_after_special(added, by_text)
-    space, space_notes = space_prefix(tokenizer) if kind == "llama" else (False, [])
+    space, space_notes = space_prefix(document) if kind == "llama" else (False, [])
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
-    notes = [*eog_notes, *strip_notes, *space_notes, *normalizer_notes(tokenizer)]
+    notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *normalizer_notes(document)]
     if kind == "llama" and missing_merges(model["vocab"], set(merges)):
         notes.append(
             "the tokenizer lists fewer merges than its vocabulary allows: "
             "llama.cpp, which merges by score, can split rare words differently"
+        )
+    if kind == "gpt2" and bool(model.get("ignore_merges")) != (pre in IGNORE_MERGES):
+        looks = "looks" if model.get("ignore_merges") else "does not look"
+        notes.append(
+            f"the tokenizer {looks} whole words up before it merges, llama.cpp's {pre} does the "
+            "other: rare words can differ"
         )
     return Vocabulary(
         model=kind,
@@ -119,7 +118,7 @@ def make_vocabulary(
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=space,
-        chat_template=settings["chat_template"],
+        chat_templates=tokenizer.chat_templates,
         strips_after_special=strips,
         notes=tuple(notes),
     )
@@ -140,8 +139,13 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    if named := list(vocabulary.chat_templates.items()):
+        writer.add_chat_template(named[0][1])  # the one that llama.cpp uses unless told otherwise
+        names = [re.sub(r"[^A-Za-z0-9]", "_", name) for name, _ in named[1:]]
+        for name, (_, template) in zip(names, named[1:], strict=True):
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+        if names:
+            writer.add_array("tokenizer.chat_templates", names)
 
 
 _ID_KEYS = {
@@ -152,40 +156,6 @@ _ID_KEYS = {
     "unk": "tokenizer.ggml.unknown_token_id",
     "pad": "tokenizer.ggml.padding_token_id",
 }
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """``tokenizer.json``, or what transformers makes of the older files.
-
-    Raises:
-        CheckpointError: none there, or unreadable.
-    """
-    if (folder / "tokenizer.json").exists():
-        return read_json(folder / "tokenizer.json")
-    made: dict[str, Any] = json.loads(Tokenizer(folder).to_json())
-    return made
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` over ``special_tokens_map.json``; one ``chat_template``, or ``""``.
-
-    Null settings count as not there.
-    """
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings |= {k: v for k, v in read_json(folder / name).items() if v is not None}
-    template = folder / "chat_template.jinja"
-    if template.exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    templates = settings.setdefault("chat_template", "")
-    if isinstance(templates, list):  # named templates: the default one, or the first
-        by_name = {entry["name"]: entry["template"] for entry in templates}
-        settings["chat_template"] = by_name.get("default", next(iter(by_name.values()), ""))
-    return settings
 
 
 # --- tokens ------------------------------------------------------------------------------------
@@ -200,24 +170,24 @@ def token_table(
 ) -> tuple[list[str], list[int]]:
     """Texts and types of all ``size`` rows; rows that no token uses are ``[PADi]``.
 
-    Raises:
-        CheckpointError: two tokens with one text, which llama.cpp refuses.
+    llama.cpp refuses two rows of one text: of several ids, the text has the one of ``by_text``.
     """
-    tokens = [f"[PAD{index}]" for index in range(size)]
-    types = [UNUSED] * size
+    tokens, types = [""] * size, [UNUSED] * size
     for text, index in by_text.items():
-        if index < size and index not in added:
-            tokens[index] = text
-            is_byte = kind == "llama" and len(text) == 6 and text.startswith("<0x")
-            unknown = text == model.get("unk_token")
-            types[index] = BYTE if is_byte else UNKNOWN if unknown else NORMAL
-    for index, token in added.items():
-        if index < size:
-            tokens[index] = token["content"]
+        if not 0 <= index < size:
+            continue
+        tokens[index] = text
+        if token := added.get(index):
             types[index] = CONTROL if token.get("special") else USER_DEFINED
-    if len(set(tokens)) != size:
-        twice = next(text for text in tokens if tokens.count(text) > 1)
-        raise CheckpointError(f"the tokenizer has two tokens with the text {twice!r}")
+        elif kind == "llama" and len(text) == 6 and text.startswith("<0x"):
+            types[index] = BYTE
+        else:
+            types[index] = UNKNOWN if text == model.get("unk_token") else NORMAL
+    for index in range(size):
+        if types[index] == UNUSED:
+            tokens[index] = f"[PAD{index}]"
+            while tokens[index] in by_text:
+                tokens[index] += "_"
     return tokens, types
 
 
@@ -249,7 +219,7 @@ def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bo
 
 
 def special_ids(
-    settings: Mapping[str, Any],
+    tokenizer: TokenizerFacts,
     config: DecoderConfig,
     by_text: Mapping[str, int],
     tokens: Sequence[str],
@@ -267,9 +237,7 @@ def special_ids(
     }
     special: dict[str, int] = {}
     for kind, default in defaults.items():
-        entry = settings.get(f"{kind}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        index = by_text.get(text, default) if isinstance(text, str) else default
+        index = by_text.get(tokenizer.special.get(f"{kind}_token", ""), default)
         if index is not None and 0 <= index < len(tokens):
             special[kind] = index
     turn = next((by_text[text] for text in END_OF_TURN if text in by_text), None)
@@ -286,25 +254,24 @@ def special_ids(
 
 
 def added_around(
-    tokenizer: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    special: Mapping[str, int],
-    tokens: Sequence[str],
-) -> tuple[bool, bool]:
-    """Whether encoding puts ``bos`` in front and ``eos`` behind, as transformers does."""
-    if settings.get("tokenizer_class") in _REBUILD_TEMPLATE and not saved_by_5(settings):
-        add_bos = bool(settings.get("add_bos_token", True))
-        add_eos = bool(settings.get("add_eos_token", False))
-        return add_bos and "bos" in special, add_eos and "eos" in special
+    tokenizer: TokenizerFacts, special: MutableMapping[str, int]
+) -> tuple[bool, bool, list[str]]:
+    """Whether encoding puts ``bos`` in front and ``eos`` behind, and a note where it puts others.
 
-    def is_token(item: Mapping[str, Any], kind: str) -> bool:
-        text = item.get("SpecialToken", {}).get("id")
-        return kind in special and text == tokens[special[kind]]
-
-    for step in steps(tokenizer.get("post_processor")):
-        if step["type"] == "TemplateProcessing" and len(step["single"]) > 1:
-            return is_token(step["single"][0], "bos"), is_token(step["single"][-1], "eos")
-    return False, False
+    A single other token where the tokenizer has no ``bos`` or ``eos`` becomes it in ``special``.
+    """
+    around = {"bos": tokenizer.before, "eos": tokenizer.behind}
+    for kind, ids in around.items():
+        if len(ids) == 1 and f"{kind}_token" not in tokenizer.special:
+            special[kind] = ids[0]
+    adds = {kind: ids == [special.get(kind)] for kind, ids in around.items()}
+    notes = [
+        f"the tokenizer puts tokens {ids} {'in front of' if kind == 'bos' else 'behind'} a text: "
+        f"llama.cpp can only put {kind} there"
+        for kind, ids in around.items()
+        if ids and not adds[kind]
+    ]
+    return adds["bos"], adds["eos"], notes
 
 
 def strips_after_special(
@@ -312,14 +279,18 @@ def strips_after_special(
 ) -> tuple[bool, list[str]]:
     """Whether the model's name has to make llama.cpp drop whitespace behind tokens."""
     wanted = {token["content"] for token in added.values() if token.get("rstrip")}
-    if not wanted:
-        return False, []
-    able = all(text in by_text for text in PHI3_NEEDS)
     would = {token["content"] for token in added.values()} - set(PHI3_KEEPS)
-    if able and wanted == would:
-        return True, []
-    differing = sorted(wanted ^ would) if able else sorted(wanted)
-    return able, [
+    able = all(text in by_text for text in PHI3_NEEDS)
+    strips = able and len(wanted ^ would) < len(wanted)
+    differing = sorted(wanted ^ would if strips else wanted)
+    notes = [
         f"whitespace behind {len(differing)} special token(s), such as {differing[0]!r}, is "
         "treated differently by llama.cpp"
-    ]
+    ] if differing else []  # fmt: skip
+    for flag in ("lstrip", "single_word"):
+        if flagged := [token["content"] for token in added.values() if token.get(flag)]:
+            notes.append(
+                f"llama.cpp does not follow {flag} of {len(flagged)} token(s), such as "
+                f"{flagged[0]!r}"
+            )
+    return strips, notes

@@ -16,22 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, split_name
 from compress.grids import Quantized, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.gguf.metadata import (
+    ARCHITECTURES,
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
     ROPE_TENSORS,
     TYPE_KEY,
-    architecture,
     display_name,
-    permuted_heads,
     rope_tensors,
     write_architecture,
 )
-from exporters.gguf.mixes import file_type
+from exporters.gguf.mixes import MIXES, Mix
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 
 ALIGNMENT = 32  # gguf's default, so no key says it
@@ -48,7 +47,7 @@ class Writer:
 
     def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
         self.plan, self.weights, self._written = plan, weights, written
-        self._vocabulary = read_vocabulary(weights.checkpoint.path, weights.config)
+        self._vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
             write_head(self.file, plan, weights.config, self._vocabulary)
@@ -57,21 +56,24 @@ class Writer:
     def put(self, entry: PlanEntry) -> int:
         """Append a tensor, slab by slab, its rows in llama.cpp's order."""
         weights, head_dim = self.weights, self.weights.config.head_dim
-        heads = permuted_heads(weights.config, entry.name)
+        # llama.cpp's ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates
+        # halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
+        llama = ARCHITECTURES[weights.config.family] == "llama"
+        reorders = llama and split_name(entry.name)[1] in ("q_proj", "k_proj")
 
         def pack(quantized: Quantized) -> NDArray[Any]:
             # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
             (blocks,) = quantized.pack().values()
-            return np.ascontiguousarray(interleave(blocks, head_dim) if heads else blocks)
+            return np.ascontiguousarray(interleave(blocks, head_dim) if reorders else blocks)
 
         blocks: Iterable[NDArray[Any]]
         if entry.name in ROPE_TENSORS:
             blocks = [np.asarray(self._tables[entry.name], "<f4")]
         elif len(entry.shape) == 1:
             values = weights.read(entry.name).astype("<f4", copy=False)
-            blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if heads else values]
+            blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if reorders else values]
         else:
-            slabs = weights.slabs(entry.shape, SLABS, **({"step": head_dim} if heads else {}))
+            slabs = weights.slabs(entry.shape, SLABS, **({"step": head_dim} if reorders else {}))
             blocks = weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
         with self.file.open("ab") as stream:
             stream.write(bytes(-stream.tell() % ALIGNMENT))
@@ -92,7 +94,7 @@ class Writer:
             weights_bytes=plan.weights_bytes,
             kv_cache_bytes_per_token=config.kv_cache_bytes_per_token(plan.kv_bytes_per_value),
             plan=plan,
-            notes=(*plan.notes, *self._vocabulary.notes),
+            notes=plan.notes,
         )
 
 
@@ -103,7 +105,7 @@ def writing_memory(plan: Plan) -> int:
 
 def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: the head as it will be, and aligned tensors."""
-    vocabulary = read_vocabulary(source.checkpoint.path, source.config)
+    vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
         write_head(path, plan, source.config, vocabulary)
@@ -119,7 +121,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     """Everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, architecture(config))
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
     name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -129,12 +131,15 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
-    sizes: Counter[str] = Counter()
-    for entry in plan.entries:
-        sizes[entry.grid] += entry.nbytes
-    writer.add_file_type(file_type(plan.type_name, sizes))
-    if plan.type_name.startswith("mix-"):
+    if plan.type_name.startswith("mix-"):  # goes by the type of most bytes
+        numbers, sizes = dict(MIXES.values()), Counter({"F16": 0})
+        for entry in plan.entries:
+            if entry.grid in numbers:
+                sizes[entry.grid] += entry.nbytes
+        writer.add_file_type(numbers[sizes.most_common(1)[0][0]])
         writer.add_string(TYPE_KEY, plan.type_name)
+    else:
+        writer.add_file_type(Mix.parse(plan.type_name).file_type)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     write_vocabulary(writer, vocabulary)
     for entry in plan.entries:

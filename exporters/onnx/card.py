@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.formats import Check
-from compress.report.words import fenced
+from compress.formats import Check, Usage
+
+USAGE = Usage(
+    "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:",
+    "from optimum.onnxruntime import ORTModelForCausalLM\n"
+    "from transformers import AutoTokenizer\n\n"
+    "tokenizer = AutoTokenizer.from_pretrained({path})\n"
+    "model = ORTModelForCausalLM.from_pretrained({path})\n"
+    'tokens = tokenizer("Once upon a time", return_tensors="pt")\n'
+    "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))",
+    "python",
+    repr,
+)
 
 
 def find(path: Path) -> list[Path]:
@@ -15,20 +26,6 @@ def find(path: Path) -> list[Path]:
     if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
         return [path]
     return [graph.parents[1] for graph in sorted(path.glob("onnx/onnx/*.onnx"))]
-
-
-def how_to_run(path: str) -> list[str]:
-    """With Optimum."""
-    code = (
-        "from optimum.onnxruntime import ORTModelForCausalLM\n"
-        "from transformers import AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({path!r})\n"
-        f"model = ORTModelForCausalLM.from_pretrained({path!r})\n"
-        'tokens = tokenizer("Once upon a time", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))"
-    )
-    text = "With Optimum; ONNX Runtime GenAI and Transformers.js load the same folder:"
-    return [text, fenced(code, "python")]
 
 
 def checks() -> list[Check]:

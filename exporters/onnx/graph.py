@@ -43,7 +43,8 @@ class _Decoder(GraphBuilder):
         self.config = config
         self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
         mixed = plan.type_name.startswith("mix-")
-        self.properties = {TYPE_KEY: plan.type_name} if mixed else {}
+        self.properties = {CONTEXT_KEY: str(plan.max_context)}
+        self.properties |= {TYPE_KEY: plan.type_name} if mixed else {}
         self.accuracy_level = int(plan.settings["accuracy_level"])
         self.pieces = pieces
         self.casts: dict[str, ir.Value] = {}
@@ -64,7 +65,7 @@ class _Decoder(GraphBuilder):
         hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
         logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
         self.output(logits, [*sequence, c.vocab_size], first=True)
-        return self.model(c.model_type, {CONTEXT_KEY: str(c.max_context), **self.properties})
+        return self.model(c.model_type, self.properties)
 
     # --- the decoder ---------------------------------------------------------------------------
 

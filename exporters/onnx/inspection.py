@@ -50,6 +50,9 @@ def describe(path: Path) -> dict[str, Any]:
     tensors = tensor_rows(model.graph)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     config = json_or_empty(graph.parent.parent / "config.json")
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not isinstance(next(iter(architectures), ""), str):
+        architectures = None
     parameters = sum(math.prod(row["shape"]) for row in tensors if row["grid"] != "table")
     operators: dict[str, int] = {}
     for node in model.graph.node:
@@ -58,7 +61,7 @@ def describe(path: Path) -> dict[str, Any]:
         "format": "onnx",
         "type": metadata.get(TYPE_KEY),
         "name": graph.stem,
-        "architecture": (config.get("architectures") or [model.graph.name])[0],
+        "architecture": architectures[0] if architectures else model.graph.name,
         "parameters": parameters,
         "bytes": nbytes,
         "bits_per_weight": bits_per_weight(nbytes, parameters),

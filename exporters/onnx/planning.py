@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.errors import GridError, UnsupportedModelError
+from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
 from exporters.onnx.packing import ALIGNMENT, layout
@@ -52,7 +52,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
             default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round
-            activations to int8).
+            activations to int8), ``context`` (positions of the tables; default: the model's).
 
     Returns:
         Entries in the order of writing. Besides the weights there are two tables of cos and sin,
@@ -62,6 +62,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Raises:
         GridError: rows that the group size does not divide; the hint names one that does.
         UnsupportedModelError: rotary dimensions that GroupQueryAttention refuses.
+        UsageError: more context than the model has.
     """
     if config.rope.rotary_dim % 16:
         raise UnsupportedModelError(
@@ -71,6 +72,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     chosen.setdefault("embedding_bits", chosen["bits"])
     chosen.setdefault("head_bits", chosen["bits"])
+    context = int(chosen.get("context") or config.max_context)
+    if context > config.max_context:
+        raise UsageError(
+            f"targets.onnx.context is {context}, the model has {config.max_context} positions"
+        )
     _check_group_size(config, chosen["group_size"])
     entries = tuple(_entries(config, chosen, choices))
     if choices:  # the graph's name has the bits of its linears
@@ -83,8 +89,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         model_name=request.model_name,
         entries=entries,
         settings=chosen,
-        notes=tuple(_notes(config, sum(entry.nbytes for entry in entries))),
-        max_context=config.max_context,
+        notes=tuple(_notes(config, entries, context)),
+        max_context=context,
         kv_bytes_per_value=KV_BYTES,
     )
 
@@ -105,22 +111,6 @@ def _check_group_size(config: DecoderConfig, group_size: int) -> None:
                 if fitting
                 else "no group_size between 16 and 256 fits every row",
             )
-
-
-def weight_names(config: DecoderConfig) -> Iterator[str]:
-    """Every stored weight and bias, in order of execution; q, k and v as one matrix."""
-    yield "embed_tokens.weight"
-    mlp = ("gate_proj", "up_proj", "down_proj") if config.gated_mlp else ("up_proj", "down_proj")
-    roles = (*config.norm_roles, "qkv_proj", "o_proj", *mlp)
-    stems = [
-        (f"blocks.{block}.{role}", role)
-        for block in range(0, config.num_hidden_layers, config.block_repeat)
-        for role in roles
-    ]
-    for stem, role in (*stems, ("norm", "norm"), ("lm_head", "lm_head")):
-        yield f"{stem}.weight"
-        if config.has_bias(role):
-            yield f"{stem}.bias"
 
 
 def candidates(
@@ -164,7 +154,7 @@ def _entries(
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
     body = _grid_name(settings, settings["bits"])
-    for name in weight_names(config):
+    for name in shapes.names(repeats=False, fused=("qkv_proj",)):
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32", shape)
@@ -176,7 +166,7 @@ def _entries(
             yield _entry(name, body, shape)
         elif not (config.tie_word_embeddings and head == embedding):
             yield _entry(name, head, shape)
-    table = (config.max_context, config.rope.rotary_dim // 2)
+    table = (settings.get("context") or config.max_context, config.rope.rotary_dim // 2)
     yield _entry("rope.cos", "F32", table)
     yield _entry("rope.sin", "F32", table)
 
@@ -200,8 +190,16 @@ def _grid_name(settings: Mapping[str, Any], bits: int) -> str:
     return f"int{bits}-g{settings['group_size']}{kind}"
 
 
-def _notes(config: DecoderConfig, nbytes: int) -> Iterator[str]:
-    if config.max_context < config.max_position_embeddings:
+def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) -> Iterator[str]:
+    nbytes = sum(entry.nbytes for entry in entries)
+    tables = sum(entry.nbytes for entry in entries if entry.name.startswith("rope."))
+    if 100 * tables > nbytes:
+        yield (
+            f"tables of cos and sin for {context} positions are {tables:,} bytes, "
+            f"{100 * tables / nbytes:.1f} % of the file; a smaller targets.onnx.context makes "
+            "them smaller"
+        )
+    if config.max_context < config.max_position_embeddings and context == config.max_context:
         yield (
             f"{config.rope.kind} rotary factors are those for short prompts: the artifact "
             f"holds {config.max_context} positions, not {config.max_position_embeddings}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class OnnxRuntime:
             ArtifactError: unreadable, or refused by onnxruntime.
             RuntimeMissingError: onnxruntime is not installed.
         """
+        # Otherwise it keeps a device id and a queue of events in the home folder, on Linux too.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime
         except ImportError as error:

@@ -28,3 +28,9 @@ class Settings(TargetSettings):
     accuracy_level: Literal[0, 4] = Field(
         default=4, description="MatMulNBits: 4 computes in int8 (fast), 0 in float32."
     )
+    context: int | None = Field(
+        default=None,
+        ge=32,
+        le=4194304,
+        description="Positions in the tables of cos and sin; default: the model's limit.",
+    )

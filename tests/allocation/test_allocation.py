@@ -14,7 +14,7 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress.allocation import effort, sensitivity
+from compress.allocation import effort
 from compress.allocation.budget import Target
 from compress.allocation.costs import CostTable, measure_errors, members
 from compress.allocation.effort import effort_for
@@ -92,14 +92,13 @@ def test_sensitivity_is_the_divergence_of_the_model_with_noise(
     assert all(entry.divergence > 0 for entry in found.values())
 
 
-def test_shared_variants_divide_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_variants_divide_what_they_measure() -> None:
     weights = source("phi3")
     alone = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
-    monkeypatch.setattr(sensitivity, "WORK", 1e6)
-    parts, tokens = partition(weights.config, 48)
+    parts, tokens = partition(weights.config, 48, work=1e6)
     assert len(parts) == 1
     assert tokens == 48  # never fewer than there are, up to 256
-    shared = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
+    shared = measure(weights, WINDOWS, Statistics.of(weights.config, {}), work=1e6)
     assert shared.keys() == alone.keys()
     for name, entry in alone.items():
         assert shared[name].divergence == pytest.approx(entry.divergence, rel=0.2)
@@ -159,9 +158,9 @@ def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
         recipe = load("phone-4bit", changes, ["gguf"])
-        (plan,) = prepare(checkpoint, recipe).plans
+        (plan,) = prepare(checkpoint, recipe, transforms={}).plans
         choices = {"gguf": {plan.entries[-1].name: "Q8_0"}}
-        job = prepare(checkpoint, recipe, choices=choices)
+        job = prepare(checkpoint, recipe, transforms={}, choices=choices)
         bits = 8 * job.plans[0].weights_bytes / job.config.num_parameters
         assert job.plans[0].type_name == f"mix-{bits:.2f}bpw"
 
@@ -198,20 +197,17 @@ def test_errors_are_those_of_the_solver() -> None:
         assert errors[name]["Q4_K"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
     """Of a large model: it moves expectations, and no choice."""
-    monkeypatch.setattr(effort, "LARGE", 0)
     weights = source("llama3")  # tied
     columns = weights.config.hidden_size
     plain = LayerStats(64, np.ones(columns, np.float32))
     stats = Statistics.of(weights.config, {"blocks.0.q_proj": plain, "lm_head": plain})
     found: dict[str, dict[str, dict[str, float]]] = {}
     for solver in ("scale_search", "gptq"):
-        how, errors = effort_for(weights.config, solver), found.setdefault(solver, {})
+        how, errors = effort_for(weights.config, solver, large=0), found.setdefault(solver, {})
         wanted = {name: ["int4-g32"] for name in ("blocks.0.q_proj.weight", "lm_head.weight")}
-        solve = get_solver(how.solver, stats)
+        solve = get_solver(how.solver)
         measure_errors(weights, stats, solve, wanted, errors, how, lambda done, total: None)
     for name, errors in found["scale_search"].items():
         share = found["gptq"][name]["int4-g32"] / errors["int4-g32"]
@@ -223,7 +219,7 @@ def test_no_file_is_larger_than_its_budget(format: str) -> None:
     """Every byte counts: the graph of a mix is not always that of the smallest file."""
     weights = source("phi3")
     recipe = load("phone-4bit", [], [format])
-    job = prepare(weights.checkpoint, recipe)
+    job = prepare(weights.checkpoint, recipe, transforms={})
     target = Target(job, job.plans[0])
     rng = np.random.default_rng(0)
     table = CostTable(weights.config)
@@ -239,13 +235,17 @@ def test_no_file_is_larger_than_its_budget(format: str) -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-# Few, so that the cost table is soon measured.
-FEW = "quantize.candidates=[Q2_K, Q4_K, Q6_K, Q8_0, int4-g32, int4-g128, int4-g256, int8-g32]"
+# Few of all, so that the cost table is soon measured.
+FEW = (
+    "--set", "quantize.candidates=[Q2_K, Q4_K, Q6_K, Q8_0, int4-g32, int4-g256, int8-g32]",
+    "--set", "quantize.solver=scale_search",
+    "--set", "calibration.tokens=1024", "--set", "calibration.sequence_length=256",
+)  # fmt: skip
 
 
 def build(folder: Path, *options: object) -> Any:
     return packlight(
-        "build", DEMO, "-o", folder, "--no-verify", "--set", FEW, *options,
+        "build", DEMO, "-o", folder, "--no-verify", *FEW, *options,
         env={"PACKLIGHT_CACHE": ROOM.name},
     )  # fmt: skip
 

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
+from commands import until
 
 from compress.batch.engine import LocalEngine, Outcome, Process, Work, last_error, longest_first
 from compress.demo import model_path
@@ -52,26 +52,16 @@ def demo(folder: Path, name: str) -> Work:
                 "-o", str(folder / name))  # fmt: skip
 
 
-def gone(pid: int, seconds: float = 600.0) -> bool:
-    """Whether a process ends (or is a zombie that its reaper has not seen) in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def gone(pid: int) -> bool:
+    """Waits until a process has ended, or is a zombie that its reaper has not seen."""
+
+    def ended() -> bool:
         try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
-        time.sleep(0.05)
-    return False
 
-
-def until(condition, seconds: float = 600.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
+    return until(ended)
 
 
 def test_every_job_ends_once_and_no_more_run_than_fit(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def shelf(tmp_path) -> Path:
         (tmp_path / "shelf" / name / "config.json").write_text("{}")
     (tmp_path / "shelf" / "notes").mkdir()
     return tmp_path
+
+
+def test_adapters_are_seen_from_the_file(shelf):
+    (shelf / "loras" / "a=0.5").mkdir(parents=True)
+    (shelf / "loras" / "b").mkdir()
+    given = ["loras/b", "loras/b=0.25", "loras/a=0.5", "./c=2", "someone/lora=0.5", "someone/x@v1"]
+    job = read_jobs(write(shelf, models=["shelf/a"], options={"adapter": given})).jobs[0]
+    settings = job.settings(shelf / "out")
+    place = shelf / "loras"
+    assert list(settings.adapters) == [
+        f"{place}/b", f"{place}/b=0.25", f"{place}/a=0.5", f"{shelf}/c=2",
+        "someone/lora=0.5", "someone/x@v1",
+    ]  # fmt: skip
+    words = arguments(settings)
+    assert [b for a, b in pairwise(words) if a == "--adapter"] == list(settings.adapters)
 
 
 def test_the_matrix(shelf):

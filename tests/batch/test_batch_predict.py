@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 
 def job(model: Checkpoint, recipe: str, *formats: str) -> Job:
-    return prepare(model, load(recipe, (), formats))
+    return prepare(model, load(recipe, (), formats), transforms={})
 
 
 def test_memory_covers_the_build_and_the_process_beside_it(model):

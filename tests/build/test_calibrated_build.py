@@ -36,7 +36,8 @@ def test_what_inputs_tell_lowers_the_divergence_of_the_demo(cache, tmp_path):
         done = packlight(
             "build", model_path(), "-f", "gguf", "-o", solver, "--json", "--threads", 1,
             "--set", "verify.windows=4", "--set", f"quantize.solver={solver}",
-            "--set", "calibration.tokens=4096", "--keep-baseline", tmp_path / "float",
+            "--set", "calibration.tokens=4096", "--set", "calibration.sequence_length=128",
+            "--keep-baseline", tmp_path / "float",
             cwd=tmp_path, env=cache,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import cli
+from compress import __main__ as cli
 from compress.demo import model_path
 
 GOLDEN = Path(__file__).parents[1].joinpath("golden") / "demo_rtn.json"

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from commands import packlight, refused
 
-from compress import cli, machine
+from compress import __main__ as cli
+from compress import machine
 from compress.calibration import walk
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
@@ -21,6 +22,7 @@ from compress.formats import get_format
 from compress.machine import available_memory, bounded, resident_memory
 from compress.plan.job import prepare
 from compress.plan.memory import check_memory, hessian_bytes, smallest_memory
+from compress.pruning.transforms import transforms_of
 from compress.recipe import load
 
 
@@ -30,7 +32,8 @@ def model(tmp_path_factory):
 
 
 def job_of(model, recipe="int4-fast", *overrides):
-    return prepare(Checkpoint.open(str(model)), load(recipe, overrides, []))
+    found = load(recipe, overrides, [])
+    return prepare(Checkpoint.open(str(model)), found, transforms=transforms_of(found))
 
 
 def test_a_limit_bounds_what_is_available():
@@ -104,7 +107,7 @@ def test_second_moments_count_once_for_each_input(model):
     config = job_of(model).config
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
-    assert hessian_bytes(config) == 4 * (2 * hidden**2 + heads**2 + inner**2)
+    assert hessian_bytes(config)[0] == 4 * (2 * hidden**2 + heads**2 + inner**2)
 
 
 def test_little_memory_makes_batches_with_the_same_logits(model, monkeypatch):
@@ -138,7 +141,7 @@ def test_the_command_refuses_in_one_line(model, tmp_path):
 
 
 def test_the_report_says_that_the_float_model_was_not_timed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.verify.scorer.FLOAT_MEMORY", 0)
+    monkeypatch.setattr("compress.verify.scorer.available_memory", lambda: 0)
     words = ["build", str(model), "-f", "gguf", "-r", "int4-fast", "-o", str(tmp_path / "out")]
     few = ["--set", "verify.windows=2", "--set", "verify.sequence_length=32"]
     assert cli.run([*words, *few]) < 2

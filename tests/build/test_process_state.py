@@ -16,9 +16,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
+from commands import packlight
 
 from compress import machine
-from compress.demo import model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,10 +103,17 @@ def umask() -> int:
     return before
 
 
-def test_a_build_and_a_verification_leave_the_process_as_it_was(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("phi3", tmp_path_factory.mktemp("models") / "phi3")
+
+
+def test_a_build_and_a_verification_leave_the_process_as_it_was(
+    model: Path, tmp_path: Path
+) -> None:
     unset = ("MKL_CBWR", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     env = {name: value for name, value in os.environ.items() if name not in unset}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(model_path())]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(model)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after_build, after_both = json.loads(done.stdout.splitlines()[-1])
@@ -120,7 +128,7 @@ def test_a_build_and_a_verification_leave_the_process_as_it_was(tmp_path: Path) 
 def test_bounds_are_of_their_block_and_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 8)
     monkeypatch.setattr(machine, "default_threads", lambda: 8)
-    inside, leave = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+    inside, leave = threading.Barrier(2, timeout=600), threading.Barrier(2, timeout=600)
     seen = []
 
     def other() -> None:
@@ -210,16 +218,19 @@ assert len(made) == len(threads) + 1
 """
 
 
-def test_builds_of_one_process_give_the_bytes_of_two_processes(tmp_path: Path) -> None:
-    def run(*names: str) -> None:
-        places = [str(tmp_path / name) for name in names]
-        env = {**os.environ, "PACKLIGHT_CACHE": str(tmp_path / f"cache-{names[0]}")}
-        command = [sys.executable, "-c", PAIR, str(model_path()), *places]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run("one", "two")
-    run("alone")
+def test_builds_of_one_process_give_the_bytes_of_two_processes(
+    model: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PACKLIGHT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", PAIR, str(model), str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = packlight(
+        "build", model, "-r", "phone-4bit", "-o", tmp_path / "alone", "--threads", 1, "--no-verify",
+        "--set", "calibration.tokens=256", "--set", "calibration.sequence_length=64",
+        env={"PACKLIGHT_CACHE": str(tmp_path / "cache-alone")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
     def artifacts(name: str) -> str:
         lines = (tmp_path / name / "SHA256SUMS").read_text().splitlines()

@@ -51,7 +51,7 @@ def job(tmp_path, monkeypatch) -> Job:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     folder = tiny.make("llama", tmp_path / "model", tie_word_embeddings=False)
     recipe = load("phone-4bit", SETTINGS, ["gguf", "onnx"])
-    return prepare(Checkpoint.open(folder), recipe)
+    return prepare(Checkpoint.open(folder), recipe, transforms={})
 
 
 def step(job: Job) -> CalibrationStep:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 from commands import packlight, refused
-from writing import plan_for, put_all
+from writing import plan_for
 
-from compress.build.write import write_artifacts
+from compress.build.write import put_tensors, write_artifacts
 from compress.calibration import statistics
 from compress.calibration.statistics import LayerStats, Statistics, input_names
 from compress.calibration.step import CalibrationStep, Importance
@@ -202,7 +202,7 @@ def test_each_part_goes_to_all_writers_before_the_next(source):
         Recorder(plan_for(name, source.config), Weights(source, unused), calls)
         for name in FORMATS
     ]  # fmt: skip
-    put_all(writers)
+    put_tensors(writers, lambda nbytes: None)
     parts = ["embed_tokens", *(f"block {number}" for number in range(4))]
     order = []
     for writer in writers:
@@ -231,8 +231,8 @@ def test_what_a_ledger_has_is_not_put_again_but_counted(source):
     there = plan.entries[1::3]
     weights = Weights(source, unused)
     for entry in there:
-        weights.finish(entry, Path("file"), 7)
-    put_all([Recorder(plan, weights, calls)], told.append)
+        weights.ledger.add(entry.target_name, Path("file"), 7)
+    put_tensors([Recorder(plan, weights, calls)], told.append)
     assert [name for _, name in calls] == [e.name for e in plan.entries if e not in there]
     assert told == [entry.nbytes for entry in there]
 
@@ -245,7 +245,7 @@ def test_statistics_are_let_go_at_the_end_of_each_part(source):
     calls: list[tuple[str, str]] = []
     weights = Weights(source, unused, statistics=Counted.of(source.config, {}))
     plan = plan_for("onnx", source.config)
-    put_all([Recorder(plan, weights, calls)])
+    put_tensors([Recorder(plan, weights, calls)], lambda nbytes: None)
     found = [name for _, name in calls]
     parts = parts_of(plan, 3)
     for before, part, entry in zip([parts[0], *parts], parts, plan.entries, strict=False):

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tiny
+import torch
 from hooked import Model, distance, draw_windows, hooked
 
 from compress.calibration import walk as walking
-from compress.calibration.collect import collect
 from compress.calibration.statistics import (
     LayerStats,
     Statistics,
@@ -24,8 +24,9 @@ from compress.calibration.statistics import (
     save,
     unpack_hessian,
 )
+from compress.calibration.step import collect
 from compress.calibration.texts import CalibrationSet
-from compress.calibration.walk import walk
+from compress.calibration.walk import Accumulator, held_back, walk
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer import Tokenizer
@@ -79,40 +80,48 @@ def test_states_in_a_file_change_nothing(models, monkeypatch, tmp_path):
     model, windows = models("llama"), draw_windows()
     kept = gathered(model, windows, work=tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(walking, "STATES_LIMIT", 0)
+    monkeypatch.setattr(walking, "available_memory", lambda: 0)
     spilled = gathered(model, windows, work=tmp_path)
     assert (tmp_path / "states.bin").stat().st_size == 2 * 5 * 48 * model.config.hidden_size
     for key, entry in kept.items():
         assert (entry.hessian[0] == spilled[key].hessian[0]).all()
 
 
-def test_a_wide_hessian_is_its_diagonal_blocks(models, monkeypatch):
-    model, windows = models("llama"), draw_windows()
-    whole = gathered(model, windows)["blocks.1.down_proj"]
-    monkeypatch.setattr("compress.decoder.config.WIDEST_HESSIAN", 256)
-    split = gathered(model, windows)["blocks.1.down_proj"]
-    assert [block.shape for block in split.hessian] == [(256, 256), (256, 256)]
-    np.testing.assert_allclose(split.hessian[1], whole.hessian[0][256:, 256:], rtol=1e-5, atol=1e-6)
+def test_a_wide_hessian_is_its_diagonal_blocks():
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 8448), np.float32))
+    sums = Accumulator(8448, hessian=True)
+    sums.add(x[:4], hold_back=False)
+    sums.add(x[4:], hold_back=False)
+    first, second = sums.finish().hessian
+    assert (first.shape, second.shape) == ((4352, 4352), (4096, 4096))
+    for block, part in ((first, x[:, :4352]), (second, x[:, 4352:])):
+        np.testing.assert_allclose(block, part.T @ part / 6, rtol=1e-5, atol=1e-6)
 
 
-def test_some_windows_are_held_back_from_the_hessian(models, monkeypatch, tmp_path):
-    model, windows = models("llama"), draw_windows(count=9)
-    whole = gathered(model, windows)
-    assert whole["lm_head"].held_back is None  # too few to spare one
-    monkeypatch.setattr(walking, "HELD_BACK", 4)
-    held = gathered(model, windows)
+def test_some_windows_are_held_back_from_the_hessian(models, tmp_path):
+    model, windows = models("llama"), draw_windows(count=33, length=16)
+    assert gathered(model, windows[:15])["lm_head"].held_back is None  # too few to spare one
+    held = gathered(model, windows, exact=True)
+    expected = hooked(model, tiny.reference(model.folder), windows)
     for key, entry in held.items():
-        assert entry.held_back.shape == (2 * 48, len(entry.importance))  # windows 3 and 7 of 0..8
-        assert (entry.importance == whole[key].importance).all()
-        seen = entry.hessian[0] * 7 * 48 + entry.held_back.T @ entry.held_back
-        assert distance(seen, whole[key].hessian[0] * 9 * 48) < 1e-5
-    monkeypatch.setattr(walking, "HELD_ROWS", 60)  # every eighth is room enough
-    assert len(gathered(model, windows)["lm_head"].held_back) == 48
+        x = expected[key].reshape(33, 16, -1)
+        apart = x[[15, 31]].reshape(32, -1)
+        assert entry.held_back.shape == apart.shape
+        assert distance(entry.held_back, apart) < 1e-4
+        assert distance(entry.importance, (expected[key] ** 2).mean(0)) < 1e-4
+        rest = np.delete(x, [15, 31], axis=0).reshape(31 * 16, -1)
+        assert distance(entry.hessian[0], rest.T @ rest / len(rest)) < 1e-4
     save(tmp_path / "x.npz", held)
     back = load(tmp_path / "x.npz", "blocks.1.down_proj", hessian=True)
     assert distance(back.held_back, held["blocks.1.down_proj"].held_back) < 1e-3
     light = load(tmp_path / "x.npz", "blocks.1.down_proj", hessian=False)
     assert light.held_back is None
+
+
+def test_of_long_texts_fewer_windows_are_held_back():
+    windows = [[0] * 512 for _ in range(100)]
+    assert len(held_back(windows)) == 2  # of 50: a thousand tokens are enough
+    assert len(held_back(windows[:17])) == 1 and held_back(windows[:15]) == []
 
 
 def test_names_of_inputs(models):
@@ -270,7 +279,7 @@ def test_a_walk_goes_on_with_the_block_that_it_was_at(family, cache, tmp_path, m
 
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "resumed"))
     if family == "phi3":
-        monkeypatch.setattr(walking, "STATES_LIMIT", 0)  # states in a file
+        monkeypatch.setattr(walking, "available_memory", lambda: 0)  # states in a file
     total, deaths = 0, 0
     for life in (1, 5, 12, 12, 12, 3, 40, 60, -1):
         mortal = Mortal(model, life)
@@ -348,6 +357,16 @@ def test_chats_go_through_the_template(tokenizer, tmp_path):
     assert body == (ids * 20)[: len(body)]
     path.write_text(json.dumps({"text": "plain words " * 100}) + "\n\n")
     assert "plain words" in tokenizer.decode(drawn(tokenizer, path).windows[0])
+
+
+def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path):
+    model = tiny.make("qwen2", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content + messages[0].missing }}")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "plain"}\n{"messages": [{"role": "user", "content": "x"}]}\n'
+    )
+    with pytest.raises(CheckpointError, match=r"a\.jsonl line 2: the chat template failed"):
+        drawn(Tokenizer(model), tmp_path / "a.jsonl")
 
 
 def test_the_built_in_set_fills_the_default(tokenizer):

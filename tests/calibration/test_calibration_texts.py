@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.calibration.builtin import paths
+from compress.calibration.texts import BUILTIN_PATHS
 
 KILOBYTES = {
     "prose.txt": 60,
@@ -56,13 +56,13 @@ def paragraphs(path: Path) -> list[str]:
 
 
 def test_files_and_their_order():
-    assert [path.name for path in paths()] == list(KILOBYTES)
-    folder = paths()[0].parent
+    assert [path.name for path in BUILTIN_PATHS] == list(KILOBYTES)
+    folder = BUILTIN_PATHS[0].parent
     shipped = {path.name for path in folder.iterdir() if path.suffix in {".txt", ".jsonl", ".md"}}
     assert shipped == {*KILOBYTES, "README.md"}
 
 
-@pytest.mark.parametrize("path", paths(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", BUILTIN_PATHS, ids=lambda path: path.name)
 def test_clean_and_not_repetitive(path):
     raw = path.read_bytes()
     assert len(raw) > 1000 * KILOBYTES[path.name]
@@ -73,12 +73,12 @@ def test_clean_and_not_repetitive(path):
 
 
 def test_no_paragraph_twice():
-    counted = Counter(piece for path in paths() for piece in paragraphs(path))
+    counted = Counter(piece for path in BUILTIN_PATHS for piece in paragraphs(path))
     assert [piece for piece, times in counted.items() if times > 1] == []
 
 
 def test_conversations():
-    path = next(path for path in paths() if path.suffix == ".jsonl")
+    path = next(path for path in BUILTIN_PATHS if path.suffix == ".jsonl")
     conversations = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(conversations) >= 80
     for conversation in conversations:
@@ -92,6 +92,6 @@ def test_conversations():
 
 
 def test_languages():
-    text = next(path for path in paths() if path.name == "languages.txt").read_text("utf-8")
+    text = next(path for path in BUILTIN_PATHS if path.name == "languages.txt").read_text("utf-8")
     missing = {language for language, sign in SIGNS.items() if len(re.findall(sign, text)) < 3}
     assert not missing

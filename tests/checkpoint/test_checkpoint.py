@@ -19,9 +19,12 @@ import tiny
 
 from compress import machine
 from compress.checkpoint import safetensors as safetensors_file
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig, WeightMap
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.save import write_checkpoint
+from compress.checkpoint.settle import same_values
+from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, PacklightError, UsageError
+from compress.plan.job import describe_model
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -51,8 +54,7 @@ def refused(action: Callable[[], Any], message: str) -> PacklightError:
 
 def check(folder: Path) -> None:
     """What a build does before it reads a weight."""
-    checkpoint = Checkpoint.open(folder)
-    WeightMap(DecoderConfig.from_hf(checkpoint.config)).check(checkpoint)
+    describe_model(Checkpoint.open(folder))
 
 
 def split_file(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -91,15 +93,18 @@ def test_values_are_those_of_the_safetensors_package(dtype: str, tmp_path: Path)
 def test_values_are_the_same_in_chunks_and_threads(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    checkpoint = Checkpoint.open(tiny.make("phi", tmp_path, dtype=dtype, tokenizer=False))
-    expected = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    random = torch.Generator().manual_seed(0)
+    stored = torch.randn(3001, 1100, generator=random).to(getattr(torch, dtype))
+    save_file({NAME: stored}, tmp_path / "model.safetensors")
+    checkpoint, values = Checkpoint.open(tmp_path), stored.float().numpy()
     monkeypatch.setattr(machine, "worker_threads", lambda: 3)
-    monkeypatch.setattr(safetensors_file, "PIECE", 10)
-    monkeypatch.setattr(safetensors_file, "CHUNK", 7)
-    for name, values in expected.items():
-        assert np.array_equal(checkpoint.read(name), values)
-        if values.ndim == 2:
-            assert np.array_equal(checkpoint.read(name, slice(3, 8)), values[3:8])
+    assert values.size > 3 * safetensors_file.PIECE > 3 * 15 * safetensors_file.CHUNK
+    assert np.array_equal(checkpoint.read(NAME), values)
+    assert np.array_equal(checkpoint.read(NAME, slice(3, 2900)), values[3:2900])
 
 
 @pytest.mark.parametrize("layout", ["sharded", "pickle", "sharded pickle", "old pickle"])
@@ -260,8 +265,8 @@ def test_a_missing_head_is_never_made_up(tmp_path: Path):
 def test_unexpected_tensors(copy: Path):
     file = copy / "model.safetensors"
     header, data = split_file(file)
-    header["model.layers.0.self_attn.q_proj.lora_A"] = header.pop(NAME)
-    header[NAME] = header["model.layers.0.self_attn.q_proj.lora_A"]
+    header["model.layers.0.self_attn.q_proj.gate"] = header.pop(NAME)
+    header[NAME] = header["model.layers.0.self_attn.q_proj.gate"]
     join_file(file, header, data)
     refused(lambda: check(copy), "1 tensor(s) that a llama model does not have, first 'model.lay")
 
@@ -274,6 +279,215 @@ def test_what_transformers_ignores_is_ignored(tmp_path: Path):
     header["model.layers.0.self_attn.rotary_emb.inv_freq"] = header["model.norm.weight"]
     join_file(file, header, data)
     check(tmp_path)
+
+
+# --- one matrix, two names ----------------------------------------------------------------------
+
+
+def retensor(folder: Path, change: Callable[[dict[str, Any]], None]) -> Checkpoint:
+    """A checkpoint of one file, its tensors changed."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    return Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make("mobilellm", tmp_path_factory.mktemp("tied"), tokenizer=False)
+
+
+@pytest.fixture
+def tied_copy(tied: Path, tmp_path: Path) -> Path:
+    for file in tied.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_stored_head_that_equals_the_embedding_is_ignored(dtype: str, tied_copy: Path):
+    import torch
+
+    kind = getattr(torch, dtype)
+    checkpoint = retensor(
+        tied_copy, lambda t: t.update({"lm_head.weight": t[EMBEDDING].to(kind).clone()})
+    )
+    assert describe_model(checkpoint).tie_word_embeddings
+    assert describe_model(checkpoint).tie_word_embeddings  # a second look finds the same
+    assert not checkpoint.warnings
+
+
+@pytest.mark.parametrize("row", [0, 511])
+def test_a_head_that_differs_is_built_untied(row: int, tied_copy: Path):
+    def own_head(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+        tensors["lm_head.weight"][row, 255] += 1
+
+    checkpoint = retensor(tied_copy, own_head)
+    for slab in (256 * 100, 1 << 20):  # several, the last one smaller
+        assert not same_values(checkpoint, "lm_head.weight", EMBEDDING, slab)
+        assert same_values(checkpoint, "lm_head.weight", "lm_head.weight", slab)
+    config = describe_model(checkpoint)
+    assert not config.tie_word_embeddings
+    assert "lm_head.weight differs" in checkpoint.warnings[0]
+    source = Stored(checkpoint, config)
+    head, embedding = source.read("lm_head.weight"), source.read("embed_tokens.weight")
+    assert np.argwhere(head != embedding).tolist() == [[row, 255]]
+    # A checkpoint that is written again has the head, too.
+    (tied_copy / "again").mkdir()
+    write_checkpoint(source, tied_copy / "again")
+    again = Checkpoint.open(tied_copy / "again")
+    assert not describe_model(again).tie_word_embeddings and not again.warnings
+
+
+def test_a_head_of_another_shape_is_refused(tied_copy: Path):
+    checkpoint = retensor(
+        tied_copy, lambda t: t.update({"lm_head.weight": t[EMBEDDING][:500].clone()})
+    )
+    refused(lambda: describe_model(checkpoint), "lm_head.weight has shape [500, 256]")
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tied_matrix_under_the_name_of_the_head_is_read(pickled: bool, tied_copy: Path):
+    expected = Checkpoint.open(tied_copy).read(EMBEDDING)
+    checkpoint = retensor(tied_copy, lambda t: t.update({"lm_head.weight": t.pop(EMBEDDING)}))
+    if pickled:
+        import torch
+        from safetensors.torch import load_file
+
+        file = tied_copy / "model.safetensors"
+        torch.save(load_file(file), tied_copy / "pytorch_model.bin")
+        file.unlink()
+        checkpoint = Checkpoint.open(tied_copy)
+    config = describe_model(checkpoint)
+    assert config.tie_word_embeddings
+    assert "stored as lm_head.weight" in checkpoint.warnings[-1]
+    source = Stored(checkpoint, config)
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        assert np.array_equal(source.read(name), expected)
+        assert np.array_equal(source.read(name, slice(3, 9)), expected[3:9])
+
+
+# --- names and types of what is no weight -------------------------------------------------------
+
+
+def test_buffers_are_left_out_and_a_foreign_rope_table_is_told(copy: Path):
+    import torch
+
+    def buffers(tensors: dict[str, Any]) -> None:
+        at = "model.layers.0.self_attn."
+        tensors[at + "rotary_emb.inv_freq"] = torch.ones(32, dtype=torch.float64)
+        tensors[at + "bias"] = torch.ones(8, 8, dtype=torch.bool)
+        tensors[at + "masked_bias"] = torch.tensor(-1e4)
+        tensors["model.embeddings.position_ids"] = torch.arange(8)
+
+    checkpoint = retensor(copy, buffers)
+    describe_model(checkpoint)
+    assert not checkpoint.warnings
+    right = describe_model(checkpoint).rope.inverse_frequencies()
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    checkpoint = retensor(copy, lambda t: t.update({name: torch.tensor(right).to(torch.bfloat16)}))
+    describe_model(checkpoint)
+    assert not checkpoint.warnings
+    checkpoint = retensor(copy, lambda t: t.update({name: t[name] / 2}))
+    describe_model(checkpoint)
+    assert "inv_freq' differs" in checkpoint.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("bool", "buffer"), ("int64", "buffer"), ("float64", "float32"),
+                        ("int32", "quantized"), ("int8", "quantized")]
+)  # fmt: skip
+def test_numbers_that_no_weight_has_are_named(dtype: str, hint: str, copy: Path):
+    import torch
+
+    with pytest.raises(CheckpointError, match="extra") as caught:
+        retensor(copy, lambda t: t.update(extra=torch.ones(4).to(getattr(torch, dtype))))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (lambda name: f"_orig_mod.{name}", "'_orig_mod.', which torch.compile"),
+        (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), "'_orig_mod.', which"),
+        (lambda name: f"module.{name}", "'module.', which DistributedDataParallel"),
+        (lambda name: f"base_model.model.{name}", "a PEFT adapter"),
+        (lambda name: name.removeprefix("model."), "lack the prefix 'model.'"),
+        (lambda name: f"model.{name}", "begin with the prefix 'model.model.'"),
+        (lambda name: f"language_model.{name}", "the prefix 'language_model.model.'"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.lora_A.weight"), "LoRA weights"),
+    ],
+)  # fmt: skip
+def test_names_that_a_wrapper_left_are_explained(
+    rename: Callable[[str], str], told: str, copy: Path
+):
+    def renamed(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[rename(name)] = tensors.pop(name)
+
+    checkpoint = retensor(copy, renamed)
+    refused(lambda: describe_model(checkpoint), told)
+
+
+# --- what is there instead of a checkpoint ------------------------------------------------------
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_an_adapter_is_called_one(configured: bool, copy: Path):
+    (copy / "model.safetensors").rename(copy / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
+    (copy / "adapter_config.json").write_text(json.dumps(adapter))
+    if not configured:
+        (copy / "config.json").unlink()
+    error = refused(lambda: Checkpoint.open(copy), "is a LoRA adapter of some/base, not a model")
+    assert error.hint == f"packlight build some/base --adapter {copy}"
+
+
+@pytest.mark.parametrize(
+    ("names", "told", "hint"),
+    [
+        (["model-00001-of-00001.safetensors"], "'model-00001-of-00001.safetensors', but its index",
+         "rename it to model.safetensors"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+         "and 1 more, but its index is missing", "model.safetensors.index.json"),
+        (["pytorch_model-00001-of-00003.bin"], "its index is missing",
+         "pytorch_model.bin.index.json"),
+        (["weights.safetensors"], "not model.safetensors", "rename it"),
+        (["consolidated.00.pth"], "'consolidated.00.pth', a pickle of another layout", "save_pre"),
+    ],
+)  # fmt: skip
+def test_weights_under_other_names_are_named(names: list[str], told: str, hint: str, copy: Path):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").unlink()
+    for name in names:
+        (copy / name).write_bytes(data)
+    assert hint in refused(lambda: Checkpoint.open(copy), told).hint
+
+
+def test_a_file_given_as_the_model_is_named(copy: Path):
+    import torch
+
+    (copy / "some.gguf").write_bytes(b"GGUF" + bytes(20))
+    torch.save({}, copy / "some.pt")
+    for name, told in (
+        ("some.gguf", "is a GGUF file"),
+        ("some.pt", "is a pickle"),
+        ("model.safetensors", "is not a folder, but one file of a checkpoint"),
+        ("tokenizer.json", "is not a folder with a checkpoint"),
+    ):
+        with pytest.raises(UsageError, match=told) as caught:
+            Checkpoint.open(copy / name)
+        assert caught.value.hint
+
+
+# --- the rest of the headers --------------------------------------------------------------------
 
 
 def test_a_shape_that_disagrees_with_the_config(copy: Path):
@@ -395,7 +609,7 @@ def test_not_a_float_checkpoint(copy: Path):
         entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}
         join_file(copy / "model.safetensors", {"x": entry}, b"\0" * 64)
         error = refused(lambda: Checkpoint.open(copy), f"has dtype {dtype!r}, not F32, F16 or BF16")
-        assert "quantized" in error.hint
+        assert ("float32" if dtype == "F64" else "quantized") in error.hint
 
 
 def test_hostile_names_stay_on_one_line(copy: Path):

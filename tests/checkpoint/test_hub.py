@@ -13,8 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import save_file
+
+from compress.checkpoint.hub import page_of
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -199,6 +203,33 @@ def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
     assert hub.fetched == []
 
 
+def test_adapters_are_fetched_without_the_rest(hub: Hub, folder: Path, tmp_path: Path):
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["model.norm"]}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    norm = np.full(256, 3, np.float32)
+    save_file({"base_model.model.model.norm.weight": norm}, lora / "adapter_model.safetensors")
+    hub.add("someone/lora", lora, adapter_model__bin=b"pickle", checkpoint_1__x=b"again")
+    hub.repositories["someone/lora"]["adapter_model.bin"] = b"pickle"
+    hub.add("someone/ia3", lora)
+    hub.repositories["someone/ia3"]["adapter_config.json"] = b'{"peft_type": "IA3"}'
+    plain, merged, absent, model, other = open_in_child(
+        hub,
+        tmp_path / "home",
+        (str(folder), {}),
+        (str(folder), {"adapters": [f"someone/lora@{COMMIT}"]}),
+        (str(folder), {"adapters": ["someone/nothing"]}),
+        (str(folder), {"adapters": ["someone/phi3"]}),
+        (str(folder), {"adapters": ["someone/ia3"]}),
+    )
+    assert plain[2] != merged[2] == 3 * 256
+    assert absent[1].startswith("cannot fetch someone/nothing: the Hub has no such model")
+    assert "no adapter_config.json" in model[1]
+    assert "'IA3' of PEFT, not LoRA" in other[1]
+    assert sorted(set(hub.fetched)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_cache_dir_revision_and_token(hub: Hub, tmp_path: Path):
     hub.gated.add("someone/phi3")
     cache = tmp_path / "cache"
@@ -226,6 +257,63 @@ def test_cache_dir_revision_and_token(hub: Hub, tmp_path: Path):
     # The environment's token serves as well.
     (taken,) = open_in_child(hub, tmp_path / "other", ("someone/phi3", {}), HF_TOKEN=TOKEN)
     assert taken[1] == COMMIT
+
+
+def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: Path):
+    files = hub.repositories["someone/phi3"]
+    index = json.loads(files["model.safetensors.index.json"])
+    names = {old: old.replace("model-", "model.safetensors-").removesuffix(".safetensors")
+             for old in set(index["weight_map"].values())}  # fmt: skip
+    index["weight_map"] = {key: names[file] for key, file in index["weight_map"].items()}
+    other = {name: data for name, data in files.items() if name not in names}
+    other |= {new: files[old] for old, new in names.items()}
+    other["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.repositories["someone/other"] = other
+    hub.repositories["someone/adapter"] = {
+        "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
+        "adapter_model.safetensors": b"",
+    }
+    small = {name: data for name, data in files.items() if not name.endswith((".bin", "tensors"))}
+    del small["model.safetensors.index.json"]
+    hub.repositories["someone/no-index"] = small | {"model-00001-of-00002.safetensors": b""}
+    hub.repositories["someone/x-GGUF"] = {"x.Q4_K_M.gguf": b"GGUF", "README.md": b""}
+    found, adapter, page, pinned, table, shards, ggufs = open_in_child(
+        hub,
+        tmp_path,
+        ("someone/other", {}),
+        ("someone/adapter", {}),
+        (f"{hub.endpoint}/someone/phi3", {}),
+        (f"{hub.endpoint}/someone/phi3/blob/{COMMIT}/config.json?x=1", {}),
+        (f"{hub.endpoint}/datasets/someone/phi3", {}),
+        ("someone/no-index", {}),
+        ("someone/x-GGUF", {}),
+    )
+    assert "'model-00001-of-00002.safetensors', but its index is missing" in shards[1]
+    assert ggufs[1].startswith("someone/x-GGUF holds 'x.Q4_K_M.gguf', which is a GGUF file")
+    assert "x.Q4_K_M.gguf" not in hub.fetched
+    assert set(names.values()) < set(found[3])
+    assert "pytorch_model.bin" not in found[3]
+    assert adapter[1] == "someone/adapter is a LoRA adapter of a/b, not a model"
+    assert adapter[2] == "packlight build a/b --adapter someone/adapter"
+    assert page[:2] == pinned[:2] == ["someone/phi3", COMMIT]
+    assert "is not the page of a model" in table[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("https://huggingface.co/some/one", ("some/one", "")),
+        ("huggingface.co/some/one/", ("some/one", "")),
+        ("http://hf.co/some/one/tree/v1.0", ("some/one", "v1.0")),
+        ("https://www.huggingface.co/some/one/resolve/main/a.safetensors", ("some/one", "main")),
+        ("hf://some/one@v1", ("some/one", "v1")),
+        ("https://hub.example/some/one", None),
+        ("some/one", None),
+        ("s3://huggingface.co/some", None),
+    ],
+)
+def test_pages_of_the_hub(name: str, found: tuple[str, str] | None):
+    assert page_of(name) == found
 
 
 def test_refusals_come_before_the_weights(hub: Hub, tmp_path: Path):

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import jsonschema
 import pytest
 import sample_report
 import tiny
-from commands import Step, packlight, refused
+from commands import Step, packlight, paths, refused
 
 import compress
-from compress import cli
+from compress import __main__ as cli
 from compress.build.decide import BuildSettings, command_line
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.verify import scorer
@@ -386,3 +387,26 @@ def test_the_reported_command_names_no_place_of_this_machine(model, override, to
     words = shlex.split(command_line(Checkpoint.open(model), settings, Path("/tmp/out")))
     assert words[words.index("--set") + 1] == told
     assert words[-2:] == ["-o", "out"]
+
+
+# --- the process that a shell starts ------------------------------------------------------------
+
+
+def test_closed_streams_and_letters_beyond_ascii(model, tmp_path):
+    """``2>&-`` (an artifact must not get the number of stderr), and the C locale in which Python
+    takes paths for ASCII."""
+    named = tmp_path / "größe"
+    shutil.copytree(model, named)
+    program = [sys.executable, "-m", "compress", "build", "größe", "-r", "int4-fast", "-f", "gguf",
+               "--no-verify", "--threads", "1", "-o"]  # fmt: skip
+    plain = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | {"PYTHONPATH": paths()} | plain
+    for out, closing in (("a", "2>&-"), ("b", "<&- >&- 2>&-"), ("c", "")):
+        line = f"exec {shlex.join([*program, out])} {closing}"
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True
+        )
+        assert done.returncode == 0, done
+        (file,) = (tmp_path / out / "gguf").iterdir()
+        assert file.read_bytes()[:4] == b"GGUF" and file.name.startswith("größe")
+        assert "größe" in (tmp_path / out / "report.json").read_text(encoding="utf-8")

@@ -10,12 +10,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_bfloat16
+from safetensors.torch import save_file as save_bfloat16
 
-from compress import cli
+from compress import __main__ as cli
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,14 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (lambda f: edit_config(f, intermediate_size=768), "shape"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "an end that is none": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["2"]}'),
+        "generation_config.json: eos_token_id",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     "rope of another kind": (
-        lambda f: edit_config(f, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-        "dynamic",
+        lambda f: edit_config(f, rope_scaling={"rope_type": "mrope", "factor": 2.0}),
+        "mrope",
     ),
 }
 
@@ -158,6 +165,78 @@ def test_rows_that_no_grid_can_hold(tmp_path, capsys):
     assert_one_line(talk)
     assert "272" in talk and "16" in talk
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_refusal_of_one_target_names_the_command_for_the_others(tmp_path, capsys):
+    model = tiny.make("llama", tmp_path / "model", partial_rotary_factor=0.5)
+    assert run(model, tmp_path / "out") == 2
+    talk = capsys.readouterr().err
+    assert_one_line(talk)
+    assert "hint: -f onnx -f coreml builds without gguf" in talk
+    assert run(model, tmp_path / "out", "-f", "gguf") == 2
+    assert "-f " not in capsys.readouterr().err  # there is no other target
+    assert run(model, tmp_path / "out", "-f", "onnx", "-f", "coreml", "--dry-run") == 0
+
+
+def test_a_weight_beyond_float16_is_named(sound, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sound, model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(model, lambda t: t.update({name: t[name] * 1e9}))
+    assert run(model, tmp_path / "out", "-f", "gguf", "--set", "targets.gguf.type=Q8_0") == 2
+    assert "error: blocks.1.up_proj.weight: Q8_0: a weight is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--no-verify", "--keep-baseline", "b"], "--keep-baseline has no effect: --no-verify"),
+        (["--dry-run", "--resume"], "--resume has no effect: --dry-run"),
+        (["--dry-run", "--seed", "3"], "--seed has no effect"),
+        (["--dry-run", "--allow-dense"], "--allow-dense has no effect"),
+    ],
+)
+def test_options_that_change_nothing_are_told(options, told, sound, tmp_path, capsys):
+    line = ["build", str(sound), "-o", str(tmp_path / "out"), "-r", "int4-fast", "-f", "gguf"]
+    assert cli.run([*line, *options]) == 0
+    assert f"warning: {told}" in capsys.readouterr().err
+    assert cli.run([*line, "--dry-run"]) == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(sound, tmp_path, capsys):
+    for model in (str(sound), f"file://{sound}"):
+        assert run(model, tmp_path / "out", "--revision", "v1") == 2
+        talk = capsys.readouterr().err
+        assert_one_line(talk)
+        assert "--revision v1" in talk
+
+
+def test_notes_of_an_artifact_stand_under_the_table(sound, tmp_path, capsys):
+    model = tiny.make("mistral", tmp_path / "model")
+    assert run(model, tmp_path / "out", "-f", "gguf") == 0
+    told = "note (gguf): llama.cpp ignores the sliding window of 32"
+    assert told in capsys.readouterr().out
+    assert run(model, tmp_path / "out", "-f", "gguf", "--dry-run") == 0
+    assert told in capsys.readouterr().out
+
+
+def test_a_head_of_its_own_reaches_the_file_and_the_report(tmp_path, capsys):
+    model = tiny.make("mobilellm", tmp_path / "model")
+    weights = load_bfloat16(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_bfloat16(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert run(model, tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert "lm_head.weight differs" in captured.err
+    file = gguf.GGUFReader(next((tmp_path / "out" / "gguf").iterdir()))
+    names = [tensor.name for tensor in file.tensors]
+    assert "output.weight" in names
+    for format in ("onnx", "coreml"):
+        side = json.loads((tmp_path / "out" / format / "config.json").read_text())
+        assert side["tie_word_embeddings"] is False
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "lm_head.weight differs" in report["notes"][0]
 
 
 def test_a_pickle_is_read_as_weights_only_with_a_warning(tmp_path, capsys):

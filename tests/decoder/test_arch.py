@@ -214,6 +214,18 @@ def test_newer_configs_say_rope_parameters_and_dtype():
         newer(llama, full_attention={"rope_type": "default"}, sliding_attention={})
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+def test_what_transformers_does_not_read_of_a_rope_is_told():
+    """DeepSeek-R1-0528-Qwen3-8B has an ``attn_factor``, which vLLM and llama.cpp multiply by."""
+    assert not described("Qwen3-0.6B", rope_scaling=YARN).rope.caveat
+    rope = described("Qwen3-0.6B", rope_scaling=YARN | {"attn_factor": 0.878}).rope
+    assert "attn_factor" in rope.caveat and "1.139" in rope.caveat
+    dynamic = described("Llama-2-7B", rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert "4096 positions" in dynamic.rope.caveat and dynamic.max_context == 4096
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -225,6 +237,14 @@ def test_newer_configs_say_rope_parameters_and_dtype():
         ("Phi-3.5-mini", {"rope_scaling": LONG48 | {"type": "su"}}),
         ("Phi-4-mini", {}),
         ("Qwen3-0.6B", {}),
+        ("Qwen3-0.6B", {"rope_scaling": YARN}),
+        ("Qwen3-0.6B", {"rope_scaling": YARN | {"attn_factor": 0.878}}),
+        ("Qwen3-0.6B", {"rope_scaling": YARN | {"truncate": False, "beta_fast": 24.0}}),
+        ("Llama-2-7B", {"rope_scaling": {"type": "yarn", "factor": 16.0}}),
+        ("Llama-2-7B", {"rope_scaling": YARN | {"attention_factor": 0.9, "beta_slow": 2.0}}),
+        ("Llama-2-7B", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
+        ("phi-2", {"rope_scaling": YARN | {"original_max_position_embeddings": 40}}),
+        ("Llama-2-7B", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
     ],
 )
 def test_rope_is_that_of_transformers(name: str, changes: dict[str, Any]):
@@ -335,6 +355,10 @@ def one_line(error: PacklightError) -> None:
         ({"rope_scaling": "linear"}, "rope_scaling is not an object"),
         ({"rope_scaling": {"type": "linear"}}, "key 'factor' is missing"),
         ({"rope_scaling": {"type": "llama3"}}, "key 'factor' is missing"),
+        ({"rope_scaling": {"type": "yarn"}}, "key 'factor' is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor 0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}}, "beta_fast is 'x'"),
+        ({"rope_scaling": {"type": "dynamic"}}, "key 'factor' is missing"),
         ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "is not above"),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": 3, "long_factor": []}},
@@ -365,7 +389,7 @@ def test_impossible_values_are_named(changes: dict[str, Any], message: str):
         ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already ('gptq')"),
         ({"quantization_config": "awq"}, "quantized already"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "mrope", "factor": 4.0}}, "rope scaling 'mrope'"),
         ({"rope_scaling": {"rope_type": ["x"]}}, "rope scaling ['x']"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported for llama, only silu"),
         ({"hidden_act": ["silu"]}, "hidden_act ['silu']"),

@@ -24,6 +24,9 @@ VARIANTS = {
     "mobilellm-ls": ("mobilellm", {"layer_sharing": True}),
     "phi3-longrope-window": ("phi3-longrope", {"sliding_window": WINDOW}),
     "llama-linear-rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic-rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "qwen3-yarn": ("qwen3", {"rope_scaling": tiny.YARN}),
+    "phi-yarn": ("phi", {"rope_scaling": tiny.YARN | {"attention_factor": 0.9, "beta_fast": 8.0}}),
     "qwen3-biased": ("qwen3", {"attention_bias": True}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
 }

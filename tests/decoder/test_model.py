@@ -12,6 +12,7 @@ import pytest
 import tiny
 from writing import plan_for
 
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Change
 from compress.decoder.config import DecoderConfig
@@ -139,16 +140,23 @@ def test_a_source_around_another_is_read_by_one_thread(checkpoint: Checkpoint) -
     assert np.allclose(np.concatenate(parts), 2 * stored.read(name), atol=0.01)
 
 
-def test_the_solver_is_told_which_weight_it_solves(checkpoint: Checkpoint):
+def test_the_solver_gets_rows_and_the_statistics_of_their_input(checkpoint: Checkpoint):
     calls = []
 
-    def solve(weight: Float32, grid: Grid, name: str) -> Quantized:
-        calls.append((name, weight.shape, weight.dtype, grid.name))
+    def solve(weight: Float32, grid: Grid, stats: LayerStats | None) -> Quantized:
+        calls.append((weight.shape, weight.dtype, grid.name, stats))
         return grid.quantize(weight)
 
-    weights = Weights(Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config)), solve)
-    weights.quantize("blocks.1.k_proj.weight", get_grid("int8-g64"), slice(0, 16))
-    assert calls == [("blocks.1.k_proj.weight", (16, 256), np.float32, "int8-g64")]
+    config = DecoderConfig.from_hf(checkpoint.config)
+    known = LayerStats(1, np.ones(256, np.float32))
+    statistics = Statistics.of(config, {"blocks.1.q_proj": known})
+    weights = Weights(Stored(checkpoint, config), solve, statistics=statistics)
+    grid = get_grid("int8-g64")
+    weights.quantize("blocks.1.k_proj.weight", grid, slice(0, 16))
+    weights.quantize("blocks.0.k_proj.weight", grid, slice(0, 16))
+    Weights(weights.source, solve).quantize("blocks.1.k_proj.weight", grid, slice(0, 16))
+    call = ((16, 256), np.float32, "int8-g64")
+    assert calls == [(*call, known), (*call, None), (*call, None)]
 
 
 def test_quantizing_a_nan_is_refused_by_name(tmp_path: Path):

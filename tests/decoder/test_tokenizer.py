@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,26 @@ def test_render_chat_is_the_template(folders: dict[str, Path]):
     assert set(generation["eos_token_id"]) == {480, 481, 487}
     closed = Tokenizer(folders["phi4-mini"]).render_chat(CHAT, add_generation_prompt=False)
     assert closed.endswith("Four bits.<|end|><|endoftext|>")
+
+
+def test_a_template_that_asks_the_date_or_chance_says_the_same_at_any_time(
+    folders: dict[str, Path], tmp_path: Path
+):
+    for file in folders["qwen2"].glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y %f') }} "
+        "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }} {{ messages[0].content }}"
+    )
+    tokenizer = Tokenizer(tmp_path)
+    random.seed(1)
+    first = tokenizer.render_chat(CHAT)
+    after = random.random()
+    random.seed(2)
+    assert tokenizer.render_chat(CHAT) == first
+    assert first.startswith("26 Jul 2024 000000 ") and first.endswith(" How small?")
+    random.seed(1)
+    assert random.random() == after  # the program's own dice are left alone
 
 
 def test_a_base_model_has_no_chat(folders: dict[str, Path], tmp_path: Path):

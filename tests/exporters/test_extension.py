@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import packlight
+from trees import PACKAGES, warm
 
 from compress.demo import model_path
 
@@ -28,7 +30,7 @@ MEASURE = ["--set", "verify.windows=2", "--set", "verify.sequence_length=64"]
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """packlight with the toy format."""
     root = tmp_path_factory.mktemp("tree")
-    for package in ("compress", "exporters", "packlight", "recipes"):
+    for package in PACKAGES:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, root / package, ignore=ignore)
     shutil.copytree(ROOT / "tests" / "toy", root / "exporters" / "toy", ignore=ignore)
@@ -36,19 +38,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = table.read_text(encoding="utf-8")
     assert text.count(LAST_ROW) == 1
     table.write_text(text.replace(LAST_ROW, ROW + LAST_ROW), encoding="utf-8")
+    warm(root)
     return root
 
 
-def run(tree: Path, *arguments: object, module: str = "compress") -> str:
+def run(tree: Path, *arguments: object) -> str:
     """What a command prints, in the folder ``tree/work``."""
     place = tree / "work"
     place.mkdir(exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(tree), "NO_COLOR": "1"}
     # Not from tree: the package must be found wherever the user stands.
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", module, *map(str, arguments)],
-        cwd=place, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    done = packlight(*arguments, cwd=place, tree=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -74,7 +73,7 @@ def test_a_build_writes_it_and_its_pages_name_it(built: Path) -> None:
     assert (built / toy["path"]).stat().st_size == toy["bytes"]
     assert "Toy™ int8-channel" in (built / "report.html").read_text()
     card = (built / "README.md").read_text()
-    assert "Toy™ int8-channel" in card and "Play with toy/model.toy." in card
+    assert "Toy™ int8-channel" in card and "\nplay toy/model.toy\n" in card
     assert json.loads((built / "plan.json").read_text())["targets"].keys() == {"toy", "onnx"}
 
 
@@ -126,8 +125,10 @@ def test_a_program_builds_it(tree: Path) -> None:
         "                         verify=False)\n"
         "assert report['toy'].bytes == plan.file_bytes\n"
     )
-    (tree / "program.py").write_text(code)
-    run(tree, model_path(), module="program")
+    subprocess.run(
+        [sys.executable, "-P", "-c", code, model_path()],
+        cwd=tree / "work", env={**os.environ, "PYTHONPATH": str(tree)}, check=True,
+    )  # fmt: skip
 
 
 # --- compress/ names no format ----------------------------------------------------------------

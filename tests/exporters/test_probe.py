@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from exported import Exports
 
@@ -16,6 +19,7 @@ from compress.errors import ArtifactError, UsageError
 from compress.plan.weights import Weights
 from compress.solvers import rtn
 from compress.verify import BaselineStore, quality, verify_artifact
+from compress.verify.child import run_child
 from exporters.gguf.runtime import open_runtime
 
 
@@ -61,3 +65,46 @@ def test_a_damaged_file_is_an_error_of_ours(
 def test_an_unknown_format(baseline: BaselineStore) -> None:
     with pytest.raises(UsageError, match="unknown format 'zip'"):
         verify_artifact(Path("x.zip"), "zip", baseline, context=64)
+
+
+PARENT = """
+import sys
+from contextlib import closing
+from compress.verify.child import run_child
+with closing(run_child([sys.executable, "-c", sys.argv[1]], "it")) as events:
+    for event in events:
+        print(event["pid"], flush=True)
+"""
+CHILD = """
+import os, time
+from compress.verify.child import run_as_child
+def work(emit):
+    emit({"pid": os.getpid()})
+    time.sleep(600)
+run_as_child(work)
+"""
+
+
+def test_a_probe_ends_with_its_killed_parent() -> None:
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        probe = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    psutil.wait_procs([probe], timeout=60)
+    assert not probe.is_running() or probe.status() == psutil.STATUS_ZOMBIE
+
+
+ABORTING = """
+import ctypes
+from compress.verify.child import run_as_child
+from exporters.gguf.runtime import load_library
+run_as_child(lambda emit: load_library().functions.ggml_abort(
+    b"ggml.c", ctypes.c_int(7), b"GGML_ASSERT(%s) failed", b"n > 0"))
+"""
+
+
+def test_what_llama_cpp_said_when_it_aborted_is_told() -> None:
+    says = r"crashed with SIGABRT while starting: ggml\.c:7: GGML_ASSERT\(n > 0\) failed$"
+    with pytest.raises(ArtifactError, match=says):
+        list(run_child([sys.executable, "-c", ABORTING], "it"))

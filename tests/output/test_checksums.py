@@ -13,7 +13,13 @@ from commands import packlight, refused
 
 from compress.errors import ArtifactError, PacklightError, UsageError
 from compress.output import checksums
-from compress.output.checksums import check_folder, read_checksums, write_checksums
+from compress.output.checksums import (
+    check_folder,
+    folder_digests,
+    read_checksums,
+    refuse_links,
+    write_checksums,
+)
 
 FILES = {
     "report.json": b'{"schema_version": 1}\n',
@@ -52,7 +58,7 @@ def test_large_files_are_hashed_beside_each_other(
 ) -> None:
     """However many small ones are between them."""
     large = sorted(FILES, key=lambda name: len(FILES[name]))[-2:]
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=600)
     real = checksums.sha256_of
 
     def sha256_of(path: Path) -> str:
@@ -147,3 +153,23 @@ def test_the_command(folder: Path) -> None:
 def test_a_gate_is_not_passed_by_checksums_alone(folder: Path, option: list[str]) -> None:
     told = refused(packlight("verify", "--checksums", folder, *option))
     assert f"{option[0]} needs --baseline" in told
+
+
+@pytest.mark.parametrize("name", ["report.json", "onnx", "onnx/onnx/model.onnx"])
+def test_a_link_is_not_read(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")  # to the very same bytes
+    found = check_folder(folder)
+    assert not found.whole and found.links and not found.changed
+    assert all(link.startswith(name) for link in found.links)
+    with pytest.raises(ArtifactError, match="is a link"):
+        refuse_links(folder, FILES)
+
+
+def test_a_link_is_not_hashed_into_a_build(tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("TOPSECRET")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "merges.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ArtifactError, match=r"merges\.txt is a link"):
+        folder_digests(out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from compress.errors import DiskFullError, OutputExistsError, UsageError
 from compress.output.checksums import write_checksums
-from compress.output.folder import check_disk, check_output, work_folder
+from compress.output.folder import Resume, check_disk, check_output, remove, work_folder
 
 
 def ours(folder: Path) -> Path:
@@ -92,9 +94,10 @@ def test_a_mount_point_is_not_replaced():
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to("elsewhere")
     for text in ("first", "second"):
-        with work_folder(tmp_path / "link") as folder:
-            (folder / "a").write_text(text)
-        assert (tmp_path / "elsewhere" / "a").read_text() == text
+        with work_folder(tmp_path / "link", overwrite=True) as folder:
+            (folder / "plan.json").write_text(text)
+            write_checksums(folder)
+        assert (tmp_path / "elsewhere" / "plan.json").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
     assert (tmp_path / "link").is_symlink()
 
@@ -111,7 +114,7 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, SystemExit])
 def test_a_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, failure):
     output = ours(tmp_path / "out")
-    with pytest.raises(failure), work_folder(output) as folder:
+    with pytest.raises(failure), work_folder(output, overwrite=True) as folder:
         (folder / "half").write_text("half")
         raise failure
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -126,7 +129,7 @@ def test_a_failure_removes_the_parents_that_it_made(tmp_path):
 
 def test_a_failure_while_replacing_brings_the_old_output_back(tmp_path):
     output = ours(tmp_path / "out")
-    with pytest.raises(FileNotFoundError), work_folder(output) as folder:
+    with pytest.raises(FileNotFoundError), work_folder(output, overwrite=True) as folder:
         folder.rmdir()  # so that the second of the two renames fails
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "plan.json").exists()
@@ -134,7 +137,7 @@ def test_a_failure_while_replacing_brings_the_old_output_back(tmp_path):
 
 def test_overwriting_replaces_the_whole_folder(tmp_path):
     output = ours(tmp_path / "out")
-    with work_folder(output) as folder:
+    with work_folder(output, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in output.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -156,12 +159,140 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tmp_path):
     check_disk(tmp_path / "out", 1)
 
 
-def test_a_killed_builds_leftovers_are_cleared(tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "stale").write_text("stale")
+def killed(output: Path, *, old: bool = False) -> Path:
+    """What a build that was killed left."""
+    partial = output.with_name(f"{output.name}.partial")
+    for name, text in (("state/build.json", "{}"), ("new/gguf/stale", "stale")):
+        (partial / name).parent.mkdir(parents=True)
+        (partial / name).write_text(text)
+    if old:
+        ours(partial / "old")
+    return partial
+
+
+@pytest.mark.parametrize("left", ["all", "no record", "half a record"])
+def test_a_killed_builds_leftovers_are_cleared(tmp_path, left):
+    partial = killed(tmp_path / "out")
+    if left != "all":
+        shutil.rmtree(partial / "new")
+        (partial / "state" / "build.json").unlink()
+    if left == "half a record":
+        (partial / "state" / "build.json.12-34.partial").write_text("{")
     with work_folder(tmp_path / "out") as folder:
         assert list(folder.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_output_comes_back_where_a_build_was_killed_while_replacing_it(tmp_path):
+    killed(tmp_path / "out", old=True)
+    with pytest.raises(OutputExistsError), work_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "plan.json").exists()
+    shutil.rmtree(tmp_path / "out.partial")
+    (tmp_path / "mine.partial" / "old").mkdir(parents=True)
+    (tmp_path / "mine.partial" / "thesis").write_text("years of work")
+    with pytest.raises(UsageError, match="was not made by packlight"):
+        work_folder(tmp_path / "mine").__enter__()
+    assert not (tmp_path / "mine").exists()
+
+
+def foreign(partial: Path, kind: str) -> None:
+    """Somebody else's file, folder or link of a work folder's name."""
+    thesis = partial.parent / "thesis"
+    thesis.mkdir()
+    (thesis / "book").write_text("years of work")
+    if kind == "folder":
+        thesis.rename(partial)
+    elif kind == "folder named like ours":
+        partial.mkdir()
+        thesis.rename(partial / "new")
+    elif kind == "folder with a file beside ours":
+        killed(partial.with_suffix(""))
+        (thesis / "book").rename(partial / "book")
+    elif kind == "file":
+        (thesis / "book").rename(partial)
+    elif kind == "link":
+        partial.symlink_to("thesis")
+    elif kind == "dangling link":
+        partial.symlink_to("elsewhere")
+    else:  # a folder whose "new" leads to the thesis
+        killed(partial.with_suffix(""))
+        shutil.rmtree(partial / "new")
+        (partial / "new").symlink_to(thesis)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "folder", "folder named like ours", "folder with a file beside ours", "file", "link",
+        "dangling link", "link inside",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_work_folder_that_is_somebody_elses_is_left_alone(tmp_path, kind, overwrite):
+    foreign(tmp_path / "out.partial", kind)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=r"out\.partial was not made by packlight"):
+        check_output(tmp_path / "out", overwrite=overwrite)
+    resume = Resume({}, wanted=overwrite, afresh=True)
+    with pytest.raises(UsageError, match=r"out\.partial was not made by packlight"):
+        work_folder(tmp_path / "out", resume, overwrite=overwrite).__enter__()
+    check_disk(tmp_path / "out", 1)
+    remove(tmp_path / "out.partial")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "ours"])
+def test_an_output_that_came_into_being_meanwhile_is_not_replaced(tmp_path, kind, overwrite):
+    output = tmp_path / "out"
+    if overwrite:
+        ours(output)
+
+    def build() -> None:
+        with work_folder(output, Resume({}, wanted=False), overwrite=overwrite) as folder:
+            (folder / "made").write_text("made")
+            shutil.rmtree(output, ignore_errors=True)
+            if kind == "ours":
+                ours(output)
+            elif kind == "folder":
+                output.mkdir()
+                (output / "thesis").write_text("years of work")
+            else:
+                output.write_text("years of work")
+
+    if overwrite and kind == "ours":
+        build()
+        assert [path.name for path in output.iterdir()] == ["made"]
+        return
+    with pytest.raises(UsageError) as caught:
+        build()
+    assert caught.value.__notes__ == [
+        "what is finished stays in out.partial: --resume continues it"
+    ]
+    assert (tmp_path / "out.partial" / "new" / "made").exists()
+    if kind == "file":
+        assert output.read_text() == "years of work"
+    else:
+        assert (output / ("thesis" if kind == "folder" else "plan.json")).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder", "pipe"])
+def test_a_lock_that_is_somebody_elses_is_left_alone(tmp_path, kind):
+    lock, mine = tmp_path / "out.lock", tmp_path / "mine"
+    mine.write_text("mine")
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "link":
+        lock.symlink_to(mine)
+    else:
+        lock.write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.lock cannot be locked"):
+        work_folder(tmp_path / "out").__enter__()
+    assert os.path.lexists(lock)
+    assert mine.read_text() == "mine"
 
 
 def test_a_second_build_into_the_same_folder_is_refused(tmp_path):

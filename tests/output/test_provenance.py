@@ -13,14 +13,20 @@ import tiny
 from commands import packlight, refused
 from jsonschema import validate
 
+from compress import api
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.output import lock as origin
 from compress.output.checksums import check_folder
 from compress.output.lock import check_lock, lock_document
 from compress.plan.document import PlanDocument
 
 SHA256 = "^[0-9a-f]{64}$"
+SCALE_SEARCH = {
+    "quantize.solver": "scale_search",
+    "calibration.tokens": 256,
+    "calibration.sequence_length": 64,
+}
 DESCRIPTOR = {
     "type": "object",
     "additionalProperties": False,
@@ -210,20 +216,17 @@ def test_large_files_are_hashed_on_demand_and_once(
     shutil.copytree(model, place)
     checkpoint = Checkpoint.open(str(place))
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(origin, "SMALL", 1000)
-    assert lock_document(checkpoint, [], thorough=False).checkpoint.files is None
+    assert lock_document(checkpoint, [], thorough=False, small=1000).checkpoint.files is None
     real = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.iterdir()}
-    found = lock_document(checkpoint, [], thorough=True).checkpoint.files
+    found = lock_document(checkpoint, [], thorough=True, small=1000).checkpoint.files
     assert found == {name: real[name] for name in found} and "model.safetensors" in found
     monkeypatch.setattr(origin, "sha256_of", lambda path: pytest.fail(f"hashed {path} again"))
-    monkeypatch.setattr(origin, "SMALL", 0)
     large = [path for path in place.iterdir() if path.stat().st_size > 1000]
     assert {path.name: origin.cached_digest(path) for path in large} == {
         path.name: real[path.name] for path in large
     }
     monkeypatch.undo()
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(origin, "SMALL", 1000)
     shard = place / "model.safetensors"
     shard.write_bytes(b"x" * 2000)
     assert origin.cached_digest(shard) == hashlib.sha256(b"x" * 2000).hexdigest()
@@ -243,10 +246,37 @@ def test_the_hubs_cache_knows_the_hashes(
         shutil.copy(path, blob)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
     hashed: list[str] = []
-    monkeypatch.setattr(origin, "SMALL", 10**6)
     monkeypatch.setattr(origin, "sha256_of", lambda path: hashed.append(path.name) or "0" * 64)
     checkpoint = Checkpoint(snapshot, "acme/tiny", "c" * 40)
-    files = lock_document(checkpoint, [], thorough=False).checkpoint.files
+    files = lock_document(checkpoint, [], thorough=False, small=10**6).checkpoint.files
     weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert files["model.safetensors"] == weights and weights not in hashed
     assert len(hashed) == len(files) - 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "text.txt"])
+def test_nothing_is_vouched_for_that_changed_meanwhile(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    changing, text = tmp_path / "changing", tmp_path / "text.txt"
+    shutil.copytree(model, changing)
+    text.write_text(tiny.TEXT * 20, encoding="utf-8")
+    file = text if name == text.name else changing / name
+    replaced: list[str] = []
+
+    def replace(phase: str, done: int, total: int, unit: str) -> None:
+        if phase.startswith("write ") and not replaced:
+            replaced.append(phase)
+            shutil.copy(file, tmp_path / "other")
+            (tmp_path / "other").rename(file)  # the same bytes, of another file
+
+    more: dict[str, Any] = {}
+    if file == text:
+        more = {"calibration": [text], "overrides": SCALE_SEARCH}
+    with pytest.raises(CheckpointError, match=f"^{name} has changed since it was opened"):
+        api.build(
+            changing, "int4-fast", formats=["gguf"], output=tmp_path / "out", verify=False,
+            progress=replace, **more,
+        )  # fmt: skip
+    assert replaced
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]

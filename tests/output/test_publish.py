@@ -16,7 +16,7 @@ from commands import packlight, refused
 from fake_hub import LARGE, TOKEN, Hub
 
 from compress.output.checksums import write_checksums
-from compress.report.card import model_card
+from compress.report.pages import model_card
 
 NAME = "someone/SmolThinker-GGUF"
 
@@ -191,3 +191,12 @@ def test_refusals_of_the_hub_are_one_line(hub, tmp_path, name, environment, told
 def test_no_such_branch_to_open_a_pull_request_against(hub, tmp_path):
     text = refused(push(hub, finished(tmp_path / "out"), NAME, "--revision", "refs/pr/9"))
     assert "the Hub has no such account, repository or branch" in text
+
+
+@pytest.mark.parametrize("name", ["onnx/config.json", "SHA256SUMS", "README.md"])
+def test_a_link_is_not_pushed(hub, tmp_path, name):
+    folder = finished(tmp_path / "out")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link" in refused(push(hub, folder, NAME))
+    assert hub.requests == []

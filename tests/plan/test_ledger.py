@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from writing import plan_for, write
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig
 from compress.grids import get_grid
-from compress.plan.shapes import PlanEntry
 from compress.plan.weights import Ledger, Weights
 from compress.solvers import rtn
 
@@ -203,8 +201,8 @@ def test_a_ledger_tells_of_rows_that_fell_back(source, tmp_path, data):
     weights = Weights(source, Falls(), Ledger(ledger, "t"))
     for rows in (slice(0, 8), slice(8, 16)):
         weights.quantize(name, grid, rows)
-    weights.finish(PlanEntry(name, "o", grid.name, (16, 512), 100), data, 10)
-    assert json.loads(ledger.read_text().splitlines()[-1])["fallen"] == 6
+    assert weights.fallen == {name: 6}
+    weights.ledger.add("o", data, 10, weight=name, fallen=6)
     again = Weights(source, Falls(), Ledger(ledger, "t"))
     assert again.notes() == weights.notes() != ()
     again.quantize(name, grid, slice(0, 8))  # as a trial does, to know how long it takes

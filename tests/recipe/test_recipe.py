@@ -82,6 +82,15 @@ def test_mistakes_name_their_path(override, says, hint):
     assert "\n" not in caught.value.message
 
 
+def test_an_override_of_a_target_that_is_left_out_is_refused():
+    with pytest.raises(RecipeError, match="-f gguf leaves onnx out") as caught:
+        recipe.load("int4-fast", ["targets.gguf.type=Q8_0", "targets.onnx.bits=8"], ["gguf"])
+    assert "-f onnx" in caught.value.hint
+    assert set(recipe.load("int4-fast", ["targets.onnx.bits=8"], ["gguf", "onnx"]).targets) == {
+        "gguf", "onnx",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["- a\n", "a: [\n", "", "\x00", "schema: 1\ntargets: {}\n"])
 def test_broken_files_are_refused(tmp_path, text):
     file = tmp_path / "broken.yaml"

@@ -38,7 +38,9 @@ def made(
 ) -> dict[str, Any]:
     """The report of a build, after its files were held against it."""
     options = {"verify": False, "threads": 1} | settings
-    wanted = BuildSettings(str(model), folder, recipe, overrides=(*SHORT, *overrides), **options)
+    wanted = BuildSettings(
+        str(model), folder, recipe=recipe, overrides=(*SHORT, *overrides), **options
+    )
     assert build(wanted, Console("quiet")).folder == folder
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     assert report["verdict"] != "failed"
@@ -81,7 +83,9 @@ def test_a_recipe_builds_on_its_family(name: str, tmp_path: Path) -> None:
         assert len(blocks) == (5 if name == "prune-depth-10" else 1)
 
 
-@pytest.mark.parametrize("name", ["int4-balanced", "phi3-mini-iphone"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("int4-balanced", marks=pytest.mark.slow), "phi3-mini-iphone"]
+)
 def test_a_recipe_passes_its_own_gates_on_a_trained_phi3(name: str, tmp_path: Path) -> None:
     few = ["verify.windows=4", "verify.sequence_length=256"]
     if name == "phi3-mini-iphone":
@@ -102,7 +106,10 @@ BUDGETS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+# The phone recipes are alike but for their number of bytes.
+@pytest.mark.parametrize(
+    "name", [pytest.param("phone-1.8GB", marks=pytest.mark.slow), *[*BUDGETS][1:]]
+)
 def test_a_budget_is_kept_and_used(name: str, tmp_path: Path) -> None:
     family, budget, few = BUDGETS[name]
     model = tiny.make(family, tmp_path / "model", num_hidden_layers=1)

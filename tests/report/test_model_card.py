@@ -1,4 +1,4 @@
-"""compress.report.card: what the Hub reads, what a person reads, and strings that stay strings."""
+"""compress.report.pages: what the Hub reads, what a person reads, and strings that stay strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import sample_report
 import yaml
 
-from compress.report.card import model_card
+from compress.report.pages import model_card
 from compress.report.words import fenced, figure, sentence
 
 

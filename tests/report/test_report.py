@@ -16,6 +16,8 @@ from compress.decoder.config import DecoderConfig
 from compress.errors import ArtifactError
 from compress.plan.shapes import Artifact, Plan, PlanEntry
 from compress.report import describe, report
+from compress.report.ci import markdown_summary
+from compress.report.pages import model_card, render
 from compress.verify.gates import METRICS, find, parse
 from compress.verify.quality import Estimate
 
@@ -216,3 +218,12 @@ def test_a_tensor_that_was_read_back_keeps_its_name(name):
     found = describe.describe_tensor(PlanEntry("", name, "int4-g32", (64, 32), 1152))
     assert (found.name, found.block, found.role) == (name, None, name)
     assert found.bits_per_weight == 4.5
+
+
+def test_pages_and_summaries_show_every_character_of_a_name() -> None:
+    made = sample_report.make(
+        name="a\x1b[31m\u202eb", command="x \x9b \u202e", notes=("\u2066\x07 note",)
+    )
+    made.artifacts[0].tensors[0].name = "\x1b]0;\u202etensor"
+    for text in (render(made), model_card(made), markdown_summary(made)):
+        assert all(char.isprintable() or char == "\n" for char in text)

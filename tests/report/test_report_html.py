@@ -1,4 +1,4 @@
-"""compress.report.html: the page as a browser sees it, and the pictures by their arithmetic."""
+"""compress.report.pages: the page as a browser sees it, and the pictures by their arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import sample_report
 
 from compress.report import charts
-from compress.report.html import figure, grids, percent, quarters, render, size
+from compress.report.pages import figure, grids, percent, quarters, render, size
 from compress.report.report import KlDivergence, TensorReport
 from compress.report.words import amount
 
@@ -71,7 +71,7 @@ def look(page: str, folder: Path, width: int = 1200, *flags: str) -> tuple[dict[
         "--dump-dom",
         path.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     seen = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert seen, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

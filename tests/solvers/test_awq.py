@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from compress import cli
+from compress import __main__ as cli
 from compress.build.write import write_artifacts
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.calibration.step import CalibrationStep, Importance
@@ -103,13 +103,13 @@ def test_scales_that_were_spoilt_are_found(known, family, solver):
     # The folds are what makes the difference: rounded with them, the head or the weight is nearer.
     for name in ("blocks.0.gate_proj.weight", "blocks.0.o_proj.weight"):
         folded = Folded(source, found.folds)
-        stats = fold_statistics(source.config, statistics, found.folds)
+        after = fold_statistics(source.config, statistics, found.folds)
         errors = []
-        for some, known_of in ((source, statistics), (folded, stats)):
-            weight = some.read(name)
-            codes = get_solver(solver, known_of)(weight, get_grid("int4-g64"), name)
+        for some, known_of in ((source, statistics), (folded, after)):
+            weight, stats = some.read(name), known_of.for_weight(name)
+            codes = get_solver(solver)(weight, get_grid("int4-g64"), stats)
             left = weight - codes.decode()
-            held_back = known_of.for_weight(name).held_back
+            held_back = stats.held_back
             errors.append(np.mean((held_back @ left.T) ** 2))
         assert errors[1] < 0.6 * errors[0]
 
@@ -138,7 +138,8 @@ def test_a_half_is_measured_as_it_is_written_down(known):
         return (inner / (1 + np.exp(-inner)) * (x @ up.T)) @ down.T
 
     def rounded(name: str) -> np.ndarray:
-        return get_solver("scale_search", statistics)(source.read(name), grid, name).decode()
+        solve, stats = get_solver("scale_search"), statistics.for_weight(name)
+        return solve(source.read(name), grid, stats).decode()
 
     expected = np.mean((mlp(rounded) - mlp(source.read)) ** 2) / np.mean(mlp(source.read) ** 2)
     assert trial.error({}) == pytest.approx(expected, rel=1e-3)
@@ -171,6 +172,31 @@ def test_rows_are_sampled_in_whole_palettes(known):
     assert np.array_equal(found, np.concatenate([weight[:64], weight[-64:]]))
     whole = some_rows(source, "blocks.0.gate_proj.weight", get_grid("int4-g32"), 512)
     assert np.array_equal(whole, weight)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("solver", ["scale_search", "gptq"])
+@pytest.mark.parametrize("silent", ["v_proj", "o_proj", "down_proj", "input_layernorm"])
+def test_a_block_that_is_silent_has_no_folds_and_no_warnings(silent, solver, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.make("llama", tmp_path, tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers.0." in name and f".{silent}." in name:
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    source = Stored(checkpoint, DecoderConfig.from_hf(checkpoint.config))
+    windows = np.random.default_rng(0).integers(0, 480, (16, LENGTH)).tolist()
+    stats: dict[str, LayerStats] = {}
+    for step in walk(source.config, source.read, windows, hessian=True):
+        stats |= step
+    plan = plan_of(source.config, "int4-g32")
+    found = look(source, Statistics.of(source.config, stats), plan, solver)
+    assert np.isfinite(found.errors).all()
+    assert all(np.isfinite(scale).all() for scale in found.folds.values())
+    assert "output error" in found.note()
 
 
 def test_too_few_windows_are_told(known):

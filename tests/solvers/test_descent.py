@@ -10,10 +10,9 @@ from test_gptq import correlated, stats_of, weight_of
 
 from compress.grids import get_grid
 from compress.solvers import scale_search
-from compress.solvers.descent import best_factors, costs, descend, metric_of
-from compress.solvers.gptq import round_rows
+from compress.solvers.gptq import best_factors, costs, descend, metric_of, round_rows
 from compress.solvers.hessian import factors_of
-from compress.solvers.parameters import FACTORS, Spans, Whole
+from compress.solvers.rounding import FACTORS, Spans, Whole
 
 DAMPING = 0.03
 CASES = [

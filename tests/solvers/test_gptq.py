@@ -17,10 +17,10 @@ from compress.decoder.tokenizer import Tokenizer
 from compress.demo import heldout_path, model_path
 from compress.grids import CodebookGrid, LatticeGrid, get_grid
 from compress.solvers import gptq as module
-from compress.solvers import hessian, scale_search
-from compress.solvers.descent import descend
-from compress.solvers.gptq import Spans, Whole, gptq, round_rows
+from compress.solvers import scale_search
+from compress.solvers.gptq import descend, gptq, round_rows
 from compress.solvers.hessian import factor_in_place, factors_of, output_errors
+from compress.solvers.rounding import Spans, Whole
 
 GRIDS = [
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL",
@@ -28,7 +28,9 @@ GRIDS = [
     "int4-g32", "int4-g128", "int4-g32-asym", "int4-channel", "int8-g32",
     "lut4-g8", "lut4-g16", "lut4-tensor", "lut2-g8", "lut6-g8",
 ]  # fmt: skip
-SLOW = pytest.param("IQ3_S", marks=pytest.mark.slow)  # 512 words to search; IQ3_XXS is like it
+# 512 and 256 words to search: what default runs have of them is the words' rounding itself, slabs,
+# and IQ3_XXS on few rows.
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("IQ3_S", "IQ3_XXS")}
 
 
 def correlated(columns: int, tokens: int, seed: int = 0) -> np.ndarray:
@@ -105,9 +107,10 @@ def test_it_is_the_definition(name, columns):
         np.testing.assert_allclose(grid.decode(codes, params), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [SLOW if name == "IQ3_S" else name for name in GRIDS])
+@pytest.mark.parametrize("name", [SLOW[name] if name == "IQ3_S" else name for name in GRIDS])
 def test_correlated_inputs_see_less_error(name):
-    grid, weight, stats = get_grid(name), weight_of(64, 512), stats_of(correlated(512, 2048))
+    rows = 16 if name == "IQ3_XXS" else 64
+    grid, weight, stats = get_grid(name), weight_of(rows, 512), stats_of(correlated(512, 2048))
     assert isinstance(grid, LatticeGrid | CodebookGrid)
     found, searched = gptq(weight, grid, stats), scale_search(weight, grid, stats)
     fresh = stats_of(correlated(512, 1024, seed=1))  # inputs that neither has seen
@@ -147,9 +150,7 @@ def demo():
     return config, read, seen, fresh
 
 
-@pytest.mark.parametrize(
-    "name", ["Q4_K", "IQ4_XS", SLOW, "IQ3_XXS", "MXFP4", "int4-g32", "lut4-g8"]
-)
+@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", *SLOW.values(), "MXFP4", "int4-g32", "lut4-g8"])
 def test_every_linear_of_the_demo_is_better_off(demo, name):
     config, read, seen, fresh = demo
     roles = {"q_proj": "qkv_proj", "o_proj": "o_proj", "gate_proj": "gate_up_proj",
@@ -313,11 +314,10 @@ def test_a_hessian_that_is_not_quite_positive_is_repaired():
     assert np.isfinite(found.decode()).all()
 
 
-def test_the_factor(monkeypatch):
-    monkeypatch.setattr(hessian, "TILE", 24)
+def test_the_factor():
     (h,) = stats_of(correlated(100, 150)).hessian
     upper = h.copy()
-    variances = factor_in_place(upper)
+    variances = factor_in_place(upper, tile_columns=24)
     upper = np.triu(upper).astype(np.float64)
     assert (np.diagonal(upper) == 1).all()
     np.testing.assert_allclose(upper * variances @ upper.T, h, rtol=0, atol=1e-5 * h.max())
@@ -331,40 +331,37 @@ def test_the_factor(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S", "int4-g32", "lut4-g8", "int4-channel"])
-def test_slabs_of_rows_are_the_whole(name, monkeypatch):
+def test_slabs_of_rows_are_the_whole(name):
     grid, weight, stats = get_grid(name), weight_of(136, 512), stats_of(correlated(512, 2048))
     whole = gptq(weight, grid, stats)
     again = gptq(weight, grid, stats)
     assert (again.codes == whole.codes).all()
     slabs = [gptq(weight[part], grid, stats) for part in (slice(0, 64), slice(64, 136))]
     assert (np.concatenate([slab.decode() for slab in slabs]) == whole.decode()).all()
-    monkeypatch.setattr(module, "ROWS", 48)
-    assert (gptq(weight, grid, stats).decode() == whole.decode()).all()
+    assert (gptq(weight, grid, stats, slab=48).decode() == whole.decode()).all()
 
 
-def test_a_tensor_wide_table_is_whole_whatever_the_slabs_inside(monkeypatch):
+def test_a_tensor_wide_table_is_whole_whatever_the_slabs_inside():
     grid, weight, stats = (
         get_grid("lut4-tensor"),
         weight_of(100, 128),
         stats_of(correlated(128, 512)),
     )
     whole = gptq(weight, grid, stats)
-    monkeypatch.setattr(module, "ROWS", 48)
-    assert (gptq(weight, grid, stats).codes == whole.codes).all()
+    assert (gptq(weight, grid, stats, slab=48).codes == whole.codes).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "int4-g32", "lut4-g8"])
 def test_a_slab_has_one_thread_for_all_its_steps(name, monkeypatch):
     """Threads for each of its thousands of steps took longer than the steps."""
     monkeypatch.setattr(machine, "default_threads", lambda: 2)
-    monkeypatch.setattr(module, "ROWS", 256)
     weight, grid = weight_of(512, 512), get_grid(name)
     started = []
     start = threading.Thread.start
     monkeypatch.setattr(
         threading.Thread, "start", lambda thread: (started.append(thread), start(thread))
     )
-    gptq(weight, grid, stats_of(correlated(512, 1024)))
+    gptq(weight, grid, stats_of(correlated(512, 1024)), slab=256)
     assert 2 <= len(started) <= 20  # two slabs, the first fit, the factor; there were 38 to 392
 
 

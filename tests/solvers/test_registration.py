@@ -15,7 +15,8 @@ import pytest
 import tiny
 from commands import packlight
 
-from compress import cli, grids, recipe, solvers
+from compress import __main__ as cli
+from compress import grids, recipe, solvers
 from compress.allocation.effort import effort_for
 from compress.decoder.config import DecoderConfig
 from compress.errors import GridError, UsageError

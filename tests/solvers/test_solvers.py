@@ -64,13 +64,14 @@ def test_slabs_of_rows_are_the_whole(weight, stats, name):
 def test_statistics_are_found_by_weight_name(weight, stats, tmp_path):
     folder = tiny.make("phi3", tmp_path, tokenizer=False)
     config = DecoderConfig.from_hf(read_json(folder / "config.json"))
-    solve = get_solver("scale_search", Statistics.of(config, {"blocks.1.down_proj": stats}))
-    grid = get_grid("int4-g32")
-    known = solve(weight, grid, "blocks.1.down_proj.weight").decode()
+    statistics = Statistics.of(config, {"blocks.1.down_proj": stats})
+    solve, grid = get_solver("scale_search"), get_grid("int4-g32")
+    known = solve(weight, grid, statistics.for_weight("blocks.1.down_proj.weight")).decode()
     assert (known == scale_search(weight, grid, stats).decode()).all()
     for name in ("embed_tokens.weight", "blocks.0.down_proj.weight"):
-        assert (solve(weight, grid, name).decode() == rtn(weight, grid).decode()).all()
-    assert (get_solver("rtn")(weight, grid, "x").decode() == rtn(weight, grid).decode()).all()
+        found = solve(weight, grid, statistics.for_weight(name))
+        assert (found.decode() == rtn(weight, grid).decode()).all()
+    assert (get_solver("rtn")(weight, grid, None).decode() == rtn(weight, grid).decode()).all()
 
 
 def test_an_unknown_solver_is_named():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from compress.formats import Check
+from compress.formats import Check, Usage
+
+USAGE = Usage("Play with it:", "play {path}", "sh", shlex.quote)
 
 
 def find(path: Path) -> list[Path]:
@@ -12,11 +15,6 @@ def find(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".toy" else []
     return sorted((*path.glob("*.toy"), *path.glob("toy/*.toy")))
-
-
-def how_to_run(path: str) -> list[str]:
-    """By nobody."""
-    return [f"Play with {path}."]
 
 
 def checks() -> list[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.decoder.config import DecoderConfig, WeightMap
@@ -17,7 +17,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     settings = {"grid": "int8-channel"} | dict(request.settings)
     shapes = WeightMap(config)
     entries = []
-    for name in weight_names(config):
+    for name in shapes.names(tied_head=False, repeats=False):
         shape = shapes.shape(name)
         grid = request.choices.get(name, settings["grid"]) if len(shape) == 2 else "F32"
         entries.append(PlanEntry(name, name, grid, shape, entry_bytes(grid, shape)))
@@ -30,19 +30,6 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         max_context=config.max_context,
         kv_bytes_per_value=4,
     )
-
-
-def weight_names(config: DecoderConfig) -> Iterator[str]:
-    """Every stored weight and bias, in order of execution."""
-    yield "embed_tokens.weight"
-    blocks = range(0, config.num_hidden_layers, config.block_repeat)
-    roles = (*config.norm_roles, *config.linear_roles)
-    stems = [(f"blocks.{block}.{role}", role) for block in blocks for role in roles]
-    for stem, role in (*stems, ("norm", "norm"), ("lm_head", "lm_head")):
-        if role != "lm_head" or not config.tie_word_embeddings:
-            yield f"{stem}.weight"
-        if config.has_bias(role):
-            yield f"{stem}.bias"
 
 
 def entry_bytes(grid: str, shape: tuple[int, ...]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import numpy as np
 import tiny
+from commands import server, until
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.decoder import Decoder
@@ -122,27 +122,24 @@ def test_one_of_two_builds_scores_the_float_model(tmp_path):
     windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)
     asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads"
     cache = BaselineCache.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
-    line = [sys.executable, "-m", "compress", "build", model, "-r", "int4-fast", "--threads", "1"]
+    line = ["build", str(model), "-r", "int4-fast", "--threads", "1"]
     line += ["--set", "verify.windows=2", "--set", "verify.sequence_length=64", "-f", "gguf"]
-    line += ["--keep-baseline", cache.folder]
+    line += ["--keep-baseline", str(cache.folder)]
     files = [tmp_path / "first", tmp_path / "second"]
     cache.folder.mkdir()
     with file_lock(cache.folder / f"{cache.key}.lock"):
+        said = tmp_path / "said"
         builds = [
-            subprocess.Popen(
-                [*line, "--progress-file", file, "-o", f"{file}-out"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            server().start(
+                [*line, "--progress-file", str(file), "-o", f"{file}-out"],
+                tmp_path, os.environ, said, said,
             )
             for file in files
         ]  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not all(file.is_file() and WAIT in phases(file) for file in files):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: all(file.is_file() and WAIT in phases(file) for file in files))
         assert [phases(file)[-1] for file in files] == [WAIT, WAIT]
-    for build in builds:
-        said = build.communicate(timeout=120)[1]
-        assert build.returncode in (0, 1), said  # a random model need not pass its gates
+    for build in builds:  # a random model need not pass its gates
+        assert server().wait(build)[0] in (0, 1), said.read_text()
     assert sorted("score the float model" in phases(file) for file in files) == [False, True]
     first, second = (
         json.loads((tmp_path / f"{file.name}-out" / "report.json").read_text())["baseline"]

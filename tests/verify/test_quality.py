@@ -11,9 +11,8 @@ import pytest
 from echo_model import EchoModel, text_windows
 
 from compress.errors import ArtifactError, CheckpointError, DiskFullError
-from compress.verify import baseline as baseline_module
 from compress.verify import quality
-from compress.verify.baseline import BaselineStore, log_softmax
+from compress.verify.baseline import BaselineStore, chunks, log_softmax
 from compress.verify.quality import (
     Quality,
     TokenScores,
@@ -130,13 +129,21 @@ def test_nan_logits_are_counted_and_never_agree(tmp_path: Path) -> None:
     assert math.isnan(found.perplexity.value)
 
 
-def test_chunking_does_not_change_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = text_windows(30, 2, 50)
-    whole = quality.score(EchoModel(30, noise=0.3), store(tmp_path / "a", windows, EchoModel(30)))
-    monkeypatch.setattr(baseline_module, "CHUNK", 7 * 30)
-    parts = quality.score(EchoModel(30, noise=0.3), store(tmp_path / "b", windows, EchoModel(30)))
-    np.testing.assert_allclose(parts.kl, whole.kl, rtol=1e-12)
-    np.testing.assert_array_equal(parts.nll, whole.nll)
+def test_chunking_does_not_change_figures(tmp_path: Path) -> None:
+    """A window of three chunks against its tokens on their own."""
+    vocab, length = 1 << 15, 150
+    assert len(chunks(length - 1, vocab)) == 3
+    random = np.random.default_rng(5)
+    window = random.integers(0, vocab, length).tolist()
+    logits, other = random.normal(0, 2, (2, length, vocab)).astype(np.float32)
+    whole = quality.score_window(BaselineStore.write(tmp_path / "a", [window], [logits]), 0, other)
+    for t in (0, 63, 64, 127, 128, 148):
+        pair = slice(t, t + 2)
+        alone = BaselineStore.write(tmp_path / str(t), [window[pair]], [logits[pair]])
+        (kl,), (nll,) = (getattr(quality.score_window(alone, 0, other[pair]), key)
+                         for key in ("kl", "nll"))  # fmt: skip
+        assert whole.kl[t] == pytest.approx(kl, rel=1e-12)
+        assert whole.nll[t] == nll
 
 
 def test_window_error_is_the_jackknife() -> None:

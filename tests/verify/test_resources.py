@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from commands import until
 from echo_model import EchoModel, text_windows
 
 from compress import verify
@@ -88,14 +89,9 @@ def test_a_child_that_fails(
 
 
 def test_a_child_that_hangs(baseline: BaselineStore) -> None:
-    begin = time.monotonic()
-    with pytest.raises(ArtifactError):
-        verify_artifact(Path("m.echo"), "raises", baseline, context=128, probe=PROBE)
-    silence = 1 + 4 * (time.monotonic() - begin)  # a busy machine takes long to start a child
-    with pytest.raises(ArtifactError, match=f"no sign of life for {silence:g} s while loading"):
-        verify_artifact(
-            Path("m.echo"), "hangs", baseline, context=128, silence=silence, probe=PROBE
-        )
+    """However long it takes to start: it says that it is loading when it is there, or never."""
+    with pytest.raises(ArtifactError, match=r"no sign of life for 3 s while (loading|starting)"):
+        verify_artifact(Path("m.echo"), "hangs", baseline, context=128, silence=3.0, probe=PROBE)
 
 
 def examine(runtime: EchoModel, baseline: BaselineStore, folder: Path, **options) -> list[Event]:  # type: ignore[no-untyped-def]
@@ -210,8 +206,9 @@ def test_anonymous_peak_is_of_the_block() -> None:
     with AnonymousPeak() as watch:
         # A mapping of its own: the heap may hold 64 MiB of pages that are resident already.
         block = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        before = watch.peak or 0
         block.write(b"x" * (64 << 20))
-        time.sleep(0.05)
+        until(lambda: (watch.peak or 0) > before + (48 << 20))
         block.close()
     after = read_status("RssAnon")
     assert watch.peak is not None and after is not None

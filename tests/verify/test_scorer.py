@@ -17,7 +17,7 @@ from compress.verify.scorer import describe_verification
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     checkpoint = Checkpoint.open(str(tiny.make("llama", tmp_path_factory.mktemp("scorer") / "m")))
-    return prepare(checkpoint, load("int4-fast", [], []))
+    return prepare(checkpoint, load("int4-fast", [], []), transforms={})
 
 
 def test_few_windows_for_large_models_unless_asked_for(job):

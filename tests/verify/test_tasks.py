@@ -24,7 +24,7 @@ from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
 from compress.plan.weights import Weights
-from compress.report.html import render
+from compress.report.pages import render
 from compress.report.report import Report
 from compress.solvers import rtn
 from compress.verify import tasks
@@ -179,7 +179,7 @@ def test_nan_is_never_right_and_never_agrees() -> None:
     assert found.accuracy.value == found.agreement.value == found.accuracy_norm.value == 0
 
 
-def test_batches_are_bounded_and_equal_inputs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_bounded_and_equal_inputs_run_once() -> None:
     model = EchoModel(50)
     requests = [Request([1, 2, 3, last], 3) for last in (4, 5, 6)]
     requests += [Request([7, *range(20), last], 11) for last in (8, 9)] + [Request([5, 6], 1)]
@@ -192,8 +192,7 @@ def test_batches_are_bounded_and_equal_inputs_run_once(monkeypatch: pytest.Monke
     steps: list[tuple[int, int]] = []
     whole = tasks.score(requests, logits, lambda *step: steps.append(step))
     assert sizes == [3 + 21 + 1] and steps == [(1, 3), (2, 3), (3, 3)]
-    monkeypatch.setattr(tasks, "BATCH", 10)
-    assert tasks.score(requests, logits) == whole
+    assert tasks.score(requests, logits, batch_tokens=10) == whole
     assert sizes[1:] == [3, 21, 1]
     assert tasks.score([], logits) == []
 

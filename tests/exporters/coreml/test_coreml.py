@@ -135,12 +135,18 @@ def test_a_mask_of_the_caller_is_added(exported: Exports) -> None:
     assert np.abs(plain[5:] - hidden[5:]).max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["phi3-longrope", "phi", "qwen3", "mobilellm"])
-def test_logits_are_those_of_transformers(exported: Exports, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "make"),
+    [("phi3-longrope", {}), ("phi", {}), ("qwen3", {}), ("mobilellm", {}),
+     ("qwen3", {"rope_scaling": tiny.YARN})],
+)  # fmt: skip
+def test_logits_are_those_of_transformers(
+    exported: Exports, family: str, make: dict[str, Any]
+) -> None:
     """With float16 weights; float16 rotary tables are what differs."""
     import torch
 
-    built = exported("coreml", family, grid="F16")
+    built = exported("coreml", family, make, grid="F16")
     evaluator = Evaluator(built.artifact.path)
     found = run(evaluator, TOKENS, zeros(CONTEXT), evaluator.make_state())
     with torch.no_grad():

@@ -209,8 +209,7 @@ def test_rows_equal_the_whole(handmade: dict, name: str) -> None:
     np.testing.assert_array_equal(bits(torch.cat([p for *_, p in slabs]).numpy()), bits(apple))
 
 
-def test_slabs_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SLAB", 64 * 96)
+def test_slabs_of_a_large_weight() -> None:
     rng = np.random.default_rng(1)
     raw = rng.integers(0, 256, 200 * 48, dtype=np.uint8)
     scale = rng.random((200, 3)).astype(np.float16)
@@ -223,7 +222,7 @@ def test_slabs_of_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     signed = ((nibbles ^ 8) - 8).astype(np.float32)
     expected = (signed * np.repeat(scale, 32, axis=1).astype(np.float32)).astype(np.float16)
     for keep_as in (None, torch.float16, torch.float32):
-        weight = weights.Weight(constant)
+        weight = weights.Weight(constant, slab=64 * 96)
         weight.keep_as = keep_as
         slabs = list(weight.slabs())
         assert len(slabs) == (1 if keep_as == torch.float32 else 4)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from compress.errors import ArtifactError
-from exporters.coreml import evaluator as evaluator_module
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.mil import read_package
 
@@ -177,11 +176,8 @@ def test_traced_decoder_in_float32(decoder: Decoder, tmp_path: Path) -> None:
     compare(decoder, Evaluator(path), 1e-5)
 
 
-def test_compressed_decoder_equals_its_decompressed_self(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compressed_decoder_equals_its_decompressed_self(package: Path, tmp_path: Path) -> None:
     """Cached or streamed, a compressed package computes what the one that Apple decodes does."""
-    monkeypatch.setattr(evaluator_module, "SMALL", 1024)  # so that these weights count as large
     model = ct.models.MLModel(str(package), skip_model_load=True)
     blocks = cto.OpLinearQuantizerConfig(
         dtype="int4", granularity="per_block", block_size=32, weight_threshold=1
@@ -206,7 +202,8 @@ def test_compressed_decoder_equals_its_decompressed_self(
     }
 
     def logits(name: str, cache_bytes: int) -> np.ndarray:
-        evaluator = Evaluator(tmp_path / name, cache_bytes=cache_bytes)
+        # small: so that these weights count as large
+        evaluator = Evaluator(tmp_path / name, cache_bytes=cache_bytes, small=1024)
         evaluator.predict(inputs, evaluator.make_state())
         return evaluator.predict(inputs, evaluator.make_state())["logits"]  # now from the cache
 

@@ -120,6 +120,12 @@ def test_trained_model_on_every_kind_of_grid(exported: Exports, kind: str) -> No
         ("llama", {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}),
         ("llama", {"head_dim": 32}),  # heads x head_dim is not the hidden size
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+        ("llama", {"rope_scaling": tiny.YARN}),
+        ("qwen2", {"rope_scaling": tiny.YARN | {"attention_factor": 1.0}}),
+        ("llama", {"rope_scaling": tiny.YARN | {"beta_slow": 4.0, "truncate": False}}),
+        ("qwen3", {"rope_scaling": tiny.YARN}),
+        ("phi", {"rope_scaling": tiny.YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
         ("mobilellm", {"layer_sharing": True}),
     ],
 )

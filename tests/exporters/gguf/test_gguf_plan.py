@@ -250,6 +250,10 @@ def test_refusals() -> None:
         plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Phi3", head_dim=32), {})
     with pytest.raises(UnsupportedModelError, match="no place for these attention biases"):
         plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Qwen3", attention_bias=True), {})
+    bounds = {"rope_type": "yarn", "factor": 4.0, "beta_slow": 4.0}
+    with pytest.raises(UnsupportedModelError, match="yarn with its usual bounds only"):
+        plan_for("gguf", config(256, 2, 4, 4, 512, 512, "Qwen2", rope_scaling=bounds), {})
+    plan_for("gguf", config(256, 2, 4, 4, 512, 512, rope_scaling=bounds), {})  # a table of factors
     with pytest.raises(UnsupportedModelError, match="rotates whole heads"):
         plan_for("gguf", config(256, 2, 4, 4, 512, 512, partial_rotary_factor=0.5), {})
 

@@ -18,11 +18,12 @@ from transformers import AutoTokenizer
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
+from compress.decoder.tokenizer_facts import facts_from_child
 from compress.errors import CheckpointError, UnsupportedModelError
 from exporters.gguf.inspection import describe
 from exporters.gguf.runtime import open_runtime
 from exporters.gguf.splitting import GPT2, LLAMA3, O200K, QWEN2, classify
-from exporters.gguf.tokenizer import missing_merges, read_vocabulary
+from exporters.gguf.tokenizer import missing_merges, read_vocabulary, token_table
 
 # One of each kind: SentencePiece (fast, Phi-3's with stripping, slow files only), and the
 # byte-level ones with the patterns of Llama 3, GPT-2, Qwen2 and GPT-4o.
@@ -145,13 +146,15 @@ def test_the_pattern_names_the_pre_tokenizer() -> None:
 
 
 def test_unknown_tokenizers_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="no pre-tokenizer for the pattern"):
+    with pytest.raises(UnsupportedModelError, match="packlight does not know this pre-tokenizer"):
         classify(byte_level(split(QWEN2 + "|x")))
-    with pytest.raises(UnsupportedModelError, match="no pre-tokenizer for the pattern"):
+    with pytest.raises(UnsupportedModelError, match="packlight does not know this pre-tokenizer"):
         classify(byte_level(split(QWEN2, "MergedWithNext")))
-    with pytest.raises(UnsupportedModelError, match="no Unigram tokenizer"):
+    with pytest.raises(UnsupportedModelError, match="would take this Unigram tokenizer"):
         classify({"model": {"type": "Unigram", "vocab": []}})
-    with pytest.raises(UnsupportedModelError, match="no BPE tokenizer"):  # no byte fallback
+    with pytest.raises(
+        UnsupportedModelError, match="would take this BPE tokenizer"
+    ):  # no byte fallback
         classify({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
 
 
@@ -165,7 +168,7 @@ def test_merges_that_score_order_would_invent() -> None:
 def test_rows_without_a_token_are_padding(exported: Exports) -> None:
     opened = Checkpoint.open(exported.checkpoint("demo"))
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
-    vocabulary = read_vocabulary(opened.path, config)
+    vocabulary = read_vocabulary(facts_from_child(opened.path), config)
     assert len(vocabulary.tokens) == len(vocabulary.types) == config.vocab_size == 2048
     assert vocabulary.tokens[2011:] == [f"[PAD{i}]" for i in range(2011, 2048)]
     assert set(vocabulary.types[2011:]) == {5}
@@ -177,8 +180,8 @@ def test_sentencepiece_model_alone(exported: Exports, tmp_path: Path) -> None:
     config = DecoderConfig.from_hf(Checkpoint.open(source).config)
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(source / name, tmp_path)
-    alone = read_vocabulary(tmp_path, config)
-    both = read_vocabulary(source, config)
+    alone = read_vocabulary(facts_from_child(tmp_path), config)
+    both = read_vocabulary(facts_from_child(source), config)
     assert (alone.tokens, alone.scores, alone.types) == (both.tokens, both.scores, both.types)
 
 
@@ -201,16 +204,19 @@ def test_whitespace_runs_as_tokens(exported: Exports, tmp_path: Path) -> None:
 
 def test_missing_and_damaged(exported: Exports, tmp_path: Path) -> None:
     config = exported.config("llama")
-    with pytest.raises(CheckpointError, match="no tokenizer in"):
-        read_vocabulary(tmp_path, config)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
-        read_vocabulary(tmp_path, config)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged: no 'model'"):
-        read_vocabulary(tmp_path, config)
-    made = json.loads((exported.checkpoint("llama") / "tokenizer.json").read_text())
-    made["added_tokens"].append(dict(made["added_tokens"][0], id=500))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
-    with pytest.raises(CheckpointError, match="two tokens with the text"):
-        read_vocabulary(tmp_path, config)
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+        read_vocabulary(facts_from_child(tmp_path), config)
+
+
+def test_duplicates_take_no_square_of_the_vocabulary() -> None:
+    # Of two rows with one text, the text is the one that Hugging Face gives it.
+    words = {f"word{i}": i for i in range(60_000)} | {"<x>": 60_001}
+    tokens, types = token_table(words, {60_001: {"content": "<x>"}}, {}, "gpt2", 60_002)
+    assert tokens[60_000:] == ["[PAD60000]", "<x>"]
+    assert types[60_000:] == [5, 4]
+
+
+def test_padding_is_never_the_text_of_a_token() -> None:
+    tokens, _ = token_table({"[PAD1]": 0, "[PAD2]_": 3}, {}, {}, "gpt2", 4)
+    assert tokens == ["[PAD1]", "[PAD1]_", "[PAD2]", "[PAD2]_"]

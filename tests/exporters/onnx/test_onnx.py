@@ -100,6 +100,14 @@ def test_logits_equal_those_of_the_decoded_weights(
     assert difference(case, (1, 12, 90)) <= 1e-4
 
 
+def test_yarn_is_in_the_tables(exported: Exports) -> None:
+    case = exported("onnx", "qwen3", {"rope_scaling": tiny.YARN}, accuracy_level=0)
+    assert difference(case, (1, 90)) <= 1e-4
+    plain = exported("onnx", "qwen3", accuracy_level=0)
+    tokens = case.tokens(90)
+    assert np.abs(open_runtime(case).logits(tokens) - reference(plain).logits(tokens)).max() > 0.1
+
+
 def test_a_plan_may_mix_grids(exported: Exports) -> None:
     grids = {
         "blocks.0.qkv_proj.weight": "int8-g128-asym",
@@ -340,12 +348,30 @@ def test_rows_that_the_group_does_not_divide(exported: Exports) -> None:
 
 def test_notes_only_where_they_apply(exported: Exports) -> None:
     def notes(family: str) -> str:
-        return " ".join(plan_for("onnx", exported.config(family), {}).notes)
+        found = plan_for("onnx", exported.config(family), {}).notes
+        return " ".join(note for note in found if "tables of cos" not in note)
 
     assert notes("llama") == notes("phi3") == notes("mistral") == ""
     assert "256 positions, not 2048" in notes("phi3-longrope")
     assert "num_key_value_heads" in notes("phi4-mini")
     assert "head_dim" in notes("qwen3")
+
+
+def test_tables_are_as_long_as_the_context_that_is_asked_for(exported: Exports) -> None:
+    whole = plan_for("onnx", exported.config("llama"), {})
+    assert "tables of cos and sin for 256 positions are 65,536 bytes" in whole.notes[0]
+    case = exported("onnx", "llama", accuracy_level=0, context=64)
+    assert case.plan.max_context == 64
+    assert {e.shape for e in case.plan.entries if e.name.startswith("rope.")} == {(64, 32)}
+    assert difference(case, (1, 60)) <= 1e-4
+    runtime = open_runtime(case)
+    with pytest.raises(UsageError, match="room for 64"):
+        runtime.logits(case.tokens(65))
+    with pytest.raises(UsageError, match="the model has 256 positions"):
+        plan_for("onnx", exported.config("llama"), {"context": 300})
+    few = plan_for("onnx", exported.config("llama"), {"context": 32})
+    assert sum(e.nbytes for e in few.entries if "rope" in e.name) * 100 < few.weights_bytes
+    assert not few.notes
 
 
 def test_rotary_dimensions_that_the_operator_refuses(exported: Exports) -> None:

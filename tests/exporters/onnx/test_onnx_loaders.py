@@ -93,7 +93,7 @@ def test_configs(exported: Exports) -> None:
     case = exported("onnx", "phi3")
     files = {file.name for file in case.path.iterdir()}
     assert files >= {"config.json", "generation_config.json", "genai_config.json", "onnx"}
-    assert files >= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert files >= {"tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in (case.path / "onnx").iterdir()} == {
         "model_q4.onnx",
         "model_q4.onnx_data",

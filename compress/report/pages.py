@@ -1,26 +1,34 @@
-"""``report.html``: one page from ``report.json`` alone, without scripts, fonts or network.
+"""The pages of a report, from ``report.json`` alone.
 
-The template is ``report.html.j2`` with autoescape on. Its pictures come from
-``compress.report.charts``: it asks for those that there are figures for. What was not measured is
-shown as a dash.
+- ``report.html``, without scripts, fonts or network, by ``report.html.j2`` with autoescape on. Its
+  pictures come from ``compress.report.charts``: it asks for those that there are figures for. What
+  was not measured is shown as a dash.
+- ``README.md``: a Hugging Face model card, by ``card.md.j2``. Metadata keys:
+  https://huggingface.co/docs/hub/model-cards. Strings from a checkpoint are escaped for where they
+  stand: YAML, a table cell, a sentence, a fenced block.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from markupsafe import Markup
 
 from compress.console import format_bytes
+from compress.errors import visible
+from compress.formats import get_format
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
-from compress.report.words import amount, gate_failure, label, short_size
+from compress.report.words import amount, fenced, gate_failure, label, sentence, short_size
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 STYLES = 6  # c0 … c5 in the style sheet
 VERDICTS = {"passed": "Passed", "failed": "Failed", "not verified": "Not verified"}
 
@@ -37,7 +45,7 @@ def render(report: Report) -> str:
     folder = files("compress.report")
     template = page_template(folder.joinpath("report.html.j2").read_text("utf-8"))
     artifacts = report.artifacts
-    return template.render(
+    page = template.render(
         report=report,
         artifacts=artifacts,
         styles={found.path: f"c{place % STYLES}" for place, found in enumerate(artifacts)},
@@ -61,6 +69,7 @@ def render(report: Report) -> str:
         quarters=quarters,
         worst=lambda points: max((point for point in points if point is not None), default=None),
     )
+    return visible(page)
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:
@@ -84,6 +93,52 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
         **filters,
     }
     return environment.from_string(text)
+
+
+def model_card(report: Report) -> str:
+    """The card, Markdown with a YAML head that the Hub reads; what is not known is left out of it.
+
+    Args:
+        report: of a build.
+    """
+    import jinja2
+
+    model, artifacts = report.model, report.artifacts
+    formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
+    head: dict[str, Any] = {}
+    # A local folder's name stands in for the Hub id that the folder is uploaded to.
+    if HUB_ID.fullmatch(model.source):
+        head |= {"base_model": model.source, "base_model_relation": "quantized"}
+    if model.license:
+        head["license"] = " ".join(model.license.split())  # no line may look like the end
+    if formats:
+        head["library_name"] = formats[0]
+    head |= {"pipeline_tag": "text-generation", "tags": [*formats, "quantized", "packlight"]}
+    # No autoescape, which is of HTML: the filters escape for Markdown.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "fenced": fenced,
+        "figure": words.figure,
+        "label": label,
+        "sentence": sentence,
+        "size": format_bytes,
+    }
+    text = files("compress.report").joinpath("card.md.j2").read_text("utf-8")
+    gates = [(artifact, gate) for artifact in artifacts for gate in artifact.gates]
+    card = environment.from_string(text).render(
+        report=report,
+        artifacts=artifacts,
+        head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000),
+        gates=len(gates),
+        failed=[f"{label(artifact)}: {gate.name}" for artifact, gate in gates if not gate.passed],
+        get_format=get_format,
+    )
+    return visible(card)
 
 
 # --- numbers, for a page -----------------------------------------------------------------------

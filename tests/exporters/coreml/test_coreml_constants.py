@@ -10,8 +10,8 @@ import pytest
 from coremltools.libmilstoragepython import _BlobStorageWriter
 
 from compress.grids import Array
+from exporters.coreml.constants import HEADER, VERSION, Blob, Layout, pack_bits
 from exporters.coreml.planning import ALIGNMENT, Part
-from exporters.coreml.weight_file import HEADER, VERSION, Blob, Layout, pack_bits
 
 # MIL's types → lowest and highest value.
 INTEGERS = {"uint1": (0, 1), "uint2": (0, 3), "uint3": (0, 7), "uint4": (0, 15), "int4": (-8, 7),

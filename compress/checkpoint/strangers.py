@@ -1,0 +1,166 @@
+"""What lies there instead of a checkpoint, named for what it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.decoder.config_json import json_or_empty, read_json, short
+from compress.errors import CheckpointError, PacklightError, UsageError
+
+__all__ = ["explain_folder", "not_a_weight", "other_file", "read_config"]
+
+
+# What a trainer leaves beside weights.
+OTHERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+
+
+def read_config(folder: Path, name: str = "", listed: Sequence[str] = ()) -> dict[str, Any]:
+    """``config.json`` of a checkpoint.
+
+    Args:
+        folder: that it is in.
+        name: what the user calls the checkpoint; default: the folder's path.
+        listed: files that are where the folder came from.
+
+    Raises:
+        CheckpointError: not there, then by what is there instead; or not readable.
+    """
+    try:
+        return read_json(folder / "config.json")
+    except CheckpointError as error:
+        if (folder / "config.json").exists():
+            raise
+        raise explain_folder(folder, error, name, listed) from error
+
+
+def explain_folder(
+    folder: Path, otherwise: PacklightError, name: str = "", listed: Sequence[str] = ()
+) -> PacklightError:
+    """Why a folder is no checkpoint, by the files that are there.
+
+    Args:
+        folder: without ``config.json``, or without weights under the names that are read.
+        otherwise: what to say where nothing there is known.
+        name: what the user calls it; default: its path.
+        listed: files that are where the folder came from.
+    """
+    name = name or str(folder)
+    there = folder.iterdir() if folder.is_dir() else ()
+    files = sorted({*(file.name for file in there if file.is_file()), *listed})
+    if any(re.match(r"adapter_(config\.json|model\.)", file) for file in files):
+        return adapter_error(name, json_or_empty(folder / "adapter_config.json"))
+    configured = (folder / "config.json").is_file()
+    if not configured and "params.json" in files:
+        return CheckpointError(
+            f"{name} is in the layout of the model's makers (params.json), not Hugging Face's",
+            hint="give the same model's folder with config.json and *.safetensors",
+        )
+    files = [file for file in files if not OTHERS.fullmatch(file)]
+    for pattern, explain in (
+        (r"\.(safetensors|bin)$", shards_error if configured else None),
+        (r"\.(pth?|ckpt|pkl)$", pickle_error),
+        (r"\.gguf$", lambda name, files: gguf_error(f"{name} holds {short(files[0])}, which")),
+        (r"\.(h5|msgpack|onnx)$", library_error),
+    ):
+        found = [file for file in files if re.search(pattern, file)]
+        if found and explain:
+            return explain(name, found)
+    return otherwise
+
+
+def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
+    """Weights as some training loop saved them."""
+    return CheckpointError(
+        f"{name} has its weights in {short(files[0])}, a pickle of another layout",
+        hint="save the model with transformers: model.save_pretrained(FOLDER)",
+    )
+
+
+def library_error(name: str, files: Sequence[str]) -> PacklightError:
+    """Weights for TensorFlow, JAX or a runtime."""
+    return CheckpointError(
+        f"{name} has its weights in {short(files[0])}, which PyTorch does not read",
+        hint="the same model with *.safetensors, or load it with transformers (from_tf, from_flax) "
+        "and save it",
+    )
+
+
+def adapter_error(name: str, config: Mapping[str, Any]) -> PacklightError:
+    """A folder that PEFT wrote."""
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    named = isinstance(base, str) and re.fullmatch(r"[\w./~-]{1,100}", base)
+    plain = isinstance(kind, str) and kind.isalnum() and len(kind) < 20
+    label = "PEFT" if not plain else "LoRA" if kind == "LORA" else kind
+    return CheckpointError(
+        f"{name} is a {label} adapter{f' of {base}' if named else ''}, not a model",
+        hint=f"packlight build {base if named else 'BASE'} --adapter {name}",
+    )
+
+
+def shards_error(name: str, files: Sequence[str]) -> PacklightError:
+    """Weights that no index names.
+
+    Args:
+        name: of the folder.
+        files: with weights in them.
+    """
+    first = files[0]
+    whole = "pytorch_model.bin" if first.endswith(".bin") else "model.safetensors"
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    numbered = re.search(r"-of-0*([0-9]+)\.", first)
+    if numbered is None or numbered[1] == "1":
+        hint = f"rename it to {whole}, if it holds the whole model"
+    else:
+        hint = f"download {whole}.index.json, too; the shards are {numbered[1]}"
+    what = "its index is missing" if numbered else f"not {whole} or {whole}.index.json"
+    return CheckpointError(f"{name} holds {short(first)}{more}, but {what}", hint=hint)
+
+
+def gguf_error(what: str) -> PacklightError:
+    """An artifact where a checkpoint is expected."""
+    return UsageError(
+        f"{what} is a GGUF file: quantized weights, not a checkpoint",
+        hint="give the Hugging Face checkpoint that it was made from; packlight inspect FILE shows "
+        "what a GGUF file holds, packlight verify FILE --baseline MODEL runs it",
+    )
+
+
+def other_file(path: Path) -> PacklightError:
+    """A single file given as MODEL."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    folder = path.parent
+    if head[:4] == b"GGUF":
+        return gguf_error(str(path))
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return UsageError(
+            f"{path} is a pickle: weights alone, without config.json and tokenizer",
+            hint=f"give the folder that holds all of them, such as {folder}",
+        )
+    if path.name.endswith((".safetensors", ".index.json")) or path.name == "config.json":
+        return UsageError(
+            f"{path} is not a folder, but one file of a checkpoint",
+            hint=f"give its folder: {folder}",
+        )
+    return UsageError(
+        f"{path} is not a folder with a checkpoint",
+        hint="a folder holds config.json, *.safetensors and the tokenizer's files",
+    )
+
+
+def not_a_weight(file: str, name: str, dtype: str) -> CheckpointError:
+    """A tensor whose numbers are not float32, float16 or bfloat16."""
+    message = f"{file}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16"
+    if dtype == "F64":
+        return CheckpointError(message, hint="store it as float32: model.float().save_pretrained()")
+    if dtype in ("BOOL", "I64", "U64", "I16", "U16"):
+        return CheckpointError(
+            message,
+            hint="it is a buffer (a mask, a counter), no weight: remove it from the file",
+        )
+    return CheckpointError(
+        message, hint="packlight starts from float checkpoints, not from quantized ones"
+    )

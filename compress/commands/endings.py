@@ -1,0 +1,38 @@
+"""What a command line says of an ending that packlight does not foresee."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from compress.errors import DiskFullError, PacklightError, first_line, is_disk_full
+from compress.files import full_disk
+
+# What libraries say where the system gives no more memory, or no more threads.
+NO_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc",
+    "failed to map segment", "can't start new thread",
+)  # fmt: skip
+
+
+def in_words(error: Exception) -> PacklightError:
+    """The one line of what packlight does not foresee, or what the system refused."""
+    said = first_line(error)
+    code = error.errno if isinstance(error, OSError) else None
+    no_memory = isinstance(error, MemoryError) or code == errno.ENOMEM
+    if no_memory or any(words in said.lower() for words in NO_MEMORY):
+        what = "" if said == type(error).__name__ else f": {said}"
+        hint = "fewer --threads, a smaller --max-memory, or a higher limit (ulimit -v, -u)"
+        return PacklightError(f"the system gives no more memory{what}", hint)
+    if code in (errno.EMFILE, errno.ENFILE):
+        return PacklightError("the system opens no more files", "a higher limit: ulimit -n 1024")
+    if isinstance(error, OSError) and is_disk_full(error):
+        full, hint = full_disk(Path.cwd())
+        return DiskFullError(f"the disk of {full} ran full ({error.strerror or said})", hint)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return PacklightError(f"{where}{error.strerror or error}")
+    if isinstance(error, UnicodeError):
+        return PacklightError(f"a name or a text is not UTF-8: {said}")
+    hint = "this is a bug in packlight; PACKLIGHT_DEBUG=1 shows where"
+    return PacklightError(f"{type(error).__name__}: {said}", hint)

@@ -1,0 +1,244 @@
+"""Rounding of a few columns one after the other, each with the errors of those before it; and the
+parameters that they are rounded on: fitted span by span, or known before.
+
+Rows are the SIMD lanes (see ``compress.grids.lanes``), so that a row's codes depend neither on its
+neighbours nor on the number of threads.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from compress.grids import (
+    Array,
+    Codebook,
+    CodebookGrid,
+    Float32,
+    Lattice,
+    LatticeGrid,
+    Params,
+)
+from compress.grids.lanes import LANES, f4, inverse_of, kernel, over_rows
+from compress.solvers.gptq_words import sweep_words
+from compress.solvers.hessian import Factor
+
+__all__ = ["PIECE", "Spans", "Whole", "round_piece"]
+
+PIECE = 32  # columns rounded by one call of the kernel where no span says how many
+FACTORS = (0.5, 2.0)  # by how much parameters may be scaled at once
+LARGEST = np.float32(65504)  # of float16
+
+
+class Whole:
+    """Parameters of whole rows (channel scales, palettes), known before.
+
+    Args:
+        lattice: of the tensor.
+        rows: of the tensor.
+        part: the rows that are rounded.
+    """
+
+    span = 0
+    together = 1
+
+    def __init__(self, lattice: Lattice, rows: int, part: slice) -> None:
+        table = np.arange(rows) * len(lattice.levels) // rows
+        scale, offset = lattice.scale, lattice.offset
+        if len(scale) > 1:
+            scale, offset = scale[part], offset[part]
+        self.lattice = Lattice(scale, offset, lattice.levels[table[part]], lattice.even)
+
+    def enter(
+        self, weight: Float32, carried: Float32, factor: Factor, part: slice
+    ) -> tuple[Lattice, Array]:
+        """The lattice of some columns, and the run of it that each is of."""
+        return self.at(part)
+
+    def at(self, part: slice) -> tuple[Lattice, Array]:
+        """As ``enter``, of columns that were entered before."""
+        return self.lattice, np.zeros(part.stop - part.start, np.int64)
+
+    def scaled(self, part: slice, codes: Array, factors: Float32) -> tuple[Params, Float32] | None:
+        """As ``Spans.scaled``: not possible."""
+        return None
+
+    def take(self, part: slice, params: Params, rows: Array) -> None:
+        """Nothing to take."""
+
+    def params(self) -> Params:
+        """What was fitted: nothing."""
+        return {}
+
+
+class Spans:
+    """Parameters that are fitted a span of columns at a time, when the span is entered."""
+
+    def __init__(self, grid: LatticeGrid | CodebookGrid, columns: int) -> None:
+        self.grid, self.span = grid, grid.span
+        self.together = grid.together if isinstance(grid, CodebookGrid) else 1
+        # Parameters → the values that columns may take.
+        self._values: Callable[[Params], Lattice | Codebook]
+        self._values = grid.codebook if isinstance(grid, CodebookGrid) else grid.lattice
+        self.fitted: list[Params] = [{}] * (columns // grid.span)
+
+    def enter(
+        self, weight: Float32, carried: Float32, factor: Factor, part: slice
+    ) -> tuple[Lattice | Codebook, Array]:
+        """As ``Whole.enter``, fitted to the span's weights as they are now.
+
+        Args:
+            weight: float32 ``[rows, span]``.
+            carried: float32 ``[rows, span]``: errors of earlier columns times ``feedback``.
+            factor: of those columns ...
+            part: ... which are these of its order.
+        """
+        columns = factor.order[part]
+        first, place = int(columns.min()), np.argsort(columns)
+        # Shared out over all columns left, and not only up to each column's own turn, an error e
+        # moves them by e H_sr H_rr^-1, which in terms of the factor is e U_sr U_rr^-1.
+        settle = np.linalg.inv(np.triu(factor.feedback[part, part])).astype(np.float32)
+        now = weight + carried @ settle
+        params = self.grid.fit(now[:, place], factor.variances[part][place])
+        self.fitted[first // self.span] = params
+        values = self._values(params)
+        return values, (columns - first) * values.scale.shape[1] // self.span
+
+    def at(self, part: slice) -> tuple[Lattice | Codebook, Array]:
+        """As ``enter``, of a span that was entered before; ``part`` in the weight's order."""
+        values = self._values(self.fitted[part.start // self.span])
+        return values, np.arange(self.span) * values.scale.shape[1] // self.span
+
+    def scaled(self, part: slice, codes: Array, factors: Float32) -> tuple[Params, Float32] | None:
+        """A span's weights multiplied, as far as its float16 parameters can say it.
+
+        Args:
+            part: the span.
+            codes: uint8 ``[rows, span]``.
+            factors: float32 ``[rows]``.
+
+        Returns:
+            Parameters for ``take``, and the weights that they and the codes stand for, float32
+            ``[rows, span]``; None where the grid has no such parameters.
+        """
+        params = dict(self.fitted[part.start // self.span])
+        halves = [name for name, values in params.items() if values.dtype == np.float16]
+        factors = np.clip(factors, *FACTORS)
+        for name in halves:
+            values = np.clip(params[name] * factors[:, None], -LARGEST, LARGEST)
+            params[name] = values.astype(np.float16)
+        return (params, self.grid.decode(codes, params)) if halves else None
+
+    def take(self, part: slice, params: Params, rows: Array) -> None:
+        """Some rows (bool ``[rows]``) of the parameters that ``scaled`` gave become the span's."""
+        old = self.fitted[part.start // self.span]
+        self.fitted[part.start // self.span] = {
+            name: np.where(rows[:, None], values, old[name]) for name, values in params.items()
+        }
+
+    def params(self) -> Params:
+        """What was fitted, joined along the columns."""
+        names = self.fitted[0]
+        return {name: np.concatenate([p[name] for p in self.fitted], axis=1) for name in names}
+
+
+def round_piece(
+    weight: Float32,
+    carried: Float32,
+    feedback: Float32,
+    variances: Float32,
+    values: Lattice | Codebook,
+    run: Array,
+    codes: Array,
+    left: Float32,
+) -> None:
+    """Round some columns, one after the other, over all rows; fills ``codes`` and ``left``.
+
+    Arguments as in ``sweep``, or (codebooks) ``gptq_words.sweep_words``.
+    """
+    feedback, scale = np.ascontiguousarray(feedback), values.scale
+
+    def sweep_lattice(begin: int, end: int) -> None:
+        assert isinstance(values, Lattice)
+        offset, levels, even = values.offset, values.levels, values.even
+        sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, left)
+
+    def sweep_codebook(begin: int, end: int) -> None:
+        assert isinstance(values, Codebook)
+        book, even = (values.levels, values.starts, values.partners), values.even
+        sweep_words(
+            weight, carried, feedback, variances, run, scale, book, even, begin, end, codes, left
+        )
+
+    over_rows(sweep_lattice if isinstance(values, Lattice) else sweep_codebook, len(weight))
+
+
+@kernel
+def sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, errors):
+    """Round columns 0..n-1 in this order, rows begin..end.
+
+    Column k is rounded as ``weight + carried + Σ_{j<k} errors[j] * feedback[j, k]``.
+
+    Args:
+        weight: float32 ``[rows, n]``.
+        carried: float32 ``[rows, n]``: the like sum over all columns before these.
+        feedback: float32 ``[n, n]``; what is above its diagonal.
+        run: int64 ``[n]``: the run of the lattice that each column is of.
+        scale, offset, levels, even: see ``compress.grids.Lattice``; one row, or one for each row.
+        codes: uint8 ``[rows, n]``, filled.
+        errors: float32 ``[rows, n]``, filled with ``weight`` minus what it became.
+    """
+    n, runs, top = len(run), scale.shape[1], levels.shape[1] - 1
+    x = np.empty((n, LANES), dtype=np.float32)
+    left = np.empty((n, LANES), dtype=np.float32)
+    step = np.empty((runs, LANES), dtype=np.float32)
+    inverse = np.empty((runs, LANES), dtype=np.float32)
+    shift = np.empty((runs, LANES), dtype=np.float32)
+    midpoint = np.empty((top, LANES), dtype=np.float32)
+    code = np.empty(LANES, dtype=np.float32)
+    value = np.empty(LANES, dtype=np.float32)
+    for row in range(begin, end, LANES):
+        for lane in range(LANES):
+            source = min(row + lane, end - 1)
+            scaled, table = source % len(scale), source % len(levels)
+            for k in range(n):
+                left[k, lane] = weight[source, k]
+                x[k, lane] = left[k, lane] + carried[source, k]
+            for k in range(runs):
+                step[k, lane] = scale[scaled, k]
+                inverse[k, lane] = inverse_of(scale[scaled, k])
+                shift[k, lane] = offset[scaled, k]
+            for k in range(top):
+                midpoint[k, lane] = (levels[table, k] + levels[table, k + 1]) * f4(0.5)
+        for k in range(n):
+            r = run[k]
+            if even:
+                for lane in range(LANES):
+                    # Codes count from the lowest level, half a step below its midpoint.
+                    v = (x[k, lane] + shift[r, lane]) * inverse[r, lane] - midpoint[0, lane]
+                    v = min(max(np.floor(v + f4(1.0)), f4(0.0)), f4(top))
+                    code[lane] = v
+                    value[lane] = v + (midpoint[0, lane] - f4(0.5))
+            else:
+                code[:] = f4(0.0)
+                for i in range(top):
+                    for lane in range(LANES):
+                        v = (x[k, lane] + shift[r, lane]) * inverse[r, lane]
+                        code[lane] += f4(1.0) if v > midpoint[i, lane] else f4(0.0)
+                for lane in range(LANES):
+                    table = min(row + lane, end - 1) % len(levels)
+                    value[lane] = levels[table, np.int64(code[lane])]
+            for lane in range(LANES):
+                left[k, lane] -= value[lane] * step[r, lane] - shift[r, lane]
+            for lane in range(min(LANES, end - row)):
+                codes[row + lane, k] = np.uint8(code[lane])
+            for i in range(k + 1, n):
+                share = feedback[k, i]
+                for lane in range(LANES):
+                    x[i, lane] += left[k, lane] * share
+        for lane in range(min(LANES, end - row)):
+            for k in range(n):
+                errors[row + lane, k] = left[k, lane]
