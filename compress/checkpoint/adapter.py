@@ -81,8 +81,7 @@ class Adapter:
             CheckpointError: the files are missing, damaged, or not a LoRA that can be merged.
         """
         self.folder, self.source, self.revision, self.weight = folder, source, revision, weight
-        if folder.is_dir():  # a snapshot without files is none
-            check_folder(folder)
+        check_folder(folder)
         self.warnings: list[str] = []
         self._patterns: dict[str, Any] = {}  # compiled
         self._matching = 0.0  # seconds that they have taken
