@@ -9,32 +9,35 @@ import warnings
 from compress import machine
 
 
-def main() -> None:
-    """Exit codes 0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n)."""
-    own_streams()
-    if not os.environ.get("PACKLIGHT_DEBUG"):  # what NumPy says of 0/0 is for programmers
-        warnings.filterwarnings("ignore", category=RuntimeWarning)
-    machine.own_process()
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: by default those of the process, whose streams, signals and allocator are then
+            the command's own.
+
+    Returns:
+        0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n).
+    """
+    own = arguments is None
+    if own:
+        own_streams()
+        if not os.environ.get("PACKLIGHT_DEBUG"):  # what NumPy says of 0/0 is for programmers
+            warnings.filterwarnings("ignore", category=RuntimeWarning)
+        machine.own_process()
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(run(sys.argv[1:]))
-    except KeyboardInterrupt:  # before the command line could catch it
-        sys.exit(130)
-    finally:
-        machine.ignore_signals()
+        import click
 
-
-def run(arguments: list[str]) -> int:
-    """Run a command line and translate every ending into its exit code."""
-    import click
-
-    from compress.cli import cli
-    from compress.console import print_error
-    from compress.errors import PacklightError, check_utf8, told
-
+        from compress.cli import cli
+        from compress.console import print_error
+        from compress.errors import PacklightError, check_utf8, printable_line
+    except KeyboardInterrupt:  # before the command line can catch it
+        return 130
     try:
-        for argument in arguments:
+        for argument in words:
             check_utf8(argument)
-        code = cli.main(arguments, prog_name="packlight", standalone_mode=False)
+        code = cli.main(words, prog_name="packlight", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except PacklightError as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
@@ -43,7 +46,7 @@ def run(arguments: list[str]) -> int:
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
-        vars(error)["message"] = told(error.message)
+        vars(error)["message"] = printable_line(error.message)
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
@@ -66,6 +69,9 @@ def run(arguments: list[str]) -> int:
         print_error(in_words(error))
         print_notes(error)
         return 2
+    finally:
+        if own:
+            machine.ignore_signals()
 
 
 def print_notes(ending: BaseException, prefix: str = "") -> bool:
@@ -99,4 +105,4 @@ def own_streams() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

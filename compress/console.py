@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from compress.errors import PacklightError, told, without_secrets
+from compress.errors import PacklightError, printable_line, without_secrets
 from compress.progress import Listener, Phase, clock_time
 
 Update = Callable[[int, int], None]
@@ -58,7 +58,7 @@ class Console:
     def data(self, text: str) -> None:
         """A line that a script may want; not in json or quiet mode."""
         if self.mode == "human":
-            click.echo(told(text))
+            click.echo(printable_line(text))
 
     def result(self, document: Any) -> None:
         """The one JSON document of ``--json``."""
@@ -81,29 +81,31 @@ class Console:
     def say(self, text: str) -> None:
         """A line about what is going on."""
         if self.mode == "human":
-            click.echo(told(text), err=True, color=color())
+            click.echo(printable_line(text), err=True, color=color())
         elif self.mode == "silent":
-            LOG.info(told(text))
+            LOG.info(printable_line(text))
 
     def detail(self, text: str) -> None:
         """A line for ``-v``."""
         if self.mode == "silent":
-            LOG.debug(told(text))
+            LOG.debug(printable_line(text))
         elif self.verbose:
-            click.echo(click.style(told(text), dim=True), err=True, color=color())
+            click.echo(click.style(printable_line(text), dim=True), err=True, color=color())
 
     def warning(self, text: str) -> None:
         """Something that is not as it should be, but goes on; shown in every mode but silent."""
         if self.mode == "silent":
-            LOG.warning(told(text))
+            LOG.warning(printable_line(text))
             return
-        click.echo(click.style("warning: ", fg="yellow") + told(text), err=True, color=color())
+        click.echo(
+            click.style("warning: ", fg="yellow") + printable_line(text), err=True, color=color()
+        )
 
     def verdict(self, passed: bool, text: str) -> None:
         """The last line of a run."""
         if self.mode == "human":
             mark = click.style("passed", fg="green") if passed else click.style("FAILED", fg="red")
-            click.echo(f"{mark}  {told(text)}", err=True, color=color())
+            click.echo(f"{mark}  {printable_line(text)}", err=True, color=color())
 
     @contextmanager
     def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
@@ -155,7 +157,9 @@ def print_error(error: PacklightError) -> None:
     """The one clear line, and the hint below it; to stderr."""
     for label, shade, text in (("error", "red", error.message), ("hint", "cyan", error.hint)):
         if text:
-            click.echo(click.style(f"{label}: ", fg=shade) + told(text), err=True, color=color())
+            click.echo(
+                click.style(f"{label}: ", fg=shade) + printable_line(text), err=True, color=color()
+            )
 
 
 def color() -> bool | None:
@@ -165,7 +169,7 @@ def color() -> bool | None:
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, two spaces apart, readable without colour."""
-    cells = [[told(cell, CELL) for cell in row] for row in (headers, *rows)]
+    cells = [[printable_line(cell, CELL) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     lines = []
     for row in cells:

@@ -40,8 +40,8 @@ __all__ = [
     "first_line",
     "is_disk_full",
     "one_line",
+    "printable_line",
     "reading",
-    "told",
     "visible",
     "without_secrets",
 ]
@@ -140,12 +140,12 @@ def check_utf8(name: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What a library says first; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (without_secrets(str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:
     """All that a library says, on one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(without_secrets(str(error)).split())[:200] or type(error).__name__
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def visible(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
-def told(text: str, most: int = LINE) -> str:
+def printable_line(text: str, most: int = LINE) -> str:
     """One visible line of bounded length, without secrets."""
     line = without_secrets(visible(text).replace("\n", " "))
     return line if len(line) <= most else f"{line[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -289,8 +289,11 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Delete a folder whose process is gone."""
+    """Delete a scratch folder whose process is gone; nothing else that has such a name."""
     with suppress(OSError):  # another user's, or another process holds it
+        ours = {LOCK, "work"} >= set(os.listdir(folder)) and not folder.is_symlink()
+        if not ours or (folder / LOCK).lstat().st_size or (folder / "work").is_symlink():
+            return
         handle = os.open(folder / LOCK, os.O_RDWR)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,7 +71,7 @@ def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
     global _blocks
     with _settings_lock:
         _blocks += 1
-    count = _threads.set(min(threads, available_cpus()))
+    count = _threads.set(min(threads, available_cpus()) or default_threads())
     share = _share.set(0)
     limit = _memory.set(memory)
     try:
@@ -360,6 +360,8 @@ def own_process() -> None:
     global _own
     _own = True
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    # Nothing is compiled by torch, whose import makes this folder nevertheless: one that is there.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TMPDIR") or "/tmp")
     handle_signals()  # before anything that takes time
     make_deterministic()  # before anything that computes
 

@@ -92,7 +92,7 @@ def serve(request: dict[str, Any], steps: mmap.mmap) -> None:
         sys.argv = ["packlight", *request["arguments"]]
         from compress.__main__ import main as command
 
-        command()
+        code = command()
     except SystemExit as ending:
         code = ending.code
     finally:

@@ -81,9 +81,7 @@ def traced_build(name: str, solver: str) -> dict[str, Any]:
         threading.setprofile(seen)
         sys.setprofile(seen)
         try:
-            main()
-        except SystemExit as ending:
-            code = ending.code
+            code = main()
         finally:
             sys.setprofile(None)
             threading.setprofile(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress.errors import PacklightError, told, visible, without_secrets
+from compress.errors import PacklightError, printable_line, visible, without_secrets
 
 TOLD = {
     "s3://KEY:SECRET@bucket/model": "s3://bucket/model",
@@ -47,6 +47,6 @@ def test_what_is_no_secret_is_told(location):
 
 def test_a_line_is_visible_and_short():
     name = "\x1b]0;owned\x07\x9b31mkey\u202e\nerror: faked\ud800"
-    assert told(name).isprintable()
+    assert printable_line(name).isprintable()
     assert visible("a\nb\tc") == "a\nb c"
-    assert len(told("x" * 10**5)) == 400
+    assert len(printable_line("x" * 10**5)) == 400

@@ -161,3 +161,20 @@ def test_a_killed_process_leaves_what_the_next_one_clears(tmp_path: Path) -> Non
     with scratch_folder(tmp_path):
         assert not held[0].exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["a file beside", "a lock with words", "a link"])
+def test_a_folder_that_only_has_a_scratch_folders_name_stays(tmp_path: Path, kind: str) -> None:
+    mine, lock = tmp_path / "packlight-mine.scratch", "lock"
+    if kind == "a link":
+        (tmp_path / "elsewhere" / "work").mkdir(parents=True)
+        mine.symlink_to("elsewhere")
+    else:
+        (mine / "work").mkdir(parents=True)
+    (mine / "work" / "thesis").write_text("years of work")
+    (mine / lock).write_text("words" if kind == "a lock with words" else "")
+    if kind == "a file beside":
+        (mine / "thesis").touch()
+    with scratch_folder(tmp_path):
+        assert (mine / "work" / "thesis").exists()
+    assert (mine / "work" / "thesis").exists()

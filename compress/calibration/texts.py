@@ -88,7 +88,8 @@ class CalibrationSet:
                 )
             streams.append(chain([first], stream))
         count = max(1, tokens // sequence_length)
-        windows = tuple(tuple(window) for window in islice(take_turns(streams), count))
+        mixed = streams[0] if len(streams) == 1 else take_turns(streams)
+        windows = tuple(tuple(window) for window in islice(mixed, count))
         names = tuple(s if s == BUILTIN else Path(s).name for s in sources)
         return cls(windows, names)
 

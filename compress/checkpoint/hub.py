@@ -97,13 +97,15 @@ def download_adapter(
     token: str | None,
     cache_dir: str | None,
 ) -> Path:
-    """Fetch the named files of a Hub repository, one after the other; those that it has.
+    """Fetch the named files of a Hub repository, one after the other; those that it has, the
+    first in any case.
 
     Returns:
         The snapshot's folder, which is named after the commit.
 
     Raises:
-        CheckpointError, DiskFullError: see ``download``.
+        CheckpointError: the first file is not there; as for ``download``.
+        DiskFullError: no room for them.
     """
     from huggingface_hub import snapshot_download
 
@@ -118,7 +120,9 @@ def download_adapter(
                 allow_patterns=list(names[:count]),
             )
             if not (Path(folder) / names[0]).is_file():
-                break
+                raise CheckpointError(
+                    f"{repo_id} has no {names[0]}", hint="a model, or not an adapter of PEFT?"
+                )
         return Path(folder)
     except (OSError, ValueError) as error:
         raise _failure(repo_id, error, revision) from error

@@ -47,9 +47,6 @@ class Merged(Checkpoint):
         """
         self.__dict__.update(base.__dict__)
         self.adapters = tuple(adapters)
-        self.opened = dict(base.opened)
-        for adapter in adapters:
-            self.opened |= adapter.opened
         self.warnings = [*base.warnings]
         self.tensors = dict(base.tensors)
         self.opened = dict(base.opened)

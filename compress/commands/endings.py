@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 from compress.errors import DiskFullError, PacklightError, first_line, is_disk_full
@@ -26,8 +27,10 @@ def in_words(error: Exception) -> PacklightError:
         return PacklightError(f"the system gives no more memory{what}", hint)
     if code in (errno.EMFILE, errno.ENFILE):
         return PacklightError("the system opens no more files", "a higher limit: ulimit -n 1024")
-    if isinstance(error, OSError) and is_disk_full(error):
+    if isinstance(error, OSError) and is_disk_full(error) and not error.filename:
         full, hint = full_disk(Path.cwd())
+        if shutil.disk_usage(full).free > 1 << 20:  # stdout is on another, perhaps
+            return DiskFullError(f"no room left to write: {error.strerror or said}")
         return DiskFullError(f"the disk of {full} ran full ({error.strerror or said})", hint)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

@@ -99,7 +99,7 @@ class Tokenizer:
         """Whether ``render_chat`` can work: base models have no template."""
         return bool(self.hf.chat_template)
 
-    @property
+    @cached_property
     def chat_templates(self) -> dict[str, str]:
         """Name → template, the one that is used first; most have one, ``default``.
 

@@ -154,7 +154,8 @@ class WordGrid(BlockedGrid):
         Which word is nearest depends on how its columns are weighed, so these codes are better
         than those of ``encode``.
         """
-        weight = checked(weight, self)
+        self.check(weight.shape)
+        weight = checked(weight, self.name)
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         shares = normalized(importance, columns, self.name)
@@ -188,7 +189,8 @@ class WordGrid(BlockedGrid):
         Raises:
             GridError: as ``fit``.
         """
-        weight = checked(weight, self)
+        self.check(weight.shape)
+        weight = checked(weight, self.name)
         codes = np.empty(weight.shape, np.uint8)
         scale, ones = self.effective(params), np.ones(weight.shape[1], np.float32)
 

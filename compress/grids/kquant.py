@@ -126,7 +126,8 @@ class BlockGrid(BlockedGrid):
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        weight = checked(weight, self)
+        self.check(weight.shape)
+        weight = checked(weight, self.name)
         rows, columns = weight.shape
         search = self.plain if importance is None else self.weighted
         squares = np.empty(0, dtype=np.float32)
@@ -206,7 +207,8 @@ class BlockGrid(BlockedGrid):
         Raises:
             GridError: as ``fit``.
         """
-        return self._encode(checked(weight, self), params)
+        self.check(weight.shape)
+        return self._encode(checked(weight, self.name), params)
 
     def _encode(self, weight: Float32, params: Params) -> Array:
         scale, minimum = self.effective(params)

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from compress.errors import GridError
-from compress.grids import Array, Float32, Grid
+from compress.grids import Array, Float32
 from compress.machine import worker_threads
 
 f4 = np.float32
@@ -79,16 +79,15 @@ def all_within(values, limit):
     return beyond == 0
 
 
-def checked(weight: Float32, grid: Grid) -> Float32:
+def checked(weight: Float32, name: str) -> Float32:
     """The weight as the kernels want it: contiguous, finite, within float16's range.
 
     Raises:
-        GridError: a shape that does not fit, a weight that is not finite or exceeds 65504.
+        GridError: a weight that is not finite or exceeds 65504; it begins with the grid's name.
     """
-    grid.check(weight.shape)
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     if not all_within(weight.reshape(-1), LARGEST_HALF):
-        raise beyond_float16(grid.name)
+        raise beyond_float16(name)
     return weight
 
 

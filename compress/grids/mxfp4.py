@@ -68,7 +68,8 @@ class MicroscalingFloat(BlockedGrid):
             GridError: a shape that does not fit, a weight that is not finite or exceeds 65504,
                 or an importance that is not a vector of finite numbers >= 0.
         """
-        weight = checked(weight, self)
+        self.check(weight.shape)
+        weight = checked(weight, self.name)
         rows, columns = weight.shape
         shares = normalized(importance, columns, self.name)
         exponents = np.zeros((rows, columns // BLOCK), dtype=np.uint8)
@@ -85,7 +86,8 @@ class MicroscalingFloat(BlockedGrid):
         Raises:
             GridError: as ``fit``.
         """
-        weight = checked(weight, self)
+        self.check(weight.shape)
+        weight = checked(weight, self.name)
         scale = self.lattice(params).scale
         codes = np.empty(weight.shape, dtype=np.uint8)
         over_rows(

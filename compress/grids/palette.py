@@ -107,7 +107,8 @@ class Palette(BaseGrid):
         from compress.grids import palette_kernels as kernels
 
         shape = (weight.shape[0], weight.shape[1])
-        weight = lanes.checked(weight, self)
+        self.check(weight.shape)
+        weight = lanes.checked(weight, self.name)
         shares = lanes.normalized(importance, shape[1], self.name)
         lut = np.empty((self.groups(shape), self.levels), np.float64)
         fine = max(kernels.FINE, min(16 * self.levels, 2048))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
-from compress.errors import ArtifactError, PublishError, UsageError, one_line
+from compress.errors import ArtifactError, PublishError, UsageError, one_line, without_secrets
 from compress.output.checksums import NAME, files_in, read_checksums, refuse_links
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def push(settings: PushSettings, console: Console) -> int:
         if console.mode != "human" or not sys.stderr.isatty():
             disable_progress_bars()
         with warnings.catch_warnings(record=True) as caught:
-            url = upload(settings, operations, report)
+            url = without_secrets(upload(settings, operations, report))
         for warning in caught:  # what the Hub has to say about the card, among others
             console.warning(" ".join(str(warning.message).split()))
     console.result(

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from compress import __version__
 from compress.console import Console, format_bytes
 from compress.errors import UsageError
+from compress.files import read_bounded
 from compress.plan.job import Job, looks_at_inputs
 from compress.plan.shapes import bits_per_weight
 from compress.recipe import needs_of
@@ -138,7 +139,7 @@ class PlanDocument(Part):
         """
         hint = "--plan takes a plan.json"
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_bounded(path).decode("utf-8"))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}", hint=hint) from error
         except (ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ from pydantic import (
 
 from compress.decoder.config_json import write_json
 from compress.errors import ArtifactError
+from compress.files import read_bounded
 from compress.recipe.model import OneOfTheFormats
 from compress.recipe.schema import Part, explain, json_schema
 
@@ -387,7 +388,7 @@ class Report(Part):
             ArtifactError: it cannot be read, or is none.
         """
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            document = json.loads(read_bounded(Path(path)).decode("utf-8"))
         except OSError as error:
             raise ArtifactError(f"{path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

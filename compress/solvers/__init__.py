@@ -68,9 +68,15 @@ def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -
         stats: of the weight's input. None (an embedding, an input that calibration has not seen)
             is the unweighted fit, ``rtn``.
     """
+    return grid.quantize(weight, error_weights(stats))
+
+
+def error_weights(stats: LayerStats | None) -> Float32 | None:
+    """What ``scale_search`` multiplies a column's squared error with, float32 ``[columns]``; None
+    where nothing is known of the input."""
     if stats is None or not stats.importance.any():
-        return grid.quantize(weight)
-    return grid.quantize(weight, np.power(stats.importance, np.float32(POWER)))
+        return None
+    return np.power(stats.importance, np.float32(POWER))
 
 
 def get_solver(name: str) -> Solver:

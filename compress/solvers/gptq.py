@@ -22,7 +22,7 @@ import numpy as np
 from compress.calibration.statistics import LayerStats
 from compress.grids import Array, CodebookGrid, Float32, Grid, LatticeGrid, Quantized
 from compress.machine import in_order, worker_threads
-from compress.solvers import scale_search
+from compress.solvers import error_weights
 from compress.solvers.hessian import Factor, factor_in_place, factors_of, output_errors
 from compress.solvers.rounding import PIECE, Spans, Whole, round_piece
 
@@ -61,7 +61,7 @@ def gptq(
         ``fallen``: the rows that became those of ``scale_search``; all of them where the Hessian is
         empty or not a covariance.
     """
-    searched = scale_search(weight, grid, stats)
+    searched = grid.quantize(weight, error_weights(stats))
     if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid | CodebookGrid):
         return searched
     together = grid.together if isinstance(grid, CodebookGrid) else 1

@@ -180,8 +180,8 @@ def examine(
     )
     try:
         emit({"resources": asdict(used), "stage": "tokenizing"})
-        if runtime.tokenize:  # the tokenizer is in the file
-            emit({"token_ids": encode_all(runtime.tokenize, texts)})
+        if encode := getattr(runtime, "tokenize", None):  # the tokenizer is in the file
+            emit({"token_ids": encode_all(encode, texts)})
         emit({"stage": "generating"})
         sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})

@@ -103,13 +103,13 @@ def test_everything_names_the_adapter_by_its_hash(trained, tmp_path, capsys):
 
     again = ["build", str(base), "-r", "int4-fast", "-f", "gguf", "--adapter", str(mine)]
     again += ["--no-verify", "--plan", str(out / "plan.json"), "--locked"]
-    assert cli.run([*again, "-o", str(tmp_path / "again")]) == 0
+    assert cli.main([*again, "-o", str(tmp_path / "again")]) == 0
     assert model_files(tmp_path / "again") == model_files(out)
     tensors = load_file(mine / WEIGHTS)
     next(iter(tensors.values()))[0, 0] += 1
     save_file(tensors, mine / WEIGHTS)
     capsys.readouterr()
-    assert cli.run([*again, "-o", str(tmp_path / "refused")]) == 2
+    assert cli.main([*again, "-o", str(tmp_path / "refused")]) == 2
     assert f"adapters.my-lora.{WEIGHTS} was sha256 {named.sha256[:12]}" in capsys.readouterr().err
 
 
@@ -136,7 +136,7 @@ def test_sizes_are_those_of_the_untied_model(trained, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     second = peft_adapters.make(base, tmp_path / "second", target_modules=["v_proj"])
     words = ["build", str(base), "-r", "int4-fast", "-f", "gguf", "--no-verify", "--dry-run"]
-    assert cli.run([*words, "--adapter", str(adapter), "--adapter", f"{second}=0.5"]) == 0
+    assert cli.main([*words, "--adapter", str(adapter), "--adapter", f"{second}=0.5"]) == 0
     printed = capsys.readouterr().out
     assert "merged with the adapter my-lora\nmerged with the adapter second=0.5\n" in printed
 

@@ -23,7 +23,7 @@ FORMATS = ("gguf", "onnx", "coreml")
 def test_the_demo_has_the_bytes_that_it_had(tmp_path, threads, request):
     out = tmp_path / "out"
     command = ["build", str(model_path()), "-r", "int4-fast", "--no-verify", "-o", str(out)]
-    assert cli.run([*command, "--threads", str(threads)]) == 0
+    assert cli.main([*command, "--threads", str(threads)]) == 0
     files = sorted(path for name in FORMATS for path in (out / name).rglob("*") if path.is_file())
     found = {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -144,7 +144,7 @@ def test_the_report_says_that_the_float_model_was_not_timed(model, tmp_path, mon
     monkeypatch.setattr("compress.verify.scorer.available_memory", lambda: 0)
     words = ["build", str(model), "-f", "gguf", "-r", "int4-fast", "-o", str(tmp_path / "out")]
     few = ["--set", "verify.windows=2", "--set", "verify.sequence_length=32"]
-    assert cli.run([*words, *few]) < 2
+    assert cli.main([*words, *few]) < 2
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["baseline"]["decode_tokens_per_second"] is None
     assert any("speed was not measured" in note for note in report["notes"])

@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_is_refused(case, model, tmp_path):
 def test_a_refusal_is_one_line_and_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "lora", use_dora=True)
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["build", str(model), "--adapter", str(folder), "-o", "out"]) == 2
+    assert cli.main(["build", str(model), "--adapter", str(folder), "-o", "out"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-2].endswith("adapter lora: DoRA is not supported") and "hint:" in error[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"]

@@ -244,7 +244,7 @@ def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, mo
         return real(path, format, baseline, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", spy)
-    assert cli.run(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
+    assert cli.main(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
     assert seen == [tmp_path / "out.partial" / "new"]
     assert not list((tmp_path / "out").glob("packlight-*"))
 
@@ -262,7 +262,7 @@ def test_an_artifact_that_its_runtime_refuses_does_not_cost_the_others(
     monkeypatch.setattr(scorer, "verify_artifact", damaged_first)
     out, junit = tmp_path / "out", tmp_path / "junit.xml"
     line = ["build", str(model), "-f", "gguf", "-f", "onnx", "-o", str(out), "--junit", str(junit)]
-    assert cli.run([*line, *FAST]) == 2
+    assert cli.main([*line, *FAST]) == 2
     told = capsys.readouterr().err
     (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: GGUF Q4_K_M could not be run: ")
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(writer.Writer, "put", full)
     out = tmp_path / "out"
-    assert cli.run(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify", *FAST]) == 2
+    assert cli.main(["build", str(model), "-f", "gguf", "-o", str(out), "--no-verify", *FAST]) == 2
     assert "disk ran full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def run(folder: Path, output: Path, *more: str) -> int:
-    return cli.run(
+    return cli.main(
         ["build", str(folder), "-o", str(output), "--no-verify", "-r", "int4-fast", *more]
     )
 
@@ -198,9 +198,9 @@ def test_a_weight_beyond_float16_is_named(sound, tmp_path, capsys):
 )
 def test_options_that_change_nothing_are_told(options, told, sound, tmp_path, capsys):
     line = ["build", str(sound), "-o", str(tmp_path / "out"), "-r", "int4-fast", "-f", "gguf"]
-    assert cli.run([*line, *options]) == 0
+    assert cli.main([*line, *options]) == 0
     assert f"warning: {told}" in capsys.readouterr().err
-    assert cli.run([*line, "--dry-run"]) == 0
+    assert cli.main([*line, "--dry-run"]) == 0
     assert "no effect" not in capsys.readouterr().err
 
 

@@ -108,7 +108,7 @@ def be_the_command(arguments: list[str], box: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         from compress import __main__ as cli
 
-        code = cli.run(arguments)
+        code = cli.main(arguments)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 1
     except BaseException:
@@ -227,7 +227,7 @@ def main() -> int:
     if not (work / "base").exists():
         from compress import __main__ as cli
 
-        make_base(work / "base", cli.run)
+        make_base(work / "base", cli.main)
     bad = 0
     for name in given.rows or ROWS:
         result = fuzz(

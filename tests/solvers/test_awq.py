@@ -248,10 +248,10 @@ def test_the_plan_tells_of_folds(tmp_path, capsys):
     folder = tiny.make("llama", tmp_path / "model")
     line = ["build", str(folder), "-f", "onnx", "--dry-run"]
     line += ["--set", "quantize.solver=gptq", "--set", "quantize.fold=awq"]
-    assert cli.run(line) == 0
+    assert cli.main(line) == 0
     text = capsys.readouterr().out
     assert "channels: rescaled (awq)" in text
-    assert cli.run([*line, "--json"]) == 0
+    assert cli.main([*line, "--json"]) == 0
     quantize = json.loads(capsys.readouterr().out)["quantize"]
     assert quantize["fold"] == "awq"
 

@@ -130,7 +130,7 @@ def built(model: Path, out: Path, solver: str, *options: str) -> dict[str, bytes
     """The files of a build in this process, by name."""
     command = ["build", str(model), "-f", "gguf", "-f", "onnx", "-o", str(out / "out"), "-q"]
     chosen = ["--no-verify", "--set", f"quantize.solver={solver}", *options]
-    assert cli.run([*command, *chosen]) == 0
+    assert cli.main([*command, *chosen]) == 0
     return artifacts(out / "out")
 
 
@@ -250,7 +250,7 @@ def test_a_solver_that_cannot_serve_is_one_line(
     model, installed, tmp_path, solver, message, capsys
 ):
     command = ["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), "--no-verify"]
-    assert cli.run([*command, "--set", f"quantize.solver={solver}"]) == 2
+    assert cli.main([*command, "--set", f"quantize.solver={solver}"]) == 2
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told
     if solver == "sime":

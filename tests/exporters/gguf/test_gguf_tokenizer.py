@@ -165,6 +165,11 @@ def test_merges_that_score_order_would_invent() -> None:
     assert missing_merges(vocab, complete - {("a", "bc")})
 
 
+def test_a_token_of_a_megabyte_is_refused_at_once():
+    with pytest.raises(CheckpointError, match="a token of 1,000,000 characters"):
+        missing_merges({"x" * 1_000_000: 0}, set())
+
+
 def test_rows_without_a_token_are_padding(exported: Exports) -> None:
     opened = Checkpoint.open(exported.checkpoint("demo"))
     config = DecoderConfig.from_hf(opened.config, opened.generation_config)
