@@ -1,4 +1,4 @@
-"""Arguments of ``compress.api`` as the settings of commands."""
+"""Converts arguments of ``compress.api`` to the settings of commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATHS = {
 
 
 def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -> BuildSettings:
-    """The settings of a build, from arguments of the same names; None means the default."""
+    """``BuildSettings`` from arguments of the same names; None means the default."""
     hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
     given = {key: value for key, value in given.items() if value is not None}
     for value in (model, *given.values()):
@@ -51,7 +51,7 @@ def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -
 
 
 def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """``KEY=VALUE`` with values in YAML, as ``--set`` takes them."""
+    """Overrides as ``KEY=VALUE`` texts with YAML values, as ``--set`` takes them."""
     import yaml
 
     found = []
@@ -64,7 +64,7 @@ def settings_of(overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
 def adapter_texts(
     adapters: PathLike | Sequence[PathLike] | Mapping[PathLike, float],
 ) -> tuple[str, ...]:
-    """``PATH=WEIGHT``, as ``--adapter`` takes them."""
+    """Adapters as ``PATH=WEIGHT`` texts, as ``--adapter`` takes them."""
     if isinstance(adapters, str | Path):
         return (str(adapters),)
     if isinstance(adapters, Mapping):
@@ -73,7 +73,7 @@ def adapter_texts(
 
 
 def limits(gates: Mapping[str, str] | None) -> tuple[str, ...]:
-    """``NAME=LIMIT``, as ``--gate`` takes them."""
+    """Gates as ``NAME=LIMIT`` texts, as ``--gate`` takes them."""
     return tuple(f"{name}={limit}" for name, limit in (gates or {}).items())
 
 
@@ -90,10 +90,10 @@ def size(name: str, given: str | int | None) -> int | None:
 
 
 def path(given: PathLike | None) -> Path | None:
-    """As a Path."""
+    """An optional path as a ``Path``."""
     return None if given is None else Path(given)
 
 
 def paths(given: Sequence[PathLike]) -> tuple[Path, ...]:
-    """As Paths."""
+    """Paths as a tuple of ``Path``."""
     return tuple(map(Path, given))

@@ -1,5 +1,5 @@
-"""What a build is asked for, and what it is to do: decided from options, headers and small files,
-before any work.
+"""The settings of a build and the decision made from them: options, shard headers and small files
+are read, no weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What ``packlight build`` was asked for; the options of the same names.
+    """Settings of ``packlight build``: one field for each option of the same name.
 
     ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
     and ``cache_dir``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
@@ -89,7 +89,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """What ``packlight verify`` was asked for; the options of the same names."""
+    """Settings of ``packlight verify``: one field for each option of the same name."""
 
     artifact: Path
     baseline: str
@@ -109,18 +109,18 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a build is to do.
+    """What a build will do, decided before any weight is read.
 
     Attributes:
-        settings: what it was asked for.
-        job: by its recipe or by a plan file, the float model unpruned; where the build
-            ``measures``, its grids are chosen later.
-        replan: the job by other grids or another recipe.
-        importance: the options that go around the recipe's calibration.
-        limits: the recipe's gates; none without verification.
-        previous: the report that nothing may get worse than; None where there is none.
-        text: to score on.
-        output: the folder to make.
+        settings: of the build.
+        job: from its recipe or a plan file, for the unpruned float model; where ``measures`` is
+            true, its grids are chosen later.
+        replan: makes the job again with other grids or another recipe.
+        importance: the options that bypass the recipe's calibration (imatrix files).
+        limits: the recipe's gates; empty without verification.
+        previous: the earlier report that the new one is compared with (``--against``), or None.
+        text: the evaluation text.
+        output: the output folder.
         measures: whether grids are chosen by measurement, for a budget.
     """
 
@@ -136,7 +136,7 @@ class Decision:
 
 
 def decide(settings: BuildSettings, console: Console) -> Decision:
-    """Read options, recipe and headers, and plan.
+    """Read options, recipe and shard headers, and make the plan of each target.
 
     Raises:
         PacklightError: the build is impossible, as far as these show.
@@ -176,7 +176,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
 def prepare_job(
     checkpoint: Checkpoint, recipe: Recipe, settings: BuildSettings, command: str = ""
 ) -> tuple[Job, Replan]:
-    """The job with the grids that a plan file has, or the recipe's.
+    """The job of a build, with the grids of a plan file or of the recipe.
 
     Args:
         checkpoint: opened.
@@ -212,10 +212,10 @@ def prepare_job(
 
 
 def check_places(decision: Decision, console: Console) -> Scorer | None:
-    """Every refusal that the place of the output and the texts are good for, before the work.
+    """Check the output folder, its disk and the evaluation text before any work.
 
     Returns:
-        What scores the artifacts, or None without verification.
+        The scorer of the artifacts, or None without verification.
 
     Raises:
         PacklightError: the output is taken or its disk too small, there is no tokenizer, or the
@@ -247,11 +247,11 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
 
 
 def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
-    """Everything that decides over the artifacts' bytes: what two builds must share for one to go
-    on with what the other left (``--resume``).
+    """All settings that determine the artifacts' bytes; ``--resume`` continues a build only where
+    they are equal.
 
-    Verification has no part in it: what a build left for want of memory there can be continued
-    with ``--no-verify``. Neither have threads (``compress.machine``).
+    Verification is not included: a build that ran out of memory there can be continued with
+    ``--no-verify``. Neither are threads (``compress.machine``): sums do not depend on them.
 
     Args:
         job: as it is before grids are chosen and weights changed; those follow from it.
@@ -277,7 +277,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
 
 
 def digest_of(decision: Decision) -> str:
-    """SHA-256 of all that a build was asked for: its bytes, and how they are judged."""
+    """SHA-256 of the settings that determine the artifacts' bytes, their verification and gates."""
     settings = decision.settings
     asked = [
         identity_of(decision.job, settings), decision.job.command, decision.job.recipe.to_dict(),
@@ -288,15 +288,15 @@ def digest_of(decision: Decision) -> str:
 
 
 def inputs_of(decision: Decision) -> list[Path]:
-    """The files beside the checkpoint that artifacts are made from."""
+    """Input files other than the checkpoint: calibration texts, imatrix files and the like."""
     if imatrix := decision.importance.imatrix:
         return [imatrix]
     return texts_of(decision.job.recipe) if looks_at_inputs(decision.job.recipe) else []
 
 
 def lock_of(decision: Decision, console: Console) -> Lock:
-    """``plan.json``'s ``lock``: hashes of what the build is made from; with ``--locked``, held
-    against its plan.
+    """``plan.json``'s ``lock``: hashes of a build's inputs; with ``--locked`` they are compared
+    with the lock of the given plan.
 
     Raises:
         UsageError: see ``compress.output.lock.check_lock``.
@@ -322,7 +322,7 @@ FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 
 def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
-    """A line for each option that changes nothing in this build."""
+    """A line for each option that has no effect in this build."""
     options: dict[str, dict[str, object]] = {
         "--no-verify runs nothing": {
             "--eval-text": not settings.verify and settings.eval_text,
@@ -354,10 +354,10 @@ def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
 
 
 def plan_of(output: Path | None) -> Path:
-    """For ``--locked`` without ``--plan``: the output's own ``plan.json``.
+    """The ``plan.json`` of the output folder, for ``--locked`` without ``--plan``.
 
     Raises:
-        UsageError: there is none to lock to.
+        UsageError: there is none.
     """
     plan = output / "plan.json" if output else None
     if plan is None or not plan.is_file():
@@ -369,7 +369,7 @@ def plan_of(output: Path | None) -> Path:
 
 
 def resolved_recipe(settings: BuildSettings) -> Recipe:
-    """The recipe with the overrides, the options that stand for keys of it, and the formats.
+    """The recipe after ``--set`` overrides, options that set one of its keys, and ``--format``.
 
     Raises:
         UsageError: two ways to choose grids.
@@ -395,7 +395,7 @@ def resolved_recipe(settings: BuildSettings) -> Recipe:
 
 
 def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) -> str:
-    """The command that makes this again, for the report: names instead of local paths."""
+    """The command line that repeats the build, for the report; local paths become names."""
     if settings.source == "packlight-demo":
         return "packlight demo"
     words = ["packlight", "build", checkpoint.source, "-r", Path(settings.recipe).name]

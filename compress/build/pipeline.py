@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """What came of a build.
+    """The result of a build.
 
     Attributes:
-        report: what was found out.
-        folder: that was made.
+        report: as written to ``report.json``.
+        folder: the output folder.
     """
 
     report: Report
@@ -55,11 +55,11 @@ class Built:
 
 
 def build(settings: BuildSettings, console: Console) -> Built:
-    """Write and verify the artifacts of a recipe; an artifact that could not be run stays, and
-    the others are run.
+    """Write and verify the artifacts of a recipe; one that its runtime cannot run is kept, and the
+    others are verified.
 
     Raises:
-        PacklightError: it could not be done; nothing was left behind.
+        PacklightError: the build failed; no output folder is left behind.
     """
     with bounded(settings.threads, settings.max_memory):
         console.begin("plan")
@@ -106,7 +106,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
 
 
 def finished(decision: Decision, asked: str) -> Report | None:
-    """The report of the output, where this very build has made it, and all its files are there."""
+    """The output's report where a build with this digest wrote it and all its files are there."""
     folder = decision.output
     try:
         report = Report.load(folder / "report.json")
@@ -119,13 +119,13 @@ def finished(decision: Decision, asked: str) -> Report | None:
 
 @dataclass(frozen=True)
 class Ready:
-    """What artifacts are written from.
+    """A job ready to be written: pruned where the recipe says so, and with the final grids.
 
     Attributes:
         job: with the weights and the grids of every target.
-        budgeted: what was chosen for a budget.
-        calibration: of the job; None where nothing looks at inputs.
-        notes: what pruning did, for the report.
+        budgeted: the grids chosen for a budget.
+        calibration: of the job; None where nothing uses calibration texts.
+        notes: lines of the report on what was pruned.
     """
 
     job: Job
@@ -135,8 +135,8 @@ class Ready:
 
 
 def rehearse(settings: BuildSettings, console: Console) -> tuple[Decision, Ready | None]:
-    """``--dry-run``: everything up to the plan with its bytes; for a budget that is measured, and
-    what was measured stays in the cache."""
+    """``--dry-run``: everything up to the plan with its bytes; with a budget, sensitivities are
+    measured and cached."""
     with bounded(settings.threads, settings.max_memory):
         console.begin("plan")
         decision = decide(settings, console)
@@ -148,10 +148,10 @@ def rehearse(settings: BuildSettings, console: Console) -> tuple[Decision, Ready
 
 
 def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
-    """Prune what all targets share, and choose grids where that takes measuring.
+    """Prune the weights that all targets share, and choose grids for a budget by measurement.
 
     Args:
-        keep: leave what a walk has found where it ends by an exception.
+        keep: keep the calibration walk's results on disk where it ends by an exception.
     """
     job, importance, threads = decision.job, decision.importance, decision.settings.threads
     notes: tuple[str, ...] = ()
@@ -182,7 +182,7 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
 
 
 def write_report(report: Report, job: Job, lock: Lock, folder: Path) -> None:
-    """The report as JSON and as pages; then the digests of everything in the folder."""
+    """Write the report as JSON, HTML and model card, then SHA-256 sums of the whole folder."""
     report.save(folder / "report.json")
     (folder / "report.html").write_text(render(report), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -201,7 +201,7 @@ def make_report(
     folder: Path,
     eval_text: Path | None,
 ) -> Report:
-    """The report, its gates judged."""
+    """The report of a build or verification, with its gates evaluated."""
     config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
         notes.append(

@@ -1,4 +1,4 @@
-"""Verifies artifacts that exist already."""
+"""``packlight verify``: compares existing artifacts with their float model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["verify"]
 
 
 def verify(settings: VerifySettings, console: Console) -> Report:
-    """Run artifacts that are there, and compare them with the float model; writes nothing.
+    """Run existing artifacts and compare them with the float model; writes nothing.
 
     Returns:
-        The report; one of several artifacts may not have been run.
+        The report; of several artifacts, some may have failed to run.
     """
     with bounded(settings.threads, settings.max_memory):
         console.begin("read headers")
@@ -63,7 +63,7 @@ def verify(settings: VerifySettings, console: Console) -> Report:
 
 
 def verification_recipe(settings: VerifySettings) -> Recipe:
-    """What artifacts are held against; which they are is not known yet."""
+    """A recipe with the gates and windows of a verification; it has no targets yet."""
     wanted = dict(gates.parse_option(gate) for gate in settings.gates)
     return Recipe.verification(wanted, settings.windows, settings.sequence_length)
 
@@ -71,7 +71,7 @@ def verification_recipe(settings: VerifySettings) -> Recipe:
 def adopt_all(
     settings: VerifySettings, recipe: Recipe, console: Console
 ) -> tuple[Job, list[Artifact]]:
-    """The artifacts that are there, and the job that they would have been made by.
+    """Existing artifacts, and a job as if they had been built from the given float model.
 
     Raises:
         UsageError: there are none, or one is not of the float model.

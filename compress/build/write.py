@@ -1,7 +1,7 @@
-"""Writing the artifacts of a build: one loop over the parts of the model drives all writers.
+"""Writes the artifacts of a build: one loop over the parts of the model drives all writers.
 
-The embedding goes to every target, then the first block, and so on, so that the checkpoint comes
-from the disk once: what one target has read is still in the page cache when the next ones ask.
+The embedding goes to every target, then the first block, and so on, so that the checkpoint is
+read from disk once: the other targets find it in the page cache.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def write_artifacts(
 ) -> list[Artifact]:
     """Write every target into ``folder/<format>/``, streaming from its source.
 
-    All go together, unless each has to carry the hidden states of the calibration texts through
-    its own quantized blocks: those are large, and so is the work beside that of reading.
+    All are written in one pass, except where each propagates the calibration texts' hidden states
+    through its own quantized blocks: those are large, and take far longer than reading.
 
     Args:
         job: its plans are written.
-        calibration: of the job; None where nothing looks at inputs.
-        folder: of the build.
+        calibration: of the job; None where nothing uses calibration texts.
+        folder: the build's work folder.
         console: for progress.
     """
     reuse_memory()
@@ -85,8 +85,8 @@ def write_artifacts(
 
 
 def put_tensors(writers: Sequence[Writer], written: Written) -> None:
-    """Every tensor of every writer's plan, part of the model by part: the embedding for all of
-    them, then the first block, and so on. What a writer's ledger has is only counted."""
+    """Write every tensor of every plan, one part of the model after another: the embedding for all
+    writers, then the first block, and so on. Tensors in a writer's ledger are skipped."""
     parts = [writer.plan.by_part(writer.weights.config) for writer in writers]
     for part in sorted({number for numbers in parts for number in numbers}):
         for writer, entries in zip(writers, parts, strict=True):
@@ -104,7 +104,7 @@ def put_tensors(writers: Sequence[Writer], written: Written) -> None:
                 facts = {"weight": entry.name, "fallen": weights.fallen.get(entry.name, 0)}
                 weights.ledger.add(entry.target_name, writer.file, end, **facts)
             if weights.statistics is not None:
-                weights.statistics.forget()  # those of a block die with it
+                weights.statistics.forget()  # a block's are not needed after it
 
 
 def target_weights(
@@ -115,16 +115,15 @@ def target_weights(
     work: Path,
     ledger_file: Path,
 ) -> tuple[Weights, tuple[str, ...]]:
-    """What the writer of a target asks for its tensors, with the ledger of what is written; and
-    lines for the report.
+    """The ``Weights`` that a target's writer reads from, with its ledger; and lines for the report.
 
-    Where each block is solved with what the quantized blocks before it produce, the hidden states
-    before the block that the walk is at are kept beside the ledger.
+    Where each block is quantized on the outputs of the quantized blocks before it, the hidden
+    states before the current block are kept beside the ledger, for ``--resume``.
 
     Args:
         plan: of the target.
-        job: that it is of.
-        calibration: of the job; None where nothing looks at inputs.
+        job: of the plan.
+        calibration: of the job; None where nothing uses calibration texts.
         console: for progress.
         work: an empty folder that stays until the target is written.
         ledger_file: of the target.
@@ -155,8 +154,8 @@ def target_weights(
             source, plan, solver, texts, work=work, ledger=ledger, states=states
         )
         return weights, tuple(notes)
-    # GPTQ shares one slab out among all threads itself, for the memory that each takes. The others
-    # take little, and work on a slab in steps of which each would wait for its slowest thread.
+    # GPTQ splits one slab among all threads itself, because each slab takes much memory. The other
+    # solvers take little, and inside a slab each step would wait for its slowest thread.
     at_once = 1 if needs_of(solver) == "hessian" else min(worker_threads(), MOST_SLABS)
     weights = Weights(source, get_solver(solver), ledger, at_once=at_once, statistics=statistics)
     return weights, tuple(notes)

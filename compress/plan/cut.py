@@ -1,4 +1,4 @@
-"""How much is pruned: arithmetic on the config, known before any work.
+"""The shape of a pruned model, computed from the config alone.
 
 All layers keep one shape, because that is what loaders read: one ``intermediate_size``, one number
 of heads. So the pruned model is an ordinary model of its family.
@@ -29,7 +29,7 @@ WHAT = {"depth": "blocks", "ffn": "MLP channels", "heads": "key-value heads"}
 
 @dataclass(frozen=True)
 class Healing:
-    """How long what is left is trained, block by block (``heal.py``); one of the two.
+    """How long pruned blocks are trained to recover (``heal.py``): one of the two limits is set.
 
     Attributes:
         minutes: for all blocks together.
@@ -46,7 +46,7 @@ class Healing:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of a model's shape.
+    """A model's shape after pruning.
 
     Attributes:
         method: ``depth``, ``ffn`` or ``heads``.
@@ -66,7 +66,7 @@ class Cut:
 
     @property
     def dropped(self) -> int:
-        """How many go."""
+        """Number of blocks, channels or heads that are removed."""
         return self.total - self.retained
 
     def describe(self) -> str:
@@ -76,15 +76,15 @@ class Cut:
 
 
 def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] = ()) -> Cut | None:
-    """What the recipe's ``prune`` leaves of a model; None where it prunes nothing.
+    """The model's shape after the recipe's ``prune``; None where nothing is pruned.
 
     Args:
         config: the float model.
         prune: the method and one amount, ``update`` and ``heal``; None for nothing.
-        plans: of the float model, for the multiples of channels that its formats like.
+        plans: of the float model: its grids say which multiples of channels fit.
 
     Raises:
-        UsageError: nothing would go, or nothing would stay, or the width fits no format.
+        UsageError: nothing or everything would be removed, or the width fits no format.
         UnsupportedModelError: heads of a model whose shape cannot be expressed.
     """
     if prune is None or prune.method == "none":
@@ -130,7 +130,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
 
 
 def check(retained: int, total: int, method: str, range_text: str) -> None:
-    """Refuse to keep nothing or everything.
+    """Refuse a cut that keeps nothing or everything.
 
     Raises:
         UsageError: either.
@@ -143,7 +143,7 @@ def check(retained: int, total: int, method: str, range_text: str) -> None:
 
 
 def width_step(config: DecoderConfig, plans: Iterable[Plan]) -> int:
-    """Channels that an MLP loses at a time: what every planned grid of ``down_proj`` divides.
+    """The step of an MLP's width, in channels, that every planned grid of ``down_proj`` fits.
 
     256 where K-quants are used, else 32 or the group size; never more than the float model's own
     width is a multiple of, so that a grid that fitted before fits after.
@@ -169,7 +169,7 @@ def row_multiple(grid: str, rows: int) -> int:
 
 
 def with_layers(config: DecoderConfig, stored: int) -> DecoderConfig:
-    """The config with so many stored blocks."""
+    """The config with ``stored`` blocks."""
     raw = {**config.raw, "num_hidden_layers": stored}
     kinds = raw.get("layer_types")  # of transformers: all alike, mixtures are not built
     if isinstance(kinds, list):

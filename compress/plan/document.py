@@ -28,7 +28,7 @@ __all__ = [
 
 
 class PlanTool(Part):
-    """What made the plan."""
+    """The tool that made the plan."""
 
     name: Literal["packlight"]
     version: str
@@ -47,7 +47,7 @@ class PlannedModel(Part):
 
 
 class HighTensor(Part):
-    """A tensor that has clearly more bits than the whole."""
+    """A tensor with clearly more bits per weight than the artifact's average."""
 
     name: str
     grid: str
@@ -55,7 +55,7 @@ class HighTensor(Part):
 
 
 class PlannedBudget(Part):
-    """What grids were chosen for."""
+    """The budget that grids were chosen for."""
 
     limit_bytes: int
     limit_is: str = Field(default="", description="What the limit stands for.")
@@ -103,7 +103,7 @@ class CheckpointLock(Part):
 
 
 class Lock(Part):
-    """What decides over the bytes of a build, by hash."""
+    """Hashes of the inputs that determine a build's bytes."""
 
     versions: dict[str, str]
     checkpoint: CheckpointLock
@@ -132,7 +132,7 @@ class PlanDocument(Part):
 
     @classmethod
     def load(cls, path: Path) -> PlanDocument:
-        """Read a ``plan.json``; keys that are not known are left out.
+        """Read a ``plan.json``; unknown keys are ignored.
 
         Raises:
             UsageError: not there, or not one.
@@ -208,7 +208,7 @@ def plan_schema() -> str:
 
 
 def print_plan(job: Job, console: Console) -> None:
-    """``--dry-run``: per target its bytes, its grids, and what to know; nothing is written."""
+    """``--dry-run``: print the bytes, the grids and the notes of each target; writes nothing."""
     console.result(plan_document(job).to_dict())
     parameters = job.config.num_parameters
     console.data(f"{job.checkpoint.source}: {job.config.family}, {parameters:,} parameters")

@@ -1,4 +1,4 @@
-"""What a checkpoint or an artifact holds, as plain data; no weight is read."""
+"""Describes checkpoints and artifacts as plain data; reads no weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["describe", "describe_checkpoint"]
 
 
 def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The artifacts at a place, or else the checkpoint: the keys of ``compress.formats.MEMBERS``'
-    ``describe``, of which a checkpoint lacks those about running it.
+    """Describe the artifacts at a path, or else the checkpoint, with the keys of ``describe`` in
+    ``compress.formats.MEMBERS``; a checkpoint lacks those about running it.
 
     Args:
         target: an artifact, the folder of a build, a checkpoint's folder, a Hub id or a URL.
@@ -36,7 +36,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint in the form in which exporters describe artifacts."""
+    """Describe a checkpoint with the keys that exporters use for artifacts."""
     config = describe_model(checkpoint)
     window = config.sliding_window
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})

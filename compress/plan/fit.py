@@ -1,4 +1,4 @@
-"""Weights, KV cache and activations against the memory of devices: arithmetic, nothing is run."""
+"""Compares weights, KV cache and activations with the memory of devices; nothing is run."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def fit_rows(
         device: the only one; None: all of the table.
         memory: bytes, instead of devices.
         context: positions of the KV cache.
-        recipe: what a checkpoint would be made to; as ``overrides`` and ``formats`` for
-            ``compress.recipe.load``.
+        recipe: that a checkpoint would be built with; this, ``overrides`` and ``formats`` as
+            for ``compress.recipe.load``.
         hub: ``revision``, ``token`` and ``cache_dir``.
         adapters: LoRAs on the checkpoint, as ``compress.checkpoint.merged.merge`` takes them.
 
@@ -128,7 +128,7 @@ def largest_embedding(tensors: Iterable[Mapping[str, Any]]) -> int:
 
 
 def fit_row(label: str, config: DecoderConfig, need: Footprint, limit: int) -> dict[str, Any]:
-    """What every row of the table has; bytes."""
+    """The columns that every row of the table has; sizes in bytes."""
     return {
         "artifact": label,
         "context": need.context,
@@ -142,13 +142,13 @@ def fit_row(label: str, config: DecoderConfig, need: Footprint, limit: int) -> d
 
 
 def memory_row(label: str, config: DecoderConfig, need: Footprint, memory: int) -> dict[str, Any]:
-    """Against a bare number of bytes."""
+    """A row that compares a footprint with a number of bytes."""
     verdict = "fits" if need.total <= memory else "too large"
     return fit_row(label, config, need, memory) | {"device": "memory", "verdict": verdict}
 
 
 def device_row(label: str, config: DecoderConfig, need: Footprint, row: Device) -> dict[str, Any]:
-    """Against what an app may hold on a device."""
+    """A row that compares a footprint with the memory an app may use on a device."""
     return fit_row(label, config, need, row.entitled) | {
         "device": row.name,
         "app_limit_bytes": row.app_limit,

@@ -32,7 +32,7 @@ from compress.recipe import MASK_NEEDS, Recipe, load_yaml, method_of, needs_of
 if TYPE_CHECKING:
     from compress.plan.document import PlannedBudget
 
-DEFAULT_CONTEXT = 2048  # positions that memory is given for by default
+DEFAULT_CONTEXT = 2048  # positions that memory figures assume by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
 # parameters x tokens, so large models get fewer tokens.
 WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
@@ -41,20 +41,19 @@ GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint and what to make of it: known before any work is done.
+    """One checkpoint, a recipe and a plan for each target: known before any weight is read.
 
     Attributes:
-        source: the weights that artifacts are made of.
-        config: the float model that they are compared with, as its checkpoint has it.
-        recipe: what to reach.
+        source: the weights that artifacts are made from.
+        config: of the float model that artifacts are compared with, unpruned.
+        recipe: validated.
         plans: per target, in the order of the recipe.
-        context: positions that sizes of KV caches and memory are given for.
-        command: the command line that does this again, without local paths.
+        context: positions that KV cache and memory sizes assume.
+        command: the command line that repeats the job, without local paths.
         transforms: of each target's weights, by format; most recipes have none.
-        cut: how much of the float model is pruned, or None; plans are of what is left.
+        cut: the pruned model's shape, or None; plans are for the pruned model.
         budgets: what ``plan.json`` says of the budget of each target; empty without one.
-        at_most: bytes that a budget lets the file of each target have, while grids are to be
-            chosen.
+        at_most: budget of each target's file in bytes, until its grids are chosen.
     """
 
     source: Source
@@ -69,26 +68,26 @@ class Job:
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def bytes_of(self, plan: Plan) -> int:
-        """What is known of a target's file: its weights, or what a budget lets it have at most."""
+        """Bytes of a target's weights, or its budget where grids are not chosen yet."""
         return self.at_most.get(plan.format, plan.weights_bytes)
 
     def on(self, source: Source) -> Job:
-        """The same job on other weights of the shape that it was planned for."""
+        """The same job with another source of weights of the planned shapes."""
         return replace(self, source=source)
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The float model's."""
+        """The float model's checkpoint."""
         return self.source.checkpoint
 
     @property
     def shape(self) -> DecoderConfig:
-        """The decoder that the artifacts hold: the float model's, or what pruning leaves of it."""
+        """The config of the decoder in the artifacts: the float model's, or the pruned model's."""
         return self.config if self.cut is None else self.cut.config
 
 
 class Replan(Protocol):
-    """``prepare`` for one command, again: with other grids, or by another recipe."""
+    """``prepare`` with one command's arguments bound: makes the job with other grids or recipe."""
 
     def __call__(
         self, *, choices: Mapping[str, Mapping[str, str]] | None = None, recipe: Recipe = ...
@@ -98,8 +97,8 @@ class Replan(Protocol):
 
 
 def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
-    """The architecture, held against the shard headers; of a head beside a config that ties it the
-    numbers are read.
+    """The checkpoint's config, checked against the shard headers. A stored head beside a config
+    that ties it is compared with the embedding (``settle_head``).
 
     Raises:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
@@ -124,7 +123,7 @@ def prepare(
     command: str = "",
     choices: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
-    """Everything that can be known before work: the architecture and a plan per target.
+    """Make the job: the config and a plan for each target; no weights are read.
 
     Args:
         checkpoint: opened.
@@ -135,7 +134,7 @@ def prepare(
         choices: format → entry name → grid, over the recipe's.
 
     Raises:
-        PacklightError: whatever makes the build impossible, before any work is done.
+        PacklightError: the build is impossible.
     """
     config = describe_model(checkpoint)
     tokenizer = tokenizer_of(checkpoint, recipe)
@@ -223,7 +222,7 @@ def make_plans(
 
 
 def without(target: str, targets: Sequence[str], error: PacklightError) -> PacklightError:
-    """The refusal of one target, with the command for the others where there are others."""
+    """An error of one target, with a hint how to build the other targets where there are others."""
     others = " ".join(f"-f {name}" for name in targets if name != target)
     if not others or "-f " in error.hint:
         return error
@@ -232,21 +231,21 @@ def without(target: str, targets: Sequence[str], error: PacklightError) -> Packl
 
 
 def model_name(source: str) -> str:
-    """Base of file names: the last part of the Hub id or folder, safe on every file system."""
+    """The base of file names: the last part of the Hub id or folder, safe on every file system."""
     last = without_secrets(source).rstrip("/").rsplit("/", 1)[-1]
     safe = "".join(char if char.isalnum() or char in "._-" else "-" for char in last).strip(".-")
     return safe or "model"
 
 
 def looks_at_inputs(recipe: Recipe) -> bool:
-    """Whether anything of a build goes by calibration texts."""
+    """Whether any step of a build uses calibration texts."""
     methods = {method_of(settings) for settings in recipe.targets.values()}
     masks = bool(methods & set(MASK_NEEDS))
     return bool(needs_of(recipe.solver)) or recipe.prunes or bool(recipe.budget) or masks
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:
-    """Tokens in a scored window: as the recipe says, within what every artifact can hold."""
+    """Tokens in a scored window: the recipe's number, or the shortest artifact's context."""
     limits = [plan.max_context for plan in plans if plan.max_context]
     return min(wanted, config.max_context, *limits)
 
@@ -260,14 +259,14 @@ def window_count(config: DecoderConfig, wanted: int) -> int:
 
 
 def baseline_bytes(job: Job) -> int:
-    """Disk that the float logits take while artifacts are compared: two bytes per logit."""
+    """Disk bytes of the float model's logits during verification: two bytes per logit."""
     length = window_length(job.config, job.plans, job.recipe.sequence_length)
     count = window_count(job.config, job.recipe.windows)
     return 2 * count * length * job.config.vocab_size
 
 
 def find_artifacts(path: Path) -> list[tuple[str, Path]]:
-    """Format and path of the artifacts at a place: one, or those in the folder of a build.
+    """Format and path of the artifacts at a path: one, or those in a build's folder.
 
     Raises:
         UsageError: nothing is there.
@@ -284,7 +283,7 @@ SIZES = (
 
 
 def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Artifact:
-    """An artifact that was written some time ago, from its own metadata.
+    """An existing file as an ``Artifact``, with a plan made from its own metadata.
 
     Raises:
         UsageError: its vocabulary is not that of the float model, so nothing can be compared.
@@ -311,7 +310,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
         max_context=min(config.max_context, facts["context"] or config.max_context),
         kv_bytes_per_value=facts["kv_bytes_per_value"],
     )
-    # A pruned model keeps less.
+    # A pruned model has fewer or smaller blocks.
     sizes = {key: facts["config"].get(key) for key in ("num_hidden_layers", "num_key_value_heads")}
     known: dict[str, Any] = {k: n for k, n in sizes.items() if isinstance(n, int) and n > 0}
     shape = replace(config, **known)
@@ -320,7 +319,7 @@ def adopt(name: str, path: Path, config: DecoderConfig, console: Console) -> Art
 
 
 def prevailing_grid(tensors: Sequence[Mapping[str, Any]]) -> str:
-    """The grid of most of an artifact's bytes."""
+    """The grid that holds most of an artifact's bytes."""
     sizes: dict[str, int] = {}
     for row in tensors:
         sizes[row["grid"]] = sizes.get(row["grid"], 0) + row["bytes"]
@@ -340,8 +339,8 @@ def read_license(checkpoint: Checkpoint) -> str | None:
     return name if isinstance(name, str) else None
 
 
-# A decoder smaller than this is slower on two threads than on one: its matrices are over before
-# the threads have met.
+# A decoder smaller than this is slower on two threads than on one: synchronizing them takes longer
+# than its matrix products.
 ONE_THREAD = 100_000_000
 
 

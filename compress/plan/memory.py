@@ -1,8 +1,8 @@
-"""The memory that a job needs at least: the largest block, and the rest in pieces.
+"""The least memory that a job needs: the largest block, and everything else in pieces.
 
-Everything else bends: hidden states go to a file, windows are scored in batches, and the float
+All other buffers adapt: hidden states go to a file, windows are scored in batches, and the float
 model's speed is not measured where its weights do not fit (``compress.machine.available_memory``).
-Runtimes that check an artifact take what they take, in processes of their own.
+Runtimes that verify an artifact run in processes of their own and are not bounded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["check_memory", "smallest_memory"]
 
 PYTHON = 256 << 20  # the interpreter, numpy, numba as it compiles the kernels for the first time
 TORCH = 320 << 20  # its libraries and the tokenizer's
-WAITING = 48 << 20  # what a writer holds while another is at work
-COPIES = 6  # float32 copies of the widest matrix while GPTQ is at it
+WAITING = 48 << 20  # buffers of each writer that waits while another writes
+COPIES = 6  # float32 copies of the widest matrix during GPTQ
 
 
 def check_memory(
@@ -32,18 +32,18 @@ def check_memory(
     writes: bool = True,
     measures: bool = False,
 ) -> None:
-    """Refuse a bound that is too small before any work.
+    """Refuse a memory limit that is too small, before any work.
 
     Args:
-        job: what will be done.
-        console: warned where no bound was set but the machine has less than is needed.
+        job: that will be run.
+        console: gets a warning where no limit was set but the machine has too little memory.
         limit: ``--max-memory``, bytes.
         verify: whether the float model is scored, too.
         writes: whether anything is written.
         measures: whether grids are chosen by measurement, whatever the recipe says.
 
     Raises:
-        UsageError: a limit that the largest piece of the work does not fit in.
+        UsageError: a limit below ``smallest_memory``.
     """
     needed = smallest_memory(job, verify=verify, writes=writes, measures=measures)
     if limit is not None and limit < needed:
@@ -59,14 +59,14 @@ def check_memory(
 
 
 def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bool = False) -> int:
-    """Bytes of this process at its largest, with everything that bends at its smallest."""
+    """The least peak memory of this process in bytes, with adaptable buffers at their minimum."""
     recipe, config = job.recipe, job.config
     needs: list[int] = []
     if writes:
         alone = max(get_format(plan.format).writing_memory(plan) for plan in job.plans)
         needs.append(alone + WAITING * (len(job.plans) - 1))
-    # A block's linears in float32, and one of them as it comes from the file; and what a token
-    # leaves behind on its way through a block, float32.
+    # A block's linears in float32, and one of them at the checkpoint's dtype; and a token's
+    # activations inside a block, float32.
     sizes = [rows * columns for rows, columns in map(config.weight_shape, config.linear_roles)]
     block = 4 * sum(sizes) + 2 * max(sizes)
     heads = config.num_attention_heads * config.head_dim
@@ -91,12 +91,12 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
 
 
 def embedding_bytes(config: DecoderConfig) -> int:
-    """The embedding, or the head, as float32 and as it comes from the file."""
+    """Bytes of the embedding, or the head, in float32 and at the checkpoint's dtype."""
     return 6 * config.vocab_size * config.hidden_size
 
 
 def hessian_bytes(config: DecoderConfig) -> tuple[int, int]:
-    """Second moments of all inputs of a block, and of the widest of their spans, float32."""
+    """Bytes of the Hessians of all inputs of a block, and of the widest diagonal block, float32."""
     inputs = {input_roles(config)[role]: role for role in config.linear_roles}
     columns = [config.weight_shape(role)[1] for role in inputs.values()]
     spans = [4 * (s.stop - s.start) ** 2 for width in columns for s in hessian_spans(width)]

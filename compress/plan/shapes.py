@@ -23,9 +23,9 @@ class PlanEntry:
     """One tensor of the artifact.
 
     Attributes:
-        name: our name of the weight (``blocks.3.q_proj.weight``, ``blocks.3.qkv_proj.weight``,
-            ``embed_tokens.weight``): what to ask ``Weights`` for. Tables that are computed are
-            ``rope.…``; empty in an artifact that was read back, which only knows its own names.
+        name: packlight's name of the weight (``blocks.3.q_proj.weight``, ``embed_tokens.weight``,
+            ``blocks.3.qkv_proj.weight``), by which ``Weights`` reads it. Computed tables are
+            ``rope.…``; empty in an artifact that was read back, which has only target names.
         target_name: the name in the artifact (``blk.3.attn_qkv.weight``).
         grid: the grid's name; ``F32``/``F16`` for what stays float.
         shape: ``[rows, columns]``, or one-dimensional for norms and biases.
@@ -60,9 +60,9 @@ class Plan:
 
     Attributes:
         format: ``gguf``, ``onnx``, ``coreml``.
-        type_name: as it stands in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``,
+        type_name: as in file names and tables: ``Q4_K_M``, ``int4-g32``, ``lut4-g8``,
             ``mix-3.92bpw`` where each tensor's grid was chosen (``mix_name``).
-        model_name: base of the file names; nothing in it that a file system minds.
+        model_name: base of the file names, safe on every file system.
         entries: in the order of writing.
         settings: the recipe's target settings that the writer needs again.
         notes: lines for the report (fallbacks, caveats such as an ignored sliding window).
@@ -94,8 +94,8 @@ class Plan:
         return sum(entry.nbytes for entry in self.entries)
 
     def by_part(self, config: DecoderConfig) -> dict[int, list[PlanEntry]]:
-        """The entries of each part of the model: 0 the embedding, then the stored blocks, at last
-        norm and head. A computed table belongs to the part of the entry before it."""
+        """The entries of each part of the model: 0 the embedding, then the stored blocks, last the
+        final norm and head. A computed table belongs to the part of the entry before it."""
         parts: dict[int, list[PlanEntry]] = {}
         part = 0
         for entry in self.entries:
@@ -109,12 +109,12 @@ class Plan:
 
 
 def bits_per_weight(nbytes: int, weights: int | None) -> float:
-    """Bits that ``nbytes`` bytes are for each of ``weights`` weights; 0 where none are known."""
+    """``nbytes`` as bits per weight; 0 where the number of weights is not known."""
     return nbytes * 8 / weights if weights else 0.0
 
 
 def mix_name(entries: Sequence[PlanEntry], config: DecoderConfig) -> str:
-    """``Plan.type_name`` of a mix: bytes of its tensors in bits per weight of the float model."""
+    """``Plan.type_name`` of a mix, with its bits per weight: ``mix-3.92bpw``."""
     bits = bits_per_weight(sum(entry.nbytes for entry in entries), config.num_parameters)
     return f"mix-{bits:.2f}bpw"
 
@@ -148,16 +148,16 @@ class Artifact:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a format plans by.
+    """Arguments of a format's ``plan``.
 
     Attributes:
         settings: the recipe's ``targets.<format>``, validated.
         model_name: base of the file names.
-        choices: entry name → grid, for entries that shall not have the settings' grid; the plan
-            then goes by ``mix_name``.
+        choices: entry name → grid, for entries with another grid than the settings'; the plan's
+            type name is then ``mix_name``.
         context: positions of the KV cache, where one was given.
-        importance: whether the solver looks at inputs.
-        tokenizer: the checkpoint's, for formats that hold it; None: planned without.
+        importance: whether the solver uses input statistics.
+        tokenizer: the checkpoint's, for formats that store it; None: planned without.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -182,7 +182,7 @@ class Runtime(Protocol):
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
-        Forgets whatever the cache held. The array is the caller's to keep.
+        Empties the KV cache first. The array belongs to the caller.
 
         Raises:
             UsageError: no tokens, or more than there is room for (``check_room``).
@@ -207,11 +207,11 @@ class Runtime(Protocol):
 
 
 def check_room(used: int, count: int, room: int) -> None:
-    """What every runtime refuses: no tokens, or more than its context holds.
+    """Raise the error of every runtime for no tokens, or more than its context holds.
 
     Args:
         used: positions in the cache.
-        count: tokens that come.
+        count: tokens to append.
         room: positions of the context.
 
     Raises:
@@ -227,21 +227,21 @@ def check_room(used: int, count: int, room: int) -> None:
 
 
 Written = Callable[[int], None]
-"""``written(nbytes)``: so many bytes of the artifact's tensors more."""
+"""``written(nbytes)``: called as tensors are written, with the number of new bytes."""
 
 
 class Writer(Protocol):
-    """One artifact that is being written; ``compress.build.write`` puts its tensors in one by one.
+    """Writes one artifact; ``compress.build.write`` passes it the tensors one by one.
 
-    ``Writer(plan, weights, folder, written)`` begins the files in ``folder``, which lies in a
-    ``.partial`` work folder of the caller: it is empty, or what an earlier writer left there that
-    was cut off, and the tensors in ``weights.ledger`` are in it. ``written(nbytes)`` is called as
-    bytes of tensors are written.
+    ``Writer(plan, weights, folder, written)`` begins the files in ``folder``, inside the caller's
+    ``.partial`` work folder. The folder is empty, or holds the files of an interrupted writer with
+    the tensors that are in ``weights.ledger``. ``written(nbytes)`` is called as bytes of tensors
+    are written.
 
     Attributes:
-        plan: what is written.
-        weights: what it is made of.
-        file: that tensors go to.
+        plan: of the artifact.
+        weights: source of its tensors.
+        file: the file that holds the tensors.
     """
 
     plan: Plan
@@ -249,9 +249,9 @@ class Writer(Protocol):
     file: Path
 
     def put(self, entry: PlanEntry) -> int:
-        """Write one tensor of the plan; where its bytes end in ``file``.
+        """Write one tensor of the plan; returns the offset of its end in ``file``.
 
-        Entries come in the order of the plan, some rows of one in memory at a time.
+        Called in the order of the plan; only some rows of a tensor are in memory at a time.
 
         Raises:
             CheckpointError: weights that cannot be read.
@@ -261,5 +261,5 @@ class Writer(Protocol):
         ...
 
     def close(self) -> Artifact:
-        """All tensors are there: write what belongs beside them."""
+        """After the last tensor: write the remaining files and return the artifact."""
         ...

@@ -1,7 +1,7 @@
-"""Changes of a target's weights that a recipe asks for, before they are quantized; usually none.
+"""Changes that a recipe makes to a target's weights before they are quantized; usually none.
 
-``compress.pruning.transforms`` makes them from a recipe. Plans and writers go through the list and
-ask for none of them by name.
+``compress.pruning.transforms`` makes them from a recipe. Plans and writers apply the list and know
+none of them by name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Changed", "Transform", "Transforms"]
 
 @dataclass(frozen=True)
 class Changed:
-    """What a transform makes of a target.
+    """The result of a transform.
 
     Attributes:
-        source: the weights.
-        statistics: of the inputs that they have then (``compress.calibration.statistics``).
+        source: the changed weights.
+        statistics: of their inputs after the change (``compress.calibration.statistics``).
         note: a line for the report.
     """
 
@@ -35,16 +35,16 @@ class Changed:
 
 
 class Transform:
-    """One change of the weights of one target.
+    """A change of one target's weights.
 
     Attributes:
-        needs: of the statistics of inputs: ``importance``, ``hessian`` or nothing.
+        needs: input statistics that it uses: ``importance``, ``hessian`` or none.
     """
 
     needs: str = ""
 
     def planned(self, plan: Plan) -> Plan:
-        """The plan with what the report should say of it."""
+        """The plan with a note of the transform for the report."""
         return plan
 
     def apply(
@@ -55,11 +55,11 @@ class Transform:
         windows: Callable[[], Sequence[Sequence[int]]],
         console: Console,
     ) -> Changed:
-        """The weights after it; they have the shapes that they had.
+        """Apply the transform; the weights keep their shapes.
 
         Args:
             plan: of the target.
-            source: as the transforms before it leave the weights.
+            source: the weights after the transforms before it.
             statistics: of their inputs.
             windows: the calibration texts as token ids.
             console: for progress.

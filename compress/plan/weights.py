@@ -1,5 +1,5 @@
-"""The weights that a writer asks for, on their grids, some rows at a time; and the ledger of what
-is written of one target.
+"""Reads and quantizes weights for a writer, some rows at a time; and the ledger of one target's
+finished tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Solver = Callable[[Float32, Grid, "LayerStats | None"], Quantized]
 
 
 class Weights:
-    """The weights that an artifact is made of, under our names, read on request, never cached.
+    """The weights of an artifact, by packlight's names; read and quantized on request, not cached.
 
     Names (see ``compress.decoder.config.WeightMap``): ``blocks.{i}.{role}.weight`` and ``.bias``,
     ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight``. Fused roles (``qkv_proj``,
@@ -39,9 +39,9 @@ class Weights:
 
     Attributes:
         read: a weight as float32, whole or some of its rows (``Source.read``).
-        fallen: rows by weight name for which the solver fell back on a simpler one, in this run.
-        ledger: the tensors that are written, in this run or before.
-        held: slabs of a weight that are in memory at a time, at most.
+        fallen: per weight name, rows for which the solver fell back on a simpler one in this run.
+        ledger: the tensors that are written, in this run or an earlier one.
+        held: most slabs of a weight that are in memory at a time.
     """
 
     def __init__(
@@ -57,13 +57,12 @@ class Weights:
         """
         Args:
             source: of the weights.
-            solve: puts one on a grid.
+            solve: quantizes a weight.
             ledger: of an earlier run.
-            at_once: slabs that are solved at a time; 1 for a solver that keeps all threads busy
-                with one.
-            slab: weights in memory at a time, at most; None for as many as a writer asks for.
-            statistics: what the solver goes by, let go at the end of each part of the model; None:
-                nothing.
+            at_once: slabs that are solved at a time; 1 for a solver that uses all threads on one.
+            slab: most weights in memory at a time; None: as many as a writer requests.
+            statistics: the solver's input statistics, dropped after each part of the model;
+                None for a solver that uses none.
         """
         self.source = source
         self.checkpoint = source.checkpoint
@@ -76,17 +75,17 @@ class Weights:
         self._solve, self._at_once, self._slab = solve, at_once, slab
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
-        """A weight on a grid, by the recipe's solver; ``rows`` for one slab of a large tensor."""
+        """Quantize a weight with the recipe's solver; ``rows`` for one slab of a large tensor."""
         return next(self.in_slabs(name, grid, [rows], lambda quantized: quantized))
 
     def slabs(self, shape: Sequence[int], most: int, step: int = SIDE_BY_SIDE) -> list[slice]:
-        """Runs of rows of a matrix for ``in_slabs``: equal ones, as many for each thread, so that
-        all threads come to the end of it together.
+        """Split a matrix's rows into equal slabs for ``in_slabs``, the same number for each thread,
+        so that all threads finish together.
 
         Args:
             shape: of the matrix.
             most: weights that may be in memory at a time.
-            step: all runs but the last are a multiple of it, one at least.
+            step: all slabs but the last are a multiple of it, at least one.
         """
         rows, columns = shape
         most = min(most, self._slab or most)
@@ -98,17 +97,17 @@ class Weights:
     def in_slabs(
         self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
     ) -> Iterator[T]:
-        """What ``pack`` makes of each slab of a weight on a grid, in order; it and the solver may
-        be at work on the next ones meanwhile, in threads.
+        """Quantize a weight slab by slab and yield ``pack(slab)`` in order; the next slabs may be
+        solved and packed in threads meanwhile.
 
         Args:
-            slabs: as ``quantize`` takes them; of no more weights than ``held`` of them may take.
+            slabs: row ranges as for ``quantize``, small enough that ``held`` of them fit in memory.
         """
         stats = self.statistics.for_weight(name) if self.statistics else None
         if self._at_once == 1 or len(slabs) == 1:
             for rows in slabs:
                 if rows is None or rows.start == 0:
-                    self.fallen.pop(name, None)  # begun anew
+                    self.fallen.pop(name, None)  # the weight starts over
                 found = self._solve(self.read(name, rows), grid, stats)
                 if found.fallen:
                     self.fallen[name] = self.fallen.get(name, 0) + found.fallen
@@ -125,7 +124,7 @@ class Weights:
         yield from in_order(works, self._at_once)
 
     def notes(self) -> tuple[str, ...]:
-        """A line for the report, where rows fell back."""
+        """A report line where the solver fell back on a simpler one for some rows."""
         rows_of = {row["weight"]: row["fallen"] for row in self.ledger.values()}
         fallen = {name: rows for name, rows in (self.fallen | rows_of).items() if rows}
         if not fallen:
@@ -140,13 +139,13 @@ class Weights:
 
 # --- the ledger -------------------------------------------------------------------------------
 #
-# What is written of one target: its finished tensors, a line each, so that a build that was cut
-# off goes on behind them.
+# The finished tensors of one target, a line each, so that ``--resume`` continues an interrupted
+# build after them.
 #
-# A line is appended when the tensor's bytes are in the target's file. What a process wrote outlives
-# it, even after kill -9; it need not outlive the machine. So the file is synced every few seconds,
-# the ledger says up to where, and lines behind that count only until the machine starts again. The
-# line that was being written when the build ended is left out.
+# A line is appended when the tensor's bytes are in the target's file. Written bytes survive the
+# process, even after kill -9, but not necessarily a power loss. So the file is synced every few
+# seconds, the ledger records up to where, and later lines count only until the machine reboots. A
+# line cut short when the build ended is ignored.
 
 SYNC_EVERY = 5.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -155,14 +154,14 @@ Row = dict[str, Any]
 
 
 class Ledger(dict[str, Row]):
-    """Finished tensors by name, in the order of their coming.
+    """Finished tensors by name, in the order of writing.
 
     Args:
         path: the file; None keeps the ledger in memory only.
-        target: names what is written. What stands in the file of another target is forgotten.
-        sync_every: seconds of work that a loss of power may cost.
-        boot: file that is another after every start of the machine (Linux has one); where there is
-            none, every start is taken for new.
+        target: identifies the artifact; lines of another target in the file are dropped.
+        sync_every: seconds of work that a power loss may cost.
+        boot: file whose content changes at every boot (Linux has one); without it every run is
+            taken for a new boot.
     """
 
     def __init__(
@@ -196,13 +195,13 @@ class Ledger(dict[str, Row]):
         self._append({"boot": self._boot})
 
     def add(self, name: str, file: Path, end: int, **facts: Any) -> None:
-        """A tensor is finished.
+        """Record a finished tensor.
 
         Args:
             name: of the tensor.
-            file: that it was written to; its bytes are out of the process (flushed).
-            end: where they end in the file.
-            facts: what the writer will want to know of it.
+            file: that it was written to, flushed.
+            end: offset of its end in the file.
+            facts: values that the writer needs when it resumes.
         """
         self[name] = {"done": name, "end": end, **facts}
         self._append(self[name])
@@ -211,18 +210,18 @@ class Ledger(dict[str, Row]):
             self.sync()
 
     def sync(self) -> None:
-        """Have what is finished outlive the machine, too."""
+        """Sync the finished tensors to disk, so that they survive a power loss."""
         if self._path is not None and self._unsynced is not None:
             sync(self._unsynced)
             self._append({"synced": True})
             self._unsynced, self._synced_at = None, time.monotonic()
 
     def cut(self, file: Path) -> bool:
-        """Make a file end where its last finished tensor does.
+        """Truncate a file to the end of its last finished tensor.
 
         Returns:
-            False where it is to be written from its start: nothing is finished, or it is not as
-            long as the ledger says; then the ledger is empty, too.
+            False where the file must be written from its start: nothing is finished, or it is
+            shorter than the ledger says; then the ledger is emptied.
         """
         end = max((row["end"] for row in self.values()), default=0)
         if end and file.is_file() and file.stat().st_size >= end:
@@ -248,12 +247,12 @@ class Ledger(dict[str, Row]):
 
 
 def has_finished(path: Path) -> bool:
-    """Whether a ledger's file tells of any tensor."""
+    """Whether a ledger's file has any finished tensor."""
     return any("done" in row for row, _ in read_lines(path))
 
 
 def read_lines(path: Path) -> Iterator[tuple[Row, int]]:
-    """Rows of a ledger's file and where each ends, up to the first that is not whole."""
+    """Rows of a ledger's file and their end offsets, up to the first incomplete one."""
     if not path.is_file():
         return
     end = 0
@@ -261,7 +260,7 @@ def read_lines(path: Path) -> Iterator[tuple[Row, int]]:
         end += len(line)
         try:
             row = json.loads(line)
-        except ValueError:  # the page of a file that never came to the disk is zeros
+        except ValueError:  # a page that was never flushed to the disk reads as zeros
             return
         if not line.endswith(b"\n") or not isinstance(row, dict):
             return

@@ -117,8 +117,8 @@ def failures(artifact: ArtifactReport) -> list[str]:
     lines = []
     for gate in artifact.gates:
         difference = artifact.tokenizer_difference if gate.name == "tokenizer_agreement" else None
-        told = f": {tokenizes_otherwise(difference)}" if difference else ""
-        lines += [] if gate.passed else [gate_failure(gate) + told]
+        why = f": {tokenizes_otherwise(difference)}" if difference else ""
+        lines += [] if gate.passed else [gate_failure(gate) + why]
     sample = artifact.generation
     if artifact.generation_consistent is False and sample is not None:
         # Greedy tokens differ with and without the cache: more than a tie is a wrong cache.

@@ -12,7 +12,7 @@ import gguf
 import pytest
 from exported import Exported, Exports
 
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer import Tokenizer, has_tokenizer
 from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import CheckpointError
 from compress.verify.agreement import Agreement, compare, encode_all
@@ -67,7 +67,9 @@ def read(folder: Path) -> dict[str, Any]:
 def without(*names: str) -> Edit:
     def edit(folder: Path) -> None:
         for name in names:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
+        if not has_tokenizer(folder):
+            pytest.skip("this version of transformers saves tokenizer.json alone")
 
     return edit
 
