@@ -1,1 +1,1 @@
-"""Calibration: texts, the walk through the float model, statistics of inputs."""
+"""Calibration: texts, the walk through the float model, input statistics."""

@@ -1,14 +1,14 @@
 """Calibration statistics of the inputs of the linears, in memory and on disk.
 
 Linears that multiply the same input share its statistics: q, k and v; gate and up; in a parallel
-block (phi) also up and q. An input goes by the name of its first linear: ``blocks.3.q_proj``,
+block (phi) also up and q. An input is named after its first linear: ``blocks.3.q_proj``,
 ``blocks.3.o_proj``, ``blocks.3.gate_proj`` (``up_proj`` without a gate), ``blocks.3.down_proj``,
-``lm_head``. A stored block that runs several times (MobileLLM-LS) pools its repeats.
+``lm_head``. A stored block that runs several times (MobileLLM-LS) has pooled statistics.
 
 On disk: one ``.npz`` per stored block and one for the head. A Hessian is stored as the square roots
 of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
-mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Inputs held
-back are stored in float16, each row over its largest magnitude.
+mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Held-back
+inputs are stored in float16, each row divided by its largest magnitude.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class LayerStats:
     Attributes:
         count: tokens seen.
         importance: mean of ``x²``, float32 ``[columns]``: weights of the squared error.
-        mean: mean of ``x``, float32 ``[columns]``; None where it is not known (an imatrix file).
+        mean: mean of ``x``, float32 ``[columns]``; None where it is unknown (an imatrix file).
         hessian: mean of ``x xᵀ`` as its diagonal blocks in order, float32 ``[n, n]`` each, the
             ``n`` adding up to ``columns``: usually one block, several where a wide input was split
-            to save memory. None where no solver asked for it.
-        held_back: some ``x`` of their own, float32 ``[rows, columns]``, which the Hessian has not
-            seen: to measure on. None without a Hessian, or with too few windows to spare any.
-        drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as blocks like
-            the Hessian's. None where ``x`` is the float model's; never stored on disk.
+            to save memory. None where no solver needs it.
+        held_back: rows of ``x`` that are not in the Hessian, float32 ``[rows, columns]``, to
+            measure errors on. None without a Hessian, or with too few windows.
+        drift: mean of ``(f - x) xᵀ``, where the float model has the input ``f``, as diagonal
+            blocks like the Hessian's. None where ``x`` is the float model's; never on disk.
 
     Example:
         >>> x = np.eye(4, dtype=np.float32)  # four tokens
@@ -80,20 +80,20 @@ class Statistics:
         self._lock = threading.Lock()  # slabs of one weight are solved at a time
 
     def for_weight(self, name: str) -> LayerStats | None:
-        """Statistics of what a weight multiplies; None for an embedding or an unseen input.
+        """Statistics of a weight's input; None for an embedding or an input without statistics.
 
         Args:
             name: as in ``compress.decoder.config.WeightMap``, fused or not.
 
-        The same object comes back while weights of the same input are asked for one after the
-        other (row slabs; q, k and v), so that a solver may keep what it made of it.
+        Consecutive calls for weights of the same input (row slabs; q, k and v) return the same
+        object, so that a solver can cache what it computes from it.
         """
         key = input_of(self._config, name)
         if key is None:
             return None
         with self._lock:
             if key != self._last[0]:
-                self.forget()  # before the next is made: it is large
+                self.forget()  # before the next is loaded: it is large
                 self._last = (key, self.load(key))
             return self._last[1]
 
@@ -103,15 +103,15 @@ class Statistics:
 
     @classmethod
     def of(cls, config: DecoderConfig, stats: Mapping[str, LayerStats]) -> Statistics:
-        """Over a mapping from input names, all in memory."""
+        """Statistics from a mapping by input name, all in memory."""
         return cls(config, stats.get)
 
     @classmethod
     def open(cls, config: DecoderConfig, folder: Path, *, hessian: bool) -> Statistics:
-        """Over the files that ``save`` wrote, read when asked for.
+        """Statistics from the files of ``save``, read on request.
 
         Args:
-            hessian: False leaves Hessians on disk where there are any.
+            hessian: False does not load Hessians.
         """
         return cls(config, lambda key: load(folder / file_name(key), key, hessian=hessian))
 
@@ -145,12 +145,12 @@ def input_names(config: DecoderConfig) -> Iterator[str]:
 
 
 def file_name(key: str) -> str:
-    """The file that holds an input: ``blocks.3.npz``, ``lm_head.npz``."""
+    """The file that holds an input's statistics: ``blocks.3.npz``, ``lm_head.npz``."""
     return ".".join(key.split(".")[:2]) + ".npz"
 
 
 def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
-    """Write the inputs of one file."""
+    """Write the statistics of one file's inputs."""
     arrays: dict[str, Any] = {}
     for key, entry in stats.items():
         arrays[f"{key}.count"] = np.int64(entry.count)
@@ -169,7 +169,7 @@ def save(path: Path, stats: Mapping[str, LayerStats]) -> None:
 
 
 def load(path: Path, key: str, *, hessian: bool) -> LayerStats | None:
-    """Read one input; None where the file does not have it.
+    """Read the statistics of one input; None where the file does not have it.
 
     Raises:
         CheckpointError: a damaged file.
@@ -216,7 +216,7 @@ def pack_hessian(hessian: Float32) -> tuple[Float32, NDArray[np.int16]]:
 
 
 def unpack_hessian(roots: Float32, triangle: NDArray[np.int16]) -> Float32:
-    """What ``pack_hessian`` packed, float32 ``[n, n]``."""
+    """The inverse of ``pack_hessian``, float32 ``[n, n]``."""
     size = len(roots)
     hessian = np.empty((size, size), np.float32)
     start = 0

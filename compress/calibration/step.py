@@ -3,9 +3,9 @@
 Statistics come from the recipe's texts (walked, or from the cache) or from an imatrix file; ``rtn``
 needs none, and then nothing is read.
 
-A walk (``walk.py``) that is killed leaves in the cache what it has found, and the next one with the
-same weights and windows goes on with the block that it was at. Of two builds that want the same,
-one walks and the other waits for it.
+A walk (``walk.py``) that is killed leaves its results in the cache, and the next one with the same
+weights and windows continues with the next block. Of two builds that need the same statistics, one
+walks and the other waits for it.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ LAYOUT = 2  # of the cache; part of its key
 
 @dataclass(frozen=True)
 class Importance:
-    """The options that go around the recipe's calibration.
+    """The options that bypass or export the recipe's calibration.
 
     Attributes:
-        imatrix: take importance from this file of llama.cpp.
-        save: write the importance to such a file.
+        imatrix: llama.cpp file to read importance from.
+        save: llama.cpp file to write importance to.
     """
 
     imatrix: Path | None = None
     save: Path | None = None
 
     def check(self, recipe: Recipe, calibration: Sequence[Path], *, measures: bool = False) -> None:
-        """Refuse options that would have no effect, and files that are not there.
+        """Refuse options that would have no effect, and missing files.
 
         Args:
-            recipe: its solver and, where that looks at inputs, its texts count.
+            recipe: its solver is checked and, where that uses input statistics, its texts.
             calibration: ``--calibration``.
-            measures: whether grids are chosen by measurement, which looks at inputs too.
+            measures: whether grids are chosen by measurement, which uses them too.
 
         Raises:
-            UsageError: with what to type instead.
+            UsageError: with a hint.
         """
         use, solver = "--set quantize.solver=scale_search", recipe.solver
         if self.imatrix and calibration:
@@ -96,7 +96,7 @@ class Importance:
 
 
 def imatrix_format() -> Format:
-    """The format whose tools have importance files (llama.cpp's imatrix)."""
+    """The format that can read and write importance files (llama.cpp's imatrix)."""
     return next(row for row in FORMATS.values() if row.imatrix)
 
 
@@ -106,8 +106,8 @@ def texts_of(recipe: Recipe) -> list[Path]:
 
 
 class CalibrationStep:
-    """Statistics for the targets of one job; texts are tokenized once, and equal sources walked
-    once. ``keep``: leave what a walk has found where it ends by an exception.
+    """Input statistics for the targets of one job. Texts are tokenized once, and equal sources are
+    walked once. ``keep``: keep a walk's results on disk where it ends by an exception.
     """
 
     def __init__(
@@ -123,21 +123,21 @@ class CalibrationStep:
         self.console, self.threads = console, threads
 
     def on(self, job: Job) -> CalibrationStep:
-        """The same for another job."""
-        step = copy(self)  # with the texts, if they were read
+        """The same step for another job."""
+        step = copy(self)  # keeps the texts, if they were read
         step.job = job
         return step
 
     def gather(self, source: Source, plan: Plan) -> Statistics | None:
-        """What solver and transforms of a target must know of the inputs of ``source``; None if
-        nothing.
+        """The input statistics of ``source`` that a target's solver and transforms need; None if
+        none.
 
         Args:
             source: the weights that ``plan`` is made of.
             plan: of the target.
 
         Raises:
-            UsageError: texts that are not there or too short.
+            UsageError: texts that are missing or too short.
             ArtifactError: an imatrix file that cannot be read or is another model's.
             CheckpointError: weights or a tokenizer that cannot be read.
         """
@@ -149,12 +149,12 @@ class CalibrationStep:
         return self._collect(source, self.texts, hessian="hessian" in needs)
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
-        """What a cost table is measured with, whatever the solver: statistics of the inputs of the
-        float model, texts, and a name for where the statistics are from.
+        """The data to measure a cost table with, for any solver: input statistics of the model,
+        the texts, and a description of the statistics' source.
 
         Args:
             source: the weights.
-            tokens: of the texts, which then leave no second moments; 0: what the recipe says.
+            tokens: of the texts, without Hessians; 0: the recipe's number.
 
         Raises:
             As ``gather``.
@@ -170,13 +170,13 @@ class CalibrationStep:
 
     @property
     def propagates(self) -> bool:
-        """Whether each block is solved with what the quantized blocks before it produce."""
+        """Whether each block is quantized on the outputs of the quantized blocks before it."""
         recipe = self.job.recipe
         wanted = bool(needs_of(recipe.solver)) and recipe.calibration.propagate == "quantized"
         return wanted and not self._importance.imatrix
 
     def windows(self) -> Sequence[Sequence[int]]:
-        """The recipe's texts as windows of tokens, for a walk that starts now.
+        """The recipe's texts as windows of token ids; also sets the threads for a walk.
 
         Raises:
             UsageError: texts that are not there or too short.
@@ -185,7 +185,7 @@ class CalibrationStep:
         return self.texts.windows
 
     def notes(self) -> list[str]:
-        """A line for the report that says where the solver's statistics are from."""
+        """A line for the report that names the source of the solver's statistics."""
         solver = self.job.recipe.solver
         if self._importance.imatrix:
             name = self._importance.imatrix.name
@@ -197,7 +197,7 @@ class CalibrationStep:
         return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
 
     def save_imatrix(self) -> None:
-        """``--save-imatrix``: the importance of the common source's inputs, as llama.cpp's file."""
+        """``--save-imatrix``: write the common source's input importance as an imatrix file."""
         path, source = self._importance.save, self.job.source
         if path is None:
             return
@@ -212,7 +212,7 @@ class CalibrationStep:
 
     @cached_property
     def texts(self) -> CalibrationSet:
-        """The recipe's calibration texts as windows of tokens.
+        """The recipe's calibration texts as windows of token ids.
 
         Raises:
             UsageError: texts that are not there or too short.
@@ -233,7 +233,7 @@ class CalibrationStep:
         """Statistics from these texts.
 
         Args:
-            hessian: with second moments also where the recipe does not need them; None: without.
+            hessian: True: with Hessians even where the recipe does not need them; None: without.
         """
         recipe = self.job.recipe
         if hessian is not None:
@@ -254,13 +254,13 @@ def collect(
     keep: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """Statistics from the cache, or from a walk that is then cached.
+    """Input statistics from the cache, or from a walk that is then cached.
 
     Args:
         source: the weights; equal ones (``Source.fingerprint``) share their statistics.
         calibration: windows.
-        hessian: whether Hessians are wanted; statistics that have them serve without, too.
-        keep: leave what was found, too, where the walk ends by an exception.
+        hessian: whether Hessians are needed; cached statistics with them serve both cases.
+        keep: keep the walk's results where it ends by an exception.
         progress: of the walk.
     """
     place, config = cache_folder(), source.config
@@ -280,7 +280,7 @@ def collect(
         final = full if hessian else light
         shutil.rmtree(final, ignore_errors=True)  # damaged
         collect_anew(source, calibration, final, hessian, keep, progress)
-        if hessian:  # they serve both, so the lesser ones may go
+        if hessian:  # these serve both cases: delete those without
             shutil.rmtree(light, ignore_errors=True)
         return Statistics.open(config, final, hessian=hessian)
 
@@ -295,7 +295,7 @@ def collect_anew(
     keep: bool,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Walk, and put the statistics into the folder ``final``; arguments as of ``collect``."""
+    """Walk, and save the statistics in the folder ``final``; arguments as of ``collect``."""
     with walk_folder(final, keep=keep) as work:
         folder = work / "statistics"
         folder.mkdir(exist_ok=True)
@@ -312,17 +312,18 @@ def collect_anew(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
-        check_unchanged(source.checkpoint.opened)  # or the cache would answer for other weights
+        check_unchanged(source.checkpoint.opened)  # or the cache entry would be of other weights
         folder.rename(final)
 
 
 @contextmanager
 def walk_folder(final: Path, *, keep: bool) -> Iterator[Path]:
-    """Where a walk works: ``FINAL.partial``, or what another one left there; removed at the end.
+    """The work folder of a walk: ``FINAL.partial``, new or left by an interrupted walk; removed at
+    the end.
 
     Args:
-        final: where its statistics will be.
-        keep: leave it where the walk ends by an exception.
+        final: folder of the finished statistics.
+        keep: do not remove it where the walk ends by an exception.
     """
     partial = final.with_name(final.name + ".partial")
     partial.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Calibration texts become windows of token ids."""
+"""Reads calibration texts and cuts them into windows of token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BUILTIN", "BUILTIN_PATHS", "CalibrationSet"]
 BUILTIN = "builtin"
 # The built-in set mixes English prose, chat turns, source code, numbers and tables, and nineteen
 # other languages: statistics of one domain (only an encyclopedia, only code) hurt the others.
-# README.md beside the files says what each is. UTF-8; ``.jsonl`` has one conversation per line.
+# README.md in their folder describes them. UTF-8; ``.jsonl`` has one conversation per line.
 FILES = ("prose.txt", "chat.jsonl", "code.txt", "numbers.txt", "languages.txt")
 BUILTIN_PATHS = [Path(__file__).with_name("builtin") / name for name in FILES]
 
@@ -44,11 +44,11 @@ class CalibrationSet:
         return sum(map(len, self.windows))
 
     def digest(self) -> str:
-        """SHA-256 of the windows: names texts, tokenizer and sampling at once."""
+        """SHA-256 of the windows: identifies texts, tokenizer and sampling."""
         return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
 
     def first(self, tokens: int) -> CalibrationSet:
-        """The windows of the first so many tokens, at least one."""
+        """The first windows, up to ``tokens`` tokens, at least one."""
         return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))])
 
     @classmethod
@@ -61,19 +61,19 @@ class CalibrationSet:
         sequence_length: int,
         seed: int,
     ) -> CalibrationSet:
-        """Draw windows from texts: sources in equal parts, and the files of ``builtin`` too.
+        """Draw windows from texts: equal parts of each source, and of each file of ``builtin``.
 
         Args:
             sources: ``builtin``, plain text files, or ``.jsonl`` files whose lines have a ``text``
                 or chat ``messages``.
             tokens: how many to draw, rounded down to whole windows, at least one.
-            sequence_length: of a window, a BOS included where the tokenizer adds one.
+            sequence_length: of a window, including BOS where the tokenizer adds one.
             seed: of the order of passages.
 
-        Fewer windows come back where the texts are shorter.
+            Returns fewer windows where the texts are shorter.
 
-        Raises:
-            UsageError: a text that is not there, not readable, or shorter than one window.
+            Raises:
+                UsageError: a text that is missing, not readable, or shorter than one window.
         """
         streams = []
         for source in sources:
@@ -95,7 +95,7 @@ class CalibrationSet:
 
 
 def take_turns(streams: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
-    """One from each in turn, as long as any has one."""
+    """Yield one item of each stream in turn, until all are empty."""
     waiting = list(streams)
     while waiting:
         for stream in list(waiting):
@@ -107,9 +107,9 @@ def take_turns(streams: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
 
 
 def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iterator[list[int]]:
-    """Windows of one file: its passages in shuffled order, one after the other, cut to length.
+    """Windows of one file: its passages in shuffled order, joined and cut to length.
 
-    Tokenizes no more than is asked for. An incomplete last window is dropped.
+    Tokenizes lazily. An incomplete last window is dropped.
     """
     passages = read_passages(path, tokenizer, characters=4 * length)
     random.Random(seed).shuffle(passages)
@@ -118,7 +118,7 @@ def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iter
     pending: list[int] = []
     for passage in passages:
         ids = tokenizer.encode(passage)
-        if head and ids[:1] == head:  # a chat template writes its own
+        if head and ids[:1] == head:  # a chat template adds its own
             ids = ids[1:]
         pending += ids
         while len(pending) >= body:
@@ -127,7 +127,7 @@ def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iter
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that cannot read the texts a build wants.
+    """Refuse a checkpoint without a tokenizer, before a build that needs texts.
 
     Raises:
         CheckpointError: no tokenizer.
@@ -142,14 +142,14 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def read_words(path: Path, missing: str, empty: str) -> str:
-    """A text of the user's.
+    """Read a user's text file.
 
     Args:
         path: UTF-8.
-        missing, empty: hints for a file that is.
+        missing, empty: hints for a missing or empty file.
 
     Raises:
-        UsageError: not there, not UTF-8, or empty.
+        UsageError: missing, not UTF-8, or empty.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,11 +165,11 @@ def read_words(path: Path, missing: str, empty: str) -> str:
 
 
 def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str]:
-    """A plain text in pieces of whole lines, each at least ``characters`` long; or the lines of a
-    JSONL file as texts.
+    """Split a plain text into passages of whole lines, each at least ``characters`` long; or read
+    the lines of a JSONL file as passages.
 
     Raises:
-        UsageError: not there, not UTF-8, empty, or a line without ``text`` and ``messages``.
+        UsageError: missing, not UTF-8, empty, or a line without ``text`` and ``messages``.
     """
     text = read_words(
         path,
@@ -191,7 +191,7 @@ def read_passages(path: Path, tokenizer: Tokenizer, characters: int) -> list[str
 
 
 def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
-    """The text of one JSONL line; a chat through a tokenizer's template, or plainly without one.
+    """The text of one JSONL line; a chat is rendered with the tokenizer's template, if any.
 
     Raises:
         UsageError: not an object with ``text`` or ``messages``.
@@ -220,7 +220,7 @@ def read_row(where: str, row: str, tokenizer: Tokenizer | None) -> str:
 
 
 def checked(value: Any) -> str:
-    """A string of JSON; anything else (null, a list of parts) is a TypeError."""
+    """The value if it is a string; anything else (null, a list of parts) is a TypeError."""
     if not isinstance(value, str):
         raise TypeError(value)
     return value

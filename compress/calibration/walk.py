@@ -1,9 +1,9 @@
-"""Runs windows of tokens through one block after the other and gathers statistics of every linear's
+"""Runs windows of tokens through the model block by block and gathers statistics of every linear's
 input (``compress.calibration.statistics``).
 
 The walk holds one block's weights and the hidden states of all windows, in bfloat16; above
-``states_limit`` the states live in a memory-mapped file. Blocks see what the previous blocks of the
-float model produce (``walk``), or what other weights make of them (``walk_beside``).
+``states_limit`` the states are in a memory-mapped file. A block's input is the output of the
+previous blocks of the float model (``walk``), or of the quantized model (``walk_beside``).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Boundary", "held_back", "walk", "walk_beside"]
 
 STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where that is less ...
-STATES_SHARE = 1 / 8  # ... this share of what may be taken
-HELD_BACK = 16  # of so many windows one is left out of the Hessian, to measure solvers on ...
-HELD_ROWS = 1024  # ... or of more, where that would be more tokens than these
+STATES_SHARE = 1 / 8  # ... this share of the available memory
+HELD_BACK = 16  # one of this many windows is left out of the Hessian, to measure solvers on ...
+HELD_ROWS = 1024  # ... or of more, so that at most this many tokens are
 
 
 class Accumulator:
@@ -46,9 +46,9 @@ class Accumulator:
         self.drifts: list[Tensor] = []
 
     def add(self, x: Tensor, *, hold_back: bool, beside: Tensor | None = None) -> None:
-        """Rows ``[n, columns]`` of the input; those held back are not for the Hessian.
+        """Add rows ``[n, columns]`` of the input; held-back rows are not added to the Hessian.
 
-        ``beside``: what the float model has there.
+        ``beside``: the float model's input at these positions, for the drift.
         """
         import torch
 
@@ -68,7 +68,7 @@ class Accumulator:
                 drift.addmm_((beside[:, span] - x[:, span]).T, x[:, span])
 
     def finish(self) -> LayerStats:
-        """The means."""
+        """The statistics of all added rows."""
 
         import torch
 
@@ -87,20 +87,19 @@ class Accumulator:
 
 
 def spacing(windows: Sequence[Sequence[int]]) -> int:
-    """Of so many windows the last is left out of the Hessian."""
+    """Every how many windows one is left out of the Hessian."""
     return max(HELD_BACK, math.ceil(len(windows) * len(windows[0]) / HELD_ROWS))
 
 
 def held_back(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """The windows that are not in the Hessian; none where there are too few to leave one out."""
+    """The windows that are not in the Hessian; none where there are too few windows."""
     every = spacing(windows)
     return windows[every - 1 :: every]
 
 
 class Boundary:
-    """The hidden states before a block, in a folder of their own: where a walk goes on that was cut
-    off. One file, ``block-3.bin``, replaced as a whole; another while it is being written. A walk
-    beside another has two tensors of them, one behind the other in the file.
+    """The hidden states before a block, saved so that an interrupted walk can continue: one file,
+    ``block-3.bin``, replaced atomically. ``walk_beside`` saves two tensors, concatenated.
 
     Attributes:
         index: of the block; 0 where nothing is saved.
@@ -113,7 +112,7 @@ class Boundary:
         self.index = max(saved, default=0)
 
     def load(self, *states: Tensor) -> None:
-        """Fill ``states``, which are of the shapes that were saved."""
+        """Fill ``states``, tensors of the saved shapes, in place."""
         import torch
 
         with self._file(self.index).open("rb") as stream:
@@ -121,7 +120,7 @@ class Boundary:
                 stream.readinto(tensor.view(torch.uint8).numpy().data)
 
     def keep(self, index: int, *states: Tensor) -> None:
-        """Keep the states before block ``index``, and no earlier ones."""
+        """Save the states before block ``index`` and delete earlier ones."""
         import torch
 
         partial = self._folder / "partial"
@@ -140,13 +139,13 @@ class Boundary:
 
 
 class Listener:
-    """Gathers the inputs of linears, each under the name of its input.
+    """Accumulates statistics of the linears' inputs by input name.
 
     Args:
         config: the model.
         windows: token ids, all of the same length.
         hessian: also the means of ``x xᵀ``.
-        roles: of the inputs to listen to (``calibration.statistics.input_roles``); all where empty.
+        roles: of the inputs to record (``calibration.statistics.input_roles``); all where empty.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Listener:
         self._sums: dict[str, Accumulator] = {}
 
     def key(self, name: str) -> str | None:
-        """Input name of the first linear with that input; None for others, whose x is the same."""
+        """The input name of a linear if it is the first with that input, else None."""
         key, role = input_of(self._config, name), split_name(name)[1]
         if (
             key is None
@@ -175,11 +174,11 @@ class Listener:
     def record(
         self, name: str, x: Tensor, position: int, floats: list[Tensor] | None = None
     ) -> None:
-        """An ``OnInput`` of the window at ``position``.
+        """``OnInput`` callback: add a linear's input in the window at ``position``.
 
         Args:
-            floats: what ``remember`` stored of the float model at this window; taken
-                from the front.
+            floats: inputs of the float model in this window, as stored by ``remember``; the
+                first is removed.
         """
         key = self.key(name)
         if key is None:
@@ -191,12 +190,12 @@ class Listener:
         self._sums[key].add(x, hold_back=held, beside=beside)
 
     def remember(self, name: str, x: Tensor, seen: list[Tensor]) -> None:
-        """An ``OnInput`` that only stores the inputs, in the order of the calls."""
+        """``OnInput`` callback: append the input to ``seen``."""
         if self.key(name) is not None:
             seen.append(x)
 
     def finish(self) -> dict[str, LayerStats]:
-        """Statistics of the inputs that were recorded since the last call."""
+        """Statistics of the inputs recorded since the last call."""
         done = {key: entry.finish() for key, entry in self._sums.items()}
         self._sums.clear()
         return done
@@ -214,7 +213,7 @@ def walk(
     boundary: Boundary | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[dict[str, LayerStats]]:
-    """All windows through one block of the float model after the other.
+    """Run all windows through the float model block by block and yield input statistics.
 
     Args:
         config: the model.
@@ -224,12 +223,12 @@ def walk(
         exact: hidden states in float32 instead of bfloat16.
         roles: see ``Listener``.
         work: folder for the file that holds states beyond ``states_limit``.
-        boundary: where to go on; the states before each block are saved there once the statistics
-            of the blocks before it were given out and another is asked for.
+        boundary: saved states to continue from; the states before each block are saved there when
+            the next statistics are requested, after those of earlier blocks were yielded.
         progress: ``progress(done, total)`` in windows times blocks.
 
-    Yields the statistics of each stored block by input name, and at last those of ``lm_head``;
-    of blocks behind the boundary only.
+    Yields the statistics of each stored block by input name, last those of ``lm_head``; only of
+    blocks after the boundary.
     """
     import torch
 
@@ -280,16 +279,16 @@ def walk_beside(
     work: Path | None = None,
     boundary: Boundary | None = None,
 ) -> Iterator[dict[str, LayerStats]]:
-    """All windows through one block after the other, of the float model and of another beside it.
+    """Run all windows through the float model and a quantized model, block by block.
 
-    Statistics are of the inputs that the float block has where the other model's blocks come
-    before it; ``LayerStats.drift`` says how far they are from the float model's.
+    Statistics are of the inputs of a float block that follows the quantized model's blocks;
+    ``LayerStats.drift`` measures their difference from the float model's inputs.
 
     Args:
         config: of both.
         read: weights by name, float32.
-        carry: those of the other model. The embedding's are asked for first; a block's once its
-            statistics were given out; the final norm's last.
+        carry: the quantized model's weights by name, float32. Called for the embedding first, for
+            a block once its statistics were yielded, for the final norm last.
         windows, exact, work, boundary: as ``walk``.
 
     Yields as ``walk``, with Hessians.
@@ -311,7 +310,7 @@ def walk_beside(
         floats = hidden_states(decoder.embed(windows), dtype, work, "floats.bin")
         states = hidden_states(Decoder(config, carry).embed(windows), dtype, work)
     listener = Listener(config, windows, hessian=True)
-    runs = range(config.block_repeat)  # of a stored block, one after the other
+    runs = range(config.block_repeat)  # of a stored block, in sequence
     for index in range(first, config.num_hidden_layers, config.block_repeat):
         block = Block(config, index, read)
         for position in range(len(windows)):
@@ -339,7 +338,7 @@ def walk_beside(
 
 
 def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callable[[Tensor], Tensor]:
-    """The norm before the head with its weights read: ``[n, hidden]`` → ``[n, hidden]``."""
+    """The norm before the head, as a function ``[n, hidden]`` → ``[n, hidden]``."""
     from compress.decoder.decoder import as_tensor, normalize
 
     norm = as_tensor(read("norm.weight"))
@@ -355,7 +354,7 @@ def states_limit() -> int:
 def hidden_states(
     embedded: Sequence[Tensor], dtype: Any, work: Path | None, name: str = "states.bin"
 ) -> Tensor:
-    """The states of all windows, ``[windows, length, hidden]``, mapped to a file when large."""
+    """The states of all windows, ``[windows, length, hidden]``, in a mapped file when large."""
     states = empty_states((len(embedded), *embedded[0].shape), dtype, work, name)
     for position, hidden in enumerate(embedded):
         states[position] = hidden
@@ -365,7 +364,7 @@ def hidden_states(
 def empty_states(
     shape: tuple[int, ...], dtype: Any, work: Path | None, name: str = "states.bin"
 ) -> Tensor:
-    """Room for hidden states, mapped to a file when large."""
+    """An uninitialized tensor for hidden states, in a mapped file when large."""
     import torch
 
     size = math.prod(shape)

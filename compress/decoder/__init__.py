@@ -1,1 +1,1 @@
-"""The decoder: its description from ``config.json``, its tokenizer, and a float32 reference."""
+"""The decoder: its config from ``config.json``, its tokenizer, and a float32 reference."""

@@ -1,7 +1,7 @@
-"""Chat templates, rendered as Hugging Face does, in a process of their own that has limits.
+"""Renders chat templates as Hugging Face does, in a child process with resource limits.
 
-A template is a program that comes with the checkpoint. jinja2's sandbox keeps it from files and
-from Python's insides, but not from running for ever or filling the memory; the process's limits do.
+A template is a program that comes with the checkpoint. jinja2's sandbox denies it files and Python
+internals, but not endless loops or all of the memory; the process limits do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGEST_TEMPLATE = 1_000_000  # characters
 
 
 class ChatTemplate:
-    """A chat template and the special tokens that it may name.
+    """A chat template and the special tokens that it may use.
 
     The process starts with the first chat and ends with the object.
     """
@@ -43,10 +43,10 @@ class ChatTemplate:
         self._process: subprocess.Popen[str] | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The text of a chat.
+        """Render a chat to text.
 
         Raises:
-            CheckpointError: the template fails on it, or takes more than it may.
+            CheckpointError: the template fails on it, or exceeds a limit.
         """
         process, first = self._process, self._process is None
         if process is None:
@@ -75,7 +75,7 @@ class ChatTemplate:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a process that waits for a chat, and close its pipes."""
+    """End a process that waits for its next chat, and close its pipes."""
     process.kill()
     process.communicate()
 

@@ -2,7 +2,7 @@
 
 The environment is that of ``transformers.utils.chat_template_utils`` (jinja2's immutable sandbox,
 ``trim_blocks``, ``lstrip_blocks``, loop controls, ``raise_exception``, ``strftime_now``, ``tojson``
-that escapes no HTML, the tag ``generation``), without the seconds that importing it takes.
+without HTML escapes, the tag ``generation``), but does not need the seconds to import that.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LONGEST_CHAT = 4_000_000  # characters of a rendered chat
 CPU_SECONDS = 10  # for one chat
 MEMORY = 1 << 30  # bytes of address space, the interpreter's included
 DATE = datetime(2024, 7, 26)
-"""What ``strftime_now`` says in place of today, which would make every build another one: the date
-that Llama 3.1's own template falls back to."""
+"""The date that ``strftime_now`` returns instead of today, so that builds are reproducible: the
+default of Llama 3.1's own template."""
 
 
 def serve() -> None:
-    """Read the template, then a chat a line; answer each with ``[text, error]``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    """Read the template, then one chat per line; write ``[text, error]`` for each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, tokens = json.loads(sys.stdin.readline())
@@ -35,26 +35,26 @@ def serve() -> None:
         allow_seconds()
         text, error = "", ""
         try:
-            random.seed(0)  # jinja2's filter of that name
+            random.seed(0)  # for jinja2's filter `random`
             template = template or environment().from_string(source)
             text = template.render(
                 messages=messages, tools=None, documents=None,
                 add_generation_prompt=add_generation_prompt, **tokens,
             )  # fmt: skip
-            text.encode()  # a lone surrogate is no text
+            text.encode()  # fails for a lone surrogate
             if len(text) > LONGEST_CHAT:
                 text, error = "", f"one chat has {len(text):,} characters"
         except MemoryError:
             text, error = "", f"one chat takes more than {MEMORY >> 20} MiB"
         except RecursionError:
             error = "it is nested too deeply"
-        except Exception as failure:  # whatever a template of the checkpoint raises
+        except Exception as failure:  # a template may raise anything
             error = " ".join(str(failure).split())[:200] or type(failure).__name__
         print(json.dumps([text, error]), flush=True)
 
 
 def allow_seconds() -> None:
-    """Limit this process to ``CPU_SECONDS`` from now."""
+    """Limit this process to ``CPU_SECONDS`` more seconds of CPU."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -62,12 +62,12 @@ def allow_seconds() -> None:
 
 
 def environment() -> Any:
-    """What Hugging Face renders chat templates in."""
+    """The jinja2 environment in which Hugging Face renders chat templates."""
     from jinja2 import TemplateError, ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """``{% generation %}``: where the assistant speaks; here only its text."""
+        """``{% generation %}``, which marks assistant turns: rendered as its content."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -1,7 +1,7 @@
-"""The shape of a checkpoint's decoder: ``config.json`` becomes one ``DecoderConfig``, and a
+"""The architecture of a checkpoint: ``config.json`` becomes a ``DecoderConfig``, and a
 ``WeightMap`` says where on disk each weight is. A family is a row in ``compress.decoder.families``.
 
-No torch here.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FUSED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder, whatever its family. Names are Hugging Face's.
+    """The architecture of one decoder, of any family. Names are Hugging Face's.
 
     Attributes:
         family: row of ``FAMILIES``.
-        model_type: for the ``config.json`` that travels with an artifact (MobileLLM → ``llama``).
+        model_type: for the ``config.json`` beside an artifact (MobileLLM → ``llama``).
         architecture: class name for the same.
         norm: ``rmsnorm`` or ``layernorm`` (with bias).
         activation: ``silu`` or ``gelu_new`` (the tanh approximation).
@@ -90,7 +90,7 @@ class DecoderConfig:
     def from_hf(
         cls, keys: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> DecoderConfig:
-        """From ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
+        """Read ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
 
         Raises:
             UnsupportedModelError: an architecture or a setting that is not in ``FAMILIES``.
@@ -133,7 +133,7 @@ class DecoderConfig:
         return ("input_layernorm", *second, *(("q_norm", "k_norm") if self.qk_norm else ()))
 
     def has_bias(self, role: str) -> bool:
-        """Whether the weight of ``role`` (fused or not) comes with a bias."""
+        """Whether the weight of ``role`` (fused or not) has a bias."""
         if role in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
             return self.qkv_bias
         if role == "o_proj":
@@ -169,14 +169,14 @@ class DecoderConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the float model; a tied head counts once, repeated blocks once."""
+        """Parameters of the float model; a tied head and repeated blocks are counted once."""
         weights = WeightMap(self)
         return sum(
             math.prod(weights.shape(name)) for name in weights.names(tied_head=False, repeats=False)
         )
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes that one cached position takes: keys and values of every layer."""
+        """Bytes of one cached position: keys and values of every layer."""
         per_layer = 2 * self.num_key_value_heads * self.head_dim
         return self.num_hidden_layers * per_layer * bytes_per_value
 
@@ -194,9 +194,9 @@ class Part:
 class WeightMap:
     """Names, shapes and places on disk of a decoder's weights.
 
-    Our names: ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight`` and, per block,
+    Packlight's names: ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight`` and, per block,
     ``blocks.{i}.{role}.weight``; biases end in ``.bias``. A fused role (``qkv_proj``,
-    ``gate_up_proj``) and its parts can both be asked for, however the checkpoint stores them.
+    ``gate_up_proj``) and its parts are both available, however the checkpoint stores them.
     """
 
     config: DecoderConfig
@@ -213,7 +213,7 @@ class WeightMap:
         Args:
             tied_head: also ``lm_head.weight`` where it is the embedding.
             repeats: also the blocks that repeat the stored block before them (MobileLLM-LS).
-            fused: the roles of ``FUSED`` to have in the place of their parts.
+            fused: the roles of ``FUSED`` to yield instead of their parts.
         """
         c = self.config
         whole = {part: role for role in fused for part in FUSED[role]}
@@ -238,7 +238,7 @@ class WeightMap:
         return shape if kind == "weight" else shape[:1]
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """The pieces on disk whose rows, one after the other, make the weight.
+        """The row ranges on disk that, concatenated, make the weight.
 
         Raises:
             KeyError: the model has no such weight.
@@ -277,7 +277,7 @@ class WeightMap:
         return tensors
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Hold the checkpoint's headers against the config, without reading a weight.
+        """Compare the checkpoint's shard headers with the config; reads no weights.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
@@ -328,7 +328,7 @@ def stored_block(config: DecoderConfig, block: int) -> int:
 
 
 def input_roles(config: DecoderConfig) -> dict[str, str]:
-    """Role of a linear, fused or not → role by which its input goes."""
+    """Role of a linear, fused or not → role that names its input."""
     mlp = "gate_proj" if config.gated_mlp else "up_proj"
     if config.parallel_residual:
         mlp = "q_proj"
@@ -341,7 +341,7 @@ WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (2
 
 
 def hessian_spans(columns: int) -> list[slice]:
-    """Diagonal blocks of a Hessian: equal, of whole 256s, none wider than ``WIDEST_HESSIAN``."""
+    """Diagonal blocks of a Hessian: equal multiples of 256, none wider than ``WIDEST_HESSIAN``."""
     count = math.ceil(columns / WIDEST_HESSIAN)
     width = columns if count == 1 else 256 * math.ceil(columns / count / 256)
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]

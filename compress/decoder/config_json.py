@@ -1,4 +1,4 @@
-"""JSON files and the keys of a ``config.json`` as checked values: the files are untrusted.
+"""Reads JSON files and checks the values of a ``config.json``: the files are untrusted.
 
 A missing key is a ``KeyError``, an impossible value a ``ValueError`` that says why; the caller that
 reads the file turns both into one line (``DecoderConfig.from_hf``).
@@ -21,10 +21,10 @@ LARGEST = 2**31 - 1
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: not there, not JSON, or not an object.
+        CheckpointError: missing, not JSON, or not an object.
     """
     try:
         value = json.loads(read_bounded(file).decode("utf-8"))
@@ -43,7 +43,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_or_empty(file: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be missing or damaged."""
+    """Read a JSON object from a file; empty where it is missing or damaged."""
     if not file.is_file():
         return {}
     try:
@@ -53,7 +53,7 @@ def json_or_empty(file: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    """Indented UTF-8 JSON with a final newline."""
+    """Write indented UTF-8 JSON with a final newline."""
     text = json.dumps(document, indent=2, sort_keys=sort_keys, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 
@@ -116,7 +116,7 @@ def token_ids(config: Config, key: str, *, most: int = LARGEST) -> tuple[int, ..
 def short(value: Any) -> str:
     """``repr`` cut to one short line, for messages: the value comes from an untrusted file.
 
-    Control characters come out escaped; huge integers, which Python refuses to print, as words.
+    Control characters are escaped; huge integers, which Python refuses to print, become words.
     """
     if isinstance(value, int) and abs(value) > 10**30:
         return "a huge number"

@@ -1,16 +1,16 @@
 """The reference decoder: one float32 torch implementation of every family in ``families.FAMILIES``.
 
-It gives the baseline that artifacts are compared with, the inputs that calibration collects, and
-the logits of weights that were quantized and decoded again. Weights are streamed: a block's are
-read when the block runs and dropped after it, so the peak is one block or the head, not the model.
+It computes the baseline's logits, the inputs that calibration collects, and the logits of weights
+that were quantized and decoded again. Weights are streamed: a block's are read when the block runs
+and dropped after it, so peak memory is one block or the head, not the model.
 
     tokens ─ embed ─┬─────────────┬─ + ─┬────────── + ─ ... ─ norm ─ lm_head ─ logits
                     └ norm ─ attn ┘     └ norm ─ mlp ┘
     parallel (phi): x + attn(norm(x)) + mlp(norm(x)), one norm.
 
 Shapes: hidden states are float32 ``[positions, hidden]``, one sequence at a time; there is no
-batch dimension. Reference: the modelling files of transformers 4.57.6, to which the logits are
-held within 1e-4.
+batch dimension. Reference: the modelling files of transformers 4.57.6; tests compare the logits
+within 1e-4.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from compress.machine import available_memory, set_torch_threads
 
 Float32 = NDArray[np.float32]
 
-STATES_SHARE = 1 / 8  # of the memory that may be taken, for the hidden states of a batch
+STATES_SHARE = 1 / 8  # of the available memory, for the hidden states of a batch
 
 Read = Callable[[str], Float32]
-"""``read(name)``: a weight under our names, e.g. ``Weights.read`` or ``reader(config, dict)``."""
+"""``read(name)``: a weight by packlight's name, e.g. ``Weights.read``, ``reader(config, dict)``."""
 
 OnInput = Callable[[str, Tensor], None]
-"""``on_input("blocks.3.q_proj.weight", x)``: what a linear is about to multiply, ``[n, columns]``.
+"""``on_input("blocks.3.q_proj.weight", x)``: called with a linear's input, ``[n, columns]``.
 
-Linears that share an input (q, k, v; gate, up) are called one after the other with the same
-tensor object.
+For linears that share an input (q, k, v; gate, up) it is called in sequence with the same tensor
+object.
 """
 
 
 def reader(config: DecoderConfig, weights: Mapping[str, Float32]) -> Read:
-    """``read(name)`` over a dict that holds fused names, unfused names, or a mixture.
+    """A ``read(name)`` function over a dict of fused names, unfused names, or a mixture.
 
-    A tied head may be left out. Raises KeyError for what is not there in any form.
+    A tied head may be left out. ``read`` raises KeyError for a missing weight.
     """
 
     def rows(role: str) -> int:
@@ -96,7 +96,7 @@ class Block:
         roles: only these weights, of the half that will be run; None for all.
 
     Attributes:
-        weights: by role and kind (``q_proj.weight``), float32; healing puts others in their place.
+        weights: by role and kind (``q_proj.weight``), float32; healing replaces them.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Block:
         past: Past | None = None,
         on_input: OnInput | None = None,
     ) -> Tensor:
-        """``[n, hidden]`` → ``[n, hidden]``; with ``past``, the positions after those it holds."""
+        """Run the block, ``[n, hidden]`` → ``[n, hidden]``; with ``past``, after its positions."""
         normed = self._norm("input_layernorm", hidden)
         attended = hidden + self.attention(normed, rope, past, on_input)
         if self.config.parallel_residual:
@@ -143,7 +143,7 @@ class Block:
         past: Past | None = None,
         on_input: OnInput | None = None,
     ) -> Tensor:
-        """What is added to the residual for one sequence ``x``, ``[n, hidden]``, normed."""
+        """The attention output for one normed sequence ``x``, ``[n, hidden]``, without residual."""
         c = self.config
         count, start = x.shape[0], past.length if past is not None else 0
         query, key, value = (
@@ -171,7 +171,7 @@ class Block:
         return self._linear("o_proj", merged.reshape(count, -1), on_input)
 
     def mlp(self, x: Tensor, on_input: OnInput | None = None) -> Tensor:
-        """Likewise; rows are independent."""
+        """The MLP output, of the same shape as ``x``; rows are independent."""
         if self.config.gated_mlp:
             gate = F.silu(self._linear("gate_proj", x, on_input))
             inner = gate * self._linear("up_proj", x, on_input)
@@ -181,10 +181,10 @@ class Block:
 
 
 def visible(count: int, start: int, window: int | None) -> Tensor | None:
-    """Which keys each of ``count`` queries after ``start`` cached positions sees.
+    """The attention mask of ``count`` queries after ``start`` cached positions.
 
-    bool ``[count, start + count]``; None where plain causal attention from position 0, or the
-    attention of a single query to everything, says the same.
+    bool ``[count, start + count]``; None where plain causal attention from position 0, or a single
+    query that attends to everything, is equivalent.
     """
     end = start + count
     windowed = window is not None and end > window
@@ -206,7 +206,7 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def as_tensor(values: Float32) -> Tensor:
-    """A float32 tensor over the same memory where that is allowed."""
+    """A float32 tensor over the same memory, or a copy where the memory is read-only."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
@@ -217,7 +217,7 @@ class Decoder:
     Args:
         config: the decoder.
         read: ``read(name)`` → float32.
-        threads: for torch, process-wide; 0 leaves the setting alone.
+        threads: for torch, process-wide; 0 does not change the setting.
         resident: keep every weight after its first use (float32: 4 bytes per parameter), as a
             float runtime would; to measure the baseline's speed. Otherwise weights stream.
     """
@@ -250,7 +250,7 @@ class Decoder:
         """Tables for at least ``positions`` positions.
 
         Raises:
-            UsageError: more than ``config.max_context``, where this decoder is not the model.
+            UsageError: more than ``config.max_context``, where this decoder differs from the model.
         """
         limit = self.config.max_context
         if positions > limit:
@@ -301,7 +301,7 @@ class Decoder:
     def walk(
         self, windows: Sequence[Sequence[int]], on_input: OnInput | None = None
     ) -> Iterator[list[Tensor]]:
-        """All windows through block 0, then all through block 1 …
+        """Run all windows through block 0, then all through block 1 …
 
         Yields the windows' hidden states, one tensor ``[len, hidden]`` each: first the embedded
         tokens, then after every block; ``num_hidden_layers + 1`` times.
@@ -323,7 +323,7 @@ class Decoder:
     ) -> Iterator[Float32]:
         """Logits of each window, float32 ``[len, vocab]``, in order.
 
-        Every weight is read once for each of ``batches``, which is one where memory allows.
+        Every weight is read once for each of ``batches``, usually one.
 
         Args:
             progress: ``progress(done, total)`` after each block and each window.
@@ -346,8 +346,8 @@ class Decoder:
             del head, hidden
 
     def batches(self, windows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-        """Windows that go through the model together: as many as ``STATES_SHARE`` of the memory
-        holds the hidden states of, at least one."""
+        """Batches of windows whose hidden states fit in ``STATES_SHARE`` of the memory, of at least
+        one window each."""
         room = int(available_memory() * STATES_SHARE)
         longest = max([1, *map(len, windows)])
         count = max(room // (4 * self.config.hidden_size * longest), 1)
@@ -357,7 +357,7 @@ class Decoder:
 
     @property
     def name(self) -> str:
-        """For the report."""
+        """Name and version of the runtime, for the report."""
         return f"torch {torch.__version__}, float32"
 
     @property

@@ -1,5 +1,5 @@
-"""The families of decoders: a row each, saying how it departs from llama and what its tensors are
-called. Sources: the ``config.json`` keys, defaults and tensor names of transformers 4.57.6.
+"""The table of decoder families: how each differs from llama, and its tensor names. Sources: the
+``config.json`` keys, defaults and tensor names of transformers 4.57.6.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from compress.decoder.config_json import Config, flag, number, short, token_ids,
 from compress.decoder.rope import Rope, llama3_factors, longrope, yarn
 from compress.errors import UnsupportedModelError
 
-# Limits far above any model, so that a damaged config cannot ask for a table that fills memory.
+# Limits far above any model, so that a damaged config cannot fill the memory with a table.
 MOST_LAYERS = 10_000
 MOST_WIDE = 2**20
 MOST_WORDS = 2**26
@@ -68,10 +68,10 @@ class Family:
     Attributes:
         names: role → tensor name on disk, without ``.weight``; ``{i}`` is the block.
         changes: the fields of ``DecoderConfig`` that differ from llama's reading of the config.
-        model_type, architecture: for the ``config.json`` that travels with an artifact.
+        model_type, architecture: for the ``config.json`` beside an artifact.
         norm_eps: the family's default.
         partial_rotary: the family's default share of a head that rotates.
-        head_dim: the family's default, or 0 for hidden size by heads.
+        head_dim: the family's default, or 0 for hidden size divided by heads.
     """
 
     names: Mapping[str, str]
@@ -87,7 +87,7 @@ class Family:
 
         Raises:
             KeyError, ValueError: a key is missing or its value impossible.
-            UnsupportedModelError: a setting that packlight does not build.
+            UnsupportedModelError: a setting that packlight does not support.
         """
         heads = whole(config, "num_attention_heads", most=MOST_WIDE)
         hidden = whole(config, "hidden_size", most=MOST_WIDE)
@@ -144,7 +144,7 @@ def _llama(config: Config) -> dict[str, Any]:
 
 
 def _mistral(config: Config) -> dict[str, Any]:
-    # A missing key means 4096, null means none; so does transformers read it.
+    # A missing key means 4096, null means none, as in transformers.
     return _phi3(config) if "sliding_window" in config else {"sliding_window": 4096}
 
 
@@ -159,7 +159,7 @@ def _phi(config: Config) -> dict[str, Any]:
     return {
         "norm": "layernorm",
         "norm_eps": number(config, "layer_norm_eps", 1e-5),
-        # Two names of one function.
+        # Two names of the same function.
         "activation": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
         "gated_mlp": False,
         "parallel_residual": True,
@@ -224,8 +224,8 @@ def find_family(config: Config) -> str:
     """The row of ``FAMILIES`` for a ``config.json``.
 
     Raises:
-        UnsupportedModelError: not in the table, already quantized, or only runnable by code that
-            the checkpoint brings along.
+        UnsupportedModelError: not in the table, already quantized, or in need of code from the
+            checkpoint.
     """
     architectures = config.get("architectures") or [None]
     name = architectures[0] if isinstance(architectures, list) else architectures
@@ -254,7 +254,7 @@ def find_family(config: Config) -> str:
             hint="start from the float checkpoint it was made of",
         )
     if family == "llama" and (config.get("share_embedding") or config.get("layer_sharing")):
-        return "mobilellm"  # as Meta's GitHub configs spell it
+        return "mobilellm"  # spelling of Meta's GitHub configs
     return family
 
 

@@ -1,8 +1,8 @@
-"""Memory while running and an upper bound on decode speed: arithmetic only, nothing is loaded.
+"""Memory of a running model and an upper bound on decode speed, computed from the config.
 
-Memory of a running model is three numbers that are added up here and never mixed: weights, KV
-cache at a context, and an allowance for activations. The bound on tokens per second is memory
-bandwidth ÷ bytes read per token: a decoder cannot answer faster than it can read its weights.
+Memory is the sum of three numbers: weights, KV cache at a context, and an allowance for
+activations. The bound on tokens per second is memory bandwidth ÷ bytes read per token: each token
+needs all weights to be read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from compress.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from compress.plan.shapes import PlanEntry
 
-# Tokens that go through the model at once while the prompt is read: llama.cpp's n_ubatch.
+# Prompt tokens that are computed at a time: llama.cpp's n_ubatch.
 PREFILL = 512
 
-# Measured with llama.cpp (benchmarks/activations.md) as memory above what the process had before it
-# loaded the model: an app has no Python, and what it holds itself is not for us to guess.
+# Measured with llama.cpp (benchmarks/activations.md) as memory above that of the process before it
+# loaded the model: an app has no Python, and its own memory is unknown.
 RUNTIME_BYTES = 4_000_000  # graphs, tables of tensors, scratch of threads: 2 MB for six blocks
 # Tokenizer, per token: 170 for its text and type, 220 to 300 more for each merge. Llama 3, with 2.2
 # merges per token, sets the figure; a vocabulary without merges takes a third of it.
@@ -33,7 +33,7 @@ TOKEN_BYTES = 600
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes while running.
+    """Bytes of memory of a running model.
 
     Attributes:
         weights: packed weights, all resident.
@@ -61,26 +61,26 @@ def activation_bytes(config: DecoderConfig, context: int, chunk: int = PREFILL) 
     Against the peaks measured in llama.cpp for eight models from 6 million to 8 billion weights
     (benchmarks/activations.md) it is 2 to 42 % too high, and by 40 MB at most: mostly the tokenizer
     of models with fewer merges than Llama 3, and pages of the buffer that are never touched. It
-    does not hold the logits of a whole chunk: an app asks for the last position only
+    does not include the logits of a whole chunk: an app needs the last position only
     (``n_outputs_max = 1``).
 
     Args:
         config: the model.
         context: positions in the cache.
-        chunk: tokens of the prompt that are computed at once.
+        chunk: prompt tokens that are computed at a time.
     """
     fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
     return fixed + chunk_bytes(config, min(chunk, context), context)
 
 
 def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
-    """llama.cpp's compute buffer while ``tokens`` positions go through a block: to 1 %.
+    """llama.cpp's compute buffer for ``tokens`` positions, in bytes, to 1 %.
 
-    float32 values that are alive together at the widest place, the MLP. Gated: gate, up and their
+    The float32 values that are live at once at the widest point, the MLP. Gated: gate, up and their
     product at its width, and five of the hidden size; not gated: one, in place, and six. It is
-    used again for every block. Beside them the attention mask in float16, one row per token;
-    flash attention, llama.cpp's default, never holds the scores themselves. Attention would be
-    the widest place with an MLP under 1.4 times the hidden size, which no family has.
+    reused for every block. Also the attention mask in float16, one row per token; flash attention,
+    llama.cpp's default, never stores the scores. Attention would be the widest point with an MLP
+    under 1.4 times the hidden size, which no family has.
     """
     wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
     values = wide * config.intermediate_size + narrow * config.hidden_size
@@ -94,12 +94,12 @@ def footprint(
     context: int,
     bytes_per_kv_value: int = 2,
 ) -> Footprint:
-    """The three numbers, and what one token reads.
+    """The memory of a running model, and the bytes that one token reads.
 
     Args:
         config: the model.
         weights_bytes: of the artifact.
-        embedding_bytes: of ``embed_tokens`` among them when it is not the head too, else 0.
+        embedding_bytes: of ``embed_tokens`` among them when it is not also the head, else 0.
         context: positions in the cache.
         bytes_per_kv_value: 2 for float16 caches.
     """
@@ -114,7 +114,7 @@ def footprint(
 
 
 def embedding_bytes(config: DecoderConfig, entries: Sequence[PlanEntry]) -> int:
-    """Bytes of the embedding table that decoding does not read whole: 0 when it is the head."""
+    """Bytes of the embedding table, of which decoding reads one row: 0 when it is also the head."""
     if config.tie_word_embeddings:
         return 0
     return sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
@@ -169,7 +169,7 @@ def get_device(name: str) -> Device:
 
 
 def judge(need: Footprint, device: Device) -> str:
-    """``fits``, ``with entitlement`` (increased-memory-limit) or ``too large``."""
+    """``fits``, ``with entitlement`` (increased-memory-limit) or ``too large``, on a device."""
     if need.total <= device.app_limit:
         return "fits"
     return "with entitlement" if need.total <= device.entitled else "too large"
@@ -181,7 +181,7 @@ def tokens_per_second(need: Footprint, device: Device) -> float:
 
 
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
-    """Positions with which weights, KV cache and activations still fit in ``memory`` bytes."""
+    """The largest context whose weights, KV cache and activations fit in ``memory`` bytes."""
     per_token = need.kv_cache // max(need.context, 1)
 
     def total(context: int) -> int:

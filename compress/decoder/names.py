@@ -1,4 +1,4 @@
-"""Names of tensors that are no weights of a model, or not under their own names; explained."""
+"""Explains tensor names that are not weights of the model, or are renamed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["BUFFERS", "compare_tables", "explain_names"]
 
-# What modules keep beside their weights and compute by themselves: tables of rotary angles, causal
-# masks, positions. Checkpoints of old libraries hold them; transformers ignores them, too.
+# Buffers that modules compute by themselves: tables of rotary angles, causal masks, positions.
+# Checkpoints of old libraries hold them; transformers ignores them, too.
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached|scale)"
     r"|(self_attn|attn|attention)\.(bias|masked_bias|causal_mask)|position_ids"
     r"|rotary_pos_emb\.inv_freq)$"
 )
 
-# What wraps a module, and leaves its mark on the names of its weights.
+# Wrappers of modules that add a prefix to the names of their weights.
 WRAPPERS = {
     "_orig_mod.": "torch.compile puts",
     "module.": "DistributedDataParallel puts",
@@ -36,17 +36,17 @@ WRAPPERS = {
 
 
 def compare_tables(rope: Rope, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Warn where a stored table of rotary frequencies is not the one that ``config.json`` makes:
+    """Warn where a stored table of rotary frequencies differs from that of ``config.json``:
     transformers ignores it, but the model may have been trained with it.
 
     Args:
         rope: of the config.
-        checkpoint: that the tables are in.
-        names: buffers on disk, of any kind.
+        checkpoint: with the tables.
+        names: of buffers on disk; all but tables of frequencies are skipped.
     """
     expected = rope.inverse_frequencies()
     for name in sorted(names):
-        # A hundredth: what bfloat16 leaves of a number, twice.
+        # One percent: above twice bfloat16's resolution, 2**-8.
         if name.endswith(".inv_freq") and not (
             checkpoint.tensors[name].shape == expected.shape
             and np.allclose(checkpoint.read(name), expected, rtol=1e-2)
@@ -61,7 +61,7 @@ def compare_tables(rope: Rope, checkpoint: Checkpoint, names: Iterable[str]) -> 
 def explain_names(
     expected: Collection[str], found: Collection[str], family: str
 ) -> CheckpointError | None:
-    """Why names on disk are not those of a model, where they show it; None where they do not.
+    """Explain why names on disk are not those of the model; None where no cause is recognized.
 
     Args:
         expected: names that the model has.
@@ -96,13 +96,12 @@ def explain_names(
 
 
 def in_path(wrapper: str, name: str) -> bool:
-    """Whether a wrapper's name is one of the modules on the way to a tensor."""
+    """Whether a wrapper's name is part of a tensor's path."""
     return name.startswith(wrapper) or f".{wrapper}" in name
 
 
 def common_prefix(expected: Iterable[str], found: Collection[str]) -> str | None:
-    """What stands before the names of blocks on disk instead of ``model.``; None where nothing
-    fits."""
+    """The prefix of block names on disk in place of ``model.``; None where none is found."""
     inside = next((n for n in expected if n.startswith("model.layers.0.")), None)
     if inside is None or inside in found:
         return None

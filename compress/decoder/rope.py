@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE): what ``config.json`` says, reduced to what a runtime needs.
+"""Rotary position embedding (RoPE): the settings of ``config.json`` as inverse frequencies.
 
 Formulas: ``modeling_rope_utils`` of transformers 4.57.6; longrope is arXiv 2402.13753.
 """
@@ -23,8 +23,8 @@ class Yarn:
     """Settings of YaRN (arXiv 2309.00071).
 
     Attributes:
-        factor: that low frequencies are divided by.
-        original_context: positions of the training before.
+        factor: divisor of low frequencies.
+        original_context: positions of the original training.
         usual: whether the paper's bounds (32 turns and 1, whole pairs) give the same factors.
     """
 
@@ -48,7 +48,7 @@ class Rope:
         attention_factor: multiplied into cos and sin, also for short prompts (``longrope``,
             ``yarn``).
         original_context: positions up to which ``factors`` hold (``longrope``), else 0.
-        yarn: what made ``factors``, for metadata; None for other kinds.
+        yarn: settings behind ``factors``, for metadata; None for other kinds.
         caveat: a line for the user, or ``""``.
     """
 
@@ -65,17 +65,17 @@ class Rope:
     def inverse_frequencies(self) -> Float32:
         """float32 ``[rotary_dim / 2]``, rounded where transformers rounds.
 
-        One unit in the last place here is 2e-4 radians at position 4096, so the order matters:
-        float32 exponent, correctly rounded power, float32 product and reciprocal.
+        One unit in the last place is 2e-4 radians at position 4096, so the order of operations
+        matters: float32 exponent, correctly rounded power, float32 product and reciprocal.
         """
         base = powers(self.theta, self.rotary_dim)
-        if self.yarn is not None:  # factors that give back what was rounded in ``_yarn``
+        if self.yarn is not None:  # in float64: gives back the frequencies rounded in ``_yarn``
             return (1.0 / (np.asarray(self.factors) * base)).astype(np.float32)
         factors = np.asarray(self.factors, np.float32)
         return np.asarray(np.float32(1.0) / (factors * base), np.float32)
 
     def cos_sin(self, positions: int) -> tuple[Float32, Float32]:
-        """Tables of cos and sin, each float32 ``[positions, rotary_dim / 2]``, scaled."""
+        """cos and sin times ``attention_factor``, each float32 ``[positions, rotary_dim / 2]``."""
         angle = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
         scale = np.float32(self.attention_factor)
         return np.cos(angle) * scale, np.sin(angle) * scale
@@ -83,7 +83,7 @@ class Rope:
 
 def powers(theta: float, rotary: int) -> Float32:
     """``theta ** (2i / rotary)`` for each pair of dimensions: exponents in float32, powers rounded
-    to it."""
+    to float32."""
     exponent = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
     return np.power(theta, exponent.astype(np.float64)).astype(np.float32)
 
@@ -109,7 +109,7 @@ def yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) 
     """As ``_compute_yarn_parameters`` of transformers, with its float32 roundings.
 
     Args:
-        positions: that the model has, where ``scaling`` does not name those of its training.
+        positions: of the model, used where ``scaling`` has no original context.
     """
     factor = number(scaling, "factor")
     original = whole(scaling, "original_max_position_embeddings", positions)
@@ -152,7 +152,7 @@ def _yarn_factors(
 
 
 def _attention(factor: float, scaling: Mapping[str, Any]) -> float:
-    """The attention factor of YaRN by its scaling factor, and DeepSeek's two exponents."""
+    """YaRN's attention factor, from the scaling factor and DeepSeek's two mscale values."""
     over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if over and under:
         over, under = number(scaling, "mscale"), number(scaling, "mscale_all_dim")

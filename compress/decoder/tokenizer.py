@@ -1,6 +1,6 @@
-"""The checkpoint's tokenizer, as Hugging Face loads it, and the windows that verification scores.
+"""The checkpoint's tokenizer, loaded with transformers, and the windows that verification scores.
 
-Loaded offline and without remote code. ``transformers`` is imported when a tokenizer is loaded.
+Loading is offline and without remote code, and imports ``transformers``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class Tokenizer:
-    """Text ↔ token ids.
+    """Converts between text and token ids.
 
     Attributes:
         hf: the transformers tokenizer underneath.
-        rows: of the embedding; ids beyond them are left out of ``encode``.
+        rows: of the embedding; ``encode`` drops ids beyond them.
     """
 
     def __init__(self, path: str | Path, rows: int | None = None) -> None:
@@ -35,7 +35,7 @@ class Tokenizer:
         """
         from transformers.utils import logging
 
-        # Its warnings are advice to programmers, of no use to a command line.
+        # transformers' warnings are for programmers, not for users of a command line.
         verbosity = logging.get_verbosity, logging.set_verbosity
         change_setting("transformers' verbosity", *verbosity, logging.ERROR)
         folder = Path(path)
@@ -53,26 +53,26 @@ class Tokenizer:
                 ) from error
             raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
         self.rows = rows
-        self._rendering: dict[str, ChatTemplate] = {}  # a process each
+        self._rendering: dict[str, ChatTemplate] = {}  # each has a process
         if not self.hf.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
             self.hf.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
-        """Token ids. ``add_special``: with what the tokenizer puts around a text (often BOS).
+        """Token ids of a text. ``add_special``: with the tokenizer's special tokens (often BOS).
 
-        Special tokens written out in the text (``<|end|>``) become their ids either way.
+        Special tokens written in the text (``<|end|>``) become their ids in both cases.
         """
         # verbose=False: no warning about texts longer than the model's context.
         ids = list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
         return ids if self.rows is None else [index for index in ids if index < self.rows]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens included, without clean-up of spaces."""
+        """The text of token ids, with special tokens, without clean-up of spaces."""
         text: str = self.hf.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
     def to_json(self) -> str:
-        """The text of ``tokenizer.json``, also where the folder has only older files.
+        """The text of ``tokenizer.json``, converted where the folder has only older files.
 
         Raises:
             CheckpointError: transformers has no fast form of this tokenizer.
@@ -85,7 +85,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The beginning-of-sequence id, whether or not the tokenizer adds it by itself."""
+        """The id of the BOS token, whether or not the tokenizer adds it."""
         token: int | None = self.hf.bos_token_id
         return token
 
@@ -96,15 +96,15 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``render_chat`` can work: base models have no template."""
+        """Whether there is a chat template: base models have none."""
         return bool(self.hf.chat_template)
 
     @cached_property
     def chat_templates(self) -> dict[str, str]:
-        """Name → template, the one that is used first; most have one, ``default``.
+        """Name → chat template, the default first; most models have one, ``default``.
 
         Raises:
-            CheckpointError: something that is no template.
+            CheckpointError: not a template.
         """
         found = self.hf.chat_template or {}
         named = {"default": found} if isinstance(found, str) else found
@@ -117,13 +117,13 @@ class Tokenizer:
     def render_chat(
         self, messages: Messages, *, add_generation_prompt: bool = True, template: str = ""
     ) -> str:
-        """The chat as the model was trained to see it, ready for ``encode(text)``.
+        """Render a chat with the model's template, ready for ``encode(text)``.
 
-        The template writes its own BOS where the model wants one. One that asks for the date gets
-        that of ``chat_server.DATE``: a build has the same bytes tomorrow.
+        The template adds BOS itself where the model needs one. Its date is ``chat_server.DATE``, so
+        that builds are reproducible.
 
         Args:
-            template: one of ``chat_templates``' values, for the first of them.
+            template: one of ``chat_templates``' values; default: the first.
 
         Raises:
             CheckpointError: no chat template, or one that fails on these messages.
@@ -137,27 +137,27 @@ class Tokenizer:
         return rendering.render(messages, add_generation_prompt=add_generation_prompt)
 
 
-# What processors of several media keep their template in, and transformers' tokenizers leave there.
+# File of the chat template of multimodal processors, which tokenizers do not read.
 PROCESSOR_TEMPLATE = "chat_template.json"
 
-MARGIN = 64  # tokens before a cut that the cut may have changed
+MARGIN = 64  # tokens before a cut that may differ from the whole text's
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder has a vocabulary at all."""
+    """Whether a checkpoint folder has a vocabulary."""
     return any((folder / name).exists() for name in VOCABULARIES)
 
 
-# Tokenizer classes whose template is remade from add_bos_token, whatever tokenizer.json says.
+# Tokenizer classes that build their post-processor from add_bos_token and ignore tokenizer.json's.
 REMADE = ("LlamaTokenizer", "CodeLlamaTokenizer")
-# Model types that have the first of these where no class is named.
+# Model types whose tokenizer is of the first class where none is named.
 LLAMAS = ("llama", "mistral", "phi3")
 
 
 def saved_by_5(settings: Mapping[str, Any]) -> bool:
-    """Whether transformers 5 wrote this ``tokenizer_config.json``: tokenizer.json has all of it."""
+    """Whether transformers 5 wrote this ``tokenizer_config.json``: tokenizer.json is complete."""
     return (
         "backend" in settings
         or settings.get("tokenizer_class") == "TokenizersBackend"
@@ -166,11 +166,11 @@ def saved_by_5(settings: Mapping[str, Any]) -> bool:
 
 
 def load(folder: Path) -> Any:
-    """A folder's tokenizer as transformers 4.57 has it, in transformers 4 and 5 alike.
+    """Load a folder's tokenizer as transformers 4.57 does, with transformers 4 and 5.
 
-    The two differ in what they take from ``tokenizer.json``: 4 all but the templates of the classes
-    in ``REMADE``; 5 only the vocabulary, for classes of its own. What 5 saved, and a class that the
-    installed one does not know, is in ``tokenizer.json`` whole, and is read from there.
+    The two differ in what they read from ``tokenizer.json``: 4 everything but the post-processor of
+    the classes in ``REMADE``; 5, for its own classes, only the vocabulary. A tokenizer saved by 5,
+    or of a class unknown to the installed version, is read from ``tokenizer.json`` alone.
     """
     import transformers
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as MODELS
@@ -216,10 +216,10 @@ def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> li
     """The first ``count`` windows of a text, each exactly ``length`` ids long.
 
     The text is encoded without special tokens and cut into contiguous, non-overlapping pieces; an
-    incomplete last piece is dropped. If the tokenizer puts a BOS before a text, then so does every
-    window, and a piece is ``length - 1`` ids of the text; otherwise a piece is ``length`` ids.
-    Scoring starts at the second id of a window, so every piece with BOS is scored whole. Fewer
-    windows come back when the text is shorter than ``count`` of them.
+    incomplete last piece is dropped. If the tokenizer adds a BOS to texts, every window starts with
+    one and has ``length - 1`` ids of the text, otherwise ``length`` ids. Scoring starts at the
+    second id of a window, so with BOS every id of the text is scored. Returns fewer windows where
+    the text is shorter.
 
     Raises:
         UsageError: the text does not fill one window, or ``length`` or ``count`` is too small.
@@ -228,8 +228,8 @@ def eval_windows(text: str, tokenizer: Tokenizer, length: int, count: int) -> li
         raise UsageError(f"cannot score {count} window(s) of {length} token(s)")
     head = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
-    # A text of gigabytes is not encoded to the end: no tokenizer takes 16 characters a token on
-    # average. The last tokens before the cut may be others than in the whole text: not used.
+    # A text of gigabytes is not encoded to the end: no tokenizer averages 16 characters a token.
+    # The last tokens before the cut may differ from those of the whole text: not used.
     start = text[: 16 * (body * count + MARGIN)]
     tokens = tokenizer.encode(start)
     if len(start) < len(text) and len(tokens) < body * count + MARGIN:

@@ -1,7 +1,7 @@
-"""What files need to know of a tokenizer, as Hugging Face loaded it: plain data.
+"""A tokenizer's data for artifacts, as loaded by transformers, in plain types.
 
-transformers, and torch with it, take seconds to load, and more memory than a build by rounding to
-nearest. A build that reads no text has a child process load the tokenizer, without torch.
+transformers and torch take seconds to load, and more memory than a build with ``rtn``. A build that
+reads no text loads the tokenizer in a child process, without torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SPECIAL = (
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFacts:
-    """A tokenizer in plain data.
+    """A tokenizer as plain data.
 
     Attributes:
-        text: of its ``tokenizer.json``, added tokens and all.
-        special: ``bos_token`` … → text, those that it has.
-        others: further special tokens.
+        text: of its ``tokenizer.json``, with added tokens.
+        special: name (``bos_token`` …) → text of the token.
+        others: additional special tokens.
         chat_templates: by name, the default one first.
-        before, behind: ids that it puts around a text.
+        before, behind: ids that it adds before and after a text.
     """
 
     text: str
@@ -45,10 +45,10 @@ class TokenizerFacts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
-        """Of a loaded one.
+        """The facts of a loaded tokenizer.
 
         Raises:
-            CheckpointError: it cannot be written as ``tokenizer.json``, or its template is none.
+            CheckpointError: it cannot be written as ``tokenizer.json``, or has an invalid template.
         """
         hf = tokenizer.hf
         special = {key: str(hf_token) for key in SPECIAL if (hf_token := getattr(hf, key, None))}
@@ -66,7 +66,7 @@ class TokenizerFacts:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """``tokenizer.json``."""
+        """``tokenizer.json``, parsed."""
         document: dict[str, Any] = json.loads(self.text)
         return document
 
@@ -77,7 +77,7 @@ class TokenizerFacts:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Text of every token → its id.
+        """Text → id of every token.
 
         Raises:
             CheckpointError: a damaged vocabulary.
@@ -88,17 +88,17 @@ class TokenizerFacts:
 
 
 def facts_from_child(folder: Path) -> TokenizerFacts:
-    """The facts of a folder's tokenizer, which a child process loads.
+    """The facts of a folder's tokenizer, loaded in a child process.
 
     Raises:
-        CheckpointError: see ``Tokenizer``; or its process ended.
+        CheckpointError: see ``Tokenizer``; or the process ended early.
     """
     root = str(Path(__file__).resolve().parents[2])  # a bare checkout
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-P", "-m", "compress.decoder.tokenizer_facts", str(folder)],
         capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "USE_TORCH": "0"},  # transformers does without
+        env={**os.environ, "PYTHONPATH": paths, "USE_TORCH": "0"},  # for transformers
     )  # fmt: skip
     try:
         answer = json.loads(done.stdout)
@@ -111,7 +111,7 @@ def facts_from_child(folder: Path) -> TokenizerFacts:
 
 
 def main() -> None:
-    """Print the facts of the folder that is named, or why there are none, as JSON."""
+    """Print the facts of the folder in the argument, or the error, as JSON."""
     try:
         answer = asdict(TokenizerFacts.of(Tokenizer(sys.argv[1])))
     except CheckpointError as error:

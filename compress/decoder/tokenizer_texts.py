@@ -1,8 +1,8 @@
-"""Texts that show what a tokenizer does, and what it asks of an embedding.
+"""Texts to compare tokenizers on, and the check of a tokenizer against the embedding's rows.
 
-``texts_for`` is what two forms of one tokenizer are compared on: text of many kinds, every added
-token, every chat template. Text is in Unicode's composed form, the usual one: llama.cpp normalizes
-nothing (the plan has a note where a tokenizer does).
+``texts_for`` returns the texts on which two forms of one tokenizer are compared: text of many
+kinds, every added token, every chat template. They are in Unicode's composed form, the usual one:
+llama.cpp does not normalize (the plan has a note where a tokenizer does).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ TEXTS = (
     "a\n \n  \n b",
     "word1word 2nd 10km x86_64 1st2nd",
 )
-"""Some thirty, of many kinds."""
+"""About thirty texts of many kinds."""
 
-FEW = 256  # added tokens, up to which each gets a text of its own to stand in
+FEW = 256  # up to this many added tokens each gets a text of its own
 
 CHATS: tuple[Messages, ...] = (
     (
@@ -67,12 +67,12 @@ CHATS: tuple[Messages, ...] = (
 def texts_for(tokenizer: Tokenizer) -> list[str]:
     """``TEXTS``, each added token alone and inside text, and the rendered chat templates.
 
-    Tokens without a row of the embedding are left out: nothing can be told with them.
+    Tokens without a row of the embedding are left out: the model cannot use them.
     """
     texts = list(TEXTS)
     found = sorted(tokenizer.hf.get_added_vocab().items(), key=lambda item: item[1])
     added = [text for text, index in found if tokenizer.rows is None or index < tokenizer.rows]
-    size = 1 if len(added) <= FEW else 32  # llama.cpp looks for each of them in every text
+    size = 1 if len(added) <= FEW else 32  # fewer texts: llama.cpp searches each for every token
     for start in range(0, len(added), size):
         some = added[start : start + size]
         inside = (f"a {text} b{text}c\n{text}\nd{text}{text} Hi" for text in some)
@@ -81,7 +81,8 @@ def texts_for(tokenizer: Tokenizer) -> list[str]:
 
 
 def rendered_chats(tokenizer: Tokenizer) -> list[str]:
-    """``CHATS`` in every template that takes them: some want no system prompt, others tools."""
+    """``CHATS`` rendered by every template that accepts them: some refuse a system prompt, others
+    need tools."""
     found = []
     for template, chat in product(tokenizer.chat_templates.values(), CHATS):
         try:
@@ -94,15 +95,15 @@ def rendered_chats(tokenizer: Tokenizer) -> list[str]:
 def check_rows(
     facts: TokenizerFacts, load: Callable[[], Tokenizer], rows: int, ends: Sequence[int]
 ) -> list[str]:
-    """Hold a tokenizer against the embedding.
+    """Check that every id of a tokenizer that texts need has a row of the embedding.
 
     Args:
-        load: the tokenizer itself, where there is something to ask it.
+        load: loads the tokenizer; called only where there are ids beyond the embedding.
         rows: of the embedding.
         ends: ids that end generation, by the model's config.
 
     Returns:
-        A note where there are tokens that no text needs beyond the embedding.
+        A note where there are ids beyond the embedding, none of which is needed.
 
     Raises:
         CheckpointError: an end, a chat template or ordinary text needs one of them.
@@ -128,7 +129,7 @@ def check_rows(
 def needed(
     facts: TokenizerFacts, tokenizer: Tokenizer, beyond: Mapping[int, str], ends: Sequence[int]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Who needs which ids."""
+    """Yield each use of ids (end of generation, chat template, text) with the ids it needs."""
 
     def encoded(texts: Sequence[str]) -> list[int]:
         return [index for text in texts for index in tokenizer.hf.encode(text, verbose=False)]

@@ -1,8 +1,8 @@
 """Grids: the arithmetic of each number format, and nothing else.
 
-A grid knows how to choose its parameters (``fit``), how to turn weights into codes and back
-(``encode``, ``decode``), and how the bytes of its format look (``pack``). It knows neither files
-nor calibration. Solvers drive grids; exporters write what ``pack`` returns.
+A grid chooses its parameters (``fit``: scales, zero points, tables), converts weights to codes and
+back (``encode``, ``decode``), and lays out the bytes of its format (``pack``). It knows neither
+files nor calibration. Solvers call grids; exporters write what ``pack`` returns.
 
 Shapes: a weight is float32 ``[rows, columns]`` = ``[out_features, in_features]``; groups and
 blocks run along the columns (the input dimension), palettes span groups of rows.
@@ -36,8 +36,8 @@ class Grid(Protocol):
     """One number format.
 
     Attributes:
-        name: as its users spell it: ``Q4_K``, ``int4-g32``, ``lut4-g8``, ``F16``. Only
-            ``get_grid`` parses it; everybody else asks the attributes below.
+        name: as in recipes: ``Q4_K``, ``int4-g32``, ``lut4-g8``, ``F16``. Only ``get_grid``
+            parses it; other code reads the attributes below.
         bits: of a code: 4 for ``Q4_K`` and ``lut4-g8``; of a number for ``F16``, 16.
         group_size: columns that share a scale; 0 where whole rows do, or where there is none.
         group_rows: rows that share parameters: 8 for ``lut4-g8``, 0 where all rows of a tensor do
@@ -92,7 +92,7 @@ class Grid(Protocol):
         ...
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
-        """The arrays that are written to the file, as the format wants them."""
+        """The arrays that are written to the file, in the format's layout."""
         ...
 
     def quantize(self, weight: Float32, importance: Float32 | None = None) -> Quantized:
@@ -101,10 +101,10 @@ class Grid(Protocol):
 
 
 class BaseGrid:
-    """What grids have in common; a grid needs nothing of it to be one."""
+    """Default methods of grids; a grid need not inherit from it."""
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Every shape fits."""
+        """Accept every shape."""
 
     def quantize(self: Grid, weight: Float32, importance: Float32 | None = None) -> Quantized:
         """``fit``, then ``encode``."""
@@ -125,11 +125,11 @@ class BlockedGrid(BaseGrid):
     name: str
     block: int
     block_bytes: int
-    group_rows = 1  # they are independent
+    group_rows = 1  # rows are independent
 
     @property
     def span(self) -> int:
-        """See ``LatticeGrid``: a block is fitted on its own."""
+        """See ``LatticeGrid``: each block is fitted independently."""
         return self.block
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -168,24 +168,25 @@ class Lattice:
 
 @runtime_checkable
 class LatticeGrid(Grid, Protocol):
-    """A grid whose columns can be rounded one at a time, on parameters fixed before.
+    """A grid whose columns can be rounded one at a time, after its parameters are chosen.
 
     Attributes:
-        span: columns that one fit belongs to: ``fit`` of those columns alone gives their share of
-            the parameters (joined along the columns). 0 where parameters belong to whole rows.
+        span: columns that can be fitted independently: ``fit`` of those columns alone gives their
+            part of the parameters (joined along the columns). 0 where parameters belong to whole
+            rows.
     """
 
     @property
     def span(self) -> int: ...
 
     def lattice(self, params: Params) -> Lattice:
-        """What ``decode`` computes, up to the last bit, for a solver that needs it by column."""
+        """The values that ``decode`` computes, bit for bit, for solvers that round by column."""
         ...
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """The values that four columns beside each other may take together, parameters being fixed.
+    """The joint values of four adjacent columns once the parameters are fixed.
 
     ``w = ± scale * levels[code & 7]``, minus where ``code & 8``; the columns are cut into as many
     equal runs as ``scale`` has columns. The four levels are a word of the codebook: the last two of
@@ -197,7 +198,7 @@ class Codebook:
         levels: float32 ``[8]``, positive, ascending.
         starts: int64 ``[65]``.
         partners: int64, the same number more than once perhaps.
-        even: of eight columns beside each other, an even number is negative.
+        even: of eight adjacent columns, an even number is negative.
     """
 
     scale: Float32
@@ -209,12 +210,12 @@ class Codebook:
 
 @runtime_checkable
 class CodebookGrid(Grid, Protocol):
-    """A grid whose columns can be rounded some at a time, on parameters fixed before.
+    """A grid whose columns are rounded 4 or 8 at a time, after its parameters are chosen.
 
     Attributes:
         span: see ``LatticeGrid``.
-        together: columns beside each other that are rounded together: 4, or 8 where those share
-            the parity of their signs.
+        together: adjacent columns that are rounded together: 4, or 8 where those share the parity
+            of their signs.
     """
 
     @property
@@ -224,7 +225,7 @@ class CodebookGrid(Grid, Protocol):
     def together(self) -> int: ...
 
     def codebook(self, params: Params) -> Codebook:
-        """What ``decode`` computes, up to the last bit."""
+        """The values that ``decode`` computes, bit for bit."""
         ...
 
 
@@ -235,7 +236,7 @@ class Quantized:
     Attributes:
         codes: as ``grid.encode`` returns them: uint8 ``[rows, columns]``, dense grids the values.
         params: as ``grid.fit`` returns them.
-        grid: that both are of.
+        grid: of codes and parameters.
         shape: ``(rows, columns)`` of the weight.
         fallen: rows for which the solver fell back on a simpler one.
 
@@ -280,8 +281,8 @@ class Quantized:
 
 
 # Rows of the table of grids: a pattern that the whole name matches → the function ``make(name)``
-# that returns the Grid, or the name of a module that has one. Modules are loaded when first asked
-# for: numba takes a second to import. The first pattern that matches counts.
+# that returns the Grid, or the name of a module that has one. Modules are loaded at first use:
+# numba takes a second to import. The first pattern that matches counts.
 GRIDS: dict[str, str | Callable[[str], Grid]] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",

@@ -5,7 +5,7 @@
 
 Codes are stored unsigned in both cases (symmetric: ``q + 8``, zero point 8), which is what
 ``com.microsoft::MatMulNBits`` stores; Core ML's signed form is ``codes - 8``. Scales are float16,
-as the files hold them, and the fit knows it.
+as in the files, and the fit accounts for that rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.errors import GridError
 from compress.grids import Array, BaseGrid, Float32, Lattice, Params
 
 NARROW = 64  # columns of a group; wider ones have their outliers farther out
-# What the search tries, the plain fit first, by bits, symmetry and width of the groups. The others
+# Scales that the search tries, the plain fit first, by bits, symmetry and group width. The others
 # were chosen greedily, each next one the most useful on groups of 32 and 128 normal, Student-t,
 # Laplace and real weights; of seven the five that come within 0.2 % of the error of all.
 # Symmetric: the code that the largest magnitude is put on. Asymmetric: steps over the range of
@@ -68,7 +68,7 @@ class Affine(BaseGrid):
     bits: int
     group_size: int
     symmetric: bool
-    group_rows = 1  # they are independent
+    group_rows = 1  # rows are independent
 
     @property
     def name(self) -> str:
@@ -77,7 +77,7 @@ class Affine(BaseGrid):
 
     @property
     def span(self) -> int:
-        """A group is fitted on its own."""
+        """Each group is fitted independently."""
         return self.group_size
 
     @property
@@ -177,13 +177,13 @@ class Affine(BaseGrid):
         return weight
 
     def lattice(self, params: Params) -> Lattice:
-        """Whole steps above ``scale * zero_point``; see ``compress.grids.LatticeGrid``."""
+        """Even steps with offset ``scale * zero_point``; see ``compress.grids.LatticeGrid``."""
         scale = params["scale"].astype(np.float32)
         levels = np.arange(2**self.bits, dtype=np.float32)
         return Lattice(scale, scale * params["zero_point"], levels[None], even=True)
 
     def pack(self, codes: Array, params: Params) -> dict[str, Array]:
-        """Neutral arrays; each exporter lays them out as its runtime wants.
+        """Unpacked arrays; each exporter lays them out for its runtime.
 
         Returns:
             ``codes`` uint8 ``[rows, columns]`` unpacked, ``scale`` float16, ``zero_point`` uint8.

@@ -2,8 +2,8 @@
 
     w = d * (2 scale + 1) * ± level      float16 d per 256 columns, scale 0..15 per 32 columns
 
-Levels are 1, 3, 5 … 15 (IQ3_XXS: 15.5 for the last), but four columns that lie beside each other
-cannot take any four levels: only those of a list, the codebook, of 512 words (IQ3_S) or 256
+Levels are 1, 3, 5 … 15 (IQ3_XXS: 15.5 for the last), but four adjacent columns cannot take any
+four levels: only those of a list, the codebook, of 512 words (IQ3_S) or 256
 (IQ3_XXS), which is what saves bits: 9 bits (8) for the levels of four weights. A sign is stored for
 every weight, or (IQ3_XXS) for seven of eight: the number of minus signs in eight columns is even.
 There is no zero.
@@ -79,7 +79,7 @@ class WordGrid(BlockedGrid):
         block_bytes: of 256 columns.
         even: whether the number of minus signs in eight columns is even.
         plain: the search when no importance is given.
-        weighted: the search beside a given importance.
+        weighted: the search with an importance.
     """
 
     name: str

@@ -33,7 +33,7 @@ class DenseGrid(BaseGrid):
     """A float format; see ``compress.grids.Grid``. Tensors may have any number of dimensions."""
 
     name: str
-    group_rows = 1  # they are independent
+    group_rows = 1  # rows are independent
 
     @property
     def bits(self) -> int:
@@ -55,14 +55,14 @@ class DenseGrid(BaseGrid):
         return int(np.prod(shape, dtype=np.int64)) * SIZES[self.name]
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
-        """No parameters."""
+        """An empty dict: there are no parameters."""
         return {}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """The nearest stored numbers (ties to even): float32, float16, or uint16 for BF16.
 
         Raises:
-            GridError: F16, and a weight beyond 65504 or not finite would not survive.
+            GridError: F16 and a weight that is not finite or exceeds 65504.
         """
         weight = np.ascontiguousarray(weight, dtype=np.float32)
         if self.name == "F32":

@@ -13,9 +13,9 @@ All of them are, per sub-block, ``scale * levels[code] - minimum``: that is what
 ``levels`` give, what ``decode`` computes (bit for bit as llama.cpp's gguf-py does), and what a
 solver that rounds column by column needs.
 
-Weights must be finite and within float16's range; so are all parameters then. What is smaller
-than half of float16's smallest step decodes to zero, and a scale that would round to zero is
-set to that step.
+Weights must be finite and within float16's range; all parameters then are, too. Weights smaller
+than half of float16's smallest step decode to zero, and a scale that would round to zero is set
+to that step.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class BlockGrid(BlockedGrid):
         symmetric: there is no minimum; Q4_1, Q5_1, Q2_K, Q4_K and Q5_K have one.
         curved: the levels are those of a table, not evenly spaced: IQ4_NL, IQ4_XS.
         plain: the search when no importance is given.
-        weighted: the search beside a given importance.
+        weighted: the search with an importance.
         block_bytes: of a packed block.
     """
 
@@ -103,7 +103,7 @@ class BlockGrid(BlockedGrid):
 
     @property
     def levels(self) -> Float32:
-        """What each code stands for before scale and minimum, float32 ``[2 ** bits]``."""
+        """The value of each code before scale and minimum, float32 ``[2 ** bits]``."""
         if self.curved:
             return IQ4_LEVELS
         return np.arange(2**self.bits, dtype=np.float32) - np.float32(self.zero)

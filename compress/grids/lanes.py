@@ -80,7 +80,7 @@ def all_within(values, limit):
 
 
 def checked(weight: Float32, name: str) -> Float32:
-    """The weight as the kernels want it: contiguous, finite, within float16's range.
+    """The weight checked for the kernels: contiguous, finite, within float16's range.
 
     Raises:
         GridError: a weight that is not finite or exceeds 65504; it begins with the grid's name.
@@ -100,7 +100,7 @@ def beyond_float16(name: str) -> GridError:
 
 
 def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
-    """Importance with mean 1 and no zeros: a column that never mattered still has to decode."""
+    """Importance with mean 1 and no zeros, so that unused columns are fitted too."""
     if importance is None:
         return np.ones(columns, dtype=np.float32)
     if importance.shape != (columns,) or not np.isfinite(importance).all() or importance.min() < 0:
@@ -116,7 +116,7 @@ def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
 
 
 def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) -> None:
-    """``work(begin, end)`` over all rows, in as many threads as there are for it.
+    """Call ``work(begin, end)`` over all rows, in the process's threads.
 
     Each call gets whole units of rows; there are too few for a thread below four of them.
     The kernels release the GIL. Threads of ours rather than numba's own: those abort the process

@@ -7,9 +7,9 @@ negatives. Our codes ascend with the levels; the file has sign and magnitude (bi
 
 Sources: OCP Microscaling Formats (MX) Specification 1.0, 5.3; ``block_mxfp4`` in ggml-common.h.
 
-A scale is a power of two, so a fit has only a few to choose from, and the best of them is found by
-trying: the largest weight goes to a level of 4 to 8, of 8 to 12 (above that it is cut), or is cut
-for the sake of the others. A coarser scale has no level that these do not have.
+A scale is a power of two, so a fit has only a few to choose from and tries them: the largest weight
+goes to a level of 4 to 8, of 8 to 12 (above that it is clipped), or is clipped so that the others
+fit better. A coarser scale has no level that these do not have.
 """
 
 # mypy: allow-untyped-defs
@@ -127,7 +127,7 @@ class MicroscalingFloat(BlockedGrid):
 
 
 def make(name: str) -> MicroscalingFloat:
-    """The grid; there is one."""
+    """The MXFP4 grid."""
     if name != "MXFP4":
         raise GridError(f"there is no grid {name!r}", hint="MXFP4")
     return MicroscalingFloat()

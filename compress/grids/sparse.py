@@ -4,13 +4,13 @@
     s50-int4-g32     half of every row goes, the rest are 4-bit integers in groups
     s75-F16          a quarter of every row stays, as float16
 
-A file keeps a bit for every weight (is it there?) and the codes of those that are. So at 4 bits
-a quarter of zeros saves nothing: ``1 + 0.75 * 4 = 4`` bits a weight. Every row keeps the same
+A file stores a mask of one bit per weight and the codes of the nonzero weights. So at 4 bits a
+quarter of zeros saves nothing: ``1 + 0.75 * 4 = 4`` bits a weight. Every row keeps the same
 number of weights, so that the bytes are known before a weight is read (Wanda, Sun et al., arXiv
 2306.11695, compares within rows too).
 
-Which weights stay is decided by magnitude here; where something knows better
-(``compress.pruning.sparse``), the others are zero already when they come.
+The largest magnitudes are kept here; where ``compress.pruning.sparse`` chose by calibration, the
+others are zero already.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Pattern", "SparseGrid", "make", "pattern_of"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """How many weights of a row stay.
+    """The number of nonzero weights in a row.
 
     Attributes:
         nonzeros: at most so many of ``of`` neighbours in a row are not 0.
@@ -65,7 +65,7 @@ class Pattern:
             raise GridError(f"{self.name}: {columns} columns are not a multiple of {self.of}")
 
     def count(self, columns: int) -> int:
-        """Weights of a row that stay."""
+        """Nonzero weights in a row of so many columns."""
         return (
             columns // self.of * self.nonzeros
             if self.of
@@ -73,10 +73,10 @@ class Pattern:
         )
 
     def mask(self, scores: Array, count: int | None = None) -> Array:
-        """The highest scores of each row, or of each group of neighbours.
+        """A mask of the highest scores of each row, or of each group of neighbours.
 
         Args:
-            scores: float ``[rows, columns]``; of equals the first stay.
+            scores: float ``[rows, columns]``; of equal ones the first are kept.
             count: how many of a row, over ``Pattern.count``; not for groups.
 
         Returns:
@@ -93,7 +93,7 @@ class Pattern:
 
 
 def pattern_of(sparsity: str | float) -> Pattern | None:
-    """A recipe's ``sparsity``: ``none``, ``2of4``, or the share of each row that goes.
+    """The pattern of a recipe's ``sparsity``: ``none``, ``2of4``, or the share of zeros in a row.
 
     Raises:
         GridError: another word, or a share that is not whole percents.
@@ -123,8 +123,8 @@ class SparseGrid(BaseGrid):
     """See the module and ``compress.grids.Grid``.
 
     Attributes:
-        pattern: how many stay.
-        inner: the grid of those.
+        pattern: how many weights are nonzero.
+        inner: the grid of the nonzero weights.
     """
 
     pattern: Pattern
@@ -169,8 +169,8 @@ class SparseGrid(BaseGrid):
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """``mask``, bool ``[rows, columns]``, and the parameters of the inner grid.
 
-        A palette spends no entry on the zeros; its columns, which no longer stand below each
-        other, are weighted alike.
+        A palette has no entry for the zeros. Its packed nonzero weights are no longer aligned by
+        column, so all columns are weighted equally.
         """
         self.pattern.check(weight.shape[1])
         mask = self.pattern.mask(np.abs(weight))
@@ -181,11 +181,11 @@ class SparseGrid(BaseGrid):
         return {**params, "mask": mask}
 
     def encode(self, weight: Float32, params: Params) -> Array:
-        """The inner grid's codes; those of zeros mean nothing."""
+        """The inner grid's codes; codes of masked weights are ignored."""
         return self.inner.encode(weight, _inner(params))
 
     def decode(self, codes: Array, params: Params) -> Float32:
-        """float32 ``[rows, columns]``, zero where nothing is."""
+        """float32 ``[rows, columns]``, zero where the mask is false."""
         weight = self.inner.decode(codes, _inner(params))
         weight[~params["mask"]] = 0
         return weight

@@ -1,7 +1,7 @@
 """Recipes: YAML in, a validated ``Recipe`` out.
 
-What a recipe may hold is typed in ``compress.recipe.model``, which loads pydantic and is imported
-on first use.
+The recipe's types are in ``compress.recipe.model``, which loads pydantic and is imported on first
+use.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ __all__ = [
     "method_of", "needs_of", "parse", "put", "read",
 ]  # fmt: skip
 
-# What of the inputs' statistics a choice of zeros goes by, and the choice where the recipe names
-# none.
+# Input statistics that each way to choose zeros needs, and the default way.
 MASK_NEEDS: dict[str, str] = {"wanda": "importance", "sparsegpt": "hessian"}
 MASK = "sparsegpt"
 
-# How much is pruned, by method: exactly one of these keys.
+# Keys that say how much is pruned, by method: exactly one of them is set.
 AMOUNTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "depth": ("ratio", "blocks"),
@@ -47,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 def method_of(settings: Mapping[str, Any]) -> str | None:
-    """How the zeros of a target are chosen, by its settings; None where there are none."""
+    """The way a target's zeros are chosen, from its settings; None where it has none."""
     if settings.get("sparsity", "none") in ("none", None):
         return None
     return str(settings.get("sparsity_method", MASK))
@@ -58,10 +57,10 @@ class SolverRow:
     """One solver (``quantize.solver``).
 
     Attributes:
-        solve: ``solve(weight, grid, stats) -> Quantized``, see ``compress.solvers``; or where it
-            is, ``module:function``: modules are loaded when first asked for.
-        needs: what of the inputs' statistics it goes by: ``importance``, ``hessian``, or None,
-            which means no calibration.
+        solve: ``solve(weight, grid, stats) -> Quantized``, see ``compress.solvers``; or its
+            location, ``module:function``: modules are loaded at first use.
+        needs: input statistics that it uses: ``importance``, ``hessian``, or None, which means no
+            calibration.
     """
 
     solve: Callable[..., Any] | str
@@ -79,7 +78,7 @@ SOLVER_ENTRY_POINTS = "packlight.solvers"  # group in which other packages name 
 
 
 def solver_names() -> list[str]:
-    """Every solver that a recipe may name: those of the table, then installed packages'."""
+    """Names of all solvers: those of the table, then those of installed packages."""
     from importlib.metadata import entry_points
 
     found = entry_points(group=SOLVER_ENTRY_POINTS)
@@ -89,8 +88,8 @@ def solver_names() -> list[str]:
 def solver_row(name: str) -> SolverRow:
     """The solver of that name.
 
-    A solver of another package is loaded here. What it needs is the attribute ``needs`` of its
-    function; it needs nothing where there is none.
+    A solver of another package is loaded here. Its function's attribute ``needs`` says what it
+    needs; without the attribute it needs nothing.
 
     Raises:
         UsageError: no such solver, or one that cannot be loaded.
@@ -102,7 +101,7 @@ def solver_row(name: str) -> SolverRow:
     for point in entry_points(group=SOLVER_ENTRY_POINTS, name=name):
         try:
             solve = point.load()
-        except Exception as error:  # whatever importing somebody else's code raises
+        except Exception as error:  # importing another package may raise anything
             raise UsageError(
                 f"solver {name!r} cannot be loaded: {one_line(error)}", hint=f"it is {point.value}"
             ) from error
@@ -112,10 +111,10 @@ def solver_row(name: str) -> SolverRow:
 
 
 def checked_row(name: str, row: SolverRow) -> SolverRow:
-    """The row.
+    """Check a solver's row, and return it.
 
     Raises:
-        UsageError: its solver is no function, or needs what calibration does not have.
+        UsageError: its solver is no function, or it needs unknown statistics.
     """
     if not callable(row.solve):
         raise UsageError(f"solver {name!r} is no function", hint="solve(weight, grid, stats)")
@@ -128,7 +127,7 @@ def checked_row(name: str, row: SolverRow) -> SolverRow:
 
 
 def needs_of(solver: str) -> str | None:
-    """What of the inputs' statistics a solver goes by; None: no calibration.
+    """Input statistics that a solver uses; None: no calibration.
 
     Raises:
         UsageError: as ``solver_row``.
@@ -144,7 +143,7 @@ def load(
     Args:
         source: ``phone-4bit``, ``./mine.yaml``, or a recipe.
         overrides: ``targets.gguf.type=Q5_K_M`` …; values are YAML.
-        formats: keep these targets only; one that the recipe lacks is added with its defaults.
+        formats: use only these targets; one that the recipe lacks is added with its defaults.
 
     Raises:
         RecipeError: not found, not YAML, or not valid; the message names the key's path.
@@ -191,10 +190,14 @@ def read(source: str) -> str:
 def parse(
     text: str, source: str, what: str = "a recipe", hint: str = "see `packlight recipes show`"
 ) -> dict[str, Any]:
-    """YAML to a mapping.
+    """Parse a YAML text as a mapping.
+
+    Args:
+        text: of the document.
+        source, what, hint: name, kind and hint for errors.
 
     Raises:
-        RecipeError: not YAML, or something else than a mapping, which ``what`` is.
+        RecipeError: not YAML, or not a mapping.
     """
     try:
         document = load_yaml(text)
@@ -212,7 +215,7 @@ LONGEST = 1_000_000  # characters of YAML
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
+    """YAML without aliases: a few hundred bytes of them can expand to gigabytes."""
 
     def fetch_alias(self) -> None:
         mark = self.get_mark()
@@ -223,7 +226,7 @@ def load_yaml(text: str) -> Any:
     """The value of a YAML text of at most ``LONGEST`` characters, without aliases.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is none.
+        yaml.YAMLError, ValueError, RecursionError: the text is not valid.
     """
     if len(text) > LONGEST:
         raise yaml.MarkedYAMLError(problem=f"more than {LONGEST:,} characters")
@@ -231,9 +234,9 @@ def load_yaml(text: str) -> Any:
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
-    """``--set a.b=value``: put ``value`` (YAML) at the path, making the mappings on the way.
+    """``--set a.b=value``: set ``value`` (YAML) at the path; missing mappings are created.
 
-    A limit needs no quotes of YAML's (``verify.gates.top1_agreement=>=0.9``).
+    A limit needs no YAML quotes (``verify.gates.top1_agreement=>=0.9``).
     """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
@@ -246,7 +249,7 @@ def apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def put(document: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set a value at a path, making the mappings on the way."""
+    """Set a value at a path; missing mappings are created."""
     node = document
     for key in keys[:-1]:
         if not isinstance(node.get(key), dict):

@@ -1,7 +1,7 @@
 """The recipe as typed data: what each key may hold, its default and its description.
 
 ``recipes/schema.json`` is generated from here (``make docs``). The settings of a format
-(``targets.<format>``) belong to its exporter, where ``FORMATS`` finds them.
+(``targets.<format>``) are typed by its exporter, found through ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "Budget", "Calibration", "FormatName", "Heal", "Prune", "Quantize", "Recipe", "TargetSettings",
 ]  # fmt: skip
 
-# What a text must look like, by the end of the path or its beginning.
+# Expected form of a text, by the last or first part of its path, for errors.
 PATTERNS = (
     ("verify.windows", "a number of windows, or auto"),
     ("quantize.keep", 'the fewest bits, such as ">=6"'),
@@ -66,7 +66,7 @@ def a_solver(given: str) -> str:
 
 
 class OneOfTheFormats:
-    """For the JSON schema: the formats that there are when it is made."""
+    """For the JSON schema: the registered formats."""
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {"enum": list(FORMATS)}
@@ -79,13 +79,13 @@ SolverName = Annotated[
 
 
 def targets_model() -> type[Section]:
-    """The recipe's ``targets``: one key for each format there is."""
+    """The model of the recipe's ``targets``: one key for each registered format."""
     fields: dict[str, Any] = {name: (row.Settings | None, None) for name, row in FORMATS.items()}
     return create_model("Targets", __base__=Section, **fields)
 
 
 def read_targets(given: Any) -> dict[str, dict[str, Any]]:
-    """Settings by format, each by its format's model, with defaults, in the order given."""
+    """Settings by format, validated by each format's model, with defaults, in the given order."""
     found = targets_model().model_validate(given)
     if not given:
         raise ValueError(f"name at least one of {', '.join(sorted(FORMATS))}")
@@ -155,17 +155,17 @@ class Recipe(Section):
 
     @property
     def solver(self) -> str:
-        """How codes are chosen."""
+        """Name of the solver."""
         return self.quantize.solver
 
     @property
     def fold(self) -> str:
-        """``awq`` scales channels before that, ``none`` does not."""
+        """``awq``: channels are scaled before codes are chosen; ``none``."""
         return self.quantize.fold
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Grids that a budget chooses among; none: each format's own choice."""
+        """Grids that a budget chooses from; empty: each format's default."""
         named = self.quantize.candidates
         return tuple(named) if isinstance(named, list) else ()
 
@@ -177,12 +177,12 @@ class Recipe(Section):
 
     @property
     def windows(self) -> int:
-        """Windows of text that are scored; 0: by the model's size."""
+        """Windows of text to score; 0: by the model's size."""
         return self.verify.windows if isinstance(self.verify.windows, int) else 0
 
     @property
     def sequence_length(self) -> int:
-        """Tokens in such a window."""
+        """Tokens in a scored window."""
         return self.verify.sequence_length
 
     @property
@@ -197,12 +197,12 @@ class Recipe(Section):
 
     @property
     def folds(self) -> bool:
-        """Whether ``fold`` asks for a search before codes are chosen."""
+        """Whether ``fold`` needs a search before codes are chosen."""
         return self.quantize.fold != "none"
 
     @property
     def budget_bytes(self) -> int | None:
-        """Bytes of each target's file; None where only memory counts, or nothing does."""
+        """The budget of each target's file in bytes; None without one, or where it is of memory."""
         weights = self.budget.weights if self.budget else None
         return None if weights is None else parse_bytes(str(weights))
 
@@ -215,11 +215,11 @@ class Recipe(Section):
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """A document as a recipe, with its defaults.
+        """Validate a document as a recipe, with defaults.
 
         Args:
-            document: as YAML has it.
-            source: where it is from, for errors, and for its name where it has none.
+            document: as parsed from YAML.
+            source: its name in errors, and the recipe's name where it has none.
 
         Raises:
             RecipeError: the first problem, with its path and the nearest known key.
@@ -236,7 +236,7 @@ class Recipe(Section):
     def verification(
         cls, gates: Mapping[str, str], windows: int = 0, sequence_length: int = 512
     ) -> Recipe:
-        """What artifacts that are there already are held against; it has no targets yet.
+        """The recipe of ``packlight verify``, without targets.
 
         Args:
             gates: metric → limit.
@@ -259,9 +259,9 @@ class Recipe(Section):
         return Recipe.from_dict(document, self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain data, as reports have it: texts without their folders."""
+        """The resolved recipe as plain data, as in reports: text files without their folders."""
         document = self.model_dump(by_alias=True, exclude_none=True)
-        # What travels with an artifact names no place of this machine.
+        # Files that are published with an artifact must not name paths of this machine.
         document["calibration"]["texts"] = [
             Path(text).name if Path(text).is_absolute() else text for text in self.calibration.texts
         ]
@@ -270,13 +270,13 @@ class Recipe(Section):
         return document
 
     def to_yaml(self) -> str:
-        """The resolved recipe, as it can be read again."""
+        """The resolved recipe as YAML text, which ``load`` accepts."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         return text
 
 
 def hint_of(path: str, kind: str) -> str:
-    """The hint that a recipe's own key has for an error."""
+    """The hint for an error at one of the recipe's keys, or ``""``."""
     if kind == "unknown_key":
         return owners_of(path)
     if kind == "string_pattern_mismatch":
@@ -287,7 +287,7 @@ def hint_of(path: str, kind: str) -> str:
 
 
 def owners_of(path: str) -> str:
-    """The formats that have a key which is not known at a path such as ``targets.gguf.rotate``."""
+    """The other formats that have a key unknown at a path such as ``targets.gguf.rotate``."""
     section, _, key = path.rpartition(".")
     owners = [row.title for row in FORMATS.values() if key in row.Settings.model_fields]
     there = section in {f"targets.{name}" for name in FORMATS}
@@ -295,11 +295,11 @@ def owners_of(path: str) -> str:
 
 
 def with_targets() -> type[Recipe]:
-    """``Recipe`` with the keys of its targets typed, by the formats that there are."""
+    """``Recipe`` with its targets typed by the registered formats."""
     targets: Any = (targets_model(), Field(json_schema_extra={"minProperties": 1}))
     return create_model("Recipe", __base__=Recipe, targets=targets)
 
 
 def recipe_schema() -> str:
-    """``recipes/schema.json``, with the formats that there are."""
+    """The text of ``recipes/schema.json``, with the registered formats."""
     return json_schema(with_targets(), "packlight recipe")

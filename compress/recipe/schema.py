@@ -1,5 +1,5 @@
-"""What the typed documents (recipe, jobs file, plan, report) share: a base model, errors on one
-line with the key's path, and JSON schemas made from the models.
+"""Shared by the typed documents (recipe, jobs file, plan, report): base models, errors on one line
+with the key's path, and JSON schemas generated from the models.
 
 pydantic takes a tenth of a second to load: import this where a document is read, not before.
 """
@@ -24,7 +24,7 @@ from compress.errors import RecipeError, did_you_mean
 
 __all__ = ["Name", "Part", "Section", "Text", "Unique", "explain", "json_schema", "refusal"]
 
-# Words of JSON, which is what the reader of a YAML file knows.
+# JSON's names of types, which readers of YAML know.
 TYPES = {
     "int_type": "integer", "int_from_float": "integer", "string_type": "string",
     "bool_type": "boolean", "float_type": "number", "list_type": "array", "dict_type": "object",
@@ -40,19 +40,19 @@ RANGES = {
 
 
 class Section(BaseModel):
-    """A mapping of a document: only known keys, values of the very type, not changed afterwards."""
+    """A mapping of a user's document: only known keys, values of exact type, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Part(BaseModel):
-    """A mapping of a document that packlight writes: only known keys, values of the very type."""
+    """A mapping of a document that packlight writes: only known keys, values of exact type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def refusal(message: str, hint: str = "") -> PydanticCustomError:
-    """An error of a validator whose message stands as it is, without the path before it."""
+    """An error for validators whose message is shown without the path before it."""
     return PydanticCustomError("refusal", "{message}", {"message": message, "hint": hint})
 
 
@@ -65,7 +65,7 @@ def unlike(values: list[str]) -> list[str]:
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Unique = AfterValidator(unlike)
-"""Of a list: no element twice."""
+"""A list without duplicates."""
 
 
 def explain(
@@ -75,15 +75,14 @@ def explain(
     model: type[BaseModel] | None = None,
     hint_of: Callable[[str, str], str] | None = None,
 ) -> RecipeError:
-    """One line from the first of the errors, in the order of their paths; a section's unknown keys
-    come before what else is wrong in it.
+    """The first error by path, as one line; a section's unknown keys come before its other errors.
 
     Args:
-        error: what a model said.
-        source: the document's name, which the line begins with.
-        document: what was validated.
-        model: of the document, by which the nearest known key of an unknown one is named.
-        hint_of: path and kind of an error → a hint of the model's own, or ``""``.
+        error: of pydantic.
+        source: the document's name, with which the line begins.
+        document: that was validated.
+        model: of the document, to suggest the nearest key for an unknown one.
+        hint_of: path and kind of an error → the model's hint for it, or ``""``.
     """
     found: list[tuple[list[str], str | None, ErrorDetails]] = []
     for detail in error.errors():
@@ -110,7 +109,7 @@ def explain(
 
 
 def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys of the section that a path leads to, sorted."""
+    """The keys of the section at a path, sorted."""
     for key in path:
         for name, field in model.model_fields.items():
             if key == (field.alias or name):
@@ -124,8 +123,8 @@ def known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def key_path(location: Sequence[int | str], document: Any) -> list[str]:
-    """The keys of an error's location that are in the document: without the names of a union's
-    branches, and without a key that is missing."""
+    """The parts of an error's location that are keys of the document: without names of union
+    branches, and without a missing key."""
     path, node = [], document
     for part in location:
         inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
@@ -165,12 +164,13 @@ def words(detail: ErrorDetails) -> tuple[str, str]:
 
 
 def json_schema(model: type[BaseModel], title: str, mode: str = "validation") -> str:
-    """The JSON schema (draft 2020-12) of a model, as the file that editors read.
+    """The JSON schema (draft 2020-12) of a model, as a text for editors.
 
     Args:
         model: of the document.
         title: of the schema.
-        mode: ``serialization`` for what packlight writes: keys with defaults are always there.
+        mode: ``serialization`` for documents that packlight writes: keys with defaults are always
+            there.
     """
     document = model.model_json_schema(mode=mode)  # type: ignore[arg-type]
     definitions = document.pop("$defs", {})

@@ -1,6 +1,6 @@
 """The sections of a recipe as typed data: what each key may hold, its default and its description.
 
-``compress.recipe.model`` has the recipe that they make up, its targets and its solver.
+``compress.recipe.model`` has the recipe itself, its targets and its solver.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def kind_of(text: str, other: str) -> Discriminator:
-    """Of a union of a text and something else: the branch by the value's type."""
+    """A discriminator for a union of a text and another type: by the value's type."""
     return Discriminator(lambda given: text if isinstance(given, str) else other)
 
 
@@ -39,7 +39,7 @@ Pattern = Annotated[str, StringConstraints(pattern="^(none|[1-9][0-9]?of[1-9][0-
 
 
 class TargetSettings(Section):
-    """What every format takes."""
+    """Settings of every format."""
 
     sparsity: (
         Annotated[

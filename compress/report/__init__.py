@@ -1,1 +1,1 @@
-"""``report.json`` and what is made of it: HTML, model card, terminal table, CI files."""
+"""``report.json`` and the files made from it: HTML, model card, terminal table, CI files."""

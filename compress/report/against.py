@@ -1,7 +1,7 @@
-"""Regressions: what an artifact may lose against an earlier report.
+"""Regressions: limits on how much worse an artifact may be than in an earlier report.
 
 A limit on a regression becomes a gate (``compress.verify.gates.Gate``) on each artifact, so that it
-is judged, shown and counted as the recipe's own.
+is evaluated, shown and counted like the recipe's own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MORE_IS_BETTER = {
     "decode_tokens_per_second",
 }
 
-# Metrics that any machine measures alike, whatever the text.
+# Metrics that do not depend on the machine or the text.
 OF_THE_FILE = {"bytes", "weights_bytes", "bits_per_weight", "kv_cache_bytes_per_token"}
 
 # Float perplexities of one model on one text differ by less than this, relative, on any machine.
@@ -48,7 +48,7 @@ SAME_TEXT = 1e-3
 
 @dataclass(frozen=True)
 class Regression:
-    """How much worse a metric may be than before.
+    """A limit on how much worse a metric may be than before.
 
     Attributes:
         name: a key of ``gates.METRICS``.
@@ -63,7 +63,7 @@ class Regression:
     relative: bool
 
     def gate(self, before: float, artifact: ArtifactReport) -> Gate:
-        """Hold an artifact of report.json against the value before; what is missing fails."""
+        """Compare an artifact's figure with the value before; a missing figure fails."""
         slack = abs(before) * self.amount if self.relative else self.amount
         operator, sign = (">=", "-") if self.name in MORE_IS_BETTER else ("<=", "+")
         limit = before - slack if sign == "-" else before + slack
@@ -84,7 +84,7 @@ def parse_regressions(texts: Sequence[str]) -> list[Regression]:
     """``--max-regression``: comma-separated ``METRIC=AMOUNT``, each given once.
 
     Raises:
-        UsageError: an unknown metric, or an amount that is none.
+        UsageError: an unknown metric, or an invalid amount.
     """
     found: dict[str, Regression] = {}
     for part in (part.strip() for text in texts for part in text.split(",")):
@@ -109,7 +109,7 @@ def parse_amount(name: str, text: str) -> tuple[float, bool]:
     """``5%`` → (0.05, True); ``0.002`` → (0.002, False); ``10MB`` → (1e7, False).
 
     Raises:
-        UsageError: none of them, or below 0.
+        UsageError: none of these, or below 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text)
     if match:
@@ -126,13 +126,13 @@ def parse_amount(name: str, text: str) -> tuple[float, bool]:
 
 
 class Previous:
-    """An earlier ``report.json`` and what may not get worse."""
+    """An earlier ``report.json`` and the limits on regressions from it."""
 
     @classmethod
     def read(
         cls, path: Path | None, limits: Sequence[str], *, runs: bool = True
     ) -> Previous | None:
-        """What ``--against`` and ``--max-regression`` ask for; None where nothing.
+        """The report of ``--against`` with the limits of ``--max-regression``; None without.
 
         Args:
             path, limits: as given.
@@ -161,7 +161,7 @@ class Previous:
         """Read the report.
 
         Raises:
-            UsageError: not there, or not a report.
+            UsageError: missing, or not a report.
         """
         self.limits = limits
         self.name = path.name
@@ -173,11 +173,11 @@ class Previous:
 
     @property
     def measures(self) -> bool:
-        """Whether any limit is on a figure that needs the artifact to be run."""
+        """Whether any limit is on a figure that is measured by running the artifact."""
         return any(limit.name not in OF_THE_FILE for limit in self.limits)
 
     def check_text(self, text: str, windows: Sequence[Sequence[int]]) -> None:
-        """Before any work: will the same text be scored.
+        """Check, before any work, that the same text will be scored.
 
         Args:
             text: what the report's ``baseline.text`` will be.
@@ -199,8 +199,7 @@ class Previous:
         )
 
     def apply(self, report: Report, console: Console) -> None:
-        """Add the gates to a new report, and what they do to its verdict, and the notes, which are
-        printed, too.
+        """Add the gates and notes to a new report, update its verdict, and print the notes.
 
         Raises:
             UsageError: see ``judge``.
@@ -215,11 +214,11 @@ class Previous:
             console.warning(note)
 
     def judge(self, report: Report) -> tuple[list[list[Gate]], list[str]]:
-        """Gates for each artifact of a new report, in its order, and notes on what has no
+        """Gates for each artifact of a new report, in order, and notes on artifacts without a
         counterpart.
 
         Raises:
-            UsageError: as ``check_text``, where the float model's perplexity says so.
+            UsageError: as ``check_text``, detected by the float model's perplexity.
         """
         notes = list(self._compare_models(report))
         judged = []
@@ -244,7 +243,7 @@ class Previous:
         return judged, notes
 
     def _find(self, artifact: ArtifactReport, report: Report) -> ArtifactReport | None:
-        """The artifact's predecessor: same format and type, or the only one of its format."""
+        """The earlier artifact of the same format and type, or the only one of the format."""
 
         def of_format(of: Report) -> list[ArtifactReport]:
             return [a for a in of.artifacts if a.format == artifact.format]
@@ -255,10 +254,10 @@ class Previous:
         return alike[0] if alike else before[0] if alone else None
 
     def _compare_models(self, report: Report) -> list[str]:
-        """Notes where model or machine are not those of the earlier report.
+        """Notes where model or machine differ from the earlier report's.
 
         Raises:
-            UsageError: the same model's perplexity is another: not the same text.
+            UsageError: the same model has another perplexity, so the text is another.
         """
         notes = []
         old, new = self.report, report

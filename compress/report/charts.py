@@ -1,9 +1,9 @@
 """The charts of the HTML report: plain SVG, drawn from an artifact's entries in report.json.
 
 Every picture is 400 units wide and scales with its column, so that text stays near 12 px on a
-phone and on a desk. Colours come from the page's CSS variables through classes (``c0``, ``c1`` …,
-one per artifact, ``float`` for the baseline), so one picture serves the light and the dark theme.
-Strings pass through ``markupsafe``: what a checkpoint calls itself cannot become markup.
+phone and on a desktop. Colours come from the page's CSS variables through classes (``c0``, ``c1``
+…, one per artifact, ``float`` for the baseline), so one picture works in the light and the dark
+theme. Strings are escaped by ``markupsafe``: a checkpoint's name cannot become markup.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: what it is, its value in words, and its parts from left to right (value, style)."""
+    """A bar: its name, its value as text, and its parts from left to right (value, style)."""
 
     label: str
     text: str
@@ -57,7 +57,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Group:
-    """Bars under one heading (empty: none)."""
+    """Bars under one heading (``""``: no heading)."""
 
     heading: str
     bars: Sequence[Bar]
@@ -85,7 +85,7 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def picture(height: float, title: str, *children: Markup) -> Markup:
-    """The ``svg`` element around a picture, with a name for those who do not see it."""
+    """The ``svg`` element around a picture, with a title for screen readers."""
     return element(
         "svg",
         element("title", title),
@@ -134,14 +134,14 @@ def scatter(
     limit: float | None,
     budget: float | None,
 ) -> Markup:
-    """Size against KL divergence, with ±2 standard errors; the gate and the budget as lines.
+    """A scatter plot of size and KL divergence, with ±2 standard errors; gate and budget as lines.
 
-    A gate or a budget far from all points would squeeze them into a corner: it is left out, or
-    named at the edge.
+    A gate or a budget far from all points would compress the plot: it is left out, or named at
+    the edge.
 
     Args:
         points: ``x`` in bytes, ``y`` in nats per token.
-        title: for those who do not see the picture.
+        title: for screen readers.
         limit: of the mean KL divergence, or None.
         budget: in bytes, or None.
     """
@@ -204,13 +204,13 @@ def free_place(
     taken: list[tuple[float, float, float]],
     edges: tuple[float, float],
 ) -> tuple[float, float, str]:
-    """Where a mark's name can stand: beside it if that is free, else a little above or below.
+    """Position of a mark's label: beside it if that is free, else a little above or below.
 
     Args:
         x, y: of the mark.
         width: of the name.
-        taken: boxes (left, right, baseline) of marks and names so far; the new one is added.
-        edges: of the plot, left and right: the numbers of the axis stay free.
+        taken: boxes (left, right, baseline) of marks and labels so far; the new one is added.
+        edges: of the plot, left and right, so that the numbers of the axis stay free.
     """
     for shift in (0, -15, 15, -30, 30, -45, 45, -60, 60):
         for anchor, start in (("start", x + 10), ("end", x - 10 - width)):
@@ -226,7 +226,7 @@ def free_place(
 
 
 def marker(x: float, y: float, style: str) -> Markup:
-    """A shape per artifact, so that colour is not the only sign."""
+    """A mark whose shape depends on the style, so that colour is not the only difference."""
     shape = int(style.removeprefix("c")) % 3 if style.startswith("c") else 0
     if shape == 0:
         return element("circle", cx=x, cy=y, r=5.5, class_=f"mark {style}")
@@ -244,20 +244,20 @@ def bars(
     divisor: float = 1.0,
     limit: tuple[float, str] | None = None,
 ) -> Markup:
-    """Horizontal bars from zero on one scale, each with its name above and its value in words.
+    """Horizontal bars from zero on one scale, each with its name above and its value as text.
 
     Args:
         groups: bars in order.
-        title: for those who do not see the picture.
-        axis: what the numbers are, with the unit.
+        title: for screen readers.
+        axis: label of the axis, with the unit.
         divisor: from values to that unit.
-        limit: a vertical line with its name.
+        limit: a vertical line with its label.
     """
     longest = max(sum(v for v, _ in bar.parts) for group in groups for bar in group.bars)
     marks_at = ticks(0.0, max(longest, limit[0] if limit else 0.0) / divisor or 1.0, 4)
 
-    unit = (WIDTH - 12) / marks_at[-1] / divisor  # of the picture, for one of the values
-    words: list[Markup] = []  # drawn last: their halo keeps lines out of the letters
+    unit = (WIDTH - 12) / marks_at[-1] / divisor  # picture units per unit of the values
+    words: list[Markup] = []  # drawn last: their halo covers lines behind the letters
     body: list[Markup] = []
     top = 20.0 if limit else 4.0
     y = top
@@ -296,8 +296,8 @@ def curves(items: Sequence[Curve], title: str, axis: str, last: int) -> Markup:
 
     Args:
         items: one curve per artifact.
-        title: for those who do not see the picture.
-        axis: what runs from left to right.
+        title: for screen readers.
+        axis: label of the horizontal axis.
         last: its number at the right end.
     """
     left, right, height, gap = 40.0, WIDTH - 8, 62.0, 34.0
@@ -332,7 +332,7 @@ def curves(items: Sequence[Curve], title: str, axis: str, last: int) -> Markup:
 
 
 def runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
-    """Stretches without a gap: a curve must not bridge tokens whose logits were NaN."""
+    """Runs of finite values: a curve must not connect across tokens whose logits were NaN."""
     found: list[list[tuple[int, float]]] = [[]]
     for place, value in enumerate(values):
         if value is not None:
@@ -343,11 +343,11 @@ def runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
 
 
 def depth(tensors: Sequence[TensorReport], title: str) -> Markup:
-    """Bits of each matrix: roles down, blocks to the right, more bits in a stronger tone.
+    """A heat map of the bits of each matrix: a row per role, a column per block.
 
     Args:
         tensors: of one artifact; one outside the blocks has a whole row.
-        title: for those who do not see the picture.
+        title: for screen readers.
     """
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     rows = [role for role in ROLES if any(tensor.role == role for tensor in matrices)]

@@ -1,9 +1,9 @@
-"""Files for a CI job beside the build's own: JUnit XML of the gates, a summary in Markdown.
+"""Files for a CI job: JUnit XML of the gates, and a summary in Markdown.
 
-GitLab, Jenkins and their like show JUnit XML beside the tests of the code. The elements and
-attributes are those of ``junit-10.xsd`` of Jenkins' xunit plugin
-(https://github.com/jenkinsci/xunit-plugin), the strictest of the dialects in use: whatever reads
-JUnit reads it. There are no times and no host in it: the same report gives the same bytes.
+GitLab, Jenkins and others show JUnit XML with the tests of the code. The elements and attributes
+are those of ``junit-10.xsd`` of Jenkins' xunit plugin (https://github.com/jenkinsci/xunit-plugin),
+the strictest dialect in use, which every reader of JUnit accepts. It has no times and no host name:
+the same report gives the same bytes.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ if TYPE_CHECKING:
 __all__ = ["CiFiles", "junit_xml", "markdown_summary"]
 
 ANSWERS = "answers are numbers"
-"""The test case that every artifact has: it loads in its runtime, which answers in numbers."""
+"""The test case of every artifact: its runtime loads it, and its logits are finite."""
 
-# All that XML 1.0 cannot hold, not even escaped (its production 2, Char).
+# Characters that XML 1.0 cannot hold, not even escaped (its production 2, Char).
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
 class CiFiles:
-    """Where ``--junit`` and ``--summary`` want their files; None for none.
+    """The files of ``--junit`` and ``--summary``; None where not given.
 
     Attributes:
-        junit: replaced.
-        summary: appended to, as CI systems want it of ``$GITHUB_STEP_SUMMARY``.
+        junit: is replaced.
+        summary: is appended to, as CI systems expect for ``$GITHUB_STEP_SUMMARY``.
     """
 
     junit: Path | None = None
     summary: Path | None = None
 
     def check(self, output: Path | None = None) -> None:
-        """Refuse places where nothing can be written (``compress.files.check_place``)."""
+        """Refuse paths that cannot be written (``compress.files.check_place``)."""
         for option, path in (("--junit", self.junit), ("--summary", self.summary)):
             if path is not None:
                 check_place(option, path, output)
 
     def write(self, report: Report) -> None:
-        """Write what was asked for of one report, whatever the verdict."""
+        """Write the files for one report, whatever the verdict."""
         if self.junit or self.summary:
             self.write_all({report.model.name: report}, {}, markdown_summary(report))
 
     def write_all(
         self, reports: Mapping[str, Report], errors: Mapping[str, str], summary: str
     ) -> None:
-        """The same for several builds.
+        """Write the files for several builds.
 
         Args:
             reports, errors: see ``junit_xml``.
@@ -83,7 +83,7 @@ class CiFiles:
 
 
 def markdown_summary(report: Report) -> str:
-    """Verdict, table and what failed as Markdown, for a CI job's page."""
+    """Verdict, table and failed gates as Markdown, for a CI job's page."""
     name = f"{sentence(report.model.name)}, recipe {sentence(report.recipe['name'])}"
     passed = "✅ **passed**" if report.passed else "❌ **failed**"
     parts = [f"### packlight: {name}", no_verdict(report) or passed]
@@ -103,13 +103,13 @@ def markdown_summary(report: Report) -> str:
 def junit_xml(reports: Mapping[str, Report], errors: Mapping[str, str] | None = None) -> bytes:
     """One test suite per artifact of the reports, one test case per gate, UTF-8.
 
-    A suite's properties are the figures that gates can be set on, as far as they were measured. The
-    document holds a failure if and only if the verdict of a report is ``failed``; what was not run
-    is skipped.
+    A suite's properties are the measured figures that gates can be set on. The document holds a
+    failure if and only if the verdict of a report is ``failed``; an artifact that was not run is
+    skipped.
 
     Args:
-        reports: by the names of what was built.
-        errors: why other builds of the same batch could not run, by their names.
+        reports: by name of the build.
+        errors: by name of the build, error messages of builds that could not run.
     """
     suites = [
         artifact_suite(name, report, artifact)
@@ -129,7 +129,7 @@ def junit_xml(reports: Mapping[str, Report], errors: Mapping[str, str] | None = 
 
 
 def error_suite(name: str, message: str) -> ET.Element:
-    """A build that could not be done."""
+    """The suite of a build that could not run."""
     counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0"}
     suite = ET.Element("testsuite", {"name": xml_text(name), **counts})
     case = ET.SubElement(suite, "testcase", {"name": "build", "classname": xml_text(name)})
@@ -138,7 +138,7 @@ def error_suite(name: str, message: str) -> ET.Element:
 
 
 def artifact_suite(built: str, report: Report, artifact: ArtifactReport) -> ET.Element:
-    """One artifact: its figures, that it answers, and its gates."""
+    """The suite of one artifact: its figures, whether it runs, and its gates."""
     name = f"{built} {label(artifact)}"
     cases = [answers_case(artifact), *(gate_case(gate) for gate in artifact.gates)]
     for case in cases:
@@ -171,7 +171,7 @@ def artifact_suite(built: str, report: Report, artifact: ArtifactReport) -> ET.E
 
 
 def answers_case(artifact: ArtifactReport) -> ET.Element:
-    """Whether the artifact was run, and answered in numbers."""
+    """The test case whether the artifact was run and its logits were finite."""
     case = ET.Element("testcase", {"name": ANSWERS})
     if artifact.failure:
         ET.SubElement(case, "failure", {"type": "runtime", "message": xml_text(artifact.failure)})
@@ -184,7 +184,7 @@ def answers_case(artifact: ArtifactReport) -> ET.Element:
 
 
 def gate_case(gate: GateReport) -> ET.Element:
-    """One gate; a failure has the measured value and the limit."""
+    """The test case of a gate; a failure has the measured value and the limit."""
     case = ET.Element("testcase", {"name": xml_text(f"{gate.name} {gate.limit}")})
     if not gate.passed:
         message = xml_text(gate_failure(gate))
@@ -194,5 +194,5 @@ def gate_case(gate: GateReport) -> ET.Element:
 
 
 def xml_text(text: str) -> str:
-    """Text without what XML cannot hold, or a page would obey."""
+    """Text without characters that XML cannot hold or that control a display."""
     return visible(NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text))

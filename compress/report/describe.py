@@ -1,4 +1,4 @@
-"""Makes a ``Report`` of what a build wrote and measured."""
+"""Makes a ``Report`` from the artifacts and measurements of a build."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Baseline:
-    """The float model, as far as no artifact knows it.
+    """Facts about the float model and its run.
 
     Attributes:
         bytes: of the checkpoint's tensors.
         dtype: as stored: ``BF16``.
-        runtime: what computed the float logits: ``torch 2.13.0+cpu, float32``.
-        text: what was scored: a file's name, or ``built-in``.
+        runtime: name and version: ``torch 2.13.0+cpu, float32``.
+        text: name of the evaluation text's file, or ``built-in``.
         speed: of the float model with its weights in memory, or None when not measured.
     """
 
@@ -65,17 +65,17 @@ def build_report(
     budget_bytes: int | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
-    """The report.
+    """Make the report.
 
     Args:
         model: from ``model_facts``.
         recipe: as resolved (``Recipe.to_dict``), with its ``name``.
-        command: what makes this again, without local paths.
-        context: positions that the size of the KV cache is given for.
+        command: the command line that repeats the build, without local paths.
+        context: positions that KV cache sizes assume.
         baseline: the float model.
-        artifacts: each with what became of it.
+        artifacts: each with its measurements or failure.
         limits: the recipe's gates.
-        folder: where the report will stand; artifact paths are relative to it.
+        folder: of the report; artifact paths are relative to it.
         decode: the tokenizer's, for the text sample.
         budget_bytes: of one artifact's file, where the recipe has a budget.
         notes: sentences about the whole build.
@@ -130,7 +130,7 @@ def model_facts(
         source: Hub id, or the last part of a local path.
         revision: commit on the Hub.
         license: identifier from the model's own card, when it is known.
-        adapters: that are merged into it.
+        adapters: merged into it.
     """
     return ModelFacts(
         name=source.rstrip("/").rsplit("/", 1)[-1],
@@ -165,7 +165,7 @@ def describe_artifact(
     folder: Path,
     decode: Decode | None,
 ) -> ArtifactReport:
-    """One of the report's ``artifacts``; its gates are judged where it was run."""
+    """One of the report's ``artifacts``; gates are evaluated where it was run."""
     verified = outcome if isinstance(outcome, Verified) else None
     failure = outcome.message if isinstance(outcome, PacklightError) else None
     base = folder.parent if artifact.path == folder else folder
@@ -201,7 +201,7 @@ def describe_artifact(
 
 
 def figures_of(verified: Verified, decode: Decode | None) -> dict[str, Any]:
-    """What was measured while an artifact ran."""
+    """The report's figures measured by running an artifact."""
     quality, resources, sample = verified.quality, verified.resources, verified.generation
     return {
         "perplexity": quality.perplexity.value,
@@ -240,7 +240,7 @@ def figures_of(verified: Verified, decode: Decode | None) -> dict[str, Any]:
 
 
 def agreement_of(agreement: Agreement | None) -> dict[str, Any]:
-    """Of the artifact's tokenizer with the checkpoint's."""
+    """The report's figures of the tokenizer comparison."""
     if agreement is None:
         return {}
     first = agreement.first
@@ -266,7 +266,7 @@ def speed_of(speed: Speed) -> dict[str, Any]:
 
 
 def describe_series(series: Series) -> typed.Series:
-    """A curve, three digits a point."""
+    """A curve, rounded to three digits."""
     return typed.Series(
         tokens_per_point=series.tokens_per_point,
         mean=[float(f"{value:.3g}") for value in series.mean],
@@ -275,7 +275,7 @@ def describe_series(series: Series) -> typed.Series:
 
 
 def describe_task(task: TaskScore) -> typed.TaskReport:
-    """One task, the artifact beside the float model."""
+    """One task's scores of artifact and float model."""
     return typed.TaskReport(
         name=task.name,
         items=task.items,
@@ -295,7 +295,7 @@ def describe_task(task: TaskScore) -> typed.TaskReport:
 
 def describe_tensor(entry: PlanEntry) -> TensorReport:
     """One tensor of an artifact; ``block`` is None outside the blocks."""
-    # What `packlight verify` reads back has the artifact's names only.
+    # In `packlight verify` entries have the artifact's tensor names only.
     name = entry.name or entry.target_name
     block, role, kind = split_name(entry.name) if entry.name else (None, name, "weight")
     return TensorReport(

@@ -1,11 +1,11 @@
-"""The pages of a report, from ``report.json`` alone.
+"""Renders a report's pages from ``report.json`` alone.
 
-- ``report.html``, without scripts, fonts or network, by ``report.html.j2`` with autoescape on. Its
-  pictures come from ``compress.report.charts``: it asks for those that there are figures for. What
-  was not measured is shown as a dash.
-- ``README.md``: a Hugging Face model card, by ``card.md.j2``. Metadata keys:
-  https://huggingface.co/docs/hub/model-cards. Strings from a checkpoint are escaped for where they
-  stand: YAML, a table cell, a sentence, a fenced block.
+- ``report.html``, without scripts, fonts or network, from ``report.html.j2`` with autoescape on.
+  Its charts come from ``compress.report.charts``; a chart without figures is left out. A figure
+  that was not measured is shown as a dash.
+- ``README.md``: a Hugging Face model card, from ``card.md.j2``. Metadata keys:
+  https://huggingface.co/docs/hub/model-cards. Strings from a checkpoint are escaped for their
+  context: YAML, a table cell, a sentence, a fenced block.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Styles = Mapping[str, str]
 
 
 def render(report: Report) -> str:
-    """The page, UTF-8 text.
+    """Render ``report.html``.
 
     Args:
         report: of a build or a verification.
@@ -73,11 +73,11 @@ def render(report: Report) -> str:
 
 
 def page_template(text: str, **filters: Callable[..., str]) -> Template:
-    """A template of ours: everything is escaped, and nothing may be undefined.
+    """A template of packlight's: everything is escaped, and undefined names are errors.
 
     Args:
         text: Jinja2.
-        filters: beside those that put numbers in words.
+        filters: in addition to those that format numbers.
     """
     import jinja2
 
@@ -96,7 +96,7 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
 
 
 def model_card(report: Report) -> str:
-    """The card, Markdown with a YAML head that the Hub reads; what is not known is left out of it.
+    """Render the model card: Markdown with YAML metadata for the Hub, without unknown keys.
 
     Args:
         report: of a build.
@@ -106,15 +106,15 @@ def model_card(report: Report) -> str:
     model, artifacts = report.model, report.artifacts
     formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
     head: dict[str, Any] = {}
-    # A local folder's name stands in for the Hub id that the folder is uploaded to.
+    # A local folder's name replaces the unknown Hub id.
     if HUB_ID.fullmatch(model.source):
         head |= {"base_model": model.source, "base_model_relation": "quantized"}
     if model.license:
-        head["license"] = " ".join(model.license.split())  # no line may look like the end
+        head["license"] = " ".join(model.license.split())  # on one line: none may end the YAML
     if formats:
         head["library_name"] = formats[0]
     head |= {"pipeline_tag": "text-generation", "tags": [*formats, "quantized", "packlight"]}
-    # No autoescape, which is of HTML: the filters escape for Markdown.
+    # No autoescape, which is for HTML: the filters escape for Markdown.
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -145,7 +145,7 @@ def model_card(report: Report) -> str:
 
 
 def size(count: int | None) -> Markup:
-    """Bytes in both units, which may stand on two lines: ``740.48 MB (706.17 MiB)``."""
+    """Bytes in both units, with a line break allowed between: ``740.48 MB (706.17 MiB)``."""
     if count is None:
         return Markup("–")
     decimal, _, binary = format_bytes(count).partition(" (")
@@ -169,7 +169,7 @@ def percent(value: float | None, error: float | None = None) -> Markup:
 
 
 def quarters(points: Sequence[float | None]) -> list[float | None]:
-    """Means over the four quarters of a series; None where a quarter has nothing finite."""
+    """Means over the four quarters of a series; None where a quarter has no finite value."""
     means: list[float | None] = []
     for part in range(4):
         start, end = part * len(points) // 4, (part + 1) * len(points) // 4
@@ -182,7 +182,7 @@ def quarters(points: Sequence[float | None]) -> list[float | None]:
 
 
 def draw_scatter(report: Report, artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
-    """Size against mean KL divergence."""
+    """The chart of size and mean KL divergence."""
     points = [
         charts.Point(label(artifact), styles[artifact.path], artifact.bytes, kl.mean, kl.se)
         for artifact in artifacts
@@ -200,7 +200,7 @@ def draw_scatter(report: Report, artifacts: Sequence[ArtifactReport], styles: St
 
 
 def draw_bytes(report: Report, styles: Styles) -> Markup:
-    """Bytes of each artifact and of the checkpoint, against the budget."""
+    """The chart of the bytes of each artifact and the checkpoint, with the budget."""
     artifacts, float_bytes = report.artifacts, report.baseline.bytes
     rows = [
         charts.Bar(
@@ -230,7 +230,7 @@ def draw_bytes(report: Report, styles: Styles) -> Markup:
 def draw_curves(
     artifacts: Sequence[ArtifactReport], styles: Styles, key: str, axis: str, end: int
 ) -> Markup:
-    """KL divergence along the text, or by place in the window."""
+    """The chart of KL divergence along the text, or by position in the window."""
     items = [
         charts.Curve(label(artifact), styles[artifact.path], getattr(artifact, key).mean)
         for artifact in artifacts
@@ -241,7 +241,7 @@ def draw_curves(
 def draw_speed(
     report: Report, artifacts: Sequence[ArtifactReport], styles: Styles, phase: str
 ) -> Markup:
-    """Tokens per second of each artifact, and of the float model where it was measured."""
+    """The chart of tokens per second of each artifact and, if measured, the float model."""
     key = f"{phase}_tokens_per_second"
     rows = [
         charts.Bar(
@@ -259,7 +259,7 @@ def draw_speed(
 
 
 def draw_memory(artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
-    """Weights, KV cache and peak of the process: three bars, never one."""
+    """The chart of weights, KV cache and process peak: three bars, because they overlap."""
     groups = []
     for artifact in artifacts:
         parts = [("weights", artifact.weights_bytes), ("KV cache", artifact.kv_cache_bytes)]
@@ -276,7 +276,7 @@ def draw_memory(artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
 
 
 def grids(artifact: ArtifactReport) -> list[dict[str, Any]]:
-    """Per grid of an artifact: how many tensors, their bits and bytes; most bytes first."""
+    """Number of tensors, bits and bytes of each grid in an artifact; most bytes first."""
     found: dict[str, dict[str, Any]] = {}
     for tensor in artifact.tensors:
         row = found.setdefault(

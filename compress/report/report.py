@@ -1,9 +1,8 @@
 """``report.json`` as typed data. HTML, model card and console tables are
 made from it, and ``report.schema.json`` is generated from here (``make docs``).
 
-Numbers that are not finite are None. Figures are rounded to seven digits, and gates are judged on
-the rounded figures, so that the report never contradicts itself. Paths are relative to the report's
-folder.
+Numbers that are not finite are None. Figures are rounded to seven digits, and gates are evaluated
+on the rounded figures, so that the report is consistent. Paths are relative to the report's folder.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = [
 
 
 def rounded(value: Any) -> Any:
-    """Seven digits; None for NaN and infinities."""
+    """A number rounded to seven digits; None for NaN and infinities."""
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):
@@ -43,14 +42,14 @@ def rounded(value: Any) -> Any:
     return int(value) if value.is_integer() and abs(value) >= 1e7 else float(f"{value:.7g}")
 
 
-# Whole numbers stay whole: a limit on bytes is one of 640000000, not of 640000000.0.
+# Integers stay integers: a limit on bytes is 640000000, not 640000000.0.
 Number = Annotated[int | float, BeforeValidator(rounded), WithJsonSchema({"type": "number"})]
 Figure = Annotated[
     int | float | None,
     BeforeValidator(rounded),
     WithJsonSchema({"type": ["number", "null"]}),
 ]
-"""What may not have been measured."""
+"""A figure, None where it was not measured."""
 Count = Annotated[int, Field(ge=0)]
 RATE = {
     "prefill": "One batch into an empty cache; median.",
@@ -104,7 +103,7 @@ class ModelFacts(Part):
 
     @property
     def whole_source(self) -> str:
-        """The source, and what is merged into it: ``org/model + my-lora × 0.5``."""
+        """The source with its merged adapters: ``org/model + my-lora × 0.5``."""
         merged = [
             f" + {adapter.source}" + (f" × {adapter.weight:g}" if adapter.weight != 1 else "")
             for adapter in self.adapters
@@ -359,16 +358,16 @@ class Report(Part):
         return self.verdict == "passed"
 
     def to_dict(self) -> dict[str, Any]:
-        """``report.json`` as plain data: only what JSON can hold."""
+        """``report.json`` as plain data: JSON types only."""
         return self.model_dump()
 
     @classmethod
     def from_dict(cls, document: Any, source: str = "the document") -> Report:
-        """A report from what ``to_dict`` gave, now or by an earlier version: keys that are not
-        known are left out.
+        """A report from the data of ``to_dict``, of this or an earlier version; unknown keys are
+        ignored.
 
         Raises:
-            ArtifactError: it is none.
+            ArtifactError: not a report.
         """
         try:
             return cls.model_validate(document, extra="ignore")
@@ -385,7 +384,7 @@ class Report(Part):
         """Read a ``report.json``.
 
         Raises:
-            ArtifactError: it cannot be read, or is none.
+            ArtifactError: it cannot be read, or is not a report.
         """
         try:
             document = json.loads(read_bounded(Path(path)).decode("utf-8"))
@@ -411,7 +410,7 @@ def verdict(artifacts: list[ArtifactReport]) -> Literal["passed", "failed", "not
     if not artifacts or any(artifact.runtime is None for artifact in artifacts):
         return "not verified"
     if any(artifact.perplexity_ratio is None for artifact in artifacts):
-        return "failed"  # it ran, and its answers are not numbers
+        return "failed"  # it ran, and its logits are not finite
     return "passed"
 
 

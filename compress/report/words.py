@@ -1,4 +1,4 @@
-"""A report in words: figures, labels, gates and tables, for console, pages, card and CI."""
+"""Formats a report as text: figures, labels, gates and tables, for console, pages, card and CI."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
 
-# Logits closer than this many of their standard deviations are a tie that the order of summation
-# decides, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02 of
-# them (root mean square) after 32 blocks of Phi-3-mini's shape.
+# Logits closer than this many of their standard deviations are a tie that depends on the order of
+# summation, not a wrong cache. onnxruntime's kernels for one token and for many differ by 0.02
+# standard deviations (root mean square) after 32 blocks of Phi-3-mini's shape.
 TIE = 0.1
 REFUSED_HINT = "its files are there; `packlight verify` runs them"
 CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
@@ -29,14 +29,14 @@ CACHE_CHANGES_TEXT = "greedy tokens differ with and without the KV cache"
 
 
 def amount(value: float | None) -> str:
-    """Three or four significant digits, thousands separated."""
+    """A number with three or four significant digits, thousands separated."""
     if value is None:
         return "–"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    # With its zeros, so that 0.354 and 0.630 stand under each other.
+    # With trailing zeros, so that 0.354 and 0.630 align.
     return f"{value:#.3g}" if abs(value) < 1 else f"{value:#.4g}"
 
 
@@ -58,7 +58,7 @@ def figure(
 
 
 def decimals(error: float) -> int:
-    """Places that show a standard error, and so its figure, to two digits: 0.0031 → 4."""
+    """Decimal places that show a standard error, and its figure, to two digits: 0.0031 → 4."""
     return max(0, 1 - int(f"{error:e}".partition("e")[2]))
 
 
@@ -73,24 +73,24 @@ def percent(value: float | None, error: float | None = None, sign: str = "") -> 
 
 
 def label(artifact: ArtifactReport) -> str:
-    """``GGUF Q4_K_M``: how pages call an artifact."""
+    """An artifact's name on pages: ``GGUF Q4_K_M``."""
     return f"{get_format(artifact.format).title} {artifact.type}"
 
 
 def gate_value(gate: GateReport) -> str:
-    """What was measured, in the unit of the gate."""
+    """The measured value of a gate, in its unit."""
     if gate.value is None:
         return "nothing"
     return format_bytes(gate.value) if "bytes" in gate.name else f"{gate.value:.4g}"
 
 
 def gate_failure(gate: GateReport) -> str:
-    """What was measured beside what was allowed."""
+    """The measured value of a gate and its limit."""
     return f"{gate.name} is {gate_value(gate)}, the gate is {gate.limit}"
 
 
 def tokenizes_otherwise(difference: TokenizerDifference) -> str:
-    """The first text that the artifact tokenizes otherwise, and where."""
+    """The first text that the artifact tokenizes differently, and the first different id."""
     ours, theirs = difference.found, difference.expected
     same = [a == b for a, b in zip(ours, theirs, strict=False)]
     start = max(0, (same.index(False) if False in same else len(same)) - 2)
@@ -108,12 +108,12 @@ def tokenizes_otherwise(difference: TokenizerDifference) -> str:
 
 
 def refusal(artifact: ArtifactReport) -> str:
-    """What became of an artifact that its runtime refused."""
+    """The failure of an artifact that could not be run."""
     return f"{label(artifact)} could not be run: {artifact.failure}"
 
 
 def failures(artifact: ArtifactReport) -> list[str]:
-    """Every gate that the artifact failed, and a KV cache that changes its text."""
+    """A line for each failed gate of an artifact, and for a KV cache that changes its text."""
     lines = []
     for gate in artifact.gates:
         difference = artifact.tokenizer_difference if gate.name == "tokenizer_agreement" else None
@@ -127,7 +127,7 @@ def failures(artifact: ArtifactReport) -> list[str]:
 
 
 def no_verdict(report: Report) -> str:
-    """Why nothing was judged, or ``""`` where something was."""
+    """Why no gate was evaluated, or ``""`` where one was."""
     if report.verdict == "not verified":
         return "not verified"
     # One holds without having been set.
@@ -141,7 +141,7 @@ def no_verdict(report: Report) -> str:
 
 
 def table_row(artifact: ArtifactReport) -> list[str]:
-    """One line of the table under ``HEADERS``; what was not measured is a dash."""
+    """One row of the table under ``HEADERS``; a dash for a figure that was not measured."""
     ratio, kl = artifact.perplexity_ratio, artifact.kl_divergence
     speed, peak = artifact.decode_tokens_per_second, artifact.peak_memory_bytes
     change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
@@ -159,7 +159,7 @@ def table_row(artifact: ArtifactReport) -> list[str]:
 
 
 def task_rows(report: Report) -> list[list[str]]:
-    """Lines of the table of tasks under ``TASK_HEADERS``; ± is one standard error."""
+    """Rows of the table of tasks under ``TASK_HEADERS``; ± is one standard error."""
     return [
         [
             task.name,
@@ -176,7 +176,7 @@ def task_rows(report: Report) -> list[list[str]]:
 
 
 def finish(report: Report, output: Path | None, console: Console) -> int:
-    """The table, failed gates, the verdict and where things are, on a terminal; the exit code.
+    """Print the table, failed gates, the verdict and the paths; returns the exit code.
 
     Returns:
         2 where an artifact could not be run, 1 where a gate failed, else 0.
@@ -189,7 +189,7 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
         if any(artifact.tasks for artifact in report.artifacts):
             console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
-        for note in artifact.notes[bool(artifact.failure) :]:  # the first one says the failure
+        for note in artifact.notes[bool(artifact.failure) :]:  # the first one is the failure
             console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
@@ -208,17 +208,17 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
     return 1 if report.verdict == "failed" else 0
 
 
-# --- Markdown in which strings of a checkpoint show as they are -------------------------------
+# --- Markdown with strings of a checkpoint, escaped --------------------------------------------
 
 
 def sentence(text: str) -> str:
-    """Text that Markdown shows as it is, on one line and within one table cell."""
+    """Text escaped for Markdown, on one line and within one table cell."""
     line = " ".join(visible(text).split())
     return re.sub(r"([\\`*{}\[\]<>#|~&$!])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m.group(0), line)
 
 
 def fenced(code: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
+    """A code block with a fence longer than any run of backticks inside."""
     code = visible(code)
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -226,6 +226,6 @@ def fenced(code: str, language: str) -> str:
 
 
 def pipe_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table of cells that are Markdown already; columns after the first ``left`` are numbers."""
+    """A Markdown table of Markdown cells; columns after the first ``left`` are right-aligned."""
     rule = ["---"] * left + ["---:"] * (len(headers) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (headers, rule, *rows))

@@ -5,10 +5,9 @@
     stats    compress.calibration.statistics.LayerStats of the weight's input; None where there are
              none (an embedding, an input that calibration has not seen, a solver that needs none)
 
-A solver sees weights, grids and statistics, never a file format. The table of them is
-``compress.recipe.SOLVERS``. A row more: ``register_solver`` in a program, or for the
-command line the entry point of an installed package, whose function may have an attribute
-``needs``:
+A solver sees weights, grids and statistics, never a file format. ``compress.recipe.SOLVERS`` is
+the table of solvers. To add one, call ``register_solver`` in a program, or for the command line
+install a package with this entry point, whose function may have an attribute ``needs``:
 
     [project.entry-points."packlight.solvers"]
     my_solver = "my_package:my_solver"
@@ -35,11 +34,11 @@ from compress.recipe import (
 
 __all__ = ["get_solver", "quantize", "register_solver", "rtn", "scale_search"]
 
-# Importance is taken to this power: inputs are correlated, and other texts stress other columns, so
-# the measured ratios between columns are trusted a little less than they say. On the demo model and
-# a text that is neither the calibration's nor the held-out one, over three draws of calibration
-# texts, mean KL at 0.75 against 1: Q4_K_M -4 %, Q3_K_M -5 %, lut4-g8 -4 %, int4-g32 +1 %; 0.5 and
-# less lose on int4.
+# Importance is raised to this power: inputs are correlated, and other texts use other columns, so
+# the measured ratios between columns overstate the differences. On the demo model and a text that
+# is neither the calibration's nor the held-out one, over three draws of calibration texts, mean KL
+# at 0.75 against 1: Q4_K_M -4 %, Q3_K_M -5 %, lut4-g8 -4 %, int4-g32 +1 %; 0.5 and less are worse
+# on int4.
 POWER = 0.75
 
 
@@ -49,13 +48,13 @@ def rtn(weight: Float32, grid: Grid, stats: LayerStats | None = None) -> Quantiz
     Args:
         weight: float32 ``[rows, columns]``.
         grid: any grid.
-        stats: unused; other solvers go by them.
+        stats: unused.
     """
     return grid.quantize(weight)
 
 
 def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -> Quantized:
-    """Fit the grid to the weight under the importance of its columns, then round.
+    """Fit the grid with the squared error weighted by column importance, then round to nearest.
 
     The output error of a linear is ``Σ_c E[x_c²] (w_c - ŵ_c)²`` summed over rows, where inputs are
     taken to be uncorrelated; ``E[x_c²]`` is the importance (llama.cpp's imatrix). The grids search
@@ -72,22 +71,22 @@ def scale_search(weight: Float32, grid: Grid, stats: LayerStats | None = None) -
 
 
 def error_weights(stats: LayerStats | None) -> Float32 | None:
-    """What ``scale_search`` multiplies a column's squared error with, float32 ``[columns]``; None
-    where nothing is known of the input."""
+    """The factors of each column's squared error in ``scale_search``, float32 ``[columns]``; None
+    without statistics of the input."""
     if stats is None or not stats.importance.any():
         return None
     return np.power(stats.importance, np.float32(POWER))
 
 
 def get_solver(name: str) -> Solver:
-    """``solve(weight, grid, stats) -> Quantized``, the solver of that name.
+    """The solver of that name, ``solve(weight, grid, stats) -> Quantized``.
 
     Args:
-        name: of a row of ``SOLVERS``, or an entry point.
+        name: in ``SOLVERS``, or of an entry point.
 
     Raises:
-        UsageError: no such solver, or one that cannot be loaded. Calling what is returned: a result
-            that is not a ``Quantized`` of the weight's shape on the grid.
+        UsageError: no such solver, or one that cannot be loaded. The returned function raises it
+            where the result is not a ``Quantized`` of the weight's shape on the grid.
     """
     solve = (SOLVERS.get(name) or solver_row(name)).solve
     if isinstance(solve, str):

@@ -1,14 +1,15 @@
-"""Folds that make rounding cost less, searched by half blocks: attention, then MLP; then the head.
+"""AWQ: searches scales that lower the rounding error, for attention and MLP of each block and the
+head.
 
 AWQ (Lin et al., arXiv 2306.00978): a column whose input is large is multiplied by ``s > 1`` before
 it is rounded, and its input divided by ``s``: its error shrinks, at the cost of those that share
 its scale. ``s`` is the input's root mean square to the power of α, or that over the column's
-largest magnitude to the power of 1 - α. ``folding.py`` has the places where that is exact.
+largest magnitude to the power of 1 - α. ``folding.py`` lists where that is exact.
 
-α is that of the least output error of the weights that multiply the input, estimated on some of
-their rows (``Estimate``). What counts is decided afterwards, on inputs that were held back from the
-Hessian: the half is run with the codes that the recipe's own solver chooses, and a change stays
-only if the half's output comes nearer to the float model's.
+α is chosen for the least output error of the weights that multiply the input, estimated on some of
+their rows (``Estimate``). The choice is then checked on inputs that were held back from the
+Hessian: the half block is run with the codes of the recipe's solver, and a scale is kept only if
+the output error falls.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from compress.solvers.hessian import factors_of, output_errors
 __all__ = ["Found", "search"]
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
-SAMPLE = 512  # rows of a weight that α is chosen by ...
+SAMPLE = 512  # rows of a weight that α is chosen on
 MARGIN = 0.01  # share by which an error must fall
 DAMPING = 0.01  # as gptq's
 SMALLEST = 1e-4  # of the largest scale of an input
@@ -41,19 +42,19 @@ SMALLEST = 1e-4  # of the largest scale of an input
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         folds: the scales.
-        errors: on held-back inputs, before and after: of every half the relative output error, of
-            the head the KL divergence.
+        errors: on held-back inputs, before and after: the relative output error of every half
+            block, the KL divergence of the head.
     """
 
     folds: Folds
     errors: tuple[tuple[float, float], ...]
 
     def note(self) -> str:
-        """A line for the report."""
+        """The report line with the folds and their effect."""
         ratios = [max(after / before, 1e-9) if before else 1.0 for before, after in self.errors]
         drop = 1 - math.exp(sum(map(math.log, ratios)) / max(len(ratios), 1))
         return (
@@ -72,14 +73,14 @@ def search(
     length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """Folds for one target, half a block in memory at a time.
+    """Search the folds of one target, half a block in memory at a time.
 
     Args:
         source: the weights.
-        statistics: of their inputs; with Hessians and held-back inputs.
+        statistics: of their inputs, with Hessians and held-back inputs.
         plan: the target's grids.
-        solver: what will choose the codes.
-        length: tokens of a calibration window, of which whole ones were held back.
+        solver: name of the recipe's solver.
+        length: tokens of a calibration window; whole windows were held back.
         progress: ``progress(done, total)`` in stored blocks.
 
     Raises:
@@ -109,7 +110,8 @@ def search(
 
 
 def improve(trial: Trial, folds: dict[str, Float32]) -> tuple[float, float]:
-    """Add to ``folds`` what lowers the error of a half or the head; its error before and after."""
+    """Add to ``folds`` the scales that lower the error of a half block or the head; returns the
+    error before and after."""
     accepted: dict[str, Float32] = {}
     before = best = trial.error(accepted)
     for site in trial.sites:
@@ -127,8 +129,7 @@ def improve(trial: Trial, folds: dict[str, Float32]) -> tuple[float, float]:
 
 
 def propose_scale(trial: Trial, site: str) -> Float32 | None:
-    """The scale of the best α, float32 ``[channels]``; None where 1 is as good or nothing may be
-    scaled."""
+    """The scale of the best α, float32 ``[channels]``; None where no scale is better or allowed."""
     if not trial.entries_of(site) or not foldable(trial.source.config, site):
         return None
     estimate = Estimate(trial, site)
@@ -145,15 +146,15 @@ def propose_scale(trial: Trial, site: str) -> Float32 | None:
 
 
 class Estimate:
-    """Output error of the weights of one input under a scale, by some of their rows.
+    """Estimates the output error of one input's weights under a scale, from some of their rows.
 
-    Codes are those of ``scale_search``, and the error is ``tr(E H Eᵀ)``. For ``gptq`` that would
-    say little: it makes up for what one column costs in others. There each column counts by what is
-    left of its variance when those that are rounded after it are given (``D`` of
-    ``compress.solvers.hessian``), which is what the rounding of one column costs gptq.
+    Codes are those of ``scale_search``, and the error is ``tr(E H Eᵀ)``. That is a poor estimate
+    for ``gptq``, which compensates one column's error in others. There each column is weighted by
+    its conditional variance, given the columns rounded after it (``D`` of
+    ``compress.solvers.hessian``), which is the cost of rounding one column in gptq.
 
     Attributes:
-        sizes: root mean square (gptq: of what is left) of each channel, float32 ``[channels]``.
+        sizes: root mean square (gptq: conditional) of each channel, float32 ``[channels]``.
         widths: largest magnitude of the weights that multiply it, float32 ``[channels]``.
     """
 
@@ -164,7 +165,7 @@ class Estimate:
             (some_rows(trial.source, name, grid, SAMPLE), grid)
             for name, grid in trial.entries_of(site)
         ]
-        self._stats = replace(stats, held_back=None)  # ``output_errors`` goes by the Hessian then
+        self._stats = replace(stats, held_back=None)  # ``output_errors`` then uses the Hessian
         self._diagonal = None
         if needs_of(trial.solver) == "hessian":
             self._diagonal = left_over(stats, self._weights[0][1])
@@ -174,7 +175,7 @@ class Estimate:
         self.widths = np.maximum(by_channel(self._config, site, largest), np.float32(1e-12))
 
     def cost(self, scale: Float32 | None) -> float:
-        """Under ``scale``, float32 ``[channels]``; None: all 1."""
+        """The estimated error under ``scale``, float32 ``[channels]``; None: all 1."""
         one = np.ones(1, np.float32)
         columns = one if scale is None else columns_of(self._config, self._site, scale)
         total = 0.0
@@ -191,7 +192,8 @@ class Estimate:
 
 
 def left_over(stats: LayerStats, grid: Grid) -> Float32:
-    """Variance of each input, given those that gptq rounds after it; float32 ``[columns]``."""
+    """Conditional variance of each input, given those that gptq rounds after it, float32
+    ``[columns]``."""
     span = grid.span if isinstance(grid, LatticeGrid | CodebookGrid) else 0
     together = grid.together if isinstance(grid, CodebookGrid) else 1
     variances = stats.importance.copy()
@@ -201,7 +203,7 @@ def left_over(stats: LayerStats, grid: Grid) -> Float32:
 
 
 def by_channel(config: DecoderConfig, site: str, values: Float32) -> Float32:
-    """From columns to channels: the largest of the query heads that share a key-value head."""
+    """Reduce columns to channels: the maximum over the query heads that share a key-value head."""
     if not site.endswith("o_proj"):
         return values
     grouped = values.reshape(config.num_key_value_heads, -1, config.head_dim)
@@ -210,7 +212,8 @@ def by_channel(config: DecoderConfig, site: str, values: Float32) -> Float32:
 
 
 def normalized(scale: Float32) -> Float32:
-    """With 1 midway between its extremes, as AWQ has it; nothing below ``SMALLEST`` of the top."""
+    """The scale with 1 as the geometric mean of its extremes, as in AWQ; no entry is below
+    ``SMALLEST`` times the largest."""
     scale = np.maximum(scale, scale.max() * SMALLEST)
     centred: Float32 = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
     return centred

@@ -1,12 +1,10 @@
-"""Exact changes of weights that leave the model's function as it is: scales of the channels between
-what makes an input and what multiplies it.
+"""Folds per-channel scales into the weights around an input; the model's function stays the same.
 
-A channel that is divided by ``s`` where it is made, and whose column is multiplied by ``s`` where
-it is used, changes no output in exact arithmetic; but the weights that are rounded are others. Such
-scales are AWQ's (Lin et al., arXiv 2306.00978). Where they are possible without an operation that
-the model does not have:
+A channel that is divided by ``s`` in the weights that produce it, and multiplied by ``s`` in the
+columns that use it, changes no output in exact arithmetic, but changes the rounding of the weights
+(AWQ, Lin et al., arXiv 2306.00978). Where that needs no operation that the model does not have:
 
-    made by                        used by
+    produced by                    used by
     input_layernorm                q, k, v (parallel: up too)
     post_attention_layernorm       gate, up
     norm                           lm_head, unless it is tied
@@ -14,7 +12,7 @@ the model does not have:
     up_proj, beside a gate         down_proj
 
 A key-value head serves several query heads, whose columns in ``o_proj`` therefore share its scales.
-Without a gate an activation that is not homogeneous (GELU) sits between.
+Without a gate there is an activation between them that is not homogeneous (GELU).
 """
 
 from __future__ import annotations
@@ -33,13 +31,13 @@ __all__ = ["Folded", "Folds", "columns_of", "fold_statistics", "foldable"]
 
 Folds = Mapping[str, Float32]
 """Input name (``compress.calibration.statistics.input_names``) → float32 ``[channels]``, positive:
-channel ``c`` is divided by ``scale[c]`` where it is made and multiplied by it where it is used.
-Channels are the rows of what makes the input: for ``o_proj`` those of ``v_proj``.
+channel ``c`` is divided by ``scale[c]`` where it is produced and multiplied by it where it is used.
+Channels are the rows of the weight that produces the input: for ``o_proj`` those of ``v_proj``.
 """
 
 
 class Folded(Change):
-    """A source whose weights are those of another, folded; computed when they are read.
+    """A source that folds scales into another source's weights when they are read.
 
     Args:
         source: the weights.
@@ -73,7 +71,7 @@ class Folded(Change):
         return weight
 
     def _divisor(self, name: str) -> Float32 | None:
-        """What each row of a weight is divided by, float32 ``[rows]``; None where all are by 1."""
+        """The divisor of each row of a weight, float32 ``[rows]``; None where all are 1."""
         block, role, _ = split_name(name)
         members = FUSED.get(role, (role,))
         scales = [self._scale_after(block, member) for member in members]
@@ -86,7 +84,7 @@ class Folded(Change):
         return np.concatenate(parts)
 
     def _scale_after(self, block: int | None, role: str) -> Float32 | None:
-        """The scale of what a weight makes."""
+        """The scale of the channels that a weight produces."""
         if role not in self._uses:
             return None
         use = self._uses[role]
@@ -96,7 +94,7 @@ class Folded(Change):
 
 
 def uses(config: DecoderConfig) -> dict[str, str]:
-    """Role of a weight → the role by which the input that it makes goes."""
+    """Role of a weight → role that names the input which it produces."""
     made = {"input_layernorm": "q_proj", "v_proj": "o_proj"}
     if config.gated_mlp:  # the gate goes through the activation
         made["up_proj"] = "down_proj"
@@ -113,7 +111,7 @@ def foldable(config: DecoderConfig, key: str) -> bool:
 
 
 def channels_of(config: DecoderConfig, key: str) -> int:
-    """Channels of an input that can be folded apart."""
+    """The number of channels of an input that can have scales of their own."""
     role = key.rpartition(".")[2]
     if role == "o_proj":
         return config.weight_shape("v_proj")[0]
@@ -121,7 +119,7 @@ def channels_of(config: DecoderConfig, key: str) -> int:
 
 
 def check(config: DecoderConfig, key: str, scale: Float32) -> None:
-    """Refuse what would change the function.
+    """Refuse a scale that would change the model's function.
 
     Raises:
         ValueError: see ``Folded``.
@@ -136,18 +134,19 @@ def check(config: DecoderConfig, key: str, scale: Float32) -> None:
 
 
 def columns_of(config: DecoderConfig, key: str, scale: Float32) -> Float32:
-    """A scale over the columns of the weights that multiply the input, float32 ``[columns]``."""
+    """A scale expanded to the columns of the weights that multiply the input, float32
+    ``[columns]``."""
     if key.rpartition(".")[2] != "o_proj":
         return scale
     heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return scale.reshape(kv, size).repeat(heads // kv, axis=0).reshape(-1)
 
 
-# --- what the inputs then look like ------------------------------------------------------------
+# --- statistics of the folded inputs -----------------------------------------------------------
 
 
 def fold_statistics(config: DecoderConfig, statistics: Statistics, folds: Folds) -> Statistics:
-    """Statistics of the folded model, from those of the model: no second walk."""
+    """Statistics of the folded model, computed from the model's without a second walk."""
 
     def load(key: str) -> LayerStats | None:
         stats = statistics.load(key)

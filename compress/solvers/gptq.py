@@ -1,13 +1,13 @@
-"""GPTQ on every grid: round column by column, and let the columns left make up for each error.
+"""GPTQ on every grid: rounds column by column and corrects the remaining columns for each error.
 
-The order of the columns is one that the files can hold without an index of groups (no ``g_idx``):
-columns that share parameters stay together, and whole such spans go by falling importance, the
-columns of a span too. On entering a span its parameters are fitted to the weights as they are by
-then, with what earlier columns left over; K-quants' integer scales are fixed by that before a code
-is chosen. Where parameters belong to whole rows (channel scales, palettes) they are those of
-``scale_search``, and all columns go by falling importance. Codebook grids are rounded a word at a
-time (``gptq_words.py``), and the columns of a word stay beside each other.
-When all codes are chosen, each is looked at again (``descend``).
+The order of the columns needs no group index in the file (no ``g_idx``): columns that share
+parameters stay together; such spans are rounded by falling importance, and so are the columns
+within one. A span's parameters are fitted when it is reached, to its weights after the corrections
+of earlier columns; K-quants' integer scales are thereby fixed before a code is chosen. Where
+parameters belong to whole rows (channel scales, palettes) they are those of ``scale_search``, and
+all columns are ordered by falling importance. Codebook grids are rounded a word at a time
+(``gptq_words.py``), and the columns of a word stay adjacent. After the last column, coordinate
+descent chooses every code again (``descend``).
 
 ``compress.solvers.hessian`` has the algebra.
 """
@@ -28,10 +28,10 @@ from compress.solvers.rounding import PIECE, Spans, Whole, round_piece
 
 __all__ = ["gptq"]
 
-DESCENTS = 2  # times that every code is looked at again ...
+DESCENTS = 2  # passes of coordinate descent ...
 DAMPING = 0.03  # ... with this share of the diagonal's mean added to it
 ROWS = 1024  # of a slab; temporaries are a few float32 matrices of so many rows
-SLABS = 4  # in work at once, at most
+SLABS = 4  # solved at a time, at most
 
 
 def gptq(
@@ -43,23 +43,23 @@ def gptq(
     block: int = 128,
     slab: int = ROWS,
 ) -> Quantized:
-    """Codes of least output error, found greedily column by column.
+    """Quantize a weight with GPTQ: the least output error, greedily column by column.
 
-    Rows that measure worse than those of ``scale_search``, on inputs held back from the Hessian,
-    become the latter.
+    Rows with a larger error than ``scale_search``'s, on inputs held back from the Hessian, get the
+    codes of ``scale_search``.
 
     Args:
         weight: float32 ``[rows, columns]``, whole or some of its rows: rows are independent, except
             those that share a palette.
-        grid: any grid; one that has no parameters just rounds.
+        grid: any grid; without parameters (F16) this rounds to nearest.
         stats: of the weight's input. Without a Hessian this is ``scale_search``.
         damping: share of the Hessian diagonal's mean that is added to the diagonal.
-        block: columns whose errors are spread over all later ones at once. Speed only.
-        slab: rows that are solved for at once. Memory and speed only.
+        block: columns whose errors are applied to all later ones at once. Speed only.
+        slab: rows that are solved at a time. Memory and speed only.
 
     Returns:
-        ``fallen``: the rows that became those of ``scale_search``; all of them where the Hessian is
-        empty or not a covariance.
+        The codes and parameters. ``fallen`` counts the rows with codes of ``scale_search``; all of
+        them where the Hessian is empty or not a covariance.
     """
     searched = grid.quantize(weight, error_weights(stats))
     if stats is None or stats.hessian is None or not isinstance(grid, LatticeGrid | CodebookGrid):
@@ -87,7 +87,7 @@ def gptq(
             params[key][part][better] = values[better]
         fallen.append(len(better) - int(better.sum()))
 
-    # A slab has a thread to itself: its steps are thousands, each too short to be shared out.
+    # Each slab has one thread: its thousands of steps are each too short to be split.
     slabs = (partial(solve, start) for start in range(0, rows, slab))
     for _ in in_order(slabs, min(worker_threads(), SLABS), share=1):
         pass
@@ -97,7 +97,7 @@ def gptq(
 def round_rows(
     weight: Float32, factors: tuple[Factor, ...], fits: Whole | Spans, block: int
 ) -> tuple[Array, Float32]:
-    """Codes, uint8 ``[rows, columns]``, and what they leave of the weight, float32 likewise."""
+    """Codes, uint8 ``[rows, columns]``, and rounding errors ``w - ŵ``, float32 of that shape."""
     codes = np.empty(weight.shape, np.uint8)
     left = np.empty(weight.shape, np.float32)
     for factor in factors:
@@ -143,28 +143,28 @@ def descend(
     damping: float,
     block: int,
 ) -> None:
-    """Coordinate descent: every code is chosen once more, given all others; in place.
+    """Coordinate descent: choose every code again, given all others; in place.
 
-    GPTQ is greedy: what a column is rounded to takes account of the columns before it and of how
-    those after it could still make up for it, not of what they became. Here each column in turn, in
-    the weight's order, is rounded to what is best given all others, ``w_k + Σ_{j≠k} e_j H_jk /
-    H_kk``, which can only lower ``e H eᵀ`` (cyclic coordinate descent, as in CDQuant, Nair &
-    Suggala, arXiv 2406.17542). After the columns of a span its parameters are scaled by the factor
-    that is best for those codes, where float16 can say it.
+    GPTQ is greedy: a column is rounded knowing the columns before it and how those after it could
+    compensate, but not their final codes. Here each column in turn, in the weight's order, is
+    rounded to the best code given all others, ``w_k + Σ_{j≠k} e_j H_jk / H_kk``, which can only
+    lower ``e H eᵀ`` (cyclic coordinate descent, as in CDQuant, Nair & Suggala, arXiv 2406.17542).
+    After the columns of a span its parameters are scaled by the best factor for those codes, where
+    float16 can represent it.
 
-    On five kinds of linears of the demo model, in three blocks, two visits take off another 5 % of
-    the output error on other text in int4-g32 and Q4_0, 3 % in K-quants and palettes; a third one
-    nothing to speak of. (A least-squares refit of whole palettes under the Hessian took off 0.6 %
-    and costs as much as two visits, so there is none.)
+    On five kinds of linears of the demo model, in three blocks, two passes lower the output error
+    on other text by another 5 % in int4-g32 and Q4_0, 3 % in K-quants and palettes; a third pass
+    does not change it noticeably. (A least-squares refit of whole palettes under the Hessian gained
+    0.6 % and costs as much as two passes, so there is none.)
 
     Args:
         weight: float32 ``[rows, columns]``.
         codes: uint8 ``[rows, columns]``.
-        left: float32 ``[rows, columns]``: the weight minus what the codes stand for.
+        left: float32 ``[rows, columns]``: the weight minus the decoded codes.
         fits: the parameters of those codes; those of spans are scaled.
         stats: of the input; with a Hessian.
         damping: share of the Hessian diagonal's mean that is added to the diagonal.
-        block: columns whose errors are spread over all others at once. Speed only.
+        block: columns whose errors are applied to all others at once. Speed only.
     """
     start = 0
     for hessian in stats.hessian or ():
@@ -202,7 +202,7 @@ def descend_piece(
     Args:
         square: float32 ``[n, n]``, their part of the damped Hessian.
         pull: float32 ``[rows, n]``: the errors of all other columns times the Hessian.
-        place: which columns of the weight they are.
+        place: the columns of the weight.
     """
     feedback, variances, settle, later = metric_of(square, fits.together)
     values, run = fits.at(place)
@@ -217,7 +217,7 @@ def descend_piece(
 
 
 def metric_of(square: Float32, together: int) -> tuple[Float32, Float32, Float32, Float32]:
-    """What the kernels of GPTQ need to round columns, or words of columns, given all others.
+    """The factors by which GPTQ's kernels round columns, or words of columns, given all others.
 
     For a word ``w`` with ``H_ww = U D Uᵀ`` and a pull ``p`` of all others ``e H_ww eᵀ + 2 p eᵀ`` is
     ``Σ_k D_k (c_k + Σ_{j<=k} e_j U_jk)²`` and a constant, where ``c = p U⁻ᵀ D⁻¹``.
@@ -252,14 +252,15 @@ def metric_of(square: Float32, together: int) -> tuple[Float32, Float32, Float32
 def take_lower(
     codes: Array, errors: Float32, old: Array, left: Float32, square: Float32, pull: Float32
 ) -> Array:
-    """Replace ``old`` codes and what they ``left`` in the rows where that costs less; which."""
+    """Replace the ``old`` codes and errors (``left``) in rows where the new error is lower; returns
+    the mask of those rows."""
     lower: Array = costs(errors, square, pull) < costs(left, square, pull)
     old[lower], left[lower] = codes[lower], errors[lower]
     return lower
 
 
 def best_factors(weight: Float32, rounded: Float32, square: Float32, pull: Float32) -> Float32:
-    """What to multiply each row's ``rounded`` by, float32 ``[rows]``, for the least output error.
+    """The factor of each row's ``rounded`` for the least output error, float32 ``[rows]``.
 
     Args:
         weight: float32 ``[rows, n]``.
@@ -274,7 +275,7 @@ def best_factors(weight: Float32, rounded: Float32, square: Float32, pull: Float
 
 
 def costs(errors: Float32, square: Float32, pull: Float32) -> Array:
-    """What some columns' errors add to each row's output error, float64 ``[rows]``.
+    """The output error that some columns' errors add to each row, float64 ``[rows]``.
 
     Args:
         errors: float32 ``[rows, n]``.

@@ -1,10 +1,10 @@
-"""Rounding of a few columns, four at a time, to the words of a codebook; see ``rounding``.
+"""Rounds columns, four at a time, to the words of a codebook; see ``rounding``.
 
-What is left of a row after the columns before, ``x``, asks of the next four columns the least of
+With ``x`` a row's weights corrected for the columns before, the next four columns minimize
 ``Σ_k D_k (x_k - q_k + Σ_{j<k} (w_j - q_j) U_jk)²`` over the words q (k and j run over these four).
 That is ``(t - q) M (t - q)ᵀ`` with ``M = U D Uᵀ`` and a target t found by substitution: the nearest
-word, but in a metric where errors of one column are paid for or made up for by the others. Pairs of
-columns are tabulated; what lies between the pairs takes two more products for each word.
+word in a metric that includes how the four errors compensate each other. Costs of pairs of columns
+are tabulated; the cross term of the two pairs takes two more products for each word.
 """
 
 # mypy: allow-untyped-defs

@@ -1,4 +1,4 @@
-"""What folding and rounding do to the output of half a block, or of the head, measured on inputs
+"""Measures the output error of half a block, or of the head, after folding and rounding, on inputs
 that were held back from calibration: attention runs whole windows, an MLP rows.
 """
 
@@ -23,7 +23,7 @@ __all__ = ["HalfTrial", "HeadTrial", "Trial", "halves", "some_rows"]
 
 RUN = 32  # rows that are sampled together, or whole palettes
 HEAD = "lm_head"
-HEAD_ROWS = 4096  # rows of the head that it is measured on
+HEAD_ROWS = 4096  # rows of the head that its error is measured on
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def halves(config: DecoderConfig, block: int) -> Iterator[Half]:
 
 
 class Trial:
-    """Weights of which some are folded and rounded, and the error of what they compute.
+    """Folds and rounds some weights and measures the error of their output.
 
     Args:
         source: the float weights.
         statistics: of their inputs; some were held back.
         sites: names of the inputs, in order of execution (``calibration.statistics.input_names``).
         entries: weights that will be rounded, and their grids.
-        solver: what chooses the codes.
+        solver: name of the solver that chooses the codes.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Trial:
         return [(n, grid) for n, grid in self.entries.items() if input_of(config, n) == site]
 
     def error(self, folds: Folds) -> float:
-        """On held-back inputs, under folds, with the codes of the solver."""
+        """The error on held-back inputs, with folds and the solver's codes."""
         raise NotImplementedError
 
 
@@ -93,7 +93,7 @@ class HalfTrial(Trial):
 
     Args:
         half: which half.
-        entries: may be of the whole block.
+        entries: as ``Trial``; may be of the whole block.
         length: tokens of a window.
 
     Raises:
@@ -137,7 +137,7 @@ class HalfTrial(Trial):
         return float(np.mean((found - self._wanted) ** 2)) / (size or 1.0)  # 1 beside zeros
 
     def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
-        """What the half adds to the residual, float32 ``[rows, hidden]``."""
+        """The half block's output, added to the residual stream, float32 ``[rows, hidden]``."""
         import torch
 
         config, x = self.source.config, as_tensor(inputs)
@@ -157,8 +157,8 @@ class HeadTrial(Trial):
     """The head, unless it is tied; its error is the mean KL divergence of the next token's
     probabilities, over ``HEAD_ROWS`` of its rows.
 
-    A squared error of logits would count improbable tokens as much as those that matter.
-    On the demo model folds that took a quarter off it made the KL divergence worse.
+    A squared error of logits would weigh improbable tokens as much as likely ones. On the demo
+    model folds that lowered it by a quarter made the KL divergence worse.
 
     Args:
         grid: of the head.
@@ -194,10 +194,10 @@ class HeadTrial(Trial):
 
 
 def stats_of(statistics: Statistics, site: str) -> LayerStats:
-    """Statistics of an input that must be there.
+    """Statistics of an input.
 
     Raises:
-        UsageError: it is not.
+        UsageError: there are none.
     """
     stats = statistics.for_weight(f"{site}.weight")
     if stats is None:
@@ -221,13 +221,14 @@ def held_back(statistics: Statistics, site: str) -> Float32:
 
 
 def some_rows(source: Source, name: str, grid: Grid, sample: int) -> Float32:
-    """Rows of a weight in evenly spread runs; all where they are few or make no whole runs.
+    """A sample of a weight's rows in evenly spaced runs; all rows where they are few or make no
+    whole runs.
 
     Args:
-        source: has the weight.
-        name: of it, or of its bias.
-        grid: that it will be rounded to: palettes stay whole.
-        sample: how many, about.
+        source: of the weight.
+        name: of the weight, or of its bias.
+        grid: that it will be rounded to: rows that share a palette stay together.
+        sample: number of rows, about.
 
     Returns:
         float32, the shape of the weight except for the rows.

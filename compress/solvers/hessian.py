@@ -2,10 +2,10 @@
 
 With ``H = U D Uᵀ``, ``U`` unit upper triangular, the output error of a row that changed by ``e`` is
 ``e H eᵀ = Σ_k D_k (e_k + Σ_{j<k} e_j U_jk)²``. To round the columns in turn, each with the sum of
-its ``e_j U_jk`` added, makes each term what rounding that column alone costs. This is GPTQ (Frantar
-et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., QuIP, arXiv 2307.13304, theorem 6): the
-same codes, but one factorisation is enough, the Hessian is not inverted, and errors refer to the
-weights as they were, so that there is no updated copy of them to go stale.
+its ``e_j U_jk`` added, makes each term the cost of rounding that column alone. This is GPTQ
+(Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., QuIP, arXiv 2307.13304, theorem
+6): the same codes, but one factorisation is enough, the Hessian is not inverted, and errors refer
+to the original weights, so that no updated copy of them is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.machine import in_threads
 
 __all__ = ["Factor", "factors_of", "output_errors"]
 
-# What is added to the diagonal, as a share of itself, until the Hessian is positive definite.
+# Shares of the diagonal that are added to it in turn until the Hessian is positive definite.
 REPAIRS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 TILE = 256
 SLAB = 1024  # rows of one matrix product
@@ -45,7 +45,7 @@ class Factor:
 def factors_of(
     stats: LayerStats, span: int, damping: float, together: int = 1
 ) -> tuple[Factor, ...]:
-    """The factors of a Hessian's diagonal blocks; those of the last call are cached.
+    """Factorize a Hessian's diagonal blocks; the factors of the last call are cached.
 
     Args:
         stats: with a Hessian.
@@ -54,13 +54,13 @@ def factors_of(
         together: columns that stay beside each other in the order of rounding.
 
     Returns:
-        One for each block; none where the Hessian has no positive definite part to speak of (it
-        is zero, not finite, or far from a covariance).
+        One for each block; none where the Hessian cannot be factorized (it is zero, not finite, or
+        far from a covariance).
     """
     for known, settings, factors in _last:
         if known() is stats and settings == (span, damping, together):
             return factors
-    _last.clear()  # before the next are made: they are large
+    _last.clear()  # before the next are computed: they are large
     made: list[Factor] = []
     start = 0
     for block in stats.hessian or ():
@@ -83,16 +83,16 @@ def factors_of(
     return factors
 
 
-# Row slabs of a tensor, and q, k and v, come one after the other with the same statistics; these
-# are let go with them.
+# Row slabs of a tensor, and q, k and v, are solved in sequence with the same statistics; the
+# cached factors are freed with the statistics.
 _last: list[tuple[weakref.ref[LayerStats], tuple[int, float, int], tuple[Factor, ...]]] = []
 
 
 def rounding_order(diagonal: Array, span: int, together: int = 1) -> Array:
-    """Columns by falling importance; whole spans by falling total, each sorted within (whole
-    groups of columns that stay ``together``, by falling total).
+    """The columns by falling importance; spans by falling total, and within a span its columns
+    (groups of columns that stay ``together`` by falling total).
 
-    What is rounded early has the most columns left to make up for its error.
+    A column that is rounded early has the most columns left to compensate its error.
     """
     if not span:
         return np.argsort(-diagonal, kind="stable")
@@ -108,8 +108,8 @@ def factor_in_place(matrix: Float32, tile_columns: int = TILE) -> Float32 | None
     """``U D Uᵀ`` of a symmetric matrix, float32 ``[n, n]``, which becomes ``U``; returns ``D``.
 
     A Cholesky factorisation from the last column to the first, ``tile_columns`` at a time: nearly
-    all of it is matrix products, and a wide Hessian needs no second copy. None where it breaks
-    down: the matrix, spoilt, is not positive definite in float32.
+    all of it is matrix products, and a wide Hessian needs no second copy. None where the matrix
+    is not positive definite in float32; its contents are then overwritten.
     """
     variances = np.empty(len(matrix), np.float32)
     for last in range(len(matrix), 0, -tile_columns):
@@ -147,7 +147,7 @@ def subtract_product(matrix: Float32, tile: slice, last: int, known: Float32) ->
 def output_errors(errors: Float32, stats: LayerStats) -> Array:
     """Mean squared output error of every row, from the errors of its weights.
 
-    On the inputs that were held back from the Hessian, where there are any; else ``e H eᵀ``.
+    Measured on the inputs held back from the Hessian, where there are any; else ``e H eᵀ``.
 
     Args:
         errors: float32 ``[rows, columns]``.

@@ -1,23 +1,22 @@
-"""Weights of one target, each block solved with the inputs that quantized blocks before it produce
+"""Quantizes each block on the outputs of the quantized blocks before it
 (``calibration.propagate: quantized``).
 
-The walk over the calibration texts goes along with the writing. A writer asks for the tensors of a
-block; the walk comes to that block, its statistics are gathered, and all its tensors are solved.
-Their codes are stored for the writer; decoded, they produce the next block's hidden states.
-So every tensor is solved once, and codes and statistics of one block are in memory at a time. What
-a build that was cut off leaves are the hidden states before the block that it was at
-(``calibration.walk.Boundary``), which the next one goes on with. The embedding and the head are
-solved by slabs, as the writer asks.
+The calibration walk runs along with the writing. When a writer requests a tensor of the next block,
+the walk runs up to that block, gathers its statistics, and all its tensors are solved. Their codes
+are held for the writer; decoded, they produce the next block's hidden states. So every tensor is
+solved once, and codes and statistics of one block are in memory at a time. The hidden states before
+the current block are saved (``calibration.walk.Boundary``), so that an interrupted build can be
+resumed there. The embedding and the head are solved by slabs, on request.
 
 Within a block the float weights are used, as in the code of GPTQ (Frantar et al., arXiv
-2210.17323): ``o_proj`` is calibrated on what the float ``q_proj`` gives, on quantized blocks'
+2210.17323): ``o_proj`` is calibrated on the output of the float ``q_proj``, on quantized blocks'
 states.
 
-Solvers see weights that lean towards what the float model would have put out (GPTAQ, Li et al.,
-arXiv 2504.02692). Where the float model has the input ``f`` and the quantized blocks give ``x``,
-``W f`` is best met by ``(W + W D H⁻¹) x``, with ``D = E[(f - x) xᵀ]`` and ``H = E[x xᵀ]``. To go
-all the way makes the model worse, although held-back inputs agree with it; ``SHARE`` of the way
-makes it better in every format that was tried.
+Solvers get weights that are shifted to compensate the drift of the inputs (GPTAQ, Li et al., arXiv
+2504.02692). Where the float model has the input ``f`` and the quantized blocks give ``x``, the
+least-squares fit of ``W f`` is ``(W + W D H⁻¹) x``, with ``D = E[(f - x) xᵀ]`` and ``H = E[x xᵀ]``.
+The full shift makes the model worse, although it fits held-back inputs; ``SHARE`` of it makes the
+model better in every format that was tried.
 """
 
 from __future__ import annotations
@@ -47,24 +46,23 @@ __all__ = ["PropagatedWeights"]
 T = TypeVar("T")
 
 SLAB = 1 << 23  # weights of the embedding that are decoded at a time
-SHARE = 0.25  # of the way from the float weights to those that meet the float outputs best
-DAMPING = 0.03  # share of the Hessian diagonal's mean that is added to it there
-ROWS = 512  # that are solved for at a time
+SHARE = 0.25  # of the shift from the float weights to the best fit of the float outputs
+DAMPING = 0.03  # share of the Hessian diagonal's mean that is added to it for the shift
+ROWS = 512  # of the shift that are solved at a time
 
 
 class PropagatedWeights(Weights):
-    """See the module. A writer should ask for blocks in order: going back starts the walk anew.
+    """See the module. Blocks should be read in order: going back restarts the walk.
 
     Args:
         source: the weights.
         plan: the grid of every tensor.
         solver: one that needs statistics (``compress.recipe.needs_of``).
         windows: token ids to calibrate on, all of the same length.
-        work: folder for hidden states beyond ``calibration.walk.states_limit``; stays until the
-            last tensor was asked for.
+        work: folder for hidden states beyond ``calibration.walk.states_limit``, needed until the
+            last tensor is read.
         ledger: see ``Weights``.
-        states: folder where hidden states are stored for a build that goes on with this one; None
-            keeps none.
+        states: folder where hidden states are saved for ``--resume``; None: not saved.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class PropagatedWeights(Weights):
         self._entries = {entry.name: entry for entry in plan.entries}
         self._windows, self._work, self._states = windows, work, states
         if states is not None and not len(self.ledger):
-            shutil.rmtree(states, ignore_errors=True)  # of what was forgotten
+            shutil.rmtree(states, ignore_errors=True)  # the ledger was emptied: they are outdated
         self._start()
 
     def quantize(self, name: str, grid: Grid, rows: slice | None = None) -> Quantized:
@@ -102,7 +100,7 @@ class PropagatedWeights(Weights):
     def in_slabs(
         self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
     ) -> Iterator[T]:
-        """See ``Weights.in_slabs``; one after the other."""
+        """See ``Weights.in_slabs``; slabs are solved in sequence."""
         for rows in slabs:
             yield pack(self.quantize(name, grid, rows))
 
@@ -111,7 +109,7 @@ class PropagatedWeights(Weights):
     def _start(self) -> None:
         boundary = Boundary(self._states) if self._states else None
         first = boundary.index if boundary else 0
-        self._block = first - self.config.block_repeat  # stored block that the walk has come to
+        self._block = first - self.config.block_repeat  # stored block that the walk has reached
         self._solved: dict[str, Quantized] = {}  # its tensors, by name in the plan
         self._steps: Iterator[dict[str, LayerStats]] = walk_beside(
             self.config, self.source.read, self._carried, self._windows,
@@ -119,14 +117,14 @@ class PropagatedWeights(Weights):
         )  # fmt: skip
 
     def _reach(self, block: int) -> None:
-        """Walk on until a stored block is solved."""
+        """Continue the walk until a stored block is solved."""
         if block < self._block or (block == self._block and not self._solved):
             if self._states:
                 shutil.rmtree(self._states)
             self._start()
         while self._block < block:
-            self.ledger.sync()  # what the states that are saved now will be behind
-            stats = next(self._steps)  # carries the states through the block before
+            self.ledger.sync()  # its tensors must be on disk before the states after them are saved
+            stats = next(self._steps)  # runs the states through the previous block
             self._block += self.config.block_repeat
             self._solve_block(Statistics.of(self.config, stats))
 
@@ -153,13 +151,13 @@ class PropagatedWeights(Weights):
                 self._solved[name] = self._solve(weight, grid, stats)
 
     def _leaning(self, name: str, statistics: Statistics, rows: slice | None = None) -> Float32:
-        """What is solved for: the float weight, and ``SHARE`` of what makes up for the drift."""
+        """The float weight plus ``SHARE`` of the shift that compensates the drift."""
         weight = self.read(name, rows)
         stats = statistics.for_weight(name)
         if stats is None or stats.drift is None:
             return weight
         if self._shift[0] is not stats:
-            self._shift = None, ()  # before the next one needs the room
+            self._shift = None, ()  # freed before the next one is computed
             self._shift = stats, shifts(stats)
         start, leaning = 0, weight.copy()
         for shift in self._shift[1]:
@@ -171,7 +169,7 @@ class PropagatedWeights(Weights):
     # --- weights as the artifact has them -----------------------------------------------------
 
     def _carried(self, name: str) -> Float32:
-        """A weight as the runtime decodes it: of the block that was just solved, or of none."""
+        """A weight as the runtime decodes it: of the block just solved, the embedding or a norm."""
         entry, rows = self._locate(name)
         if len(entry.shape) == 1:  # norms and biases, float32 or float16
             return get_grid(entry.grid).quantize(self.read(name)).decode()
@@ -180,7 +178,7 @@ class PropagatedWeights(Weights):
         return self._decoded_by_slabs(entry)
 
     def _decoded_by_slabs(self, entry: PlanEntry) -> Float32:
-        """The embedding; no calibrated solver has statistics of what it multiplies."""
+        """The embedding, decoded; it has no input statistics."""
         rows, columns = entry.shape
         grid = get_grid(entry.grid)
         step = max(SLAB // columns // 256, 1) * 256 if grid.group_rows else rows
@@ -191,7 +189,7 @@ class PropagatedWeights(Weights):
         return decoded
 
     def _locate(self, name: str) -> tuple[PlanEntry, slice]:
-        """The entry of the plan that holds a weight, and its rows there."""
+        """The plan entry that holds a weight, and the weight's rows in it."""
         block, role, kind = split_name(name)
         if block is None:
             return self._entries[name], slice(None)
@@ -226,7 +224,7 @@ def shifts(stats: LayerStats) -> tuple[Float32, ...]:
 
 
 def solve_by_slabs(lower: Tensor, drift: Tensor) -> Float32:
-    """``D H⁻¹`` of ``H = L Lᵀ``, float32 ``[n, n]``: some rows of ``D`` at a time, in threads."""
+    """``D H⁻¹`` for ``H = L Lᵀ``, float32 ``[n, n]``: some rows of ``D`` at a time, in threads."""
     import torch
 
     solved = np.empty(tuple(drift.shape), np.float32)

@@ -1,5 +1,5 @@
-"""Rounding of a few columns one after the other, each with the errors of those before it; and the
-parameters that they are rounded on: fitted span by span, or known before.
+"""Rounds columns in sequence, each corrected for the errors of those before it; and the grid
+parameters they are rounded with: fitted span by span, or chosen before.
 
 Rows are the SIMD lanes (see ``compress.grids.lanes``), so that a row's codes depend neither on its
 neighbours nor on the number of threads.
@@ -28,13 +28,13 @@ from compress.solvers.hessian import Factor
 
 __all__ = ["PIECE", "Spans", "Whole", "round_piece"]
 
-PIECE = 32  # columns rounded by one call of the kernel where no span says how many
-FACTORS = (0.5, 2.0)  # by how much parameters may be scaled at once
+PIECE = 32  # columns rounded by one call of the kernel where the grid has no spans
+FACTORS = (0.5, 2.0)  # least and largest factor by which parameters may be scaled at once
 LARGEST = np.float32(65504)  # of float16
 
 
 class Whole:
-    """Parameters of whole rows (channel scales, palettes), known before.
+    """Parameters of whole rows (channel scales, palettes), chosen before rounding.
 
     Args:
         lattice: of the tensor.
@@ -55,11 +55,11 @@ class Whole:
     def enter(
         self, weight: Float32, carried: Float32, factor: Factor, part: slice
     ) -> tuple[Lattice, Array]:
-        """The lattice of some columns, and the run of it that each is of."""
+        """The lattice of some columns, and the index of each column's run in it."""
         return self.at(part)
 
     def at(self, part: slice) -> tuple[Lattice, Array]:
-        """As ``enter``, of columns that were entered before."""
+        """As ``enter``, for columns that were entered before."""
         return self.lattice, np.zeros(part.stop - part.start, np.int64)
 
     def scaled(self, part: slice, codes: Array, factors: Float32) -> tuple[Params, Float32] | None:
@@ -67,10 +67,10 @@ class Whole:
         return None
 
     def take(self, part: slice, params: Params, rows: Array) -> None:
-        """Nothing to take."""
+        """Does nothing: there are no scaled parameters."""
 
     def params(self) -> Params:
-        """What was fitted: nothing."""
+        """An empty dict: nothing was fitted."""
         return {}
 
 
@@ -88,7 +88,7 @@ class Spans:
     def enter(
         self, weight: Float32, carried: Float32, factor: Factor, part: slice
     ) -> tuple[Lattice | Codebook, Array]:
-        """As ``Whole.enter``, fitted to the span's weights as they are now.
+        """As ``Whole.enter``; fits the parameters to the span's current weights.
 
         Args:
             weight: float32 ``[rows, span]``.
@@ -98,7 +98,7 @@ class Spans:
         """
         columns = factor.order[part]
         first, place = int(columns.min()), np.argsort(columns)
-        # Shared out over all columns left, and not only up to each column's own turn, an error e
+        # Distributed over all remaining columns, not only up to each column's turn, an error e
         # moves them by e H_sr H_rr^-1, which in terms of the factor is e U_sr U_rr^-1.
         settle = np.linalg.inv(np.triu(factor.feedback[part, part])).astype(np.float32)
         now = weight + carried @ settle
@@ -108,12 +108,12 @@ class Spans:
         return values, (columns - first) * values.scale.shape[1] // self.span
 
     def at(self, part: slice) -> tuple[Lattice | Codebook, Array]:
-        """As ``enter``, of a span that was entered before; ``part`` in the weight's order."""
+        """As ``enter``, for a span that was entered before; ``part`` in the weight's order."""
         values = self._values(self.fitted[part.start // self.span])
         return values, np.arange(self.span) * values.scale.shape[1] // self.span
 
     def scaled(self, part: slice, codes: Array, factors: Float32) -> tuple[Params, Float32] | None:
-        """A span's weights multiplied, as far as its float16 parameters can say it.
+        """Scale a span's weights, as far as its float16 parameters can represent it.
 
         Args:
             part: the span.
@@ -121,7 +121,7 @@ class Spans:
             factors: float32 ``[rows]``.
 
         Returns:
-            Parameters for ``take``, and the weights that they and the codes stand for, float32
+            Parameters for ``take``, and the weights that they and the codes decode to, float32
             ``[rows, span]``; None where the grid has no such parameters.
         """
         params = dict(self.fitted[part.start // self.span])
@@ -133,14 +133,14 @@ class Spans:
         return (params, self.grid.decode(codes, params)) if halves else None
 
     def take(self, part: slice, params: Params, rows: Array) -> None:
-        """Some rows (bool ``[rows]``) of the parameters that ``scaled`` gave become the span's."""
+        """Use the parameters from ``scaled`` in some rows (bool ``[rows]``) of the span."""
         old = self.fitted[part.start // self.span]
         self.fitted[part.start // self.span] = {
             name: np.where(rows[:, None], values, old[name]) for name, values in params.items()
         }
 
     def params(self) -> Params:
-        """What was fitted, joined along the columns."""
+        """The fitted parameters, joined along the columns."""
         names = self.fitted[0]
         return {name: np.concatenate([p[name] for p in self.fitted], axis=1) for name in names}
 
@@ -155,7 +155,7 @@ def round_piece(
     codes: Array,
     left: Float32,
 ) -> None:
-    """Round some columns, one after the other, over all rows; fills ``codes`` and ``left``.
+    """Round some columns in sequence, over all rows; fills ``codes`` and ``left``.
 
     Arguments as in ``sweep``, or (codebooks) ``gptq_words.sweep_words``.
     """
@@ -184,12 +184,12 @@ def sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, en
 
     Args:
         weight: float32 ``[rows, n]``.
-        carried: float32 ``[rows, n]``: the like sum over all columns before these.
-        feedback: float32 ``[n, n]``; what is above its diagonal.
-        run: int64 ``[n]``: the run of the lattice that each column is of.
+        carried: float32 ``[rows, n]``: the same sum over all columns before these.
+        feedback: float32 ``[n, n]``; only the part above its diagonal is used.
+        run: int64 ``[n]``: the index of each column's run in the lattice.
         scale, offset, levels, even: see ``compress.grids.Lattice``; one row, or one for each row.
         codes: uint8 ``[rows, n]``, filled.
-        errors: float32 ``[rows, n]``, filled with ``weight`` minus what it became.
+        errors: float32 ``[rows, n]``, filled with ``weight`` minus the decoded codes.
     """
     n, runs, top = len(run), scale.shape[1], levels.shape[1] - 1
     x = np.empty((n, LANES), dtype=np.float32)

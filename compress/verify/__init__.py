@@ -9,10 +9,10 @@ How a build uses it::
     # found.quality, found.resources, found.generation → compress.report.describe, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
-generation with and without the cache, then the logits of every window. Its native code may crash
-without taking the build along, the model is loaded once, and its memory is read before the scoring
-buffers exist. What is large (scores of every token) comes back as a file in the work folder. Where
-``packlight verify --task`` left requests there (``compress.verify.tasks``), they are scored last.
+generation with and without the cache, then the logits of every window. A crash of its native code
+does not end the build, the model is loaded once, and memory is read before the scoring buffers
+exist. The scores of every token are returned as a file in the work folder. Requests that
+``packlight verify --task`` wrote there (``compress.verify.tasks``) are scored last.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from compress.verify.tasks import TaskScore, TaskSet
 
 __all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
-# -P: a folder named `exporters` where the user happens to stand must not shadow ours.
+# -P: a folder named `exporters` in the current directory must not shadow packlight's.
 PROBE = (sys.executable, "-P", "-m", "exporters.probe")
-EVERY = 0.1  # seconds between two events of a child at work
+EVERY = 0.1  # seconds between two progress events of a child
 
 Progress = Callable[[int, int], None]
 
@@ -64,9 +64,9 @@ class Verified:
     """The measurements of one artifact.
 
     Attributes:
-        token_ids: by its own tokenizer, of the texts in ``agreement.TEXTS_FILE``; None where it
-            has none.
-        agreement: of its tokenizer with the checkpoint's; None where there is none.
+        token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
+            without one.
+        agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
     """
 
     quality: Quality
@@ -101,11 +101,11 @@ def verify_artifact(
         baseline: the float model's logits.
         context: positions to make room for; windows and generation must fit.
         threads: 0 for the CPUs that the process may use.
-        task_set: with the float model's answers, which left the requests in ``baseline.folder``.
+        task_set: tasks after ``ask_baseline``, which wrote their requests to ``baseline.folder``.
         progress: called with tokens scored and in all (of windows and tasks), first with 0 when
             loading, the measurement of speed and the greedy sample are over.
         silence: seconds without an event after which the child is ended.
-        probe: the command that opens artifacts; it is given ``FORMAT PATH --baseline FOLDER
+        probe: the command that opens artifacts; called with ``FORMAT PATH --baseline FOLDER
             --scores FILE --context N --threads N``.
 
     Raises:
@@ -146,12 +146,11 @@ def examine(
     seconds: float = SECONDS,
     every: float = EVERY,
 ) -> None:
-    """The child's work, from loading to the scores of every token, and of every choice of tasks.
+    """Run in the child: load an artifact, measure it, and score every token and task choice.
 
-    Emits ``stage`` before each part, ``resources``, ``token_ids``, ``generation`` and
-    ``log_likelihoods``;
-    ``tokens`` (scored so far) as windows and tasks are, and empty events while it is fed before
-    that, so that a large model in a slow runtime is not taken for dead.
+    Emits ``stage`` before each part, then ``resources``, ``token_ids``, ``generation`` and
+    ``log_likelihoods``; ``tokens`` (scored so far) during windows and tasks; and empty events
+    before that, so that a large model in a slow runtime is not taken for dead.
 
     Args:
         open_runtime: loads the artifact.
@@ -159,8 +158,8 @@ def examine(
         scores: the file for the scores of every token.
         context: positions that the runtime has room for.
         emit: sends an event to the parent.
-        seconds: after which no measurement of speed is begun.
-        every: seconds between two events of a kind that is not needed.
+        seconds: time after which no further speed measurement starts.
+        every: least seconds between two progress events.
     """
     requests = tasks.load_requests(baseline.folder)
     asked = tasks.lengths(requests)
@@ -203,21 +202,21 @@ def examine(
 
 
 class Throttled:
-    """Passes on the first event, and then one in ``every`` seconds at most."""
+    """Forwards the first event, then at most one every ``every`` seconds."""
 
     def __init__(self, emit: Emit, every: float) -> None:
         self._emit, self._every = emit, every
         self._last = -math.inf
 
     def emit(self, event: Event) -> None:
-        """Pass an event on, or drop it."""
+        """Forward an event, or drop it."""
         if time.monotonic() >= self._last + self._every:
             self._last = time.monotonic()
             self._emit(event)
 
 
 class Observed:
-    """A runtime that calls ``seen()`` when it is loaded and whenever it was fed."""
+    """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``."""
 
     def __init__(self, runtime: Runtime, seen: Callable[[], None]) -> None:
         self._runtime, self._seen = runtime, seen

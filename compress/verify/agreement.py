@@ -1,8 +1,8 @@
-"""Whether an artifact tokenizes as the checkpoint does: the same texts through both, exactly.
+"""Compares an artifact's tokenizer with the checkpoint's: the ids of the same texts must be equal.
 
-A language model is given tokens, so verification feeds it token ids; whoever uses the artifact has
-it make them of a text. Where the tokenizer is inside the file, its runtime is asked; else
-transformers, with the tokenizer's files beside the artifact.
+Verification feeds token ids, but users of the artifact give it text. Where the tokenizer is inside
+the file, the runtime tokenizes; else transformers does, with the tokenizer files beside the
+artifact.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from pathlib import Path
 
 from compress.decoder.tokenizer import Tokenizer, has_tokenizer
 
-TEXTS_FILE = "texts.json"  # in the folder of the float model's answers, for the child
+TEXTS_FILE = "texts.json"  # in the baseline's folder, for the child
 
 Encode = Callable[[str, bool], Sequence[int]]
-"""Token ids of a text, without or with what the tokenizer puts around it."""
+"""``encode(text, add_special)`` → token ids, without or with special tokens such as BOS."""
 
 Ids = Sequence[Sequence[int]]
-"""Of each text, without and with what the tokenizer puts around it."""
+"""Token ids of each text, without and with special tokens such as BOS."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One text that the artifact tokenizes otherwise.
+    """One text that the artifact tokenizes differently.
 
     Attributes:
         text: given to both.
-        add_special: whether with what the tokenizer puts around a text.
-        expected: ids by Hugging Face, of the checkpoint.
-        found: ids by the artifact.
+        add_special: whether with special tokens such as BOS.
+        expected: ids of the checkpoint's tokenizer in transformers.
+        found: ids of the artifact's tokenizer.
     """
 
     text: str
@@ -42,12 +42,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many texts have the same ids.
+    """The number of texts with the same ids in both tokenizers.
 
     Attributes:
-        texts: compared.
-        differing: with other ids, without or with BOS and EOS.
-        first: of those.
+        texts: texts compared.
+        differing: texts with other ids, without or with special tokens.
+        first: the first of those.
     """
 
     texts: int
@@ -56,7 +56,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Of texts with the same ids."""
+        """The share of texts with the same ids."""
         return 1 - self.differing / self.texts
 
 
@@ -66,7 +66,7 @@ def encode_all(encode: Encode, texts: Sequence[str]) -> Ids:
 
 
 def compare(texts: Sequence[str], expected: Ids, found: Ids) -> Agreement:
-    """Hold two results of ``encode_all`` against each other."""
+    """Compare two results of ``encode_all``."""
     cases = [(text, special) for text in texts for special in (False, True)]
     differing = [
         Difference(*case, tuple(ours), tuple(theirs))
@@ -78,19 +78,19 @@ def compare(texts: Sequence[str], expected: Ids, found: Ids) -> Agreement:
 
 
 def save_texts(folder: Path, texts: Sequence[str]) -> None:
-    """For the child process."""
+    """Write the texts for the child process."""
     (folder / TEXTS_FILE).write_text(json.dumps(list(texts)), encoding="utf-8")
 
 
 def load_texts(folder: Path) -> list[str]:
-    """What ``save_texts`` left, or none."""
+    """The texts of ``save_texts``; empty where there are none."""
     path = folder / TEXTS_FILE
     found: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return found
 
 
 def tokenizer_beside(artifact: Path, rows: int | None) -> Tokenizer | None:
-    """The tokenizer in an artifact's folder or the one around it.
+    """The tokenizer in an artifact's folder or in its parent folder.
 
     Raises:
         CheckpointError: it cannot be loaded.

@@ -1,7 +1,7 @@
-"""The float model's output on disk: log-probabilities of every scored position.
+"""The baseline: the float model's log-probabilities of every scored position, on disk.
 
-One file of fixed-point numbers, written window by window and mapped into memory for reading, so
-that neither the writer nor a reader ever holds more than a few rows.
+One file of fixed-point numbers, written window by window and memory-mapped for reading, so that
+neither the writer nor a reader holds more than a few rows.
 
 Fixed point: ``code = round(-log p * 1600)`` in uint16, two bytes per vocabulary entry. The step of
 1/1600 nat is the same everywhere, so the noise that rounding adds to a KL divergence has a bound:
@@ -42,7 +42,7 @@ CHUNK = 1 << 21  # elements of a vocabulary-wide float64 array worked on at once
 
 
 class BaselineStore:
-    """The float model's answers over the windows of tokens that every artifact is scored on.
+    """The float model's log-probabilities over the windows that every artifact is scored on.
 
     A window of ``n`` tokens has ``n - 1`` scored positions: position ``i`` predicts token
     ``i + 1``.
@@ -56,10 +56,10 @@ class BaselineStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open what ``write`` left.
+        """Open a folder written by ``write``.
 
         Raises:
-            ArtifactError: not there, incomplete or damaged.
+            ArtifactError: missing, incomplete or damaged.
         """
         self.folder = folder
         try:
@@ -86,13 +86,13 @@ class BaselineStore:
         logits: Iterable[Float32],
         progress: Callable[[int, int], None] | None = None,
     ) -> BaselineStore:
-        """Store the logits of a float model as they come.
+        """Store the logits of a float model, window by window.
 
         Args:
-            folder: made when it is not there.
+            folder: created if missing.
             windows: token ids, each window at least two long.
             logits: one float32 ``[len(window), vocab]`` per window, in order.
-            progress: called with windows done and in all.
+            progress: ``progress(done, total)`` in windows.
 
         Raises:
             CheckpointError: the float model's logits are not finite.
@@ -147,7 +147,7 @@ class BaselineStore:
         return int(self._codes.nbytes)
 
     def scored(self, window: int) -> slice:
-        """Where a window's positions are in ``nll`` and ``top``."""
+        """The slice of a window's positions in ``nll`` and ``top``."""
         return slice(int(self._starts[window]), int(self._starts[window + 1]))
 
     def log_probs(self, window: int, rows: slice) -> tuple[Float64, Float64]:
@@ -186,14 +186,14 @@ def chunks(rows: int, vocab: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class BaselineCache:
-    """The answers of one float model to one set of windows, cached for other builds: the files of a
+    """A cached baseline of one float model and one set of windows: the files of a
     ``BaselineStore``, and ``facts.json`` with the model's speed.
 
-    A build that loads them has links of its own, so that neither can harm the other.
+    A build that loads it hard-links the files, so that neither can delete the other's.
 
     Attributes:
-        folder: of all such answers.
-        key: names this model, these windows and what computes them.
+        folder: of all cached baselines.
+        key: hash of the model, the windows and the runtime.
     """
 
     folder: Path
@@ -203,14 +203,14 @@ class BaselineCache:
     def of(
         cls, folder: Path, fingerprint: str, windows: Sequence[Sequence[int]], runtime: str
     ) -> BaselineCache:
-        """The place for a model (``Source.fingerprint``), windows and the decoder's name."""
+        """The cache entry of a model (``Source.fingerprint``), windows and the decoder's name."""
         facts = json.dumps([fingerprint, [list(map(int, window)) for window in windows], runtime])
         return cls(folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
 
     @contextmanager
     def found(self, work: Path) -> Iterator[tuple[BaselineStore, Speed | None] | None]:
-        """As ``load``, after those who compute these answers now; where there are none then, no
-        other build of this machine computes them while the caller does, and saves them.
+        """As ``load``, but waits for another process that computes the same baseline. Yields None
+        where there is none then, and holds the lock while the caller computes and saves it.
         """
         if found := self.load(work):
             yield found
@@ -223,7 +223,7 @@ class BaselineCache:
             yield found
 
     def load(self, work: Path) -> tuple[BaselineStore, Speed | None] | None:
-        """The answers as files in ``work``, and the float model's speed; None if there are none."""
+        """Link the baseline into ``work``; the baseline and the float model's speed, or None."""
         place = self.folder / self.key
         try:
             facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
@@ -235,7 +235,7 @@ class BaselineCache:
             return None  # damaged: it will be computed again
 
     def save(self, work: Path, speed: Speed | None) -> None:
-        """Save the answers that lie in ``work``: whole or not at all, and the first ones stay."""
+        """Save the baseline in ``work``, atomically; an existing entry is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=f"{self.key}.partial-") as partial:
             whole = Path(partial) / "whole"
@@ -249,7 +249,7 @@ class BaselineCache:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no such thing."""
+    """Hard-link a file; copy it where the file system has no hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -1,11 +1,11 @@
 """A child process that reports to its parent, one JSON object per line.
 
 An artifact runs in a process of its own for two reasons: llama.cpp and other native code end the
-whole process (``abort``) on a file that they dislike, and a process that holds nothing else is the
-only place where "peak memory" is the artifact's own.
+whole process (``abort``) on an invalid file, and only in a process that holds nothing else is the
+peak memory that of the artifact.
 
-The child writes to a copy of its stdout and points stdout itself at stderr, so that whatever
-native libraries print cannot be mistaken for an event.
+The child writes to a copy of its stdout and redirects stdout itself to stderr, so that output of
+native libraries is not mistaken for an event.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SILENCE = 1800.0  # seconds without an event after which a child is taken for de
 def run_child(
     command: Sequence[str], what: str, *, silence: float = SILENCE
 ) -> Generator[Event, None, None]:
-    """Run a command and yield its events as they come; the child dies with the iterator.
+    """Run a command and yield its events; the child is ended with the iterator.
 
     Args:
         command: program and arguments.
@@ -42,13 +42,13 @@ def run_child(
         silence: seconds without an event after which the child is ended.
 
     Raises:
-        ArtifactError: it crashed, was killed, hung, or ended without a word; with its stage and
+        ArtifactError: it crashed, was killed, hung, or ended without a result; with its stage and
             the last line of its stderr. An error of ``compress.errors`` in the child is raised
-            again as what it was.
+            with its own class.
     """
     process = subprocess.Popen(
         command,
-        stdin=subprocess.PIPE,  # whose end means that we are gone
+        stdin=subprocess.PIPE,  # closed when this process ends, which ends the child
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -96,7 +96,7 @@ def run_child(
 
 
 def pump(stream: IO[str], take: Callable[[str | None], None]) -> None:
-    """Hand over lines until the stream ends, then None."""
+    """Call ``take`` with each line until the stream ends, then with None."""
     for line in stream:
         take(line.rstrip("\n"))
     take(None)
@@ -118,7 +118,7 @@ def last_of(messages: Sequence[str | None]) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """Ours, with the folder that ``compress`` was imported from on the path (a bare checkout)."""
+    """This process's environment, with ``compress``'s folder on the path (for a bare checkout)."""
     root = Path(__file__).resolve().parents[2]
     if root.name in ("site-packages", "dist-packages"):
         return os.environ
@@ -127,8 +127,8 @@ def environment() -> Mapping[str, str]:
 
 
 def run_as_child(main: Callable[[Emit], None]) -> int:
-    """Run ``main(emit)`` in the child process, which ends with its parent; a ``PacklightError``
-    becomes an event.
+    """Run ``main(emit)`` in the child process and end it with its parent; a ``PacklightError`` is
+    sent as an event.
 
     Returns:
         The exit status; other exceptions pass, their traceback's last line is the message.

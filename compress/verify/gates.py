@@ -1,4 +1,4 @@
-"""Gates: limits on the measured figures of an artifact, and their verdict."""
+"""Gates: limits on the measured figures of an artifact, and whether they are met."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from compress.console import parse_bytes
 from compress.errors import RecipeError, did_you_mean
 
-# Name of a gate → where the figure stands in an artifact of report.json.
+# Name of a gate → path of its figure in an artifact of report.json.
 METRICS: dict[str, tuple[str, ...]] = {
     "perplexity": ("perplexity",),
     "perplexity_ratio": ("perplexity_ratio",),
@@ -42,7 +42,7 @@ COMPARE = {
 
 @dataclass(frozen=True)
 class Limit:
-    """A gate before anything is measured.
+    """A gate's limit, before anything is measured.
 
     Attributes:
         name: a key of ``METRICS``.
@@ -59,7 +59,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate and what became of it; ``value`` is None where nothing was measured."""
+    """A gate with its result; ``value`` is None where nothing was measured."""
 
     name: str
     limit: str
@@ -125,13 +125,13 @@ def parse_size(where: str, name: str, text: str) -> float:
 
 
 EXACT = Limit("tokenizer_agreement", ">=1", ">=", 1.0)
-"""Of every artifact whose tokenizer was compared, unless its recipe says otherwise."""
+"""The gate of every artifact whose tokenizer was compared, unless its recipe sets another."""
 
 
 def judge(limits: Sequence[Limit], artifact: object) -> list[Gate]:
-    """Hold an artifact of a report against the limits, and ``EXACT``.
+    """Evaluate the limits, and ``EXACT``, on an artifact of a report.
 
-    What is missing, NaN or infinite never passes.
+    A figure that is missing, NaN or infinite never passes.
     """
     gates = []
     named = any(limit.name == EXACT.name for limit in limits)

@@ -18,13 +18,13 @@ class Generation:
     """Greedy tokens of an artifact, and whether its KV cache changes them.
 
     Attributes:
-        prompt: token ids that it was given.
+        prompt: token ids.
         tokens: generated through the cache.
-        consistent: the same tokens come without the cache.
-        first_difference: index of the first other token, or None.
-        gap: how much less likely (logit difference without the cache) the token of the cached run
-            was at that place: near zero is a tie that rounding decides, else the cache is wrong.
-        spread: standard deviation of the logits there, which says what is near.
+        consistent: whether the tokens are the same without the cache.
+        first_difference: index of the first different token, or None.
+        gap: logit difference, without the cache, between the best token and the cached run's at
+            that position: near zero it is a tie decided by rounding, else the cache is wrong.
+        spread: standard deviation of the logits there, the scale for ``gap``.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +36,7 @@ class Generation:
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
-    """The ``count`` most likely next tokens through the cache; does not stop at end-of-text.
+    """Generate ``count`` tokens greedily through the cache; does not stop at end-of-text.
 
     Args:
         runtime: a loaded artifact.
@@ -55,9 +55,9 @@ def check_generation(
 ) -> Generation:
     """Generate through the cache, then run prompt and tokens at once, without it.
 
-    Where every token is the most likely one after those before it, generating without the cache,
-    one run of the whole text per token, would have made the same text: up to the first other
-    token both have seen the same. A large model in a slow runtime could not afford those runs.
+    Where every token is the most likely one in that single run, generating without the cache would
+    give the same text: up to the first different token the contexts are equal. One run of the whole
+    text per token would be too slow for a large model.
     """
     tokens = greedy(runtime, prompt, count)
     logits = runtime.logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :]

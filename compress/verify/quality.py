@@ -1,11 +1,11 @@
-"""How far an artifact is from the float model: perplexity, KL divergence, top-1 agreement.
+"""The distance of an artifact from the float model: perplexity, KL divergence, top-1 agreement.
 
 All figures are over the same scored positions: every token of every window but the first. Token
-scores within a window hang together (one hard paragraph is hard for many tokens), so standard
+scores within a window are correlated (one hard paragraph is hard for many tokens), so standard
 errors are over windows, not tokens: the cluster-robust error of a ratio of sums (CR1; Cochran,
 *Sampling Techniques*, §6.4), which for windows of one length is the delete-one-window jackknife.
-Scores are skewed, so with tens of windows ±2 errors hold the truth 8 or 9 times in 10 (simulated in
-the tests), not 19 in 20. What they do not cover: neighbouring windows of one document are not
+Scores are skewed, so with tens of windows ±2 errors cover the true value 8 or 9 times in 10
+(simulated in the tests), not 19 in 20. Not included: neighbouring windows of one document are not
 independent either, and two texts differ by more than two halves of one text.
 
 ``KL(baseline ‖ artifact)`` is in nats per token. The perplexity ratio's error comes from the paired
@@ -50,12 +50,12 @@ class TokenScores:
     agrees: NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
-        """As ``.npz``."""
+        """Write the scores as ``.npz``."""
         np.savez(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> TokenScores:
-        """What ``save`` wrote."""
+        """Read the scores of ``save``."""
         with np.load(path) as saved:
             return cls(**{field.name: saved[field.name] for field in fields(cls)})
 
@@ -78,7 +78,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Quality:
-    """An artifact against the float model, over ``tokens`` scored positions of ``windows`` windows.
+    """An artifact's figures against the float model, over ``tokens`` scored positions.
 
     Attributes:
         perplexity, baseline_perplexity: exp of the mean negative log-likelihood.
@@ -87,8 +87,8 @@ class Quality:
         top1_agreement: share of positions with the same most likely token.
         nonfinite_tokens: positions where the artifact's logits were NaN or infinite.
         kl_along_text: in the order of the text.
-        kl_by_position: by place in the window, over all windows; a rising curve means that
-            positions are handled wrongly.
+        kl_by_position: by position in the window, over all windows; a rising curve means that
+            the artifact handles positions wrongly.
     """
 
     windows: int
@@ -137,7 +137,7 @@ def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenS
     """Scores of one window.
 
     Args:
-        baseline: the float model's answers.
+        baseline: the float model's log-probabilities.
         index: of the window.
         logits: the artifact's, float32 ``[len(window), vocab]``.
     """
@@ -171,7 +171,7 @@ def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenS
 
 
 def summarize(scores: TokenScores) -> Quality:
-    """Figures with standard errors from the scores of all positions."""
+    """Compute the figures and standard errors from the scores of all positions."""
     window = scores.window
     difference = cluster_mean(scores.nll - scores.baseline_nll, window)
     return Quality(

@@ -1,13 +1,13 @@
-"""What it takes to run an artifact: memory of the process, tokens per second, seconds to load.
+"""Measures what an artifact needs to run: process memory, tokens per second, seconds to load.
 
 Runs inside the child process that holds nothing but the artifact (``compress.verify.child``).
 
-Memory is read from ``/proc/self/status`` on Linux, from ``getrusage`` on macOS. ``ru_maxrss`` is no
-good on Linux: a child starts with its parent's figure, which survives ``exec``. Three numbers that
-are never one: the weights (bytes of the file), the KV cache (bytes per token × context), and the
-peak of the whole process, which holds both, and Python, the runtime's libraries and its buffers.
-Pages of a memory-mapped file count in the resident size but can be dropped at any time, so the peak
-of anonymous memory (what the process must really have) is given beside it.
+Memory is read from ``/proc/self/status`` on Linux, from ``getrusage`` on macOS. ``ru_maxrss`` is
+wrong on Linux: a child starts with its parent's figure, which survives ``exec``. Three numbers are
+kept apart: the weights (bytes of the file), the KV cache (bytes per token × context), and the peak
+of the whole process, which holds both, Python, the runtime's libraries and its buffers. Pages of a
+memory-mapped file count in the resident size but can be dropped at any time, so the peak of
+anonymous memory (which cannot be dropped) is given beside it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from types import TracebackType
 from compress.plan.shapes import Runtime
 
 STATUS = Path("/proc/self/status")
-PREFILL_TOKENS = 256  # of a prefill measurement, or half the context
+PREFILL_TOKENS = 256  # of a prefill measurement, at most half the context
 DECODE_TOKENS = 32  # of a decode measurement
 WARM_UP_TOKENS = 4  # decoded before anything is timed
 REPEATS = 3  # measurements of speed after the warm-up, at most
-SECONDS = 10.0  # after which no measurement is begun, and decoding stops
+SECONDS = 10.0  # after which no further measurement starts, and decoding stops
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Speed:
     Attributes:
         prefill_tokens_per_second: one ``feed`` of ``prefill_tokens`` into an empty cache.
         decode_tokens_per_second: greedy, one token per ``feed``, after that prompt.
-        decode_tokens: in the shortest of the measurements.
-        repeats: measurements that the medians are of.
+        decode_tokens: of the shortest measurement.
+        repeats: number of measurements.
     """
 
     prefill_tokens_per_second: float
@@ -51,14 +51,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a process that loads and runs an artifact takes.
+    """Memory, time and speed of a process that loads and runs an artifact.
 
     Attributes:
         runtime: name and version.
-        load_seconds: from the path to a runtime that answers.
+        load_seconds: from the path to a loaded runtime.
         startup_memory_bytes: resident size before loading (Python and imports).
         peak_memory_bytes: largest resident size, after loading, prefill and decode.
-        peak_anonymous_bytes: largest size without file pages; None where the system does not say.
+        peak_anonymous_bytes: largest size without file pages; None where it is not available.
         speed: tokens per second.
     """
 
@@ -78,14 +78,14 @@ def measure(
     repeats: int = REPEATS,
     seconds: float = SECONDS,
 ) -> tuple[Runtime, Resources]:
-    """Load an artifact in this process, run it, and say what that took.
+    """Load an artifact in this process, run it, and measure memory, time and speed.
 
     Args:
         open_runtime: loads it.
         prompt: tokens of the prefill.
         decode_tokens: tokens to decode after it.
         repeats: measurements after one warm-up.
-        seconds: what ``measure_speed`` stops after.
+        seconds: as for ``measure_speed``.
 
     Returns:
         The loaded runtime, which the caller closes, and the figures.
@@ -118,10 +118,10 @@ def measure_speed(
     """Prefill and decode speed through ``feed``; a short warm-up first, which is not counted.
 
     Args:
-        decode_tokens: at most so many; at least ``WARM_UP_TOKENS``, however slow the runtime.
-        repeats: at most so many measurements.
-        seconds: after this long no repeat is begun, and decoding stops.
-        clock: seconds since any moment.
+        decode_tokens: most tokens to decode; at least ``WARM_UP_TOKENS`` are.
+        repeats: most measurements.
+        seconds: time after which no repeat starts, and decoding stops.
+        clock: returns seconds.
     """
     deadline = clock() + seconds
     prefill: list[float] = []
@@ -155,13 +155,13 @@ def measure_speed(
 
 
 class AnonymousPeak:
-    """Largest ``RssAnon`` while a ``with`` block runs, looked at every few milliseconds.
+    """Largest ``RssAnon`` during a ``with`` block, sampled every few milliseconds.
 
-    The kernel keeps no high-water mark of it. A spike shorter than the interval is missed.
+    The kernel has no high-water mark of it. A spike shorter than the interval is missed.
     ``peak`` is None where there is no ``/proc``.
     """
 
-    interval = 0.005  # seconds; one look takes 0.03 ms
+    interval = 0.005  # seconds; one sample takes 0.03 ms
 
     def __init__(self) -> None:
         self.peak = read_status("RssAnon")

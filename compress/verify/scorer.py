@@ -1,4 +1,4 @@
-"""Scoring on a text: the float model once, then every artifact in its runtime, against it."""
+"""Scores artifacts on a text: the float model once, then every artifact in its runtime."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = ["Scorer", "describe_verification", "read_text", "text_name"]
 
 
 def read_text(path: Path | None) -> str:
-    """The text to score on: the user's, or the built-in held-out text.
+    """The evaluation text: the user's, or the built-in held-out text.
 
     Raises:
-        UsageError: not there, not UTF-8, or empty.
+        UsageError: missing, not UTF-8, or empty.
     """
     from compress.demo import heldout_path
 
@@ -50,7 +50,7 @@ def read_text(path: Path | None) -> str:
 
 
 def text_name(path: Path | None) -> str:
-    """How reports call a text to score on."""
+    """The name of an evaluation text in reports."""
     return path.name if path else BUILTIN_TEXT
 
 
@@ -58,7 +58,7 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
     """``verify the float model, gguf Q4_K_M on 16 windows of 512 tokens``.
 
     Args:
-        job: its float model, and how much text its recipe asks for.
+        job: with the float model and the recipe's windows.
         plans: of the artifacts.
     """
     windows = window_count(job.config, job.recipe.windows)
@@ -67,7 +67,7 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
     return f"verify the float model, {formats} on {windows} windows of {length} tokens"
 
 
-BUILTIN_TEXT = "built-in"  # how reports call the held-out text
+BUILTIN_TEXT = "built-in"  # name of the held-out text in reports
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
 
@@ -76,7 +76,7 @@ class Scorer:
 
     Attributes:
         speed: of the float model with its weights in memory; None when they would not fit.
-        runtime: what computed the float logits.
+        runtime: name of the float model's runtime.
         notes: lines for the report.
     """
 
@@ -92,7 +92,7 @@ class Scorer:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
-            cache: cache of the float model's answers for other builds, or None.
+            cache: folder of cached baselines, or None.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -125,12 +125,12 @@ class Scorer:
         *,
         keep_going: bool,
     ) -> list[Outcome]:
-        """The float model, then every artifact in its runtime, each in a child process.
+        """Score the float model, then every artifact in its runtime, each in a child process.
 
         Args:
             artifacts: to run.
-            folder: where the float logits lie meanwhile; where ``TMPDIR`` says for None.
-            keep_going: an artifact that cannot be run does not keep the others from it.
+            folder: for the baseline meanwhile; None: in ``TMPDIR``.
+            keep_going: run the other artifacts where one cannot be run.
 
         Raises:
             PacklightError: the float model cannot be computed; without ``keep_going`` also an
@@ -150,7 +150,7 @@ class Scorer:
         return found
 
     def _score(self, artifact: Artifact, store: BaselineStore) -> Verified:
-        """One artifact. Its first window is the measure of how long the others take."""
+        """Score one artifact; the time left is estimated from its first window."""
         plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
         context = min(context, plan.max_context or context)
         label = f"verify {artifact.format} {artifact.type_name}"
@@ -167,7 +167,7 @@ class Scorer:
         return replace(verified, agreement=self._agreement(artifact.path, verified.token_ids))
 
     def _agreement(self, path: Path, found: Ids | None) -> Agreement | None:
-        """Whether an artifact tokenizes as the checkpoint: by its ids, or with the files beside."""
+        """Compare an artifact's tokenizer, by its ids or its files, with the checkpoint's."""
         rows = self._job.config.vocab_size
         try:
             beside = None if found else tokenizer_beside(path, rows)
@@ -187,7 +187,7 @@ class Scorer:
         self.runtime = decoder.name
         cache = self._baseline_cache(stored.fingerprint())
         if cache:
-            self._console.begin("look for the float model's answers")  # or wait for them
+            self._console.begin("look for the float model's answers")  # or wait for another build
         with cache.found(folder) if cache else nullcontext() as found:
             if found:
                 store, self.speed = found
@@ -206,7 +206,7 @@ class Scorer:
         return store
 
     def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
-        """What the float model says to the windows and the tasks, as files in ``folder``."""
+        """Run the float model on the windows and tasks; writes the baseline into ``folder``."""
         with self._console.progress("score the float model", "steps") as update:
             logits = decoder.stream_logits(self.windows, progress=update)
             store = BaselineStore.write(folder, self.windows, logits)
@@ -216,7 +216,7 @@ class Scorer:
         return store
 
     def _measure_speed(self, stored: Stored) -> Speed | None:
-        """For the ratio of speeds in the report; None for a model too large for it."""
+        """The float model's speed, for the report's ratio; None where it is too large."""
         from compress.decoder.decoder import Decoder
 
         config = self._job.config
@@ -231,7 +231,7 @@ class Scorer:
         return speed
 
     def _baseline_cache(self, fingerprint: str) -> BaselineCache | None:
-        """Where other builds find these answers; tasks have more to ask."""
+        """The cache entry of the baseline; None with tasks, which also need other logits."""
         if not self._cache or self.task_set.tasks:
             return None
         asked = f"{self.runtime}, {self._threads} threads"

@@ -1,26 +1,26 @@
-"""Multiple-choice accuracy of an artifact, beside the float model's on the same items.
+"""Multiple-choice accuracy of an artifact and of the float model on the same items.
 
 A task is a file of JSON objects, one a line; MMLU and HellaSwag fit as they are, other keys are
 ignored, and the file's name without its ending names the task::
 
     {"question": "Water freezes at", "choices": ["0 °C.", "50 °C."], "answer": 0}
 
-``question`` is the whole prompt as the model shall see it: ``Question:``, a list of lettered
-options, worked examples, ``Answer:`` stand there if the task wants them; no chat template is put
-around it. Every choice is scored as what follows ``question``, as EleutherAI's
-lm-evaluation-harness does it for ``output_type: multiple_choice``:
+``question`` is the whole prompt for the model: ``Question:``, a list of lettered options, worked
+examples and ``Answer:`` must be in it if the task needs them; no chat template is applied. Every
+choice is scored as the continuation of ``question``, as in EleutherAI's lm-evaluation-harness for
+``output_type: multiple_choice``:
 
 - With ``n = len(encode(question))``, the scored tokens are ``encode(question + " " + choice)[n:]``,
-  behind the tokens of ``question`` alone, and a BOS where the tokenizer puts one before a text, as
-  in the windows of ``decoder.tokenizer`` (the harness needs ``add_bos_token=True`` for that).
-  White space at the end of ``question`` is not part of it for ``n``: it belongs to what follows.
+  after the tokens of ``question`` alone, and a BOS where the tokenizer adds one, as in the windows
+  of ``decoder.tokenizer`` (the harness needs ``add_bos_token=True`` for that). White space at the
+  end of ``question`` is not counted in ``n``: it belongs to the continuation.
 - A choice's log-likelihood is the sum of log p over its scored tokens. The largest is the answer
   (``acc`` there). ``accuracy_norm`` divides by the UTF-8 bytes of ``choice`` first, without the
   space (``acc_bytes`` there; ``acc_norm`` counts characters, the same for ASCII). Of equals, the
   first.
 
 Standard errors are over items: ``sqrt(p (1 - p) / (n - 1))`` for an accuracy, and that of the mean
-of paired differences for artifact - float. They do not cover the choice of the task.
+of paired differences for artifact - float. They do not include the choice of the task.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from compress.errors import UsageError
 from compress.verify.baseline import Float32, Float64, chunks, log_softmax
 from compress.verify.quality import Estimate, cluster_mean
 
-REQUESTS = "requests.json"  # in the baseline's folder, where a child finds them
+REQUESTS = "requests.json"  # in the baseline's folder, for the child
 BATCH = 1 << 14  # tokens whose hidden states the float model holds at once
 FORM = '{"question": "…", "choices": ["…", "…"], "answer": 0} on every line, answers from 0'
 
@@ -67,7 +67,7 @@ class Task:
 
 
 class Request(NamedTuple):
-    """Tokens, of which those from ``start`` on are scored."""
+    """Tokens of a question and one choice; those from ``start`` on are scored."""
 
     tokens: list[int]
     start: int
@@ -75,7 +75,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskScore:
-    """An artifact on one task.
+    """An artifact's score on one task.
 
     Attributes:
         name, items: of the task.
@@ -99,7 +99,7 @@ def read_task(path: Path) -> Task:
     """A task from its file.
 
     Raises:
-        UsageError: not there, not UTF-8, empty, or a line that is no item.
+        UsageError: missing, not UTF-8, empty, or a line that is no item.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -142,7 +142,7 @@ def parse_item(line: str, where: str) -> Item:
 
 
 class TaskSet:
-    """Tasks, the requests that they are cut into, and the float model's answers.
+    """Tasks, their requests, and the float model's log-likelihoods.
 
     Attributes:
         requests: one per choice, in the order of tasks, items and choices.
@@ -150,7 +150,7 @@ class TaskSet:
     """
 
     def __init__(self, tasks: Sequence[Task], tokenizer: Tokenizer, context: int) -> None:
-        """Cut every choice into a request.
+        """Tokenize every choice into a request.
 
         Raises:
             UsageError: an item longer than ``context``, or one that leaves nothing to score.
@@ -168,12 +168,12 @@ class TaskSet:
         return lengths(self.requests)
 
     def ask_baseline(self, folder: Path, logits: Logits, progress: Progress | None = None) -> None:
-        """Score the float model, and leave the requests where the children find them."""
+        """Score the float model, and write the requests into ``folder`` for the child processes."""
         self.baseline = score(self.requests, logits, progress)
         (folder / REQUESTS).write_text(json.dumps(self.requests), encoding="utf-8")
 
     def judge(self, log_likelihoods: Sequence[float]) -> tuple[TaskScore, ...]:
-        """An artifact's log-likelihoods of the requests, beside the float model's."""
+        """Scores of each task, from an artifact's and the float model's log-likelihoods."""
         both = np.array([log_likelihoods, self.baseline], np.float64).reshape(2, -1)
         found, start = [], 0
         for task in self.tasks:
@@ -207,7 +207,7 @@ def cut_item(item: Item, tokenizer: Tokenizer, context: int) -> list[Request]:
 
 
 def load_requests(folder: Path) -> list[Request]:
-    """What ``ask_baseline`` left; none where no task was given."""
+    """Read the requests of ``ask_baseline``; empty without tasks."""
     path = folder / REQUESTS
     if not path.exists():
         return []
@@ -223,13 +223,13 @@ def score(
 ) -> list[float]:
     """Log-likelihood of the scored tokens of every request.
 
-    The last token is never fed. What is fed is the same for all choices of one token (the letters
-    of MMLU), and is run once.
+    The last token is never fed. Choices of one token (the letters of MMLU) share the same fed
+    sequence, which is run once.
 
     Args:
         requests: any number.
         logits: called with at most ``batch_tokens`` at a time (or one sequence).
-        progress: called with sequences done and in all.
+        progress: ``progress(done, total)`` in sequences.
         batch_tokens: see ``logits``.
     """
     fed = sequences(requests)
@@ -246,7 +246,7 @@ def score(
 
 
 def sequences(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """What is fed for the requests, in order, and the places of those that it is fed for."""
+    """The distinct sequences to feed, in order → indices of the requests that they serve."""
     fed: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         fed.setdefault(tuple(request.tokens[:-1]), []).append(index)
@@ -254,12 +254,12 @@ def sequences(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
 
 
 def lengths(requests: Sequence[Request]) -> list[int]:
-    """Tokens of each sequence that ``score`` feeds, in its order."""
+    """Token counts of the sequences that ``score`` feeds, in order."""
     return [len(tokens) for tokens in sequences(requests)]
 
 
 def batches(fed: Iterable[tuple[int, ...]], limit: int) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences in order, ``limit`` tokens or one sequence at a time."""
+    """Batches of sequences in order, of at most ``limit`` tokens or one sequence."""
     batch: list[tuple[int, ...]] = []
     for tokens in fed:
         if batch and sum(map(len, batch)) + len(tokens) > limit:
@@ -282,7 +282,7 @@ def log_likelihood(request: Request, logits: Float32) -> float:
 
 
 def judge_task(task: Task, log_likelihoods: Float64, baseline: Float64) -> TaskScore:
-    """One task's figures from the log-likelihoods of its choices, in order."""
+    """One task's score from the log-likelihoods of its choices, in order."""
     ours, ours_norm = choose(task, log_likelihoods)
     theirs, theirs_norm = choose(task, baseline)
     answers = np.array([item.answer for item in task.items])
@@ -305,7 +305,7 @@ def judge_task(task: Task, log_likelihoods: Float64, baseline: Float64) -> TaskS
 
 
 def choose(task: Task, log_likelihoods: Float64) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The choice of every item, by log-likelihood and by that per byte; -1 where one is NaN."""
+    """The best choice of each item, by log-likelihood and by that per byte; -1 where one is NaN."""
     plain, norm, start = [], [], 0
     for item in task.items:
         values = log_likelihoods[start : start + len(item.choices)]
