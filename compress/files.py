@@ -324,7 +324,8 @@ def check_folder(folder: Path) -> None:
         CheckpointError: the first file that is refused.
     """
     home = os.path.realpath(folder)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    there = os.scandir(folder) if folder.is_dir() else ()  # none: a repository of other files
+    for entry in sorted(there, key=lambda entry: entry.name):
         name, place = entry.name, os.path.realpath(entry.path)
         try:
             found = os.stat(place)

@@ -12,7 +12,7 @@ import exporters  # noqa: F401 -- fills the table of formats
 # Before torch loads: two xdist workers with two OpenMP threads each fight over two cores, which
 # makes small kernels tens of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_COLOR"] = "1"
 
 

@@ -1,7 +1,7 @@
 """A Hub of our own on 127.0.0.1: what huggingface_hub calls to publish a folder.
 
-Endpoints as the pinned client calls them (hf_api.py, _commit_api.py and lfs.py of 0.36), Git LFS's
-batch API with basic transfers (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
+Endpoints as the clients call them (hf_api.py, _commit_api.py and lfs.py of 0.36, 1.33 and 2.4), Git
+LFS's batch API with basic transfers (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ class Hub:
         url = f"{self.endpoint}/{name}"
         if name in self.repositories:
             return 409, {"error": "You already created this model repo", "url": url}
-        self.repositories[name] = Repository(wanted.get("private"))
+        private = wanted.get("private")
+        if "visibility" in wanted:  # of huggingface_hub 1 and 2
+            private = wanted["visibility"] == "private"
+        self.repositories[name] = Repository(private)
         return 200, {"url": url, "name": name}
 
     @staticmethod

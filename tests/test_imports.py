@@ -189,7 +189,7 @@ def test_writing_loads_no_torch(tmp_path):
     done = run(
         "import sys, compress.__main__ as c, compress.machine as m\n"
         "m.own_process()\n"
-        f"assert c.run({options}) == 0\n"
+        f"assert c.main({options}) == 0\n"
         "assert 'coremltools' in sys.modules\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
         "import torch, transformers  # for whoever wants them afterwards\n"

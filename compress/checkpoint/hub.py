@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from logging import ERROR
 from pathlib import Path
 
 from compress.checkpoint.strangers import explain_folder, read_config
@@ -20,6 +21,7 @@ from compress.errors import (
     one_line,
     without_secrets,
 )
+from compress.machine import change_setting
 
 # The files that a build needs, without other formats in the same repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). Small files come first: a model that
@@ -44,6 +46,8 @@ def download(
         DiskFullError: the disk is full.
     """
     from huggingface_hub import snapshot_download
+
+    no_warnings()
 
     def fetch(*patterns: Sequence[str]) -> Path:
         folder = snapshot_download(
@@ -104,6 +108,7 @@ def download_adapter(
     """
     from huggingface_hub import snapshot_download
 
+    no_warnings()
     try:
         for count in range(1, len(names) + 1):  # the config first: others are not worth the rest
             folder = snapshot_download(
@@ -120,6 +125,14 @@ def download_adapter(
         return Path(folder)
     except (OSError, ValueError) as error:
         raise _failure(repo_id, error, revision) from error
+
+
+def no_warnings() -> None:
+    """huggingface_hub warns of patterns that no file has, which is what they are for here."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity, logging.set_verbosity
+    change_setting("huggingface_hub's verbosity", *verbosity, ERROR)
 
 
 def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:

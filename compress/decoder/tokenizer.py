@@ -195,9 +195,9 @@ def load(folder: Path) -> Any:
         kind = transformers.PreTrainedTokenizerFast
     elif not transformers.__version__.startswith("4.") and "auto_map" not in settings:
         remade = isinstance(name, str) and name.removesuffix("Fast") in REMADE
-        if remade and (not whole or settings.get("add_prefix_space") is not None):
+        if remade and settings.get("add_prefix_space") is False:
             kind = transformers.LlamaTokenizer
-        elif whole:
+        elif whole or remade:
             kind = transformers.PreTrainedTokenizerFast
             keys |= {"add_bos_token": settings.get("add_bos_token", True)} if remade else {}
     if kind is transformers.AutoTokenizer:

@@ -113,17 +113,17 @@ def check_rows(
         return []
     first = min(beyond)
     count = f"{len(beyond)} token" + ("s" if len(beyond) > 1 else "")
-    told = (
+    found = (
         f"the tokenizer has {count} beyond the {rows} rows of the embedding, "
         f"first {short(beyond[first])} ({first})"
     )
     for what, ids in needed(facts, load(), beyond, ends):
         if missing := [index for index in ids if index in beyond]:
             raise CheckpointError(
-                f"{told}; {what} needs {short(beyond[missing[0]])} ({missing[0]})",
+                f"{found}; {what} needs {short(beyond[missing[0]])} ({missing[0]})",
                 hint="model.resize_token_embeddings(len(tokenizer)) in transformers makes the rows",
             )
-    return [f"{told}: these are left out"]
+    return [f"{found}: these are left out"]
 
 
 def needed(

@@ -178,10 +178,10 @@ def examine(
         seconds=seconds,
     )
     try:
-        emit({"resources": asdict(used), "stage": "tokenizing"})
         if encode := getattr(runtime, "tokenize", None):  # the tokenizer is in the file
+            emit({"stage": "tokenizing"})
             emit({"token_ids": encode_all(encode, texts)})
-        emit({"stage": "generating"})
+        emit({"resources": asdict(used), "stage": "generating"})
         sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows)))

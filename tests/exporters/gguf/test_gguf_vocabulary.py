@@ -12,7 +12,7 @@ import gguf
 import pytest
 from exported import Exported, Exports
 
-from compress.decoder.tokenizer import Tokenizer
+from compress.decoder.tokenizer import Tokenizer, has_tokenizer
 from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import CheckpointError
 from compress.verify.agreement import Agreement, compare, encode_all
@@ -52,6 +52,10 @@ def token(text: str, *places: str, **flags: Any) -> Edit:
             )
         if "added_tokens.json" in places:
             change(folder, "added_tokens.json", lambda t: t.update({text: number}))
+            # Which nobody reads beside the newer key.
+            change(
+                folder, "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder") and None
+            )
 
     return edit
 
@@ -63,7 +67,9 @@ def read(folder: Path) -> dict[str, Any]:
 def without(*names: str) -> Edit:
     def edit(folder: Path) -> None:
         for name in names:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
+        if not has_tokenizer(folder):
+            pytest.skip("this version of transformers saves tokenizer.json alone")
 
     return edit
 
@@ -81,7 +87,7 @@ def twice(folder: Path) -> None:
 # name → family, what is changed; llama.cpp must tokenize every text as Hugging Face does.
 SAME: dict[str, tuple[str, Edit]] = {
     "only in added_tokens_decoder": ("llama", token("<|im_end|>", "added_tokens_decoder")),
-    "only in added_tokens.json": ("qwen2", token("<|extra|>", "added_tokens.json")),
+    "only in added_tokens.json": ("llama3", token("<|extra|>", "added_tokens.json")),
     "special only in the config": ("qwen2", token("<|x|>", "added_tokens_decoder", special=True)),
     "additional_special_tokens": ("qwen2", settings(additional_special_tokens=["<|tool|>"])),
     "eos that is new": ("llama", settings(eos_token="<|im_end|>")),
@@ -148,6 +154,8 @@ def test_one_vocabulary_for_everyone(exported: Exports, tmp_path: Path, case: st
     assert agreement.texts > 35
     tokens = gguf.GGUFReader(made.path).fields["tokenizer.ggml.tokens"].contents()
     assert len(set(tokens)) == len(tokens) == made.config.vocab_size
+    if case.startswith("only in"):
+        assert {"<|im_end|>", "<|extra|>"} & set(tokens)
 
 
 @pytest.mark.parametrize("case", list(OTHERWISE))
