@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         import click
 
         from compress.cli import cli
+        from compress.commands.endings import in_words  # while there is memory
         from compress.console import print_error
         from compress.errors import PacklightError, check_utf8, printable_line
     except KeyboardInterrupt:  # before the command line can catch it
@@ -64,8 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        from compress.commands.endings import in_words
-
         print_error(in_words(error))
         print_notes(error)
         return 2

@@ -62,6 +62,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             "delete it",
             hint="move it elsewhere, or choose another --output",
         )
+    if place.is_symlink():
+        raise UsageError(f"{output} is a link that leads to itself", hint="another --output")
     if not place.exists():
         return
     if not place.is_dir():

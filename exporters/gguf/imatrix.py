@@ -94,8 +94,13 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist")
     entries = {}
-    with reading(path.name, hint="write it with llama-imatrix --output-format gguf"):
+    hint = "write it with llama-imatrix --output-format gguf"
+    try:
         read_head(path)  # refuses files on which gguf-py's reader would not return
+    except ArtifactError as error:
+        what = f"{path.name} cannot be read as an imatrix: {error.message}"
+        raise ArtifactError(what, hint) from error
+    with reading(path.name, hint=hint):
         reader: Any = gguf.GGUFReader(str(path))
         kind = reader.fields.get("general.type")
         if kind is None or kind.contents() != "imatrix":

@@ -102,6 +102,13 @@ def test_a_link_is_followed(tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+def test_a_link_that_leads_to_itself_is_left_alone(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="leads to itself"):
+        work_folder(tmp_path / "loop").__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 def test_the_folder_appears_whole_or_not_at_all(tmp_path):
     output = tmp_path / "deep" / "out"
     with work_folder(output) as folder:
