@@ -112,7 +112,7 @@ def build(
         (``failure``) or that failed a gate is an entry of it, not an error.
 
         Raises:
-            PacklightError: the build failed; no output is left behind.
+            PacklightError: the build failed; the output folder is not made or changed.
 
     Example:
         >>> import packlight, tempfile

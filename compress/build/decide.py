@@ -156,18 +156,18 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
     checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
-    if settings.source:  # the name that reports call it by
+    if settings.source:  # its name in reports
         checkpoint.source = settings.source
     for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
     reads = (settings.verify or looks_at_inputs(recipe)) and not settings.dry_run
     if reads and checkpoint.has_tokenizer:
-        _ = checkpoint.tokenizer  # here, and not once more in a child process
+        _ = checkpoint.tokenizer  # loaded here, so that no child process loads it again
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
-    for line in checkpoint.warnings[len(opening) :]:  # what the headers' tensors say
+    for line in checkpoint.warnings[len(opening) :]:  # from the headers' tensors
         console.warning(line)
     check_memory(job, console, limit=settings.max_memory, verify=settings.verify, measures=measures)
     return Decision(settings, job, replan, importance, limits, previous, text, output, measures)
@@ -317,7 +317,7 @@ def lock_of(decision: Decision, console: Console) -> Lock:
 
 # --- options --------------------------------------------------------------------------------
 
-# Folders of absolute paths in an override, which are this machine's.
+# Folders of absolute paths in an override, which name this machine.
 FOLDERS = re.compile(r"(?<![^\s=,\[\"'])/(?:[^/\s,\]\"']+/)+")
 
 

@@ -59,7 +59,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
     others are verified.
 
     Raises:
-        PacklightError: the build failed; no output folder is left behind.
+        PacklightError: the build failed; the output folder is not made or changed.
     """
     with bounded(settings.threads, settings.max_memory):
         console.begin("plan")
@@ -73,7 +73,7 @@ def build(settings: BuildSettings, console: Console) -> Built:
         scorer = check_places(decision, console)
         opened = {**decision.job.checkpoint.opened, **stamps(inputs_of(decision))}
         lock = lock_of(decision, console)
-        afresh = settings.overwrite or bool(settings.source)  # the demo takes less than to ask
+        afresh = settings.overwrite or bool(settings.source)  # the demo is quick to rebuild
         resume = Resume(identity_of(decision.job, settings), settings.resume, afresh)
         overwrite = settings.overwrite
         with work_folder(decision.output, resume, overwrite=overwrite) as folder:
@@ -162,7 +162,7 @@ def choose(decision: Decision, console: Console, *, keep: bool) -> Ready:
 
         calibration = CalibrationStep(job, importance, console, threads, keep=keep)
         if not importance.imatrix:
-            _ = calibration.texts  # refused before the work, where they will not do
+            _ = calibration.texts  # invalid texts are refused before the work
     if calibration and job.cut is not None:
         from compress.pruning.step import prune
 
