@@ -1,3 +1,3 @@
-"""Checkpoints, quantization and verification; what is specific to a format is in ``exporters``."""
+"""Checkpoints, quantization and verification; format-specific code is in ``exporters``."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The ``packlight`` command, and ``python -m compress``: the exit code of every ending."""
+"""The ``packlight`` command and ``python -m compress``: runs a command and sets the exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     own = arguments is None
     if own:
         own_streams()
-        if not os.environ.get("PACKLIGHT_DEBUG"):  # what NumPy says of 0/0 is for programmers
+        if not os.environ.get("PACKLIGHT_DEBUG"):  # NumPy's warnings of 0/0 are for programmers
             warnings.filterwarnings("ignore", category=RuntimeWarning)
         machine.own_process()
     words = sys.argv[1:] if arguments is None else arguments
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         print_notes(ending)
         if ending.code != 1:
             raise
-        # Click's answer to a closed stdout (`packlight inspect … | head`) is 1, which here says
-        # that a gate failed; in shells a closed pipe is 141, 128 + SIGPIPE.
+        # Click exits with 1 for a closed stdout (`packlight inspect … | head`), which here means
+        # a failed gate; in shells a closed pipe is 141, 128 + SIGPIPE.
         return 141
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_notes(ending: BaseException, prefix: str = "") -> bool:
-    """Say what a build with ``--resume`` left (``compress.output.folder.work_folder`` notes it)."""
+    """Print the notes of an exception: what a build with ``--resume`` left behind."""
     import click
 
     notes = getattr(ending, "__notes__", [])
@@ -84,11 +84,11 @@ def print_notes(ending: BaseException, prefix: str = "") -> bool:
 
 
 def own_streams() -> None:
-    """Standard streams that are open and take every letter.
+    """Make sure that the standard streams are open and accept any character.
 
-    A closed one (``2>&-``) leads nowhere: else the next file that is opened, an artifact, would
-    have its number, and get what libraries print there. Where the locale has ASCII only, Python
-    starts again in its UTF-8 mode: paths and messages have other letters.
+    A closed one (``2>&-``) is opened on the null device: otherwise the next opened file, an
+    artifact, would get its number, and with it what libraries print. In an ASCII locale Python is
+    restarted in its UTF-8 mode.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:

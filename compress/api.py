@@ -1,9 +1,9 @@
-"""packlight for programs: what the commands do, as functions that return what they found.
+"""The library API: the commands as functions that return their results.
 
-Nothing is printed, unless a ``Console`` is given; warnings go to the logger ``packlight``. Whatever
-cannot be done raises a ``PacklightError``, whose ``message`` is one line and whose ``hint`` says
-what would help. Functions may run in several threads at a time, and leave nothing set in the
-process. Users import them from ``packlight``.
+Nothing is printed, unless a ``Console`` is given; warnings go to the logger ``packlight``. Failures
+raise a ``PacklightError``, whose ``message`` is one line and whose ``hint`` says what would help.
+Functions may run in several threads at a time, and leave no process-wide setting changed. Users
+import them from ``packlight``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PathLike = str | Path
 Adapters = PathLike | Sequence[PathLike] | Mapping[PathLike, float]
 Progress = Callable[[str, int, int, str], object]
 """``progress(phase, done, total, unit)``: ``done`` of ``total`` bytes, tokens, windows … (``unit``)
-of a phase; both are 0 when it begins. An exception that it raises ends the work, and nothing
-half-written is left."""
+of a phase; both are 0 when it begins. An exception that it raises ends the work without leaving
+half-written files."""
 
 
 def build(
@@ -75,8 +75,8 @@ def build(
     Args:
         model: a checkpoint's folder, a Hub id or a URL.
         recipe: a shipped name, a YAML file, or a ``Recipe``.
-        adapters: LoRAs of PEFT to merge into the model: a folder or Hub id, several, or a dict
-            of them with their weights.
+        adapters: PEFT LoRA adapters to merge into the model: a folder or Hub id, several, or a
+            dict of them with their weights.
         formats: only these targets: ``gguf``, ``onnx``, ``coreml``; default: the recipe's.
         output: folder to make; default ``./MODEL-RECIPE``.
         overrides: keys of the recipe with other values: ``{"targets.gguf.type": "Q4_0"}``.
@@ -85,7 +85,7 @@ def build(
         budget_memory: the same for memory: file, KV cache at ``context``, activations.
         device: the memory budget that one app has on it, e.g. ``iphone-14``.
         prune: ``depth:3``, ``ffn:10%``, ``heads:2`` …; see docs/pruning.md.
-        calibration: texts or JSONL for solvers that look at inputs; default: the recipe's.
+        calibration: texts or JSONL for solvers that need calibration; default: the recipe's.
         imatrix: importance of inputs from this file instead of texts.
         save_imatrix: write the importance to this file.
         save_checkpoint: write the pruned model to this folder, too.
@@ -95,24 +95,24 @@ def build(
         verify: run the artifacts; False: write only.
         eval_text: UTF-8 text to score on; default: a built-in held-out text.
         gates: metric → limit, over the recipe's: ``{"kl_divergence": "<=0.05"}``.
-        against: an earlier ``report.json``: a gate on what got worse since.
-        max_regression: how much worse at most: ``kl=5%``, ``bytes=10MB``.
-        keep_baseline: folder for the float model's answers, for other builds of the same model.
-        context: positions of the KV cache that memory is counted for.
+        against: an earlier ``report.json`` to compare with, by gates.
+        max_regression: allowed regressions from it: ``kl=5%``, ``bytes=10MB``.
+        keep_baseline: folder for the float model's logits, for other builds of the same model.
+        context: positions of the KV cache that memory sizes assume.
         threads: CPU threads; 0: what the process may use.
-        max_memory: bytes that this process should hold at most, or a size.
+        max_memory: memory limit of this process: bytes, or a size.
         overwrite: replace an output that packlight made.
-        resume: continue what this build left when it was cut off, and keep it if it is again.
+        resume: continue this build where it was interrupted, and keep its state if it is again.
         revision, token, cache_dir: for a Hub id.
-        progress: is called as the work goes on; see ``Progress``.
+        progress: is called during the work; see ``Progress``.
         console: prints progress and messages as the command line does, instead.
 
     Returns:
-        The report, which is in the folder as ``report.json``. An artifact that could not be run
+        The report, also written as ``report.json``. An artifact that could not be run
         (``failure``) or that failed a gate is an entry of it, not an error.
 
-    Raises:
-        PacklightError: it could not be done; nothing was left behind.
+        Raises:
+            PacklightError: the build failed; no output is left behind.
 
     Example:
         >>> import packlight, tempfile
@@ -161,20 +161,20 @@ def plan(
     progress: Progress | None = None,
     console: Console | None = None,
 ) -> dict[str, Plan]:
-    """Decide which tensor gets which grid, and count the bytes; nothing is written.
+    """Plan the grid and bytes of each tensor; nothing is written.
 
-    No weight is read, unless a budget leaves grids to choose by measurement.
+    No weights are read, unless a budget needs grids to be chosen by measurement.
 
     Args:
         model, recipe, adapters, formats, overrides, budget, budget_memory, device, prune, plan,
-            context: as for ``build``; so the others.
+            context, …: as for ``build``.
 
     Returns:
         Format → Plan: ``entries`` (name, shape, grid and ``nbytes`` of each tensor),
         ``weights_bytes`` (of them all) and ``file_bytes`` (of the model files, exactly).
 
     Raises:
-        PacklightError: it could not be built either.
+        PacklightError: the build is impossible.
 
     Example:
         >>> import packlight
@@ -222,12 +222,12 @@ def verify(
     progress: Progress | None = None,
     console: Console | None = None,
 ) -> Report:
-    """Run an artifact, whoever made it, in its runtime, and compare it with the float model.
+    """Run an artifact, of any origin, in its runtime, and compare it with the float model.
 
     Args:
-        artifact: a file or folder that a format knows, or the folder of a build.
+        artifact: a ``.gguf`` file, an ONNX folder, an ``.mlpackage``, or the folder of a build.
         baseline: the float checkpoint: a folder, a Hub id or a URL.
-        gates: metric → limit: ``{"kl_divergence": "<=0.1"}``; none: it is only measured.
+        gates: metric → limit: ``{"kl_divergence": "<=0.1"}``; default: it is only measured.
         adapters: merged into the baseline, as for ``build``.
         tasks: files of multiple-choice questions, one JSON object a line with ``question``,
             ``choices`` and ``answer`` (an index from 0).
@@ -240,8 +240,8 @@ def verify(
         The report. Writes nothing.
 
     Raises:
-        PacklightError: there is no artifact, or it cannot be run; where there are several, one that
-            cannot is an entry with its ``failure``.
+        PacklightError: there is no artifact, or it cannot be run; of several, one that cannot be
+            run is an entry with its ``failure``.
 
     Example:
         >>> import packlight, tempfile
@@ -284,7 +284,7 @@ def inspect(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Say what artifacts or a checkpoint hold; no weight is read.
+    """Describe artifacts or a checkpoint; reads no weights.
 
     Args:
         target: an artifact, the folder of a build, a checkpoint's folder, a Hub id or a URL.
@@ -369,7 +369,7 @@ def fit(
 
 
 def quiet_console(progress: Progress | None, console: Console | None) -> Console:
-    """The console that was given, or one that prints nothing and calls ``progress``."""
+    """The given console, or one that prints nothing and calls ``progress``."""
     if console is not None and progress is not None:
         raise UsageError("progress and console exclude each other")
     return console or Console("silent", listener=Callback(progress) if progress else None)

@@ -1,5 +1,4 @@
-"""The command line: the root of ``compress/commands``. It and the commands load the table of
-formats."""
+"""The root of the command line. Importing it or a command loads the table of formats."""
 
 from __future__ import annotations
 

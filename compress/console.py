@@ -1,9 +1,9 @@
-"""The console: all output of a command, for people or for scripts.
+"""The console: all output of a command, for users or scripts.
 
 Data goes to stdout, messages go to stderr. ``human`` shows both, ``json`` prints one document on
 stdout and nothing else there, ``quiet`` prints paths only, ``silent`` nothing: its messages go to
 the logger ``packlight`` (``compress.api``). Progress (``compress.progress``) is a
-bar on stderr, and a line once a minute where that is not a terminal. ``NO_COLOR`` is honoured.
+bar on stderr, and a line once a minute where that is not a terminal. ``NO_COLOR`` applies.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Update = Callable[[int, int], None]
 CELL = 120  # characters that one cell of a table has at most
 NOT_ASCII = re.compile(r"[^\x20-\x7e\n]")
 LOG = logging.getLogger("packlight")
-LOG.addHandler(logging.NullHandler())  # a program that sets no handler up hears nothing
+LOG.addHandler(logging.NullHandler())  # no output in a program without a handler
 
 
 class Console:
-    """Where output goes.
+    """Prints the output of a command.
 
     Args:
         mode: ``human``, ``json``, ``quiet`` or ``silent``.
         verbose: also show ``detail`` lines.
-        listener: is told how far the work is.
+        listener: gets the progress of each phase.
 
     Example:
         >>> console = Console("quiet")
@@ -56,44 +56,44 @@ class Console:
     # --- data, to stdout ---------------------------------------------------------------------
 
     def data(self, text: str) -> None:
-        """A line that a script may want; not in json or quiet mode."""
+        """Print a line of data; not in json or quiet mode."""
         if self.mode == "human":
             click.echo(printable_line(text))
 
     def result(self, document: Any) -> None:
-        """The one JSON document of ``--json``."""
+        """Print the JSON document of ``--json``."""
         if self.mode == "json":
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
             click.echo(NOT_ASCII.sub(escaped, text))
 
     def path(self, path: object) -> None:
-        """A written path: all that ``-q`` prints."""
+        """Print a written path, the only output of ``-q``."""
         if self.mode == "quiet":
             click.echo(without_secrets(str(path)))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Plain aligned columns; the first is left-aligned, columns of numbers right-aligned."""
+        """Print aligned columns: the first left-aligned, columns of numbers right-aligned."""
         if self.mode == "human":
             click.echo(format_table(headers, rows))
 
     # --- messages, to stderr -----------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """A line about what is going on."""
+        """Print a message."""
         if self.mode == "human":
             click.echo(printable_line(text), err=True, color=color())
         elif self.mode == "silent":
             LOG.info(printable_line(text))
 
     def detail(self, text: str) -> None:
-        """A line for ``-v``."""
+        """Print a message only with ``-v``."""
         if self.mode == "silent":
             LOG.debug(printable_line(text))
         elif self.verbose:
             click.echo(click.style(printable_line(text), dim=True), err=True, color=color())
 
     def warning(self, text: str) -> None:
-        """Something that is not as it should be, but goes on; shown in every mode but silent."""
+        """Print a warning, in every mode but silent."""
         if self.mode == "silent":
             LOG.warning(printable_line(text))
             return
@@ -102,14 +102,14 @@ class Console:
         )
 
     def verdict(self, passed: bool, text: str) -> None:
-        """The last line of a run."""
+        """Print the last line of a run."""
         if self.mode == "human":
             mark = click.style("passed", fg="green") if passed else click.style("FAILED", fg="red")
             click.echo(f"{mark}  {printable_line(text)}", err=True, color=color())
 
     @contextmanager
     def progress(self, phase: str, unit: str = "bytes") -> Iterator[Update]:
-        """One phase of the work: ``with … as update: update(done, total)``.
+        """Show the progress of a phase: ``with … as update: update(done, total)``.
 
         Args:
             phase: its name.
@@ -122,8 +122,8 @@ class Console:
             self.end()
 
     def begin(self, phase: str, unit: str = "") -> None:
-        """A phase that lasts until the next one begins, or ``end``; without a unit it counts
-        nothing.
+        """Begin a phase that lasts until the next one, or until ``end``; without a unit it has no
+        count.
         """
         self.end()
         if not self._shows_phases:
@@ -133,14 +133,14 @@ class Console:
         self._phase = Phase(phase, unit, self._listener, None if bar else self.say, bar=bar)
 
     def end(self) -> None:
-        """The phase is over, whether or not it came to its end."""
+        """End the current phase, complete or not."""
         phase, self._phase = self._phase, None
         if phase is not None:
             phase.close()
             self.detail(f"{phase.name}: {clock_time(phase.rate.seconds)}")
 
     def abandon(self) -> None:
-        """The command is over, perhaps by an error: take the bar off the screen."""
+        """At the end of the command, even by an error: remove the bar from the screen."""
         phase, self._phase = self._phase, None
         if phase is not None:
             phase.hide()
@@ -149,12 +149,12 @@ class Console:
 
 
 def escaped(char: re.Match[str]) -> str:
-    """A character of a JSON document as JSON escapes it, if a terminal would obey it."""
+    """The JSON escape of a character that controls a terminal."""
     return char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1]
 
 
 def print_error(error: PacklightError) -> None:
-    """The one clear line, and the hint below it; to stderr."""
+    """Print an error and its hint, to stderr."""
     for label, shade, text in (("error", "red", error.message), ("hint", "cyan", error.hint)):
         if text:
             click.echo(
@@ -163,12 +163,12 @@ def print_error(error: PacklightError) -> None:
 
 
 def color() -> bool | None:
-    """False under ``NO_COLOR``, else what the stream allows (https://no-color.org)."""
+    """False with ``NO_COLOR`` (https://no-color.org), else None: decided by the stream."""
     return False if os.environ.get("NO_COLOR") else None
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces apart, readable without colour."""
+    """Format columns padded to their widest cell, two spaces apart."""
     cells = [[printable_line(cell, CELL) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     lines = []
@@ -180,7 +180,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Both units, since people mean either: ``2.40 GB (2.23 GiB)``."""
+    """Bytes in both units: ``2.40 GB (2.23 GiB)``."""
     for limit, decimal, binary in ((1e9, "GB", "GiB"), (1e6, "MB", "MiB"), (1e3, "kB", "KiB")):
         if count >= limit:
             power = {"GB": 3, "MB": 2, "kB": 1}[decimal]

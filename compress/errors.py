@@ -1,16 +1,16 @@
-"""Every error that a user can meet, drawn as a tree.
+"""Every error that a user can get, as a tree.
 
     PacklightError                exit code 2: could not run
-    ├── UsageError                options that do not fit together, a path that is not there
-    │   └── OutputExistsError     the output is there and --overwrite was not given
+    ├── UsageError                conflicting options, a path that does not exist
+    │   └── OutputExistsError     the output exists and --overwrite was not given
     ├── RecipeError               a recipe that does not validate; names the path of the key
     ├── CheckpointError           a file on disk that is damaged, incomplete or unsafe
-    ├── UnsupportedModelError     an architecture, a setting or remote code that is not ours to run
+    ├── UnsupportedModelError     an unsupported architecture or setting, or remote code
     ├── GridError                 a tensor that a number format cannot hold
     ├── RuntimeMissingError       a package that would execute the artifact is not installed
-    ├── ArtifactError             an artifact that its own runtime refuses or that cannot be read
-    ├── PublishError              the Hub cannot be reached, or does not take an upload
-    └── DiskFullError             no room left, before or while writing
+    ├── ArtifactError             an artifact that its runtime refuses or that cannot be read
+    ├── PublishError              the Hub cannot be reached, or refuses an upload
+    └── DiskFullError             the disk is full, before or while writing
 
 A failed gate is not an error: the work was done and the verdict is "failed" (exit code 1).
 Ctrl-C is Python's own KeyboardInterrupt (exit code 130).
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class PacklightError(Exception):
-    """One clear line for the user: what is wrong and why, and a hint of what to type.
+    """An error for the user: one line on what is wrong and why, and a hint what to type.
 
     Args:
         message: what and why, one line, no trailing period needed.
@@ -72,11 +72,11 @@ class PacklightError(Exception):
 
 
 class UsageError(PacklightError):
-    """Options that do not fit together, or a path that does not exist."""
+    """Conflicting options, or a path that does not exist."""
 
 
 class OutputExistsError(UsageError):
-    """The output is already there, and overwriting was not asked for."""
+    """The output exists, and ``overwrite`` was not set."""
 
 
 class RecipeError(PacklightError):
@@ -88,7 +88,7 @@ class CheckpointError(PacklightError):
 
 
 class UnsupportedModelError(PacklightError):
-    """An architecture or a setting that packlight does not build."""
+    """An architecture or a setting that packlight does not support."""
 
 
 class GridError(PacklightError):
@@ -104,14 +104,14 @@ class ArtifactError(PacklightError):
 
 
 class PublishError(PacklightError):
-    """The Hub cannot be reached, or does not take an upload."""
+    """The Hub cannot be reached, or refuses an upload."""
 
 
 class DiskFullError(PacklightError):
-    """No room left on the device."""
+    """The disk is full."""
 
 
-# --- what messages are made of -----------------------------------------------------------------
+# --- parts of messages -------------------------------------------------------------------------
 
 
 def did_you_mean(word: str, known: Iterable[str], listed: str = "one of") -> str:
@@ -124,10 +124,10 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "one of") -> str
 
 
 def check_utf8(name: str) -> None:
-    """Refuse a name that no report can hold: bytes of the file system that are not UTF-8.
+    """Refuse a file name that is not UTF-8, which no report can hold.
 
     Raises:
-        UsageError: it has such bytes.
+        UsageError: it is not UTF-8.
     """
     try:
         name.encode()
@@ -139,12 +139,12 @@ def check_utf8(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says first; its class where it says nothing."""
+    """The first line of an exception's message, or its class name."""
     return (without_secrets(str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:
-    """All that a library says, on one line of bounded length."""
+    """An exception's whole message on one line of bounded length."""
     return " ".join(without_secrets(str(error)).split())[:200] or type(error).__name__
 
 
@@ -152,12 +152,12 @@ def one_line(error: BaseException) -> str:
 def reading(
     what: str, kind: type[PacklightError] = ArtifactError, hint: str = ""
 ) -> Iterator[None]:
-    """While a file that somebody else wrote is read: what its parser stumbles over is its damage.
+    """Convert a parser's exceptions on an untrusted file to errors that the file is damaged.
 
-    Errors of ours and of the system pass as they are.
+    Packlight's and the system's errors are not converted.
 
     Raises:
-        kind: ``what`` is damaged, with the parser's reason, or takes more memory than there is.
+        kind: ``what`` is damaged, with the parser's reason, or needs more memory than there is.
     """
     try:
         yield
@@ -167,22 +167,22 @@ def reading(
         raise kind(f"{what} takes more memory than there is to read it") from error
     except RecursionError as error:
         raise kind(f"{what} is damaged: nested too deeply", hint) from error
-    except Exception as error:  # whatever the library raises
+    except Exception as error:  # a library may raise anything
         raise kind(f"{what} is damaged: {type(error).__name__}, {one_line(error)}", hint) from error
 
 
 def is_disk_full(error: OSError) -> bool:
-    """No room on the device, or no more of the user's quota or file size."""
+    """Whether an error means a full disk, an exceeded quota or file size limit."""
     numpys = error.errno is None and "requested and" in str(error)  # ndarray.tofile's
     return numpys or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-# --- what is told of a stranger's names, and of places with passwords in them --------------------
+# --- untrusted names, and locations with passwords ------------------------------------------------
 
-LINE = 400  # characters that one line of a terminal has at most
+LINE = 400  # most characters of a printed line
 
-# What stands before the host of a URL. A secret may have slashes and spaces in it; digits between
-# a colon and a slash are a port.
+# The part of a URL before the host. A secret may have slashes and spaces in it; digits between a
+# colon and a slash are a port.
 CREDENTIALS = re.compile(
     r"([a-z][a-z0-9+.-]*://)(?!\[)(?:[^/?#\s@:]*:(?!\d{1,5}(?:[/?#\s:'\",)]|$))(?=\S)[^\n@]{0,300}@)?"
     r"(?:[^/?#\s@]*@)*",
@@ -197,10 +197,10 @@ PARAMETER = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """A location, or any text with URLs in it, without user names, passwords and signed queries.
+    """Remove user names, passwords and signed queries from a location, or any text with URLs.
 
-    Whatever is told, stored or uploaded of a URL goes through here: ``Checkpoint.source``, the
-    message of a ``PacklightError``, every line of a ``Console``.
+    Applied to every URL that is printed, stored or uploaded: ``Checkpoint.source``, the message of
+    a ``PacklightError``, every line of a ``Console``.
 
     Example:
         >>> without_secrets("s3://KEY:SECRET@bucket/model?X-Amz-Signature=abc")
@@ -212,14 +212,14 @@ def without_secrets(text: str) -> str:
 
 
 def _without_user(found: re.Match[str]) -> str:
-    """The scheme, and Azure's container."""
+    """The scheme of a match, with Azure's container."""
     user = found[0][len(found[1]) :]
     return found[0] if found[1].lower() in CONTAINERS and ":" not in user else found[1]
 
 
 def visible(text: str) -> str:
-    """Text whose every character but the line feed can be seen: no escapes for a terminal, nothing
-    that turns the direction of writing, no half of a surrogate pair.
+    """Replace characters that are not visible, except the line feed: terminal escapes, changes of
+    writing direction, lone surrogates.
     """
     if text.isprintable():
         return text
@@ -227,6 +227,6 @@ def visible(text: str) -> str:
 
 
 def printable_line(text: str, most: int = LINE) -> str:
-    """One visible line of bounded length, without secrets."""
+    """A text as one visible line of bounded length, without secrets."""
     line = without_secrets(visible(text).replace("\n", " "))
     return line if len(line) <= most else f"{line[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

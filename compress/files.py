@@ -1,8 +1,8 @@
-"""Files and folders that processes share: the cache, locks, scratch folders, files written whole.
+"""Files and folders shared by processes: the cache, locks, scratch folders, atomic writes.
 
-A lock is the kernel's (``flock``), which lets go of it with its process, so that none outlives a
-``kill -9``. (filelock's locks are of the same kind, but its files stay, and beside every output
-there would be one.)
+Locks are the kernel's (``flock``), which are released with their process, even after ``kill -9``.
+(filelock's are of the same kind, but leave their files, and there would be one beside every
+output.)
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = [
 T = TypeVar("T")
 
 LOCK = "lock"
-LARGEST_TEXT = 100_000_000  # bytes of a file that is read whole
+LARGEST_TEXT = 100_000_000  # most bytes of a file that is read whole
 
 Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change in nanoseconds, inode."""
 
 
 def cache_folder(kind: str = "calibration") -> Path:
-    """The folder of one kind of work: in ``PACKLIGHT_CACHE``, or below the Hub's assets.
+    """The cache folder of one kind of results: in ``PACKLIGHT_CACHE``, or in the Hub's assets.
 
     Raises:
         UsageError: not writable.
@@ -72,9 +72,7 @@ def cache_folder(kind: str = "calibration") -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file that others see whole or not at all, after kill -9 and beside other
-    writers of it, too.
-    """
+    """Write a UTF-8 file atomically, also with concurrent writers and ``kill -9``."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -84,10 +82,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
-    """The bytes of a plain file, which must not be endless: no device, no pipe, no huge file.
+    """The bytes of a regular file of limited size: no device, no pipe.
 
     Raises:
-        OSError: it cannot be read, or is none of that.
+        OSError: it cannot be read, is not regular, or is too large.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
     with open(handle, "rb") as stream:
@@ -100,7 +98,7 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
 
 
 def stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
-    """What is another one after a change of a file; None for one that is not there."""
+    """Size, time and inode of files, to detect changes; None for a missing one."""
     found: dict[Path, Stamp | None] = {}
     for file in files:
         with suppress(OSError):
@@ -111,10 +109,10 @@ def stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
 
 
 def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
-    """Refuse to say what was made from files that have changed since (``stamps``).
+    """Refuse results of files that have changed since ``stamps``.
 
     Raises:
-        CheckpointError: the first one that has.
+        CheckpointError: names the first changed file.
     """
     now = stamps(before)
     if changed := next((file for file in before if now[file] != before[file]), None):
@@ -127,16 +125,16 @@ def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
 def check_place(
     option: str, path: Path, output: Path | None = None, *, folder: bool = False
 ) -> None:
-    """Refuse, before the hours of a build, a place where nothing can be written after them.
+    """Check, before a long build, that a path can be written at its end.
 
     Args:
         option: that named it.
-        path: of a file, or of a ``folder`` that is made if it is not there.
-        output: of the build, which holds what was checksummed and nothing else.
+        path: of a file, or of a ``folder`` that is created if missing.
+        output: of the build, which may not hold other files than its own.
 
     Raises:
-        UsageError: a folder that is not there or not writable, a folder in place of a file or the
-            reverse, or a place inside the output.
+        UsageError: a folder that is missing or not writable, a folder in place of a file or the
+            reverse, or a path inside the output.
     """
     place = real_path(path)
     if output is not None and place.is_relative_to(real_path(output)):
@@ -153,7 +151,7 @@ def check_place(
     while not near.exists():
         near = near.parent
     try:
-        with tempfile.TemporaryFile(dir=near):  # what permissions say is not all
+        with tempfile.TemporaryFile(dir=near):  # permissions alone do not decide
             pass
         writable = not place.exists() or os.access(place, os.W_OK)
     except OSError:
@@ -163,10 +161,10 @@ def check_place(
 
 
 def full_disk(folder: Path) -> tuple[Path, str]:
-    """Which disk is the fullest, of those that packlight writes to, and what to do about it.
+    """The fullest of the disks that packlight writes to, and a hint.
 
     Args:
-        folder: that is written to, beside the cache and ``TMPDIR``.
+        folder: that is written to, in addition to the cache and ``TMPDIR``.
     """
     from huggingface_hub.constants import HF_ASSETS_CACHE
 
@@ -184,13 +182,13 @@ def full_disk(folder: Path) -> tuple[Path, str]:
 
 
 def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[], T]) -> T:
-    """What ``load`` finds, or else what ``compute`` returns: processes of this machine that want
-    the same wait for the one that computes, and load what it left.
+    """Load a cached result, or compute it; other processes of this machine that need the same
+    result wait, and load it.
 
     Args:
-        lock: a file that is there while one of them computes.
-        load: None where there is nothing, or nothing whole.
-        compute: also leaves its result where ``load`` finds it.
+        lock: a file that exists while one of them computes.
+        load: returns None where the result is missing or damaged.
+        compute: also saves the result for ``load``.
     """
     if (found := load()) is not None:
         return found
@@ -202,16 +200,16 @@ def computed_once(lock: Path, load: Callable[[], T | None], compute: Callable[[]
 
 @contextmanager
 def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, which is there meanwhile and gone afterwards.
+    """Hold a lock file, which is removed afterwards.
 
     Args:
-        path: of the file; the kernel lets go of it with its process.
+        path: of the file; the kernel releases the lock with its process.
         wait: until its holder releases it.
 
     Raises:
-        BlockingIOError: without ``wait``, another process holds it or has just let go of it.
-        OSError: the file cannot be made, or something else than an empty file is there, which
-            would be removed.
+        BlockingIOError: without ``wait``, another process holds it or has just released it.
+        OSError: the file cannot be made, or another file than an empty one is there, which would
+            be removed.
     """
     flags = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
@@ -221,7 +219,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
             if not stat.S_ISREG(found.st_mode) or found.st_size:
                 raise OSError(errno.EEXIST, "it was not made by packlight", str(path))
             fcntl.flock(handle, flags)
-            if not is_same_file(handle, path):  # its holder has just ended, and removed it
+            if not is_same_file(handle, path):  # its holder has just removed it
                 if wait:
                     continue
                 raise BlockingIOError(f"{path} has just been let go of")
@@ -235,7 +233,7 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def is_same_file(handle: int, path: Path) -> bool:
-    """Whether a path still leads to an open file."""
+    """Whether a path is still that of an open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
@@ -243,17 +241,17 @@ def is_same_file(handle: int, path: Path) -> bool:
 
 
 def real_path(path: Path) -> Path:
-    """Where a path really leads: absolute, through links (one that leads nowhere yet, too)."""
+    """The absolute path with links resolved, even one without a target."""
     return Path(os.path.realpath(path))
 
 
 def is_url(location: str) -> bool:
-    """Whether a location is a URL of fsspec rather than a folder or a Hub id."""
+    """Whether a location is a URL for fsspec rather than a folder or a Hub id."""
     return "://" in location
 
 
 def sync(file: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
+    """Sync a file to the disk."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -263,15 +261,15 @@ def sync(file: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """An empty folder below ``parent`` (where ``TMPDIR`` says, for None) until the block is left.
+    """Yield an empty folder below ``parent`` (None: in ``TMPDIR``), deleted afterwards.
 
-    Folders that killed processes left there are deleted first. Each holds a lock that the kernel
-    lets go with its process, so that those of living ones stay, whatever container they are in.
+    Folders of killed processes are deleted first. Each holds a lock that the kernel releases with
+    its process, so that those of running ones are kept, in whatever container they run.
     """
     place = Path(parent or tempfile.gettempdir())
     for folder in place.glob("packlight-*.scratch"):
         clear_abandoned(folder)
-    # Locked before it has the name that others look for.
+    # Locked before it gets the name that other processes look for.
     unnamed = Path(tempfile.mkdtemp(prefix="packlight-", dir=place))
     folder = unnamed.with_name(f"{unnamed.name}.scratch")
     try:
@@ -289,7 +287,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Delete a scratch folder whose process is gone; nothing else that has such a name."""
+    """Delete a scratch folder whose process has ended; nothing else with such a name."""
     with suppress(OSError):  # another user's, or another process holds it
         ours = {LOCK, "work"} >= set(os.listdir(folder)) and not folder.is_symlink()
         if not ours or (folder / LOCK).lstat().st_size or (folder / "work").is_symlink():
@@ -302,23 +300,23 @@ def clear_abandoned(folder: Path) -> None:
             os.close(handle)
 
 
-# --- folders of strangers -------------------------------------------------------------------------
+# --- untrusted folders ----------------------------------------------------------------------------
 #
-# What a checkpoint's folder leads to is read, copied into artifacts and published. So links lead
-# into the folder itself or into the blobs of the Hub's cache, files are plain files, and those that
-# are read whole are of bounded size.
+# Files of a checkpoint's folder are read, copied into artifacts and published. So links must point
+# into the folder itself or to blobs of the Hub's cache, files must be regular, and those that are
+# read whole are of limited size.
 
 # Read whole, by packlight or transformers.
 TEXTS = re.compile(
     r".*\.(json|jinja|model|bpe|tiktoken)|(merges|vocab)\.txt|README\.md|LICENSE.*", re.IGNORECASE
 )
-TEMPLATES = "additional_chat_templates"  # the one folder inside that transformers looks into
+TEMPLATES = "additional_chat_templates"  # the only subfolder that transformers reads
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse links that lead elsewhere, what is no plain file, and texts that are too large.
+    """Refuse links that point elsewhere, files that are not regular, and texts that are too large.
 
-    Hidden files and folders inside are not looked at: nothing reads them.
+    Hidden files and subfolders are not checked: nothing reads them.
 
     Raises:
         CheckpointError: the first file that is refused.
@@ -329,9 +327,9 @@ def check_folder(folder: Path) -> None:
         name, place = entry.name, os.path.realpath(entry.path)
         try:
             found = os.stat(place)
-        except FileNotFoundError:  # a link that leads nowhere: as if it were not there
+        except FileNotFoundError:  # a dangling link: treated as missing
             continue
-        except OSError as error:  # links that lead to each other, among others
+        except OSError as error:  # a cycle of links, among others
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
         is_folder = stat.S_ISDIR(found.st_mode)
         if name.startswith(".") or (is_folder and name != TEMPLATES):
@@ -352,7 +350,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_blob(home: str, place: str) -> bool:
-    """Whether a link leads into the Hub's cache, where snapshots/COMMIT/NAME leads to
+    """Whether a link points into the Hub's cache, where snapshots/COMMIT/NAME points to
     blobs/DIGEST: that of the same repository, or any from a folder of links.
     """
     above, blobs = os.path.split(os.path.dirname(place))

@@ -1,4 +1,4 @@
-"""Formats of artifacts: a table that ``exporters.formats`` fills, and what a row of it is."""
+"""The table of artifact formats, which ``exporters.formats`` fills, and the type of its rows."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["FORMATS", "Check", "Format", "ProcessCost", "get_format"]
 
 @dataclass(frozen=True)
 class ProcessCost:
-    """What a process that loads and runs an artifact takes, measured on the bundled models.
+    """Cost of a process that loads and runs an artifact, measured on the bundled models.
 
     Attributes:
-        base_bytes: memory whatever the artifact's size.
+        base_bytes: memory independent of the artifact's size.
         per_byte: memory for each byte of the artifact.
-        seconds_per_weight: of one core, to round to nearest and to pack.
-        palette_seconds: the same for palettes; 0 where that is no other.
-        library_bytes: what a build that writes it has loaded besides.
+        seconds_per_weight: on one core, to round to nearest and pack.
+        palette_seconds: the same for palettes; 0 where it is equal.
+        library_bytes: additional memory of the libraries in a build that writes it.
     """
 
     base_bytes: int
@@ -46,9 +46,9 @@ class Check:
     """A row of ``packlight doctor``.
 
     Attributes:
-        name: what was looked at.
-        found: what is there.
-        ok: whether it will do.
+        name: of the check.
+        found: what was found.
+        ok: whether it is sufficient.
         hint: what to type if not.
     """
 
@@ -64,9 +64,9 @@ class Usage:
 
     Attributes:
         text: a paragraph of Markdown.
-        code: what to type, with ``{path}`` where the artifact's belongs.
+        code: with ``{path}`` for the artifact's path.
         language: of the code.
-        quote: a path as that language writes it.
+        quote: quotes a path for that language.
     """
 
     text: str
@@ -79,21 +79,19 @@ class Usage:
 class Format:
     """A format of artifacts: a row of ``exporters.formats``.
 
-    What it can do lies in the modules of its package (``MEMBERS``), which are imported at the
-    first use.
+    Its functions are in the modules of its package (``MEMBERS``), which are imported at first use.
 
     Attributes:
         name: in recipes, reports and on the command line.
         title: on pages.
-        package: that its modules are in.
-        place: what users name to have an artifact verified: ``a .gguf file``.
-        libraries: distributions that have a part in its bytes, besides those of every format.
-        process: what verifying it takes beside its bytes, for ``packlight batch``.
-        tokenizer_inside: whether the tokenizer is part of its file, so that nothing can be written
-            without one.
-        speed_note: what to know of its speeds, a sentence.
+        package: with its modules.
+        place: the argument of ``packlight verify``, for messages: ``a .gguf file``.
+        libraries: distributions that affect its bytes, in addition to those of every format.
+        process: cost of verifying it, for ``packlight batch``.
+        tokenizer_inside: whether the file contains the tokenizer, so that one is required.
+        speed_note: a sentence on its measured speeds.
         stores_zeros: whether zeros of a sparse grid take no bytes.
-        imatrix: whether its tools have files with the importance of inputs.
+        imatrix: whether its tools have importance files.
     """
 
     name: str
@@ -152,10 +150,10 @@ class Format:
         def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
 
     def inspect(self, path: Path) -> dict[str, Any]:
-        """What ``describe`` finds in an artifact of anybody's.
+        """``describe`` an untrusted artifact.
 
         Raises:
-            ArtifactError: it is damaged, or no artifact of this format.
+            ArtifactError: it is damaged, or not an artifact of this format.
         """
         with reading(path.name):
             return self.describe(path)

@@ -1,8 +1,8 @@
-"""CPUs, memory, threads and signals of this process; in a container fewer than the machine has.
+"""CPUs, memory, threads and signals of this process, within the limits of a container.
 
-Limits are those of the process's control groups and of all groups above them: cgroup v2
-(``cpu.max``, ``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), as the
-kernel's Documentation/admin-guide describes them. Other systems than Linux have none.
+Limits are those of the process's control group and all its parents: cgroup v2 (``cpu.max``,
+``memory.max``) and v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), see the kernel's
+Documentation/admin-guide. Other systems than Linux have none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus(proc: Path = PROC, root: Path = CGROUPS) -> int:
-    """CPUs that the process may run on at once, a cgroup's quota rounded up to whole ones."""
+    """CPUs that the process may use at once, with a cgroup's quota rounded up."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -47,7 +47,7 @@ def available_cpus(proc: Path = PROC, root: Path = CGROUPS) -> int:
 
 @cache
 def default_threads() -> int:
-    """CPUs that the process may run on, or fewer where ``OMP_NUM_THREADS`` says so."""
+    """CPUs that the process may use, or fewer with ``OMP_NUM_THREADS``."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(available_cpus(), int(wanted) if wanted.isdigit() and int(wanted) else 1 << 30)
 
@@ -59,14 +59,14 @@ _memory: ContextVar[int | None] = ContextVar("memory", default=None)
 
 @contextmanager
 def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
-    """Bound what the work inside may take; other threads of the process have bounds of their own.
+    """Limit threads and memory of the work inside; other threads of the process are not affected.
 
-    Meanwhile products are deterministic (``make_deterministic``). Whatever ``change_setting`` sets
-    inside is as before when the last such block of the process is left.
+    Matrix products inside are deterministic (``make_deterministic``). Settings of
+    ``change_setting`` are restored when the last such block of the process is left.
 
     Args:
-        threads: that reading and packing take; 0 for the default.
-        memory: bytes that the process should hold at most; None for no limit but the machine's.
+        threads: for reading and packing; 0: the default.
+        memory: limit of the process in bytes; None: only the machine's.
     """
     global _blocks
     with _settings_lock:
@@ -95,15 +95,15 @@ def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
 
 
 _settings_lock = threading.RLock()
-_before: dict[str, Callable[[], None]] = {}  # setting → what sets it as it was
-_blocks = 0  # of ``bounded`` that are entered now, in all threads
+_before: dict[str, Callable[[], None]] = {}  # setting → restores it
+_blocks = 0  # ``bounded`` blocks that are active, in all threads
 
 
 def change_setting(
     name: str, get: Callable[[], Any], put: Callable[[Any], Any], value: Any
 ) -> None:
-    """Change a setting of the whole process until the last ``bounded`` block is left; outside of
-    one, for good.
+    """Change a process-wide setting until the last ``bounded`` block is left; outside a block,
+    permanently.
 
     Args:
         name: of the setting.
@@ -117,12 +117,12 @@ def change_setting(
 
 
 def worker_threads() -> int:
-    """Threads that reading and packing take; within ``in_order`` a share of them."""
+    """Threads for reading and packing; within ``in_order`` a share of them."""
     return _share.get() or _threads.get() or default_threads()
 
 
 def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None:
-    """``work(begin, end)`` over ``range(count)``, at least ``least`` of them to a thread."""
+    """Call ``work(begin, end)`` over ``range(count)`` in threads, with at least ``least`` each."""
     threads = min(_share.get() or _threads.get() or default_threads(), count // least)
     if threads <= 1:
         work(0, count)
@@ -138,14 +138,13 @@ def in_threads(work: Callable[[int, int], None], count: int, least: int) -> None
 
 
 def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> Iterator[T]:
-    """What each work returns, in the order of the works, ``at_once`` of them in threads.
+    """Yield the results of works in order, running ``at_once`` of them in threads.
 
-    The caller does its own between two of them: it takes works from the iterable, one more than are
-    done at once, and does what it likes with the results; all that with one thread, once the others
-    are at work.
+    The caller's thread takes works from the iterable, one more than run at once, and processes the
+    results; ``worker_threads`` is 1 in it while the others run.
 
     Args:
-        share: what ``worker_threads`` is to a work; 0 to part those of the caller among all.
+        share: ``worker_threads`` within a work; 0: the caller's, divided among all.
     """
     share = share or max(worker_threads() // at_once, 1)
     own = _share.get()
@@ -167,15 +166,15 @@ def in_order(works: Iterable[Callable[[], T]], at_once: int, share: int = 0) -> 
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-RETAINED = 64 << 20  # bytes that malloc retains for reuse; arrays of half of it and more go back
+RETAINED = 64 << 20  # bytes that malloc retains for reuse; arrays of half of it or more are freed
 
 
 def reuse_memory() -> None:
-    """Have malloc give one slab's memory to the next.
+    """Make malloc reuse one slab's memory for the next.
 
-    Otherwise it goes back to the kernel each time, whose fresh pages are zeroed and mapped one by
-    one: a twentieth of the time of packing. For glibc; elsewhere nothing happens, nor in a process
-    that is not ours (``own_process``), since there is no way back.
+    Otherwise it is returned to the kernel each time, and new pages are zeroed and mapped one by
+    one: a twentieth of the time of packing. Only with glibc, and only in packlight's own process
+    (``own_process``), because it cannot be undone.
     """
     posix = _own and os.name == "posix"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if posix else None
@@ -185,8 +184,8 @@ def reuse_memory() -> None:
 
 
 def available_memory(proc: Path = PROC, root: Path = CGROUPS) -> int:
-    """Bytes that may be taken without swapping: the machine's, what is left in the cgroup (page
-    cache that can be dropped counts as free), or what is left within ``bounded``."""
+    """Bytes that can be allocated without swapping: the machine's, the rest of the cgroup's limit
+    (page cache that can be dropped counts as free), or the rest within ``bounded``."""
     import psutil
 
     left = [int(psutil.virtual_memory().available)]
@@ -203,7 +202,7 @@ def available_memory(proc: Path = PROC, root: Path = CGROUPS) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident bytes of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -212,13 +211,13 @@ def resident_memory() -> int:
 def cgroup_files(
     controller: str, names: Sequence[str], proc: Path, root: Path
 ) -> Iterator[list[str]]:
-    """What files of the process's control group say, its own first, then of those above it.
+    """Yield the contents of files of the process's control group, then of each parent's.
 
     Args:
         controller: ``cpu`` or ``memory``.
-        names: of files; what is not there is empty.
+        names: of files; a missing one is ``""``.
         proc: of the process.
-        root: where control groups are mounted.
+        root: mount point of control groups.
     """
     own = proc / "cgroup"
     for line in own.read_text().splitlines() if own.is_file() else ():
@@ -227,7 +226,7 @@ def cgroup_files(
             continue
         top = root / controller if controllers else root
         group = top / path.lstrip("/")
-        # In a container the path can be the host's, of which only the top is mounted here.
+        # In a container the path can be the host's, with only the root mounted here.
         group = group if group.is_dir() else top
         for folder in (group, *group.parents):
             if folder.is_relative_to(top):
@@ -242,8 +241,8 @@ def cgroup_files(
 
 # --- the same sums with any number of threads -------------------------------------------------
 #
-# Floating-point sums depend on their order, and libraries choose it by the number of
-# threads. Row by row work (grids, codes) is not touched by that; matrix products are. So:
+# Floating-point sums depend on their order, which libraries choose by the number of threads. Work
+# by rows (grids, codes) does not depend on it; matrix products do. So:
 #
 # - Products in torch (MKL): Intel's strict reproducibility mode, at no measurable cost; its
 #   products are the same bits for any number of threads on one kind of CPU. Where torch has another
@@ -259,10 +258,10 @@ DETERMINISTIC = {"MKL_CBWR": "AUTO,STRICT", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def make_deterministic() -> None:
-    """Set the environment variables of the libraries; of effect only before they load.
+    """Set the environment variables of the libraries; effective only before they are loaded.
 
-    ``MKL_CBWR`` may be given, ``AVX2,STRICT`` for example, which gives the same bits on every CPU
-    that has AVX2.
+    ``MKL_CBWR`` may be set already, for example ``AVX2,STRICT``, which gives the same bits on every
+    CPU with AVX2.
     """
     os.environ.setdefault("MKL_CBWR", DETERMINISTIC["MKL_CBWR"])
     os.environ["OPENBLAS_NUM_THREADS"] = DETERMINISTIC["OPENBLAS_NUM_THREADS"]
@@ -277,7 +276,7 @@ def set_variable(name: str, value: str | None) -> None:
 
 
 def one_openblas_thread() -> None:
-    """NumPy's products on one thread, also where NumPy is loaded already."""
+    """Run NumPy's products on one thread, even where NumPy is already loaded."""
     import numpy  # before the environment is changed, which would hold for good
 
     package = Path(numpy.__file__).parent
@@ -291,12 +290,12 @@ def one_openblas_thread() -> None:
 
 
 def set_threads(count: int) -> None:
-    """Threads for torch's products, or one where their results would depend on it."""
+    """Set torch's threads, to one where results of products would depend on the number."""
     set_torch_threads(count if count == 1 or same_products_with(count) else 1)
 
 
 def set_torch_threads(count: int) -> None:
-    """Threads for torch, process-wide, whatever that does to results."""
+    """Set torch's threads, process-wide, even where results depend on the number."""
     import torch
 
     change_setting("torch threads", torch.get_num_threads, torch.set_num_threads, count)
@@ -304,8 +303,8 @@ def set_torch_threads(count: int) -> None:
 
 @cache
 def same_products_with(count: int) -> bool:
-    """Whether long narrow products, which are split along the sum, are the same on one thread and
-    on ``count``; a few milliseconds.
+    """Whether long narrow products, which are split along the sum, are equal on one thread and on
+    ``count``; takes a few milliseconds.
     """
     import torch
 
@@ -329,7 +328,7 @@ def same_products_with(count: int) -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread within."""
+    """Run torch on one thread in this block."""
     import torch
 
     before = torch.get_num_threads()
@@ -344,12 +343,12 @@ def one_thread() -> Iterator[None]:
 #
 # Ctrl-C, SIGTERM and SIGHUP unwind a command, so that nothing half-written stays behind.
 #
-# Python's own way, an exception wherever the signal finds us, has two holes. Libraries catch
-# whatever ends an import of theirs and go on with half a module, and then torch crashes the process
-# before its folders are cleared: so an interruption waits until an import is over. And an exception
-# inside a callback from C or a finalizer is lost: so it is raised again until it is under way.
+# Python's default, an exception at the current instruction, fails in two cases. Libraries catch
+# exceptions of their imports and continue with half a module, and then torch crashes the process
+# before its folders are removed: so an interruption waits until an import is over. And an exception
+# inside a callback from C or a finalizer is lost: so it is raised again until it is unwinding.
 
-LOOK_AGAIN = 0.05  # seconds until the next look at what has become of an interruption
+LOOK_AGAIN = 0.05  # seconds until the next check whether an interruption is unwinding
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -357,7 +356,7 @@ _own = False
 
 
 def own_process() -> None:
-    """For a process that is packlight's alone: what cannot be, or need not be, as before."""
+    """Change process-wide settings that cannot be undone, in a process that runs only packlight."""
     global _own
     _own = True
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -368,8 +367,8 @@ def own_process() -> None:
 
 
 def die_with_parent() -> None:
-    """End this process, and the session that it leads, when the process that holds the other end
-    of its stdin is gone, however it went (``kill -9`` too). Where stdin is no pipe nothing happens.
+    """End this process and its session when the process at the other end of its stdin ends, even by
+    ``kill -9``. Does nothing where stdin is not a pipe.
 
     Works where Linux's parent-death signal does not exist, and from any thread.
     """
@@ -386,15 +385,15 @@ def die_with_parent() -> None:
 
 
 def is_own_process() -> bool:
-    """Whether nothing but packlight runs in this process."""
+    """Whether only packlight runs in this process."""
     return _own
 
 
 def handle_signals() -> None:
     """Handle the signals that end a command; those that are ignored (nohup) stay ignored.
 
-    SIGINT becomes KeyboardInterrupt, the others ``SystemExit(128 + signal)``, as shells count. A
-    second one does not disturb the cleaning up after the first.
+    SIGINT becomes KeyboardInterrupt, the others ``SystemExit(128 + signal)``, as in shells. A
+    second one does not disturb the cleanup after the first.
     """
     ending: BaseException | None = None
 
@@ -418,7 +417,7 @@ def handle_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore them from here on, between the last output of a command and its end."""
+    """Ignore these signals from now on, between the last output of a command and its end."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (*ENDINGS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
@@ -434,7 +433,7 @@ def is_importing(frame: FrameType | None) -> bool:
 
 
 def is_unwinding(ending: BaseException) -> bool:
-    """Whether ``finally`` and ``except`` clauses are at work on an exception right now."""
+    """Whether ``finally`` and ``except`` clauses are currently handling an exception."""
     error = sys.exc_info()[1]
     while error is not None:
         if error is ending:

@@ -1,6 +1,6 @@
 """Progress of a phase, its speed and the time left: as a bar, as lines, or as JSON for a program.
 
-Rates are measured in this run alone; nothing is known of the machine beforehand.
+Rates are measured in this run alone.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ __all__ = [
 ]  # fmt: skip
 
 EVERY = 0.4  # seconds between two lines of a progress file, and between two samples of a rate
-LINE_EVERY = 60.0  # seconds between two lines about a phase where there is no terminal
+LINE_EVERY = 60.0  # seconds between two lines of a phase without a terminal
 
 
 class Rate:
-    """Units per second of a phase, and the time left by that.
+    """Units per second of a phase, and the estimated time left.
 
-    The rate is the mean over the last half of the time since the first unit began: work that goes
-    in bursts (blocks that are solved at once) evens out in it, and what was done by an earlier
-    run, or loading, leaves it soon.
+    The rate is the mean over the last half of the time since the first unit began: bursts (blocks
+    that are solved at once) are averaged, and work of an earlier run, or loading, soon drops out.
 
     Args:
-        clock: seconds.
+        clock: returns seconds.
 
     Attributes:
-        done, total: units, by the last ``update``; ``total`` is 0 before the first.
+        done, total: units at the last ``update``; ``total`` is 0 before the first.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,7 +47,7 @@ class Rate:
         self.done = self.total = 0
 
     def update(self, done: int, total: int) -> None:
-        """So many units of so many are done; ``update(0, total)`` says that the first begins."""
+        """Set the units done; ``update(0, total)`` marks the start of the first."""
         self.done, self.total = done, total
         now = self._clock()
         if not done:
@@ -66,12 +65,12 @@ class Rate:
 
     @property
     def seconds(self) -> float:
-        """Since the phase began."""
+        """Seconds since the phase began."""
         return self._clock() - self._begun
 
     @property
     def per_second(self) -> float | None:
-        """Units per second; None as long as nothing was measured."""
+        """Units per second; None before anything was measured."""
         if not self._samples:
             return None
         (begin, before), (end, after) = self._samples[0], self._samples[-1]
@@ -79,7 +78,7 @@ class Rate:
 
     @property
     def seconds_left(self) -> float | None:
-        """None as long as nothing was measured."""
+        """Estimated seconds left; None before anything was measured."""
         rate = self.per_second
         if rate is None:
             return None
@@ -88,16 +87,16 @@ class Rate:
 
 
 class Listener(Protocol):
-    """What is told of every phase, besides the screen."""
+    """Gets the progress of every phase, in addition to the screen."""
 
     def write(
         self, phase: str, unit: str, rate: Rate, *, begun: bool = False, ended: bool = False
     ) -> None:
-        """A phase begins, goes on or ends; ``rate`` has what is done of how much."""
+        """Called when a phase begins, advances or ends; ``rate`` has its units done and total."""
         ...
 
     def close(self) -> None:
-        """No more phases."""
+        """Called after the last phase."""
         ...
 
 
@@ -105,8 +104,8 @@ class Callback:
     """Calls a function of a program with every update.
 
     Args:
-        call: ``call(phase, done, total, unit)``: once when a phase begins, with 0 of 0, with every
-            step, and when it ends, with all of it. An exception that it raises ends the work.
+        call: ``call(phase, done, total, unit)``: when a phase begins, with 0 of 0, at every step,
+            and when it ends, with ``done`` = ``total``. An exception that it raises ends the work.
     """
 
     def __init__(self, call: Callable[[str, int, int, str], object]) -> None:
@@ -119,19 +118,19 @@ class Callback:
         self._call(phase, rate.total if ended else rate.done, rate.total, unit)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Does nothing."""
 
 
 class Phase:
-    """A phase that is under way.
+    """A running phase.
 
     Args:
-        name: as a person reads it.
-        unit: what it counts; empty for nothing.
-        file: where every update is recorded, too.
-        say: prints a line now and then, or None.
+        name: for users.
+        unit: that it counts; empty for none.
+        file: also gets every update.
+        say: prints a line at intervals, or None.
         bar: draw a bar on stderr.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -156,7 +155,7 @@ class Phase:
             file.write(name, unit, self.rate, begun=True)
 
     def update(self, done: int, total: int) -> None:
-        """So many units of so many are done."""
+        """Set the units done, of a total."""
         self.rate.update(done, total)
         if self._bar:
             self._bar.update(self._task, completed=done, total=total)
@@ -167,28 +166,28 @@ class Phase:
             self._say(f"{self.name}: {describe_progress(self.rate, self._unit)}")
 
     def close(self) -> None:
-        """It came to its end."""
+        """Mark the phase as complete."""
         self.hide()
         if self._file:
             self._file.write(self.name, self._unit, self.rate, ended=True)
 
     def hide(self) -> None:
-        """No more bar; its last state stays on the screen where it counted something."""
+        """Stop the bar; its last state stays on the screen where it counted units."""
         if self._bar:
             self._bar.stop()
 
 
 class ProgressFile:
-    """``--progress-file``: how far a command is, for the program that started it.
+    """``--progress-file``: the progress of a command, for the program that started it.
 
     JSON lines are appended, one object each with exactly these keys::
 
         {"phase": "write gguf Q4_K_M", "done": 8388608, "total": 397807104, "unit": "bytes",
          "eta_s": 41.2}
 
-    ``phase`` (str) is what a person is shown; ``unit`` (str) is what ``done`` and ``total`` (int)
-    count: bytes, tokens, windows, blocks, steps, tensors. ``total`` and ``eta_s`` (float, seconds
-    until the end of this phase, by its rate so far) are null while unknown. There is one line when
+    ``phase`` (str) is its name; ``unit`` (str) is what ``done`` and ``total`` (int) count: bytes,
+    tokens, windows, blocks, steps, tensors. ``total`` and ``eta_s`` (float, estimated seconds
+    until the end of this phase) are null while unknown. There is one line when
     a phase begins, with ``done`` 0, at most one in ``EVERY`` seconds after that, and one
     when it ends, with ``done`` at ``total`` (0 and null for a phase that counts nothing) and
     ``eta_s`` 0. A phase that fails has no end. Phases do not overlap; the last line is where the
@@ -200,7 +199,7 @@ class ProgressFile:
         """Open for appending.
 
         Raises:
-            UsageError: cannot be written to.
+            UsageError: it cannot be written.
         """
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -208,7 +207,7 @@ class ProgressFile:
             raise UsageError(
                 f"--progress-file: cannot write to {path}: {error.strerror}"
             ) from error
-        self._written = 0.0  # when the last line was
+        self._written = 0.0  # time of the last line
 
     def write(
         self, phase: str, unit: str, rate: Rate, *, begun: bool = False, ended: bool = False
@@ -229,14 +228,14 @@ class ProgressFile:
         os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def close(self) -> None:
-        """No more lines."""
+        """Close the file."""
         os.close(self._file)
 
 
 def make_bar(describe: Callable[[], str], *, transient: bool) -> Progress:
-    """A bar on stderr, with a line of text beside it that ``describe`` gives at each drawing.
+    """A bar on stderr, with the text of ``describe`` beside it, called at each drawing.
 
-    ``transient``: it leaves nothing on the screen.
+    ``transient``: it is removed from the screen at the end.
     """
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -247,7 +246,7 @@ def make_bar(describe: Callable[[], str], *, transient: bool) -> Progress:
         def render(self, task: Task) -> Text:
             return Text(describe())
 
-    whole = Column(no_wrap=True)  # in a narrow terminal it is the bar that gives way
+    whole = Column(no_wrap=True)  # in a narrow terminal the bar is shortened
     return Progress(
         TextColumn("{task.description:<25}", table_column=whole),
         BarColumn(table_column=Column(ratio=1)),
@@ -279,7 +278,7 @@ SIZES = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
 def clock_time(seconds: float) -> str:
-    """Seconds as a clock shows them: ``0:07``, ``12:40``, ``1:02:03``."""
+    """Seconds in clock format: ``0:07``, ``12:40``, ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

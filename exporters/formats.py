@@ -1,9 +1,10 @@
-"""The formats: a row each, and a package with the modules that ``compress.formats.MEMBERS`` names.
+"""The table of formats: a row for each package, which has the modules of
+``compress.formats.MEMBERS``.
 
-Formats never see each other, and see of ``compress`` only what they are handed: a
-``DecoderConfig``, a ``Plan`` and ``Weights`` to ask for one tensor at a time.
+Formats do not import each other. From ``compress`` they get a ``DecoderConfig``, a ``Plan`` and
+``Weights``, from which they read one tensor at a time.
 
-Costs are of benchmarks/full_size.py and batch.py.
+Costs were measured by benchmarks/full_size.py and batch.py.
 """
 
 from __future__ import annotations

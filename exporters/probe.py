@@ -1,7 +1,7 @@
 """The child process of ``compress.verify``: opens one artifact in its runtime and measures it.
 
 ``python -m exporters.probe FORMAT PATH --baseline FOLDER --scores FILE --context N`` prints one
-JSON object per line on stdout; whatever libraries say goes to stderr.
+JSON object per line on stdout; output of libraries goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""packlight as a library: everything public, loaded at its first use.
+"""packlight as a library: all public names, loaded at first use.
 
 >>> import packlight as pk
 >>> pk.get_grid("int4-g32").bits
 4
 
-Arguments, what comes back and one example each are in the docstrings of the functions; five tasks
-from beginning to end in docs/api.md. Each call may run beside others in threads of its own.
+Docstrings have arguments, return values and an example each; docs/api.md shows five complete tasks.
+Calls may run concurrently in several threads.
 """
 
 from __future__ import annotations

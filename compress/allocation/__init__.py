@@ -1,4 +1,4 @@
-"""Which tensor gets which grid, so that the file fits a budget of bytes with the least KL
+"""Chooses the grid of each tensor, so that the file fits a budget of bytes with the least KL
 divergence from the float model.
 
     choices.py      the candidate grids of each tensor, with exact bytes; the recipe's floors
@@ -7,11 +7,11 @@ divergence from the float model.
     costs.py        error of each tensor on each grid times its sensitivity; cached on disk
     solver.py       the least cost within the bytes
     budget.py       from a budget to a plan
-    limits.py       what a budget leaves for a file
+    limits.py       bytes of a file within a budget of memory
     step.py         the step of a build
-    feasible.py     a budget that no file fits in: refused, with what would reach it
+    feasible.py     refuses a budget that no file fits in, with hints
     explain.py      the choice in plan.json and on the terminal
     lock.py         the grids of a plan.json
 
-None of them knows a format: what a tensor may be stored as comes from its exporter.
+None of them knows a format: candidate grids come from the exporter.
 """

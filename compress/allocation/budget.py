@@ -1,4 +1,4 @@
-"""One target under a budget: its smallest and largest file, and the best that fits between."""
+"""One target with a budget: its smallest and largest file, and the best mix of grids between."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from compress.plan.shapes import Plan, PlanRequest
 
 __all__ = ["Allocation", "Target"]
 
-ROUNDS = 16  # of correcting the budget by what a graph or a header takes beside the tensors
-GOOD = 0.05  # nats per token that a recommended size stays below ...
+ROUNDS = 16  # of correcting the budget for the bytes of graph or header
+GOOD = 0.05  # nats per token: a recommended size stays below this ...
 MARGIN = 0.8  # ... and below this share of the recipe's gate
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was chosen for one target.
+    """The grids chosen for one target.
 
     Attributes:
         plan: with its file's bytes and expected divergence.
-        options: index of the option of each of the target's choices.
+        options: index of the chosen option of each choice.
     """
 
     plan: Plan
@@ -34,14 +34,14 @@ class Allocation:
 
 
 class Target:
-    """One target of a job and what there is to choose in it.
+    """One target of a job and its choices.
 
     Attributes:
-        plan: as the recipe has it without a budget.
+        plan: of the recipe without a budget.
         choices: in the order of the file.
 
     Args:
-        rules: what there is to choose among; None: what the job's recipe says.
+        rules: for the choices; None: the recipe's.
     """
 
     def __init__(self, job: Job, plan: Plan, rules: Rules | None = None) -> None:
@@ -72,23 +72,23 @@ class Target:
 
     @cached_property
     def largest_bytes(self) -> int:
-        """Bytes of the largest."""
+        """Bytes of the largest file."""
         return self.largest.plan.file_bytes
 
     @cached_property
     def overhead(self) -> int:
-        """Bytes of the file beside what is chosen, where that is smallest."""
+        """Bytes of the smallest file that are not of chosen tensors."""
         return self.smallest_bytes - sum(choice.options[0].nbytes for choice in self.choices)
 
     def wanted(self) -> Iterator[tuple[str, str]]:
-        """What a cost table must have: unfused name and grid."""
+        """Pairs of unfused name and grid that a cost table must have."""
         for choice in self.choices:
             for member in members(self.source.config, choice.name, tied=choice.tied):
                 for option in choice.options:
                     yield member, option.grid
 
     def options(self, choice: Choice, table: CostTable) -> list[Option]:
-        """Bytes and costs of a choice."""
+        """Bytes and cost of each option of a choice."""
         return [
             Option(option.nbytes, table.cost(choice.name, option.grid, tied=choice.tied))
             for option in choice.options
@@ -96,7 +96,7 @@ class Target:
 
     @property
     def largest(self) -> Allocation:
-        """Every tensor on its largest grid: what a budget gives that leaves nothing to choose."""
+        """Every tensor on its largest grid, for a budget that the largest file fits."""
         options = tuple(len(choice.options) - 1 for choice in self.choices)
         return Allocation(self.plan_of(options), options)
 
@@ -105,7 +105,7 @@ class Target:
 
         Args:
             budget: at least ``smallest_bytes``.
-            table: with everything of ``wanted``.
+            table: with all pairs of ``wanted``.
         """
         options = [self.options(choice, table) for choice in self.choices]
         room = budget - self.overhead
@@ -115,18 +115,18 @@ class Target:
             plan = self.plan_of(picked)
             if plan.file_bytes <= budget:
                 break
-            # Zero points are nodes of their own in a graph, offsets are longer behind more bytes:
-            # some mixes have a larger graph.
+            # Zero points add nodes to a graph, and large offsets take more bytes: some mixes have a
+            # larger graph.
             room = max(room - (plan.file_bytes - budget) - (32 << attempt), smallest)
         cost = sum(choice[i].cost for choice, i in zip(options, picked, strict=True))
         return Allocation(replace(plan, expected_divergence=cost), tuple(picked))
 
     def recommended_bytes(self, table: CostTable, gates: Mapping[str, str]) -> int:
-        """The smallest file that is expected to be good: within ``GOOD``, and within the recipe's
-        gate for KL with a margin; the largest file where none is.
+        """Bytes of the smallest file whose expected KL is within ``GOOD`` and, with a margin, the
+        recipe's gate; of the largest file where none is.
 
         Args:
-            table: as ``allocate`` takes it.
+            table: as for ``allocate``.
             gates: the recipe's.
         """
         goal = GOOD

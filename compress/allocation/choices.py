@@ -1,4 +1,4 @@
-"""What there is to choose: tensors, and the grids each may have, with their bytes in the file."""
+"""The choices of a target: tensors, and their candidate grids with bytes in the file."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["Choice", "Rules", "choices_of"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a recipe says of the choice (``quantize``).
+    """The recipe's limits on the choices (``quantize``).
 
     Attributes:
-        candidates: names of grids; none: each format's own choice.
-        keep: role (``lm_head``, ``down_proj``; a fused tensor counts for its parts) → the fewest
-            bits that it may have.
+        candidates: names of grids; empty: each format's default.
+        keep: role (``lm_head``, ``down_proj``; a fused tensor counts for its parts) → its fewest
+            bits.
     """
 
     candidates: tuple[str, ...] = ()
     keep: Mapping[str, int] = field(default_factory=dict)
 
     def floor(self, roles: Sequence[str]) -> int:
-        """The fewest bits of a tensor that serves these roles; 0 where nothing is said."""
+        """The fewest bits of a tensor with these roles; 0 without a limit."""
         return max((self.keep.get(role, 0) for role in roles), default=0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision.
+    """The choice of one tensor's grid.
 
     Attributes:
         names: entries of the plan that get the same grid: one, or the copies of a shared block.
         roles: unfused; a tied embedding is ``embed_tokens`` and ``lm_head``.
         shape: ``[rows, columns]`` of each.
         options: grids with the bytes of all entries together, smallest first.
-        floor: fewest bits, from the recipe; options below it are not there.
+        floor: fewest bits, from the recipe; options below it are left out.
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def tied(self) -> bool:
-        """Whether it is an embedding that is the head too."""
+        """Whether it is an embedding that is also the head."""
         return self.roles == ("embed_tokens", "lm_head")
 
 
@@ -64,14 +64,14 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Format, rules: Rules
     """The choices of a target, in the order of its file.
 
     Args:
-        plan: of the target, whatever its grids.
+        plan: of the target; its grids do not matter.
         config: the model.
         exporter: of the plan's format.
-        rules: the recipe's. Candidates of other formats are passed over; where none of the names
-            is this format's, it chooses among its own.
+        rules: the recipe's. Candidates of other formats are ignored; where none is of this
+            format, the format's defaults are used.
 
-    Raises:
-        GridError: the rules leave a tensor nothing, or name a grid that no format has.
+        Raises:
+            GridError: the rules leave a tensor no option, or name a grid that no format has.
     """
     for name in rules.candidates:
         get_grid(name)
@@ -105,13 +105,13 @@ def choices_of(plan: Plan, config: DecoderConfig, exporter: Format, rules: Rules
 
 
 def stored_name(config: DecoderConfig, name: str) -> str:
-    """The name of the first of the blocks that share a weight."""
+    """The weight's name in the first of the blocks that share it."""
     block, role, kind = split_name(name)
     return name if block is None else f"blocks.{stored_block(config, block)}.{role}.{kind}"
 
 
 def roles_of(name: str, *, tied: bool) -> tuple[str, ...]:
-    """What a tensor is there for."""
+    """The unfused roles of a tensor."""
     _, role, _ = split_name(name)
     if role == "embed_tokens" and tied:
         return ("embed_tokens", "lm_head")

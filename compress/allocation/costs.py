@@ -1,11 +1,11 @@
 """The cost of each tensor on each grid: the KL divergence that it is expected to add, in nats.
 
 ``cost = relative error of the tensor on the grid × nats per unit of error`` (``tensor_error.py``,
-``sensitivity.py``). Codes are chosen by the recipe's own solver, with its statistics, so that a
-solver which makes up for its rounding is judged by what it really leaves.
+``sensitivity.py``). Codes are chosen by the recipe's solver, with its statistics, so that the error
+of a solver that compensates rounding is the one it really leaves.
 
-The table is cached beside the calibration's statistics and grows: another budget or another format
-measures what is not there yet, and nothing twice; builds that want it at once take turns.
+The table is cached beside the calibration's statistics and grows: another budget or format measures
+only missing entries; concurrent builds wait for each other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CostTable:
         """Expected KL, in nats per token, of a weight (fused or not) on a grid.
 
         Args:
-            tied: an embedding that is the head too.
+            tied: an embedding that is also the head.
         """
         return sum(
             self.sensitivities[member].slope * self.errors[member][grid]
@@ -61,7 +61,7 @@ class CostTable:
         )
 
     def missing(self, wanted: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-        """Pairs of name and grid that are not there, by unfused name."""
+        """Missing pairs of name and grid, by unfused name."""
         found: dict[str, list[str]] = {}
         for name, grid in wanted:
             if grid not in self.errors.get(name, {}):
@@ -72,7 +72,7 @@ class CostTable:
 
     @classmethod
     def load(cls, config: DecoderConfig, path: Path) -> CostTable:
-        """What ``save`` left; an empty table where there is none, or a damaged one."""
+        """Load a saved table; empty where it is missing or damaged."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             sensitivities = {
@@ -83,7 +83,7 @@ class CostTable:
             return cls(config)
 
     def save(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write the table as JSON, atomically."""
         document = {
             "sensitivities": {name: asdict(entry) for name, entry in self.sensitivities.items()},
             "errors": self.errors,
@@ -92,7 +92,7 @@ class CostTable:
 
 
 def members(config: DecoderConfig, name: str, *, tied: bool = False) -> list[str]:
-    """Unfused names of the stored weight that an entry of a plan holds."""
+    """Unfused names of the stored weights that a plan's entry holds."""
     block, role, kind = split_name(name)
     if block is None:
         return [name, "lm_head.weight"] if tied else [name]
@@ -110,15 +110,15 @@ def measured(
     wanted: Sequence[tuple[str, str]],
     console: Console,
 ) -> CostTable:
-    """The table of a source with everything that is wanted, measured where it is not known.
+    """The cost table of a source with all wanted pairs; measures those that are not cached.
 
     Args:
         source: the weights.
-        calibration: the windows, and what names them.
+        calibration: the windows, with their digest.
         statistics: of the inputs.
         solve: the effort's solver.
         effort: how much is measured.
-        origin: names what the statistics are from, where that is not ``calibration``.
+        origin: identifies the statistics' source, where that is not ``calibration``.
         wanted: pairs of unfused name and grid.
         console: for progress.
     """
@@ -151,7 +151,7 @@ def measure_errors(
     effort: Effort,
     progress: Progress,
 ) -> None:
-    """Fill in the errors, one tensor in memory at a time."""
+    """Measure the missing errors, one tensor in memory at a time."""
     shapes = WeightMap(source.config)
     tied = source.config.tie_word_embeddings
     for done, (name, grids) in enumerate(missing.items()):

@@ -1,10 +1,10 @@
-"""How much is measured before grids are chosen: all that the recipe has of a small model, a sample
-of a large one, whose plan shall take minutes too.
+"""How much is measured before grids are chosen: everything for a small model, a sample for a large
+one, so that its plan also takes minutes.
 
-A large model's inputs are known by their mean squares on a few windows. Where the recipe says
-``gptq``, its codes are those of ``scale_search``, and one share of all their errors is taken for
-what ``gptq`` leaves: that moves expectations, and no choice. What that is worth on
-the demo model: docs/budgets.md.
+A large model's input statistics are importance on a few windows. Where the recipe has ``gptq``, its
+codes are those of ``scale_search``, and their errors are multiplied by one factor for what ``gptq``
+leaves: that changes the expected divergence, but no choice. Its effect on the demo model is in
+docs/budgets.md.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from compress.recipe import BUILTIN_SOLVERS, needs_of
 __all__ = ["Effort", "effort_for"]
 
 GPTQ_LEAVES = 0.28  # of scale_search's output error: median of all tensors and grids of the demo
-LARGE = 300_000_000  # parameters, from which on a sample has to do
+LARGE = 300_000_000  # parameters from which on only a sample is measured
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a cost table is measured with.
+    """The settings of a cost table's measurement.
 
     Attributes:
         solver: that chooses the codes.
-        tokens: of the calibration texts that statistics are from; 0: all of them.
-        noisy: tokens that noise walks with, at most.
-        sample: weights of a tensor that are tried on every grid.
-        left: share of the errors that counts.
+        tokens: of the calibration texts for input statistics; 0: all.
+        noisy: most tokens of the sensitivity measurement.
+        sample: weights of a tensor that are quantized on every grid.
+        left: factor of the errors.
     """
 
     solver: str
@@ -43,10 +43,10 @@ def effort_for(config: DecoderConfig, solver: str, large: int = LARGE) -> Effort
     """The effort for a model.
 
     Args:
-        config: the float model, whatever is pruned of it.
-        solver: the recipe's. Costs are cached on disk by the solver's name, so one of another
-            package, whose code may change under its name, is measured as our nearest.
-        large: parameters, from which on a sample has to do.
+        config: the unpruned float model.
+        solver: the recipe's. Costs are cached on disk by the solver's name, so for a solver of
+            another package, whose code may change under its name, packlight's nearest is used.
+        large: parameters from which on only a sample is measured.
     """
     if solver not in BUILTIN_SOLVERS:
         solver = "scale_search" if needs_of(solver) else "rtn"

@@ -1,5 +1,5 @@
-"""A choice of grids for plan.json and the terminal: sizes, expected quality, tensors
-with more bits.
+"""Describes chosen grids in plan.json and on the terminal: sizes, expected divergence, tensors with
+more bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compress.plan.document import HighTensor, PlannedBudget
 __all__ = ["describe", "print_budgets"]
 
 SHOWN = 5  # tensors with more bits that are listed
-HIGH = 1.15  # times the bits per weight of the whole
+HIGH = 1.15  # times the file's bits per weight
 
 
 def describe(budgeted: Budgeted) -> PlannedBudget:
@@ -31,8 +31,8 @@ def describe(budgeted: Budgeted) -> PlannedBudget:
 
 
 def high_precision(budgeted: Budgeted) -> list[HighTensor]:
-    """The tensors with clearly more bits than the whole, the most costly ones first; none where
-    nothing was measured.
+    """The tensors with clearly more bits per weight than the file, the most costly ones first;
+    empty where nothing was measured.
     """
     target, table = budgeted.target, budgeted.table
     if table is None:
@@ -64,7 +64,7 @@ def high_precision(budgeted: Budgeted) -> list[HighTensor]:
 
 
 def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
-    """The part of ``--dry-run`` that a budget adds."""
+    """Print the part of ``--dry-run`` on budgets."""
     rows = []
     for b in budgeted:
         plan = b.allocation.plan
@@ -92,5 +92,5 @@ def print_budgets(budgeted: Sequence[Budgeted], console: Console) -> None:
 
 
 def show_divergence(divergence: float | None) -> str:
-    """Four decimals, or a dash for what was not measured."""
+    """A divergence with four decimals, or a dash where it was not measured."""
     return "–" if divergence is None else f"{divergence:.4f}"

@@ -1,5 +1,5 @@
-"""Refuses a budget below the smallest file of a target, before any work, with what would
-reach it. Arithmetic on configs: no weight is read.
+"""Refuses a budget below the smallest file of a target, before any work, with a hint what would
+fit. Computed from configs: no weights are read.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def check_budget(job: Job, replan: Replan) -> dict[str, int]:
 
     Args:
         job: with the recipe's budget.
-        replan: the job by another recipe.
+        replan: makes the job with another recipe.
 
-    Returns:
-        Format → bytes that the budget lets its file have at most; empty where there is none.
+        Returns:
+            Format → most bytes of its file within the budget; empty without a budget.
 
-    Raises:
-        UsageError: the smallest file of some target is more than its limit; the hint has the
-            smallest file of each, and what would reach the budget.
+        Raises:
+            UsageError: the smallest file of a target exceeds its limit; the hint has the smallest
+                file of each, and what would fit.
     """
     if not job.recipe.budget:
         return {}
@@ -43,29 +43,29 @@ def check_budget(job: Job, replan: Replan) -> dict[str, int]:
 
 
 def limits_of(job: Job) -> list[tuple[Target, Limit]]:
-    """Every target in the shape that is left of it, and the bytes its file may have."""
+    """Every target, after pruning, and the limit of its file."""
     shaped = job.on(Stored(job.checkpoint, job.shape)) if job.cut else job
     return [(target, limit_for(shaped, target)) for target in targets_of(shaped)]
 
 
 def fits(pair: tuple[Target, Limit]) -> bool:
-    """Whether any choice of grids does."""
+    """Whether any choice of grids fits the limit."""
     target, limit = pair
     return target.smallest_bytes <= limit.nbytes
 
 
 def most_bytes(target: Target, limit: Limit) -> int:
-    """Bytes of a target's file at most: the limit's, or those of its largest file."""
-    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more; saves planning it
+    """Most bytes of a target's file: its limit, or its largest file."""
+    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more: no need to plan it
         return limit.nbytes
     return min(limit.nbytes, target.largest_bytes)
 
 
 def refusal(job: Job, pairs: Sequence[tuple[Target, Limit]], replan: Replan) -> UsageError:
-    """The error for a budget, with what would reach it.
+    """The error for a budget that is too small, with a hint what would fit.
 
     Args:
-        pairs: of ``limits_of``; some do not fit.
+        pairs: from ``limits_of``; some do not fit.
     """
     tight = [pair for pair in pairs if not fits(pair)]
     target, limit = tight[0]
@@ -81,7 +81,7 @@ def refusal(job: Job, pairs: Sequence[tuple[Target, Limit]], replan: Replan) -> 
 
 
 def looser_rules(job: Job, tight: Sequence[tuple[Target, Limit]]) -> str:
-    """What to change in ``quantize`` so that all targets fit; empty where nothing there would do.
+    """A change of ``quantize`` with which all targets fit; empty where there is none.
 
     Args:
         tight: the targets that do not fit, with their limits.
@@ -100,7 +100,7 @@ def looser_rules(job: Job, tight: Sequence[tuple[Target, Limit]]) -> str:
 
 
 def smaller(wide: Target, target: Target) -> set[str]:
-    """The smallest grids of a target's tensors that it lacks under the recipe's rules."""
+    """The smallest grids of a target's tensors that the recipe's rules exclude."""
     return {
         free.options[0].grid
         for free, bound in zip(wide.choices, target.choices, strict=True)
@@ -109,8 +109,8 @@ def smaller(wide: Target, target: Target) -> set[str]:
 
 
 def fewer_blocks(job: Job, tight: Sequence[tuple[Target, Limit]], replan: Replan) -> str:
-    """The ``--prune`` with the fewest blocks less, up to half, so that all targets fit; empty where
-    that is not enough, or something else is pruned already.
+    """The ``--prune`` that removes the fewest blocks, up to half, so that all targets fit; empty
+    where that is not enough, or the job is already pruned.
 
     Args:
         tight: as ``looser_rules``.

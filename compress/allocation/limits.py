@@ -1,4 +1,4 @@
-"""What a budget leaves for the file of a target: bytes said, or memory less what is not weights."""
+"""The limit of a target's file: the budget's bytes, or its memory less cache and activations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Limit", "limit_of"]
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that the file of a target may have.
+    """The most bytes of a target's file.
 
     Attributes:
         nbytes: the bytes.
-        description: where they come from, in words; empty for a plain budget of bytes.
+        description: a text on their source; empty for a plain budget of bytes.
     """
 
     nbytes: int
@@ -34,9 +34,8 @@ def limit_of(budget: Budget | None, job: Job, plan: Plan) -> Limit | None:
     """The limit of a target; None where the recipe has no budget.
 
     Args:
-        budget: the recipe's; a device's limit for one app stands for ``memory`` where that is not
-            said.
-        job: its context counts.
+        budget: the recipe's; without ``memory``, a device's limit for one app is used.
+        job: its context is used.
         plan: of the target, for the bytes of its KV cache.
 
     Raises:
@@ -58,7 +57,7 @@ def limit_of(budget: Budget | None, job: Job, plan: Plan) -> Limit | None:
 
 
 def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
-    """What is left for weights of memory while running, at the job's context."""
+    """The memory left for weights while running, at the job's context."""
     config, context = job.source.config, job.context
     cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
     activations = activation_bytes(config, context)

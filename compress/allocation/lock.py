@@ -1,4 +1,4 @@
-"""``plan.json`` read back: the same grids again, nothing measured."""
+"""``--plan``: reads the grids of a ``plan.json``; nothing is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["locked"]
 
 
 def locked(path: Path, job: Job, replan: Replan) -> Job:
-    """``--plan``: the job with the grids of a ``plan.json``, and what that says of its budgets.
+    """``--plan``: the job with the grids and budgets of a ``plan.json``.
 
     Raises:
         UsageError: not a plan, or one of another model.
@@ -44,11 +44,11 @@ def locked(path: Path, job: Job, replan: Replan) -> Job:
 def locked_choices(
     document: PlanDocument, plan: Plan, config: DecoderConfig, exporter: Format
 ) -> dict[str, str]:
-    """Entry name → grid as a ``plan.json`` has them; empty where the plan has the same already.
+    """Entry name → grid from a ``plan.json``; empty where the plan has the same grids already.
 
     Args:
-        document: that ``plan.json``.
-        plan: of one target, by the recipe.
+        document: the ``plan.json``.
+        plan: of one target, from the recipe.
         config: the float model.
         exporter: of the plan's format.
 
@@ -68,7 +68,7 @@ def locked_choices(
     grids = {tensor.name: tensor.grid for tensor in target.tensors}
     free = {e.name: e.grid for e in plan.entries if exporter.candidates(e, plan.settings)}
     missing = sorted(set(free) - set(grids))
-    # A tied head may be a tensor of its own, or not; everything else must be there.
+    # A tied head may be a separate tensor or not; every other tensor must be in it.
     if missing and missing != ["lm_head.weight"]:
         raise UsageError(f"the plan says nothing of {missing[0]}", hint="it is another model's")
     found = {name: grids[name] for name in free if name in grids}

@@ -1,14 +1,14 @@
-"""The KL divergence that an error in a tensor adds to the model's output, measured with noise.
+"""Measures, with noise, the KL divergence that an error in a tensor adds to the model's output.
 
-Every tensor gets noise of a known relative error, alone, and the change of the output is a KL
-divergence. To second order the divergences of several tensors add up, and each is proportional to
+Each tensor alone gets noise of a known relative error, and the KL divergence of the output is
+measured. To second order the divergences of several tensors add up, and each is proportional to
 its tensor's relative squared error (the linearity of HIGGS, arXiv 2411.17525), so one measurement
 per tensor serves every grid.
 
-All variants walk through the model together, block by block: a variant leaves the float states at
-the block of its tensor and goes on beside them, so weights are read once. Where one variant per
-tensor would be too much work, the tensors of a block share one, and its divergence is divided
-among them as the changes are that each makes to the output of the block.
+All variants run through the model together, block by block: a variant branches off the float states
+at the block of its tensor, so weights are read once. Where one variant per tensor would be too much
+work, the tensors of a block share one, and its divergence is divided among them in proportion to
+the change of the block's output by each.
 
 Noise is Gaussian, scaled like a grid's error: by the root mean square of every group of 32 columns.
 """
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Sensitivity", "measure"]
 
-LEVEL = 0.1  # of the noise, relative to the weights: an error of 1 %, as four bits have
+LEVEL = 0.1  # of the noise, relative to the weights: a squared error of 1 %, as with four bits
 GROUP = 32
 FEWEST_TOKENS, MOST_TOKENS = 128, 1024
-WORK = 3e13  # multiplications and additions that a measurement may take: some minutes
+WORK = 3e13  # most multiplications and additions of a measurement: some minutes
 HEAD = "lm_head.weight"
-SLAB = 1 << 20  # weights that get their noise at a time
-HEAD_ROWS = 1 << 13  # rows of the head that get their noise at a time
+SLAB = 1 << 20  # weights that get noise at a time
+HEAD_ROWS = 1 << 13  # rows of the head that get noise at a time
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +51,7 @@ class Sensitivity:
 
     Attributes:
         divergence: mean KL(float ‖ with noise), nats per token.
-        error: relative squared error of the noise, weighted as ``relative_error`` weighs.
+        error: relative squared error of the noise, weighted as in ``relative_error``.
     """
 
     divergence: float
@@ -72,15 +72,15 @@ def measure(
     most: int = MOST_TOKENS,
     work: float = WORK,
 ) -> dict[str, Sensitivity]:
-    """Sensitivity of every linear and of the embedding, by unfused name, stored blocks once.
+    """The sensitivity of every linear and of the embedding, by unfused name, stored blocks once.
 
     Args:
         source: the weights.
-        windows: token ids to look at; as many are used as ``work`` allows.
-        statistics: of the inputs, to weigh the noise with.
+        windows: token ids; as many are used as ``work`` allows.
+        statistics: of the inputs, to weight the noise's error.
         progress: ``progress(done, total)`` in blocks.
-        most: tokens that are looked at.
-        work: multiplications and additions that it may take.
+        most: most tokens used.
+        work: most multiplications and additions.
     """
     import torch
 
@@ -91,9 +91,9 @@ def measure(
 def partition(
     config: DecoderConfig, tokens: int, work: float = WORK
 ) -> tuple[tuple[tuple[str, ...], ...], int]:
-    """Roles of a block that share a variant, and how many tokens are looked at.
+    """Groups of a block's roles that share a variant, and the number of tokens used.
 
-    The finest of: each role alone; attention and MLP; the whole block.
+    The finest that ``work`` allows: each role alone; attention and MLP; the whole block.
     """
     roles = config.linear_roles
     attention = tuple(role for role in roles if role in ("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -103,7 +103,7 @@ def partition(
     forward = 2 * config.num_parameters * config.block_repeat
     parts: tuple[tuple[str, ...], ...] = finest
     for parts in (finest, (attention, mlp), (roles,)):
-        # Half of the blocks for every variant, and one run of its block for every shared role.
+        # A variant runs through half of the blocks on average; a shared role runs its block once.
         shared = len(roles) if len(parts) < len(roles) else 0
         passes = 1 + len(parts) * blocks / 2 + shared
         affordable = int(work / (forward * passes))
@@ -113,7 +113,7 @@ def partition(
 
 
 def noise_like(weight: Float32, name: str, first_row: int = 0) -> Float32:
-    """Gaussian noise for a weight or some of its rows, the same for the same name and row."""
+    """Gaussian noise for a weight or some of its rows, seeded by name and row."""
     digest = hashlib.sha256(f"{name} {first_row}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     rows, columns = weight.shape
@@ -131,7 +131,7 @@ def noise_like(weight: Float32, name: str, first_row: int = 0) -> Float32:
 
 
 class _Measurement:
-    """One run; states are lists of ``[length, hidden]``, one tensor per window."""
+    """One measurement; states are lists of ``[length, hidden]``, one tensor per window."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Measurement:
         return clean
 
     def pass_block(self, index: int, clean: list[Tensor]) -> list[Tensor]:
-        """All states through a stored block; the variants of its tensors set out from here."""
+        """Run all states through a stored block; the variants of its tensors branch off here."""
         weights = {
             name.partition(".")[2].partition(".")[2]: self.source.read(name)
             for name in self.names.names()
@@ -204,7 +204,7 @@ class _Measurement:
             self.variants[label] = run(states, {})
         for roles in self.parts:
             names = tuple(f"blocks.{index}.{role}.weight" for role in roles)
-            noisy: dict[str, Float32] = {}  # one part at a time: as large as its weights
+            noisy: dict[str, Float32] = {}  # one group at a time: as large as its weights
             for role, name in zip(roles, names, strict=True):
                 key = f"{role}.weight"
                 noisy[key] = self.with_noise(name, weights[key])
@@ -215,7 +215,7 @@ class _Measurement:
         return after
 
     def with_noise(self, name: str, weight: Float32) -> Float32:
-        """A weight with its noise; how much that is is noted."""
+        """A weight with noise; records the noise's error."""
         noise = noise_like(weight, name)
         self.note_error(name, weight, noise)
         noise += weight
@@ -224,7 +224,7 @@ class _Measurement:
     def through(
         self, index: int, weights: Mapping[str, Float32], states: list[Tensor]
     ) -> list[Tensor]:
-        """States through a block with these weights, as often as it repeats."""
+        """Run states through a block with these weights, with its repeats."""
         from compress.decoder.decoder import Block
 
         def read(name: str) -> Float32:
@@ -236,13 +236,13 @@ class _Measurement:
         return states
 
     def note_error(self, name: str, weight: Float32, noise: Float32) -> None:
-        """Keep the relative error of a tensor's noise, by some of its rows."""
+        """Record the relative error of a tensor's noise, from some of its rows."""
         runs = sample_rows(*weight.shape)
         some, change = (np.concatenate([m[run] for run in runs]) for m in (weight, noise))
         self.errors[name] = relative_error(some, change, self.statistics.for_weight(name))
 
     def judge(self, clean: list[Tensor]) -> dict[tuple[str, ...], float]:
-        """Mean divergence of every variant, one with noise in the head among them."""
+        """Mean divergence of every variant, including one with noise in the head."""
         import torch
         import torch.nn.functional as F
 
@@ -273,7 +273,7 @@ class _Measurement:
         return {label: total / start for label, total in sums.items()}
 
     def through_noisy_head(self, head: Float32, hidden: Tensor) -> Tensor:
-        """What noise in the head adds to the logits, ``[positions, vocabulary]``."""
+        """The change of the logits by noise in the head, ``[positions, vocabulary]``."""
         import torch
 
         added = torch.empty(hidden.shape[0], head.shape[0])

@@ -1,13 +1,13 @@
-"""One option for each of many choices, the least cost within a budget: a knapsack.
+"""Solves a multiple-choice knapsack: one option per choice, the least cost within a budget.
 
 First a Lagrangian sweep (Everett, *Operations Research* 11, 1963): every choice starts at its
-smallest option, and the step with the best cost saved per byte comes next, along the lower convex
-hull of each choice, until the budget is reached. What is left is filled greedily with any option
-that still fits. That is within one step of the optimum; a search over partial choices, pruned by
-the Lagrangian bound, then closes the gap: exactly, unless more than ``WIDTH`` partial choices are
-left at some point, of which only the most promising are followed.
+smallest option, and the step that saves most cost per byte is taken next, along the lower convex
+hull of each choice, until the budget is reached. The rest is filled greedily with any option that
+still fits. That is within one step of the optimum; a search over partial choices, pruned by the
+Lagrangian bound, then closes the gap: exactly, unless more than ``WIDTH`` partial choices are left
+at some point, of which only the best are followed.
 
-The same input gives the same answer: ties go to the earlier choice and the fewer bytes.
+The result is deterministic: ties go to the earlier choice and the fewer bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 __all__ = ["Option", "solve"]
 
 WIDTH = 20_000  # most partial choices at a time
-SLACK = 1e-12  # relative; sums of costs come in different orders
+SLACK = 1e-12  # relative; costs are summed in different orders
 
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 
 class Option(NamedTuple):
-    """What an option takes and what it costs; neither is negative."""
+    """Bytes and cost of an option; neither is negative."""
 
     nbytes: int
     cost: float
@@ -38,7 +38,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """Along the hull of a choice: from one option to the next larger one.
+    """A step along the hull of a choice, from one option to the next larger one.
 
     Attributes:
         gain: cost saved per byte.
@@ -51,14 +51,14 @@ class Step:
 
 
 def solve(choices: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """Index of the option of each choice: least total cost within ``budget`` bytes.
+    """Choose an option index for each choice: least total cost within ``budget`` bytes.
 
     Args:
         choices: each with at least one option, in any order.
         budget: bytes for all.
 
     Raises:
-        ValueError: the smallest options together are more than the budget.
+        ValueError: the smallest options together exceed the budget.
     """
     smallest = [min(range(len(c)), key=lambda i: (c[i].nbytes, c[i].cost)) for c in choices]
     if sum(choice[i].nbytes for choice, i in zip(choices, smallest, strict=True)) > budget:
@@ -71,7 +71,7 @@ def solve(choices: Sequence[Sequence[Option]], budget: int) -> list[int]:
 def sweep(
     choices: Sequence[Sequence[Option]], smallest: Sequence[int], budget: int
 ) -> tuple[list[int], float]:
-    """The sweep: options picked, and the price of a byte at which the budget is reached."""
+    """The sweep: the picked options, and the price per byte at which the budget is reached."""
     picked = list(smallest)
     steps = [step for index, choice in enumerate(choices) for step in hull(index, choice)]
     steps.sort(key=lambda step: -step.gain)  # stable: a choice's own steps stay in order
@@ -100,7 +100,7 @@ def hull(index: int, choice: Sequence[Option]) -> list[Step]:
             choice, corners[-2], corners[-1]
         ):
             corners.pop()
-        if choice[option].nbytes == choice[corners[-1]].nbytes:  # the cheaper twin
+        if choice[option].nbytes == choice[corners[-1]].nbytes:  # same bytes: keep the lower cost
             corners.pop()
         corners.append(option)
     return [
@@ -116,7 +116,7 @@ def slope(choice: Sequence[Option], small: int, large: int) -> float:
 
 
 def fill(choices: Sequence[Sequence[Option]], picked: list[int], budget: int) -> None:
-    """The repair: as long as something fits in what is left, take what saves the most."""
+    """The greedy fill: while any option fits in the remaining bytes, take the best saving."""
     left = budget - sum(choice[i].nbytes for choice, i in zip(choices, picked, strict=True))
     while True:
         best, saved = None, 0.0
@@ -139,9 +139,9 @@ def search(
 ) -> list[int]:
     """A better pick than ``picked`` where there is one.
 
-    Partial choices are (bytes, cost) of the first so many choices. One that takes no fewer bytes
-    and costs no less than another is dropped; so is one whose cost, with the least that the other
-    choices can add at the ``price`` of a byte, is not below that of ``picked``.
+    Partial choices are (bytes, cost) of the first choices. One that takes no fewer bytes and costs
+    no less than another is dropped; so is one whose cost, plus the least cost of the other choices
+    at the ``price`` of a byte, is not below that of ``picked``.
     """
     tables = [np.array(choice, np.float64) for choice in choices]
     known = sum(choice[i].cost for choice, i in zip(choices, picked, strict=True))
@@ -175,7 +175,7 @@ def search(
 
 
 def frontier(nbytes: Int64, cost: Float64) -> Int64:
-    """Which partial choices no other beats, by rising bytes and falling cost."""
+    """Indices of the Pareto-optimal partial choices, by rising bytes and falling cost."""
     order = np.lexsort((cost, nbytes))
     sorted_cost = cost[order]
     lowest = np.minimum.accumulate(sorted_cost)

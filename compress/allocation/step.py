@@ -20,11 +20,11 @@ __all__ = ["BudgetStep", "Budgeted", "limit_for", "targets_of", "within_budget"]
 
 @dataclass(frozen=True)
 class Budgeted:
-    """One target, its limit and what was chosen within it.
+    """One target, its limit and the grids chosen within it.
 
     Attributes:
-        table: what was measured; None where the largest file fits, and nothing had to be.
-        recommended: bytes of the smallest file that is expected to be good; 0 without a table.
+        table: the measured costs; None where the largest file fits and nothing was measured.
+        recommended: bytes of the smallest file with a good expected divergence; 0 without a table.
     """
 
     target: Target
@@ -38,7 +38,7 @@ class BudgetStep:
     """The budget of a job's recipe.
 
     Args:
-        calibration: of the job as its recipe has it without a budget.
+        calibration: of the job without a budget.
     """
 
     def __init__(self, calibration: CalibrationStep) -> None:
@@ -47,8 +47,8 @@ class BudgetStep:
         self.targets = targets_of(self.job)
 
     def allocate(self, limits: Sequence[Limit]) -> list[Budgeted]:
-        """Measure what is not in the cost table yet, and choose for every target; nothing is
-        measured for one whose largest file fits.
+        """Measure missing costs, and choose grids for every target; nothing is measured for one
+        whose largest file fits.
 
         Args:
             limits: of each target.
@@ -66,7 +66,7 @@ class BudgetStep:
 
     @cached_property
     def table(self) -> CostTable:
-        """What every candidate of every target costs."""
+        """The costs of every candidate of every target."""
         job, calibration = self.job, self._calibration
         effort = effort_for(job.config, job.recipe.solver)
         statistics, texts, origin = calibration.for_costs(job.source, effort.tokens)
@@ -82,7 +82,7 @@ class BudgetStep:
         )
 
     def settle(self, budgeted: Sequence[Budgeted], replan: Replan) -> Job:
-        """The job with the chosen grids; its plans know their files' bytes and what to expect."""
+        """The job with the chosen grids; its plans have file bytes and expected divergence."""
         chosen = {b.target.plan.format: b for b in budgeted}
         grids = {name: b.target.grids(b.allocation.options) for name, b in chosen.items()}
         made = replan(choices=grids)
@@ -107,17 +107,16 @@ def targets_of(job: Job) -> list[Target]:
 
 
 def limit_for(job: Job, target: Target) -> Limit:
-    """The limit of one target; its largest file, where the recipe has no budget."""
+    """The limit of one target; its largest file's bytes without a budget."""
     return limit_of(job.recipe.budget, job, target.plan) or Limit(target.largest_bytes)
 
 
 def within_budget(calibration: CalibrationStep, replan: Replan) -> tuple[Job, tuple[Budgeted, ...]]:
-    """The job with grids chosen within its recipe's budget, which ``feasible.py`` let pass.
+    """The job with grids chosen within its recipe's budget, which ``feasible.py`` has checked.
 
     Args:
-        calibration: of the job as its recipe has it without a budget, its weights as they are
-            written.
-        replan: the job with other grids.
+        calibration: of the job without a budget, with the weights that are written.
+        replan: makes the job with other grids.
     """
     step = BudgetStep(calibration)
     budgeted = step.allocate([limit_for(step.job, target) for target in step.targets])

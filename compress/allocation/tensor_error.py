@@ -1,9 +1,9 @@
-"""The error of one tensor: what its change does to what it multiplies, relative to what it gives.
+"""The relative squared output error of a changed tensor.
 
-``Σ (ΔW x)² / Σ (W x)²`` over rows and inputs: with second moments ``H`` of the inputs it is
-``tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)``; with their mean squares alone, inputs are taken to be uncorrelated;
-with nothing (an embedding), every column counts the same. Some rows stand for all of a large
-tensor.
+``Σ (ΔW x)² / Σ (W x)²`` over rows and inputs: with the Hessian ``H`` of the inputs it is
+``tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)``; with importance alone, inputs are taken to be uncorrelated; without
+statistics (an embedding), all columns have equal weight. For a large tensor it is estimated on a
+sample of rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from compress.grids import Float32
 
 __all__ = ["relative_error", "sample_rows", "sampled"]
 
-SAMPLE = 1 << 19  # weights of a tensor that are looked at, where nothing else is said
-RUN = 32  # rows that stay together: as many as share a palette
+SAMPLE = 1 << 19  # weights of a tensor in the sample, by default
+RUN = 32  # adjacent rows in the sample: at least those that share a palette
 
 
 def relative_error(weight: Float32, change: Float32, stats: LayerStats | None) -> float:
@@ -33,7 +33,7 @@ def relative_error(weight: Float32, change: Float32, stats: LayerStats | None) -
 
 
 def squares(values: Float32, stats: LayerStats | None) -> float:
-    """Mean square of what ``values`` make of the input, summed over rows."""
+    """Mean square of ``values @ x``, summed over rows."""
     if stats is not None and stats.hessian is not None:
         total, start = 0.0, 0
         for block in stats.hessian:
@@ -48,7 +48,7 @@ def squares(values: Float32, stats: LayerStats | None) -> float:
 
 
 def sample_rows(rows: int, columns: int, sample: int = SAMPLE) -> list[slice]:
-    """Runs of rows, evenly over the tensor, of about ``sample`` weights; all of a small one."""
+    """Evenly spaced runs of rows with about ``sample`` weights; all rows of a small tensor."""
     runs = max(1, sample // (RUN * columns))
     if rows <= runs * RUN:
         return [slice(0, rows)]
@@ -59,5 +59,5 @@ def sample_rows(rows: int, columns: int, sample: int = SAMPLE) -> list[slice]:
 def sampled(
     read: Callable[[slice], Float32], rows: int, columns: int, sample: int = SAMPLE
 ) -> Float32:
-    """The rows of ``sample_rows``, one after the other."""
+    """The rows of ``sample_rows``, concatenated."""
     return np.concatenate([read(run) for run in sample_rows(rows, columns, sample)])

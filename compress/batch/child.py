@@ -1,9 +1,9 @@
 """The process of one job: runs a ``packlight`` command, and ends when its parent does.
 
-``python -m compress.batch.child build MODEL …`` in a session of its own, with a pipe for stdin that
-nothing writes to. When the process at the other end is gone, however it went (``kill -9`` too), the
-pipe ends, and the job with everything that it started is killed: nothing goes on writing into an
-output tree that the next batch takes up.
+``python -m compress.batch.child build MODEL …`` runs in a session of its own, with a pipe for stdin
+that nothing writes to. When the process at the other end ends, even by ``kill -9``, the pipe is
+closed, and the job and its children are killed: nothing keeps writing into an output tree that the
+next batch uses.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["batch_document", "errors", "finish", "markdown", "print_plan"]
 
-# Of an artifact's entry in report.json.
+# Keys copied from an artifact's entry in report.json.
 FIGURES = (
     "format", "type", "path", "bytes", "bits_per_weight", "perplexity", "perplexity_ratio",
     "top1_agreement", "peak_memory_bytes", "weights_bytes", "kv_cache_bytes",
@@ -36,14 +36,14 @@ NOT_RUN = "not run"  # after a failure with --fail-fast, or an interruption
 def batch_document(
     file: Path, planned: Sequence[Planned], board: Board, state: State, memory: int, cpus: int
 ) -> dict[str, Any]:
-    """The document; paths in it are relative to the output tree.
+    """Make ``batch.json``; paths in it are relative to the output tree.
 
     Args:
-        file: of the jobs.
+        file: the jobs file.
         planned: the jobs, in order.
-        board: how they stand.
-        state: where their reports are.
-        memory, cpus: that the batch had.
+        board: with their records.
+        state: with their reports.
+        memory, cpus: limits of the batch.
     """
     jobs = [describe(one, board, state) for one in planned]
     counts = Counter(job["status"] for job in jobs)
@@ -65,14 +65,14 @@ def batch_document(
 
 
 def exit_code(counts: Mapping[str, int]) -> int:
-    """2 if a job could not run to its end, 1 if a gate failed, 0 if all were run."""
+    """2 if a job could not finish, 1 if a gate failed, else 0."""
     if any(counts.get(status) for status in STOPPED):
         return 2
     return 1 if counts.get("failed") else 2 if counts.get(NOT_RUN) else 0
 
 
 def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
-    """One job."""
+    """The entry of one job."""
     record = board.records.get(one.name)
     report = state.report(one.name) if record and record.reported else None
     found = one.prediction
@@ -105,19 +105,19 @@ def describe(one: Planned, board: Board, state: State) -> dict[str, Any]:
 
 
 def log_of(name: str, state: State) -> str | None:
-    """Where a job's own words are."""
+    """Path of a job's log in the output tree; None where there is none."""
     path = state.file(name, "log")
     return path.relative_to(state.output).as_posix() if path.is_file() else None
 
 
 def baseline(report: Report) -> dict[str, Any]:
-    """The float model of a report."""
+    """Figures of a report's float model."""
     keys = ("bytes", "dtype", "perplexity", "decode_tokens_per_second")
     return {key: getattr(report.baseline, key) for key in keys}
 
 
 def figures(artifact: ArtifactReport, name: str) -> dict[str, Any]:
-    """One artifact of a report, for a table of many."""
+    """The figures of one artifact of a report that the batch shows."""
     divergence = artifact.kl_divergence
     return {
         **{key: getattr(artifact, key) for key in FIGURES},
@@ -129,7 +129,7 @@ def figures(artifact: ArtifactReport, name: str) -> dict[str, Any]:
     }
 
 
-# --- words ---------------------------------------------------------------------------------------
+# --- text ----------------------------------------------------------------------------------------
 
 
 def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: int) -> None:
@@ -165,7 +165,7 @@ def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: 
 
 
 def finish(document: Mapping[str, Any], output: Path, console: Console, url: str = "") -> None:
-    """The table of all jobs, what could not run, the verdict, and where things are.
+    """Print the table of all jobs, those that could not run, the verdict and the paths.
 
     Args:
         output: the tree on this machine.
@@ -186,12 +186,12 @@ def finish(document: Mapping[str, Any], output: Path, console: Console, url: str
 
 
 def with_hint(error: str, hint: str) -> str:
-    """What went wrong and what to do, on one line."""
+    """An error and its hint, on one line."""
     return f"{error} ({hint})" if hint else error
 
 
 def table_row(job: Mapping[str, Any]) -> list[str]:
-    """One job of the table."""
+    """The table row of one job."""
     artifacts = job["artifacts"]
     known = [a["kl_divergence"] for a in artifacts if a["kl_divergence"] is not None]
     return [
@@ -205,17 +205,17 @@ def table_row(job: Mapping[str, Any]) -> list[str]:
 
 
 def word_of(status: str) -> str:
-    """A status, for a person."""
+    """A status as text for users."""
     return WORDS[status][0] if status in WORDS else status
 
 
 def totals(document: Mapping[str, Any]) -> str:
-    """How many jobs ended how."""
+    """Number of jobs by status."""
     return ", ".join(f"{count} {word_of(status)}" for status, count in document["counts"].items())
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The table of all jobs and what did not come out well, for a CI job's page."""
+    """The table of all jobs and the failures as Markdown, for a CI job's page."""
     passed = "✅" if document["exit_code"] == 0 else "❌"
     rows = [[sentence(cell) for cell in table_row(job)] for job in document["jobs"]]
     reasons = [f"{name}: {why}" for name, why in errors(document).items()]
@@ -236,7 +236,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def errors(document: Mapping[str, Any]) -> dict[str, str]:
-    """Why jobs could not run to their end, or their artifacts could not, by the jobs' names."""
+    """Job name → why it could not finish, or why its artifacts could not be run."""
     return {
         job["name"]: job["error"] or word_of(job["status"])
         for job in document["jobs"]

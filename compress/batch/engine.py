@@ -2,9 +2,9 @@
 
     Engine.run(works, watch) -> outcomes, each once, as jobs end
 
-``run_work`` does one job in a process of its own, wherever it is called: the local engine calls it
-from threads of this process, an engine on many machines from a task on one of them. Jobs are killed
-when the process that called it ends, and no job knows of another.
+``run_work`` runs one job in a child process: the local engine calls it in threads, an engine on
+many machines in a task on one of them. A job is killed when the process that called it ends; jobs
+are independent.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from compress.verify import child
 
 __all__ = ["Engine", "LocalEngine", "Outcome", "Process", "Watch", "Work", "run_work"]
 
-PATIENCE = 20.0  # seconds that an interrupted job has for its own cleaning up
+PATIENCE = 20.0  # seconds that an interrupted job has to clean up
 
 
 @dataclass(frozen=True)
 class Work:
-    """One job as an engine sees it; plain data that can travel to another machine.
+    """One job for an engine, as plain data that can be sent to another machine.
 
     Attributes:
-        name: of the job, one of a kind in its batch.
+        name: of the job, unique in its batch.
         arguments: of the command line: ``("build", MODEL, "-o", FOLDER, …)``.
-        log: file for what it says on stdout and stderr; made anew.
-        memory: bytes that it is predicted to take at its peak, its child processes included.
-        threads: that it keeps busy.
-        seconds: that it is predicted to take.
-        after: name of a job that must have ended first, well or badly, since both would do the
-            same work that the first keeps for the second; empty for none.
-        environment: variables over those that the engine's processes have.
+        log: file for stdout and stderr, overwritten.
+        memory: predicted peak in bytes, with child processes.
+        threads: that it uses.
+        seconds: predicted wall time.
+        after: name of a job that must end first, successfully or not, because it caches work that
+            this one reuses; empty for none.
+        environment: variables in addition to the engine's.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The result of a job's process.
 
     Attributes:
         name: of the job.
         code: exit code of the command, or minus the signal that ended it.
         seconds: from start to end.
-        cpu_seconds: user and system, of it and its child processes.
+        cpu_seconds: user and system, with child processes.
         peak_memory: largest resident size of one of its processes, in bytes.
-        error: the one line that it gave for not running; empty where it gave none.
-        hint: the line after it.
+        error: its error message; empty where there was none.
+        hint: of the error.
         copied: whether its folder was copied to the URL of the output tree.
     """
 
@@ -81,26 +81,26 @@ class Outcome:
 
 
 class Watch(Protocol):
-    """Hears of starts, and decides about more, in the thread that iterates."""
+    """Callbacks of an engine, called in the thread that iterates over the outcomes."""
 
     def started(self, work: Work) -> None:
-        """A job has just been started (again, if an engine repeats it)."""
+        """Called when a job was started (or restarted by the engine)."""
         ...
 
     def wanted(self) -> bool:
-        """Whether more jobs should be started; when not, those that run are waited for."""
+        """Whether more jobs should be started; if not, the engine waits for the running ones."""
         ...
 
 
 class Engine(Protocol):
-    """Runs jobs. Closing the generator ends those that run."""
+    """Runs jobs. Closing the generator ends the running ones."""
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
-        """Outcomes as jobs end, one for each that was started.
+        """Run jobs and yield an outcome for each that was started, as they end.
 
         Args:
-            works: with names of their own; ``after`` names one of them.
-            watch: hears of every start.
+            works: with unique names; ``after`` names one of them.
+            watch: its callbacks.
         """
         ...
 
@@ -109,7 +109,7 @@ class Process:
     """The process of one job, in a session of its own."""
 
     def __init__(self, work: Work) -> None:
-        """Start it.
+        """Start the process.
 
         Raises:
             OSError: it cannot be started, or the log cannot be written.
@@ -121,7 +121,7 @@ class Process:
         with work.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,  # whose end means that we are gone
+                stdin=subprocess.PIPE,  # closed when this process ends, which ends the child
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -133,7 +133,7 @@ class Process:
         return self._process.pid
 
     def wait(self) -> Outcome:
-        """Wait for its end, and sweep up what it may have left running."""
+        """Wait for its end, and kill any remaining children."""
         assert self._process.stdin
         _, status, used = os.wait4(self.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
@@ -155,7 +155,7 @@ class Process:
         )
 
     def end(self) -> None:
-        """Ask it to clean up and end; kill it if it does not within ``PATIENCE``."""
+        """Interrupt it so that it cleans up; kill it after ``PATIENCE`` seconds."""
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         timer = threading.Timer(PATIENCE, self.kill)
@@ -163,20 +163,20 @@ class Process:
         timer.start()
 
     def kill(self) -> None:
-        """End it and its children now."""
+        """Kill it and its children."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
 
 def run_work(work: Work) -> Outcome:
-    """One job from start to end, here and now."""
+    """Run one job and wait for it."""
     return Process(work).wait()
 
 
 def environment(work: Work) -> dict[str, str]:
-    """Ours, with the folder that ``compress`` was imported from on the path, the job's own
-    variables, and as many threads as it was given.
+    """This process's environment, with ``compress``'s folder on the path, the job's variables and
+    its number of threads.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(work.threads))
     return {**child.environment(), **threads, "NO_COLOR": "1", **work.environment}
@@ -199,19 +199,19 @@ def last_error(log: Path) -> tuple[str, str]:
 
 
 class LocalEngine:
-    """A plain process pool: as many jobs at once as fit.
+    """A process pool that runs as many jobs at once as fit.
 
     Args:
-        memory: bytes that the predictions of jobs that run at once may add up to.
-        threads: the same for their threads; a job with more of them runs alone.
-        jobs: at most so many at once; 0 for as many as fit.
+        memory: limit of the predicted bytes of all running jobs together.
+        threads: limit of their threads; a job with more runs alone.
+        jobs: most jobs at once; 0: as many as fit.
     """
 
     def __init__(self, memory: int, threads: int, jobs: int = 0) -> None:
         self._memory, self._threads, self._jobs = memory, threads, jobs
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
-        """See ``Engine.run``; works of more memory than there is run alone."""
+        """See ``Engine.run``; jobs that need more memory than there is run alone."""
         waiting = longest_first(works)
         running: dict[str, Process] = {}
         threads: list[threading.Thread] = []
@@ -223,7 +223,7 @@ class LocalEngine:
                     watch.started(work)
                     try:
                         running[work.name] = process = Process(work)
-                    except OSError as error:  # no more processes, no room for the log
+                    except OSError as error:  # no more processes, or no room for the log
                         yield Outcome(work.name, 2, 0.0, error=f"cannot be started: {error}")
                         continue
                     thread = threading.Thread(target=wait_for, args=(process, ended.put))
@@ -241,7 +241,7 @@ class LocalEngine:
                 thread.join()
 
     def _next(self, waiting: Sequence[Work], running: Mapping[str, Process]) -> Work | None:
-        """The first that may start now: nothing it builds on is to come, and it fits."""
+        """The first job that may start now: its ``after`` has ended, and it fits."""
         unfinished = {work.name for work in waiting} | set(running)
         works = [process.work for process in running.values()]
         if self._jobs and len(works) >= self._jobs:
@@ -256,13 +256,13 @@ class LocalEngine:
 
 
 def wait_for(process: Process, report: Callable[[Outcome], None]) -> None:
-    """What a thread of the engine does."""
+    """Thread of the engine: wait for a process and report its outcome."""
     report(process.wait())
 
 
 def longest_first(works: Sequence[Work]) -> list[Work]:
-    """Longest first, so that no long job is left alone at the end; a job counts for those that wait
-    for it, too.
+    """Sort jobs by time, longest first, so that no long job runs alone at the end; a job's time
+    includes the jobs that wait for it.
     """
     weights = {work.name: work.seconds for work in works}
     for work in works:

@@ -32,9 +32,9 @@ from compress.recipe.schema import explain
 
 __all__ = ["BatchFile", "BatchJob", "read_jobs", "select"]
 
-# Options whose values are files, and so relative to the jobs file.
+# Options whose values are paths, relative to the jobs file.
 PATHS = ("eval_text", "imatrix", "plan")
-# Those that stand in the command line as they are.
+# Options that are passed to the command line unchanged.
 WORDS = ("budget", "budget_memory", "device", "prune", "context", "seed", "threads")
 GLOB = "*?["
 
@@ -44,11 +44,11 @@ class BatchJob:
     """One job: a model, a recipe, formats and options.
 
     Attributes:
-        name: ``MODEL/RECIPE``; its folder in the output tree.
-        model: folder or Hub id, as ``packlight build`` takes it.
-        model_name: the first part of the name; jobs of one model share work.
+        name: ``MODEL/RECIPE``; also its folder in the output tree.
+        model: folder or Hub id, as for ``packlight build``.
+        model_name: first part of the name; jobs of one model share cached work.
         recipe: shipped name or path.
-        formats: of this job; empty for those of the recipe.
+        formats: of this job; empty: those of the recipe.
         options: of ``packlight build``; paths made absolute.
         revision: of a Hub model; empty for its main branch.
     """
@@ -62,7 +62,7 @@ class BatchJob:
     revision: str = ""
 
     def settings(self, output: Path) -> BuildSettings:
-        """What ``build`` is asked for."""
+        """The settings of the job's build."""
         options = self.options
         words: dict[str, Any] = {
             name: Path(value) if name in PATHS else value
@@ -85,17 +85,17 @@ class BatchJob:
 
     @property
     def memory(self) -> int | None:
-        """What the file says that it takes, in bytes."""
+        """The job's memory in bytes as set in the file; None where not set."""
         return None if self.options.memory is None else parse_bytes(self.options.memory)
 
 
 def overrides(options: Options) -> tuple[str, ...]:
-    """``set`` as ``--set`` takes it; values are JSON, which is YAML."""
+    """The option ``set`` as ``--set`` arguments; values are JSON, which is YAML."""
     return tuple(f"{key}={json.dumps(value)}" for key, value in (options.set or {}).items())
 
 
 def arguments(settings: BuildSettings) -> list[str]:
-    """The command line of ``packlight`` that is these settings, with local paths."""
+    """The ``packlight`` command line of these settings, with local paths."""
     words = ["build", settings.model, "-r", settings.recipe, "-o", str(settings.output)]
     for name in settings.formats:
         words += ["-f", name]
@@ -120,7 +120,7 @@ def arguments(settings: BuildSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class BatchFile:
-    """What a jobs file says: its jobs, in order, and where their folders go."""
+    """An expanded jobs file: its jobs, in order, and the output tree."""
 
     path: Path
     output: str
@@ -186,7 +186,7 @@ def jobs_of(
     file: JobsFile,
     home: Path,
 ) -> Iterator[BatchJob]:
-    """The jobs of one model, one recipe and one budget, if any: one, or one for each format."""
+    """The jobs of one model, recipe and budget (if any): one, or one for each format."""
     stem = f"{name}/{Path(recipe).stem if recipe not in recipes.names() else recipe}"
     stem += f"-{budget}" if budget else ""
     formats = asked.formats or file.formats or []
@@ -208,8 +208,7 @@ def jobs_of(
 
 
 def targets_of(recipe: str) -> list[str]:
-    """The formats of a recipe; those that it has by default where it cannot be read, which its
-    jobs will show."""
+    """The formats of a recipe; the default ones where it cannot be read, which its jobs report."""
     from compress.recipe import load
 
     try:
@@ -219,7 +218,7 @@ def targets_of(recipe: str) -> list[str]:
 
 
 def find_models(model: str, home: Path) -> list[str]:
-    """Folders or URLs of a pattern, sorted; or the one folder, Hub id or URL that is named."""
+    """Folders or URLs that match a pattern, sorted; or the one folder, Hub id or URL itself."""
     if is_url(model) and any(char in model for char in GLOB):
         if urls := find(model):
             return urls
@@ -238,12 +237,12 @@ def find_models(model: str, home: Path) -> list[str]:
 
 
 def place_of(path: str, home: Path) -> str:
-    """A path that is relative to the jobs file."""
+    """A path relative to the jobs file, made absolute."""
     return os.path.normpath(home / os.path.expanduser(path))
 
 
 def adapter_place(text: str, home: Path) -> str:
-    """A LoRA's path, relative to the jobs file, or its Hub id, with its weight."""
+    """A LoRA's path made absolute, or its Hub id, with its weight."""
     from compress.checkpoint.adapter import split_weight
 
     if (home / os.path.expanduser(text)).is_dir():
@@ -254,14 +253,14 @@ def adapter_place(text: str, home: Path) -> str:
 
 
 def safe_name(model: str) -> str:
-    """The last part of a path or a Hub id, as a folder's name."""
+    """The last part of a path or a Hub id, as a safe folder name."""
     from compress.plan.job import model_name
 
     return model_name(model)
 
 
 def merged(options: Options, more: Options, home: Path) -> Options:
-    """Options under those that go over them; keys of ``set`` one by one; paths from ``home``."""
+    """Options overridden by ``more``, key by key in ``set``; paths are relative to ``home``."""
     changes = dict(more.given())
     for key in PATHS:
         if changes.get(key) is not None:
@@ -276,10 +275,10 @@ def merged(options: Options, more: Options, home: Path) -> Options:
 
 
 def select(jobs: Sequence[BatchJob], patterns: Iterable[str]) -> list[BatchJob]:
-    """The jobs that ``--only`` names; all of them without a pattern.
+    """The jobs that match ``--only``; all of them without a pattern.
 
     Raises:
-        UsageError: a pattern that no job has.
+        UsageError: a pattern that no job matches.
     """
     chosen: set[str] = set()
     patterns = list(patterns)

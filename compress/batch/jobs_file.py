@@ -65,7 +65,7 @@ class Options(Section):
     )
 
     def given(self) -> Iterator[tuple[str, Any]]:
-        """Names and values of the options that the file has."""
+        """Names and values of the options that are set."""
         return ((name, getattr(self, name)) for name in self.model_fields_set)
 
 

@@ -1,8 +1,8 @@
-"""The output tree: a folder, or behind a URL, where a job builds on a disk of its machine and its
-folder is copied there.
+"""The output tree: a folder, or a URL. With a URL a job builds on a local disk and its folder is
+copied there.
 
-The tree on the machine of the batch then holds records, reports and checksums, not the artifacts.
-Object stores have no rename: ``SHA256SUMS`` goes last, and a folder without it is not finished.
+The batch's machine then has records, reports and checksums, not the artifacts. Object stores have
+no rename: ``SHA256SUMS`` is copied last, and a folder without it is not finished.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from compress.plan.job import model_name
 
 __all__ = ["CopyingEngine", "OutputTree", "fetch_records", "publish", "read_sums", "run_and_copy"]
 
-# What a batch needs of a finished job; last what marks it as finished.
+# Files of a finished job that a batch reads; the last one marks it as finished.
 RECORDS = ("report.json", "report.html", "README.md", "plan.json", "recipe.yaml", SUMS)
 
 
 @dataclass(frozen=True)
 class OutputTree:
-    """Where the output tree is.
+    """The location of the output tree.
 
     Attributes:
-        folder: on this machine, or on storage that all machines share.
-        url: that finished jobs are copied to; then ``folder`` keeps their reports and checksums
-            alone. Empty for a tree that is a folder.
+        folder: on this machine, or on shared storage.
+        url: that finished jobs are copied to; ``folder`` then has only their reports and
+            checksums. Empty for a tree that is a folder.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class OutputTree:
 
     @classmethod
     def at(cls, place: str) -> OutputTree:
-        """A folder or a URL."""
+        """The tree at a folder or a URL."""
         if not is_url(place):
             return cls(Path(place).resolve())
         name = f"{model_name(place)}-{fingerprint_text(place)[:12]}"
@@ -51,19 +51,19 @@ class OutputTree:
 
 
 class CopyingEngine:
-    """An engine of this machine whose finished jobs are copied to a URL.
+    """A local engine that copies finished jobs to a URL.
 
     Args:
         engine: that runs them.
         tree: the output tree on this machine.
-        url: that tree's place.
+        url: of the output tree.
     """
 
     def __init__(self, engine: Engine, tree: Path, url: str) -> None:
         self._engine, self._tree, self._url = engine, tree, url
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
-        """See ``Engine.run``. A job whose folder cannot be copied is one that could not run."""
+        """See ``Engine.run``. A job whose folder cannot be copied counts as not run."""
         before = {work.name: stamp(self._tree / work.name) for work in works}
         with closing(self._engine.run(works, watch)) as outcomes:
             for outcome in outcomes:
@@ -76,7 +76,7 @@ class CopyingEngine:
 
 
 def copied(outcome: Outcome, folder: Path, url: str) -> Outcome:
-    """Copy the folder that a job has made to ``URL/NAME``; what went wrong becomes the outcome."""
+    """Copy a job's folder to ``URL/NAME``; an error becomes part of the returned outcome."""
     try:
         publish(folder, f"{url}/{outcome.name}")
     except PacklightError as error:
@@ -85,15 +85,15 @@ def copied(outcome: Outcome, folder: Path, url: str) -> Outcome:
 
 
 def run_and_copy(work: Work, url: str) -> Outcome:
-    """One job on a machine that does not share the output tree.
+    """Run one job on a machine that does not share the output tree, and copy its folder.
 
-    What a build leaves when it is cut off stays on this machine's disk, and the same job goes on
-    from there if it comes here again.
+    The state of an interrupted build stays on this machine's disk, and the same job resumes it if
+    it is started here again.
     """
     place = cache_folder("batch") / "jobs" / fingerprint_text(f"{url}/{work.name}")[:16]
     arguments = list(work.arguments)
     arguments[arguments.index("-o") + 1] = str(place / "out")
-    for option in ("--progress-file", "--keep-baseline"):  # places in the tree
+    for option in ("--progress-file", "--keep-baseline"):  # paths in the tree
         if option in arguments:
             start = arguments.index(option)
             del arguments[start : start + 2]
@@ -108,7 +108,7 @@ def run_and_copy(work: Work, url: str) -> Outcome:
 
 
 def fetch_records(url: str, name: str, tree: Path) -> None:
-    """The small files of a job that was copied to ``URL/NAME``, to ``TREE/NAME``."""
+    """Copy the small files of a job from ``URL/NAME`` to ``TREE/NAME``."""
     folder = tree / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -119,13 +119,13 @@ def fetch_records(url: str, name: str, tree: Path) -> None:
 
 
 def publish(folder: Path, url: str) -> None:
-    """Copy a finished output folder to a URL; whole once its ``SHA256SUMS`` is there.
+    """Copy a finished output folder to a URL; it is complete once its ``SHA256SUMS`` is there.
 
-    An output that lies there already is replaced: what it listed and the new one has not goes;
-    files that packlight did not make stay.
+    An existing output is replaced: files that it listed and the new one lacks are deleted; files
+    that packlight did not make are kept.
 
     Raises:
-        UsageError: cannot be written; the reason in one line.
+        UsageError: it cannot be written; the reason in one line.
     """
     fs, root = open_url(url)
     sums = read_checksums(folder / SUMS)
@@ -151,8 +151,8 @@ def publish(folder: Path, url: str) -> None:
 
 
 def read_sums(url: str) -> dict[str, str] | None:
-    """Name → digest by the ``SHA256SUMS`` of the finished output at a URL, or None where there is
-    none; empty where it is damaged.
+    """Name → digest from ``SHA256SUMS`` of the finished output at a URL; None where there is none,
+    empty where it is damaged.
 
     Raises:
         UsageError: see ``open_url``.

@@ -1,4 +1,4 @@
-"""``batch.html``: one page from ``batch.json`` alone, without scripts, fonts or network.
+"""Renders ``batch.html`` from ``batch.json`` alone, without scripts, fonts or network.
 
 The style is that of a build's report (``report.css``), which it links to.
 """
@@ -38,7 +38,7 @@ VERDICTS = {0: ("passed", "✓ All passed"), 1: ("failed", "✕ A gate failed"),
 
 
 def render(document: Json) -> str:
-    """The page, UTF-8 text.
+    """Render the page.
 
     Args:
         document: ``batch.json``.
@@ -71,12 +71,12 @@ def render(document: Json) -> str:
 
 
 def style_of(name: str) -> str:
-    """The colour of a format's artifacts: a class of the style sheet."""
+    """The style-sheet class with the colour of a format's artifacts."""
     return f"c{list(FORMATS).index(name) % STYLES}"
 
 
 def failed_gates(job: Json) -> list[str]:
-    """A sentence for each gate that a job's artifacts did not pass."""
+    """A sentence for each failed gate of a job's artifacts."""
     return [
         f"{job['name']}, {get_format(a['format']).title}: {gate_failure(GateReport(**gate))}"
         for a in job["artifacts"]
@@ -86,7 +86,7 @@ def failed_gates(job: Json) -> list[str]:
 
 
 def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
-    """The pictures that there are figures for, by name."""
+    """The charts that have figures, by name."""
     drawn: dict[str, Markup] = {}
     known: dict[tuple[str, str, str], list[Dot]] = {}
     for job in jobs:
@@ -94,7 +94,7 @@ def pictures(jobs: Sequence[Json]) -> dict[str, Markup]:
             if a["kl_divergence"] is not None:
                 dot = Dot(style_of(a["format"]), a["bytes"], title_of(job, a), a["kl_divergence"])
                 known.setdefault((job["model"], job["recipe"], a["format"]), []).append(dot)
-    # Of one model and recipe in one format there are several where the budgets are.
+    # With budgets there are several artifacts of one model, recipe and format.
     series = [sorted(run, key=lambda dot: dot.x) for run in known.values() if len(run) > 1]
     if dots := [dot for run in known.values() for dot in run]:
         divisor, unit = charts.unit_of(max(dot.x for dot in dots))
@@ -126,7 +126,7 @@ def figures_of(job: Json, key: str) -> list[Dot]:
 
 
 def title_of(job: Json, artifact: Json) -> str:
-    """What a mark stands for."""
+    """The label of an artifact's mark."""
     words = f"{job['name']}, {get_format(artifact['format']).title} {artifact['type']}: "
     divergence = artifact["kl_divergence"]
     quality = f", KL {divergence:.4g}" if divergence is not None else ""

@@ -1,4 +1,4 @@
-"""The charts of ``batch.html``: many artifacts side by side, drawn as in ``charts``."""
+"""The charts of ``batch.html``, which compare many artifacts; drawn with ``report.charts``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE = 20.0  # a range beyond this factor is drawn on a logarithmic axis
 
 @dataclass(frozen=True)
 class Dot:
-    """One artifact: its style, where it is, and its name and figures for a pointer that rests."""
+    """The mark of one artifact: its style, its position, and its name and figures as tooltip."""
 
     style: str
     x: float
@@ -28,7 +28,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Row:
-    """The artifacts of one job on a line."""
+    """The marks of one job's artifacts on a line."""
 
     label: str
     dots: Sequence[Dot]
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to units of a picture, linear from zero or logarithmic."""
+    """Maps values to picture units, linear from zero or logarithmic."""
 
     low: float
     high: float
@@ -46,7 +46,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], start: float, end: float) -> Axis:
-        """An axis for positive values (a zero stands at its start)."""
+        """An axis for positive values (zero is drawn at its start)."""
         positive = [value for value in values if value > 0]
         least, most = min(positive, default=1.0), max(positive, default=1.0)
         if most / least <= WIDE:
@@ -80,13 +80,13 @@ def cloud(
     y_axis: str,
     divisor: float,
 ) -> Markup:
-    """Every artifact as a mark: size to the right, divergence up.
+    """A scatter plot of all artifacts: size to the right, divergence up.
 
     Args:
         dots: not empty.
-        series: some of them, each run joined by a line in the style of its first.
-        title: for those who do not see the picture.
-        x_axis, y_axis: what they are, with the unit.
+        series: runs of them that are joined by a line in the style of the first.
+        title: for screen readers.
+        x_axis, y_axis: labels of the axes, with the unit.
         divisor: from ``x`` to the unit of its axis.
     """
     left, right, top, bottom = 52.0, WIDTH - 14, 26.0, 280.0
@@ -112,12 +112,12 @@ def cloud(
 
 
 def rows(items: Sequence[Row], title: str, axis: str, divisor: float = 1.0) -> Markup:
-    """A line for each job with a mark for each of its artifacts, all on one scale.
+    """A line for each job with a mark for each of its artifacts, on one scale.
 
     Args:
-        items: in order; not all without dots.
-        title: for those who do not see the picture.
-        axis: what is measured, with the unit.
+        items: in order; at least one has dots.
+        title: for screen readers.
+        axis: label of the axis, with the unit.
         divisor: from values to that unit.
     """
     left = min(10 + max(len(row.label) for row in items) * CHARACTER * 0.8, WIDTH / 2)

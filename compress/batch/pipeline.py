@@ -1,4 +1,4 @@
-"""One batch: read the jobs, plan each, skip what is done, run the rest, write the results."""
+"""One batch: read the jobs, plan each, skip finished ones, run the rest, write the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["BatchSettings", "batch"]
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What ``packlight batch`` was asked for; the options of the same names."""
+    """Settings of ``packlight batch``: one field for each option of the same name."""
 
     file: Path
     output: str = ""
@@ -48,8 +48,8 @@ def batch(settings: BatchSettings, console: Console) -> int:
     """``packlight batch``: 0 when all passed, 1 when a gate failed, 2 when a job could not run.
 
     Raises:
-        PacklightError: the jobs file is not valid, another batch writes to the same tree, no
-            cluster answers, or there is no room on the disk; nothing was started.
+        PacklightError: the jobs file is not valid, another batch writes to the same tree, the
+            cluster does not answer, or the disk is full; nothing was started.
     """
     if settings.ci_files:
         settings.ci_files.check()
@@ -76,7 +76,7 @@ def run_planned(
     settings: BatchSettings,
     console: Console,
 ) -> dict[str, Any]:
-    """Run what is wanted, and write ``batch.json`` and ``batch.html``, however it ends."""
+    """Run the jobs that are not done, and write ``batch.json`` and ``batch.html`` in any case."""
     state = State(tree.folder)
     todo = [one for one in planned if wanted(one, state, settings.retry_failed)]
     check_disk(tree.folder, sum(one.prediction.bytes for one in todo if one.prediction))
@@ -107,8 +107,8 @@ def run_planned(
 
 
 def wanted(one: Planned, state: State, retry_failed: bool) -> bool:
-    """Whether a job is to be run now: not if it cannot be, was finished, or failed before with the
-    same inputs, unless failures are to be retried.
+    """Whether to run a job now: not if it is impossible, finished, or, without ``retry_failed``,
+    failed before with the same inputs.
     """
     record = state.read(one.name)
     if one.error:
@@ -120,10 +120,10 @@ def wanted(one: Planned, state: State, retry_failed: bool) -> bool:
 
 
 def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> None:
-    """Run jobs, and keep a record of each start and end."""
+    """Run jobs, and record each start and end."""
     jobs = {one.name: one for one in todo}
     leaders = first_of_models(todo)
-    models = Counter(one.job.model_name for one in todo)  # jobs that are to come
+    models = Counter(one.job.model_name for one in todo)  # remaining jobs by model
     works = [
         make_work(one, state, leaders[model], shared=models[model] > 1)
         for one in todo
@@ -134,13 +134,13 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
             one = jobs[outcome.name]
             board.settle(one, state.end(one.name, one.fingerprint, outcome), fresh=True)
             models[one.job.model_name] -= 1
-            if not models[one.job.model_name]:  # gigabytes that are not needed again
+            if not models[one.job.model_name]:  # its baseline, gigabytes, is not needed again
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
 
 
 def first_of_models(todo: Sequence[Planned]) -> dict[str, str]:
-    """Model → its job that goes first: the longest, which leaves most in the cache for the others:
-    second moments serve those who need less.
+    """Model → its first job: the longest, which caches most for the others (Hessians also serve
+    jobs that need only importance).
     """
     firsts: dict[str, Planned] = {}
     for one in todo:
@@ -155,11 +155,11 @@ def seconds_of(one: Planned) -> float:
 
 
 def make_work(one: Planned, state: State, leader: str, *, shared: bool) -> Work:
-    """The command of a job: ``--overwrite`` of another build's output, ``--resume`` of this one's.
+    """The ``Work`` of a job, with ``--overwrite`` over another build's output, else ``--resume``.
 
     Args:
-        leader: of the jobs of its model.
-        shared: whether there are other jobs of its model.
+        leader: first job of its model.
+        shared: whether its model has other jobs.
     """
     assert one.prediction is not None
     record = state.read(one.name)

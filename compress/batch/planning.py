@@ -1,8 +1,8 @@
 """Plans the jobs of a batch before any is started.
 
-Planning is what ``packlight build --dry-run`` does, for every job, here: headers and recipes only.
-A model that cannot be built is found out now, and its jobs are not started; it is looked at again
-in every batch, so that there is nothing to retry until its files have changed.
+Each job is planned as by ``packlight build --dry-run``, from headers and recipes only. Jobs of a
+model that cannot be built are not started; the model is planned again in every batch, so that no
+retry option is needed when its files have changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["Planned", "Planner"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A job, and what is known of it before it runs.
+    """A planned job.
 
     Attributes:
         job: of the file.
-        settings: what its build is asked for.
+        settings: of its build.
         prediction: None where it cannot run.
-        fingerprint: of all that decides over its result; empty where it cannot run.
+        fingerprint: of everything that determines its result; empty where it cannot run.
         error, hint: why it cannot run.
     """
 
@@ -55,7 +55,7 @@ class Planned:
 
 
 class Planner:
-    """Plans jobs; a model is opened (and a Hub id fetched) once for all its jobs."""
+    """Plans jobs; opens each model (and downloads a Hub id) once for all its jobs."""
 
     def __init__(self, output: Path, memory: int, cpus: int, jobs: int) -> None:
         self._output = output
@@ -63,7 +63,7 @@ class Planner:
         self._opened: dict[tuple[str, ...], Checkpoint | PacklightError] = {}
 
     def plan(self, job: BatchJob) -> Planned:
-        """What is known of a job; errors are part of it."""
+        """Plan a job; errors are returned as part of it."""
         settings = job.settings(self._output / job.name)
         try:
             return self._plan(job, settings)
@@ -72,7 +72,7 @@ class Planner:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return Planned(job, settings, error=f"{where}{error.strerror or error}")
-        except Exception as error:  # an unforeseen checkpoint must not stop the others
+        except Exception as error:  # an unexpected error must not stop the other jobs
             if os.environ.get("PACKLIGHT_DEBUG"):
                 raise
             return Planned(job, settings, error=f"{type(error).__name__}: {one_line(error)}")
@@ -122,7 +122,7 @@ class Planner:
 
 
 def check_enough(given: int, smallest: int) -> None:
-    """``memory`` of a job becomes its ``--max-memory``, which has a least value.
+    """Check a job's ``memory``, which becomes its ``--max-memory``, against the least value.
 
     Raises:
         UsageError: it is less.

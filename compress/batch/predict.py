@@ -1,9 +1,9 @@
 """Predicts bytes, memory, threads and time of a job.
 
-Memory decides what runs side by side, so it is meant to be an upper bound; time orders the jobs, is
-shown as an estimate, and is right within a factor of two. Both from shapes alone, with
-constants measured by benchmarks/full_size.py (0.5 to 3.8 billion parameters), solver_cost.py (the
-solvers) and batch.py (tiny models, where processes and libraries are all there is).
+Memory decides which jobs run at once, so it is an upper bound; time orders the jobs, is shown as an
+estimate, and is right within a factor of two. Both follow from shapes alone, with constants
+measured by benchmarks/full_size.py (0.5 to 3.8 billion parameters), solver_cost.py (the solvers)
+and batch.py (tiny models, where processes and libraries dominate).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from compress.recipe import needs_of
 
 __all__ = ["Prediction", "predict", "share_threads"]
 
-# Resident bytes of a process that has loaded its libraries and nothing else.
+# Resident bytes of a process that has only loaded its libraries.
 PYTHON = 200_000_000  # with numpy, numba, onnx, jinja2
 TORCH = 200_000_000
 MARGIN = 1.1
 
-# Seconds of one core.
+# Seconds on one core.
 START = 6.0  # imports of all processes, report
-# More, per weight and target, by what the solver needs: rtn, scale_search, gptq.
+# Additional seconds per weight and target, by what the solver needs: rtn, scale_search, gptq.
 SOLVE = {None: 0.0, "importance": 15e-9, "hessian": 430e-9}
 WALK = {"importance": 4.5e-11, "hessian": 7.8e-11}
 SCORE = 2.5e-11  # per weight and token of the text, in the float model or any runtime
@@ -43,13 +43,13 @@ SCORE = 2.5e-11  # per weight and token of the text, in the float model or any r
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one job will take.
+    """Predicted resources of one job.
 
     Attributes:
-        bytes: of the artifacts' weights, all formats; of their files at most, with a budget.
-        memory: bytes resident at the peak, of the job's processes together.
-        threads: that it keeps busy.
-        seconds: of wall time, if it has these threads for itself.
+        bytes: of the artifacts' weights, all formats; with a budget, the most of their files.
+        memory: peak resident bytes of the job's processes together.
+        threads: that it uses.
+        seconds: wall time, if no other job uses these threads.
     """
 
     bytes: int
@@ -59,16 +59,16 @@ class Prediction:
 
 
 def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
-    """The prediction for a job that was planned.
+    """Predict the resources of a planned job.
 
     Args:
-        job: no grid of a budget is chosen yet.
-        verify: whether its artifacts are run.
-        threads: as ``share_threads`` gives them.
+        job: before grids of a budget are chosen.
+        verify: whether its artifacts are verified.
+        threads: from ``share_threads``.
     """
-    # Bounded by it (--max-memory), a build holds no more.
+    # With this value as --max-memory a build holds no more.
     memory = smallest_memory(job, verify=verify)
-    if verify:  # what it keeps then, and the process beside it
+    if verify:  # its own memory then, and the process that runs an artifact
         formats = [get_format(plan.format) for plan in job.plans]
         libraries = PYTHON + TORCH + max(row.process.library_bytes for row in formats)
         memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))
@@ -81,7 +81,7 @@ def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
 
 
 def share_threads(config: DecoderConfig, wanted: int, cpus: int, jobs: int) -> int:
-    """Threads of one job: ``wanted``, else those of ``build``, within its share of ``jobs``."""
+    """Threads of one job: ``wanted``, else those of ``build``, at most the CPUs ÷ ``jobs``."""
     if wanted:
         return min(wanted, cpus)
     return min(choose_threads(0, config), max(1, cpus // jobs) if jobs else cpus)
@@ -98,7 +98,7 @@ def runtime_memory(job: Job, plan: Plan) -> int:
 
 
 def cpu_seconds(job: Job, *, verify: bool) -> float:
-    """Seconds of one core, as if nothing were cached."""
+    """Predicted seconds on one core, with an empty cache."""
     weights, recipe = job.config.num_parameters, job.recipe
     seconds = START
     for plan in job.plans:

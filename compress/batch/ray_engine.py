@@ -1,8 +1,8 @@
-"""Jobs on the nodes of a Ray cluster: one task for each, placed by its predicted memory and CPUs.
+"""Runs jobs on the nodes of a Ray cluster: one task each, placed by predicted memory and CPUs.
 
-Ray decides where and when, and starts a job again elsewhere when its node or its worker dies; a
-command that ends by itself, well or badly, is never repeated. The output tree must be storage that
-all nodes share, or a URL; packlight of one version must be installed on all of them.
+Ray decides where and when, and restarts a job elsewhere when its node or worker is lost; a command
+that ends by itself, successfully or not, is never repeated. The output tree must be storage that
+all nodes share, or a URL; all of them must have the same version of packlight.
 
 https://docs.ray.io/en/latest/ray-core/tasks.html, …/fault_tolerance/tasks.html
 """
@@ -28,25 +28,25 @@ from compress.output.folder import locked
 
 __all__ = ["RayEngine"]
 
-RETRIES = 3  # times that a job is started again after its node or worker was lost
-LOST = 300.0  # seconds that a job has to end on a node that was lost
-PERIOD = 1.0  # seconds between looks at whether more is still wanted
+RETRIES = 3  # restarts of a job whose node or worker was lost
+LOST = 300.0  # seconds that a job on a lost node has to end
+PERIOD = 1.0  # seconds between checks whether more jobs are wanted
 
 
 class RayEngine:
-    """Jobs as Ray tasks.
+    """Runs jobs as Ray tasks.
 
     Args:
-        ray: the module, connected (``connected``).
+        ray: the connected module (``connected``).
         url: of an output tree that nodes copy their folders to; empty where they share the tree.
-        tree: the tree; behind a URL, what this machine has of it.
+        tree: the tree; with a URL, this machine's part of it.
     """
 
     def __init__(self, ray: Any, url: str, tree: Path) -> None:
         self._ray, self._url, self._tree = ray, url, tree
 
     def run(self, works: Sequence[Work], watch: Watch) -> Generator[Outcome, None, None]:
-        """See ``Engine.run``. A job that no node can ever hold ends with code 2, unstarted."""
+        """See ``Engine.run``. A job that fits on no node ends with code 2, unstarted."""
         ray = self._ray
         task = ray.remote(run_on_node)
         waiting = longest_first(works)
@@ -85,12 +85,12 @@ class RayEngine:
                         del running[stream]
         finally:
             for stream in running:
-                # The worker dies, and with it the job: its stdin ends (compress.batch.child).
+                # This ends the worker, and so the job: its stdin closes (compress.batch.child).
                 ray.cancel(stream, force=True)
 
 
 def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
-    """The task: None when the job starts, then how it ended."""
+    """The Ray task: yields None when the job starts, then its outcome."""
     if version != __version__:
         reason = f"this node has packlight {__version__}, the batch {version}"
         yield Outcome(work.name, 2, 0.0, error=reason, hint="install the same on all nodes")
@@ -103,12 +103,12 @@ def run_on_node(work: Work, version: str, url: str) -> Iterator[Outcome | None]:
 
 
 def finished_before(work: Work) -> Outcome | None:
-    """How a job ended on a node that was lost before it could report; None where it did not."""
+    """The outcome of a job that finished on a node before that was lost; None where it did not."""
     if "-o" not in work.arguments:
         return None
     output = Path(work.arguments[work.arguments.index("-o") + 1])
     await_lock(output)
-    # What stood there before the batch is overwritten, so it says nothing.
+    # With --overwrite the output may be from before the batch: it does not count.
     if "--overwrite" in work.arguments or not (output / SUMS).is_file():
         return None
     failed = json_or_empty(output / "report.json").get("verdict") == "failed"
@@ -116,7 +116,7 @@ def finished_before(work: Work) -> Outcome | None:
 
 
 def await_lock(output: Path) -> None:
-    """Wait until no process writes to an output: the same job on a lost node ends there soon."""
+    """Wait until no process writes to an output: the same job may still run on a lost node."""
     deadline = time.monotonic() + LOST
     while time.monotonic() < deadline:
         try:
@@ -127,7 +127,7 @@ def await_lock(output: Path) -> None:
 
 
 def next_event(ray: Any, stream: Any, work: Work) -> Outcome | None:
-    """The next event of a task; one that Ray has given up is an outcome, too."""
+    """The next event of a task; a task that Ray has given up becomes an outcome."""
     try:
         event: Outcome | None = ray.get(next(stream))
         return event
@@ -137,7 +137,7 @@ def next_event(ray: Any, stream: Any, work: Work) -> Outcome | None:
 
 
 def is_free(work: Work, waiting: Sequence[Work], running: dict[Any, Work]) -> bool:
-    """Whether the job that it builds on has ended, if there is one."""
+    """Whether a job may start: its ``after``, if any, has ended."""
     return work.after not in {other.name for other in (*waiting, *running.values())}
 
 
@@ -149,7 +149,7 @@ def largest_node(ray: Any) -> tuple[int, int]:
 
 
 def misfit(ray: Any, work: Work) -> str:
-    """Why no node that is there now can hold a job, which Ray would keep waiting forever; or ""."""
+    """Why a job fits on no current node, so that Ray would never start it; ``""`` where it fits."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(
         node.get("memory", 0) >= work.memory and node.get("CPU", 0) >= work.threads
@@ -165,11 +165,11 @@ def misfit(ray: Any, work: Work) -> str:
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The ``ray`` module, connected; what was started here is ended.
+    """Yield the connected ``ray`` module; a local cluster started here is stopped afterwards.
 
     Args:
-        address: ``HOST:PORT`` or ``auto`` of a cluster; empty for that of ``RAY_ADDRESS``, or else
-            one that Ray starts on this machine and ends afterwards.
+        address: ``HOST:PORT`` or ``auto`` of a cluster; empty: that of ``RAY_ADDRESS``, or else a
+            local one.
 
     Raises:
         RuntimeMissingError: Ray is not installed.
@@ -182,7 +182,7 @@ def connected(address: str) -> Iterator[Any]:
             "Ray is not installed", hint='pip install "packlight[ray]"'
         ) from error
     if address and address != "auto":
-        check_answers(address)  # Ray itself would try for minutes
+        check_answers(address)  # Ray itself would retry for minutes
     try:
         ray.init(
             address=address or None,
@@ -202,10 +202,10 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def check_answers(address: str) -> None:
-    """See that something listens at ``HOST:PORT``.
+    """Check that a server listens at ``HOST:PORT``.
 
     Raises:
-        UsageError: nothing does, or it is no such address.
+        UsageError: none does, or the address is invalid.
     """
     hint = "--address HOST:PORT as `ray start --head` prints it, or none for this machine alone"
     host, _, port = address.rpartition(":")

@@ -1,7 +1,7 @@
-"""Records of finished jobs: one small file for each, in ``.batch`` of the output tree.
+"""Records of jobs: one small file for each, in ``.batch`` of the output tree.
 
-A record is written when a job starts and again when it ended, each time whole or not at all. A
-record that says ``running`` when a batch begins is of a batch that was killed.
+A record is written atomically when a job starts and again when it ends. A record that is
+``running`` when a batch starts is of a batch that was killed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ STATE = ".batch"
 
 @dataclass(frozen=True)
 class Record:
-    """How a job stands.
+    """The status and figures of a job.
 
     Attributes:
         fingerprint: of checkpoint, recipe, options and version.
         status: ``running``; ``passed``, ``failed`` (a gate) or ``written`` (not verified);
             ``error`` (it could not run); ``killed``; ``interrupted``.
-        error, hint: what it said.
-        seconds, cpu_seconds, peak_memory: what it took; 0 where unknown.
-        replaces: time stamp of the finished folder that stood there when it started; 0 for none.
+        error, hint: its messages.
+        seconds, cpu_seconds, peak_memory: measured; 0 where unknown.
+        replaces: time stamp of the finished folder that was there when it started; 0 for none.
         refused: whether it is an ``error`` only because a runtime refused an artifact: its folder
-            and its report are there, and ``error`` says why, of each.
+            and report exist, and ``error`` has the reason for each artifact.
     """
 
     fingerprint: str
@@ -53,12 +53,12 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether its artifacts are there, and nothing is left to do."""
+        """Whether its artifacts exist, and nothing is left to do."""
         return self.status in FINISHED
 
     @property
     def reported(self) -> bool:
-        """Whether the folder and the report there are what it made."""
+        """Whether the folder and the report were made by this job."""
         return self.finished or self.refused
 
 
@@ -70,69 +70,69 @@ class State:
         self.folder = output / STATE
 
     def folder_of(self, name: str) -> Path:
-        """Where a job's artifacts go."""
+        """The folder of a job's artifacts."""
         return self.output / name
 
     def partial_of(self, name: str) -> Path:
-        """What an unfinished build of it leaves."""
+        """The work folder of a job's unfinished build."""
         folder = self.folder_of(name)
         return folder.with_name(f"{folder.name}.partial")
 
     def baselines(self, model: str) -> Path:
-        """Where the float answers of a model are while it has jobs."""
+        """The folder of a model's baseline while it has jobs."""
         return self.folder / model / "baselines"
 
     def file(self, name: str, kind: str) -> Path:
-        """``NAME.json``, ``NAME.log`` or ``NAME.progress``."""
+        """Path of ``NAME.json``, ``NAME.log`` or ``NAME.progress``."""
         return self.folder / f"{name}.{kind}"
 
     def read(self, name: str) -> Record | None:
-        """The record of a job; None where there is none, or none that can be read.
+        """The record of a job; None where it is missing or unreadable.
 
-        A job that was finished before its end could be noted is finished: its folder appears whole
-        or not at all.
+        A job that finished before its end was recorded counts as finished: its folder is renamed
+        atomically.
         """
         record = self.written(name)
         if record is None:
             return None
         if record.status == "running" and self.has_new(name, record):
             return self.ended(name, record.fingerprint)
-        if record.finished and not self.stamp(name):  # it was removed since
+        if record.finished and not self.stamp(name):  # its folder was removed since
             return None
         return record
 
     def written(self, name: str) -> Record | None:
-        """The record of a job as it was written."""
+        """The record of a job, unchanged from its file."""
         try:
             return Record(**json_or_empty(self.file(name, "json")))
         except TypeError:
             return None
 
     def has_new(self, name: str, begun: Record) -> bool:
-        """Whether the folder of a job was made since it began."""
+        """Whether a job's folder was made after it started."""
         return self.stamp(name) not in (0, begun.replaces)
 
     def ended(self, name: str, fingerprint: str) -> Record:
-        """The record of a job that has made its folder, by its report."""
+        """The record of a job with a finished folder, from its report."""
         if refused := refusals(self.report(name)):
             return Record(fingerprint, "error", "; ".join(refused), REFUSED_HINT, refused=True)
         return Record(fingerprint, self.verdict(name))
 
     def write(self, name: str, record: Record) -> None:
-        """Keep the record of a job."""
+        """Write the record of a job."""
         path = self.file(name, "json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(asdict(record), indent=1))
 
     def begin(self, name: str, fingerprint: str) -> None:
-        """Note that a job starts; again, where an engine repeats it."""
+        """Record that a job starts, or is restarted by an engine."""
         begun, replaces = self.written(name), self.stamp(name)
         if begun and begun.status == "running" and begun.fingerprint == fingerprint:
             replaces = begun.replaces
         self.write(name, Record(fingerprint, "running", replaces=replaces))
 
     def end(self, name: str, fingerprint: str, outcome: Outcome) -> Record:
-        """Note how a job ended."""
+        """Record a job's outcome."""
         begun, status = self.written(name), self.status_of(outcome)
         record = Record(fingerprint, status, outcome.error, outcome.hint)
         if status == "error" and begun and self.has_new(name, begun):
@@ -148,15 +148,15 @@ class State:
         return record
 
     def status_of(self, outcome: Outcome) -> str:
-        """An exit code in a word."""
+        """The status for an outcome's exit code."""
         if outcome.code in (0, 1):
             return self.verdict(outcome.name)
-        if outcome.code in (129, 130, 143):  # SIGHUP, SIGINT, SIGTERM, and it cleaned up
+        if outcome.code in (129, 130, 143):  # SIGHUP, SIGINT, SIGTERM, after cleaning up
             return "interrupted"
         return "killed" if outcome.code < 0 else "error"
 
     def verdict(self, name: str) -> str:
-        """What the report of a finished job says."""
+        """The status of a finished job, from its report's verdict."""
         if refusals(self.report(name)):
             return "error"
         report = self.report(name)
@@ -171,12 +171,12 @@ class State:
             return None
 
     def stamp(self, name: str) -> int:
-        """See ``stamp``, of a job's folder."""
+        """``stamp`` of a job's folder."""
         return stamp(self.folder_of(name))
 
 
 def stamp(folder: Path) -> int:
-    """When a finished folder was written, in nanoseconds; 0 where there is none."""
+    """Modification time of a finished folder in nanoseconds; 0 where there is none."""
     try:
         return (folder / "SHA256SUMS").stat().st_mtime_ns
     except OSError:
@@ -184,12 +184,12 @@ def stamp(folder: Path) -> int:
 
 
 def refusals(report: Report | None) -> list[str]:
-    """What became of the artifacts of a report that their runtimes refused."""
+    """The failures of a report's artifacts that could not be run."""
     artifacts = report.artifacts if report else ()
     return [refusal(artifact) for artifact in artifacts if artifact.failure]
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
-    """A short name for everything that decides over a job's result."""
+    """A short hash of everything that determines a job's result."""
     text = json.dumps(document, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -32,12 +32,12 @@ WORDS = {
     "killed": ("killed", "red"),
     "interrupted": ("interrupted", "yellow"),
 }
-SHOWN = 12  # ended jobs, and as many that wait, of which a table shows the names
-TAIL = 4096  # bytes of a progress file in which its last line is
+SHOWN = 12  # ended jobs, and waiting ones, that a table names
+TAIL = 4096  # bytes at the end of a progress file that are searched for its last line
 
 
 class Named(Protocol):
-    """A planned job, as far as it is shown."""
+    """The attributes of a planned job that are shown."""
 
     @property
     def name(self) -> str: ...
@@ -52,12 +52,12 @@ class Named(Protocol):
 
 
 class Board:
-    """The state of every job: stored, shown, and whether the engine has to stop.
+    """Tracks every job: records and shows it, and tells the engine when to stop.
 
     Attributes:
-        records: of jobs that ended, now or before, by name.
-        fresh: names of those that ended now.
-        seconds: that the batch has run.
+        records: of jobs that ended, in this batch or earlier, by name.
+        fresh: names of those that ended in this batch.
+        seconds: since the batch started.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Board:
         return not (self._fail_fast and self._failed)
 
     def settle(self, one: Named, record: Record | None, *, fresh: bool = False) -> None:
-        """A job ended; or, not ``fresh``, need not be started: it was done, or cannot be."""
+        """Note an ended job; without ``fresh``, one that is not started: finished or impossible."""
         self._started.pop(one.name, None)
         if one.error:  # planned anew each time
             record = Record("", "error", one.error, one.hint)
@@ -109,14 +109,14 @@ class Board:
             self._console.say(f"{words.rstrip()}{earlier}")
 
     def interrupt(self) -> None:
-        """The batch ends before its jobs, which have been ended; some may have been faster."""
+        """Record running jobs as interrupted, except those that finished meanwhile."""
         for name in self._started:
             record = self._state.read(name)
             if record is None or not record.finished:
                 record = Record(self._planned[name].fingerprint, "interrupted")
             self.records[name] = record
 
-    # --- what a person sees ------------------------------------------------------------------
+    # --- display ------------------------------------------------------------------------------
 
     def __enter__(self) -> Board:
         if self._console.mode == "human" and sys.stderr.isatty():
@@ -142,7 +142,7 @@ class Board:
             self._live = None
 
     def result(self, name: str) -> str:
-        """What came of a job that ended, in a few words."""
+        """A short text on the result of an ended job."""
         record = self.records[name]
         if record.error:
             return record.error
@@ -150,7 +150,7 @@ class Board:
         return took + summary(self._state.report(name))
 
     def table(self) -> RenderableType:
-        """As it stands now; ``rich`` asks several times a second."""
+        """The current table; ``rich`` calls it several times a second."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -171,7 +171,7 @@ class Board:
         return Group(rows, self.counts(len(waiting)))
 
     def counts(self, waiting: int) -> Text:
-        """The line below the table."""
+        """The line of counts below the table."""
         from rich.text import Text
 
         done = [record.status for record in self.records.values()]
@@ -182,7 +182,7 @@ class Board:
 
 
 def last_line(progress: Path) -> Mapping[str, Any]:
-    """The last whole line of a progress file (``compress.progress.ProgressFile``)."""
+    """The last complete line of a progress file (``compress.progress.ProgressFile``)."""
     try:
         with progress.open("rb") as stream:
             stream.seek(max(progress.stat().st_size - TAIL, 0))
@@ -204,7 +204,7 @@ def describe_phase(line: Mapping[str, Any]) -> str:
 
 
 def summary(report: Report | None) -> str:
-    """A finished job in a few words: its formats, their sizes, the worst divergence."""
+    """A short text on a finished job: its formats, their sizes, the worst divergence."""
     artifacts = report.artifacts if report else []
     sizes = ", ".join(f"{found.format} {short_size(found.bytes)}" for found in artifacts)
     divergences = [found.kl_divergence.mean for found in artifacts if found.kl_divergence]

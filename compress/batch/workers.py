@@ -1,4 +1,4 @@
-"""The machines that run the jobs of a batch: this one, or the nodes of a Ray cluster."""
+"""Selects where the jobs of a batch run: on this machine, or on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Workers", "open_workers"]
 
 @dataclass(frozen=True)
 class Workers:
-    """What jobs may take, and what runs them.
+    """The limits of jobs, and their engine.
 
     Attributes:
-        memory: bytes that one job may be predicted to take.
-        cpus: that one job may keep busy.
-        engine: makes the engine for a tree.
+        memory: most bytes that one job may be predicted to use.
+        cpus: most CPUs of one job.
+        engine: makes the engine for an output tree.
     """
 
     memory: int
@@ -31,11 +31,10 @@ class Workers:
 
 @contextmanager
 def open_workers(engine: str, address: str, max_memory: int | None, jobs: int) -> Iterator[Workers]:
-    """The workers that the options ``--engine``, ``--address``, ``--max-memory`` and ``--jobs``
-    ask for.
+    """The workers for the options ``--engine``, ``--address``, ``--max-memory`` and ``--jobs``.
 
     Raises:
-        UsageError: options that do not fit together, or a cluster that does not answer.
+        UsageError: conflicting options, or a cluster that does not answer.
         RuntimeMissingError: Ray is not installed.
     """
     if engine == "local":

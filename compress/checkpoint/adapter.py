@@ -1,6 +1,6 @@
 """LoRA adapters as PEFT saves them: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Opening one reads its config and its header, and refuses what cannot be merged as PEFT merges it.
+Opening one reads its config and header, and refuses an adapter that cannot be merged as by PEFT.
 Keys and names are those of PEFT 0.21 (``peft/tuners/lora/config.py``, ``layer.py``;
 ``peft/utils/save_and_load.py``).
 """
@@ -31,10 +31,10 @@ LARGEST_CONFIG = 10_000_000  # bytes; the patterns of a few thousand modules are
 MOST_PATTERNS = 4096
 LONGEST_PATTERN = 2000  # characters; target_modules of vision models take a few hundred
 PATIENCE = 1.0  # seconds for one match: a pattern may take exponential time
-MOST_MATCHING = 20.0  # seconds of CPU for all of them
+MOST_MATCHING = 20.0  # seconds of CPU for all matches
 
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), and build that folder"
-# What changes the meaning of A and B, by the key that asks for it.
+# Config keys that change the meaning of A and B.
 VARIANTS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -47,9 +47,9 @@ VARIANTS = {
     "target_parameters": "LoRA on parameters (target_parameters)",
     "megatron_config": "LoRA on Megatron's layers",
 }
-# Starts that change the base model, too: A and B are what is to be added to the changed one.
+# Initializations that also change the base model: A and B are relative to the changed one.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Keys that are read here, or have no part in merging.
+# Keys that are read here, or do not affect merging.
 KNOWN = {
     *VARIANTS, "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -61,16 +61,16 @@ KNOWN = {
 
 
 class Adapter:
-    """One LoRA adapter, opened: its header is read, no weight.
+    """One opened LoRA adapter: its header is read, no weights.
 
     Attributes:
         folder: with the two files.
-        source: what the user typed: a Hub id, or the folder's name.
+        source: a Hub id, or the folder's name, as given by the user.
         revision: commit of a Hub adapter, or ``""``.
-        weight: factor of everything that it adds.
+        weight: factor of all its terms.
         settings: ``adapter_config.json``.
         file: with the weights.
-        opened: both files, as they were then (``compress.files.stamps``).
+        opened: size and time of both files when opened (``compress.files.stamps``).
         tensors: name without ``base_model.model.`` → TensorInfo.
         warnings: lines for the user.
     """
@@ -84,7 +84,7 @@ class Adapter:
         check_folder(folder)
         self.warnings: list[str] = []
         self._patterns: dict[str, Any] = {}  # compiled
-        self._matching = 0.0  # seconds that they have taken
+        self._matching = 0.0  # seconds spent in matches
         self.file = folder / WEIGHTS
         self.opened = stamps([folder / CONFIG, self.file])
         if not (folder / CONFIG).is_file():
@@ -115,7 +115,7 @@ class Adapter:
         """Open a local folder, or fetch a Hub id.
 
         Args:
-            text: ``PATH``, ``PATH=WEIGHT``; a Hub id may have ``@REVISION`` behind it.
+            text: ``PATH``, ``PATH=WEIGHT``; a Hub id may end in ``@REVISION``.
 
         Raises:
             UsageError: neither a folder nor something that can be a Hub id.
@@ -141,7 +141,7 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """What to type for it, without local paths: ``someone/my-lora@1a2b…=0.5``."""
+        """The adapter as an argument, without local paths: ``someone/my-lora@1a2b…=0.5``."""
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.source}{revision}" + (f"={self.weight:g}" if self.weight != 1 else "")
 
@@ -156,15 +156,15 @@ class Adapter:
 
     @property
     def sha256(self) -> str:
-        """Of the weights' file."""
+        """SHA-256 of the weights' file."""
         return self.files[WEIGHTS]
 
     def fingerprint(self) -> str:
-        """Names what is added: another after any change of a file or of the weight."""
+        """A text that identifies the adapter: it changes with its files and its weight."""
         return json.dumps([self.weight, self.files])
 
     def error(self, what: str, hint: str = "") -> CheckpointError:
-        """A refusal that names the adapter."""
+        """An error that names the adapter."""
         return CheckpointError(f"adapter {short(self.source)[1:-1]}: {what}", hint=hint)
 
     # --- adapter_config.json -----------------------------------------------------------------
@@ -206,7 +206,7 @@ class Adapter:
             )
 
     def rank(self, module: str) -> int:
-        """The rank that the config gives a module."""
+        """The rank of a module, from the config."""
         value = self._of_pattern("rank_pattern", "r", 8, module)
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if not is_number or not 1 <= value <= LARGEST:
@@ -214,7 +214,7 @@ class Adapter:
         return int(value)
 
     def scaling(self, module: str) -> float:
-        """The factor of ``B·A`` of a module, the adapter's weight in it."""
+        """The factor of ``B·A`` of a module, including the adapter's weight."""
         value = self._of_pattern("alpha_pattern", "lora_alpha", 8, module)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) < 1e9:
@@ -224,12 +224,12 @@ class Adapter:
         return self.weight * float(value / divisor)
 
     def targets(self, module: str, *, is_linear: bool) -> bool:
-        """Whether ``target_modules`` and what goes with it choose a module (as PEFT's
+        """Whether ``target_modules`` and related keys select a module (as PEFT's
         ``check_target_module_exists``).
 
         Args:
             module: name in the model.
-            is_linear: of a block: what ``all-linear`` chooses.
+            is_linear: whether it is a linear of a block, as ``all-linear`` selects.
         """
         given = self.settings
         excluded, targets = given.get("exclude_modules") or [], given.get("target_modules")
@@ -239,7 +239,7 @@ class Adapter:
         elif ends_with_one(module, excluded):
             return False
         if targets is None:
-            return True  # PEFT's default for the family, which it writes out when it saves
+            return True  # PEFT's default for the family, which it resolves when it saves
         if targets == "all-linear":
             return is_linear
         if isinstance(targets, str):
@@ -249,7 +249,7 @@ class Adapter:
         return ends_with_one(module, targets) and self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
-        """Whether ``layers_to_transform`` lets a module be."""
+        """Whether ``layers_to_transform`` includes a module."""
         layers = self.settings.get("layers_to_transform")
         if layers is None or layers == []:
             return True
@@ -273,8 +273,8 @@ class Adapter:
         return self._search(pattern, module, "fullmatch") is not None
 
     def _search(self, pattern: str, text: str, how: str) -> Any:
-        """A match of an untrusted pattern, which may take no longer than ``PATIENCE``."""
-        import regex  # it stops when the time is up, which re does not
+        """Match an untrusted pattern, within ``PATIENCE`` seconds."""
+        import regex  # has a timeout, which re lacks
 
         began = time.thread_time()
         try:
@@ -293,12 +293,12 @@ class Adapter:
 
     @property
     def ties(self) -> bool:
-        """Whether it was trained with the head tied to the embedding, where the model's is."""
+        """Whether it was trained with a tied head, where the model's is tied."""
         return bool(self.settings.get("ensure_weight_tying"))
 
     @property
     def modules_to_save(self) -> Sequence[str]:
-        """Names, or ends of names, of modules that the adapter brings whole."""
+        """Names, or name suffixes, of modules that the adapter replaces completely."""
         names = self.settings.get("modules_to_save") or []
         return [names] if isinstance(names, str) else names
 
@@ -309,10 +309,10 @@ class Adapter:
         return any(name.endswith(end) for end in self.modules_to_save for name in above)
 
     def token_rows(self, module: str, vocabulary: int) -> list[int]:
-        """The rows that ``trainable_token_indices`` gives a module's trained tokens.
+        """The rows of a module's trained tokens, from ``trainable_token_indices``.
 
         Raises:
-            CheckpointError: not such a list.
+            CheckpointError: not a list of rows.
         """
         rows = self.settings.get("trainable_token_indices")
         if isinstance(rows, dict):
@@ -325,12 +325,12 @@ class Adapter:
 
 
 def ends_with_one(module: str, ends: Sequence[str]) -> bool:
-    """Whether a module's name is one of ``ends``, or ends with one as its last parts."""
+    """Whether a module's name equals one of ``ends``, or ends with ``.`` and one of them."""
     return any(module == end or module.endswith(f".{end}") for end in ends)
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """``PATH=0.5`` → ``("PATH", 0.5)``; 1 without a weight, and where a folder has that name.
+    """``PATH=0.5`` → ``("PATH", 0.5)``; the weight is 1 without ``=``, or where that folder exists.
 
     Raises:
         UsageError: empty, or the weight is not a finite number.

@@ -1,6 +1,6 @@
-"""A checkpoint on disk: names, types and byte ranges from the shard headers; tensors when asked.
+"""A checkpoint on disk: names, dtypes and byte ranges from shard headers; tensors read on request.
 
-Nothing is loaded on opening. ``read`` touches the bytes of one tensor (or some of its rows) and
+No tensor is loaded on opening. ``read`` reads the bytes of one tensor (or some of its rows) and
 returns float32. The safetensors layout (8-byte little-endian header length, JSON header, data) is
 that of https://huggingface.co/docs/safetensors. Pickles (``.bin``) are read with
 ``weights_only=True`` only.
@@ -69,14 +69,14 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user typed, without secrets: a Hub id, a URL, or the folder's name.
+        source: a Hub id, a URL without secrets, or the folder's name, as given by the user.
         revision: commit of a Hub checkpoint, or ``""``.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
-        opened: the files that a build reads, as they were then (``compress.files.stamps``).
+        opened: size and time of the files when opened (``compress.files.stamps``).
         warnings: lines for the user and the report: pickled weights, names that differ.
-        adapters: that are merged into the weights (``compress.checkpoint.merged``).
+        adapters: merged into the weights (``compress.checkpoint.merged``).
 
     Example:
         >>> from compress.demo import model_path
@@ -96,7 +96,7 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        config = path / "config.json"  # where there is none, a word on what is there
+        config = path / "config.json"  # where it is missing, the error names what is there
         self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
@@ -116,18 +116,17 @@ class Checkpoint:
         token: str | None = None,
         cache_dir: str | None = None,
     ) -> Checkpoint:
-        """Open a local folder, or fetch a Hub id through huggingface_hub (``HF_*`` honoured), or
-        a URL through fsspec.
+        """Open a local folder, or download a Hub id with huggingface_hub (``HF_*`` variables apply)
+        or a URL with fsspec.
 
         Args:
             model: folder, Hub id or URL.
-            adapters: LoRAs of PEFT, merged as the weights are read: folders or Hub ids, each with
-                ``=WEIGHT`` behind it where that is not 1.
+            adapters: PEFT LoRA adapters, merged as the weights are read: folders or Hub ids, each
+                with ``=WEIGHT`` appended where that is not 1.
             revision, token, cache_dir: for a Hub id; the revision is the model's.
 
         Raises:
-            UsageError: neither a folder nor something that can be a Hub id; a revision of what is
-                not on the Hub.
+            UsageError: neither a folder nor a possible Hub id; or a revision without a Hub id.
             CheckpointError: no weights, damaged or inconsistent files, or the Hub refused.
         """
         if adapters:
@@ -138,7 +137,7 @@ class Checkpoint:
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
             raise UsageError("the model's name is empty")
-        # os.path's, not Path's: it leaves "~nobody/x" alone where Path raises.
+        # os.path's, not Path's: it does not change "~nobody/x", where Path raises.
         folder = Path(os.path.expanduser(name))
         if page := None if folder.exists() else page_of(name):
             name, linked = page
@@ -165,7 +164,7 @@ class Checkpoint:
                 "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
         path = download(name, revision=revision, token=token, cache_dir=cache_dir)
-        # Hub snapshots live in folders named after the commit.
+        # Hub snapshots are in folders named after the commit.
         return cls(path, source=name, revision=path.name)
 
     # --- headers -----------------------------------------------------------------------------
@@ -211,7 +210,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index.name} places {short(name)} in {short(shard)}, it is not there"
                 )
-        # What no index line names is listed too, to be refused as unexpected.
+        # Tensors that the index does not name are listed too, to be refused as unexpected.
         return {
             name: info
             for shard, tensors in found.items()
@@ -235,7 +234,7 @@ class Checkpoint:
         return tensors
 
     def _load_pickle(self, file: Path) -> Mapping[str, Any]:
-        """The tensors of one shard; only the last one used stays loaded. One thread at a time."""
+        """The tensors of one shard; the last used one is cached. One thread at a time."""
         with UNPICKLING:
             return self._load_pickle_alone(file)
 
@@ -291,7 +290,7 @@ class Checkpoint:
         if line not in self.warnings:
             self.warnings.append(line)
 
-    # --- facts about the whole ---------------------------------------------------------------
+    # --- the whole checkpoint ----------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -299,7 +298,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """SHA-256 over config, shard headers, sizes and times: names a checkpoint for resuming."""
+        """SHA-256 of config, shard headers, sizes and times: identifies the checkpoint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, info in sorted(self.tensors.items()):
             stat = info.file.stat()
@@ -309,7 +308,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded once.
+        """The tokenizer, cached.
 
         Raises:
             CheckpointError: see ``Tokenizer``.
@@ -319,7 +318,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_facts(self) -> TokenizerFacts:
-        """What files need to know of it, by a child process where transformers is not loaded.
+        """The tokenizer's data for artifacts, by a child process unless transformers is loaded.
 
         Raises:
             CheckpointError: see ``TokenizerFacts``.
@@ -329,7 +328,7 @@ class Checkpoint:
         return facts_from_child(self.path)
 
     def files(self) -> list[Path]:
-        """The files that a build reads, by name; not those of adapters."""
+        """The files that a build reads, sorted by name, without those of adapters."""
         shards = {info.file for info in self.tensors.values()}
         shards -= {adapter.file for adapter in self.adapters}
         others = [self.path / "config.json", self.path / "generation_config.json"]
@@ -339,18 +338,18 @@ class Checkpoint:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is a vocabulary at all."""
+        """Whether there is a vocabulary."""
         return any(file.name in VOCABULARIES for file in self.tokenizer_files())
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, those that exist."""
+        """The tokenizer's files that exist."""
         templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
         return [path for name in TOKENIZER_FILES if (path := self.path / name).exists()] + templates
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The weights of a checkpoint under our names, as they are: a ``Source``. Nothing is kept."""
+    """A ``Source`` of a checkpoint's unchanged weights, by packlight's names. Caches nothing."""
 
     checkpoint: Checkpoint
     config: DecoderConfig

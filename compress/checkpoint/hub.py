@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Hub, through huggingface_hub: ``HF_*`` variables are honoured."""
+"""Downloads checkpoints from the Hugging Face Hub; huggingface_hub's ``HF_*`` variables apply."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from compress.errors import (
 )
 from compress.machine import change_setting
 
-# What a build needs, and nothing of the other formats that live beside it in a repository
-# (consolidated.safetensors, onnx/, original/, GGUF files). The small files come first: a model
-# that packlight does not build is refused before its gigabytes are fetched.
+# The files that a build needs, without other formats in the same repository
+# (consolidated.safetensors, onnx/, original/, GGUF files). Small files come first: a model that
+# packlight does not support is refused before its gigabytes are downloaded.
 SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
-# The one folder that is looked into.
+# The only subfolder that is read.
 CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
 
 
 def download(
     repo_id: str, *, revision: str | None, token: str | None, cache_dir: str | None
 ) -> Path:
-    """Fetch what a build needs of a Hub repository, or find it in the cache.
+    """Download the files of a Hub repository that a build needs, or find them in the cache.
 
     Returns:
         The snapshot's folder, which is named after the commit.
 
     Raises:
-        CheckpointError: the Hub or the cache does not have it; the reason in one line.
-        UnsupportedModelError: its ``config.json`` names a model that packlight does not build.
-        DiskFullError: no room for it.
+        CheckpointError: neither the Hub nor the cache has it; the reason in one line.
+        UnsupportedModelError: its ``config.json`` names a model that packlight does not support.
+        DiskFullError: the disk is full.
     """
     from huggingface_hub import snapshot_download
 
@@ -79,7 +79,7 @@ def download(
 
 
 def list_files(repo_id: str, revision: str, token: str | None) -> list[str]:
-    """Names of the files of a repository, those in folders left out; none without a connection."""
+    """Names of a repository's top-level files; empty without a connection."""
     from huggingface_hub import HfApi
 
     try:
@@ -97,15 +97,14 @@ def download_adapter(
     token: str | None,
     cache_dir: str | None,
 ) -> Path:
-    """Fetch the named files of a Hub repository, one after the other; those that it has, the
-    first in any case.
+    """Download those of the named files that a Hub repository has; the first is required.
 
     Returns:
         The snapshot's folder, which is named after the commit.
 
     Raises:
-        CheckpointError: the first file is not there; as for ``download``.
-        DiskFullError: no room for them.
+        CheckpointError: the first file is missing; or as for ``download``.
+        DiskFullError: the disk is full.
     """
     from huggingface_hub import snapshot_download
 
@@ -137,7 +136,7 @@ def no_warnings() -> None:
 
 
 def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:
-    """What to raise where a download failed."""
+    """The error to raise for a failed download."""
     if isinstance(error, OSError) and is_disk_full(error):
         return DiskFullError(f"no room left to fetch {repo_id}")
     why, hint = _explain(error, revision)
@@ -145,13 +144,13 @@ def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightE
 
 
 def page_of(name: str) -> tuple[str, str] | None:
-    """The repository whose page on the Hub a URL is, and the revision that it names or ``""``.
+    """The repository and revision (or ``""``) of a Hub page's URL.
 
     Returns:
-        None for what is no page of the Hub: huggingface.co, hf.co or ``HF_ENDPOINT``.
+        None for a URL that is not on the Hub: huggingface.co, hf.co or ``HF_ENDPOINT``.
 
     Raises:
-        UsageError: a page of the Hub that is not of a model.
+        UsageError: a page of the Hub that is not a model's.
     """
     if match := re.fullmatch(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/@]+))?/?", name):
         return match[1], match[2] or ""
@@ -170,7 +169,7 @@ def page_of(name: str) -> tuple[str, str] | None:
 
 
 def weight_files(folder: Path, single: str) -> list[str]:
-    """Names that weights may have: of the one file, and those that its index has.
+    """Possible names of weight files: the single file, and those in its index.
 
     Args:
         folder: with the small files.
@@ -183,7 +182,7 @@ def weight_files(folder: Path, single: str) -> list[str]:
 
 
 def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
-    """Why a download failed, and what to do about it."""
+    """Why a download failed, and a hint."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):

@@ -1,7 +1,7 @@
-"""A checkpoint with LoRA adapters merged into it, while it is read: no second one is written.
+"""Merges LoRA adapters into a checkpoint's weights as they are read; no merged copy is written.
 
-Every weight is ``W + s·B·A``, in float32, as PEFT's ``merge_and_unload`` makes it. What is around
-the checkpoint sees the merged model: the float baseline, calibration, each format.
+Every weight is ``W + s·B·A``, in float32, as in PEFT's ``merge_and_unload``. The float baseline,
+calibration and all formats use the merged model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["Merged", "merge"]
 
 
 class Merged(Checkpoint):
-    """A checkpoint's tensors with adapters merged into them.
+    """A checkpoint whose tensors have adapters merged into them.
 
-    ``tensors`` are the checkpoint's, but for those that an adapter brings whole; ``config`` is
-    untied where an adapter brings a head or an embedding of its own.
+    ``tensors`` are the checkpoint's, except those that an adapter replaces completely; ``config``
+    is untied where an adapter has its own head or embedding.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Merged(Checkpoint):
         """
         Args:
             base: opened.
-            config: of what it stores (``settle_head``, ``WeightMap.check``).
-            adapters: in any order: what they bring whole comes first, then what they add.
+            config: of the stored tensors (``settle_head``, ``WeightMap.check``).
+            adapters: in any order: complete tensors are applied first, then added terms.
 
         Raises:
             CheckpointError: an adapter that does not fit the model, or two that exclude each other.
@@ -64,13 +64,13 @@ class Merged(Checkpoint):
                 self._untie()
                 self.tensors[self._head] = self.tensors[self._embedding]
         elif DecoderConfig.from_hf(base.config, base.generation_config).tie_word_embeddings:
-            self._untie()  # the checkpoint has a head of its own, whatever its config says
+            self._untie()  # the checkpoint has its own head, in spite of its config
         for adapter in adapters:
             self._check_base_name(adapter)
             self._place(adapter)
             self.warnings += adapter.warnings
             self.opened |= adapter.opened
-        for terms in self._terms.values():  # rows that are replaced, then what is added
+        for terms in self._terms.values():  # replaced rows first, then added terms
             terms.sort(key=lambda term: not isinstance(term, TokenRows))
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -79,7 +79,7 @@ class Merged(Checkpoint):
         if terms := self._terms.get(name):
             info = self.tensors[name]
             start, _, _ = (rows or slice(None)).indices(info.shape[0])
-            if info.offset < 0:  # a pickle's own memory
+            if info.offset < 0:  # the memory of a pickle
                 values = values.copy()
             with np.errstate(all="ignore"):
                 for term in terms if len(values) else ():
@@ -88,14 +88,14 @@ class Merged(Checkpoint):
         return values
 
     def fingerprint(self) -> str:
-        """See ``Checkpoint.fingerprint``; names the adapters, too."""
+        """See ``Checkpoint.fingerprint``; includes the adapters."""
         facts = [super().fingerprint(), *(adapter.fingerprint() for adapter in self.adapters)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # --- the head ----------------------------------------------------------------------------
 
     def _unties(self, adapter: Adapter) -> bool:
-        """Whether an adapter brings a head or an embedding apart from the other."""
+        """Whether an adapter has a complete head or embedding that was trained untied."""
         if adapter.ties:
             return False
         ends = (self._embedding, self._head)
@@ -105,20 +105,20 @@ class Merged(Checkpoint):
         )
 
     def _untie(self) -> None:
-        """Say so where a head has a tensor of its own."""
+        """Mark the config as untied: the head has its own tensor."""
         self._shared = False
         self.config = {**self.config, "tie_word_embeddings": False}
         if "share_embedding" in self.config:
             self.config["share_embedding"] = False
 
     def _weight(self, name: str) -> str:
-        """The tensor on disk that a weight of the model is."""
+        """The name on disk of a weight of the model."""
         return self._embedding if self._shared and name == self._head else name
 
     # --- an adapter's tensors ----------------------------------------------------------------
 
     def _place(self, adapter: Adapter) -> None:
-        """Find the weight of each tensor of an adapter."""
+        """Assign each tensor of an adapter to a weight of the model."""
         pairs: dict[str, dict[str, TensorInfo]] = {}
         unknown = []
         for name, info in adapter.tensors.items():
@@ -127,7 +127,7 @@ class Merged(Checkpoint):
             if kind in ("", "base_layer"):
                 brought = name.replace(".base_layer.", ".") if kind else name
                 if brought in self._shapes:
-                    # Beneath a LoRA only biases are trained; the weight is the base's, again.
+                    # In base_layer only biases are trained; its weight is a copy of the base's.
                     trained = not name.endswith(".base_layer.weight")
                     self._bring(adapter, brought, info, trained=trained)
                     continue
@@ -139,7 +139,7 @@ class Merged(Checkpoint):
                     raise adapter.error("DoRA is not supported", MERGE)
                 if (kind in EMBEDDING) == (weight == self._embedding) and kind in PAIR:
                     if self._shared and weight == self._head and adapter.ties:
-                        continue  # the embedding's pair again, which its term is made of
+                        continue  # a copy of the embedding's pair, which makes the term
                     pairs.setdefault(module, {})[PAIR[kind]] = info
                     continue
                 raise adapter.error(f"{short(name)} is of a kind that is not supported", MERGE)
@@ -155,7 +155,7 @@ class Merged(Checkpoint):
         self._check_complete(adapter, set(pairs))
 
     def _bring(self, adapter: Adapter, name: str, info: TensorInfo, *, trained: bool) -> None:
-        """A tensor that the adapter brings whole takes the place of the checkpoint's."""
+        """Replace a checkpoint's tensor by the adapter's complete one."""
         if trained:
             self._need_weight_one(adapter, name)
         check_shape(adapter, info, self._shapes[name], name)
@@ -181,7 +181,7 @@ class Merged(Checkpoint):
             )
 
     def _add_pair(self, adapter: Adapter, module: str, found: dict[str, TensorInfo]) -> None:
-        """A and B of a module, and the bias of B."""
+        """Add the terms of a module's A and B, and of B's bias."""
         name = f"{module}.weight"
         for part in ("A", "B"):
             if part not in found:
@@ -213,7 +213,7 @@ class Merged(Checkpoint):
             self._terms.setdefault(bias, []).append(BiasTerm(found["bias"], scaling))
 
     def _check_complete(self, adapter: Adapter, adapted: set[str]) -> None:
-        """Look for what the config promises and the weights lack."""
+        """Refuse an adapter whose weights lack modules that its config names."""
         missing = []
         for name, shape in self._shapes.items():
             module, _, kind = name.rpartition(".")
@@ -235,7 +235,7 @@ class Merged(Checkpoint):
             )
 
     def _check_base_name(self, adapter: Adapter) -> None:
-        """Say so where the adapter was trained on a model of another name."""
+        """Warn where the adapter was trained on a model of another name."""
         base: Any = adapter.settings.get("base_model_name_or_path")
         own = (self.source, self.config.get("_name_or_path"), self.path.resolve().name)
         if isinstance(base, str) and base and last_part(base) not in map(last_part, own):
@@ -253,8 +253,8 @@ MARKS = ("lora_", "token_adapter", "base_layer")
 
 
 def split_kind(name: str) -> tuple[str, str]:
-    """``…q_proj.lora_A.weight`` → ``("…q_proj", "lora_A.weight")``; a whole tensor's kind is
-    ``""``, ``base_layer`` that of one beneath an adapted module."""
+    """``…q_proj.lora_A.weight`` → ``("…q_proj", "lora_A.weight")``; the kind of a complete tensor
+    is ``""``, of one below an adapted module ``base_layer``."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         if part.startswith(MARKS):
@@ -269,10 +269,10 @@ def last_part(name: Any) -> str:
 
 
 def check_shape(adapter: Adapter, info: TensorInfo, shape: Sequence[int], name: str) -> None:
-    """Hold a tensor against the shape that the model and the config ask for.
+    """Check a tensor's shape against that of model and config.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it differs.
     """
     if info.shape != tuple(shape):
         hint = "the adapter was trained on another model, or its config is of another adapter"
@@ -291,7 +291,7 @@ def check_shape(adapter: Adapter, info: TensorInfo, shape: Sequence[int], name: 
 def merge(
     base: Checkpoint, adapters: str | Sequence[str], *, token: str | None, cache_dir: str | None
 ) -> Merged:
-    """A checkpoint with adapters merged into it.
+    """Open adapters and merge them into a checkpoint.
 
     Args:
         base: opened.

@@ -1,7 +1,7 @@
-"""Folders behind URLs, through fsspec: ``s3://``, ``gs://``, ``file://`` and others.
+"""Reads and writes folders at URLs with fsspec: ``s3://``, ``gs://``, ``file://`` and others.
 
-A checkpoint is copied to this machine before it is read. Protocols come from fsspec's own
-packages (``pip install s3fs gcsfs adlfs``).
+A checkpoint is copied to a local cache before it is read. Protocols need fsspec's packages
+(``pip install s3fs gcsfs adlfs``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compress.errors import (
 )
 from compress.files import file_lock, write_whole
 
-INDEX = ".fetched.json"  # name → tag of the copy that is here
+INDEX = ".fetched.json"  # name → version tag of the local copy
 
 
 def open_url(url: str) -> tuple[Any, str]:
@@ -74,24 +74,24 @@ def find(pattern: str) -> list[str]:
 
 
 def fetch(url: str, cache: Path) -> Path:
-    """The checkpoint behind a URL as a folder of this machine; what is there already stays.
+    """Copy the checkpoint at a URL into a local folder; unchanged files are not copied again.
 
-    A file is fetched again when its tag (ETag or checksum, else size and time) has changed. The
-    small files come first: a model that packlight does not build is refused before its gigabytes.
-    Two processes that want the same URL take turns.
+    A file is fetched again when its tag (ETag or checksum, else size and time) has changed. Small
+    files come first: a model that packlight does not support is refused before its gigabytes.
+    Processes that fetch the same URL wait for each other.
 
     Args:
         url: a folder with ``config.json`` in it.
         cache: folder of the copies, one for each URL.
 
     Raises:
-        CheckpointError: not there, not readable; the reason in one line.
-        UnsupportedModelError: its ``config.json`` names a model that packlight does not build.
-        DiskFullError: no room for it.
+        CheckpointError: missing or not readable; the reason in one line.
+        UnsupportedModelError: its ``config.json`` names a model that packlight does not support.
+        DiskFullError: the disk is full.
         UsageError: see ``open_url``.
     """
     fs, root = open_url(url)
-    name = PurePosixPath(without_secrets(root)).name  # of https:// a root is the whole URL
+    name = PurePosixPath(without_secrets(root)).name  # for https:// the root is the whole URL
     folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,13 +112,13 @@ def fetch(url: str, cache: Path) -> Path:
 
 
 def listing(fs: Any, root: str) -> dict[str, dict[str, Any]]:
-    """File name → what the store says of it now: some file systems keep old listings."""
+    """File name → the store's current facts on it, not a cached listing."""
     fs.invalidate_cache()
     return {PurePosixPath(row["name"]).name: row for row in fs.ls(root, detail=True)}
 
 
 def fingerprint(url: str) -> str:
-    """Names what lies at a URL, without reading it: another after any change of a file.
+    """A hash of the names and version tags at a URL: it changes with any file.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be listed.
@@ -135,7 +135,7 @@ def fingerprint(url: str) -> str:
 
 
 def copy(fs: Any, found: dict[str, Any], patterns: Sequence[str], folder: Path) -> int:
-    """Fetch the files of some patterns unless this very version is here; returns how many match."""
+    """Fetch the files that match some patterns, except unchanged ones; returns how many match."""
     index_path = folder.parent / INDEX
     index = json.loads(index_path.read_text("utf-8")) if index_path.is_file() else {}
     names = [n for n in sorted(found) if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
@@ -148,13 +148,13 @@ def copy(fs: Any, found: dict[str, Any], patterns: Sequence[str], folder: Path) 
         partial.replace(folder / name)
         index[name] = tag
         write_whole(index_path, json.dumps(index))
-    for stale in set(index) - set(found):  # a checkpoint that has been stored in other shards
+    for stale in set(index) - set(found):  # e.g. shards of an earlier version
         (folder / stale).unlink(missing_ok=True)
     return len(names)
 
 
 def version_tag(row: dict[str, Any]) -> str:
-    """What changes when a file changes, as its store has it."""
+    """A file's version tag in its store: ETag or checksum, else size and time."""
     for key in ("ETag", "etag", "md5Hash", "checksum", "content_hash"):
         if row.get(key):
             return str(row[key])
@@ -163,7 +163,7 @@ def version_tag(row: dict[str, Any]) -> str:
 
 
 def write_text(url: str, name: str, text: str) -> None:
-    """Put a small UTF-8 file into a folder behind a URL.
+    """Write a small UTF-8 file into the folder at a URL.
 
     Raises:
         UsageError: cannot be written; the reason in one line.

@@ -36,8 +36,8 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-CHUNK = 1 << 16  # values widened at once: what is stored and what is made stay in a core's cache
-PIECE = 1 << 20  # values that are worth a thread
+CHUNK = 1 << 16  # values converted at a time: input and output fit in a core's cache
+PIECE = 1 << 20  # least values for a thread
 NEGATIVE, INFINITE = 0x8000, 0x7F80  # bits of bfloat16: the sign, an exponent of ones
 MAX_HEADER = 8 << 20  # bytes: some 60,000 tensors; the reference implementation takes 100 MB
 MAX_DIMENSIONS = 8
@@ -63,10 +63,10 @@ class TensorInfo:
 
 
 def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file, from its header; buffers of numbers that no weight has are left out.
+    """The tensors of a file, from its header; known buffers that are not float are left out.
 
     Raises:
-        CheckpointError: not such a file, truncated, or with numbers that are not float.
+        CheckpointError: not a safetensors file, truncated, or with weights that are not float.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -106,8 +106,7 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
 def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = True) -> Float32:
     """``count`` values from row ``start_row`` on, float32, flat.
 
-    The system is advised that as many bytes behind them will be read next, so that it fetches them
-    from the disk meanwhile.
+    The kernel is advised to prefetch as many bytes after them.
 
     Raises:
         CheckpointError: a short read, or, ``checked``, NaN/Inf among the values.
@@ -147,14 +146,14 @@ def check_finite(name: str, values: Float32) -> None:
 def _read_into(
     info: TensorInfo, offset: int, whole: Float32, finite: list[bool], begin: int, end: int
 ) -> None:
-    """Fill ``whole[begin:end]`` of what lies from byte ``offset`` on.
+    """Fill ``whole[begin:end]`` from the bytes at ``offset``.
 
-    ``finite`` gets True only where all of them are finite. Where it is False, only
-    ``check_finite`` knows.
+    ``finite`` gets True only where all values are finite; False means that ``check_finite`` must
+    decide.
 
     Raises:
         CheckpointError: a short read.
-        OSError: none at all.
+        OSError: a failed read.
     """
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
     values = whole[begin:end]
@@ -172,9 +171,8 @@ def _read_into(
                     raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
                 read += got
             if info.dtype == "BF16":
-                # Of the numbers without sign NaN and Inf are the largest as signed integers (a
-                # sign makes them negative), of those with a sign the largest as unsigned ones:
-                # two maxima, which are SIMD.
+                # As integers, positive NaN and Inf are the largest signed values, and negative ones
+                # the largest unsigned values: two SIMD maxima find both.
                 fine &= int(stored.view("<i2").max()) < INFINITE
                 fine &= int(stored.max()) < NEGATIVE | INFINITE
                 bits = part.view(np.uint32)
@@ -182,8 +180,8 @@ def _read_into(
                 bits <<= 16
             else:
                 part[:] = stored
-                # Finite unless one of them is not, or the sum overflows; a quarter of the cost of
-                # looking at each.
+                # A finite sum means finite values (it may also overflow); a quarter of the cost of
+                # checking each value.
                 fine &= math.isfinite(float(part.sum()))
     finite.append(fine)
 
@@ -212,14 +210,14 @@ def write_safetensors(
     headers: Mapping[str, tuple[str, tuple[int, ...]]],
     values: Iterable[Float32],
 ) -> None:
-    """Write a file.
+    """Write a safetensors file.
 
     Args:
         path: of the file.
         headers: name → dtype (``F32``, ``F16``, ``BF16``) and shape, in the order of the data.
         values: of each tensor in that order, float32; taken one at a time.
     """
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, (dtype, shape) in headers.items():
         begin, end = end, end + math.prod(shape) * BYTES[dtype]
@@ -234,7 +232,7 @@ def write_safetensors(
 
 
 def encode(values: Float32, dtype: str) -> NDArray[np.generic]:
-    """The numbers of a file: float32 or float16 as they are, bfloat16 as its 16 bits."""
+    """Values in the file's dtype: float32, float16, or uint16 with the bits of bfloat16."""
     if dtype == "F32":
         return values.astype("<f4", copy=False)
     if dtype == "F16":
@@ -245,7 +243,7 @@ def encode(values: Float32, dtype: str) -> NDArray[np.generic]:
 
 
 def round_to(values: Float32, dtype: str) -> Float32:
-    """Values as a file of ``dtype`` gives them back, float32."""
+    """Values rounded to ``dtype``, as float32."""
     if dtype != "BF16":
         return encode(values, dtype).astype(np.float32)
     return (encode(values, dtype).astype(np.uint32) << 16).view(np.float32)

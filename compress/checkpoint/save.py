@@ -1,4 +1,4 @@
-"""A ``Source`` as a checkpoint folder of Hugging Face's: sharded safetensors, config, tokenizer.
+"""Writes a ``Source`` as a Hugging Face checkpoint: sharded safetensors, config, tokenizer.
 
 Written one tensor at a time. Blocks that a checkpoint shares (MobileLLM-LS) are written as often as
 they run: the folder is of a class that transformers has.
@@ -50,7 +50,7 @@ def checkpoint_bytes(source: Source) -> int:
 
 
 def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: list[Shapes]) -> None:
-    """The weights, and an index where there are several files."""
+    """Write the weights, and an index where there are several files."""
     names = {tensor: name for name, tensor in disk_tensors(config)}
     count = len(shards)
     files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -69,7 +69,7 @@ def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: li
 
 
 def disk_tensors(config: DecoderConfig) -> Iterator[tuple[str, str]]:
-    """Our name and the file's of every tensor, in order of execution; a tied head is left out."""
+    """Packlight's name and the file's of every tensor, in order of execution; no tied head."""
     shapes = WeightMap(config)
     on_disk = FAMILIES[config.family].names
     fused = {m: whole for whole, members in FUSED.items() if whole in on_disk for m in members}
@@ -86,7 +86,7 @@ def disk_tensors(config: DecoderConfig) -> Iterator[tuple[str, str]]:
 
 
 def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str]) -> Shapes:
-    """dtype and shape of every tensor of the file."""
+    """The dtype and shape of every tensor in the file."""
     shapes = WeightMap(config)
     headers: Shapes = {}
     for name, tensor in disk_tensors(config):
@@ -96,7 +96,7 @@ def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str])
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
-    """Role and kind → the dtype that the checkpoint holds it in; float32 where blocks differ."""
+    """Role and kind → dtype in the checkpoint; float32 where blocks differ."""
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
     found: dict[tuple[str, str], str] = {}
     for name, tensor in disk_tensors(config):
@@ -113,7 +113,7 @@ def shard_bytes(headers: Shapes) -> int:
 
 
 def split(headers: Shapes, limit: int) -> list[Shapes]:
-    """Shards of at most ``limit`` bytes, at least one tensor each."""
+    """Split into shards of at most ``limit`` bytes, at least one tensor each."""
     shards: list[Shapes] = [{}]
     for tensor, (dtype, shape) in headers.items():
         size = math.prod(shape) * BYTES[dtype]

@@ -1,7 +1,7 @@
-"""A config that ties the head to the embedding, and what the files hold beside it.
+"""Resolves a config that ties the head to the embedding with the matrices in the files.
 
-Of the two names of one matrix either may be on disk, or both. transformers 4 takes the embedding
-whatever the file says; transformers 5 takes a stored head that differs, and so does this.
+Of the two names of a tied matrix either may be on disk, or both. transformers 4 always uses the
+embedding; transformers 5 uses a stored head that differs, and so does packlight.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["settle_head"]
 
 
 def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """The config by what is stored: untied where the head is a matrix of its own.
+    """The config that matches the stored matrices: untied where a stored head differs.
 
-    A head that equals the embedding is left out of ``checkpoint.tensors``; a matrix that is stored
-    under the head's name only is entered under the embedding's instead; where they differ,
-    ``checkpoint.config`` says so. ``checkpoint.warnings`` gets a line for what is not plain.
+    A head that equals the embedding is removed from ``checkpoint.tensors``; a matrix stored only
+    under the head's name is renamed to the embedding's; where they differ, ``checkpoint.config``
+    is set to untied. ``checkpoint.warnings`` gets a line in the last two cases.
 
     Args:
         config: tied.
-        checkpoint: opened; at most its two matrices are read, slab by slab.
+        checkpoint: opened; only the two matrices are read, slab by slab.
 
     Raises:
         CheckpointError: one of the two cannot be read.
@@ -55,8 +55,8 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
 
 
 def same_values(checkpoint: Checkpoint, first: str, second: str, slab: int = SLAB) -> bool:
-    """Whether two matrices hold the same numbers, whatever their types; reads up to the first slab
-    (of so many weights) that differs."""
+    """Whether two matrices hold the same numbers, of any dtypes; reads slabs of so many weights up
+    to the first that differs."""
     shape = checkpoint.tensors[first].shape
     if checkpoint.tensors[second].shape != shape or not shape:
         return False

@@ -1,11 +1,11 @@
-"""Config and tokenizer files beside a graph, so that Hugging Face's loaders take the folder.
+"""Writes config and tokenizer files beside a graph, so that transformers can load the folder.
 
 GGUF holds all of this inside; ONNX and Core ML folders need ``config.json``,
 ``generation_config.json``, ``tokenizer.json`` and ``tokenizer_config.json`` next to the model.
 
-The tokenizer's are not the checkpoint's own, which mean one thing to one class and version of
-transformers and another to the next: ``tokenizer.json`` is the tokenizer as it was loaded, added
-tokens and all, and ``tokenizer_config.json`` names a class that takes it as it is, in any version.
+The tokenizer's files are not copies of the checkpoint's, whose meaning depends on the class and
+version of transformers: ``tokenizer.json`` is the tokenizer as it was loaded, with added tokens,
+and ``tokenizer_config.json`` names a class that loads it unchanged in any version.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from compress.decoder.tokenizer_facts import SPECIAL
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
 
-# Settings of tokenizer_config.json by which some class rebuilds the tokenizer that tokenizer.json
-# has, and those that only make sense beside the checkpoint.
+# Settings of tokenizer_config.json from which some classes rebuild the tokenizer of
+# tokenizer.json, and those that only make sense beside the checkpoint.
 REBUILDING = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "auto_map", "backend", "extra_special_tokens", "from_slow",
@@ -33,7 +33,7 @@ REBUILDING = (
 
 
 def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path) -> None:
-    """``config.json``, ``generation_config.json`` and the tokenizer's files."""
+    """Write ``config.json``, ``generation_config.json`` and the tokenizer's files."""
     write_json(folder / "config.json", hf_config(config), sort_keys=True)
     generation = generation_config(config, checkpoint)
     write_json(folder / "generation_config.json", generation, sort_keys=True)
@@ -42,7 +42,7 @@ def write_side_files(config: DecoderConfig, checkpoint: Checkpoint, folder: Path
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """``tokenizer.json`` and ``tokenizer_config.json``, which every transformers reads alike.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, which any transformers loads alike.
 
     Raises:
         CheckpointError: no tokenizer, or one that cannot be written as ``tokenizer.json``.
@@ -67,7 +67,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
-    """``config.json``: the checkpoint's, as the class that the graph computes."""
+    """``config.json``: the checkpoint's, with the class that the graph implements."""
     raw = {key: value for key, value in config.raw.items() if key not in FOREIGN}
     return raw | {
         "architectures": [config.architecture],
@@ -78,7 +78,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def generation_config(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """``generation_config.json``: the checkpoint's, with every stop token."""
+    """``generation_config.json``: the checkpoint's, with all end-of-text ids."""
     found = dict(checkpoint.generation_config)
     found.pop("transformers_version", None)
     ids: dict[str, Any] = {
@@ -90,8 +90,7 @@ def generation_config(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer's files as the checkpoint has them; those of ``write_tokenizer`` stay where it
-    has none of that name."""
+    """Copy the checkpoint's tokenizer files over those of ``write_tokenizer``."""
     for file in checkpoint.tokenizer_files():
         target = folder / file.relative_to(checkpoint.path)
         target.parent.mkdir(exist_ok=True)

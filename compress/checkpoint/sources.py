@@ -1,8 +1,8 @@
-"""Where weights come from: a checkpoint as it is stored, or one seen through a change.
+"""Sources of weights: a stored checkpoint, or a change of another source.
 
-A change (pruning, folding) is a ``Source`` around another ``Source``: it has a config of
-its own and computes each weight when it is asked for. Nothing is kept, so a source costs no memory
-beyond the tensor that is being read.
+A change (pruning, folding) is a ``Source`` around another ``Source``: it has its own config and
+computes each weight when it is read. Nothing is cached, so a source needs no memory beyond the
+tensor that is being read.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ __all__ = ["Change", "Source"]
 
 
 class Source(Protocol):
-    """Weights of one decoder under our names (``compress.decoder.config.WeightMap``)."""
+    """Weights of one decoder by packlight's names (``compress.decoder.config.WeightMap``)."""
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The folder that tokenizer and side files are taken from."""
+        """The checkpoint with the tokenizer and side files."""
         ...
 
     @property
     def config(self) -> DecoderConfig:
-        """The decoder that these weights make; not always the checkpoint's own."""
+        """The config of these weights; it may differ from the checkpoint's."""
         ...
 
     @property
@@ -35,31 +35,31 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, rows: slice | None = None) -> Float32:
-        """A weight as float32, whole or some of its rows; checked to be finite.
+        """Read a weight as float32, whole or some of its rows; checked to be finite.
 
         Fused roles (``qkv_proj``, ``gate_up_proj``) and their parts are both readable.
 
         Raises:
-            CheckpointError: not there, truncated, or with NaN/Inf.
+            CheckpointError: missing, truncated, or with NaN/Inf.
         """
         ...
 
     def fingerprint(self) -> str:
-        """Names the weights: the same for the same numbers, another after any change."""
+        """A text that identifies the weights: it changes with their numbers."""
         ...
 
 
 class Change:
-    """A source around a source; each kind has a ``read`` of its own.
+    """Base of sources that change another source; subclasses implement ``read``.
 
-    It is read by one thread only: what it computes may take memory, and be used again.
+    Read by one thread only: results may be large and reused.
 
     Attributes:
-        source: the weights before.
-        config: the decoder after.
+        source: the weights before the change.
+        config: the decoder after the change.
 
     Args:
-        what: names the change; with the source's it makes the fingerprint.
+        what: name of the change, part of the fingerprint.
     """
 
     threadsafe = False

@@ -1,4 +1,4 @@
-"""What lies there instead of a checkpoint, named for what it is."""
+"""Errors for files and folders that are not a checkpoint: each names what was found."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from compress.errors import CheckpointError, PacklightError, UsageError
 __all__ = ["explain_folder", "not_a_weight", "other_file", "read_config"]
 
 
-# What a trainer leaves beside weights.
+# Files that trainers write beside weights.
 OTHERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
 def read_config(folder: Path, name: str = "", listed: Sequence[str] = ()) -> dict[str, Any]:
-    """``config.json`` of a checkpoint.
+    """Read a checkpoint's ``config.json``.
 
     Args:
-        folder: that it is in.
-        name: what the user calls the checkpoint; default: the folder's path.
-        listed: files that are where the folder came from.
+        folder: of the checkpoint.
+        name: the checkpoint as the user typed it; default: the folder's path.
+        listed: names of all files at the folder's origin.
 
     Raises:
-        CheckpointError: not there, then by what is there instead; or not readable.
+        CheckpointError: missing (the error names what is there instead), or not readable.
     """
     try:
         return read_json(folder / "config.json")
@@ -39,13 +39,13 @@ def read_config(folder: Path, name: str = "", listed: Sequence[str] = ()) -> dic
 def explain_folder(
     folder: Path, otherwise: PacklightError, name: str = "", listed: Sequence[str] = ()
 ) -> PacklightError:
-    """Why a folder is no checkpoint, by the files that are there.
+    """The error for a folder that is no checkpoint, by the files in it.
 
     Args:
-        folder: without ``config.json``, or without weights under the names that are read.
-        otherwise: what to say where nothing there is known.
-        name: what the user calls it; default: its path.
-        listed: files that are where the folder came from.
+        folder: without ``config.json``, or without weights of known names.
+        otherwise: the error where no file is recognized.
+        name: the folder as the user typed it; default: its path.
+        listed: names of all files at the folder's origin.
     """
     name = name or str(folder)
     there = folder.iterdir() if folder.is_dir() else ()
@@ -72,7 +72,7 @@ def explain_folder(
 
 
 def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
-    """Weights as some training loop saved them."""
+    """The error for a pickle saved by a training loop."""
     return CheckpointError(
         f"{name} has its weights in {short(files[0])}, a pickle of another layout",
         hint="save the model with transformers: model.save_pretrained(FOLDER)",
@@ -80,7 +80,7 @@ def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
 
 
 def library_error(name: str, files: Sequence[str]) -> PacklightError:
-    """Weights for TensorFlow, JAX or a runtime."""
+    """The error for weights of TensorFlow, JAX or a runtime."""
     return CheckpointError(
         f"{name} has its weights in {short(files[0])}, which PyTorch does not read",
         hint="the same model with *.safetensors, or load it with transformers (from_tf, from_flax) "
@@ -89,7 +89,7 @@ def library_error(name: str, files: Sequence[str]) -> PacklightError:
 
 
 def adapter_error(name: str, config: Mapping[str, Any]) -> PacklightError:
-    """A folder that PEFT wrote."""
+    """The error for a PEFT adapter."""
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     named = isinstance(base, str) and re.fullmatch(r"[\w./~-]{1,100}", base)
     plain = isinstance(kind, str) and kind.isalnum() and len(kind) < 20
@@ -101,11 +101,11 @@ def adapter_error(name: str, config: Mapping[str, Any]) -> PacklightError:
 
 
 def shards_error(name: str, files: Sequence[str]) -> PacklightError:
-    """Weights that no index names.
+    """The error for shards without an index.
 
     Args:
         name: of the folder.
-        files: with weights in them.
+        files: the shards.
     """
     first = files[0]
     whole = "pytorch_model.bin" if first.endswith(".bin") else "model.safetensors"
@@ -120,7 +120,7 @@ def shards_error(name: str, files: Sequence[str]) -> PacklightError:
 
 
 def gguf_error(what: str) -> PacklightError:
-    """An artifact where a checkpoint is expected."""
+    """The error for a GGUF file where a checkpoint is expected."""
     return UsageError(
         f"{what} is a GGUF file: quantized weights, not a checkpoint",
         hint="give the Hugging Face checkpoint that it was made from; packlight inspect FILE shows "
@@ -129,7 +129,7 @@ def gguf_error(what: str) -> PacklightError:
 
 
 def other_file(path: Path) -> PacklightError:
-    """A single file given as MODEL."""
+    """The error for a single file given as MODEL."""
     with path.open("rb") as stream:
         head = stream.read(9)
     folder = path.parent
@@ -152,7 +152,7 @@ def other_file(path: Path) -> PacklightError:
 
 
 def not_a_weight(file: str, name: str, dtype: str) -> CheckpointError:
-    """A tensor whose numbers are not float32, float16 or bfloat16."""
+    """The error for a tensor that is not float32, float16 or bfloat16."""
     message = f"{file}: {short(name)} has dtype {short(dtype)}, not F32, F16 or BF16"
     if dtype == "F64":
         return CheckpointError(message, hint="store it as float32: model.float().save_pretrained()")

@@ -1,7 +1,7 @@
-"""What an adapter adds to rows of a weight, or puts in their place.
+"""The terms of an adapter: values that are added to rows of a weight, or replace them.
 
-Products are made in tiles of rows whose places are fixed, so that a weight has the same bits
-however many rows of it are asked for at a time.
+Products are computed in fixed tiles of rows, so that a weight has the same bits however many rows
+are read at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from compress.machine import in_threads
 __all__ = ["BiasTerm", "LowRank", "Term", "TokenRows", "same_values"]
 
 TILE = 64  # rows of one product
-PIECE = 1 << 20  # weights that are worth a thread, or are read at a time
+PIECE = 1 << 20  # least weights for a thread, and weights read at a time
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``scaling · B·A``, which is added to a weight.
+    """The term ``scaling · B·A`` of a weight.
 
     Attributes:
         a: float ``[rank, columns]``; of an embedding ``[rank, rows]``.
@@ -62,7 +62,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class BiasTerm:
-    """``scaling`` times the bias of B, which is added to a bias."""
+    """The term ``scaling`` times the bias of B, of a bias."""
 
     b: TensorInfo
     scaling: float
@@ -74,11 +74,11 @@ class BiasTerm:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of an embedding that are replaced: those of trained tokens.
+    """Replaced rows of an embedding: those of trained tokens.
 
     Attributes:
         trained: float ``[tokens, columns]``.
-        rows: the row that each of them has in the weight.
+        rows: index of each in the weight.
     """
 
     trained: TensorInfo

@@ -116,7 +116,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 
 
 def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> None:
-    """The plan with its bytes, what a budget decided, and what would be verified."""
+    """Print the plan with its bytes, the choices for a budget, and what would be verified."""
     from compress.plan.document import print_plan
     from compress.verify.scorer import describe_verification
 

@@ -1,4 +1,4 @@
-"""``packlight doctor``: is all here that a build needs, in versions that work together."""
+"""``packlight doctor``: checks that everything a build needs is installed, in valid versions."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def doctor(**options: Any) -> int:
 
 
 def python() -> Check:
-    """The interpreter."""
+    """Check the interpreter."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     return Check("python", found, sys.version_info >= (3, 11), "Python 3.11 or newer")
 
 
 def packages() -> list[Check]:
-    """Each dependency of the installed distribution, against the range it declares."""
+    """Check each dependency of the installed distribution against its declared version range."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement
@@ -67,20 +67,20 @@ def packages() -> list[Check]:
 
 
 def machine() -> Check:
-    """CPUs that the process may use, and memory."""
+    """Check CPUs and memory."""
     memory = available_memory()
     found = f"{available_cpus()} CPUs, {format_bytes(memory)} of memory available"
     return Check("machine", found, memory > 1_000_000_000, "1 GB of free memory")
 
 
 def disk() -> Check:
-    """Room in the current folder."""
+    """Check free space in the current folder."""
     free = shutil.disk_usage(Path.cwd()).free
     return Check("disk", f"{format_bytes(free)} free here", free > 1_000_000_000, "free 1 GB")
 
 
 def hub() -> Check:
-    """How a Hub id would be looked up; no request is made."""
+    """Show the Hub settings that would be used; makes no request."""
     from huggingface_hub import constants
 
     mode = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT

@@ -1,4 +1,4 @@
-"""What a command line says of an ending that packlight does not foresee."""
+"""Error messages of the command line for exceptions that packlight does not raise itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from compress.errors import DiskFullError, PacklightError, first_line, is_disk_full
 from compress.files import full_disk
 
-# What libraries say where the system gives no more memory, or no more threads.
+# Messages of libraries where the system refuses memory or threads.
 NO_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc",
     "failed to map segment", "can't start new thread",
@@ -17,7 +17,7 @@ NO_MEMORY = (
 
 
 def in_words(error: Exception) -> PacklightError:
-    """The one line of what packlight does not foresee, or what the system refused."""
+    """The error line for an unexpected exception, or a resource that the system refused."""
     said = first_line(error)
     code = error.errno if isinstance(error, OSError) else None
     no_memory = isinstance(error, MemoryError) or code == errno.ENOMEM
@@ -29,7 +29,7 @@ def in_words(error: Exception) -> PacklightError:
         return PacklightError("the system opens no more files", "a higher limit: ulimit -n 1024")
     if isinstance(error, OSError) and is_disk_full(error) and not error.filename:
         full, hint = full_disk(Path.cwd())
-        if shutil.disk_usage(full).free > 1 << 20:  # stdout is on another, perhaps
+        if shutil.disk_usage(full).free > 1 << 20:  # perhaps stdout's disk is the full one
             return DiskFullError(f"no room left to write: {error.strerror or said}")
         return DiskFullError(f"the disk of {full} ran full ({error.strerror or said})", hint)
     if isinstance(error, OSError):

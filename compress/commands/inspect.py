@@ -1,4 +1,4 @@
-"""``packlight inspect`` and ``packlight fit``: what is in it, and will it fit."""
+"""``packlight inspect`` and ``packlight fit``."""
 
 from __future__ import annotations
 

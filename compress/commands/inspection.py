@@ -1,4 +1,4 @@
-"""What ``packlight inspect`` and ``packlight fit`` print."""
+"""Output of ``packlight inspect`` and ``packlight fit``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compress.errors import UsageError
 
 
 def print_all(described: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Artifacts or a checkpoint; ``-v`` lists the tensors."""
+    """Print the facts of artifacts or a checkpoint; ``-v`` lists the tensors."""
     console.result(described[0] if len(described) == 1 else described)
     for number, facts in enumerate(described):
         if number:
@@ -19,7 +19,7 @@ def print_all(described: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], console: Console) -> None:
-    """Key and value, aligned; the tensors as a table when verbose."""
+    """Print keys and values, aligned, and the table of tensors when verbose."""
     head: dict[str, Any] = {
         "name": facts["name"],
         "format": facts["format"],
@@ -62,7 +62,7 @@ PARTS = {
 
 
 def print_fit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """One block per artifact: what it needs, then a line per device."""
+    """Print a block per artifact: its memory, then a line per device."""
     if not rows:
         raise UsageError("nothing to fit")
     for label in dict.fromkeys(row["artifact"] for row in rows):

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they are turned into."""
+"""Options that several commands share, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ S = TypeVar("S", bound="DataclassInstance")
 
 
 def output_options(command: F) -> F:
-    """``--json``, ``-q``, ``-v``: shared by the commands that print results."""
+    """Decorator: ``--json``, ``-q``, ``-v``, for commands that print results."""
     for option in (
         click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Print paths only."),
@@ -34,7 +34,7 @@ def output_options(command: F) -> F:
 
 
 def ci_options(command: F) -> F:
-    """``--junit`` and ``--summary``: what a CI job shows of a result."""
+    """Decorator: ``--junit`` and ``--summary``, files for a CI job."""
     for option in (
         click.option("--summary", type=click.Path(path_type=Path), metavar="FILE",
                      help="Append the table and the verdict as Markdown, e.g. to "
@@ -47,7 +47,7 @@ def ci_options(command: F) -> F:
 
 
 def hub_options(command: F) -> F:
-    """Where a Hub id is looked up; ``HF_*`` variables are honoured too."""
+    """Decorator: options of Hub downloads, in addition to the ``HF_*`` variables."""
     for option in (
         click.option("--cache-dir", metavar="DIR", help="Hub cache; default HF_HUB_CACHE."),
         click.option("--token", help="Hub token; default HF_TOKEN or the stored login."),
@@ -57,30 +57,30 @@ def hub_options(command: F) -> F:
     return command
 
 
-HUB = ("revision", "token", "cache_dir")  # what ``hub_options`` give to ``compress.checkpoint.hub``
+HUB = ("revision", "token", "cache_dir")  # names of ``hub_options``
 
 
 def recipe_names(*_: Any) -> list[str]:
-    """Shipped recipes, for shell completion."""
+    """Names of shipped recipes, for shell completion."""
     import recipes
 
     return recipes.names()
 
 
 def device_names(*_: Any) -> list[str]:
-    """Devices of the table, for shell completion."""
+    """Names of devices, for shell completion."""
     from compress.decoder.footprint import devices
 
     return list(devices())
 
 
 def imatrix_titles() -> str:
-    """The formats whose tools have importance files."""
+    """The titles of formats with importance files (imatrix)."""
     return ", ".join(row.title for row in FORMATS.values() if row.imatrix)
 
 
 def read_size(option: str, text: str) -> int:
-    """Bytes, from an option that takes a size.
+    """Bytes from the text of a size option.
 
     Raises:
         UsageError: not a size.
@@ -92,7 +92,7 @@ def read_size(option: str, text: str) -> int:
 
 
 def make_console(options: Mapping[str, Any]) -> Console:
-    """The console that ``output_options`` and ``progress_option`` ask for, until the command ends.
+    """The console for ``output_options`` and ``progress_option``, closed when the command ends.
 
     Raises:
         UsageError: two modes at once, or a file that cannot be written.
@@ -108,13 +108,12 @@ def make_console(options: Mapping[str, Any]) -> Console:
 
 
 def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
-    """What a command was asked for: options under their names, ``hub_options`` and ``ci_options``
-    as they are handed on.
+    """Settings of a command from its options, with ``hub_options`` and ``ci_options`` grouped.
 
     Args:
         kind: a class of ``compress.build.decide``.
-        options: as click gives them.
-        more: over them, and what has another name.
+        options: from click.
+        more: values that replace or add to them.
     """
     given = {**options, "hub": {key: options.get(key) for key in HUB}, "ci_files": None, **more}
     if options["junit"] or options["summary"]:
@@ -125,19 +124,19 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
 
 
 def run_options(command: F) -> F:
-    """What a command that runs artifacts ends with: progress and messages."""
+    """Decorator: options of progress and messages, for commands that run artifacts."""
     for add in (output_options, hub_options, ci_options, progress_option):
         command = add(command)
     return command
 
 
 def regression_options(command: F) -> F:
-    """``--against`` and ``--max-regression``."""
+    """Decorator: ``--against`` and ``--max-regression``."""
     return against_option(regression_option(command))
 
 
 def memory_option(text: str) -> Callable[[F], F]:
-    """``--max-memory``, in bytes, with its help."""
+    """Decorator: ``--max-memory``, in bytes, with this help text."""
     return click.option(
         "--max-memory", metavar="SIZE", help=text,
         callback=lambda _context, _option, size: read_size("--max-memory", size) if size else None,

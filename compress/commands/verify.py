@@ -20,7 +20,7 @@ from compress.commands.options import (
 )
 from compress.errors import UsageError
 
-# What asks for a verdict, which --checksums alone must not seem to have given.
+# Options that need a verdict: refused with --checksums alone, which has none.
 JUDGING = {
     "adapters": "--adapter", "gates": "--gate", "against": "--against",
     "max_regression": "--max-regression", "tasks": "--task", "junit": "--junit",

@@ -1,4 +1,4 @@
-"""The bundled demo: a small trained Phi-3-architecture model and a text it has not seen."""
+"""The bundled demo: a small trained model of Phi-3's architecture and a held-out text."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,7 +7,7 @@ __all__ = ["heldout_path", "model_path"]
 
 
 def model_path() -> Path:
-    """Folder of the checkpoint, in the layout of any local model."""
+    """Folder of the demo's checkpoint."""
     return Path(str(files(__name__) / "model"))
 
 

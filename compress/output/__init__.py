@@ -1,1 +1,1 @@
-"""The output folder: locks, ledger, checksums, provenance, cache, push."""
+"""The output folder: locks, checksums, provenance, push, a pruned checkpoint."""

@@ -1,4 +1,4 @@
-"""``SHA256SUMS``: written with every build, and verified.
+"""Writes and verifies ``SHA256SUMS``.
 
 The format is that of GNU ``sha256sum``: 64 hexadecimal digits, a space, a space or ``*`` (binary),
 and the name; in a line that begins with a backslash, line ends and backslashes of the name are
@@ -34,20 +34,20 @@ __all__ = [
 ]
 
 NAME = "SHA256SUMS"
-HARMLESS = ".DS_Store"  # macOS leaves it wherever a folder was looked at
+HARMLESS = ".DS_Store"  # macOS writes it into folders that were opened
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A folder beside its ``SHA256SUMS``; names relative to it, sorted.
+    """The differences of a folder from its ``SHA256SUMS``; names relative to it, sorted.
 
     Attributes:
-        files: how many are listed.
-        changed: listed and there, with other bytes.
-        missing: listed and not there.
-        extra: there and not listed.
-        links: listed, and a link now, or below one; what it leads to is not read.
+        files: number of listed files.
+        changed: listed, with another SHA-256.
+        missing: listed, but not in the folder.
+        extra: in the folder, but not listed.
+        links: listed, but a symbolic link or below one; its target is not read.
     """
 
     files: int
@@ -58,11 +58,11 @@ class Findings:
 
     @property
     def whole(self) -> bool:
-        """Whether the folder is as it was written."""
+        """Whether the folder matches its ``SHA256SUMS``."""
         return not (self.changed or self.missing or self.extra or self.links)
 
     def lines(self) -> list[str]:
-        """One for each file that is not as listed."""
+        """A line for each difference."""
         return [
             *(f"{name}: its bytes are not those that were written" for name in self.changed),
             *(f"{name}: a link, not the file that was written" for name in self.links),
@@ -72,16 +72,16 @@ class Findings:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; streaming."""
+    """SHA-256 of a file, 64 hexadecimal digits; reads it in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder but its ``SHA256SUMS``, by name.
+    """SHA-256 by name of every file below a folder except its ``SHA256SUMS``.
 
     Raises:
-        ArtifactError: there is a link among them.
+        ArtifactError: one is a symbolic link.
     """
     names = files_in(folder)
     refuse_links(folder, names)
@@ -93,11 +93,11 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """``SHA256SUMS`` of every file but itself, sorted; ``sha256sum -c`` reads it.
+    """Write ``SHA256SUMS`` of every file except itself, sorted, as ``sha256sum -c`` reads it.
 
     Args:
         folder: of a build.
-        known: digests of files that were hashed already.
+        known: digests of files that are already hashed.
     """
     lines = []
     for name in files_in(folder):
@@ -109,13 +109,13 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of the files below a folder but its ``SHA256SUMS``, in the order of their paths."""
+    """Names of the files below a folder except its ``SHA256SUMS``, in the order of their paths."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(folder).as_posix() for path in paths if path != folder / NAME]
 
 
 def links_in(folder: Path, names: Iterable[str]) -> list[str]:
-    """Which of some names are links, or lie below one: they are not the folder's own files."""
+    """Those names that are symbolic links, or below one: they are not files of the folder."""
     home = os.path.realpath(folder)
     return [
         name
@@ -126,10 +126,10 @@ def links_in(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """See that nothing else is hashed or published than what lies in a folder.
+    """Refuse symbolic links, so that only files of the folder are hashed or published.
 
     Raises:
-        ArtifactError: one of the names is a link, or lies below one.
+        ArtifactError: one of the names is a link, or below one.
     """
     if found := links_in(folder, names):
         raise ArtifactError(
@@ -148,7 +148,7 @@ def read_checksums(file: Path) -> dict[str, str]:
     """Name → digest, in the order of the file.
 
     Raises:
-        UsageError: not there, or not readable.
+        UsageError: missing or not readable.
         ArtifactError: see ``parse_checksums``.
     """
     try:
@@ -167,7 +167,7 @@ def parse_checksums(content: bytes, file: str) -> dict[str, str]:
         file: names it in errors.
 
     Raises:
-        ArtifactError: damaged: a line that is none, a name that leads elsewhere or comes twice.
+        ArtifactError: damaged: an invalid line, a name outside the folder, or a duplicate.
     """
     try:
         lines = content.decode("utf-8").split("\n")
@@ -185,13 +185,13 @@ def parse_checksums(content: bytes, file: str) -> dict[str, str]:
             raise ArtifactError(f"{file} is damaged: line {number}")
         marks.add(match[3])
         found[name] = match[2]
-    if len(marks) > 1:  # sha256sum writes one kind; a flipped byte would go unnoticed otherwise
+    if len(marks) > 1:  # sha256sum writes one kind; this detects a flipped byte
         raise ArtifactError(f"{file} is damaged: text and binary lines")
     return found
 
 
 def unescape(text: str) -> str:
-    """A name as it is; empty for a stray backslash."""
+    """A name without escapes; empty for a stray backslash."""
     if not re.fullmatch(r"(?:[^\\]|\\[\\nr])*", text):
         return ""
     back = {escaped: char for char, escaped in ESCAPES.items()}
@@ -199,12 +199,12 @@ def unescape(text: str) -> str:
 
 
 def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
-    """``packlight verify --checksums``: whether a folder is as it was written.
+    """``packlight verify --checksums``: print the differences; returns whether there are none.
 
     Args:
         folder: of a build.
-        console: for what is not.
-        alone: whether nothing else is verified, which would have a document of its own.
+        console: for the differences.
+        alone: whether nothing else is verified, so that the result is this command's document.
 
     Raises:
         UsageError, ArtifactError: see ``read_checksums``.
@@ -224,7 +224,7 @@ def verify(folder: Path, console: Console, *, alone: bool = True) -> bool:
 def check_folder(
     folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Findings:
-    """Hold every file of a folder against its ``SHA256SUMS``.
+    """Compare every file of a folder with its ``SHA256SUMS``.
 
     Args:
         folder: of a build.

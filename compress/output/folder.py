@@ -1,14 +1,14 @@
-"""The output folder: refused, locked, written as ``.partial``, renamed.
+"""The output folder: checked, locked, written as ``.partial``, renamed.
 
-Nothing half-written ever stands under the final name, whatever stops a build.
+The final name never holds a half-written output, however a build ends.
 
-    OUTPUT.partial/new/      what will be OUTPUT
+    OUTPUT.partial/new/      becomes OUTPUT
     OUTPUT.partial/old/      the OUTPUT that is being replaced
-    OUTPUT.partial/state/    what a build that is cut off goes on with: which build it is, and a
-                             ledger for each target (``compress.plan.weights``), its hidden states
+    OUTPUT.partial/state/    for ``--resume``: the build's identity, and for each target a ledger
+                             (``compress.plan.weights``) and its hidden states
 
-``state/build.json`` is there from the first to the last: it tells the folder from somebody else's
-of that name, which is left alone.
+``state/build.json`` is written first and removed last: it distinguishes the folder from a foreign
+one of that name, which is never changed.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that is there, and never delete what packlight did not make.
+    """Refuse an existing output, and one that holds files packlight did not make.
 
     Raises:
         OutputExistsError: it exists and is not empty, without ``overwrite``.
-        UsageError: ``overwrite`` of something that is not a packlight output, or holds anything
-            else; a folder that cannot be replaced: the current one, or a mount point; somebody
-            else's ``OUTPUT.partial``.
+        UsageError: ``overwrite`` of a folder that is not a packlight output, or holds other files;
+            of the current folder or a mount point, which cannot be replaced; or a foreign
+            ``OUTPUT.partial``.
     """
     place = real_path(output)
     if Path.cwd().is_relative_to(place):
@@ -98,7 +98,7 @@ def find_foreign_file(folder: Path) -> str:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Refuse a disk that is too full, before any work; what a killed build left counts as free.
+    """Refuse a disk that is too full, before any work; files of a killed build count as free.
 
     Raises:
         DiskFullError: fewer bytes free than the artifacts will take.
@@ -106,7 +106,7 @@ def check_disk(output: Path, needed: int) -> None:
     folder = real_path(output).parent
     while not folder.exists():
         folder = folder.parent
-    # Bytes on the disk of what a killed build left; holes take none.
+    # Disk blocks of the files that a killed build left; holes take none.
     partial = partial_folder(real_path(output))
     left = partial.rglob("*") if is_work_folder(partial) else ()
     free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left)
@@ -119,25 +119,25 @@ def check_disk(output: Path, needed: int) -> None:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a build of an output (see ``real_path``) works."""
+    """The work folder of an output (see ``real_path``)."""
     return output.with_name(output.name + ".partial")
 
 
 def is_work_folder(partial: Path) -> bool:
-    """Whether a folder is one of a build's, or is not there; links are not."""
+    """Whether a path is a build's work folder, or free; symbolic links are neither."""
     if partial.is_symlink() or not partial.is_dir():
         return not partial.is_symlink() and not partial.exists()
     inside = list(partial.iterdir())
     known = {STATE, NEW, OLD} >= {path.name for path in inside}
     if not known or any(path.is_symlink() for path in inside):
         return False
-    # A build that was killed before it wrote its record has made nothing else.
+    # A build that was killed before it wrote build.json has made nothing else.
     marked = (partial / STATE / RECORD).is_file()
     return marked or all(p.is_dir() or p.name.startswith(RECORD) for p in partial.rglob("*"))
 
 
 def remove(partial: Path) -> None:
-    """Remove a work folder, last what tells whose it is: this may be cut off, too."""
+    """Remove a work folder, ``build.json`` last, because the removal may be interrupted."""
     if is_work_folder(partial):
         with suppress(OSError):
             clear(partial, {partial / STATE / RECORD})
@@ -145,23 +145,23 @@ def remove(partial: Path) -> None:
 
 
 def baseline_folder(output: Path) -> Path:
-    """Where a build keeps the float model's answers, for itself if it is cut off."""
+    """The folder of a build's baseline, reused by ``--resume``."""
     return partial_folder(real_path(output)) / STATE / "baseline"
 
 
 def state_folder(folder: Path) -> Path:
-    """Where the build that works in ``folder`` (see ``work_folder``) keeps what it goes on with."""
+    """The state folder of the build that works in ``folder`` (see ``work_folder``)."""
     return folder.parent / STATE
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Whether a build may be continued.
+    """How a build uses the state of an interrupted one.
 
     Attributes:
-        identity: what decides over its bytes; a build with another does not go on with them.
-        wanted: continue what is there, and leave what there will be, whatever stops it.
-        afresh: without ``resume``: remove what could be continued, without asking.
+        identity: the settings that determine its bytes; only an equal build is continued.
+        wanted: continue the state that is there, and keep this build's state if it is interrupted.
+        afresh: without ``wanted``: remove a state that could be continued, without an error.
     """
 
     identity: Mapping[str, Any]
@@ -169,7 +169,7 @@ class Resume:
     afresh: bool = False
 
     def begin(self, partial: Path) -> None:
-        """Take over a work folder, or empty it.
+        """Continue a work folder, or empty it.
 
         Raises:
             UsageError: another build's is there, or one that should be continued.
@@ -200,7 +200,7 @@ class Resume:
 
 
 def clear(folder: Path, exempt: Collection[Path]) -> None:
-    """Remove what is in a folder but these, and what is in them."""
+    """Remove everything in a folder except the exempt paths and their contents."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path in exempt:
             continue
@@ -213,7 +213,7 @@ def clear(folder: Path, exempt: Collection[Path]) -> None:
 
 
 def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first key in which two builds differ, in words."""
+    """A text on the first key in which two builds' identities differ."""
     for key in (*wanted, *known):
         then, now = known.get(key), wanted.get(key)
         if then != now and isinstance(then, Mapping) and isinstance(now, Mapping):
@@ -224,7 +224,7 @@ def difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value for one line: what is long (a digest, a list of grids) is only said to be another."""
+    """A value as text; a long one (a digest, a list of grids) is cut."""
     text = "not set" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
@@ -233,15 +233,15 @@ def brief(value: Any) -> str:
 def work_folder(
     output: Path, resume: Resume | None = None, *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """``OUTPUT.partial/new``, renamed to ``OUTPUT`` on success and deleted on any failure.
+    """Yield ``OUTPUT.partial/new``; rename it to ``OUTPUT`` on success, delete it on failure.
 
     Args:
         output: to make.
-        resume: on a failure the folder stays, if this wants it.
-        overwrite: replace an output of packlight's, also one that comes into being meanwhile.
+        resume: on a failure the folder is kept where ``resume.wanted``.
+        overwrite: replace an output of packlight's, even one made in the meantime.
 
     Raises:
-        DiskFullError: the device ran full meanwhile.
+        DiskFullError: the disk became full.
         UsageError: another build writes to the same output, or the place is not writable; see
             ``check_output`` and ``Resume.begin``.
     """
@@ -251,14 +251,14 @@ def work_folder(
     keeps = begun.wanted
     with locked(place):
         bring_back(place)
-        check_output(output, overwrite=overwrite)  # another build may just have ended
+        check_output(output, overwrite=overwrite)  # another build may have ended since
         begun.begin(partial)
         try:
             (partial / NEW).mkdir(parents=True, exist_ok=True)
             yield partial / NEW
             try:
                 replace(place, partial, overwrite=overwrite)
-            except UsageError:  # the work is done, and only its place was taken meanwhile
+            except UsageError:  # the work is done, but its place was taken meanwhile
                 keeps = resume is not None
                 raise
             keeps = False
@@ -279,17 +279,17 @@ def work_folder(
 
 
 def bring_back(output: Path) -> None:
-    """The old output, where a build was killed in the moment of replacing it."""
+    """Restore the old output, where a build was killed while it replaced it."""
     old = partial_folder(output) / OLD
     if old.is_dir() and not output.exists() and is_work_folder(partial_folder(output)):
         old.rename(output)
 
 
 def replace(output: Path, partial: Path, *, overwrite: bool) -> None:
-    """Put what a build has made in the place of the output.
+    """Rename the finished work folder to the output.
 
-    Nothing is replaced but an empty folder, and with ``overwrite`` an output of packlight's; on a
-    failure that is still there.
+    Replaces only an empty folder or, with ``overwrite``, an output of packlight's, which is
+    restored on a failure.
 
     Raises:
         UsageError: something else is there now (``check_output``).
@@ -304,19 +304,19 @@ def replace(output: Path, partial: Path, *, overwrite: bool) -> None:
     try:
         output.rename(partial / OLD)
         (partial / NEW).rename(output)
-    except BaseException:  # Ctrl-C between the two as well
+    except BaseException:  # including Ctrl-C between the two
         bring_back(output)
         raise
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold ``OUTPUT.lock``, which the kernel lets go with the process, even after kill -9.
+    """Hold ``OUTPUT.lock``, which the kernel releases with the process, even after kill -9.
 
-    Missing parent folders are made, and removed again if they are still empty at the end.
+    Missing parent folders are created, and removed again if they are empty at the end.
 
     Raises:
-        UsageError: another process holds it, or the place is not writable.
+        UsageError: another process holds it, or the folder is not writable.
     """
     missing = [folder for folder in output.parents if not folder.exists()]
     with ExitStack() as stack:

@@ -1,12 +1,12 @@
-"""The inputs that determine a build's bytes: versions, checkpoint, recipe, other files.
+"""Records the inputs that determine a build's bytes: versions, checkpoint, recipe, other files.
 
-- ``lock_document``: by hash, in ``plan.json``; ``--locked`` refuses to build from anything else.
-- ``provenance``: by hash, as ``provenance.json``.
+- ``lock_document``: hashes in ``plan.json``; ``--locked`` refuses to build from other inputs.
+- ``provenance``: the same hashes as ``provenance.json``.
 
-Hashing takes about 0.8 CPU seconds per gigabyte and reads every shard once more than a build does,
-so a large local checkpoint is hashed only on demand (``--provenance``, ``--locked``); the hash then
-stands in the cache under path, size and time. Of a Hub checkpoint the hashes are known: the Hub's
-cache names each large file by its SHA-256.
+Hashing takes about 0.8 CPU seconds per gigabyte and reads every shard once more, so a large local
+checkpoint is hashed only on demand (``--provenance``, ``--locked``); the hash is then cached by
+path, size and time. Hashes of a Hub checkpoint are known: the Hub's cache names each large file by
+its SHA-256.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
     "versions",
 ]
 
-# What has a part in the bytes of artifacts of every format; runtimes only read them.
+# Packages that affect the bytes of artifacts of every format; runtimes only read them.
 LIBRARIES = (
     "jinja2", "llvmlite", "numba", "numpy", "sentencepiece", "tokenizers", "torch", "transformers",
 )  # fmt: skip
@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 
 
 def versions() -> dict[str, str]:
-    """packlight and the libraries that have a part in the bytes; those that are installed."""
+    """Versions of packlight and the installed libraries that affect the bytes."""
     found = {"packlight": __version__}
     of_formats = [name for row in FORMATS.values() for name in row.libraries]
     for name in sorted({*LIBRARIES, *of_formats}):
@@ -78,16 +78,16 @@ def lock_document(
     small: int = SMALL,
 ) -> Lock:
     """``plan.json``'s ``lock``: ``versions``; the checkpoint's ``headers`` (hash of its config and
-    of all tensors' names, types and places) and ``files`` (name → SHA-256); ``inputs`` likewise.
+    of all tensors' names, dtypes and offsets) and ``files`` (name → SHA-256); ``inputs`` likewise.
 
     ``files`` is None where hashing them would take time and is not requested.
 
     Args:
         checkpoint: opened.
         inputs: other files that the artifacts depend on: calibration texts, an imatrix.
-        thorough: hash every file of the checkpoint, also where the Hub names its hash.
+        thorough: hash every file of the checkpoint, even where the Hub's cache names its hash.
         progress: ``progress(done, total)`` in bytes.
-        small: bytes of all that are always hashed.
+        small: total size in bytes up to which files are always hashed.
     """
     files = checkpoint.files()
     linked = [] if thorough else [path for path in files if path.is_symlink()]
@@ -101,7 +101,7 @@ def lock_document(
         digests[path] = sha256_of(path) if size <= small else cached_digest(path)
         done += size
         progress(done, total)
-    named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second one of a name
+    named: dict[str, Path] = {}  # without folders; ``text.txt#2`` is a second file of that name
     for path in inputs:
         count = sum(name.partition("#")[0] == path.name for name in named)
         named[f"{path.name}#{count + 1}" if count else path.name] = path
@@ -120,7 +120,7 @@ def lock_document(
 
 
 def files_digest(files: Sequence[Path]) -> str | None:
-    """SHA-256 of some files; None for none."""
+    """SHA-256 over some files; None without files."""
     found = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -129,7 +129,7 @@ def files_digest(files: Sequence[Path]) -> str | None:
 
 
 def headers_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of config and shard headers: cheap, and the same wherever the files lie."""
+    """SHA-256 of config and shard headers: cheap, and independent of the folder."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name, info in sorted(checkpoint.tensors.items()):
         row = (name, info.dtype, list(info.shape), info.file.name, info.offset, info.nbytes)
@@ -138,10 +138,10 @@ def headers_digest(checkpoint: Checkpoint) -> str:
 
 
 def hub_digest(link: Path) -> str | None:
-    """SHA-256 of a file as the Hub's cache names it, where snapshots link to ``blobs/<sha256>``;
-    None of other links.
+    """SHA-256 of a file from the Hub's cache, whose snapshots link to ``blobs/<sha256>``; None for
+    other files.
 
-    Small files are there under their git hash, of 40 digits.
+    Small files are stored by their git hash, of 40 digits.
     """
     blob = link.resolve()
     known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
@@ -149,7 +149,7 @@ def hub_digest(link: Path) -> str | None:
 
 
 def cached_digest(path: Path) -> str:
-    """SHA-256 of a large file, cached for as long as its size and time stay."""
+    """SHA-256 of a large file, cached until its size or time changes."""
     real = path.resolve()
     stat = real.stat()
     key = hashlib.sha256(str(real).encode()).hexdigest()[:16]
@@ -159,7 +159,7 @@ def cached_digest(path: Path) -> str:
     if {name: found.get(name) for name in facts} == facts and "sha256" in found:
         return str(found["sha256"])
     digest = sha256_of(real)
-    with suppress(OSError):  # a cache without room costs the time of hashing again
+    with suppress(OSError):  # without a cache entry it is hashed again
         write_whole(entry, json.dumps({**facts, "sha256": digest}))
     return digest
 
@@ -168,15 +168,15 @@ def cached_digest(path: Path) -> str:
 
 
 def check_lock(name: str, before: PlanDocument, now: PlanDocument) -> None:
-    """``--locked``: refuse whatever would not give the bytes of an earlier build.
+    """``--locked``: refuse a build whose inputs differ from those of an earlier ``plan.json``.
 
     Args:
         name: of the plan's file.
-        before: that ``plan.json``.
-        now: what this build's would say, with its ``lock``.
+        before: the earlier ``plan.json``.
+        now: this build's ``plan.json``, with its ``lock``.
 
     Raises:
-        UsageError: what differs, old and new; or the plan does not say.
+        UsageError: names the differences, old and new; or the plan has no lock.
     """
     if before.lock is None or not before.lock.checkpoint.files:
         raise UsageError(
@@ -194,7 +194,7 @@ def check_lock(name: str, before: PlanDocument, now: PlanDocument) -> None:
 
 
 def facts(plan: PlanDocument) -> dict[str, Any]:
-    """What of a plan decides the bytes, with tensors by name."""
+    """The parts of a plan that determine the bytes, with tensors by name."""
     return {
         **plan.model_dump(mode="json", include={"lock", "model", "prune", "quantize"}),
         "targets": {
@@ -209,7 +209,7 @@ def facts(plan: PlanDocument) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """A line for each leaf that is another, is gone, or is new."""
+    """A line for each leaf that is changed, removed or added."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             place = f"{where}.{key}" if where else key
@@ -219,7 +219,7 @@ def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
 
 
 def show(value: Any) -> str:
-    """A value in a sentence: hashes by their first digits."""
+    """A value as text for a sentence; hashes are shortened."""
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return f"sha256 {value[:12]}…"
     if value is None:
@@ -232,29 +232,29 @@ def show(value: Any) -> str:
 
 
 def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, Any] | None:
-    """Which files were made from which: an in-toto Statement v1 with a SLSA provenance v1
+    """The provenance of the written files: an in-toto Statement v1 with a SLSA provenance v1
     predicate; None where the checkpoint's hashes are not known.
 
-    Of their optional fields there are none that would differ between two builds of the same bytes:
-    no times, no id of the run, no report (whose speeds are measured). It is not signed: who
-    signs vouches for the machine (docs/reproducible.md).
+    Optional fields that would differ between two builds of the same bytes are left out: times, the
+    id of the run, the report (whose speeds are measured). It is not signed: a signer vouches for
+    the machine (docs/reproducible.md).
 
     https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     https://slsa.dev/spec/v1.0/provenance
 
     Args:
-        job: what was built.
+        job: of the build.
         lock: from ``lock_document``.
-        digests: SHA-256 of the files that were written, by their names in the build's folder.
+        digests: name in the build's folder → SHA-256 of the written files.
     """
     if lock.checkpoint.files is None:
         return None
     words = shlex.split(job.command)
-    if words[-2:-1] == ["-o"]:  # the folder's name has no part in what is written there
+    if words[-2:-1] == ["-o"]:  # the folder's name does not affect the files in it
         del words[-2:]
     return {
         "_type": "https://in-toto.io/Statement/v1",
-        # Targets have folders of their own; beside them lie the documents about them.
+        # Each target has a folder; documents about them are beside the folders.
         "subject": [resource(name, digests[name]) for name in sorted(digests) if "/" in name],
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
@@ -292,12 +292,12 @@ def provenance(job: Job, lock: Lock, digests: Mapping[str, str]) -> dict[str, An
 
 
 def resource(name: str, sha256: str, uri: str = "") -> dict[str, Any]:
-    """A ResourceDescriptor of in-toto."""
+    """An in-toto ResourceDescriptor."""
     return {"name": name, **({"uri": uri} if uri else {}), "digest": {"sha256": sha256}}
 
 
 def dependencies(job: Job, lock: Lock) -> Iterator[dict[str, Any]]:
-    """Checkpoint files, texts and the like by hash; libraries by package URL."""
+    """Yield checkpoint files and other inputs by hash, and libraries by package URL."""
     checkpoint = job.checkpoint
     for name, digest in (lock.checkpoint.files or {}).items():
         uri = ""

@@ -1,4 +1,4 @@
-"""``--save-checkpoint``: the pruned model as a checkpoint folder of Hugging Face's."""
+"""``--save-checkpoint``: writes the pruned model as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["check_save", "save_checkpoint", "save_pruned"]
 
 
 def save_checkpoint(source: Source, folder: Path, card: str = "") -> None:
-    """Write the weights of ``source`` as a checkpoint, in the dtypes of its own checkpoint.
+    """Write the weights of ``source`` as a checkpoint, in the dtypes of its checkpoint.
 
     Args:
         source: of any config.
-        folder: to make; appears whole or not at all.
-        card: ``README.md``, where there is one to write.
+        folder: to make, atomically.
+        card: text of ``README.md``; none where empty.
 
-    Raises:
-        OutputExistsError, UsageError: the folder is there, or cannot be made.
+        Raises:
+            OutputExistsError, UsageError: the folder exists, or cannot be made.
         DiskFullError: before or while writing.
     """
     check_output(folder, overwrite=False)
@@ -42,10 +42,10 @@ def save_checkpoint(source: Source, folder: Path, card: str = "") -> None:
 
 
 def check_save(folder: Path, output: Path, job: Job) -> None:
-    """Refuse a ``--save-checkpoint`` that cannot be, before any work.
+    """Refuse an impossible ``--save-checkpoint`` before any work.
 
     Raises:
-        UsageError: nothing is pruned, or the place is taken or is inside the output.
+        UsageError: nothing is pruned, or the folder exists or is inside the output.
     """
     if job.cut is None:
         raise UsageError(
@@ -56,7 +56,7 @@ def check_save(folder: Path, output: Path, job: Job) -> None:
 
 
 def save_pruned(job: Job, folder: Path, console: Console) -> None:
-    """Write the job's pruned weights as a checkpoint, with a card that says what was done.
+    """Write the job's pruned weights as a checkpoint, with a card that describes the pruning.
 
     Raises:
         PacklightError: see ``save_checkpoint``.
@@ -66,7 +66,7 @@ def save_pruned(job: Job, folder: Path, console: Console) -> None:
 
 
 def card(job: Job) -> str:
-    """``README.md`` of the checkpoint: where it is from, under which licence, what was done."""
+    """``README.md`` of the checkpoint: its base model, licence and pruning."""
     head: dict[str, Any] = {"base_model": job.checkpoint.source}
     if license_name := read_license(job.checkpoint):
         head["license"] = license_name

@@ -1,9 +1,9 @@
-"""``packlight push``: a finished build's folder becomes a commit on the Hugging Face Hub.
+"""``packlight push``: uploads a finished build's folder to the Hugging Face Hub as one commit.
 
-Through huggingface_hub's own client: ``HF_TOKEN`` or ``hf auth login``, ``HF_ENDPOINT``,
-``HF_HUB_OFFLINE``. What is uploaded are the files that ``SHA256SUMS`` lists, each with the digest
-that stands there, and ``SHA256SUMS``. Large files go first, then all appear in one commit: after an
-interruption the repository is as before, and the next run uploads only what is missing.
+Uses huggingface_hub's client: ``HF_TOKEN`` or ``hf auth login``, ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE``. Uploads ``SHA256SUMS`` and the files that it lists, after checking their
+digests. Large files are uploaded first, then all are committed at once: an interruption leaves the
+repository unchanged, and the next run uploads only what is missing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["PushSettings", "push"]
 
 FINISHED = ("report.json", "README.md", "plan.json", NAME)
-"""What a folder without its last step, or another folder, does not have."""
+"""Files of every finished build, written last."""
 
 
 @dataclass(frozen=True)
 class PushSettings:
-    """What ``packlight push`` was asked for; the options of the same names."""
+    """Settings of ``packlight push``: one field for each option of the same name."""
 
     folder: Path
     repo_id: str
@@ -47,13 +47,13 @@ class PushSettings:
 
 
 def push(settings: PushSettings, console: Console) -> int:
-    """Check the folder, then upload it; 0, or an exception.
+    """Check the folder, then upload it; returns 0.
 
     Raises:
         UsageError: not a repository's name, not a finished build, or, without ``allow_failed``, one
             whose gates failed.
-        ArtifactError: files that are not as ``SHA256SUMS`` has them, or not what they seem.
-        PublishError: the Hub cannot be reached or does not take it.
+        ArtifactError: files that differ from ``SHA256SUMS``, or are symbolic links.
+        PublishError: the Hub cannot be reached or refuses the upload.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -75,7 +75,7 @@ def push(settings: PushSettings, console: Console) -> int:
             disable_progress_bars()
         with warnings.catch_warnings(record=True) as caught:
             url = without_secrets(upload(settings, operations, report))
-        for warning in caught:  # what the Hub has to say about the card, among others
+        for warning in caught:  # among them the Hub's warnings about the card
             console.warning(" ".join(str(warning.message).split()))
     console.result(
         {
@@ -97,10 +97,10 @@ def push(settings: PushSettings, console: Console) -> int:
 
 
 def check_name(repo_id: str) -> None:
-    """See that a repository can have this name.
+    """Check the name of a repository.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the name is invalid.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
         raise UsageError(f"{repo_id} is no repository of the Hub", hint="write USER/NAME")
@@ -130,10 +130,10 @@ def read_report(settings: PushSettings) -> Report:
 
 
 def checked_operations(folder: Path, console: Console) -> list[CommitOperationAdd]:
-    """An addition for each file of a build; each is read once, for its digest.
+    """A commit operation for each file of a build, after checking its digest.
 
     Raises:
-        ArtifactError: a file is missing, or has other bytes than ``SHA256SUMS`` says.
+        ArtifactError: a file is missing, or differs from ``SHA256SUMS``.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -164,7 +164,7 @@ def checked_operations(folder: Path, console: Console) -> list[CommitOperationAd
 
 
 def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[CommitOperationAdd]:
-    """The same with another ``README.md``, and its digest in ``SHA256SUMS``.
+    """The operations with another ``README.md``, and its digest in ``SHA256SUMS``.
 
     Raises:
         UsageError: it cannot be read.
@@ -186,10 +186,10 @@ def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[Comm
 
 
 def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Report) -> str:
-    """Make the repository if there is none, and commit; the URL of the commit or pull request.
+    """Create the repository if needed, and commit; returns the URL of the commit or pull request.
 
     Raises:
-        PublishError: the Hub cannot be reached or does not take it.
+        PublishError: the Hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi, errors
 
@@ -198,9 +198,9 @@ def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], rep
     api = HfApi(library_name="packlight", library_version=report.tool.version)
     try:
         return commit(api, settings, operations, report)
-    # What the client raises: HTTP and connection errors, a name that is none or a card that the Hub
-    # refuses (ValueError), a large file that did not get through (RuntimeError around an HTTP
-    # error, or XetError).
+    # Errors of the client: HTTP and connection errors, an invalid name or a card that the Hub
+    # refuses (ValueError), a failed upload of a large file (RuntimeError around an HTTP error, or
+    # XetError).
     except (OSError, ValueError, RuntimeError, *also) as error:
         raise explain(error, settings) from error
 
@@ -211,7 +211,7 @@ def commit(
     operations: Sequence[CommitOperationAdd],
     report: Report,
 ) -> str:
-    """The requests of ``upload``."""
+    """Send the requests of ``upload``."""
     repo_id = settings.repo_id
     api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
     if settings.revision and not settings.revision.startswith("refs/"):
@@ -228,7 +228,7 @@ def commit(
     return done.pr_url or str(done.commit_url)
 
 
-# Status → what the Hub says with it, and what to do.
+# HTTP status → its meaning on the Hub, and a hint.
 ANSWERS = {
     401: ("the Hub does not accept the token", "set HF_TOKEN, or hf auth login"),
     403: ("the token may not write there", "a token with write access to that account"),
@@ -238,7 +238,7 @@ AGAIN = "run it again; what was uploaded is not uploaded twice"
 
 
 def explain(error: Exception, settings: PushSettings) -> PublishError:
-    """One clear line for what the client raised."""
+    """The error to raise for an exception of the client."""
     from huggingface_hub import errors, get_token
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
@@ -248,7 +248,7 @@ def explain(error: Exception, settings: PushSettings) -> PublishError:
         why, hint = "HF_HUB_OFFLINE is set", "unset it"
     elif kinds & {"ConnectionError", "Timeout", "TransportError"}:  # of requests, or of httpx
         why, hint = "no connection to the Hub", AGAIN
-    elif error is not cause:  # of a large file's store: its answers are not about the token
+    elif error is not cause:  # from the large-file store, whose answers are not about the token
         why, hint = f"{one_line(error)} ({status or type(cause).__name__})", AGAIN
     elif status == 401 and not get_token():
         why, hint = "the Hub wants to know who you are", ANSWERS[401][1]

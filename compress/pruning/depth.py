@@ -1,14 +1,14 @@
 """Depth pruning: drops the blocks whose absence changes the model's output least.
 
 The measure is the KL divergence of the final logits from the float model's, over calibration text,
-with one more block left out; and after each block that went, all over again, because what remains
-takes on a new role (SLEB, Song et al., arXiv 2402.09025, who re-rank by perplexity). A change of
-the hidden states costs a single walk, but does not know what the head makes of it: it only draws
-up the short list of a deep model (ShortGPT's block influence, Men et al., arXiv 2403.03853).
+with one more block left out. It is measured again after each removed block, because the roles of
+the remaining ones change (SLEB, Song et al., arXiv 2402.09025, who re-rank by perplexity). The
+change of the hidden states costs a single walk, but ignores its effect on the logits: it only
+selects the candidates of a deep model (ShortGPT's block influence, Men et al., arXiv 2403.03853).
 
-All candidates go through the model together: at block ``i`` there is the trunk, which left out
-nothing new, and a branch for every candidate before ``i``. So each walk reads each block once, and
-holds one block and ``branches x tokens x hidden`` float32 values.
+All candidates run through the model together: at block ``i`` there is the trunk, without another
+block removed, and a branch for every candidate before ``i``. So each walk reads each block once,
+and holds one block and ``branches x tokens x hidden`` float32 values.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from compress.decoder.decoder import Decoder
 __all__ = ["Departure", "choose_blocks", "measured_windows"]
 
 TOKENS = 2048  # that candidates are measured on
-CANDIDATES = 8  # of a deep model are measured; or twice as many as go, where that is more
+CANDIDATES = 8  # measured in a deep model; or twice the number to drop, where that is more
 
 States = list[Tensor]
 
 
 @dataclass(frozen=True)
 class Departure:
-    """A block that is dropped.
+    """A dropped block.
 
     Attributes:
         block: its index among the stored blocks of the whole model.
-        kl: mean KL divergence from the float model, in nats a token, once it is gone too.
+        kl: mean KL divergence from the float model without it and the blocks dropped before, in
+            nats per token.
     """
 
     block: int
@@ -50,12 +51,12 @@ def choose_blocks(
     count: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Departure]:
-    """The stored blocks to drop, in the order in which they were found.
+    """Select the stored blocks to drop, in the order of selection.
 
     Args:
         source: the model.
         windows: calibration text; about ``TOKENS`` tokens of it are used.
-        count: how many go, fewer than there are.
+        count: number of blocks to drop, fewer than there are.
         progress: ``progress(done, total)`` in stored blocks read.
     """
     walks = Walks(source, measured_windows(windows), progress, 1 + count)
@@ -76,7 +77,7 @@ def measured_windows(windows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]
 
 
 def divergence(final: States, states: States, head: Callable[[Tensor], Tensor]) -> float:
-    """Mean KL divergence of the logits that one head makes of two models' last states."""
+    """Mean KL divergence of the logits of two models' last hidden states, through one head."""
     total, count = 0.0, 0
     for expected, found in zip(final, states, strict=True):
         p, q = F.log_softmax(head(expected), -1), F.log_softmax(head(found), -1)
@@ -89,7 +90,7 @@ class Walks:
     """Walks of the same windows through the blocks of one model.
 
     Attributes:
-        blocks: how many are stored; one that runs twice in a row counts once.
+        blocks: number of stored blocks; one that runs twice in a row counts once.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Walks:
         self._progress, self._done, self._total = progress, 0, count * self.blocks
 
     def survey(self) -> tuple[list[float], States]:
-        """How far each block turns the hidden states (1 - cosine), and the last states."""
+        """The change of the hidden states by each block (1 - cosine), and the last states."""
         influences = []
         states = self._embedded
         for index in range(self.blocks):
@@ -122,8 +123,8 @@ class Walks:
         """Mean KL divergence from the float model without each candidate.
 
         Args:
-            candidates: stored blocks, each tried by itself ...
-            gone: ... on top of these.
+            candidates: stored blocks, each left out alone ...
+            gone: ... in addition to these.
             final: last hidden states of the float model.
         """
         trunk = self._embedded
@@ -140,7 +141,7 @@ class Walks:
         return {block: self._divergence(final, states) for block, states in branches.items()}
 
     def _advance(self, index: int, paths: Sequence[States]) -> list[States]:
-        """States of several paths after a stored block."""
+        """Hidden states of several paths after a stored block."""
         block = self._decoder.block(index * self._repeat)
         moved = []
         for states in paths:

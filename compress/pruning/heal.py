@@ -1,16 +1,15 @@
 """Healing: trains the remaining weights of each block to reproduce the float model's states.
 
 Block by block, in order: all weights of a pruned block (linears, norms, biases) are trained so that
-its output comes near the float model's hidden states at the same place, on inputs that the pruned
-and healed blocks before it produce. After dropped blocks the place is the next retained block's
-input, so that a retained block learns to stand in for those that followed it. (Block-wise
-reconstruction as in BRECQ, Li et al., arXiv 2102.05426, which finds roundings by it.)
+its output approaches the float model's hidden states at the same position, on inputs from the
+pruned and healed blocks before it. After dropped blocks that position is the next retained block's
+input, so that a retained block learns to replace those that followed it. (Block-wise
+reconstruction as in BRECQ, Li et al., arXiv 2102.05426, which uses it for rounding.)
 
-In memory are one block's weights, their gradients and Adam's two moments in float32, activations of
+Memory holds one block's weights, their gradients and Adam's two moments in float32, activations of
 one window, and the hidden states of all windows twice, in bfloat16 (in a mapped file where they are
-many). One window in sixteen trains nothing: on those, weights are measured as a file of the
-checkpoint's dtype holds them, and the best are taken; a block that does not get better stays as it
-was.
+large). One window in sixteen is held out: on those, weights rounded to the checkpoint's dtype are
+evaluated, and the best are used; a block that does not improve is not changed.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from compress.pruning.pruned import Healed
 
 __all__ = ["Adam", "heal"]
 
-BATCH = 4  # windows a step
-RATE = 0.002  # of a tensor's root mean square; the first step's size
-ROUNDING = 2.0**-18  # relative squared error that bfloat16 states have by themselves
-MEASURES = 8  # times that a block is measured on its way
+BATCH = 4  # windows per step
+RATE = 0.002  # size of the first step, relative to a tensor's root mean square
+ROUNDING = 2.0**-18  # relative squared error of rounding states to bfloat16
+MEASURES = 8  # evaluations of a block during its training
 
 
 class Adam:
     """Adam (Kingma & Ba, arXiv 1412.6980) with steps relative to each tensor's size, in place.
 
-    A step of ``rate`` changes a weight by about ``rate`` times the root mean square that its tensor
-    had at the start, so that norms around 1 and linears around 0.02 move alike.
+    A step of ``rate`` changes a weight by about ``rate`` times its tensor's initial root mean
+    square, so that norms around 1 and linears around 0.02 change in proportion.
     """
 
     def __init__(self, weights: Sequence[Tensor], betas: tuple[float, float] = (0.9, 0.99)) -> None:
@@ -60,7 +59,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Move against the gradients, and drop them."""
+        """Update the weights from their gradients, and clear these."""
         self._steps += 1
         first, second = self._betas
         mean_scale, square_scale = 1 - first**self._steps, 1 - second**self._steps
@@ -76,11 +75,11 @@ class Adam:
 
 
 class WindowStates:
-    """The hidden states of all windows: those that a block gets, and those that it should give.
+    """The hidden states of all windows: a block's inputs, and its target outputs (goals).
 
     Args:
         whole: the float model.
-        windows: of one length, two at least.
+        windows: of one length, at least two.
         work: folder for the states, where they are large.
     """
 
@@ -97,12 +96,12 @@ class WindowStates:
         self._repeat = whole.config.block_repeat
 
     def advance_goals(self, stored: int) -> None:
-        """The float model's states, through one of its stored blocks."""
+        """Run the float model's states through one of its stored blocks."""
         config = self._whole.config
         self._advance(self.goals, Block(config, stored * self._repeat, self._whole.read))
 
     def advance_states(self, block: Block) -> None:
-        """The pruned model's states, through a block that is done."""
+        """Run the pruned model's states through a finished block."""
         self._advance(self.states, block)
 
     def _advance(self, states: Tensor, block: Block) -> None:
@@ -110,13 +109,13 @@ class WindowStates:
             states[position] = self.run(block, states[position].float())
 
     def run(self, block: Block, hidden: Tensor) -> Tensor:
-        """A stored block, as often as it runs in a row: ``[n, hidden]`` → ``[n, hidden]``."""
+        """Run a stored block with its repeats: ``[n, hidden]`` → ``[n, hidden]``."""
         for _ in range(self._repeat):
             hidden = block(hidden, self.rope)
         return hidden
 
     def misfit(self, block: Block, position: int) -> Tensor:
-        """Squared error of one window over the goal's square, token by token, in the mean.
+        """Mean over a window's tokens of squared error ÷ squared goal.
 
         Relative, because the next norm divides each token by its size: first tokens are often a
         hundred times larger than the rest.
@@ -126,12 +125,12 @@ class WindowStates:
         return (error.square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).mean()
 
     def held_error(self, block: Block) -> float:
-        """The same, of the windows that train nothing."""
+        """The same, for the held-out windows."""
         with torch.no_grad():
             return sum(float(self.misfit(block, i)) for i in self.held) / len(self.held)
 
     def batches(self, seed: int) -> Iterator[list[int]]:
-        """Windows to train on, without end; each comes once before any comes again."""
+        """Endless batches of training windows, shuffled; each window once per epoch."""
         order, shuffle = list(self.trained), random.Random(seed)
         size = min(BATCH, len(order))
         while True:
@@ -157,18 +156,18 @@ def heal(
     Args:
         whole: the float model.
         pruned: the model to heal.
-        retained: the float model's stored block of each of the pruned model's, ascending.
+        retained: for each stored block of the pruned model its index in the float model, ascending.
         healing: minutes for all blocks together, or steps for each.
         windows: calibration text, all of one length.
-        folder: gets a safetensors file for each block that got better.
-        work: for files on the way, on the same disk.
+        folder: gets a safetensors file for each improved block.
+        work: for temporary files, on the same disk.
         progress: in blocks.
-        clock: seconds.
-        rate: the first step's size, of a tensor's root mean square.
+        clock: returns seconds.
+        rate: size of the first step, relative to a tensor's root mean square.
 
-    Returns:
-        Lists by block: ``steps`` done, held-back error ``before`` and ``after``; and ``digest`` of
-        the new weights.
+        Returns:
+            Lists by block: ``steps`` done, held-out error ``before`` and ``after``; and ``digest``
+            of the new weights.
 
     Raises:
         UsageError: fewer than two windows.
@@ -208,9 +207,9 @@ def heal(
 
 
 class Shares:
-    """How far the healing of a block is, from 0 to 1: by its steps, or by its part of the minutes.
+    """The progress of a block's healing from 0 to 1: by its steps, or by its share of the minutes.
 
-    What a block leaves of its time, or takes beyond it, the blocks after it share.
+    Time that a block leaves or overruns is shared by the blocks after it.
     """
 
     def __init__(self, healing: Healing, blocks: int, clock: Callable[[], float]) -> None:
@@ -219,17 +218,17 @@ class Shares:
         self._start = self._limit = 0.0
 
     def next_block(self) -> None:
-        """A block's time runs, its goals and measures included."""
+        """Start the time of a block, including its goals and evaluations."""
         now = self._clock()
         self._limit = now + (self._end - now) / self._blocks
         self._blocks -= 1
 
     def begin(self) -> None:
-        """The first step is next."""
+        """Mark the start of training steps."""
         self._start = self._clock()
 
     def done(self, steps: int) -> float:
-        """The share that is done after so many steps; 1 ends it, between steps."""
+        """The progress after so many steps; 1 ends the training, between steps."""
         if self._steps is not None:
             return min(1.0, steps / self._steps)
         left = self._limit - self._start
@@ -245,23 +244,23 @@ def heal_block(
     work: Path,
     rate: float,
 ) -> tuple[int, float, float]:
-    """Train one stored block; ``file`` is there afterwards if it got better.
+    """Train one stored block; writes ``file`` if it improved.
 
     Args:
-        window_states: its states and goals, those of this block.
+        window_states: states and goals of this block.
         pruned: its weights.
         index: of its first run.
-        done: steps → the share of the healing that is done.
+        done: steps → progress of the healing.
         file: of the new weights, in the checkpoint's dtype.
-        work: for weights that are being measured.
-        rate: as ``heal`` has it.
+        work: for weights that are being evaluated.
+        rate: as for ``heal``.
 
     Returns:
-        Steps done, held-back error before and after.
+        Steps done, held-out error before and after.
     """
     block = Block(pruned.config, index, pruned.read)
     before = best = window_states.held_error(block)
-    if before <= ROUNDING:  # nothing is lost
+    if before <= ROUNDING:  # nothing to recover
         return 0, before, best
     for name, weight in block.weights.items():
         block.weights[name] = weight.clone().requires_grad_()
@@ -288,12 +287,12 @@ def heal_block(
 
 
 def healed_block(pruned: Source, index: int, folder: Path) -> Block:
-    """A block with the weights that a folder has for it, or else as it was."""
+    """A block with its weights from a folder, or unchanged where the folder has none."""
     return Block(pruned.config, index, Healed(pruned, pruned.config, folder, "").read)
 
 
 def save_block(block: Block, dtypes: Mapping[tuple[str, str], str], file: Path) -> None:
-    """Write a block's weights, unfused, each in the dtype that the checkpoint has for it."""
+    """Write a block's weights, unfused, each in its dtype in the checkpoint."""
     unfused = {
         f"{member}.{kind}": dtype
         for (role, kind), dtype in dtypes.items()

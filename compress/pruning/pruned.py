@@ -1,7 +1,7 @@
 """A pruned model as a ``Source`` of the remaining weights.
 
-Rows that go are left out as they are read; weights that changed lie in the work folder, computed
-once, in the checkpoint's own dtype.
+Removed rows are left out when a weight is read; changed weights are computed once and stored in the
+cache, in the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Healed", "Narrower", "Shallower", "retained_rows"]
 
 
 class Shallower(Change):
-    """Some of the stored blocks of a source, in their order.
+    """A source with only some of the stored blocks, in order.
 
     Args:
         source: the whole model.
@@ -43,13 +43,13 @@ class Shallower(Change):
 
 
 class Narrower(Change):
-    """A source with rows left out, and with linears whose columns were cut and updated.
+    """A source with rows removed, and with linears whose columns were removed and updated.
 
     Args:
         source: the whole model.
         config: with the smaller sizes.
-        folder: of ``step.py``: a file per stored block with its changed weight.
-        retained: first run of a stored block → rows that stay, by role (``retained_rows``).
+        folder: from ``step.py``: a file per stored block with its changed weight.
+        retained: first run of a stored block → retained rows, by role (``retained_rows``).
         name: of the folder's contents; part of the fingerprint.
     """
 
@@ -85,7 +85,7 @@ class Narrower(Change):
         return values
 
     def _rows(self, stored: int, role: str) -> Array | None:
-        """Rows of the source's weight that stay; None where all do."""
+        """Retained rows of the source's weight; None: all."""
         retained = self._retained[stored]
         if role in retained:
             return retained[role]
@@ -104,8 +104,8 @@ class Healed(Change):
 
     Args:
         source: the pruned model.
-        config: its own, with what was done in its record.
-        folder: a file for each block that got better, with all of its weights, unfused.
+        config: the pruned model's, with a record of the healing.
+        folder: a file for each improved block, with all of its weights, unfused.
         name: of the folder's contents; part of the fingerprint.
     """
 
@@ -143,15 +143,15 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_rows(info: TensorInfo, rows: slice | None) -> Float32:
-    """A tensor of a file, or rows of it. It may hold NaN: of a training that diverged, which is
-    not used."""
+    """A tensor of a file, or rows of it. May hold NaN, from a diverged training, which is not
+    used."""
     start, stop, _ = (rows or slice(None)).indices(info.shape[0])
     shape = (max(stop - start, 0), *info.shape[1:])
     return read_range(info, start, math.prod(shape), checked=False).reshape(shape)
 
 
 def retained_rows(config: DecoderConfig, method: str, retained: Array) -> dict[str, Array]:
-    """Rows that stay of the linears before the one whose columns are cut.
+    """The retained rows of the linears before the one whose columns are removed.
 
     Args:
         config: the whole model.
@@ -167,6 +167,6 @@ def retained_rows(config: DecoderConfig, method: str, retained: Array) -> dict[s
 
 
 def spread(groups: Array, size: int) -> Array:
-    """The members of groups of equal size: ``[1, 3], 2`` → ``[2, 3, 6, 7]``."""
+    """The members of groups of ``size``: ``[1, 3], 2`` → ``[2, 3, 6, 7]``."""
     members: Array = (groups[:, None] * size + np.arange(size)).reshape(-1)
     return members

@@ -1,12 +1,12 @@
-"""Sparsity: single weights become zero, for formats that store zeros in no space (Core ML).
+"""Sparsity: sets single weights to zero, for formats that store zeros in no space (Core ML).
 
     magnitude   the smallest of a row
     wanda       the least |w| · sqrt(E[x²]) (Sun et al., arXiv 2306.11695)
-    sparsegpt   column by column, those whose absence costs least once later columns make up for it,
-                which they then do (Frantar & Alistarh, arXiv 2301.00774), on the factor of the
+    sparsegpt   column by column, those whose removal costs least when later columns compensate it,
+                which are then updated (Frantar & Alistarh, arXiv 2301.00774), on the factor of the
                 Hessian that GPTQ uses (``compress.solvers.hessian``)
 
-Rows do not depend on each other, so a ``Sparsified`` source computes them when they are read.
+Rows are independent, so a ``Sparsified`` source computes them when they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compress.solvers.hessian import REPAIRS, factor_in_place
 __all__ = ["Sparsified", "sparsegpt", "sparsify"]
 
 DAMPING = 0.01
-BLOCK = 128  # columns whose mask is chosen together, and whose errors later ones take up at once
+BLOCK = 128  # columns whose mask is chosen together, and whose errors are applied to later ones
 
 
 Factors = list[tuple[slice, Float32, Float32]]
@@ -33,12 +33,12 @@ Factors = list[tuple[slice, Float32, Float32]]
 
 
 class Sparsified(Change):
-    """A source whose blocks' linears are sparse; embeddings, head and norms are as they were.
+    """A source whose blocks' linears are sparse; embeddings, head and norms are unchanged.
 
     Args:
         source: the weights.
         statistics: of their inputs; None where the method needs none.
-        pattern: how many weights of a row stay.
+        pattern: number of nonzero weights in a row.
         method: ``magnitude``, ``wanda`` or ``sparsegpt``.
     """
 
@@ -64,20 +64,20 @@ class Sparsified(Change):
             return weight
         stats = self._statistics.for_weight(name) if self._statistics is not None else None
         if self._method == "sparsegpt" and stats is not None and stats.hessian is not None:
-            if self._last[0] is not stats:  # row slabs, and q, k and v, come one after the other
-                self._last = (None, [])  # before the next is made: it is large
+            if self._last[0] is not stats:  # row slabs, and q, k and v, are read in sequence
+                self._last = (None, [])  # freed before the next is computed: it is large
                 self._last = (stats, factors(stats.hessian, DAMPING))
             return sweep(weight, self._last[1], self._pattern)
         return sparsify(weight, stats, self._pattern, self._method)
 
 
 def sparsify(weight: Float32, stats: LayerStats | None, pattern: Pattern, method: str) -> Float32:
-    """A weight with the zeros of a pattern.
+    """Set weights to zero by a pattern.
 
     Args:
         weight: float32 ``[rows, columns]``.
         stats: of its input; None for ``magnitude``.
-        pattern: how many of a row stay.
+        pattern: number of nonzero weights in a row.
         method: see the module.
 
     Raises:
@@ -98,12 +98,12 @@ def sparsify(weight: Float32, stats: LayerStats | None, pattern: Pattern, method
 def sparsegpt(
     weight: Float32, hessian: tuple[Float32, ...], pattern: Pattern, *, damping: float = DAMPING
 ) -> Float32:
-    """Zeros by the cost of their absence, and the other weights updated for it.
+    """Set the weights to zero that cost least, and update the others to compensate.
 
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: diagonal blocks of ``E[x xᵀ]``.
-        pattern: how many of a row stay.
+        pattern: number of nonzero weights in a row.
         damping: share of the diagonal's mean that is added to it.
     """
     return sweep(weight, factors(hessian, damping), pattern)
@@ -115,9 +115,9 @@ def factors(hessian: tuple[Float32, ...], damping: float) -> Factors:
 
 
 def sweep(weight: Float32, factors: Factors, pattern: Pattern) -> Float32:
-    """``sparsegpt``, the Hessian factored before."""
+    """``sparsegpt`` with a factored Hessian."""
     found = np.empty_like(weight)
-    given = 0  # weights of a row that stay, in the columns before
+    given = 0  # nonzero weights of a row in the columns before
     for span, feedback, variances in factors:
         left = np.zeros((len(weight), len(variances)), np.float32)
         part = weight[:, span]
@@ -144,7 +144,7 @@ def sweep(weight: Float32, factors: Factors, pattern: Pattern) -> Float32:
 def factor(hessian: Float32, damping: float) -> tuple[Float32, Float32]:
     """``U`` and ``D`` of ``U D Uᵀ`` in the order of the columns (``compress.solvers.hessian``).
 
-    Where the Hessian is empty or no covariance, that of uncorrelated inputs.
+    Where the Hessian is empty or not a covariance, the factor of uncorrelated inputs.
     """
     damp = damping * float(np.diagonal(hessian).mean())
     for repair in REPAIRS if np.isfinite(damp) and damp > 0 else ():

@@ -1,7 +1,7 @@
-"""The step of a build before statistics and writing: the float model is pruned.
+"""The pruning step of a build, before statistics and writing.
 
-What was found (which blocks, which channels, the updated weights) is stored in the cache, by the
-weights' fingerprint, the calibration windows and the cut: asked for again, nothing is computed.
+Results (blocks or channels, updated weights) are cached by the weights' fingerprint, the
+calibration windows and the cut: the same pruning is not computed twice.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from compress.pruning.pruned import Healed, Narrower, Shallower, retained_rows
 
 __all__ = ["Pruned", "prune", "prune_source"]
 
-FOUND = "found.json"  # what was measured, in a folder of the cache
+FOUND = "found.json"  # the measurements, in a folder of the cache
 LAYOUT = 1  # of the cache; part of its key
-RECORD = "packlight"  # the key of config.json under which a checkpoint says what was done to it
+RECORD = "packlight"  # key of config.json with the record of pruning steps
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned source, and what was done.
+    """The result of pruning.
 
     Attributes:
-        source: its config carries the record, under ``RECORD``.
+        source: the pruned weights; its config has the record, under ``RECORD``.
         notes: lines for the report.
     """
 
@@ -51,7 +51,7 @@ class Pruned:
 
 
 def prune(job: Job, cut: Cut, texts: CalibrationSet, console: Console, threads: int) -> Pruned:
-    """The job's weights without what its cut says, measured on ``texts``.
+    """Prune a job's weights to its cut, measured on ``texts``.
 
     Raises:
         CheckpointError: weights that cannot be read.
@@ -61,12 +61,12 @@ def prune(job: Job, cut: Cut, texts: CalibrationSet, console: Console, threads: 
 
 
 def prune_source(source: Source, cut: Cut, texts: CalibrationSet, console: Console) -> Pruned:
-    """A source without what its cut says, from the cache or after a walk.
+    """Prune a source, from the cache or by a walk.
 
     Args:
         source: the whole model.
-        cut: how much goes.
-        texts: what is measured on.
+        cut: the pruned shape.
+        texts: calibration texts.
         console: for progress.
     """
     key = cut_folder(source, cut, texts).name
@@ -114,14 +114,14 @@ def healed(
     texts: CalibrationSet,
     console: Console,
 ) -> Pruned:
-    """A pruned source after ``heal.py``, from the cache or after training.
+    """Heal a pruned source, from the cache or by training.
 
     Args:
         whole: the float model.
-        pruned: what is left of it.
-        retained: indices of the stored blocks that are left, ascending.
-        healing: for how long.
-        texts: to train and measure on.
+        pruned: the pruned model.
+        retained: indices of the retained stored blocks, ascending.
+        healing: minutes or steps.
+        texts: to train and evaluate on.
         console: for progress.
     """
     source = pruned.source
@@ -181,19 +181,19 @@ def heal_note(healing: Healing, found: Mapping[str, Any]) -> str:
 def folder_once(
     key: str, compute: Callable[[Path, Path], None], load: Callable[[Path], Pruned]
 ) -> Pruned:
-    """What a folder of the cache holds.
+    """Load a folder of the cache, computed at most once.
 
     Args:
         key: the folder's name.
-        compute: ``compute(folder, work)`` fills it, where it is not there or is damaged.
-        load: reads it; raises CheckpointError where it cannot.
+        compute: ``compute(folder, work)`` fills it where it is missing or damaged.
+        load: reads it; raises CheckpointError where it is missing or damaged.
     """
     final = cache_folder("pruning") / key
 
     def known() -> Pruned | None:
         try:
             return load(final)
-        except CheckpointError:  # not there, or damaged
+        except CheckpointError:  # missing or damaged
             return None
 
     def anew() -> Pruned:
@@ -209,7 +209,7 @@ def folder_once(
 
 
 def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
-    """The cache's folder for what is found of a cut."""
+    """The cache folder of a cut's results."""
     facts = (
         f"{LAYOUT} {source.fingerprint()} {texts.digest()} {cut.method} {cut.retained} {cut.update}"
     )
@@ -219,7 +219,7 @@ def cut_folder(source: Source, cut: Cut, texts: CalibrationSet) -> Path:
 def measure(
     source: Source, cut: Cut, texts: CalibrationSet, folder: Path, work: Path, console: Console
 ) -> None:
-    """Find out what goes; ``found.json``, and changed weights, come into ``folder``."""
+    """Select what to remove; writes ``found.json`` and changed weights into ``folder``."""
     from compress.pruning.depth import choose_blocks, measured_windows
     from compress.pruning.width import narrow
 
@@ -239,7 +239,7 @@ def measure(
 def record(
     source: Source, cut: Cut, texts: CalibrationSet, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One step of what was done to a checkpoint, as its ``config.json`` records it."""
+    """The record of one pruning step for ``config.json``."""
     step: dict[str, Any] = {
         "step": "prune",
         "model": source.checkpoint.source,
@@ -269,7 +269,7 @@ def with_record(config: DecoderConfig, step: Mapping[str, Any]) -> DecoderConfig
 
 
 def size_note(config: DecoderConfig, cut: Cut) -> str:
-    """What went, and what is left."""
+    """A report line: what was removed, and what is left."""
     before, after = config.num_parameters, cut.config.num_parameters
     return (
         f"Pruned {cut.describe()}: {after:,} of {before:,} parameters are left "
@@ -279,7 +279,7 @@ def size_note(config: DecoderConfig, cut: Cut) -> str:
 
 
 def measured_notes(cut: Cut, found: Mapping[str, Any]) -> list[str]:
-    """What pruning alone cost, on the calibration text."""
+    """Report lines: the error of pruning alone, on the calibration text."""
     if cut.method == "depth":
         steps = ", ".join(f"{block} (KL {kl:.4f})" for block, kl in found["gone"])
         return [

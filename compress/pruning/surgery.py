@@ -1,17 +1,16 @@
 """The algebra of removing inputs of a linear, from the second moments of those inputs.
 
-A linear ``y = W x`` whose inputs are cut down to the columns ``K`` loses least when the weights of
-what stays make up for what goes: ``min ‖W x - W' x_K‖² + λ‖W' - W_K‖²`` has the solution
-``W' = W_K + W_P H_PK (H_KK + λI)⁻¹`` with ``H = E[x xᵀ]`` and ``P`` the columns that go. The ridge
+A linear ``y = W x`` whose inputs are reduced to the columns ``K`` loses least when the retained
+weights compensate the removed ones: ``min ‖W x - W' x_K‖² + λ‖W' - W_K‖²`` has the solution
+``W' = W_K + W_P H_PK (H_KK + λI)⁻¹`` with ``H = E[x xᵀ]`` and ``P`` the removed columns. The ridge
 pulls towards the old weights, not to zero: with nothing removed nothing changes.
 
-Which columns go: those whose removal costs least after the others have made up for it,
-``W_P (H⁻¹_PP)⁻¹ W_Pᵀ`` (Optimal Brain Surgeon, Hassibi & Stork 1993; for whole structures ZipLM,
-Kurtić et al., arXiv 2302.04089), in rounds: after each, weights and inverse are those of what is
-left, so that of two channels that stand in for each other one stays. Without the update it is what
-their absence costs by itself, ``W_P H_PP W_Pᵀ``.
+The removed columns are those that cost least after this update, ``W_P (H⁻¹_PP)⁻¹ W_Pᵀ`` (Optimal
+Brain Surgeon, Hassibi & Stork 1993; for whole structures ZipLM, Kurtić et al., arXiv 2302.04089).
+They are removed in rounds, with weights and inverse updated after each, so that of two redundant
+channels one stays. Without the update the cost is ``W_P H_PP W_Pᵀ``.
 
-A wide Hessian is known as diagonal blocks only (``calibration.walk``); then columns make up for
+A wide Hessian is stored as diagonal blocks (``calibration.walk``); columns then only compensate
 columns of their own block.
 """
 
@@ -25,11 +24,11 @@ from compress.grids import Array, Float32
 
 __all__ = ["choose", "compensate"]
 
-ROUNDS = 64  # in which columns go; the fewer at a time, the better they are chosen
+ROUNDS = 64  # of removals; fewer columns at a time are chosen better
 
 
 def diagonal_blocks(hessian: tuple[Float32, ...]) -> Iterator[tuple[slice, Float32]]:
-    """Each diagonal block with its columns."""
+    """Yield each diagonal block with its columns."""
     start = 0
     for block in hessian:
         yield slice(start, start + len(block)), block
@@ -45,12 +44,12 @@ def choose(
     damping: float = 0.01,
     update: bool = True,
 ) -> Array:
-    """The groups of columns that stay.
+    """Select the groups of columns to retain.
 
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: diagonal blocks of ``E[x xᵀ]``, each of whole groups.
-        retained: groups that stay.
+        retained: number of groups to retain.
         size: columns of a group: 1 for MLP channels, those of a key-value head for ``o_proj``.
         damping: share of the diagonal's mean that is added to it.
         update: whether the retained columns will be updated (``compensate``).
@@ -78,7 +77,8 @@ def choose(
 
 
 def plain_costs(weight: Float32, hessian: Float32, size: int) -> Array:
-    """What each group carries: ``tr(W_g H_gg W_gᵀ)``, float64 ``[groups]``."""
+    """The cost of removing each group without an update, ``tr(W_g H_gg W_gᵀ)``, float64
+    ``[groups]``."""
     costs = np.empty(len(hessian) // size)
     for group in range(len(costs)):
         part = slice(group * size, (group + 1) * size)
@@ -89,7 +89,7 @@ def plain_costs(weight: Float32, hessian: Float32, size: int) -> Array:
 
 
 class Remaining:
-    """Weights and inverse Hessian of the columns that are left of one diagonal block.
+    """Weights and inverse Hessian of the remaining columns of one diagonal block.
 
     Attributes:
         alive: bool ``[groups]``.
@@ -102,7 +102,7 @@ class Remaining:
         damped = hessian.copy()
         ridge = damping * float(np.diagonal(hessian).mean())
         np.fill_diagonal(damped, np.diagonal(damped) + max(ridge, 1e-12))
-        # Scaled to a unit diagonal, float32 is enough to invert it.
+        # Scaled to a unit diagonal, it can be inverted in float32.
         roots = np.sqrt(np.diagonal(damped))
         damped /= roots
         damped /= roots[:, None]
@@ -111,7 +111,7 @@ class Remaining:
         self._inverse /= roots[:, None]
 
     def costs(self) -> Array:
-        """What removing each group would cost, float64 ``[groups]``; infinite for those gone."""
+        """The cost of removing each group, float64 ``[groups]``; infinite for removed ones."""
         costs = np.full(len(self.alive), np.inf)
         if self.size == 1:
             squares = np.einsum("ij,ij->j", self._weight, self._weight, dtype=np.float64)
@@ -143,8 +143,8 @@ def compensate(
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: diagonal blocks of ``E[x xᵀ]``.
-        columns: int64, ascending: those that stay.
-        damping: share of the diagonal's mean that pulls the weights to what they were.
+        columns: int64, ascending: the retained ones.
+        damping: share of the diagonal's mean in the ridge towards the old weights.
     """
     pieces = []
     for span, block in diagonal_blocks(hessian):

@@ -1,4 +1,4 @@
-"""The transforms of a recipe's targets: zeros and folds; most recipes have none."""
+"""The transforms of a recipe's targets: sparsity and folds; most recipes have none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["transforms_of"]
 
 
 def transforms_of(recipe: Recipe) -> Transforms:
-    """What a recipe asks to be done to each target's weights.
+    """The transforms of each target's weights, from the recipe.
 
     Raises:
         UnsupportedModelError, UsageError, GridError: see ``compress.pruning.zeros.check_zeros``.
@@ -40,10 +40,10 @@ def transforms_of(recipe: Recipe) -> Transforms:
 
 
 class Zeros(Transform):
-    """Some weights of the blocks' linears become zero (``sparse.py``).
+    """Sets weights of the blocks' linears to zero (``sparse.py``).
 
     Args:
-        pattern: how many of a row stay.
+        pattern: number of nonzero weights in a row.
         method: ``magnitude``, ``wanda`` or ``sparsegpt``.
         settings: the target's.
     """
@@ -77,10 +77,10 @@ class Zeros(Transform):
 
 
 class Fold(Transform):
-    """Scales of channels that suit the target's grids (``compress.solvers.awq``).
+    """Folds channel scales searched for the target's grids (``compress.solvers.awq``).
 
     Args:
-        recipe: its solver judges the scales.
+        recipe: its solver is used to evaluate the scales.
     """
 
     needs = "hessian"
@@ -117,6 +117,6 @@ class Fold(Transform):
                 length=len(windows()[0]),
                 progress=update,
             )
-        statistics.forget()  # from here on by the folded ones
+        statistics.forget()  # the folded ones are used from here on
         folded = fold_statistics(source.config, statistics, found.folds)
         return Changed(Folded(source, found.folds), folded, found.note())

@@ -1,8 +1,8 @@
-"""Width pruning: drops MLP channels or key-value heads of every block and updates the others.
+"""Width pruning: removes MLP channels or key-value heads of every block and updates the others.
 
-One walk of the calibration text through the float model; a block's statistics come, its weight is
-cut and written, and both are dropped. Later blocks see what the float model's earlier blocks
-produce: on the demo model, inputs from pruned blocks chose no better (docs/pruning.md).
+The calibration text is walked through the float model once; each block's weight is pruned with its
+statistics and written, and both are dropped. Inputs of later blocks are the float model's: on the
+demo model, inputs from pruned blocks chose no better (docs/pruning.md).
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ def narrow(
     work: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Cut ``down_proj`` or ``o_proj`` of every stored block.
+    """Remove columns of ``down_proj`` or ``o_proj`` in every stored block.
 
     Args:
         source: the whole model.
-        cut: how much goes.
+        cut: the pruned shape.
         windows: calibration text, all of one length.
         folder: gets a file per stored block with its changed weight.
         work: for the walk's hidden states, where they are large.
         progress: of the walk.
 
     Returns:
-        By block as a string: ``kept``, the channels or heads that stay, and ``relative_errors``.
+        By block index as a string: ``kept``, the retained channels or heads, and
+        ``relative_errors``.
 
     Raises:
         UnsupportedModelError: heads that straddle the diagonal blocks of a Hessian this wide.
@@ -88,7 +89,7 @@ def narrow(
 def relative_error(
     weight: Float32, columns: Array, changed: Float32, stats: LayerStats
 ) -> float | None:
-    """Squared output error over squared output, on inputs that the Hessian has not seen.
+    """Squared output error ÷ squared output, on inputs held back from the Hessian.
 
     None where none were held back.
     """

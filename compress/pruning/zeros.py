@@ -1,4 +1,4 @@
-"""Which targets store zeros in no space, and the notes for those that do not."""
+"""Checks a target's sparsity, and the notes on formats that store zeros like other weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def pattern_for(settings: Mapping[str, Any]) -> Pattern | None:
 
 
 def check_zeros(target: str, recipe: Recipe) -> None:
-    """Refuse zeros where they cost quality and save nothing.
+    """Refuse sparsity where it costs quality and saves no bytes.
 
     Raises:
-        UnsupportedModelError: the format stores every zero, and the recipe does not allow that.
-        UsageError: a budget, too.
-        GridError: a sparsity that is none.
+        UnsupportedModelError: the format stores zeros, and the recipe does not allow that.
+        UsageError: the recipe also has a budget.
+        GridError: an invalid sparsity.
     """
     pattern = pattern_for(recipe.targets[target])
     if pattern is not None and recipe.budget:
@@ -49,7 +49,7 @@ def check_zeros(target: str, recipe: Recipe) -> None:
 
 
 def plan_zeros(plan: Plan, settings: Mapping[str, Any]) -> Plan:
-    """The plan with what the target's weights need, and a line where zeros are stored."""
+    """The plan with its sparsity in the settings, and a note where zeros are stored."""
     if pattern_for(settings) is None or get_format(plan.format).stores_zeros:
         return plan
     sparse = {key: settings[key] for key in ("sparsity", "sparsity_method") if key in settings}

@@ -5,8 +5,8 @@
     constants.py  its constants: placeholders, and weight.bin, written slab by slab
     writer.py     the package, streamed; all that is private of coremltools
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
-    card.py       where its files lie, and how to run them
-    inspection.py what a package says of itself
+    card.py       finds packages, and how to run them
+    inspection.py describes a package from its own metadata
     evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts
 
 Importing this package loads neither coremltools nor torch.

@@ -1,4 +1,4 @@
-"""Constant arrays of a Core ML package, as they lie in its weights file.
+"""Reads constant arrays from a Core ML package's weights file.
 
 ``weight.bin`` (coremltools' MILBlob format, version 2): a 64-byte header, then for every blob a
 64-byte record at the offset that the graph names, and the data where the record says::
@@ -22,7 +22,7 @@ from compress.errors import ArtifactError
 
 __all__ = ["BITS", "DATA_TYPES", "Blobs", "Packed"]
 
-# MIL.proto's DataType, by the names that MIL's own text format uses.
+# MIL.proto's DataType, by the names of MIL's text format.
 DATA_TYPES = {
     1: "bool",
     2: "string",
@@ -72,7 +72,7 @@ MODEL_PREFIX = "@model_path/"
 
 @dataclass(frozen=True)
 class Packed:
-    """A constant array as it is stored: ``raw`` is uint8, one-dimensional, read when touched."""
+    """A stored constant array: ``raw`` is uint8, one-dimensional, memory-mapped."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -85,17 +85,17 @@ class Packed:
 
 
 class Blobs:
-    """The files of a package's ``weights`` folder, mapped into memory when first asked for."""
+    """The files of a package's ``weights`` folder, memory-mapped at first use."""
 
     def __init__(self, model_folder: Path) -> None:
         self.folder = model_folder
         self._files: dict[str, NDArray[np.uint8]] = {}
 
     def read(self, file_name: str, offset: int, dtype: str, shape: tuple[int, ...]) -> Packed:
-        """The blob whose record is at ``offset``; checks it against the declared type.
+        """Read the blob whose record is at ``offset``, and check it against the declared type.
 
         Raises:
-            ArtifactError: no such file, no record there, another type or length, or cut short.
+            ArtifactError: no such file, no record there, another type or length, or truncated.
         """
         data = self._map(file_name)
         where = f"{PurePosixPath(file_name).name} at byte {offset}"
@@ -123,6 +123,6 @@ class Blobs:
             path = self.folder / relative
             if not path.is_file() or path.stat().st_size == 0:
                 raise ArtifactError(f"the weights are missing: {path}")
-            # Copy-on-write: torch wants writable memory, the file stays as it is.
+            # Copy-on-write: torch needs writable memory, the file must not change.
             self._files[file_name] = np.memmap(path, dtype=np.uint8, mode="c")
         return self._files[file_name]

@@ -1,4 +1,4 @@
-"""Where Core ML packages of a build lie, how to run one, and what does so here."""
+"""Finds Core ML packages of a build, and says how to run one and what runs it here."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ USAGE = Usage(
 
 
 def find(path: Path) -> list[Path]:
-    """An ``.mlpackage``, or those in a folder or in the folder of a build."""
+    """The ``.mlpackage`` at a path, or those in a folder or in a build's folder."""
     if path.suffix == ".mlpackage":
         return [path] if path.is_dir() else []
     return sorted((*path.glob("*.mlpackage"), *path.glob("coreml/*.mlpackage")))
 
 
 def checks() -> list[Check]:
-    """What will execute packages on this system."""
+    """Check what executes packages on this system."""
     if platform.system() == "Darwin":
         release = platform.mac_ver()[0]
         fits = int(release.split(".")[0] or 0) >= 15

@@ -1,11 +1,11 @@
-"""Constants without values: placeholders for the graph, whose arrays are written afterwards.
+"""Placeholders for the graph's constants, whose arrays are written to ``weight.bin`` afterwards.
 
 coremltools keeps the array of every constant until the end. An array with strides of zero has the
-right shape and type and no memory, so the graph is built of those, with the place in ``weight.bin``
-(``Layout``) where each array will be; ``stored`` then has the arrays of one tensor, some rows at a
-time, and a ``Blob`` writes each to its place.
+right shape and type and no memory, so the graph is built from those, with the offset of each array
+in ``weight.bin`` (``Layout``); ``stored`` then yields the arrays of one tensor, some rows at a
+time, and a ``Blob`` writes each at its offset.
 
-The format of ``weight.bin`` is in ``blobs.py``. coremltools has a writer, which wants each array
+The format of ``weight.bin`` is in ``blobs.py``. coremltools has a writer, which needs each array
 whole and packs it in memory: half a gigabyte for the head of a large vocabulary. The bytes here are
 the same.
 """
@@ -37,8 +37,8 @@ OPERATIONS = {
     "data_mask": "constexpr_sparse_blockwise_shift_scale",
     "indices_mask": "constexpr_lut_to_sparse",
 }
-# Weights held at once, of a tensor that has more: the solver's temporaries are several times the
-# float32 weight, the codes a quarter of it.
+# Most weights of a tensor in memory at once: the solver's temporaries are several times the float32
+# weight, the codes a quarter of it.
 SLABS = 1 << 23
 STEP = 256  # rows: all groups of rows divide it, and their codes fill whole bytes
 
@@ -50,18 +50,18 @@ Var = Any  # coremltools has no types
 
 
 class Constants:
-    """The constants of ``graph.Decoder``.
+    """Makes the constants of ``graph.Decoder``.
 
     Args:
         mb: coremltools' builder.
-        storage: MIL dtype name → the numpy dtype by which coremltools knows it.
-        plan: which grid each weight has.
+        storage: MIL dtype name → coremltools' numpy dtype for it.
+        plan: the grid of each weight.
         config: the model.
 
     Attributes:
         parts: shape and type of every placeholder, by name.
-        entries: the entry that a placeholder holds the whole of, by its name; none for computed
-            arrays and for parts of compressed matrices.
+        entries: the plan's entry of each uncompressed placeholder, by name; computed arrays and
+            parts of compressed matrices have none.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Constants:
         self.entries: dict[str, PlanEntry] = {}
 
     def weight(self, name: str) -> Var:
-        """A matrix: decompressed by Core ML when it loads, or as it runs."""
+        """A matrix, which Core ML decompresses when it loads or runs the program."""
         entry = self._planned[name]
         if entry.target_name in self._vars:
             return self._vars[entry.target_name]
@@ -107,13 +107,12 @@ class Constants:
         return self._constant(entry.target_name, part)
 
     def array(self, name: str, shape: tuple[int, ...]) -> Var:
-        """A float16 constant that the program needs and no checkpoint has: a table of cos or sin
-        (``rope_cos``, ``rope_sin``), or zeros."""
+        """A float16 constant that is not in the checkpoint: a table of cos or sin (``rope_cos``,
+        ``rope_sin``), or zeros."""
         return self._constant(name, Part("val", "fp16", shape))
 
     def values(self, name: str, weights: Weights | None) -> NDArray[Any]:
-        """The array of a constant that is not compressed; zeros for those of a checkpoint without
-        ``weights``."""
+        """The array of an uncompressed constant; without ``weights``, zeros for a checkpoint's."""
         part = self.parts[name]
         if name.startswith("rope_"):
             found = self._rope.cos_sin(part.shape[0])[name == "rope_sin"]
@@ -124,11 +123,11 @@ class Constants:
         return np.asarray(found, self._storage[part.dtype]).reshape(part.shape)
 
     def _constant(self, name: str, part: Part) -> Var:
-        """A constant whose array has the part's shape and type, and the memory of a row at most."""
+        """A constant whose array has the part's shape and type, with memory for at most a row."""
         if name not in self._vars:
             dtype = self._storage[part.dtype]
             row, strides = np.zeros(1, dtype), (0,) * len(part.shape)
-            if part.name.endswith("mask"):  # coremltools counts its ones
+            if part.name.endswith("mask"):  # coremltools counts the ones in it
                 row = (np.arange(part.shape[1]) < part.ones).astype(dtype)
                 strides = (0, row.itemsize)
             placeholder = np.lib.stride_tricks.as_strided(row, part.shape, strides)
@@ -150,7 +149,7 @@ def stored(entry: PlanEntry, weights: Weights) -> Iterator[dict[str, Array]]:
 
 
 def as_stored(quantized: Quantized) -> dict[str, Array]:
-    """The arrays of ``planning.parts``, by name, from a grid's neutral ones."""
+    """Convert a grid's packed arrays to those of ``planning.parts``, by name."""
     packed, grid = quantized.pack(), quantized.grid
     mask = packed.pop("mask", None)  # of a sparse grid; the others are those of the inner one
     if isinstance(grid, SparseGrid):
@@ -164,8 +163,7 @@ def as_stored(quantized: Quantized) -> dict[str, Array]:
     elif not grid.symmetric:
         found = {"data": codes, "scale": packed["scale"], "offset": packed["zero_point"]}
     else:
-        # Symmetric codes have their zero at 8 or 128; int4 and int8 have it at 0. uint8 wraps
-        # around.
+        # Symmetric codes have zero point 8 or 128; int4 and int8 have 0. uint8 wraps around.
         middle = np.uint8(1 << (grid.bits - 1))
         found = {"data": (codes - middle).view(np.int8), "scale": packed["scale"]}
     if mask is None:
@@ -180,7 +178,7 @@ def as_stored(quantized: Quantized) -> dict[str, Array]:
 
 @dataclass
 class Layout:
-    """Where the arrays of a ``weight.bin`` lie, in the order of their coming.
+    """Offsets of the arrays in ``weight.bin``, in the order they are added.
 
     Attributes:
         offsets: of each array's record, by name.
@@ -191,7 +189,7 @@ class Layout:
     end: int = ALIGNMENT
 
     def add(self, name: str, part: Part) -> int:
-        """The place of one more array, or of one that has its place; the offset of its record."""
+        """Assign an array its offset, once; returns the offset of its record."""
         if name not in self.offsets:
             self.offsets[name] = -(-self.end // ALIGNMENT) * ALIGNMENT
             self.end = self.offsets[name] + ALIGNMENT + part.nbytes
@@ -199,10 +197,10 @@ class Layout:
 
 
 class Blob:
-    """One array that is being written to its place, some rows after the other.
+    """Writes one array at its offset, some rows at a time.
 
     Raises:
-        DiskFullError: no room.
+        DiskFullError: the disk is full.
     """
 
     def __init__(self, stream: RawIOBase, offset: int, part: Part) -> None:
@@ -213,25 +211,25 @@ class Blob:
         write_at(stream, offset, record)
 
     def append(self, values: Array) -> int:
-        """Write the next rows, of the part's dtype; their bytes."""
+        """Write the next rows, of the part's dtype; returns their bytes."""
         bits = BITS[self._part.dtype]
-        assert self._taken * bits % 8 == 0  # slabs begin with a byte
+        assert self._taken * bits % 8 == 0  # slabs start at a whole byte
         packed = pack_bits(values, bits)
         write_at(self._stream, self._begin + self._taken * bits // 8, packed.data)
         self._taken += values.size
         return int(packed.nbytes)
 
     def close(self) -> int:
-        """All rows are there; where the array ends in the file."""
+        """After the last row; returns the offset of the array's end in the file."""
         assert self._taken == math.prod(self._part.shape), (self._part, self._taken)
         return self._begin + self._part.nbytes
 
 
 def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at a place of a file without a buffer, whose closing would try once more.
+    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
 
     Raises:
-        DiskFullError: no room.
+        DiskFullError: the disk is full.
     """
     rest = memoryview(data).cast("B")
     try:
@@ -245,16 +243,16 @@ def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
 
 
 def pack_bits(values: Array, bits: int) -> Array:
-    """The bytes of numbers: sub-byte integers (a byte each here) without gaps, low bits first.
+    """Pack numbers to bytes: sub-byte integers (one per byte here) without gaps, low bits first.
 
-    A last byte that is not full is filled with zeros.
+    An incomplete last byte is padded with zeros.
     """
     flat = np.ascontiguousarray(values).reshape(-1)
     raw = flat.view(np.uint8)
     if bits >= 8:
         return raw
     if bits == 4 and raw.size % 2 == 0:
-        from compress.grids.lanes import join_pairs  # compiles: not before it is needed
+        from compress.grids.lanes import join_pairs  # compiles: imported only when needed
 
         return join_pairs(raw)
     fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")

@@ -1,4 +1,4 @@
-"""Core ML's compressed constants, decoded to what a runtime computes with.
+"""Decodes Core ML's compressed constants to the values that a runtime computes with.
 
 iOS 18 (and iOS 16) programs keep weights as ``constexpr_*`` operations over packed arrays. Each
 is one small function here; ``Compressed`` holds the tree of them, so that a weight is decoded
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Rows = slice | NDArray[np.int64]
-"""Rows of a constant: a range with step 1, or their numbers."""
+"""Rows of a constant: a range with step 1, or their indices."""
 
 TORCH_TYPES = {
     "bool": torch.bool,
@@ -58,7 +58,7 @@ TORCH_TYPES = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """A constant that operations make of other constants.
+    """A constant that an operation computes from other constants.
 
     Attributes:
         kind: the operation, ``constexpr_lut_to_dense``.
@@ -112,7 +112,7 @@ def decode(constant: Constant) -> Tensor:
     """The numbers of a constant, in the torch type of its dtype (int4 as int8, uint3 as uint8).
 
     Raises:
-        ArtifactError: its parts do not fit together, or an operation is not known.
+        ArtifactError: its parts do not match, or the operation is unknown.
     """
     if isinstance(constant, Packed):
         return unpack(constant)
@@ -173,7 +173,7 @@ def unpack(packed: Packed) -> Tensor:
     bits = BITS[packed.dtype]
     raw = torch.from_numpy(np.ascontiguousarray(packed.raw))
     if bits >= 8:
-        if raw.data_ptr() % (bits // 8):  # an immediate value at an odd address
+        if raw.data_ptr() % (bits // 8):  # an immediate value at an unaligned address
             raw = raw.clone()
         return raw.view(TORCH_TYPES[packed.dtype]).view(packed.shape)
     unit = 3 if bits % 3 == 0 else 1  # bytes that hold whole codes
@@ -377,6 +377,6 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _as_packed(tensor: Tensor) -> Packed:
-    """Integers or floats of whole bytes as a constant again, for the dense operations."""
+    """A tensor of whole-byte numbers as a constant again, for the dense operations."""
     dtype = next(name for name, kind in TORCH_TYPES.items() if kind == tensor.dtype)
     return Packed(dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().ravel())

@@ -1,16 +1,16 @@
 """Runs a saved Core ML program on any machine, with torch's CPU kernels.
 
-Core ML itself runs on Apple's systems only. The evaluator executes the package as written, graph
-and weights, so that an export is compared with its model on the machine that made it.
+Core ML itself runs on Apple's systems only. The evaluator executes the written package, graph and
+weights, so that an export can be compared with its model on any machine.
 
-What is modelled: the meaning of every operation, compressed constants bit for bit, states that
-live between calls, flexible shapes, and (``fp16=True``) the rounding to float16 of every value
-that the program declares as fp16, between operations and in the states. What is not: which unit
-executes an operation, the order of sums and the rounding *inside* an operation (a matrix product
-or softmax runs in float32 here, and is rounded once at its end), the ranges of 8- and 16-bit
-integer arithmetic (``cast`` wraps, other operations compute in int32), speed, and memory.
-With ``fp16=False`` nothing is rounded, which shows whether graph and weights are right, free of
-float16's noise: states then keep float32 too.
+Modelled: the semantics of every operation, compressed constants bit for bit, states that persist
+between calls, flexible shapes, and (``fp16=True``) the rounding to float16 of every value that the
+program declares as fp16, between operations and in the states. Not modelled: which unit executes an
+operation, the order of sums and the rounding *inside* an operation (a matrix product or softmax
+runs in float32 here, and is rounded once at its end), the ranges of 8- and 16-bit integer
+arithmetic (``cast`` wraps, other operations compute in int32), speed, and memory. With
+``fp16=False`` nothing is rounded, so that graph and weights are tested without float16's noise:
+states are then float32, too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Held = Tensor | str | Weight
 
 @dataclass(frozen=True)
 class Step:
-    """An operation, prepared: what it calls, where its inputs come from, what dies after it."""
+    """A prepared operation: its function, its inputs, and the values that are freed after it."""
 
     operation: Operation
     constants: Mapping[str, Held]
@@ -61,17 +61,17 @@ class Evaluator:
     Args:
         package: the ``.mlpackage`` folder.
         function: which function, for a package with several.
-        fp16: round every fp16 value after each operation (see the module's text).
+        fp16: round every fp16 value after each operation (see the module).
         threads: torch threads during ``predict``; 0 leaves torch's setting.
-        cache_bytes: memory for decoded weights. What does not fit is decoded for each use, a
-            slab of rows at a time: slower, but a model of any size runs.
-        small: constants of up to so many elements are decoded once, when loading.
+        cache_bytes: memory for decoded weights. Weights that do not fit are decoded for each
+            use, a slab of rows at a time: slower, but a model of any size runs.
+        small: constants of up to this many elements are decoded once, when loading.
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
 
     Raises:
-        ArtifactError: not a package, damaged, or with an operation that is not known here.
+        ArtifactError: not a package, damaged, or with an unsupported operation.
         RuntimeMissingError: coremltools (for its protobuf modules) is not installed.
     """
 
@@ -122,8 +122,8 @@ class Evaluator:
             ``fp16=True``), int32 for integers, bool.
 
         Raises:
-            ArtifactError: inputs that do not fit; an operation that fails or that gives another
-                shape than it declares.
+            ArtifactError: inputs that do not match; an operation that fails or returns another
+                shape than declared.
         """
         values = {name: self._input(name, inputs) for name in self.inputs}
         for name in inputs:
@@ -140,7 +140,7 @@ class Evaluator:
     # --- loading ----------------------------------------------------------------------------
 
     def _load_constants(self) -> dict[str, Held]:
-        """The constants that operations and outputs take, without those inside of others."""
+        """The constants used by operations and outputs, without those inside other constants."""
         needed = {
             name
             for operation in self._function.operations
@@ -188,7 +188,7 @@ class Evaluator:
         return steps
 
     def _scanned(self) -> Iterator[Weight]:
-        """Weights that every run needs whole: all but those of which a gather takes rows."""
+        """Weights that every run uses completely: all except those that a gather reads rows of."""
         for step in self._steps:
             for parameter, held in step.constants.items():
                 if isinstance(held, Weight) and (step.operation.kind, parameter) != ("gather", "x"):
@@ -314,8 +314,8 @@ def _refuse_unknown(operation: Operation) -> None:
 def _updated_state(operations: list[Operation], i: int) -> str | None:
     """The state that a slice_update's result goes to, if nothing touches the state before.
 
-    Such an update may be done inside the state's own memory, as Core ML does: without it, every
-    layer would copy the whole cache.
+    Such an update can be done in the state's memory, as Core ML does; otherwise every layer would
+    copy the whole cache.
     """
     if operations[i].kind != "slice_update":
         return None
@@ -345,7 +345,7 @@ def _only_owner(step: Step, values: Mapping[str, Tensor], x: Tensor, state: Tens
 def _write(states: dict[str, Tensor], name: str, data: Tensor) -> None:
     state = states[name]
     if data.untyped_storage().data_ptr() != state.untyped_storage().data_ptr():
-        # A new tensor: the old one may still be the value of another name.
+        # A new tensor: the old one may still be used under another name.
         states[name] = data.to(state.dtype, copy=True).reshape(state.shape)
     elif data.shape != state.shape or data.stride() != state.stride():
         states[name] = data.clone().reshape(state.shape)

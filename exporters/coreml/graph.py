@@ -1,25 +1,24 @@
-"""The decoder as a MIL program, operation by operation, from a ``DecoderConfig``.
+"""Builds the decoder as a MIL program, operation by operation, from a ``DecoderConfig``.
 
-Inputs, states and outputs are those that swift-transformers looks for::
+Inputs, states and outputs have the names that swift-transformers expects::
 
     inputIds    int32 [1, q]            causalMask  float16 [1, 1, q or 1, n]
     keyCache    float16 [layers, 1, kv_heads, context, head_dim]    valueCache  the same
     logits      float16 [1, q, vocab]
 
 ``n`` counts the positions in the cache after the call, so the ``q`` tokens go to slots
-``n - q … n - 1``. Two kinds of callers exist. Apple's article passes a mask ``[1, 1, q, n]`` with
-its own triangle of ``-inf``. swift-transformers passes zeros ``[1, 1, 1, tokens + 1]``: no
-triangle, and every token one slot further, so that slot 0 is never written. The program is right
-for both: it builds the causal triangle (and the sliding window) itself, hides slot 0 unless
-something was written there, and adds whatever the caller passes.
+``n - q … n - 1``. There are two kinds of callers. Apple's article passes a mask ``[1, 1, q, n]``
+with its own triangle of ``-inf``. swift-transformers passes zeros ``[1, 1, 1, tokens + 1]``: no
+triangle, and every token one slot further, so that slot 0 is never written. The program is correct
+for both: it builds the causal triangle (and the sliding window) itself, masks slot 0 unless it was
+written, and adds the caller's mask.
 
 Everything is float16, as Core ML runs it, except the norms: a residual beyond 255 has a square
 beyond float16, and massive activations of several hundred are common, so ``x * rsqrt(mean(x²))``
 is computed in float32 between two casts, as transformers does.
 
-Each cache is read once, and then follows the chain of ``coreml_update_state``: reading a state
-again after a write is what coremltools' ``remove_redundant_ops`` breaks, silently, should anybody
-run its passes over the program.
+Each cache is read once, and then follows the chain of ``coreml_update_state``: coremltools' pass
+``remove_redundant_ops``, if it is ever run, silently breaks a second read of a state after a write.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Var = Any  # coremltools has no types
 
 
 class Constants(Protocol):
-    """Where the graph gets its constants; each call with the same name gives the same one."""
+    """The source of the graph's constants; calls with the same name return the same one."""
 
     def weight(self, name: str) -> Var:
         """A matrix of the checkpoint, compressed or float16, ``[rows, columns]``."""
@@ -55,12 +54,12 @@ class Constants(Protocol):
 
 
 class Decoder:
-    """Emits the operations of one function. ``mb`` is coremltools' builder.
+    """Emits the operations of one function with coremltools' builder ``mb``.
 
     Args:
         config: the model.
         context: slots of the caches.
-        constants: where weights come from.
+        constants: source of the weights.
     """
 
     def __init__(self, mb: Any, config: DecoderConfig, context: int, constants: Constants) -> None:
@@ -93,7 +92,7 @@ class Decoder:
     # --- positions and the mask ---------------------------------------------------------------
 
     def place(self, ids: Var, mask: Var) -> None:
-        """Where the tokens go, the rotary tables there, and what each of them may see."""
+        """Emit the tokens' cache slots, their rotary tables and the attention mask."""
         mb = self.mb
         shape = mb.shape(x=ids, name="query_count_shape")
         queries = mb.slice_by_size(x=shape, begin=[1], size=[1], name="query_count")  # int32 [1]
@@ -118,7 +117,7 @@ class Decoder:
         self.mask = self._mask(positions, slots, mask)
 
     def _mask(self, positions: Var, slots: Var, given: Var) -> Var:
-        """float16, broadcastable to ``[1, heads, q, n]``: 0 where visible, else very negative."""
+        """float16 mask that broadcasts to ``[1, heads, q, n]``: 0 if visible, else very low."""
         mb = self.mb
         row = mb.expand_dims(x=positions, axes=[1], name="positions_column")  # [q, 1]
         column = mb.expand_dims(x=slots, axes=[0], name="slots_row")  # [1, n]
@@ -140,7 +139,8 @@ class Decoder:
         return mb.add(x=scores, y=given, name="mask")
 
     def _slot_0_is_written(self) -> Var:
-        """By this call (it begins there), or by an earlier one: no key is all zeros. [1, 1]."""
+        """Whether slot 0 holds a token, bool ``[1, 1]``: this call starts there, or its key is not
+        zero (no written key is all zeros)."""
         mb, c = self.mb, self.config
         key = mb.slice_by_size(
             x=self.caches[0],
@@ -196,7 +196,7 @@ class Decoder:
         return mb.cast(x=normed, dtype="fp16", name=name)
 
     def linear(self, weight: str, x: Var, name: str) -> Var:
-        """``x @ weight.T + bias``; without a bias, one shared vector of zeros (MIL wants one)."""
+        """``x @ weight.T + bias``; without a bias, one shared vector of zeros (required by MIL)."""
         tied = weight == "lm_head" and self.config.tie_word_embeddings
         matrix = self.constants.weight("embed_tokens.weight" if tied else f"{weight}.weight")
         rows = int(matrix.shape[0])
@@ -253,7 +253,7 @@ class Decoder:
         return self.linear(f"{weights}.o_proj", mixed, f"{stem}_o_proj")
 
     def rotate(self, x: Var, name: str) -> Var:
-        """Rotary embedding of the leading ``rotary_dim`` dimensions, halves rotating together."""
+        """Rotary embedding of the leading ``rotary_dim`` dimensions, in halves (NEOX layout)."""
         mb, half = self.mb, self.config.rope.rotary_dim // 2
         rest = self.config.head_dim - 2 * half
         sizes = [half, half, rest] if rest else [half, half]
@@ -273,11 +273,11 @@ class Decoder:
         return mb.concat(values=[*turned, *tail], axis=-1, name=f"{name}_rotated")
 
     def cached(self, which: int, block: int, new: Var, span: tuple[Var, Var]) -> Var:
-        """Put ``new`` into a cache; the block's layer of it up to ``end``, each head of it once for
-        every query head that shares it: ``[1, heads, n, head_dim]``.
+        """Write ``new`` into a cache; returns the block's layer of it up to ``end``, with each
+        key-value head repeated for its query heads: ``[1, heads, n, head_dim]``.
 
-        ``coreml_update_state`` writes the state and reads it back, which is what lets Core ML
-        update it in place; ``self.caches`` is the chain.
+        ``coreml_update_state`` writes the state and reads it back, which lets Core ML update it in
+        place; ``self.caches`` is the chain.
         """
         mb, c, name = self.mb, self.config, f"block_{block}_{('keys', 'values')[which]}"
         begin, end = span

@@ -1,4 +1,4 @@
-"""Metadata and constants of a package, from ``model.mlmodel`` alone."""
+"""Describes a package's metadata and constants, from ``model.mlmodel`` alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exporters.coreml.mil import Function, Operation, read_package
 SCALED = "constexpr_blockwise_shift_scale"
 PALETTE = "constexpr_lut_to_dense"
 SPARSE = "constexpr_sparse_to_dense"
-# What makes the values of a sparse constant: the dense operation, its codes, their mask.
+# Operations that compute the values of a sparse constant: dense operation, codes, mask.
 JOINT = {
     "constexpr_lut_to_sparse": (PALETTE, "indices_nonzero_data", "indices_mask"),
     "constexpr_sparse_blockwise_shift_scale": (SCALED, "nonzero_data", "data_mask"),
@@ -73,7 +73,7 @@ def list_tensors(function: Function) -> list[dict[str, Any]]:
     tensors = []
     joint = {op.outputs[0][0]: op for op in function.operations if op.kind in JOINT}
     for operation in function.operations:
-        if operation.kind in JOINT:  # listed with the constant that is made of it
+        if operation.kind in JOINT:  # listed with the constant that uses it
             continue
         if operation.kind == SPARSE:
             tensors.append(describe_sparse(operation, joint))
@@ -100,9 +100,9 @@ def list_tensors(function: Function) -> list[dict[str, Any]]:
 
 
 def describe_sparse(operation: Operation, joint: Mapping[str, Operation]) -> dict[str, Any]:
-    """A sparse constant, as ``list_tensors`` gives it.
+    """The row of ``list_tensors`` for a sparse constant.
 
-    Its grid says what share is zero: a pattern such as 2of4 cannot be seen without reading.
+    Its grid has the share of zeros: a pattern such as 2of4 is unknown without reading the mask.
     """
     name, declared = operation.outputs[0]
     maker = operation
@@ -124,12 +124,12 @@ def describe_sparse(operation: Operation, joint: Mapping[str, Operation]) -> dic
 
 
 def is_table(name: str) -> bool:
-    """Not of the checkpoint: rotary tables, biases of zeros."""
+    """Whether a constant is not of the checkpoint: rotary tables, biases of zeros."""
     return name.startswith(("rope_", "zeros_"))
 
 
 def grid_name(operation: Operation) -> str:
-    """The grid of a constant, as recipes spell it; the operation's name for what is not ours."""
+    """The grid of a constant, as in recipes; the operation's name for other compressions."""
     parts = {key: part for key, part in operation.literals.items() if isinstance(part, Packed)}
     if operation.kind == "const" and isinstance(operation.value, Packed):
         return {"fp16": "F16", "fp32": "F32"}.get(operation.value.dtype, operation.value.dtype)
@@ -145,7 +145,7 @@ def grid_name(operation: Operation) -> str:
 def compressed_grid(
     kind: str, parts: Mapping[str, Packed], shape: tuple[int, ...], dtype: str
 ) -> str:
-    """The grid of codes in a matrix of ``shape``."""
+    """The grid of a compressed matrix of ``shape``."""
     if kind == PALETTE:
         groups = parts["lut"].shape[0]
         group = "tensor" if groups == 1 else f"g{shape[0] // groups}"

@@ -1,9 +1,9 @@
-"""A saved Core ML program as plain Python: functions, operations, typed values, weights on disk.
+"""Parses a saved Core ML program to plain Python: functions, operations, typed values, weights.
 
 An ``.mlpackage`` is a folder: a manifest, a protobuf ``model.mlmodel`` (Core ML's ``Model.proto``,
 with the program in MIL, ``MIL.proto``) and ``weights/weight.bin``. This module reads the graph and
-finds the weights (``blobs``); it computes nothing. Nothing of coremltools is imported but its
-generated protobuf modules, by their path: its own ``__init__`` costs seconds.
+locates the weights (``blobs``); it computes nothing. Only coremltools' generated protobuf modules
+are imported, by their path: its ``__init__`` takes seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "read_package",
 ]
 
-# How an immediate value of the graph is stored; what is not here comes as packed bytes.
+# Field of an immediate value in the graph, by type; other types are packed bytes.
 IMMEDIATES: dict[str, Any] = {
     "floats": np.dtype("<f4"),
     "doubles": np.dtype("<f8"),
@@ -45,7 +45,7 @@ IMMEDIATES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TensorType:
-    """The declared type of a value; None for a dimension known only when running."""
+    """The declared type of a value; None for a dimension that is known only at run time."""
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -79,9 +79,9 @@ class Operation:
     Attributes:
         kind: the operator, e.g. ``linear``.
         inputs: parameter → names of the values bound to it (most have one).
-        literals: parameter → constant given in place.
+        literals: parameter → inline constant.
         outputs: names and declared types.
-        value: what a ``const`` holds.
+        value: of a ``const``.
     """
 
     kind: str
@@ -98,7 +98,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the program, its only block unfolded."""
+    """A function of the program, with its only block."""
 
     name: str
     opset: str
@@ -114,8 +114,8 @@ class Program:
 
     Attributes:
         specification_version: 9 for iOS 18.
-        functions: by name; ``default_function`` is the one run when none is asked for.
-        metadata: the author's keys (``shortDescription``, ``author``, user-defined ones).
+        functions: by name; ``default_function`` is run by default.
+        metadata: the package's keys (``shortDescription``, ``author``, user-defined ones).
     """
 
     specification_version: int
@@ -136,7 +136,7 @@ class Program:
 
 
 def read_package(path: Path) -> Program:
-    """Parse an ``.mlpackage``; weights are mapped, not read.
+    """Parse an ``.mlpackage``; weights are memory-mapped, not read.
 
     Args:
         path: the package folder.
@@ -189,8 +189,8 @@ def _model_file(package: Path) -> Path:
 def _proto(module: str) -> Any:
     """A generated protobuf module of coremltools, without importing coremltools itself.
 
-    Both copies describe the same messages to protobuf's pool, so a later ``import coremltools``
-    in the same process gives the same classes.
+    Both copies register the same messages in protobuf's pool, so a later ``import coremltools``
+    in the same process uses the same classes.
     """
     package = "coremltools.proto"
     if package not in sys.modules:
@@ -234,7 +234,7 @@ def _function(name: str, function: Any, description: Any, blobs: Blobs) -> Funct
 
 
 def _spec(declared: TensorType, feature: Any) -> TensorSpec:
-    """The declared type, narrowed by what the model's description says of the feature."""
+    """The declared type, narrowed by the feature's entry in the model's description."""
     ranges: tuple[tuple[int, int | None], ...] = tuple(
         (0, None) if size is None else (size, size) for size in declared.shape
     )
@@ -306,7 +306,7 @@ def _value(proto: Any, blobs: Blobs) -> Value:
     elif field_name in IMMEDIATES:
         values: Array = np.array(getattr(tensor, field_name).values, IMMEDIATES[field_name])
         bits = BITS[declared.dtype]
-        if bits < values.itemsize * 8:  # int16 and uint16 travel as int32
+        if bits < values.itemsize * 8:  # int16 and uint16 are stored as int32
             values = values.astype(f"<i{bits // 8}")
         raw = values.view(np.uint8)
     else:
@@ -317,7 +317,7 @@ def _value(proto: Any, blobs: Blobs) -> Value:
 
 
 def _text(values: Iterable[Any]) -> str:
-    """The one string of a string constant."""
+    """The string of a string constant."""
     texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
     if len(texts) != 1:
         raise ArtifactError(f"a string constant holds {len(texts)} strings; one is supported")

@@ -1,7 +1,7 @@
 """The MIL operations that move numbers without computing: shapes, slices, gathers.
 
-They take float16 as it is stored, where the operations of ``mil_ops`` get float32. Parameters have
-MIL's own names; see ``mil_ops``.
+They work on float16 as stored, while the operations of ``mil_ops`` get float32. Parameters have
+MIL's names; see ``mil_ops``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def flags(mask: Tensor | None, count: int) -> list[bool]:
 
 
 def reversed_pairs(pairs: Sequence[int]) -> list[int]:
-    """(before, after) pairs from the first dimension on, in torch's order: from the last on."""
+    """Reorder (before, after) pairs from MIL's order, first dimension first, to torch's."""
     return [n for i in range(len(pairs) - 2, -1, -2) for n in (pairs[i], pairs[i + 1])]
 
 
@@ -40,7 +40,7 @@ def shape(x: Tensor) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """-1 is worked out; 0 keeps a dimension of x, counted from the last (iOS 17), or is 1."""
+    """-1 is inferred; 0 keeps a dimension of x, counted from the last (iOS 17), or is 1."""
     sizes = ints(shape)
     from_last = [1] * (len(sizes) - x.dim()) + list(x.shape)
     from_last = from_last[len(from_last) - len(sizes) :]
@@ -59,9 +59,9 @@ def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 
 def concat(values: Sequence[Tensor], axis: Tensor, interleave: Tensor | bool = False) -> Tensor:
-    """Along an axis; interleaved: first slices of all, second slices of all, ...
+    """Concatenate along an axis; interleaved: first slices of all, second slices of all, ...
 
-    Scalars count as vectors of one element, as in coremltools' type inference.
+    Scalars are vectors of one element, as in coremltools' type inference.
     """
     values = [v.reshape(1) if v.dim() == 0 else v for v in values]
     where = int(axis) % values[0].dim()
@@ -95,7 +95,7 @@ def box(
     end_mask: Tensor | None,
     squeeze_mask: Tensor | None,
 ) -> tuple[int | slice, ...]:
-    """The index of a slice: Python's own rules for negative ends; masks: whole, or one index."""
+    """The index of a slice: Python's rules for negative ends; masks select all or one index."""
     rank = x.dim()
     steps = ints(stride) if stride is not None else [1] * rank
     if min(steps, default=1) < 1:
@@ -148,16 +148,16 @@ def slice_update(
 
 
 def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
-    """-1: up to the end."""
+    """Slice by sizes; -1: up to the end."""
     pairs = zip(ints(begin), ints(size), strict=True)
     return x[tuple(slice(b, None if n < 0 else b + n) for b, n in pairs)]
 
 
 def positions(indices: Tensor, size: int) -> Tensor:
-    """Indices from 0; negative ones count from the end.
+    """Normalize indices: negative ones count from the end.
 
     Raises:
-        IndexError: one outside of ``size``.
+        IndexError: one is outside ``size``.
     """
     index = indices.to(torch.int64)
     index = torch.where(index < 0, index + size, index)
@@ -205,14 +205,14 @@ def gather_nd(
 def pad(
     x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | float = 0.0
 ) -> Tensor:
-    """Around the last dimensions: (before, after) of each."""
+    """Pad the last dimensions: (before, after) of each."""
     if mode != "constant":
         return F.pad(x, reversed_pairs(ints(pad)), mode={"reflect": "reflect"}[mode])
     return F.pad(x, reversed_pairs(ints(pad)), value=float(constant_val))
 
 
 def band_part(x: Tensor, lower: Tensor | int = -1, upper: Tensor | int = -1) -> Tensor:
-    """Zero outside of a band around the diagonal; -1: everything on that side."""
+    """Zero outside a band around the diagonal; -1: no limit on that side."""
     x = x if int(upper) < 0 else torch.tril(x, int(upper))
     return x if int(lower) < 0 else torch.triu(x, -int(lower))
 

@@ -1,7 +1,7 @@
-"""What each MIL operation computes: one small function per operator, in one table.
+"""The MIL operations as torch functions: one per operator, in one table.
 
-Parameters have MIL's own names, so a program's operation is called with its inputs as keywords;
-a parameter that a function does not have is one that the evaluator does not know. Values are
+Parameters have MIL's names, so a program's operation is called with its inputs as keywords; a
+parameter that a function lacks is not supported by the evaluator. Values are
 torch tensors (floats float32 or float16, every integer type as int32, bools) and strings.
 Semantics: coremltools' operator definitions (``converters/mil/mil/ops/defs``), iOS 15 to 18.
 """
@@ -26,7 +26,7 @@ __all__ = ["OPS"]
 
 
 def real_div(x: Tensor, y: Tensor) -> Tensor:
-    """Division; the quotient of integers is cut towards zero."""
+    """Division; the quotient of integers is rounded towards zero."""
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
 
@@ -53,7 +53,7 @@ def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """To another type; to an integer type: cut towards zero, then wrapped to its width."""
+    """Cast to another type; to an integer: rounded towards zero, then wrapped to its width."""
     if dtype == "bool":
         return x != 0
     if dtype in ("fp16", "fp32"):  # the evaluator rounds to the declared type
@@ -72,7 +72,7 @@ def cast(x: Tensor, dtype: str) -> Tensor:
 
 
 def reduction(reduce: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
-    """A MIL reduction (no axes: all of them) of a torch one."""
+    """A MIL reduction (no axes: all) from a torch reduction."""
 
     def reduced(x: Tensor, axes: Tensor | None = None, keep_dims: Tensor | bool = False) -> Tensor:
         return reduce(x, list(range(x.dim())) if axes is None else ints(axes), bool(keep_dims))
@@ -81,7 +81,7 @@ def reduction(reduce: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[.
 
 
 def arg_reduction(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``reduce_argmax`` or ``reduce_argmin``."""
+    """``reduce_argmax`` or ``reduce_argmin`` from a torch function."""
 
     def reduced(
         x: Tensor,
@@ -95,7 +95,7 @@ def arg_reduction(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def total(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    """A sum that stays in its type."""
+    """A sum in the type of ``x``."""
     return x.sum(axes, keepdim=keep, dtype=x.dtype)
 
 
@@ -116,7 +116,7 @@ def layer_norm(
     beta: Tensor | None = None,
     epsilon: Tensor | float = 1e-5,
 ) -> Tensor:
-    """Over ``axes`` (default: all); gamma and beta have the shape of these axes."""
+    """Layer norm over ``axes`` (default: all); gamma and beta have the shape of these axes."""
     over = sorted(a % x.dim() for a in (range(x.dim()) if axes is None else ints(axes)))
     centred = x - x.mean(over, keepdim=True)
     y = centred / torch.sqrt(centred.square().mean(over, keepdim=True) + epsilon)

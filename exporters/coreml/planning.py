@@ -1,4 +1,4 @@
-"""The grid of every tensor, how Core ML stores it, and its exact bytes; no weight is read."""
+"""Plans the grid of every tensor, its storage in Core ML, and its exact bytes; reads no weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRIDS = (
     *(f"lut{bits}-{g}" for bits in (1, 2, 3, 4, 6, 8) for g in ROW_GROUPS),
     "F16",
 )
-# What a budget chooses among. Palettes of fewer than eight rows are slow on the Neural Engine.
+# Candidate grids of a budget. Palettes of fewer than eight rows are slow on the Neural Engine.
 PALETTES = ("lut2-g8", "lut3-g16", "lut3-g8", "lut4-g16", "lut4-g8", "lut6-g16", "lut6-g8")
 BLOCKS = ("int4-g128", "int4-g64", "int4-g32", "int4-g32-asym", "int8-channel", "int8-g32")
 DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
@@ -32,11 +32,11 @@ DEFAULT_CONTEXT = 2048
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
 FLOATS = {"F16": "fp16", "F32": "fp32"}  # grid → MIL's type of a plain constant
-IMMEDIATE = 10  # arrays of fewer elements stand in the graph, as coremltools itself does it
+IMMEDIATE = 10  # arrays of fewer elements are stored in the graph, as by coremltools
 NEURAL_ENGINE_MULTIPLE = 32
 
 
-# Names of the mask and of the codes that are there, by the name of the codes of a dense tensor.
+# Names of the mask and the nonzero codes, by the name of the codes of a dense tensor.
 SPARSE_NAMES = {
     "val": ("mask", "nonzero_data"),
     "indices": ("indices_mask", "indices_nonzero_data"),
@@ -52,7 +52,7 @@ class Part:
         name: its parameter in the MIL operation: ``data``, ``scale``, ``offset``, ``indices``,
             ``lut``; ``val`` for a plain constant.
         dtype: MIL's: ``int4``, ``uint3``, ``fp16`` …
-        ones: in each row of a mask.
+        ones: number of ones in each row of a mask.
     """
 
     name: str
@@ -67,26 +67,26 @@ class Part:
 
     @property
     def in_graph(self) -> bool:
-        """Plain constants of few elements stand in the program, which is made before any weight is
-        solved: small tables of palettes cannot."""
+        """Whether it is stored in the program: plain constants of few elements. The program is made
+        before weights are quantized, so small palettes are not."""
         return self.name == "val" and math.prod(self.shape) < IMMEDIATE
 
 
 def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """How Core ML stores a tensor on a grid.
+    """The arrays in which Core ML stores a tensor on a grid.
 
     ``int4`` and ``int8`` are signed and centered where symmetric, else unsigned with an offset;
     palettes have one table per group of rows, ``[groups, 1, levels, 1]``.
 
     Raises:
-        GridError: a grid that Core ML does not store.
+        GridError: a grid that Core ML does not support.
     """
     if isinstance(grid, str):
         if grid in FLOATS:
             return (Part("val", FLOATS[grid], shape),)
         grid = get_grid(grid)
     match grid:
-        case DenseGrid(name="F16"):  # what a sparse grid has of it
+        case DenseGrid(name="F16"):  # as the inner grid of a sparse one
             return (Part("val", "fp16", shape),)
         case SparseGrid():
             return sparse_parts(grid, (shape[0], shape[1]))
@@ -104,7 +104,7 @@ def parts(grid: str | Grid, shape: tuple[int, ...]) -> tuple[Part, ...]:
 
 
 def sparse_parts(grid: SparseGrid, shape: tuple[int, int]) -> tuple[Part, ...]:
-    """``parts`` of a sparse grid: a bit for every weight, and the codes of those that are there.
+    """``parts`` of a sparse grid: a mask bit for every weight, and the nonzero weights' codes.
 
     The parameters are those of ``constexpr_sparse_to_dense``, ``constexpr_lut_to_sparse`` and
     ``constexpr_sparse_blockwise_shift_scale``.
@@ -130,7 +130,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
         in float32, linears' biases in float16) and two rotary tables, ``rope.cos`` and
         ``rope.sin``. A tied head has none. ``settings`` gains ``container_bytes``: what
-        ``weight.bin`` holds besides (records, alignment, the zero biases that MIL asks for).
+        ``weight.bin`` holds in addition (records, alignment, the zero biases that MIL requires).
 
     Raises:
         GridError: a grid that Core ML cannot store.
@@ -186,8 +186,8 @@ def candidates(
 ) -> list[Candidate]:
     """See ``compress.formats``.
 
-    Where the settings ask for palettes, which the Neural Engine runs, there are no blocks of
-    integers, which it does not.
+    With palettes in the settings, which the Neural Engine runs, there are no candidates of integer
+    blocks, which it does not.
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
@@ -202,10 +202,10 @@ def candidates(
 
 
 def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
-    """A chosen grid, if Core ML stores that tensor on it.
+    """Check that Core ML can store a tensor on a chosen grid, and return the grid.
 
     Raises:
-        GridError: it does not.
+        GridError: it cannot.
     """
     try:
         inner = dense_name(grid)
@@ -250,9 +250,9 @@ def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> Plan
 
 
 def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
-    """The grid asked for, or the one of the next smaller groups that divide the tensor.
+    """The wanted grid, or that with the next smaller groups that divide the tensor.
 
-    Where no smaller group does: a scale per row, a palette per row.
+    Where no smaller group does: one scale or palette per row.
     """
     grid = get_grid(asked)
     if isinstance(grid, Palette):
@@ -269,13 +269,13 @@ def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
 
 
 def dense_name(grid: str) -> str:
-    """The grid, or the inner one where it is sparse: ``2of4-lut4-g8`` → ``lut4-g8``."""
+    """A grid's name, or its inner grid's where it is sparse: ``2of4-lut4-g8`` → ``lut4-g8``."""
     found = get_grid(grid)
     return found.inner.name if isinstance(found, SparseGrid) else grid
 
 
 def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> int:
-    """Size of ``weight.bin``, exact but for the padding of its last array, which is not written."""
+    """Bytes of ``weight.bin``, exact except for the unwritten padding of its last array."""
     arrays = [part for entry in entries for part in parts(entry.grid, entry.shape)]
     # Linears without a bias share one vector of zeros per number of rows.
     roles = [role for role in (*config.linear_roles, "lm_head") if not config.has_bias(role)]
@@ -285,7 +285,7 @@ def weight_file_bytes(config: DecoderConfig, entries: tuple[PlanEntry, ...]) -> 
 
 
 def container_bytes(arrays: Iterable[Part]) -> int:
-    """What arrays take in ``weight.bin``, each with its record, both aligned."""
+    """Bytes of arrays in ``weight.bin``, each with its record, both aligned."""
     sizes = (part.nbytes for part in arrays if not part.in_graph)
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
@@ -310,7 +310,7 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def sparse_notes(sparse: Sequence[PlanEntry]) -> Iterator[str]:
-    """What zeros save, and what they do not, in entries on sparse grids."""
+    """Notes on the bytes that sparse grids save."""
     weights = sum(math.prod(entry.shape) for entry in sparse)
     dense = sum(_entry(e.name, dense_name(e.grid), e.shape).nbytes for e in sparse)
     now, before = (8 * n / weights for n in (sum(e.nbytes for e in sparse), dense))

@@ -1,7 +1,7 @@
-"""A written package as a ``Runtime``: Core ML itself on macOS, the MIL evaluator elsewhere.
+"""Runs a written package as a ``Runtime``: Core ML on macOS, the MIL evaluator elsewhere.
 
-Both are called as an app calls them: the new token ids, a mask whose last size is where they end
-in the cache, and a state that the program updates.
+Both are called as by an app: with the new token ids, a mask whose last dimension is the end of the
+cache, and a state that the program updates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 Predict = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, NDArray[Any]]]
 
 OLDEST_MACOS = 15  # states, 4-bit constants
-# Ids per call while a prompt is read: bounds the scores, [heads, ids, positions].
+# Ids per call of a prompt: bounds the scores, [heads, ids, positions].
 BATCH = 512
 
 
@@ -33,7 +33,7 @@ def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BAT
     """Load a package; see ``compress.formats``.
 
     Raises:
-        ArtifactError: not a package of ours, damaged, or refused by Core ML.
+        ArtifactError: not a package of packlight's, damaged, or refused by Core ML.
         RuntimeMissingError: coremltools is not installed.
         UsageError: more context than the package has.
     """
@@ -63,7 +63,7 @@ class CoreMLRuntime:
         make_state: an empty KV cache.
         slots: positions in the cache.
         vocab_size: width of the logits.
-        batch: tokens per call while a prompt is read.
+        batch: tokens per call of a prompt.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CoreMLRuntime:
         self._length = 0
 
     def logits(self, tokens: Sequence[int]) -> Float32:
-        """At every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+        """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
 
         Raises:
             UsageError: no tokens, or more than the cache holds.
@@ -122,7 +122,7 @@ class CoreMLRuntime:
         for start in range(0, len(tokens), self._batch):
             ids = np.asarray(tokens[start : start + self._batch], np.int32)[None]
             self._length += ids.shape[1]
-            # No triangle: the program makes its own. The mask says where the ids end.
+            # No triangle: the program makes its own. The mask's shape gives the end of the ids.
             mask = np.zeros((1, 1, 1, self._length), np.float16)
             outputs = self._predict({"inputIds": ids, "causalMask": mask}, self._state)
             pieces.append(np.asarray(outputs["logits"], np.float32)[0])
@@ -147,18 +147,18 @@ def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
             "running a Core ML package needs coremltools", hint="pip install coremltools"
         ) from error
     try:
-        # Where swift-transformers runs models of flexible shape.
+        # As swift-transformers runs models of flexible shape.
         model = coremltools.models.MLModel(
             str(path), compute_units=coremltools.ComputeUnit.CPU_AND_GPU
         )
-    except Exception as error:  # NSError arrives as a bare RuntimeError
+    except Exception as error:  # an NSError is raised as a bare RuntimeError
         raise ArtifactError(f"Core ML refuses {path.name}: {first_line(error)}") from error
     version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
     return f"Core ML (macOS {version})", model.predict, model.make_state
 
 
 def _evaluator(path: Path, threads: int) -> tuple[str, Predict, Callable[[], Any]]:
-    """Our interpreter, rounding to float16 where Core ML does."""
+    """The MIL evaluator, which rounds to float16 where Core ML does."""
     from exporters.coreml.evaluator import Evaluator
 
     evaluator = Evaluator(path, fp16=True, threads=threads)

@@ -1,4 +1,4 @@
-"""What a recipe may say of this format: ``targets.coreml``. pydantic is loaded with it."""
+"""The recipe's settings of this format, ``targets.coreml``; loads pydantic."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Large constants of a running program: decoded when used, whole or by rows, cached if there is
-room.
+"""Large constants of a running program: decoded when used, whole or by rows, and cached within a
+memory limit.
 
-Decoding is what a run of a large model spends its time on, so ``linear`` takes its weight a slab
-of rows at a time (a decoded slab stays in the processor's cache), and ``gather`` decodes only the
-rows it is asked for. ``share_cache`` says which weights stay decoded between runs.
+Decoding dominates the time of a large model, so ``linear`` uses its weight a slab of rows at a time
+(a decoded slab stays in the processor's cache), and ``gather`` decodes only the rows it needs.
+``share_cache`` selects the weights that stay decoded between runs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Weight:
     """A large constant.
 
     Attributes:
-        constant: as the file has it.
-        shape: decoded.
-        keep_as: torch type to stay decoded in after the first use; None: decode for every use.
+        constant: as stored in the file.
+        shape: after decoding.
+        keep_as: torch type in which it stays decoded after the first use; None: decode every time.
         slab: weights that ``slabs`` decodes at a time.
     """
 
@@ -42,19 +42,19 @@ class Weight:
         self._decoded: Tensor | None = None
 
     def whole(self) -> Tensor:
-        """All of it, float16 or float32."""
+        """The decoded weight, float16 or float32."""
         if self.keep_as is not None:
             return self._keep(self.keep_as)
         return decode(self.constant)
 
     def rows(self, rows: NDArray[np.int64]) -> Tensor:
-        """Some rows of it."""
+        """Some rows of the decoded weight."""
         if self._decoded is not None or not self._by_rows:
             return self.whole()[torch.from_numpy(rows)]
         return decode(take_rows(self.constant, rows))
 
     def slabs(self) -> Iterator[tuple[int, int, Tensor]]:
-        """All of it, some rows at a time: first row, row after the last, their weights."""
+        """Yield the decoded weight by slabs: first row, row after the last, their weights."""
         if self.keep_as == torch.float32:
             yield 0, self.shape[0], self.whole()
             return
@@ -77,14 +77,14 @@ class Weight:
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         total = self.shape[0]
-        # A multiple of 64 rows, which most groups of rows that share a palette divide.
+        # A multiple of 64 rows: most group sizes of palettes divide it.
         step = max(64, self.slab * total // max(1, math.prod(self.shape)) // 64 * 64)
         for first in range(0, total, step):
             yield first, min(first + step, total)
 
 
 def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
-    """Choose what stays decoded: all as float32, else as float16 as many as there is room for."""
+    """Select the weights that stay decoded: all as float32 if they fit, else as many as float16."""
     distinct = list({id(weight): weight for weight in weights}.values())
     if 4 * sum(math.prod(weight.shape) for weight in distinct) <= cache_bytes:
         for weight in distinct:
@@ -92,7 +92,7 @@ def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
         return
     for weight in distinct:
         nbytes = 2 * math.prod(weight.shape)
-        # A plain float16 constant is in the mapped file already; float32 would lose bits.
+        # A plain float16 constant is in the mapped file already; a float32 one would lose bits.
         worth = isinstance(weight.constant, Compressed) and weight.constant.dtype == "fp16"
         if worth and nbytes <= cache_bytes:
             weight.keep_as = torch.float16
@@ -102,7 +102,7 @@ def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
 def linear_by_slabs(
     function: Callable[..., Tensor], x: Tensor, weight: Weight, bias: Any = None
 ) -> Tensor:
-    """``linear`` (``function``), the weight decoded by slabs."""
+    """``linear`` (``function``), with the weight decoded by slabs."""
     x = widen(x)
     bias = bias.whole() if isinstance(bias, Weight) else bias
     parts = []
@@ -115,7 +115,7 @@ def linear_by_slabs(
 def gather_rows(
     function: Callable[..., Tensor], x: Weight, indices: Tensor, **others: Any
 ) -> Tensor:
-    """``gather`` (``function``) along the first axis, only the rows asked for being decoded."""
+    """``gather`` (``function``) along the first axis, decoding only the needed rows."""
     total = x.shape[0]
     wanted = torch.where(indices < 0, indices + total, indices).to(torch.int64)
     if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < total:
@@ -125,7 +125,7 @@ def gather_rows(
 
 
 def widen(value: Any) -> Any:
-    """float16 as float32, in lists too."""
+    """Convert float16 tensors to float32, also in lists."""
     if isinstance(value, list):
         return [widen(v) for v in value]
     if isinstance(value, Tensor) and value.dtype == torch.float16:

@@ -1,16 +1,16 @@
-"""An ``.mlpackage``, written in place: ``weight.bin`` grows inside it, one tensor at a time.
+"""Writes an ``.mlpackage`` in place; ``weight.bin`` is written one tensor at a time.
 
     <Name>.mlpackage/
-      Manifest.json                                 which item is the model
+      Manifest.json                                 names the item that is the model
       Data/com.apple.CoreML/model.mlmodel           the program (protobuf)
-      Data/com.apple.CoreML/weights/weight.bin      everything large
+      Data/com.apple.CoreML/weights/weight.bin      large arrays
 
-coremltools does this through a temporary folder that it copies, with random identifiers in the
-manifest. Here nothing is copied and nothing is random: two writes give the same bytes.
+coremltools writes to a temporary folder that it copies, with random identifiers in the manifest.
+Here nothing is copied or random: two writes give the same bytes.
 
-Three private entry points of coremltools are used, all in ``CoreMLTools``: the class that turns
-a program into protobuf, the function around it, and the writer of ``weight.bin``. They are those
-of version 9.0, which is pinned.
+Three private entry points of coremltools are used, all in ``CoreMLTools``: the class that turns a
+program into protobuf, the function around it, and the writer of ``weight.bin``. They are those of
+version 9.0, which is pinned.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MANIFEST_ITEMS = {
     f"{AUTHOR}/{MODEL_FILE}": (MODEL_FILE, "CoreML Model Specification"),
     f"{AUTHOR}/{WEIGHTS_FOLDER}": (WEIGHTS_FOLDER, "CoreML Model Weights"),
 }
-# Identifiers made from the paths, instead of random ones.
+# Identifiers derived from the paths, instead of random ones.
 IDENTIFIERS = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in MANIFEST_ITEMS}
 MANIFEST_DOCUMENT = {
     "fileFormatVersion": "1.0.0",
@@ -66,18 +66,18 @@ MANIFEST_DOCUMENT = {
 }
 MANIFEST = json.dumps(MANIFEST_DOCUMENT, indent=4, sort_keys=True) + "\n"  # Manifest.json
 
-# The filters of warnings are one list for all threads, and so is coremltools' stack of the blocks
-# that are being built.
+# Filters of warnings, and coremltools' stack of blocks under construction, are shared by all
+# threads.
 ONE_AT_A_TIME = threading.Lock()
 
 
 class Writer:
     """See ``compress.plan.shapes.Writer``: the package and its side files.
 
-    The program is made first, with the place of every array; then tensors go to their places.
+    The program is made first, with the offset of every array; then tensors are written there.
 
     Raises:
-        RuntimeMissingError: coremltools is not installed, or another version is.
+        RuntimeMissingError: coremltools is not installed, or in another version.
     """
 
     def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
@@ -98,7 +98,7 @@ class Writer:
             self.file.write_bytes(HEADER.pack(len(self._layout.offsets), VERSION))
 
     def put(self, entry: PlanEntry) -> int:
-        """The arrays of one tensor to their places in ``weight.bin``."""
+        """Write the arrays of one tensor at their offsets in ``weight.bin``."""
         pieces = {part.name: part for part in parts(entry.grid, entry.shape)}
         suffix = {key: "" if key == "val" else f"_{key}" for key in pieces}  # of the constant
         if entry.name.startswith("rope."):
@@ -120,7 +120,7 @@ class Writer:
     def close(self) -> Artifact:
         """See ``compress.plan.shapes.Writer.close``."""
         plan, config = self.plan, self.weights.config
-        with self.file.open("r+b", buffering=0) as stream:  # the zero biases that MIL asks for
+        with self.file.open("r+b", buffering=0) as stream:  # the zero biases that MIL requires
             for name, offset in self._layout.offsets.items():
                 if name.startswith("zeros_"):
                     blob = Blob(stream, offset, self._constants.parts[name])
@@ -134,7 +134,7 @@ class Writer:
                 f"{self.file.name} has {found:,} bytes where the plan makes {expected:,}",
                 hint="is the disk full?",
             )
-        # Without `deterministic`, protobuf's maps come out in the order of a random hash.
+        # Without `deterministic`, protobuf writes maps in the order of a random hash.
         model = self._model.SerializeToString(deterministic=True)
         (self._model_folder / MODEL_FILE).write_bytes(model)
         (self._package / "Manifest.json").write_text(MANIFEST, encoding="utf-8")
@@ -152,15 +152,15 @@ class Writer:
 
 
 def writing_memory(plan: Plan) -> int:
-    """coremltools with its program, and what does not go slab by slab: a matrix that shares one
-    table."""
+    """Bytes of memory: coremltools with its program, and a matrix that cannot be split into slabs
+    because it shares one table."""
     matrices = [entry for entry in plan.entries if entry.grid not in FLOATS]
     whole = [8 * math.prod(e.shape) for e in matrices if not get_grid(e.grid).group_rows]
     return (360 << 20) + max([0, *whole])
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.formats``: the program as it will be, its arrays counted."""
+    """See ``compress.formats``: bytes of the program, built without values, and of its arrays."""
     tools, layout = CoreMLTools(), Layout()
     constants = Constants(tools.mb, tools.storage, plan, source.config)
     with ONE_AT_A_TIME:
@@ -173,7 +173,7 @@ def file_bytes(plan: Plan, source: Source) -> int:
 def build_program(
     tools: CoreMLTools, config: DecoderConfig, context: int, constants: Constants
 ) -> Any:
-    """The MIL program: one function, ``main``, whose inputs have flexible shapes."""
+    """Build the MIL program: one function, ``main``, whose inputs have flexible shapes."""
     mb, ct, types = tools.mb, tools.ct, tools.types
     queries, rows, columns = (ct.RangeDim(1, context, default=1) for _ in range(3))
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
@@ -197,9 +197,9 @@ def build_program(
 
 
 def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
-    """What Xcode shows, and the keys by which swift-transformers finds the tokenizer."""
+    """Set the metadata that Xcode shows, and swift-transformers' keys for the tokenizer."""
     config, context = weights.config, plan.settings["context"]
-    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # what a size is compared with
+    floating = DecoderConfig.from_hf(weights.checkpoint.config)  # of the unpruned float model
     described = model.description
     for feature, text in (
         (described.input[0], "Token ids, the new ones only"),
@@ -232,12 +232,12 @@ def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
 
 @contextmanager
 def absent(*packages: str) -> Iterator[None]:
-    """Makes imports of these packages fail, unless they are loaded already.
+    """Make imports of these packages fail, unless they are already loaded.
 
-    coremltools imports every framework that it could convert from, if it finds it. Nothing is
-    converted here, and torch and transformers would be 1.6 CPU seconds and 160 MB of every build.
-    The price: code that imports torch only then cannot convert torch models by coremltools in the
-    same process, so this is for processes that are packlight's alone.
+    coremltools imports every installed framework that it could convert from. Nothing is converted
+    here, and torch and transformers would take 1.6 CPU seconds and 160 MB of every build. The
+    drawback: code that imports torch later cannot convert torch models with coremltools in the same
+    process, so this is only for processes that run packlight alone.
     """
     hidden: dict[str, Any] = {name: None for name in packages if name not in sys.modules}
     sys.modules.update(hidden)  # None makes an import fail: docs.python.org, "The module cache"
@@ -249,15 +249,15 @@ def absent(*packages: str) -> Iterator[None]:
 
 
 class CoreMLTools:
-    """coremltools, imported, with the private parts that are used here.
+    """The imported coremltools, with the private parts that are used here.
 
     Attributes:
         ct: the package.  mb: the builder.  types: MIL's types.  Program, Function: of pymil.
-        storage: MIL dtype name → numpy dtype by which the builder knows it.
+        storage: MIL dtype name → the builder's numpy dtype for it.
     """
 
     def __init__(self) -> None:
-        # It warns of a torch that it was not tested with; nothing of torch is converted here.
+        # It warns of an untested torch version; nothing is converted from torch here.
         logger = logging.getLogger("coremltools")
         change_setting("coremltools' log", lambda: logger.level, logger.setLevel, logging.ERROR)
         try:
@@ -280,8 +280,8 @@ class CoreMLTools:
         from coremltools.converters.mil.mil import Builder, Function, Program, types
 
         self.ct: Any = coremltools
-        # Names of unnamed constants end in a number that the class counts up for ever; with a
-        # count of its own, every program gets the same names.
+        # Names of unnamed constants end in a global counter; with its own counter, every
+        # program gets the same names.
         self.mb: Any = type("FreshBuilder", (Builder,), {"name_count": defaultdict(int)})
         self.types: Any = types
         self.Function: Any = Function
@@ -302,12 +302,12 @@ class CoreMLTools:
         layout: Layout,
         weights: Weights | None = None,
     ) -> Any:
-        """The program as a Core ML model (protobuf), its arrays in the places of ``layout``.
+        """Convert the program to a Core ML model (protobuf), with array offsets from ``layout``.
 
-        Small ones stand in it; they are zeros without ``weights``.
+        Small arrays are stored in it; without ``weights`` they are zeros.
 
-        coremltools' own passes are not run: one of them would merge all placeholders of equal
-        shape, and the program is float16 already.
+        coremltools' passes are not run: one of them would merge all placeholders of equal shape,
+        and the program is float16 already.
         """
         load, helper = self._load, self._helper
 

@@ -1,13 +1,14 @@
 """GGUF: one file for llama.cpp, with the weights, the keys and the tokenizer.
 
-    planning.py   type name → which tensor gets which grid, and its bytes
-    mixes.py      llama.cpp's presets (Q4_K_M …) and what rows that do not fit get
+    planning.py   type name → grid and bytes of each tensor
+    mixes.py      llama.cpp's presets (Q4_K_M …) and fallback types for rows that do not fit
     metadata.py   tensor names, architecture keys, rope tables
-    tokenizer.py  the tokenizer's keys; splitting.py: llama.cpp's name of its pattern
-    writer.py     the file, streamed
-    runtime.py    llama.cpp itself
-    card.py       where its files lie, and how to run them
-    inspection.py what a file says of itself; head.py reads its keys and tensor table
+    tokenizer.py  the tokenizer's keys; splitting.py: the pre-tokenizer's name in llama.cpp
+    imatrix.py    reads and writes llama.cpp's importance files
+    writer.py     writes the file, streamed
+    runtime.py    runs it in llama.cpp
+    card.py       finds files, and how to run them
+    inspection.py describes a file; head.py reads its keys and tensor table
 
 Importing this package loads neither gguf nor llama.cpp.
 """

@@ -1,4 +1,4 @@
-"""Where GGUF files of a build lie, how to run one, and whether that can be done here."""
+"""Finds GGUF files of a build, and says how to run one and whether that works here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ USAGE = Usage(
 
 
 def find(path: Path) -> list[Path]:
-    """A ``.gguf`` file, or those in a folder or in the folder of a build."""
+    """The ``.gguf`` file at a path, or those in a folder or in a build's folder."""
     if path.is_file():
         return [path] if path.suffix == ".gguf" else []
     return sorted((*path.glob("*.gguf"), *path.glob("gguf/*.gguf")))
 
 
 def checks() -> list[Check]:
-    """Whether some package brings llama.cpp's C library."""
+    """Check for a package with llama.cpp's C library."""
     for package in ("xllamacpp", "llama_cpp"):
         if importlib.util.find_spec(package) is not None:
             return [Check("llama.cpp", f"through {package}", True)]

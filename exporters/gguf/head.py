@@ -1,7 +1,7 @@
-"""The head of a GGUF file, read once through: keys and the tensor table, no weights.
+"""Reads the header of a GGUF file: keys and the tensor table, no weights.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf-py's reader makes an array
-of every token (seconds for a vocabulary of 150,000); long lists are only counted here.
+of every token (seconds for a vocabulary of 150,000); here the entries of long lists are skipped.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Listed:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A row of the tensor table.
+    """One row of the tensor table.
 
     Attributes:
         shape: ``[rows, columns]``.
         kind: a ``ggml_type``.
-        start: of its bytes, in the file.
+        start: offset of its bytes in the file.
     """
 
     name: str
@@ -61,7 +61,7 @@ class TensorRow:
 
 
 def read_head(path: Path) -> tuple[dict[str, Any], list[TensorRow]]:
-    """The keys and the tensor table.
+    """Read the keys and the tensor table.
 
     Raises:
         ArtifactError: not a GGUF file of version 2 or 3, or a damaged one.
@@ -114,7 +114,7 @@ class _Head:
         return bool(number) if kind == BOOL else number
 
     def array(self, kind: int, count: int) -> Listed:
-        if kind == ARRAY:  # llama.cpp reads no lists of lists either
+        if kind == ARRAY:  # llama.cpp does not read nested lists either
             raise self.damaged()
         first = tuple(self.value(kind) for _ in range(min(count, SHOWN)))
         rest = count - len(first)
@@ -129,7 +129,7 @@ class _Head:
         return self.take(self.count()).decode("utf-8", "replace")
 
     def count(self) -> int:
-        """A number of things that take a byte each at least, so never more than the file has."""
+        """A count of items of at least a byte each: checked against the file's size."""
         count = int(self.number("Q"))
         if count > self.size:
             raise self.damaged()

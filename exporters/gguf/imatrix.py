@@ -2,8 +2,8 @@
 
 A GGUF file with ``general.type = imatrix`` and, for each matrix, ``<tensor>.in_sum2`` (sums of the
 squared inputs, float32 ``[1, columns]``) and ``<tensor>.counts`` (tokens, float32 ``[1, 1]``); the
-importance is their quotient. As ``common/imatrix-loader.cpp`` of llama.cpp reads it and
-``tools/imatrix/imatrix.cpp`` writes it; the older ``.dat`` layout is not read.
+importance is their quotient. Sources: ``common/imatrix-loader.cpp`` and
+``tools/imatrix/imatrix.cpp`` of llama.cpp; the older ``.dat`` layout is not supported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 
 def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
-    """The importance of a model's inputs from an imatrix file; the head's may be missing.
+    """Read the importance of a model's inputs from an imatrix file; the head's may be missing.
 
     Raises:
         ArtifactError: not an imatrix file, damaged, or of another model.
@@ -52,7 +52,7 @@ def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
 
 
 def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> None:
-    """Write the importance as a file that ``llama-quantize --imatrix`` takes.
+    """Write the importance as a file for ``llama-quantize --imatrix``.
 
     Equal statistics give equal bytes.
 
@@ -74,7 +74,7 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
         sums = (stats.importance * np.float32(tokens)).reshape(1, -1)
         writer.add_tensor(target_name(name) + SUMS, sums)
         writer.add_tensor(target_name(name) + COUNTS, np.full((1, 1), tokens, np.float32))
-    # llama.cpp wants to know how much was seen, in chunks; one chunk of everything says it.
+    # llama.cpp requires the number of chunks; everything is written as one chunk.
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", tokens)
     writer.write_header_to_file()
@@ -87,7 +87,7 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
     """GGUF tensor name → count and importance.
 
     Raises:
-        ArtifactError: not there, not an imatrix file, or damaged.
+        ArtifactError: missing, not an imatrix file, or damaged.
     """
     import gguf
 
@@ -96,7 +96,7 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
     entries = {}
     hint = "write it with llama-imatrix --output-format gguf"
     try:
-        read_head(path)  # refuses what would keep gguf-py's reader busy
+        read_head(path)  # refuses files on which gguf-py's reader would not return
     except ArtifactError as error:
         what = f"{path.name} cannot be read as an imatrix: {error.message}"
         raise ArtifactError(what, hint) from error
@@ -114,10 +114,10 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
 
 
 def entry_of(sums: Any, counts: Any) -> LayerStats:
-    """One matrix of the file.
+    """The statistics of one matrix of the file.
 
     Raises:
-        ValueError: experts, no tokens, or values that are no sums of squares.
+        ValueError: experts, no tokens, or invalid sums of squares.
     """
     count = int(np.rint(np.asarray(counts, np.float32).reshape(1)[0]))
     values = np.asarray(sums, np.float32).reshape(-1)
@@ -127,7 +127,7 @@ def entry_of(sums: Any, counts: Any) -> LayerStats:
 
 
 def pooled(runs: Sequence[LayerStats]) -> LayerStats:
-    """The runs of a stored block as one: usually there is one."""
+    """Pool the statistics of a stored block's runs; usually there is one."""
     if len(runs) == 1:
         return runs[0]
     count = sum(run.count for run in runs)
@@ -136,7 +136,7 @@ def pooled(runs: Sequence[LayerStats]) -> LayerStats:
 
 
 def linear_names(config: DecoderConfig) -> Iterator[str]:
-    """Our names of the matrices that GGUF has and that multiply an input."""
+    """Packlight's names of the matrices in GGUF that multiply an input."""
     fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
     for name in WeightMap(config).names(tied_head=False, fused=fused):
         if input_of(config, name) is not None:
@@ -146,9 +146,9 @@ def linear_names(config: DecoderConfig) -> Iterator[str]:
 
 
 def inputs(config: DecoderConfig) -> dict[tuple[str, int | None], list[str]]:
-    """Input name and block → our names of the matrices that an imatrix may have for it.
+    """Input name and block → packlight's names of the matrices that an imatrix may have for it.
 
-    Where GGUF fuses q, k and v, their own names too: newer builds of llama.cpp take both.
+    Where GGUF fuses q, k and v, also their separate names: newer builds of llama.cpp accept both.
     """
     found: dict[tuple[str, int | None], list[str]] = {}
     for name in linear_names(config):

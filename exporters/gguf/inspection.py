@@ -1,4 +1,4 @@
-"""Keys and tensors of a GGUF file, without reading a weight."""
+"""Describes a GGUF file from its keys and tensor table; reads no weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from exporters.gguf.head import read_head
 from exporters.gguf.metadata import CONTEXT_KEY, TYPE_KEY
 from exporters.gguf.mixes import MIXES
 
-# ``general.file_type`` → the type or mix that it stands for.
+# ``general.file_type`` → type or mix.
 TYPES = {str(number): name for name, (_, number) in MIXES.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """See ``compress.formats``; a GGUF of any program will do.
+    """See ``compress.formats``; accepts GGUF files of any program.
 
     Raises:
-        ArtifactError: not a GGUF file, or a damaged one.
+        ArtifactError: not a GGUF file, or damaged.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -62,11 +62,11 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def whole_number(value: Any) -> int:
-    """A key of ours as it should be; 0 where it is missing or something else."""
+    """The value of one of packlight's keys if it is a whole number, else 0."""
     return value if isinstance(value, int) else 0
 
 
-# general.architecture → the class and the type whose config has the same sizes.
+# general.architecture → class and model type of a config with the same sizes.
 CLASSES: dict[str, tuple[str, str]] = {
     "llama": ("LlamaForCausalLM", "llama"),
     "phi2": ("PhiForCausalLM", "phi"),
@@ -77,9 +77,9 @@ CLASSES: dict[str, tuple[str, str]] = {
 
 
 def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sizes of the model as ``config.json`` names them, for arithmetic; empty when unknown.
+    """The model's sizes with the keys of ``config.json``, to compute memory; empty when unknown.
 
-    Anybody's GGUF will do. Rope scaling and the like are left out: they take no memory.
+    Accepts GGUF files of any program. Rope scaling is left out: it needs no memory.
     """
     arch = metadata.get("general.architecture", "")
     shapes = {str(tensor["name"]): tensor["shape"] for tensor in tensors}

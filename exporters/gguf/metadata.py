@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from compress.decoder.rope import Yarn
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-# Positions up to which llama.cpp agrees with the float model, where that is not all of them.
+# Key with the positions up to which llama.cpp agrees with the float model, where limited.
 CONTEXT_KEY = "packlight.context"
-# What a chosen mix is called: ``general.file_type`` has numbers for llama.cpp's presets only.
+# Key with the name of a chosen mix: ``general.file_type`` only has numbers for presets.
 TYPE_KEY = "packlight.type"
 
 # Family → ``general.architecture``.
@@ -52,7 +52,7 @@ _BLOCK = {
     "down_proj": "ffn_down",
 }
 
-# Tables that llama.cpp reads as tensors; our name → its name.
+# Tables that llama.cpp reads as tensors: packlight's name → GGUF name.
 ROPE_TENSORS: dict[str, str] = {
     "rope.factors": "rope_freqs.weight",
     "rope.long_factors": "rope_factors_long.weight",
@@ -69,7 +69,7 @@ def target_name(name: str) -> str:
 
 
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
-    """Our name → divisors of the rotary frequencies, ``[rotary_dim / 2]``; often none."""
+    """Packlight's name → divisors of the rotary frequencies, ``[rotary_dim / 2]``; often empty."""
     rope = config.rope
     if rope.kind == "llama3" or (rope.yarn is not None and not rope.yarn.usual):
         return {"rope.factors": rope.factors}
@@ -79,13 +79,13 @@ def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
 
 
 def display_name(model_name: str, *, strips_after_special: bool) -> str:
-    """``general.name``, chosen with care: llama.cpp reads behaviour out of it.
+    """``general.name``, adapted because llama.cpp derives behaviour from it.
 
     A name with ``phi-3`` or ``phi3`` makes its tokenizer drop whitespace after special tokens
-    (and needs ``<|endoftext|>`` in the vocabulary); ``modern-bert`` has a meaning too.
+    (and needs ``<|endoftext|>`` in the vocabulary); ``modern-bert`` has an effect, too.
 
     Args:
-        strips_after_special: whether this tokenizer does drop it.
+        strips_after_special: whether the model's tokenizer drops it.
     """
     phi3 = re.compile(r"phi-?3", re.IGNORECASE)
     if strips_after_special:
@@ -95,7 +95,7 @@ def display_name(model_name: str, *, strips_after_special: bool) -> str:
 
 
 def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
-    """The keys of the architecture: sizes, norm, rope."""
+    """Write the keys of the architecture: sizes, norm, rope."""
     import gguf
 
     writer.add_vocab_size(config.vocab_size)
@@ -112,7 +112,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    rope = config.rope  # its tables go in as tensors
+    rope = config.rope  # its tables are written as tensors
     writer.add_rope_dimension_count(rope.rotary_dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.kind == "linear":
@@ -127,16 +127,16 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         if rope.yarn is None:
             original = rope.original_context or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(original)
-        # llama.cpp wants the key and ignores the window; 0 says that there is none.
+        # llama.cpp requires the key and ignores the window; 0 means none.
         writer.add_sliding_window(config.sliding_window or 0)
 
 
 def write_yarn(writer: gguf.GGUFWriter, yarn: Yarn, attention_factor: float) -> None:
-    """The keys of YaRN, of which llama.cpp makes factors by the paper's bounds; it does not read
-    those of a file.
+    """Write the keys of YaRN, from which llama.cpp computes factors by the paper's bounds; it does
+    not read factors from a file.
 
-    llama.cpp multiplies cos and sin by ``1 + 0.1 ln(factor)`` by itself, and by ``attn_factor``,
-    which is what is left of the model's factor.
+    llama.cpp multiplies cos and sin by ``1 + 0.1 ln(factor)``, and by ``attn_factor``, which is the
+    rest of the model's factor.
     """
     import gguf
 

@@ -1,8 +1,8 @@
-"""llama.cpp's presets: which tensor gets which type, and what happens to rows that do not fit.
+"""llama.cpp's presets: the type of each tensor, and the fallback for rows that do not fit.
 
 The rules are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in
-``src/llama-quant.cpp`` (llama.cpp of October 2026), so that a ``Q4_K_M`` of ours is a ``Q4_K_M`` of
-theirs, to the byte. A few presets differ where an importance matrix is given.
+``src/llama-quant.cpp`` (llama.cpp of October 2026), so that packlight's ``Q4_K_M`` has the same
+types and bytes as llama.cpp's. A few presets differ where an importance matrix is given.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ FALLBACKS: dict[str, str] = {
     "IQ4_XS": "IQ4_NL",
 }
 
-# What a preset of llama.cpp wants and packlight cannot write, and what is written instead.
+# Types in llama.cpp's presets that packlight cannot write → the type that is written instead.
 LACKING: dict[str, str] = {"IQ2_S": "IQ3_XXS"}
 
 # Preset → its base type and its number in ``general.file_type`` (``llama_ftype`` in llama.h).
-# MXFP4 goes by the number of llama.cpp's MXFP4_MOE, which has it in experts only (and all else in
-# Q8_0): llama-quantize writes it into dense layers with --pure or --tensor-type.
+# MXFP4 has the number of llama.cpp's MXFP4_MOE, which uses it in experts only (and Q8_0 elsewhere):
+# llama-quantize writes it into dense layers with --pure or --tensor-type.
 MIXES: dict[str, tuple[str, int]] = {
     "Q2_K": ("Q2_K", 10),
     "IQ3_XXS": ("IQ3_XXS", 23),
@@ -89,13 +89,13 @@ VALUES_OF_FOUR: dict[str, str] = {
     "IQ4_NL": "Q5_K",
 }
 
-# Preset → the type of down_proj in the first eighth of the blocks: always, without, and with an
+# Preset → type of down_proj in the first eighth of the blocks: always; only without; only with an
 # importance matrix.
 DOWN_FIRST: dict[str, str] = {"Q4_K_S": "Q5_K", "IQ3_M": "Q4_K"}
 DOWN_FIRST_PLAIN: dict[str, str] = {"IQ3_XXS": "Q4_K", "IQ4_XS": "Q5_K", "IQ4_NL": "Q5_K"}
 DOWN_FIRST_WEIGHTED: dict[str, str] = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
 
-# Role → preset → type, of what all blocks have alike.
+# Role → preset → type, where all blocks have the same.
 OTHERS: dict[str, dict[str, str]] = {
     "q_proj": {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"},
     "k_proj": {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"},
@@ -118,7 +118,7 @@ class Mix:
         base: the type of most tensors.
         file_type: ``general.file_type``.
         pure: no exceptions for sensitive tensors (``llama-quantize --pure``).
-        importance: the codes are chosen by importance too (``llama-quantize --imatrix``).
+        importance: codes are chosen with an importance matrix (``llama-quantize --imatrix``).
     """
 
     name: str
@@ -147,18 +147,18 @@ class Mix:
         return cls(f"{name}-pure" if pure else name, base, file_type, pure, importance)
 
     def wish(self, role: str, block: int, config: DecoderConfig) -> str:
-        """The type that the preset wants for a linear or embedding, whatever its shape.
+        """The preset's type for a linear or embedding, before the fallback for its shape.
 
         Args:
             role: as in ``compress.decoder.config`` (``qkv_proj`` counts as the value projection).
-            block: index of the block; 0 for what is outside the blocks.
+            block: index of the block; 0 outside the blocks.
         """
         if self.pure or self.base in ("F16", "BF16"):
             return self.base
         if role == "lm_head" or (role == "embed_tokens" and config.tie_word_embeddings):
             if self.base == "Q8_0":
                 return "Q8_0"
-            # Where rows do not fit, llama.cpp means the fallback of Q6_K and not that of Q5_K.
+            # Where rows do not fit, llama.cpp uses the fallback of Q6_K, not that of Q5_K.
             return "Q5_K" if self.name == "IQ3_XXS" and config.hidden_size % 256 == 0 else "Q6_K"
         if role == "embed_tokens":
             return "IQ3_S" if self.name == "IQ3_XXS" else self.base
@@ -172,7 +172,7 @@ class Mix:
         return OTHERS.get(role, {}).get(self.name, self.base)
 
     def _value(self, block: int, config: DecoderConfig) -> str:
-        """The value projection: small under grouped heads, and the most sensitive."""
+        """The value projection's type; it is small with grouped heads, and the most sensitive."""
         layers = config.num_hidden_layers
         shared = config.num_attention_heads // config.num_key_value_heads
         grid = self.base
@@ -214,13 +214,13 @@ class Mix:
 
 
 def more_bits(block: int, layers: int) -> bool:
-    """The blocks that llama.cpp gives more bits: both ends, and every third between."""
+    """Whether llama.cpp gives a block more bits: both ends, and every third between."""
     first, last = layers // 8, 7 * layers // 8
     return block < first or block >= last or (block - first) % 3 == 2
 
 
 def fitting(wish: str, columns: int) -> tuple[str, str]:
-    """The type that rows of ``columns`` weights can hold, and a note where it is not the wish."""
+    """The type, or its fallback for rows of ``columns`` weights, and a note in that case."""
     wanted = LACKING.get(wish, wish)
     if columns % BLOCKS[wanted][0] == 0:
         note = f"{wanted} instead of {wish}, which packlight cannot write"

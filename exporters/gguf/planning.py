@@ -1,4 +1,4 @@
-"""From a ``DecoderConfig`` and a type name to the tensors of a GGUF file: arithmetic only."""
+"""Plans the tensors of a GGUF file from a ``DecoderConfig`` and a type name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
 
-# What a budget chooses among. Rows of 256s: the K-quants, which beat the older types at the same
-# bytes, and the codebook of IQ4_NL; other rows: what has blocks of 32.
+# Candidate grids of a budget. Rows that are multiples of 256: the K-quants, which are better than
+# the older types at the same bytes, and IQ4_NL's table; other rows: types with blocks of 32.
 WIDE = (
     "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
@@ -27,8 +27,8 @@ NARROW = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
-    """See ``compress.formats``; the setting is ``type`` (default Q4_K_M). Where the solver looks at
-    inputs, llama.cpp's presets raise fewer tensors.
+    """See ``compress.formats``; the setting is ``type`` (default Q4_K_M). With input statistics,
+    llama.cpp's presets give fewer tensors more bits.
 
     Raises:
         GridError: an unknown type.
@@ -65,7 +65,7 @@ def plan_entries(
     """
     weights = WeightMap(config)
     fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
-    for name in weights.names(tied_head=False, fused=fused):  # llama.cpp uses token_embd again
+    for name in weights.names(tied_head=False, fused=fused):  # llama.cpp reuses token_embd
         block, role, kind = split_name(name)
         shape = weights.shape(name)
         grid, note = "F32", ""  # norms and biases
@@ -81,10 +81,10 @@ def plan_entries(
 
 
 def check_choice(name: str, grid: str, columns: int) -> None:
-    """Refuse a choice that rows of ``columns`` weights cannot hold.
+    """Refuse a chosen type that does not fit rows of ``columns`` weights.
 
     Raises:
-        GridError: no type of ggml, or one of larger blocks.
+        GridError: not a ggml type, or its blocks do not divide the row.
     """
     if grid not in BLOCKS:
         raise GridError(f"{name}: there is no GGUF type {grid!r}", hint=did_you_mean(grid, BLOCKS))
@@ -145,7 +145,7 @@ def check_expressible(config: DecoderConfig) -> None:
 
 
 def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
-    """Positions up to which llama.cpp agrees with the float model, and why not further."""
+    """Positions up to which llama.cpp agrees with the float model, and notes why no further."""
     context, notes = config.max_context, []
     if config.rope.kind == "longrope":
         context = config.rope.original_context // CONTEXT_STEP * CONTEXT_STEP

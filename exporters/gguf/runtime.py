@@ -1,9 +1,9 @@
-"""llama.cpp, through the C symbols of a prebuilt wheel.
+"""Runs GGUF files in llama.cpp, through the C API of a prebuilt wheel.
 
-The ``xllamacpp`` wheel carries a whole llama.cpp whose C API its shared library exports (Linux and
-macOS); ``llama-cpp-python`` is used where that is what is installed. Only functions are called and
-only the first three numbers of the context's parameters are set, so that one file works with many
-versions of llama.cpp: parameter structs are passed as opaque bytes, larger than any of theirs.
+The shared library of the ``xllamacpp`` wheel exports llama.cpp's C API (Linux and macOS);
+``llama-cpp-python`` is used where that is installed instead. Only functions are called and only the
+first three numbers of the context's parameters are set, so that this works with many versions of
+llama.cpp: parameter structs are passed as opaque bytes, larger than those of any version.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 512
 ERROR = 4  # ggml_log_level
 NO_VOCABULARY = 0  # llama_vocab_type
 
-# Distribution, import package, where its library lies.
+# Distribution, import package, path of its library.
 LIBRARIES = (
     ("xllamacpp", "xllamacpp", ("xllamacpp*.so",)),
     ("llama-cpp-python", "llama_cpp", ("lib/libllama.so", "lib/libllama.dylib", "lib/llama.dll")),
@@ -93,7 +93,7 @@ class Library:
     Attributes:
         name: ``llama.cpp (xllamacpp 2026.10.11549)``.
         functions: the C API, with its types declared.
-        errors: llama.cpp's last error lines; nothing of its log is printed.
+        errors: llama.cpp's last error lines; its log is not printed.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -103,7 +103,7 @@ class Library:
         for function, (result, *arguments) in _SIGNATURES.items():
             symbol = getattr(self.functions, function)
             symbol.restype, symbol.argtypes = result, arguments
-        self._log = _LOG_CALLBACK(self._keep)  # must live as long as the library
+        self._log = _LOG_CALLBACK(self._keep)  # referenced as long as the library
         self.functions.llama_log_set(self._log, None)
         self.functions.llama_backend_init()
 
@@ -113,7 +113,7 @@ class Library:
             self.errors.append(line)
 
     def reason(self) -> str:
-        """Why the last call failed, in llama.cpp's words; forgets them."""
+        """llama.cpp's message on the last failed call; clears it."""
         lines = [line for line in self.errors if "failed to load model" not in line]
         self.errors.clear()
         if not lines:
@@ -124,12 +124,13 @@ class Library:
 
 @functools.cache
 def load_library() -> Library:
-    """llama.cpp from whichever wheel is installed.
+    """Load llama.cpp from an installed wheel.
 
     Raises:
-        RuntimeMissingError: none is, or it does not export the C API (xllamacpp on Windows).
+        RuntimeMissingError: none is installed, or it does not export the C API (xllamacpp on
+            Windows).
     """
-    # Otherwise a debugger's lines follow the one that says why it aborts.
+    # Otherwise a debugger's output follows the reason of an abort.
     os.environ["GGML_NO_BACKTRACE"] = "1"
     unusable = ""
     for distribution, package, patterns in LIBRARIES:
@@ -156,11 +157,11 @@ class LlamaCpp:
     def __init__(self, path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> None:
         """Load the model and make room for ``context`` positions.
 
-        A model with longrope gets no more than its original context, where llama.cpp would
-        switch to the long factors for all positions.
+        A model with longrope gets at most its original context; beyond it llama.cpp would use the
+        long factors for all positions.
 
         Raises:
-            ArtifactError: llama.cpp refuses the file; its own reason is in the message.
+            ArtifactError: llama.cpp refuses the file; the message has its reason.
             RuntimeMissingError: llama.cpp is not installed.
         """
         self._context: int | None = None
@@ -198,20 +199,20 @@ class LlamaCpp:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output, padding rows included."""
+        """Columns of the logits, including padding."""
         return int(self._c.llama_vocab_n_tokens(self._vocab))
 
     @property
     def tokenize(self) -> Callable[..., list[int]] | None:
-        """``tokenize(text, add_special=True)``: ids by the file's own tokenizer, with BOS and EOS
-        where it says so; None where it holds none. ``<|user|>`` written out in the text is the
-        token, as for Hugging Face's tokenizers."""
+        """``tokenize(text, add_special=True)``: ids by the tokenizer in the file, with BOS and EOS
+        as it defines; None without one. ``<|user|>`` written in the text becomes the token, as in
+        Hugging Face's tokenizers."""
         none = self._c.llama_vocab_type(self._vocab) == NO_VOCABULARY
         return None if none else self._tokenize
 
     def _tokenize(self, text: str, add_special: bool = True) -> list[int]:
         data = text.encode()
-        # Never more tokens than bytes, with a space in front, and one at either end.
+        # At most as many tokens as bytes, with a space in front, and one special token at each end.
         tokens = (c.c_int32 * (len(data) + 8))()
         count = self._c.llama_tokenize(
             self._vocab, data, len(data), tokens, len(tokens), add_special, True
@@ -265,17 +266,17 @@ class LlamaCpp:
         self._context = self._model = None
 
     def _room(self, context: int) -> int:
-        """The context to ask for: never above longrope's original one."""
+        """The context to request: at most longrope's original one."""
         arch = self._metadata("general.architecture")
         original = self._metadata(f"{arch}.rope.scaling.original_context_length")
-        yarn = self._metadata(f"{arch}.rope.scaling.type") == "yarn"  # has both keys, too
+        yarn = self._metadata(f"{arch}.rope.scaling.type") == "yarn"  # also has both keys
         if self._metadata(f"{arch}.rope.scaling.attn_factor") and original and not yarn:
             # llama.cpp rounds contexts up; rounding down keeps it at or below the original.
             return min(context, int(original) // CONTEXT_STEP * CONTEXT_STEP)
         return context
 
     def _metadata(self, key: str) -> str:
-        """A scalar key as text, ``""`` where the file has none."""
+        """The value of a scalar key as text; ``""`` where it is missing."""
         buffer = c.create_string_buffer(256)
         size = self._c.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode() if size >= 0 else ""
@@ -295,10 +296,10 @@ class LlamaCpp:
 
 
 def check_head(path: Path) -> None:
-    """Refuse what is no GGUF file before llama.cpp sees it.
+    """Refuse a file that is not GGUF before llama.cpp opens it.
 
     Raises:
-        ArtifactError: not there, or another format.
+        ArtifactError: missing, or another format.
     """
     try:
         with path.open("rb") as stream:

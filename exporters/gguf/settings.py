@@ -1,4 +1,4 @@
-"""What a recipe may say of this format: ``targets.gguf``. pydantic is loaded with it."""
+"""The recipe's settings of this format, ``targets.gguf``; loads pydantic."""
 
 from __future__ import annotations
 

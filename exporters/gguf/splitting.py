@@ -1,8 +1,8 @@
-"""Pre-tokenization: how a tokenizer splits text, and llama.cpp's name for that.
+"""Finds llama.cpp's name of a pre-tokenizer, by its split patterns.
 
-The splitting of byte-level tokenizers is compiled into llama.cpp and chosen by a name,
-``tokenizer.ggml.pre``. llama.cpp's own converter finds the name by the hash of an encoded text, so
-that every retrained vocabulary is unknown to it; here the pattern itself is looked up.
+The pre-tokenizers of byte-level BPE are compiled into llama.cpp and selected by a name,
+``tokenizer.ggml.pre``. llama.cpp's converter finds the name by the hash of an encoded text, so it
+does not know any retrained vocabulary; here the pattern itself is looked up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ O200K = (
     rf"{_EDGE}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_EDGE}{_UPPER}+{_LOWER}*{_ENGLISH}?"
     rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}"
 )
-# deepseek-llm's letters with case, as its tokenizer.json lists them.
+# deepseek-llm's cased letters, as listed in its tokenizer.json.
 _CASED = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
     "ὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ"
@@ -54,7 +54,7 @@ VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
 MINICPM5 = (r"\p{N}{1,3}", rf"{_ENGLISH}|{_EDGE}\p{{L}}+|\p{{N}}+|{_TAIL}")
 TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
 
-# The patterns that split a text, one after the other → llama.cpp's name for that splitting.
+# Split patterns, in order → llama.cpp's name of the pre-tokenizer.
 PATTERNS: dict[tuple[str, ...], str] = {
     (GPT2,): "gpt-2",  # also phi-1, 1.5 and 2
     (DIGIT, GPT2): "smollm",
@@ -73,18 +73,18 @@ PATTERNS: dict[tuple[str, ...], str] = {
 
 
 def escaped(pattern: str) -> str:
-    """A pattern with line ends written out, as some tokenizer.json have them and others not."""
+    """A pattern with escaped line ends, which only some tokenizer.json files escape."""
     return pattern.replace("\r", "\\r").replace("\n", "\\n")
 
 
 WITHOUT_GGUF = "-f onnx -f coreml: these keep the tokenizer in a file of its own"
-# Names that imply `ignore_merges` (whole words are looked up first), and their twins without.
+# Names that imply `ignore_merges` (whole words are looked up first) → the same without.
 IGNORE_MERGES = ("llama-bpe", "tekken", "minicpm5")
 WITHOUT_IGNORE_MERGES = {"llama-bpe": "smaug-bpe"}
 
 
 def steps(node: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or post-processor as a flat list (``Sequence`` opened)."""
+    """Flatten a normalizer, pre-tokenizer or post-processor (``Sequence``)."""
     waiting = [node] if node else []
     while waiting:
         found = waiting.pop()
@@ -99,7 +99,7 @@ def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
     """``(tokenizer.ggml.model, tokenizer.ggml.pre)``.
 
     Raises:
-        UnsupportedModelError: neither of llama.cpp's two kinds, or a splitting it does not know.
+        UnsupportedModelError: neither of llama.cpp's two kinds, or an unknown pre-tokenizer.
     """
     model = tokenizer["model"]
     splits = list(steps(tokenizer.get("pre_tokenizer")))
@@ -116,11 +116,11 @@ def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> str:
-    """The name that llama.cpp has for a byte-level tokenizer's splitting into words."""
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer."""
     patterns: list[str] = []
     for step in splits:
         if step["type"] == "Split":
-            # Isolated matches, or everything else removed: the same where a pattern covers all.
+            # Isolated matches, or the rest removed: the same where a pattern matches everything.
             isolated = step["behavior"] == "Isolated" and not step.get("invert")
             matched = step["behavior"] == "Removed" and step.get("invert")
             pattern = escaped(step["pattern"].get("Regex", ""))
@@ -147,13 +147,13 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
 
 
 def shown(patterns: Sequence[str]) -> str:
-    """Patterns for a message, its end where that is long."""
+    """Patterns for a message; of long ones the end."""
     text = " then ".join(patterns)
     return text if len(text) <= 200 else f"…{text[-199:]}"
 
 
 def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether a space goes in front of a text, and a note where llama.cpp adds more of them."""
+    """Whether a space is added before a text, and a note where llama.cpp adds more."""
     for step in [*steps(tokenizer.get("normalizer")), *steps(tokenizer.get("pre_tokenizer"))]:
         if step["type"] == "Prepend":
             return True, []
@@ -171,7 +171,7 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
 
 
 def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Normalizers that llama.cpp does not run."""
+    """Notes on normalizers that llama.cpp does not run."""
     found = [step["type"] for step in steps(tokenizer.get("normalizer")) if not is_space_mark(step)]
     if not found:
         return []
@@ -182,7 +182,7 @@ def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
 
 
 def is_space_mark(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer puts SentencePiece's mark in front of a text or in place of spaces."""
+    """Whether a normalizer puts SentencePiece's ``▁`` before a text or in place of spaces."""
     if step["type"] == "Prepend":
         return bool(step["prepend"] == "▁")
     return bool(

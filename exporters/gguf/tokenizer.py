@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file, made from a Hugging Face tokenizer.
+"""Converts a Hugging Face tokenizer to the keys of a GGUF file.
 
-llama.cpp has two that concern us. ``llama`` merges characters by score (SentencePiece BPE with
-byte fallback); ``gpt2`` is byte-level BPE (see ``splitting``).
+Two of llama.cpp's tokenizers are supported. ``llama`` merges characters by score (SentencePiece BPE
+with byte fallback); ``gpt2`` is byte-level BPE (see ``splitting``).
 
-It is made from the loaded tokenizer and not from its files: transformers adds the tokens that only
-``tokenizer_config.json`` or ``added_tokens.json`` has, and rebuilds what other settings change.
+The source is the loaded tokenizer and not its files: transformers adds tokens that are only in
+``tokenizer_config.json`` or ``added_tokens.json``, and applies other settings.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 # llama_token_type of llama.h.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# Ends of a turn that llama.cpp knows by their text, best first; the rest only end generation.
+# End-of-turn tokens that llama.cpp knows by text, best first; others only end generation.
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 END_OF_GENERATION = (
     *END_OF_TURN, "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
     "<|return|>", "<|call|>", "<end_of_utterance>", "<eos>", "[EOS]", "[EOT]",
 )  # fmt: skip
 
-# What llama.cpp looks up, unchecked, in a model named phi-3.
+# Token that llama.cpp looks up, unchecked, in a model named phi-3.
 PHI3_NEEDS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF holds of a tokenizer.
+    """A tokenizer's data in GGUF.
 
     Attributes:
         model: ``llama`` or ``gpt2``.
-        pre: llama.cpp's name of the splitting into words.
+        pre: llama.cpp's name of the pre-tokenizer.
         tokens, types: one of each per row of the embedding.
         scores: per token, higher merges first (``llama`` only).
         merges: ``"left right"``, first merged first (``gpt2`` only).
         chat_templates: by name, the default one first.
         special: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad`` → id.
-        strips_after_special: special tokens swallow the whitespace behind them (Phi-3).
-        notes: where llama.cpp will tokenize differently.
+        strips_after_special: whitespace after special tokens is dropped (Phi-3).
+        notes: lines where llama.cpp will tokenize differently.
     """
 
     model: str
@@ -69,13 +69,13 @@ class Vocabulary:
     notes: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=2)  # of the float model, and of what pruning leaves of it
+@functools.lru_cache(maxsize=2)  # for the float model and the pruned one
 def read_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
-    """What a GGUF file holds of a tokenizer, made from it as Hugging Face loaded it.
+    """Convert a loaded tokenizer to its data in GGUF.
 
     Raises:
-        CheckpointError: a damaged one, or one that cannot be told as tokenizer.json.
-        UnsupportedModelError: one that llama.cpp cannot express.
+        CheckpointError: damaged, or not expressible as tokenizer.json.
+        UnsupportedModelError: llama.cpp cannot express it.
     """
     try:
         return make_vocabulary(tokenizer, config)
@@ -85,7 +85,7 @@ def read_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
 
 
 def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
-    """See ``read_vocabulary``; damage shows as other exceptions."""
+    """See ``read_vocabulary``; raises other exceptions for a damaged tokenizer."""
     document, added, by_text = tokenizer.document, tokenizer.added, tokenizer.ids
     model = document["model"]
     kind, pre = classify(document)
@@ -125,7 +125,7 @@ def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
-    """The ``tokenizer.*`` keys."""
+    """Write the ``tokenizer.*`` keys."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -140,7 +140,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
     if named := list(vocabulary.chat_templates.items()):
-        writer.add_chat_template(named[0][1])  # the one that llama.cpp uses unless told otherwise
+        writer.add_chat_template(named[0][1])  # llama.cpp's default
         names = [re.sub(r"[^A-Za-z0-9]", "_", name) for name, _ in named[1:]]
         for name, (_, template) in zip(names, named[1:], strict=True):
             writer.add_string(f"tokenizer.chat_template.{name}", template)
@@ -168,9 +168,9 @@ def token_table(
     kind: str,
     size: int,
 ) -> tuple[list[str], list[int]]:
-    """Texts and types of all ``size`` rows; rows that no token uses are ``[PADi]``.
+    """Texts and types of all ``size`` rows; unused rows are ``[PADi]``.
 
-    llama.cpp refuses two rows of one text: of several ids, the text has the one of ``by_text``.
+    llama.cpp refuses two rows with the same text: the id of ``by_text`` keeps it.
     """
     tokens, types = [""] * size, [UNUSED] * size
     for text, index in by_text.items():
@@ -196,7 +196,7 @@ def scores(
 ) -> list[float]:
     """Scores that make llama.cpp merge in the order of ``merges``: minus the first rank.
 
-    Tokens that no merge makes are never asked for theirs; they come last, as in SentencePiece.
+    Scores of tokens without a merge are never used; they are lowest, as in SentencePiece.
     """
     rank: dict[str, int] = {}
     for position, pair in enumerate(merges):
@@ -212,10 +212,10 @@ MOST_CHARACTERS = 10**9  # copied for the cuts of all tokens: real vocabularies 
 
 
 def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bool:
-    """Whether two tokens make a third without a merge that says so: llama.cpp would merge them.
+    """Whether two tokens concatenate to a third without a merge: llama.cpp would merge them.
 
     Raises:
-        CheckpointError: tokens so long that looking would take minutes.
+        CheckpointError: tokens so long that the search would take minutes.
     """
     if sum(len(text) ** 2 for text in vocab) > MOST_CHARACTERS:
         longest = max(map(len, vocab))
@@ -234,9 +234,9 @@ def special_ids(
     by_text: Mapping[str, int],
     tokens: Sequence[str],
 ) -> tuple[dict[str, int], list[str]]:
-    """Ids of the special tokens; every id that ends generation gets llama.cpp to see it.
+    """Ids of the special tokens, such that llama.cpp ends generation at every end id.
 
-    llama.cpp ends at the tokens it knows by text, and at ``eos``, ``eot`` and ``eom``.
+    llama.cpp ends at tokens that it knows by text, and at ``eos``, ``eot`` and ``eom``.
     """
     ends = [index for index in config.eos_token_ids if index < len(tokens)]
     defaults = {
@@ -266,9 +266,9 @@ def special_ids(
 def added_around(
     tokenizer: TokenizerFacts, special: MutableMapping[str, int]
 ) -> tuple[bool, bool, list[str]]:
-    """Whether encoding puts ``bos`` in front and ``eos`` behind, and a note where it puts others.
+    """Whether encoding adds ``bos`` before and ``eos`` after a text; notes where it adds others.
 
-    A single other token where the tokenizer has no ``bos`` or ``eos`` becomes it in ``special``.
+    A single other token becomes ``bos`` or ``eos`` in ``special`` where the tokenizer has none.
     """
     around = {"bos": tokenizer.before, "eos": tokenizer.behind}
     for kind, ids in around.items():
@@ -287,7 +287,7 @@ def added_around(
 def strips_after_special(
     added: Mapping[int, Mapping[str, Any]], by_text: Mapping[str, int]
 ) -> tuple[bool, list[str]]:
-    """Whether the model's name has to make llama.cpp drop whitespace behind tokens."""
+    """Whether the model's name must make llama.cpp drop whitespace after tokens, and notes."""
     wanted = {token["content"] for token in added.values() if token.get("rstrip")}
     would = {token["content"] for token in added.values()} - set(PHI3_KEEPS)
     able = all(text in by_text for text in PHI3_NEEDS)

@@ -1,7 +1,7 @@
-"""The GGUF file, written in one pass: keys and tensor table first, then slabs of rows.
+"""Writes the GGUF file in one pass: keys and tensor table first, then slabs of rows.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. ``gguf-py`` writes the head;
-the data section is ours, because its writer wants whole tensors in memory.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. ``gguf-py`` writes the header;
+the data section is written here, because gguf-py needs whole tensors in memory.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from exporters.gguf.metadata import (
 from exporters.gguf.mixes import MIXES, Mix
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 
-ALIGNMENT = 32  # gguf's default, so no key says it
+ALIGNMENT = 32  # gguf's default, so no key is needed
 SLABS = 8 << 20  # weights held at once: 32 MiB as float32
 
 
 class Writer:
-    """See ``compress.plan.shapes.Writer``. Memory: ``SLABS`` weights, never a tensor.
+    """See ``compress.plan.shapes.Writer``. Holds ``SLABS`` weights in memory, never a whole tensor.
 
     Raises:
         CheckpointError: no tokenizer, or weights that cannot be read.
@@ -54,7 +54,7 @@ class Writer:
         self._tables = rope_tensors(weights.config)
 
     def put(self, entry: PlanEntry) -> int:
-        """Append a tensor, slab by slab, its rows in llama.cpp's order."""
+        """Append a tensor, slab by slab, with its rows in llama.cpp's order."""
         weights, head_dim = self.weights, self.weights.config.head_dim
         # llama.cpp's ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates
         # halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
@@ -62,7 +62,7 @@ class Writer:
         reorders = llama and split_name(entry.name)[1] in ("q_proj", "k_proj")
 
         def pack(quantized: Quantized) -> NDArray[Any]:
-            # Every grid of ggml packs into one array, a row of bytes or numbers for each row.
+            # Every ggml grid packs into one array, with a row of bytes or numbers for each row.
             (blocks,) = quantized.pack().values()
             return np.ascontiguousarray(interleave(blocks, head_dim) if reorders else blocks)
 
@@ -99,12 +99,12 @@ class Writer:
 
 
 def writing_memory(plan: Plan) -> int:
-    """Slabs of weights, and their blocks."""
+    """Bytes of memory: slabs of weights, and their blocks."""
     return 160 << 20
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.formats``: the head as it will be, and aligned tensors."""
+    """See ``compress.formats``: bytes of the header and the aligned tensors."""
     vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
@@ -118,7 +118,7 @@ def aligned(size: int) -> int:
 
 
 def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabulary) -> None:
-    """Everything before the data: magic, keys, tensor table with contiguous offsets."""
+    """Write everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
@@ -131,7 +131,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
-    if plan.type_name.startswith("mix-"):  # goes by the type of most bytes
+    if plan.type_name.startswith("mix-"):  # file type of the grid with most bytes
         numbers, sizes = dict(MIXES.values()), Counter({"F16": 0})
         for entry in plan.entries:
             if entry.grid in numbers:
@@ -152,11 +152,11 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
-        writer.close()  # also on a full disk
+        writer.close()  # even on a full disk
 
 
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
-    """Rows of whole heads from halves (0, d/2, 1, d/2+1, …): what llama's rotation expects.
+    """Reorder the rows of each head from halves to pairs (0, d/2, 1, d/2+1, …) for llama's rope.
 
     Works on packed rows as well as on weights: each row has its own scales in every grid.
     """

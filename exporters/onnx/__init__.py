@@ -1,13 +1,13 @@
 """ONNX: one folder that onnxruntime, ORT GenAI, Optimum and Transformers.js all load.
 
-    planning.py   settings → which tensor gets which grid, and its bytes
+    planning.py   settings → grid and bytes of each tensor
     packing.py    codes, scales and zero points as MatMulNBits and GatherBlockQuantized store them
     graph.py      the decoder, node by node, from a DecoderConfig; builder.py collects the nodes
-    writer.py     the .onnx file and its external data, streamed
+    writer.py     writes the .onnx file and its external data, streamed
     folder.py     config.json, genai_config.json, the tokenizer
-    runtime.py    onnxruntime
-    card.py       where its files lie, and how to run them
-    inspection.py what a folder says of itself
+    runtime.py    runs it in onnxruntime
+    card.py       finds folders, and how to run them
+    inspection.py describes a folder from its .onnx file
 
 Importing this package loads none of onnx, onnx_ir and onnxruntime.
 """

@@ -1,4 +1,4 @@
-"""A graph under construction on onnx_ir: inputs, outputs, initializers and nodes, in order."""
+"""Builds a graph with onnx_ir: inputs, outputs, initializers and nodes, in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GraphBuilder:
         self.initializers: dict[str, ir.Value] = {}
 
     def model(self, name: str, metadata: dict[str, str]) -> ir.Model:
-        """The finished model. It holds no time, host name or path."""
+        """The finished model, without time, host name or path."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -57,7 +57,7 @@ class GraphBuilder:
         return value
 
     def output(self, value: ir.Value, shape: Dims, first: bool = False) -> None:
-        """Declare a float32 output of the graph, the last or the first of the list."""
+        """Declare a float32 output of the graph, as the last or the first."""
         value.shape = ir.Shape(shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)
         self.outputs.insert(0 if first else len(self.outputs), value)
@@ -72,7 +72,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Attribute,
     ) -> ir.Value:
-        """A node with one output, which has the node's name by default."""
+        """Add a node with one output, by default with the node's name."""
         outputs = [output or name]
         return self.node(op_type, inputs, name, outputs, domain=domain, **attributes)[0]
 
@@ -101,13 +101,13 @@ class GraphBuilder:
         return node.outputs
 
     def constant(self, name: str, values: Array) -> ir.Value:
-        """A small initializer inside the .onnx file."""
+        """Add a small initializer inside the .onnx file."""
         if name not in self.initializers:
             self.initializers[name] = initializer(ir.Tensor(values, name=name))
         return self.initializers[name]
 
     def external(self, name: str, piece: Piece, shape: tuple[int, ...]) -> ir.Value:
-        """An initializer that refers to bytes of the data file."""
+        """Add an initializer that refers to bytes of the external data file."""
         if name not in self.initializers:
             tensor = ir.ExternalTensor(
                 self.data_name,

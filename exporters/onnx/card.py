@@ -1,4 +1,4 @@
-"""Where ONNX folders of a build lie, and how to run one."""
+"""Finds ONNX folders of a build, and says how to run one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USAGE = Usage(
 
 
 def find(path: Path) -> list[Path]:
-    """An ``.onnx`` file, a folder with one, or the folder in that of a build."""
+    """The ``.onnx`` file at a path, a folder with one, or that in a build's folder."""
     if path.is_file():
         return [path] if path.suffix == ".onnx" else []
     if list(path.glob("onnx/*.onnx")) or list(path.glob("*.onnx")):
@@ -29,5 +29,5 @@ def find(path: Path) -> list[Path]:
 
 
 def checks() -> list[Check]:
-    """Nothing: onnxruntime is a dependency, and looked at as one."""
+    """No checks: onnxruntime is checked as a dependency."""
     return []

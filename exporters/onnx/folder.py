@@ -1,11 +1,11 @@
-"""The files beside the .onnx file, so that four loaders take the same folder.
+"""Writes the files beside the .onnx file, so that four loaders accept the same folder.
 
 config.json               Optimum, Transformers.js   the model's, plus transformers.js_config
 generation_config.json    Optimum                    stop tokens
 genai_config.json         ORT GenAI                  names of inputs and outputs, cache shape
 tokenizer.json …          all
-onnx/model_q4.onnx        Transformers.js looks for the suffix of its `dtype` …
-onnx/model_q4.onnx_data   … and for exactly this name
+onnx/model_q4.onnx        Transformers.js needs the suffix of its `dtype` …
+onnx/model_q4.onnx_data   … and exactly this name
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def data_file(plan: Plan) -> str:
 
 
 def write_folder(plan: Plan, config: DecoderConfig, checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything but the graph and its data."""
+    """Write all files except the graph and its data."""
     write_side_files(config, checkpoint, folder)
     browser = {"transformers.js_config": transformers_js(plan)}
     write_json(folder / "config.json", hf_config(config) | browser, sort_keys=True)
@@ -42,7 +42,7 @@ def write_folder(plan: Plan, config: DecoderConfig, checkpoint: Checkpoint, fold
 
 
 def transformers_js(plan: Plan) -> dict[str, Any]:
-    """Which file Transformers.js opens, and in how many pieces its data is."""
+    """``transformers.js_config``: the file's dtype, and the number of its data files."""
     dtype = DTYPES[plan.settings["bits"]]
     return {
         "dtype": dtype,

@@ -1,9 +1,9 @@
-"""The decoder as an ONNX graph, built node by node from a ``DecoderConfig``.
+"""Builds the decoder as an ONNX graph, node by node, from a ``DecoderConfig``.
 
 About fifteen nodes a block: packed q/k/v → GroupQueryAttention (rope, cache and window inside) →
-o_proj, and the MLP; residual additions happen inside the Skip…LayerNormalization nodes. Operators
-of ``com.microsoft``: onnxruntime ``docs/ContribOperators.md``. Where ONNX has no operator at opset
-21 (RMSNorm, SiLU) the standard nodes are written that onnxruntime fuses while loading.
+o_proj, and the MLP; residual additions are inside the Skip…LayerNormalization nodes. Operators of
+``com.microsoft``: onnxruntime ``docs/ContribOperators.md``. Where ONNX has no operator at opset 21
+(RMSNorm, SiLU), standard nodes are written that onnxruntime fuses while loading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY
 def build(
     config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
 ) -> ir.Model:
-    """The model, its weights referring to ``data_name`` beside it.
+    """Build the model, with its weights in the external file ``data_name``.
 
     Inputs: ``input_ids``, ``attention_mask``, ``position_ids`` int64 and
     ``past_key_values.{i}.key/.value`` float32 ``[batch_size, kv_heads, past, head_dim]``.
@@ -34,7 +34,7 @@ def build(
 
 
 class _Decoder(GraphBuilder):
-    """The decoder, block by block."""
+    """Builds the decoder, block by block."""
 
     def __init__(
         self, config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
@@ -70,7 +70,7 @@ class _Decoder(GraphBuilder):
     # --- the decoder ---------------------------------------------------------------------------
 
     def lengths(self, mask: ir.Value) -> None:
-        """What GroupQueryAttention wants of the mask: the last position of each row, the total."""
+        """GroupQueryAttention's inputs from the mask: last position of each row, total length."""
         one = self.constant("one", np.array(1, np.int64))
         axis = self.constant("axis_1", np.array([1], np.int64))
         count = self.op("ReduceSum", [mask, axis], "mask/count", keepdims=0)
@@ -103,7 +103,7 @@ class _Decoder(GraphBuilder):
     def block(
         self, block: int, delta: ir.Value | None, residual: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """Sequential, or attention and MLP side by side on one norm (phi)."""
+        """Add a block: sequential, or attention and MLP in parallel after one norm (phi)."""
         stem = f"blocks.{block - block % self.config.block_repeat}"
         name = f"layers.{block}"
         hidden, residual = self.add_norm(delta, residual, f"{stem}.input_layernorm", name)
@@ -178,7 +178,7 @@ class _Decoder(GraphBuilder):
         return self.linear(up, f"{stem}.down_proj", f"{name}/down_proj")
 
     def linear(self, x: ir.Value, stem: str, name: str, output: str = "") -> ir.Value:
-        """``x @ weight.T + bias``; ``output`` names the value when the node's name shall not."""
+        """``x @ weight.T + bias``; ``output``: name of the value, if not the node's."""
         entry = self.entries.get(f"{stem}.weight")
         tied = entry is None
         if entry is None:
@@ -208,7 +208,7 @@ class _Decoder(GraphBuilder):
     def float_linear(
         self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, name: str, output: str
     ) -> ir.Value:
-        """A float16 weight; the runtime widens and transposes it once, while loading."""
+        """A linear with a float16 weight, cast and transposed once, when a runtime loads it."""
         wide = self.op("Cast", [weight], f"{name}/float", to=ir.DataType.FLOAT)
         columns = self.op("Transpose", [wide], f"{name}/transposed")
         if bias is None:
@@ -240,9 +240,9 @@ class _Decoder(GraphBuilder):
         return normed, total
 
     def rms_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
-        """The nodes that onnxruntime's SimplifiedLayerNormFusion looks for.
+        """RMSNorm in the nodes that onnxruntime's SimplifiedLayerNormFusion recognizes.
 
-        Its SimplifiedLayerNormalization is not an operator that ``onnx.checker`` knows.
+        ``onnx.checker`` does not know its operator SimplifiedLayerNormalization.
         """
         epsilon = np.array(self.config.norm_eps, np.float32)
         axis = self.constant("axis_last", np.array([-1], np.int64))
@@ -270,7 +270,7 @@ class _Decoder(GraphBuilder):
         return self.external(name, self.pieces[name], self.pieces[name].shape)
 
     def tied_codes(self, entry: PlanEntry) -> ir.Value:
-        """The embedding's codes in the shape of a linear: another view of the same bytes."""
+        """The embedding's codes in the shape of a linear: an initializer of the same bytes."""
         grid = affine(entry.grid)
         rows, columns = entry.shape
         shape = (rows, columns // grid.group_size, grid.group_size * grid.bits // 8)
@@ -278,7 +278,7 @@ class _Decoder(GraphBuilder):
         return self.external("lm_head.weight.codes", piece, shape)
 
     def scales(self, target: str) -> ir.Value:
-        """Scales are stored as float16; the cast is folded when a runtime loads the model."""
+        """Scales, stored as float16; runtimes fold the cast when they load the model."""
         if target not in self.casts:
             halves = self.weight(f"{target}.scales")
             wide = self.op("Cast", [halves], f"{target}.scales/cast", to=ir.DataType.FLOAT)

@@ -1,4 +1,4 @@
-"""What ``packlight inspect`` shows of an ONNX folder: read from the .onnx file alone."""
+"""Describes an ONNX folder for ``packlight inspect``, from the .onnx file alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
 
 def find_graph(path: Path) -> Path:
-    """The .onnx file of a folder (the one under ``onnx/``, else the only one), or the file given.
+    """The .onnx file of a folder (that in ``onnx/``, else the only one), or the given file.
 
     Raises:
-        ArtifactError: none there, or several.
+        ArtifactError: there is none, or several.
     """
     if path.is_file():
         return path
@@ -80,7 +80,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def data_bytes(file: Path, graph: Any) -> int:
-    """Bytes of the external data beside a graph; 0 where it needs none.
+    """Bytes of a graph's external data; 0 without.
 
     Raises:
         ArtifactError: a data file is missing, or ends before a tensor does.

@@ -1,8 +1,8 @@
 """Layout of a planned tensor in the external data file.
 
-A tensor on an integer grid becomes two or three arrays, as ``com.microsoft::MatMulNBits`` and
-``GatherBlockQuantized`` want them (onnxruntime ``docs/ContribOperators.md``), codes packed along
-the row, the low bits first:
+A tensor on an integer grid becomes two or three arrays for ``com.microsoft::MatMulNBits`` and
+``GatherBlockQuantized`` (onnxruntime ``docs/ContribOperators.md``), with codes packed along the
+row, the low bits first:
 
     .codes        uint8    linear [N, groups, group_size * bits / 8]
                            embedding [V, columns * bits / 8]: the same bytes
@@ -51,7 +51,7 @@ def affine(grid: str) -> Affine:
 
 
 def layout(entries: Iterable[PlanEntry]) -> dict[str, Piece]:
-    """Where every array of the plan lies, by initializer name, in file order."""
+    """Dtype and offset of every array of the plan, by initializer name, in file order."""
     pieces: dict[str, Piece] = {}
     end = 0
     for entry in entries:
@@ -81,7 +81,7 @@ def _arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def pack(quantized: Quantized) -> dict[str, Array]:
-    """The bytes of some rows: ``codes``, ``scales`` and, asymmetric, ``zero_points``."""
+    """The arrays of some rows: ``codes``, ``scales`` and, asymmetric, ``zero_points``."""
     grid = quantized.grid
     assert isinstance(grid, Affine)
     arrays = quantized.pack()
@@ -97,9 +97,9 @@ def pack(quantized: Quantized) -> dict[str, Array]:
 def pack_rows(codes: Array, bits: int) -> Array:
     """uint8 codes ``[rows, n]`` → ``[rows, ceil(n * bits / 8)]``, the first code lowest.
 
-    A last half byte is filled with zeros.
+    An incomplete last byte is padded with zeros.
     """
-    from compress.grids.lanes import join_pairs  # compiles: not before it is needed
+    from compress.grids.lanes import join_pairs  # compiles: imported only when needed
 
     if bits == 8:
         return codes

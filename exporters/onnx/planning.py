@@ -1,4 +1,4 @@
-"""The grid of every tensor and its exact bytes; arithmetic only, no weight is read."""
+"""Plans the grid of every tensor and its exact bytes; reads no weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRIDS = (
     ),
     "F16",
 )
-# What a budget chooses among.
+# Candidate grids of a budget.
 CHOICES = (
     *(f"int4-g{group}{kind}" for group in GROUP_SIZES for kind in ("", "-asym")),
     *(f"int8-g{group}" for group in (32, 64, 128, 256)),
@@ -34,9 +34,9 @@ DEFAULTS: dict[str, Any] = {
     "symmetric": True,
     "accuracy_level": 4,
 }
-# In the model's metadata: positions that the tables of cos and sin hold.
+# Key of the model's metadata: positions of the tables of cos and sin.
 CONTEXT_KEY = "packlight.context"
-TYPE_KEY = "packlight.type"  # and what a chosen mix is called
+TYPE_KEY = "packlight.type"  # name of a chosen mix
 # The cache is float32: GroupQueryAttention computes in the type of its cache.
 KV_BYTES = 4
 FLOAT_BYTES = {"F16": 2, "F32": 4}
@@ -55,13 +55,13 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
             activations to int8), ``context`` (positions of the tables; default: the model's).
 
     Returns:
-        Entries in the order of writing. Besides the weights there are two tables of cos and sin,
-        ``rope.cos`` and ``rope.sin``, computed from the config. A tied head has no entry unless
-        its grid differs from the embedding's: both nodes then read the same bytes.
+        Entries in the order of writing, with two computed tables, ``rope.cos`` and ``rope.sin``. A
+        tied head has an entry only if its grid differs from the embedding's; else both nodes read
+        the same bytes.
 
     Raises:
-        GridError: rows that the group size does not divide; the hint names one that does.
-        UnsupportedModelError: rotary dimensions that GroupQueryAttention refuses.
+        GridError: the group size does not divide the rows; the hint names one that does.
+        UnsupportedModelError: rotary dimensions that GroupQueryAttention does not support.
         UsageError: more context than the model has.
     """
     if config.rope.rotary_dim % 16:
@@ -96,7 +96,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
 
 
 def _check_group_size(config: DecoderConfig, group_size: int) -> None:
-    """One hint for the whole model, where a grid's own knows only one tensor."""
+    """Refuse a group size that does not fit, with a hint for the whole model: a grid's own error
+    knows only one tensor."""
     columns = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -130,7 +131,7 @@ def candidates(
 
 
 def checked(name: str, grid: str, columns: int) -> str:
-    """A chosen grid, if the runtime takes it for that tensor.
+    """Check that the runtime supports a chosen grid for a tensor, and return the grid.
 
     Raises:
         GridError: it does not.
@@ -143,7 +144,7 @@ def checked(name: str, grid: str, columns: int) -> str:
 
 
 def layout_bytes(entry: PlanEntry) -> int:
-    """Bytes of an entry's arrays in the data file, each up to the next multiple of 64."""
+    """Bytes of an entry's arrays in the data file, each padded to a multiple of 64."""
     return sum(-(-piece.nbytes // ALIGNMENT) * ALIGNMENT for piece in layout([entry]).values())
 
 
@@ -204,7 +205,7 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
             f"{config.rope.kind} rotary factors are those for short prompts: the artifact "
             f"holds {config.max_context} positions, not {config.max_position_embeddings}"
         )
-    # optimum-onnx 0.1.0 takes the shape of the cache from its own reading of config.json.
+    # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
     if (
         config.model_type in ("phi3", "phi")
         and config.num_key_value_heads != config.num_attention_heads

@@ -1,8 +1,8 @@
-"""A written folder in onnxruntime, on the CPU, with a KV cache that is never copied.
+"""Runs a written folder in onnxruntime, on the CPU, with a KV cache that is never copied.
 
-Keys and values live in one buffer per layer, as long as the context, bound both as past and as
-present: GroupQueryAttention then appends in place. Pages of the buffers that no position has
-reached are not touched, hence take no memory.
+Keys and values are in one buffer per layer, as long as the context, bound both as past and as
+present: GroupQueryAttention then appends in place. Pages of the buffers beyond the last position
+are not touched and take no memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from exporters.onnx.planning import CONTEXT_KEY
 
 Float32 = NDArray[np.float32]
 
-# Positions per run of a long prompt: bounds the logits that onnxruntime holds besides ours.
+# Positions per run of a long prompt: bounds onnxruntime's copy of the logits.
 BATCH = 512
 
 
@@ -37,7 +37,7 @@ class OnnxRuntime:
 
         Args:
             path: the folder with config.json, or the .onnx file.
-            context: positions to make room for; less where the graph holds less.
+            context: positions to make room for, at most the graph's.
             threads: 0 for the CPUs that the process may use.
             batch: tokens per run; bounds the memory of scores.
 
@@ -45,7 +45,7 @@ class OnnxRuntime:
             ArtifactError: unreadable, or refused by onnxruntime.
             RuntimeMissingError: onnxruntime is not installed.
         """
-        # Otherwise it keeps a device id and a queue of events in the home folder, on Linux too.
+        # Otherwise it stores a device id and a queue of events in the home folder, even on Linux.
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime
@@ -56,12 +56,12 @@ class OnnxRuntime:
         graph = find_graph(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cpus()
-        options.log_severity_level = 4  # its errors arrive as exceptions
+        options.log_severity_level = 4  # its errors are raised as exceptions
         try:
             session = onnxruntime.InferenceSession(
                 str(graph), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # pybind11 classes without a common base of their own
+        except Exception as error:  # pybind11 classes without a common base
             raise ArtifactError(
                 f"onnxruntime refuses {graph.name}: {first_line(error)}",
                 hint="an interrupted copy? the .onnx_data file must lie beside the .onnx file",
@@ -97,7 +97,7 @@ class OnnxRuntime:
         return result
 
     def reset(self) -> None:
-        # What the buffers hold beyond the length is never read.
+        # The buffers beyond the length are never read.
         self._length = 0
 
     def feed(self, tokens: Sequence[int]) -> Float32:
@@ -130,8 +130,8 @@ class OnnxRuntime:
 
 
 def untouched(shape: tuple[int, ...]) -> Float32:
-    """Zeros in pages of 4 KB: with huge ones, which numpy asks for, the first position of every
-    head would claim the pages of all the others."""
+    """Zeros in pages of 4 KB: with huge pages, which numpy requests, the first position of every
+    head would allocate the memory of all positions."""
     pages = mmap.mmap(-1, math.prod(shape) * 4)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)

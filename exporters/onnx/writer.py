@@ -1,7 +1,7 @@
-"""The .onnx file and its external data, streamed: some rows of one tensor in memory at a time.
+"""Writes the .onnx file and its external data, with some rows of one tensor in memory at a time.
 
-Offsets are known from the plan, so codes, scales and zero points of a slab go to their places at
-once and every weight is read and quantized exactly once.
+Offsets are known from the plan, so codes, scales and zero points of a slab are written at once, and
+every weight is read and quantized exactly once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compress.plan.weights import Weights
 from exporters.onnx.folder import data_file, graph_file, write_folder
 from exporters.onnx.packing import FLOATS, layout, pack
 
-SLABS = 4 << 20  # weights held at once: 16 MiB as float32
+SLABS = 4 << 20  # weights in memory at once: 16 MiB as float32
 
 
 class Writer:
@@ -34,7 +34,7 @@ class Writer:
             self.file.write_bytes(b"")
 
     def put(self, entry: PlanEntry) -> int:
-        """Every piece of a tensor at its offset; the gaps of alignment are zeros."""
+        """Write every piece of a tensor at its offset; gaps of alignment are zeros."""
         weights, name = self.weights, entry.target_name
         with self.file.open("r+b") as file:
 
@@ -88,12 +88,12 @@ class Writer:
 
 
 def writing_memory(plan: Plan) -> int:
-    """Slabs of weights, and the graph."""
+    """Bytes of memory: slabs of weights, and the graph."""
     return 160 << 20
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.formats``: the graph as it will be, and the data's end."""
+    """See ``compress.formats``: bytes of the graph and of the external data."""
     import onnx_ir as ir
 
     from exporters.onnx.graph import build
