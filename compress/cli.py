@@ -6,10 +6,12 @@ import click
 
 from compress import __version__
 from compress.commands import batch, build, doctor, inspect, push, recipes, verify
+from compress.formats import FORMATS
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-HELP = """
-Compress a Hugging Face checkpoint to about 4 bits per weight, write GGUF, ONNX and Core ML
+*TITLES, LAST = [row.title for row in FORMATS.values()]
+HELP = f"""
+Compress a Hugging Face checkpoint to about 4 bits per weight, write {", ".join(TITLES)} and {LAST}
 artifacts, run each in its own runtime, and compare it with the float model.
 
 Exit codes: 0 all gates passed, 1 a gate failed, 2 could not run, 130 interrupted.

@@ -91,7 +91,7 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
     with open(handle, "rb") as stream:
         found = os.fstat(handle)
         if stat.S_ISREG(found.st_mode) and found.st_size <= most:
-            return stream.read(most)
+            return stream.read(found.st_size)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     raise OSError(errno.EFBIG, f"{found.st_size:,} bytes are more than {most:,}", str(path))

@@ -71,7 +71,8 @@ def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
     global _blocks
     with _settings_lock:
         _blocks += 1
-    count = _threads.set(min(threads, available_cpus()) or default_threads())
+    default_threads()  # reads the control groups' files now, and not deep in the work
+    count = _threads.set(min(threads, available_cpus()))
     share = _share.set(0)
     limit = _memory.set(memory)
     try:

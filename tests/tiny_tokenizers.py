@@ -186,7 +186,10 @@ def _sentencepiece(name: str, folder: Path, text: str, pieces: int) -> dict[str,
     ids: dict[str, Any] = dict(LLAMA_IDS)
     if phi3:
         tokenizer.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
-        added = [AddedToken(token, rstrip=True, normalized=False) for token in PHI3_TOKENS]
+        added = [
+            AddedToken(token, rstrip=token != "<|endoftext|>", normalized=False)
+            for token in PHI3_TOKENS
+        ]
         tokenizer.add_tokens(added, special_tokens=True)
         end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|assistant|>", "<|end|>"])
