@@ -325,13 +325,12 @@ def fit(
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Hold weights, KV cache and activations against the memory of devices: arithmetic, nothing is
-    run.
+    """Compare weights, KV cache and activations with the memory of devices; nothing is run.
 
     Args:
-        target: an artifact, the folder of a build, or a checkpoint (then of what ``recipe`` would
-            make of it).
-        device: one device, e.g. ``iphone-14``; default: all that packlight knows.
+        target: an artifact, the folder of a build, or a checkpoint (for the artifacts that
+            ``recipe`` would make).
+        device: one device, e.g. ``iphone-14``; default: all known devices.
         memory: bytes or a size (``3GiB``), instead of devices.
         context: positions of the KV cache; default 2048 or the model's limit.
         recipe, adapters, formats, overrides, revision, token, cache_dir: as for ``build``.

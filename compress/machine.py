@@ -360,7 +360,7 @@ def own_process() -> None:
     global _own
     _own = True
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    # Nothing is compiled by torch, whose import makes this folder nevertheless: one that is there.
+    # torch's import creates this folder, which is not used: set to one that exists.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TMPDIR") or "/tmp")
     handle_signals()  # before anything that takes time
     make_deterministic()  # before anything that computes

@@ -139,7 +139,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     """Read options, recipe and shard headers, and make the plan of each target.
 
     Raises:
-        PacklightError: the build is impossible, as far as these show.
+        PacklightError: the build is impossible, as far as these files show.
     """
     recipe = resolved_recipe(settings)
     measures = not settings.plan and bool(recipe.budget)
@@ -181,11 +181,11 @@ def prepare_job(
     Args:
         checkpoint: opened.
         recipe: validated.
-        settings: what the build was asked for.
-        command: the command line that does this again.
+        settings: of the build.
+        command: the command line that repeats the build.
 
     Returns:
-        The job; and ``compress.plan.job.prepare`` with what all jobs of one command share.
+        The job; and ``compress.plan.job.prepare`` with this command's arguments bound.
 
     Raises:
         UsageError: a budget that cannot be met.
@@ -218,7 +218,7 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
         The scorer of the artifacts, or None without verification.
 
     Raises:
-        PacklightError: the output is taken or its disk too small, there is no tokenizer, or the
+        PacklightError: the output exists or its disk is too full, there is no tokenizer, or the
             text is too short or not that of the earlier report.
     """
     settings, job, output = decision.settings, decision.job, decision.output
@@ -254,8 +254,8 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
     ``--no-verify``. Neither are threads (``compress.machine``): sums do not depend on them.
 
     Args:
-        job: as it is before grids are chosen and weights changed; those follow from it.
-        settings: what the build was asked for.
+        job: before grids are chosen and weights changed, which follow from it.
+        settings: of the build.
 
     Raises:
         CheckpointError: files of the checkpoint that cannot be read.

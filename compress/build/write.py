@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["put_tensors", "write_artifacts"]
 
-MOST_SLABS = 7  # of a weight that are solved at a time
+MOST_SLABS = 7  # of a weight that are solved at a time, at most
 
 
 def write_artifacts(
@@ -129,7 +129,7 @@ def target_weights(
         ledger_file: of the target.
 
     Raises:
-        UsageError: calibration texts that are not there or too short.
+        UsageError: calibration texts that are missing or too short.
         PacklightError: see ``CalibrationStep.gather``.
     """
     source, changes = job.source, job.transforms.get(plan.format, ())

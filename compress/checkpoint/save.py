@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def write_checkpoint(source: Source, folder: Path, shard: int = SHARD) -> None:
-    """Write the weights of ``source`` as a checkpoint, in the dtypes of its own checkpoint.
+    """Write the weights of ``source`` as a checkpoint, in the dtypes of its checkpoint.
 
     Args:
         source: of any config.

@@ -54,7 +54,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     settings |= {**tokenizer.special, "additional_special_tokens": tokenizer.others}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     splitting = tokenizer.document["pre_tokenizer"] or {}
-    if "add_prefix_space" in splitting:  # transformers 4 sets it to false unless told
+    if "add_prefix_space" in splitting:  # transformers 4 sets it to false by default
         settings["add_prefix_space"] = splitting["add_prefix_space"]
     templates = tokenizer.chat_templates
     settings["chat_template"] = templates.get("default")

@@ -53,7 +53,7 @@ class Cut:
         total: stored blocks, channels of an MLP, or key-value heads before ...
         retained: ... and after.
         config: the pruned model's, ``raw`` included.
-        update: whether the retained columns of ``down_proj`` and ``o_proj`` make up for the others.
+        update: whether the retained columns of ``down_proj`` and ``o_proj`` are updated.
         healing: what follows, or None.
     """
 

@@ -135,7 +135,7 @@ class PlanDocument(Part):
         """Read a ``plan.json``; unknown keys are ignored.
 
         Raises:
-            UsageError: not there, or not one.
+            UsageError: missing, or not a plan.
         """
         hint = "--plan takes a plan.json"
         try:

@@ -52,7 +52,7 @@ class Job:
         command: the command line that repeats the job, without local paths.
         transforms: of each target's weights, by format; most recipes have none.
         cut: the pruned model's shape, or None; plans are for the pruned model.
-        budgets: what ``plan.json`` says of the budget of each target; empty without one.
+        budgets: the budget of each target for ``plan.json``; empty without one.
         at_most: budget of each target's file in bytes, until its grids are chosen.
     """
 
@@ -198,7 +198,7 @@ def make_plans(
         config: of the weights that are written.
         name: of the model.
         choices: format → entry name → grid, over the recipe's.
-        whole: the float model, where ``config`` may be a pruned one: mixes go by its parameters.
+        whole: the float model, where ``config`` may be pruned: names of mixes use its size.
         tokenizer: the checkpoint's, for the formats that hold it.
 
     Raises:

@@ -40,7 +40,7 @@ def check_memory(
         limit: ``--max-memory``, bytes.
         verify: whether the float model is scored, too.
         writes: whether anything is written.
-        measures: whether grids are chosen by measurement, whatever the recipe says.
+        measures: whether grids are chosen by measurement.
 
     Raises:
         UsageError: a limit below ``smallest_memory``.

@@ -134,7 +134,7 @@ class HalfTrial(Trial):
 
         found = self._outputs(read, held_back(statistics, self.sites[0]))
         size = float(np.mean(self._wanted**2))
-        return float(np.mean((found - self._wanted) ** 2)) / (size or 1.0)  # 1 beside zeros
+        return float(np.mean((found - self._wanted) ** 2)) / (size or 1.0)  # 1: the output is 0
 
     def _outputs(self, read: Callable[[str], Float32], inputs: Float32) -> Float32:
         """The half block's output, added to the residual stream, float32 ``[rows, hidden]``."""

@@ -51,7 +51,7 @@ def factors_of(
         stats: with a Hessian.
         span: columns that are fitted, and so rounded, together; 0 for columns in any order.
         damping: share of the diagonal's mean that is added to it.
-        together: columns that stay beside each other in the order of rounding.
+        together: columns that stay adjacent in the order of rounding.
 
     Returns:
         One for each block; none where the Hessian cannot be factorized (it is zero, not finite, or

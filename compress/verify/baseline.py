@@ -154,7 +154,7 @@ class BaselineStore:
         """Log-probabilities and probabilities of some scored positions of a window.
 
         Returns:
-            ``(log p, p)``, float64 ``[rows, vocab]``, summing to one; where the store says
+            ``(log p, p)``, float64 ``[rows, vocab]``, summing to one; where the store has
             "never", p is 0 and log p is finite, so that their product is 0.
         """
         start = int(self._starts[window])
@@ -218,7 +218,7 @@ class BaselineCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / f"{self.key}.lock"):
             found = self.load(work)
-            if found is None:  # damaged, if it is there
+            if found is None:  # missing or damaged
                 shutil.rmtree(self.folder / self.key, ignore_errors=True)
             yield found
 

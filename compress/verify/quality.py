@@ -155,7 +155,7 @@ def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenS
         log_p -= log_q
         with np.errstate(invalid="ignore"):
             log_p *= p
-        log_p[p == 0] = 0.0  # 0 · log 0, also where the artifact says -Inf
+        log_p[p == 0] = 0.0  # 0 · log 0, also where the artifact has -Inf
         kl[rows] = log_p.sum(axis=1)
     # NaN wins every comparison inside argmax; it must not count as agreement.
     finite = np.isfinite(logits[:count].max(axis=1))

@@ -286,7 +286,7 @@ def judge_task(task: Task, log_likelihoods: Float64, baseline: Float64) -> TaskS
     ours, ours_norm = choose(task, log_likelihoods)
     theirs, theirs_norm = choose(task, baseline)
     answers = np.array([item.answer for item in task.items])
-    each = np.arange(len(answers), dtype=np.int32)  # every item is a window of its own
+    each = np.arange(len(answers), dtype=np.int32)  # every item counts as one window
 
     def share(hits: NDArray[np.bool_]) -> Estimate:
         return cluster_mean(hits.astype(np.float64), each)
