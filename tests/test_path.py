@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 # Functions, files and frames of ours at most: of the whole build, of plan and write alone. A build
-# that takes more than five seconds syncs its ledger: two functions, one of them of plan and write; on
-# one thread (as here) a slab is read a frame deeper than in a pool.
+# that takes more than five seconds syncs its ledger: two functions, one of them of plan and write.
+# On one thread (as here) a slab is read a frame deeper than in a pool.
 BARS = {
     ("gguf", "rtn"): ([263, 45, 13], [131, 25, 10]),
     ("coreml", "rtn"): ([285, 43, 14], [150, 23, 10]),

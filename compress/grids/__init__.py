@@ -103,6 +103,11 @@ class Grid(Protocol):
 class BaseGrid:
     """Default methods of grids; a grid need not inherit from it."""
 
+    @property
+    def group_rows(self) -> int:
+        """Rows that share parameters: 1, they are independent."""
+        return 1
+
     def check(self, shape: tuple[int, int]) -> None:
         """Accept every shape."""
 

@@ -29,6 +29,8 @@ SIDE_BY_SIDE = 32  # rows that the kernels take at once: ``compress.grids.lanes.
 Solver = Callable[[Float32, Grid, "LayerStats | None"], Quantized]
 """``solve(weight, grid, stats)``: see ``compress.solvers``."""
 
+FALLEN_BACK = "as scale_search leaves them"  # in a note that a terminal has with -v only
+
 
 class Weights:
     """The weights of an artifact, by packlight's names; read and quantized on request, not cached.
@@ -131,8 +133,8 @@ class Weights:
             return ()
         worst = max(sorted(fallen), key=lambda name: fallen[name])
         return (
-            f"{sum(fallen.values()):,} rows of {len(fallen)} tensors are as scale_search "
-            "leaves them, which measured better on inputs held back from calibration; most in "
+            f"{sum(fallen.values()):,} rows of {len(fallen)} tensors are {FALLEN_BACK}, which "
+            "measured better on inputs held back from calibration; most in "
             f"{worst}: {fallen[worst]:,}",
         )
 

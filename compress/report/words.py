@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from compress.console import Console, format_bytes, print_error
 from compress.errors import PacklightError, visible
 from compress.formats import get_format
+from compress.plan.weights import FALLEN_BACK
 
 if TYPE_CHECKING:
     from compress.report.report import ArtifactReport, GateReport, Report, TokenizerDifference
@@ -190,7 +191,8 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
             console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
         for note in artifact.notes[bool(artifact.failure) :]:  # the first one is the failure
-            console.data(f"note ({artifact.format}): {note}")
+            if console.verbose or FALLEN_BACK not in note:
+                console.data(f"note ({artifact.format}): {note}")
         if artifact.failure:
             print_error(PacklightError(refusal(artifact), REFUSED_HINT))
         for line in failures(artifact):

@@ -341,7 +341,7 @@ def test_an_infeasible_budget_names_what_would_reach_it(
 
     def check(*more: str) -> None:
         wanted = load("phone-4bit", [f"budget.weights={budget}", *changes, *more], formats)
-        replan = partial(prepare, checkpoint, recipe=wanted)
+        replan = partial(prepare, checkpoint, recipe=wanted, transforms={})
         found = check_budget(replan(), replan)
         assert list(found) == formats
 
