@@ -55,6 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
     return "small"
 
 
+@pytest.mark.slow
 def test_checkpoint_is_whole_and_repeatable(tmp_path: Path, small: str) -> None:
     first = make_checkpoint.make(small, tmp_path / "first", **SIZES)
     second = make_checkpoint.make(small, tmp_path / "second", **SIZES, threads=1)

@@ -26,7 +26,7 @@ BARS = {
     ("name", "solver"),
     [
         ("gguf", "rtn"),
-        ("coreml", "rtn"),
+        pytest.param("coreml", "rtn", marks=pytest.mark.slow),
         pytest.param("gguf", "gptq", marks=pytest.mark.slow),  # each call of its walk is traced
     ],
 )

@@ -75,6 +75,7 @@ def demo(session, clone) -> dict:
     return json.loads((clone / "demo-out" / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_make_demo_builds_and_verifies_three_artifacts(demo, clone):
     assert [artifact["format"] for artifact in demo["artifacts"]] == ["gguf", "onnx", "coreml"]
     assert demo["verdict"] == "passed"
@@ -86,12 +87,14 @@ def test_make_demo_builds_and_verifies_three_artifacts(demo, clone):
     assert (clone / "demo-out" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_four_bits_hurt_the_demo_measurably(demo):
     for artifact in demo["artifacts"]:
         assert artifact["kl_divergence"]["mean"] > 5 * artifact["kl_divergence"]["se"]
         assert artifact["perplexity"] > demo["baseline"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_table_holds(demo):
     """Bytes to the digit, quality within what another CPU's kernels change."""
     rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in README.splitlines()
@@ -128,6 +131,7 @@ def in_order() -> list[str]:
     return sorted(found, key=lambda line: "-o out" not in line or "out-q5" in line)
 
 
+@pytest.mark.slow
 def test_the_session_is_what_a_build_of_the_demo_prints(session):
     assert as_shown(session), session.stdout + session.stderr
 
@@ -136,6 +140,7 @@ def checkpoint(clone: Path, folder: Path) -> None:
     shutil.copytree(clone / "compress" / "demo" / "model", folder / "my-checkpoint")
 
 
+@pytest.mark.slow
 def test_every_command_is_understood(demo, clone, tmp_path):
     """Of one format and on two windows; what comes after the first build is planned only."""
     checkpoint(clone, tmp_path)

@@ -49,6 +49,7 @@ def products(threads: int, how: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_products_do_not_depend_on_threads() -> None:
     assert len({products(threads, "prepared") for threads in (1, 3)}) == 1
 

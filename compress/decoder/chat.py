@@ -29,7 +29,9 @@ class ChatTemplate:
     The process starts with the first chat and ends with the object.
     """
 
-    def __init__(self, template: str, tokens: Mapping[str, Any]) -> None:
+    def __init__(
+        self, template: str, tokens: Mapping[str, Any], *, seconds: int = CPU_SECONDS
+    ) -> None:
         """
         Raises:
             CheckpointError: the template is longer than ``LONGEST_TEMPLATE``.
@@ -39,7 +41,8 @@ class ChatTemplate:
                 f"the chat template has {len(template):,} characters; up to {LONGEST_TEMPLATE:,} "
                 "are rendered"
             )
-        self._head = json.dumps([template, dict(tokens)])
+        self._head = json.dumps([template, dict(tokens), seconds])
+        self._seconds = seconds
         self._process: subprocess.Popen[str] | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
@@ -67,7 +70,9 @@ class ChatTemplate:
         answer = process.stdout.readline()
         if not answer:
             self._process = None
-            raise CheckpointError(f"the chat template failed: {why_it_died(process.wait())}")
+            raise CheckpointError(
+                f"the chat template failed: {why_it_died(process.wait(), self._seconds)}"
+            )
         text, error = json.loads(answer)
         if error:
             raise CheckpointError(f"the chat template failed: {error}")
@@ -80,7 +85,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def why_it_died(status: int) -> str:
+def why_it_died(status: int, seconds: int) -> str:
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"one chat takes more than {CPU_SECONDS} CPU seconds"
+        return f"one chat takes more than {seconds} CPU seconds"
     return f"it takes more than {MEMORY >> 20} MiB, or its process ended with {status}"

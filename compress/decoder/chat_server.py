@@ -28,11 +28,11 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    source, tokens = json.loads(sys.stdin.readline())
+    source, tokens, seconds = json.loads(sys.stdin.readline())
     template = None
     for line in sys.stdin:
         messages, add_generation_prompt = json.loads(line)
-        allow_seconds()
+        allow_seconds(seconds)
         text, error = "", ""
         try:
             random.seed(0)  # for jinja2's filter `random`
@@ -53,10 +53,10 @@ def serve() -> None:
         print(json.dumps([text, error]), flush=True)
 
 
-def allow_seconds() -> None:
+def allow_seconds(seconds: int) -> None:
     """Limit this process to ``CPU_SECONDS`` more seconds of CPU."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 

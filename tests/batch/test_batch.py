@@ -158,6 +158,7 @@ def test_predictions_are_upper_bounds(shelf):
             assert job["predicted"]["bytes"] < sum(a["bytes"] for a in job["artifacts"])
 
 
+@pytest.mark.slow
 def test_again_retries_the_killed_one_only_when_asked(shelf):
     shop, *_ = shelf
     before = artifacts(shop / "tree" / "llama" / "plain")
@@ -269,6 +270,7 @@ def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_t
     }
 
 
+@pytest.mark.slow
 def test_budgets_of_a_model_share_one_cost_table_and_make_a_curve(shop, tmp_path):
     jobs = {
         "schema": 1,

@@ -21,6 +21,8 @@ from compress.errors import UsageError
 ray = pytest.importorskip("ray")  # the extra packlight[ray]
 from compress.batch.ray_engine import RayEngine, connected, run_on_node  # noqa: E402
 
+pytestmark = pytest.mark.slow  # a cluster of three raylets
+
 STORE = {"object_store_memory": 80 * 2**20}
 
 

@@ -63,7 +63,7 @@ def test_a_hostile_template_is_one_line(template, why):
 
 
 def test_a_template_that_runs_for_ever_is_ended():
-    chat = ChatTemplate(LOOP + LOOP + LOOP + 3 * "{% endfor %}", {})
+    chat = ChatTemplate(LOOP + LOOP + LOOP + 3 * "{% endfor %}", {}, seconds=1)
     with pytest.raises(CheckpointError, match="CPU seconds"):
         chat.render(MESSAGES, add_generation_prompt=False)
 

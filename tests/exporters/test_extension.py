@@ -97,6 +97,7 @@ def test_commands_know_it(tree: Path, built: Path) -> None:
     assert "toy" in schema["$defs"]["Targets"]["properties"]
 
 
+@pytest.mark.slow
 def test_a_batch_builds_it(tree: Path) -> None:
     jobs = tree / "work" / "jobs.yaml"
     jobs.parent.mkdir(exist_ok=True)

@@ -27,9 +27,9 @@ def fuzzed(work: Path, rows: list[str], *options: str) -> list[dict[str, object]
 
 def test_hostile_files_are_refused_in_one_line(tmp_path):
     rows = [name for name in ROWS if not name.endswith("verify")]
-    counts = fuzzed(tmp_path, rows, "--start", "40", "--count", "3", "--seed", "1")
+    counts = fuzzed(tmp_path, rows, "--start", "40", "--count", "1", "--seed", "1")
     assert [row["row"] for row in counts] == rows
-    assert sum(int(str(row.get("refusal", 0))) for row in counts) > len(rows)
+    assert sum(int(str(row.get("refusal", 0))) for row in counts) > len(rows) // 3
 
 
 @pytest.mark.slow

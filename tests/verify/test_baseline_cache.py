@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import numpy as np
+import pytest
 import tiny
 from commands import server, until
 
@@ -115,6 +116,7 @@ def phases(path):
     return [json.loads(line)["phase"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_one_of_two_builds_scores_the_float_model(tmp_path):
     """Two processes that get there at the same moment: at a lock that the test holds."""
     model = tiny.make("llama", tmp_path / "model")
