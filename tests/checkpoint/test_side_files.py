@@ -75,7 +75,10 @@ def test_the_files_beside_a_graph_are_read_alike(case: str, tmp_path: Path):
             assert ids == plain.encode(text, add_special_tokens=special).ids, text
             assert ids == checkpoint.tokenizer.hf.encode(text, add_special_tokens=special), text
     theirs = checkpoint.tokenizer.hf
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template"):
+    keys = ["bos_token", "eos_token", "unk_token", "pad_token", "chat_template"]
+    if type(loaded).__name__ == "Qwen2Tokenizer":  # of transformers 5, by the model's type
+        keys.remove("unk_token")
+    for key in keys:
         assert getattr(loaded, key) == getattr(theirs, key), key
     assert set(loaded.all_special_tokens) >= set(theirs.all_special_tokens)
     stated = json.loads((folder / "tokenizer_config.json").read_text())

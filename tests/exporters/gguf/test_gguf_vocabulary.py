@@ -54,7 +54,9 @@ def token(text: str, *places: str, **flags: Any) -> Edit:
             change(folder, "added_tokens.json", lambda t: t.update({text: number}))
             # Which nobody reads beside the newer key.
             change(
-                folder, "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder") and None
+                folder,
+                "tokenizer_config.json",
+                lambda c: c.pop("added_tokens_decoder", None) and None,
             )
 
     return edit
