@@ -35,6 +35,8 @@ def in_words(error: Exception) -> PacklightError:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return PacklightError(f"{where}{error.strerror or error}")
+    if isinstance(error, ValueError) and "embedded null" in said:
+        return PacklightError("a path or a name has a NUL character")
     if isinstance(error, UnicodeError):
         return PacklightError(f"a name or a text is not UTF-8: {said}")
     hint = "this is a bug in packlight; PACKLIGHT_DEBUG=1 shows where"

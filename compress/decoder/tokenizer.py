@@ -52,6 +52,8 @@ class Tokenizer:
                     "the tokenizer needs the checkpoint's own code, which packlight never executes"
                 ) from error
             raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
+        # Not looked at here, but compared with each text's length, whatever the settings say.
+        self.hf.model_max_length = 10**30
         self.rows = rows
         self._rendering: dict[str, ChatTemplate] = {}  # each has a process
         if not self.hf.chat_template and (folder / PROCESSOR_TEMPLATE).exists():

@@ -106,6 +106,7 @@ ENDINGS = {
     "no more files": [OSError(errno.EMFILE, "Too many open files", "x")],
     "not UTF-8": [UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed")],
     "no room left": [OSError(errno.ENOSPC, "No space left"), OSError("50 requested and 0 written")],
+    "NUL character": [ValueError("embedded null byte")],
     "x: gone": [FileNotFoundError(errno.ENOENT, "gone", "x")],
     "KeyError: 1": [KeyError(1)],
 }  # fmt: skip

@@ -145,3 +145,12 @@ def test_refusals_are_one_line(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(CheckpointError, match="own code, which packlight never executes") as caught:
         Tokenizer(remote)
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("stated", ["x", [1], {"a": 1}, 3, None])
+def test_the_settings_own_length_has_no_part(stated: object, tmp_path: Path):
+    folder = tiny.make("llama", tmp_path / "m")
+    before = Tokenizer(folder).encode("A river ran through it.", add_special=True)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": stated}))
+    assert Tokenizer(folder).encode("A river ran through it.", add_special=True) == before

@@ -64,7 +64,7 @@ def change(rng: random.Random, document: Any, places: list[Any], place: Any) -> 
     parent, key = at(document, place[:-1]), place[-1]
     act = rng.randrange(9)
     if act < 6:
-        parent[key] = rng.choice(rng.choice([INTEGERS, FLOATS, TEXTS, OTHERS]))
+        parent[key] = copy.deepcopy(rng.choice(rng.choice([INTEGERS, FLOATS, TEXTS, OTHERS])))
     elif act == 6:
         del parent[key]
     elif act == 7 and isinstance(parent, dict):
