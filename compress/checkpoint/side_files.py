@@ -17,7 +17,7 @@ from typing import Any
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import json_or_empty, write_json
-from compress.decoder.tokenizer_facts import SPECIAL
+from compress.decoder.tokenizer_facts import PARSED, SPECIAL
 
 # Keys that only make sense beside the checkpoint, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
@@ -54,6 +54,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     settings |= {**tokenizer.special, "additional_special_tokens": tokenizer.others}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     splitting = tokenizer.document["pre_tokenizer"] or {}
+    for name in PARSED:
+        vars(tokenizer).pop(name, None)
     if "add_prefix_space" in splitting:  # transformers 4 sets it to false by default
         settings["add_prefix_space"] = splitting["add_prefix_space"]
     templates = tokenizer.chat_templates

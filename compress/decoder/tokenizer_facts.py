@@ -23,6 +23,10 @@ SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
+PARSED = ("document", "ids", "added")
+"""What ``TokenizerFacts`` makes of its text when asked: tens of MB of a large vocabulary, which
+nobody should hold while weights are written: ``vars(facts).pop(name, None)``."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFacts:

@@ -12,7 +12,7 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.tokenizer import VOCABULARIES
-from compress.decoder.tokenizer_facts import TokenizerFacts
+from compress.decoder.tokenizer_facts import PARSED, TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
 from compress.errors import (
     CheckpointError,
@@ -157,6 +157,8 @@ def prepare(
     )
     if notes:
         plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
+    for name_of_parsed in PARSED if tokenizer else ():
+        vars(tokenizer).pop(name_of_parsed, None)
     source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     return Job(source, config, recipe, plans, positions, command, transforms, cut)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
+from compress.decoder.tokenizer_facts import PARSED
 from compress.grids import Quantized, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
@@ -47,10 +48,13 @@ class Writer:
 
     def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
         self.plan, self.weights, self._written = plan, weights, written
-        self._vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
-            write_head(self.file, plan, weights.config, self._vocabulary)
+            tokenizer = weights.checkpoint.tokenizer_facts
+            vocabulary = read_vocabulary(tokenizer, weights.config)
+            write_head(self.file, plan, weights.config, vocabulary)
+            for name in PARSED:
+                vars(tokenizer).pop(name, None)
         self._tables = rope_tensors(weights.config)
 
     def put(self, entry: PlanEntry) -> int:
