@@ -30,7 +30,7 @@ from typing import Any
 from peers import PEERS, OnnxHqq, Peer, PeerWeights
 from writing import write
 
-# Below the public names: times the choice of codes, ours and of other people.
+# Uses internal names: times the choice of codes of packlight and of other tools.
 from compress.build.write import target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
@@ -66,7 +66,7 @@ BARS = {
 BAR = 1.00  # where BARS has none
 SOLVERS = ("rtn", "scale_search", "gptq")
 DEMO = str(model_path())
-# A peer that takes the whole written file into memory is left out above this.
+# Above this size, peers that load the whole written file are skipped.
 WHOLE_LIMIT = 2 << 30
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-# Below the public names: writes files of zeros, and reads llama.cpp's buffers.
+# Uses internal names: writes files of zeros, and reads llama.cpp's buffers.
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer_facts import facts_from_child
 from compress.plan.shapes import PlanRequest
@@ -123,11 +123,11 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         280147,
     ),
 }  # fmt: skip
-# Blocks that are built, where it is not two only.
+# Number of blocks to build, if not two.
 BLOCKS = {"demo": (6,), "SmolLM2-135M": (2, 30), "Llama-3.2-1B": (2, 8)}
 
 
-# --- files of no weight ---------------------------------------------------------------------------
+# --- files without weights ------------------------------------------------------------------------
 def write_hollow(path: Path, config: DecoderConfig, merges: int) -> None:
     """A GGUF file whose weights are a hole."""
     made = plan(config, PlanRequest({"type": TYPE}, path.stem))
@@ -178,7 +178,7 @@ def byte_level(config: DecoderConfig, merges: int) -> Vocabulary:
     )
 
 
-# --- in a process of its own ----------------------------------------------------------------------
+# --- in a child process ---------------------------------------------------------------------------
 def measure(path: Path, context: int, outputs: int) -> dict[str, Any]:
     """Load a file, read one chunk, and say what llama.cpp says of it and what the kernel says.
 

@@ -325,7 +325,7 @@ def main() -> None:
     told = parser.parse_args()
     options = ["--max-memory", told.max_memory]
     work = told.work.resolve()
-    kept = work / "figures.json"  # of the acts so far, where this script was cut off
+    kept = work / "figures.json"  # of the steps so far, if this script was interrupted
     if not kept.exists():
         work.mkdir(parents=True)
         make_shelf(work)

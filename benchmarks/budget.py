@@ -32,7 +32,7 @@ import numpy as np
 from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
-# Below the public names: holds single cost tables against what their choices measure.
+# Uses internal names: compares single cost tables with measurements of their choices.
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.allocation import effort
 from compress.allocation.step import BudgetStep, limit_for
@@ -151,7 +151,8 @@ class Bench:
         for bits in BITS:
             self.within("gguf", "gguf", [], int(bits * parameters / 8))
         for mix in LLAMA_MIXES:
-            # The peer's codes whatever our solver; its mixes depend on having an importance.
+            # The peer's codes do not depend on the solver; its mixes depend on having an
+            # importance.
             changes = [f"targets.gguf.type={mix}", "quantize.solver=scale_search"]
             self.add("gguf", mix, "peer", self.job("gguf", changes), LlamaCpp)
 
@@ -161,7 +162,7 @@ class Bench:
         made = self.add(setting, "uniform", "fixed", self.job(format, changes))
         for peer in PEERS[format, False]:
             self.add(setting, peer.name, "peer", self.job(format, changes), peer)
-        # The grid of the recipe says which hardware: palettes stay palettes.
+        # The grid of the recipe implies the hardware: palettes remain palettes.
         self.within(setting, format, changes, made.nbytes)
 
     def random_mixes(self) -> None:

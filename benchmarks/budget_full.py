@@ -28,12 +28,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-# Below the public names: reads sizes as the command does, which it runs.
+# Uses internal names: parses sizes like the command that it runs.
 from compress.console import parse_bytes  # noqa: E402
 
 PACKLIGHT = (sys.executable, "-m", "compress")
 FORMATS = ("gguf", "coreml")
-EXACT = 4096  # bytes that a file may be away from its plan
+EXACT = 4096  # bytes by which a file may differ from its plan
 
 
 def measured(command: list[str], output: Path) -> dict[str, float]:

@@ -47,7 +47,7 @@ from usage import CommandFailedError, evict, measure, room  # noqa: E402
 
 from compress.demo import model_path  # noqa: E402
 
-# Below the public names: counts the machine as packlight does.
+# Uses internal names: counts CPUs and memory as packlight does.
 from compress.machine import available_cpus, available_memory  # noqa: E402
 from packlight import Checkpoint, inspect  # noqa: E402
 
@@ -78,7 +78,7 @@ def one(format_name: str, *settings: str) -> Row:
     return Row((*RTN, "-f", format_name, *pairs))
 
 
-# In the order in which they are run: ours, then the peer's, type by type.
+# In order of execution: packlight's row, then the peer's, type by type.
 ROWS = {
     "read": Row(),
     "gguf:Q4_0": one("gguf", "type=Q4_0"),
@@ -180,7 +180,7 @@ class Bench:
             "bytes": artifact_bytes(place),
             "run": self.run,
         }
-        if key not in ("all", "llama.cpp:f16"):  # others go on from these
+        if key not in ("all", "llama.cpp:f16"):  # other rows use these outputs
             shutil.rmtree(place)
         return outcome
 
@@ -279,7 +279,7 @@ def convert(script: str, arguments: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-# --- all of it --------------------------------------------------------------------------------
+# --- all rows ---------------------------------------------------------------------------------
 
 
 def run(bench: Bench, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-# Below the public names: draws as the report does.
+# Uses internal names: draws as the report does.
 from compress.report.charts import element, line, text, ticks
 
 MB, GB = 1e6, 1e9
@@ -145,8 +145,8 @@ BARS = (
         for row in COREML
     ),
     Bar(
-        # SHA256SUMS reads what was written back, from disk where the page cache has lost it. With
-        # that taken off, one reading of the shards is at most 1, and two are more than 1.1.
+        # SHA256SUMS reads the written files back, from disk if they are no longer in the page
+        # cache. Without that, one reading of the shards is at most 1, and two are more than 1.1.
         "three in one build: from disk, less the files' bytes / bytes of the checkpoint",
         lambda f: (f("all", "from_disk") - f("all", "bytes")) / f.facts["checkpoint_bytes"],
         ("all",),
@@ -172,8 +172,8 @@ def judged(family: Family) -> list[dict[str, Any]]:
             continue
         rows = [family.facts["rows"][row] for row in bar.rows]
         busy = any(row["others_seconds"] > BUSY * row["wall_seconds"] for row in rows)
-        # What others take lengthens a row: of one, the wall time is an upper bound; a ratio of
-        # several tells nothing.
+        # Other processes lengthen a row: the wall time of one row is an upper bound; ratios of
+        # several rows are meaningless.
         verdict = "pass" if value <= bar.limit else "**fail**"
         if bar.idle and busy and (len(rows) > 1 or value > bar.limit):
             verdict = "not idle"

@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-# Below the public names: times the steps of packing one by one.
+# Uses internal names: times the steps of packing separately.
 from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.checkpoint.safetensors import read_range  # noqa: E402
 from compress.grids import Quantized, get_grid  # noqa: E402

@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-# Below the public names: covers every type of the modules' tables, on one thread.
+# Uses internal names: covers every type of the modules' tables, on one thread.
 from compress.grids import codebook, get_grid, kquant  # noqa: E402
 from compress.machine import bounded  # noqa: E402
 

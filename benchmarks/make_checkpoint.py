@@ -39,12 +39,12 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent), str(HERE)]
 from published import MODELS  # noqa: E402
 from tiny_tokenizers import save_tokenizer  # noqa: E402
 
-# Below the public names: names the tensors of each family.
+# Uses internal names: names the tensors of each family.
 from compress.decoder.config import DecoderConfig, WeightMap  # noqa: E402
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
-OUTLIERS = 6  # channels of the residual stream that stand out
+OUTLIERS = 6  # channels of the residual stream with large values
 THREADS = 2
 
 

@@ -40,7 +40,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-# Below the public names: other people's quantizers, in the layouts of our grids.
+# Uses internal names: other tools' quantizers, in the layouts of packlight's grids.
 from compress.calibration.statistics import LayerStats, Statistics  # noqa: E402
 from compress.checkpoint.sources import Source  # noqa: E402
 from compress.grids import Array, Float32, Grid, Params, Quantized  # noqa: E402

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Below the public names: counts what writing reads of a checkpoint.
+# Uses internal names: counts the bytes that writing reads from a checkpoint.
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
 from compress.checkpoint.checkpoint import Checkpoint

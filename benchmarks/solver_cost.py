@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 from published import MODELS  # noqa: E402
 
-# Below the public names: times the walk and the solver of a block one by one.
+# Uses internal names: times the walk and the solver of a block separately.
 from compress.calibration.statistics import Statistics, file_name, save  # noqa: E402
 from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
@@ -43,7 +43,7 @@ SOLVERS = ("gptq", "scale_search", "rtn")
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCKS = 32
 WINDOW = 512
-SLAB = 8 << 20  # weights that a writer asks for at once
+SLAB = 8 << 20  # weights that a writer requests at once
 CPU_BAR, MEMORY_BAR = 90.0, 2.5e9
 
 

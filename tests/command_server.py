@@ -72,7 +72,7 @@ def serve(request: dict[str, Any], steps: mmap.mmap) -> None:
     """Be the command: never returns. Its steps are counted in ``steps``."""
     code: int | str | None = 3
     try:
-        os.setsid()  # a group of its own, as in a terminal: signals reach its children, too
+        os.setsid()  # a separate process group, as in a terminal: signals reach its children, too
         for place, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), place)
         os.chdir(request["cwd"])

@@ -50,7 +50,7 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")
 
 
-# What takes longest goes first: a long file that comes last leaves one of two workers idle.
+# The longest files first: a long file at the end leaves one of two workers idle.
 LONG = (
     "test_batch", "test_readme", "test_gptq", "test_batch_ray", "test_resume", "test_pruning",
     "test_process_state", "test_extension", "test_propagation", "test_descent",

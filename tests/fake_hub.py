@@ -79,7 +79,7 @@ class Hub:
             if request.startswith(prefix):
                 return status, {"error": "told to"}
         path = parts.path.strip("/").split("/")
-        if path[0] == "lfs":  # signed links of a store, which know no token
+        if path[0] == "lfs":  # signed links of a store, which need no token
             return self.store(path, body)
         if headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{ROOT / package}/" for package in ("compress", "exporters", "packlight"))
-# What is left of a build without its report, checksums, lock and folder: plan and write.
+# A build without report, checksums, lock and folder: plan and write.
 PLAN_AND_WRITE = (
     "compress/decoder/", "compress/checkpoint/", "compress/grids/", "compress/plan/",
     "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",

@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 
-# Arrows that still point up, while the rooms are being put in order: none may be added.
+# Remaining imports from a higher floor: none may be added.
 DEBTS: set[tuple[str, str]] = {
     ("compress.calibration.step", "compress.pruning.sparse"),
     ("compress.calibration.step", "compress.pruning.zeros"),

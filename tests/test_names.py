@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
     path for room in ("compress", "exporters", "packlight") for path in (ROOT / room).rglob("*.py")
 )
-# Words that say nothing of what is stored or done. A new one that a reader stumbles over goes here.
+# Words that do not describe data or actions in the field's terms; add others when found.
 REFUSED = {
     "agenda", "audible", "away", "baton", "glance", "ground", "hear", "heard", "hollow", "house",
     "kept", "nobody", "pace", "shipyard", "somebody", "speak", "steady", "story", "stranger",

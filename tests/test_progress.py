@@ -29,7 +29,7 @@ def test_steady_work_has_one_rate():
         rate.update(done, 1000)
     assert rate.per_second == pytest.approx(2)
     assert rate.seconds_left == pytest.approx(450)
-    clock.now += 4  # nothing came, but time goes by
+    clock.now += 4  # no event, but time passes
     assert rate.seconds_left == pytest.approx(446)
     clock.now += 1000
     assert rate.seconds_left == 0

@@ -96,7 +96,7 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        config = path / "config.json"  # where it is missing, the error names what is there
+        config = path / "config.json"  # where it is missing, the error lists the files found
         self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
@@ -135,7 +135,7 @@ class Checkpoint:
             base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
-        if not name:  # an unset variable of a script is not the current folder
+        if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it does not change "~nobody/x", where Path raises.
         folder = Path(os.path.expanduser(name))

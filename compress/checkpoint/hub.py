@@ -110,7 +110,7 @@ def download_adapter(
 
     no_warnings()
     try:
-        for count in range(1, len(names) + 1):  # the config first: others are not worth the rest
+        for count in range(1, len(names) + 1):  # config.json first: it may be refused
             folder = snapshot_download(
                 repo_id,
                 revision=revision,

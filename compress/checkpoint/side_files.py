@@ -19,11 +19,11 @@ from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import json_or_empty, write_json
 from compress.decoder.tokenizer_facts import SPECIAL
 
-# Keys that only make sense beside the checkpoint, or that name remote code.
+# Keys that are valid only in the checkpoint's folder, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
 
 # Settings of tokenizer_config.json from which some classes rebuild the tokenizer of
-# tokenizer.json, and those that only make sense beside the checkpoint.
+# tokenizer.json, and those that are valid only in the checkpoint's folder.
 REBUILDING = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "auto_map", "backend", "extra_special_tokens", "from_slow",

@@ -258,10 +258,10 @@ class BlockGrid(BlockedGrid):
         return Quantized(self._encode(weight, params), params, self, weight.shape)
 
 
-# Tries were chosen greedily, each next one the most useful on sub-blocks of normal, Student-t,
-# Laplace, one-sided and outlier-ridden weights; ten of those do what forty evenly spaced ones do.
-# The first of Q2_K and Q3_K is also a second start (``starts``): it spends no range, and where one
-# sub-block's large scale starves the others of steps, that is better than the best of each.
+# Tries were chosen greedily on sub-blocks of normal, Student-t, Laplace and one-sided weights, and
+# of weights with outliers; ten of them reach the error of forty evenly spaced ones. The first try
+# of Q2_K and Q3_K is also used alone in a second start (``starts``): it maps the range exactly to
+# the codes, which is better where one sub-block's large scale leaves the others few integer steps.
 TRIES_Q2 = ((3, 0), (3.625, -0.3), (2.625, 0.6), (3.375, -0.5), (3.625, 0), (2.875, 0), (4, 0.2))
 TRIES_Q4 = (
     (15.5, -0.25), (15, 0.5), (14.5, 0.25), (15.5, -0.5), (15.5, 0), (14, 1),
@@ -297,8 +297,8 @@ SHAPES = {
     "IQ4_XS": (256, 32, 0, 4, 32, True, True),
 }
 
-# name: search without, and with importance. The error's weights were chosen so that both the
-# plain error and the one weighted as llama.cpp does stay below llama.cpp's.
+# name: search without, and with importance. The weights of the error were chosen so that both the
+# plain error and the error as weighted by llama.cpp are below llama.cpp's.
 SEARCHES = {
     "Q8_0": (Search(0, 0.0, 32, LEVELS_Q8, 0), Search(0, 0.0, 32, LEVELS_Q8, 0)),
     "Q4_0": (Search(0, 0.0, 32, (-8.25, -7.125, -8.75), 1), Search(1, 1.0, 0, LEVELS_Q4, 2)),

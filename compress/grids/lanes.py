@@ -28,7 +28,7 @@ SMALLEST_HALF = f4(2.0**-24)
 LARGEST_HALF = f4(65504.0)
 WORST = f4(3e38)
 
-# Full fast-math would assume that there are none of the infinities that guards compare with.
+# Full fast-math would assume that there are no infinities, with which guards compare.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
@@ -74,7 +74,7 @@ def inverse_of(value):
 def all_within(values, limit):
     """Whether no value is larger than ``limit``, or NaN, of which every comparison is false."""
     beyond = 0
-    for i in range(len(values)):  # by index: LLVM makes no SIMD of numba's iterators
+    for i in range(len(values)):  # by index: LLVM does not vectorize loops over numba's iterators
         beyond += 0 if abs(values[i]) <= limit else 1
     return beyond == 0
 

@@ -346,7 +346,7 @@ ONE_THREAD = 100_000_000
 
 def choose_threads(wanted: int, config: DecoderConfig) -> int:
     """Threads for every runtime and for the float model alike, so that their speeds compare."""
-    if wanted:  # more than there are is never faster; hundreds take minutes to meet
+    if wanted:  # more threads than CPUs are never faster; hundreds need minutes to synchronize
         return min(wanted, available_cpus())
     if config.num_parameters < ONE_THREAD:
         return 1

@@ -208,7 +208,9 @@ def scores(
     ]
 
 
-MOST_CHARACTERS = 10**9  # copied for the cuts of all tokens: real vocabularies take a hundredth
+MOST_CHARACTERS = (
+    10**9
+)  # characters copied for the cuts of all tokens; real vocabularies need a hundredth
 
 
 def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bool:

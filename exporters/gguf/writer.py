@@ -152,7 +152,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
-        writer.close()  # even on a full disk
+        writer.close()  # also if the disk is full
 
 
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:

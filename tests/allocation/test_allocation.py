@@ -34,7 +34,7 @@ from compress.solvers import get_solver
 from compress.verify.baseline import log_softmax
 
 DEMO = model_path()
-ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
+ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # deleted at exit
 
 
 @cache
@@ -97,7 +97,7 @@ def test_shared_variants_divide_what_they_measure() -> None:
     alone = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
     parts, tokens = partition(weights.config, 48, work=1e6)
     assert len(parts) == 1
-    assert tokens == 48  # never fewer than there are, up to 256
+    assert tokens == 48  # all of them, up to 256
     shared = measure(weights, WINDOWS, Statistics.of(weights.config, {}), work=1e6)
     assert shared.keys() == alone.keys()
     for name, entry in alone.items():
@@ -235,7 +235,7 @@ def test_no_file_is_larger_than_its_budget(format: str) -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-# Few of all, so that the cost table is soon measured.
+# Few tokens and windows, so that the cost table is measured quickly.
 FEW = (
     "--set", "quantize.candidates=[Q2_K, Q4_K, Q6_K, Q8_0, int4-g32, int4-g256, int8-g32]",
     "--set", "quantize.solver=scale_search",
@@ -312,12 +312,12 @@ GROUPS = "a larger group or fewer bits: int4-g256"
 @pytest.mark.parametrize(
     ("budget", "formats", "changes", "advice"),
     [
-        # As many blocks less as it takes, and no more.
+        # The smallest number of removed blocks that fits.
         ("3MB", ["onnx"], [], "--prune depth:1 would reach the budget"),
         ("2.6MB", ["onnx", "gguf"], [], "--prune depth:2 would reach the budget"),
         ("2.6MB", ["onnx"], ["prune={method: depth, blocks: 1}"], "--prune depth:2 would"),
         ("3MB", ["onnx"], ["prune={method: ffn, width: 736}"], "neither grids nor pruning"),
-        # What the recipe leaves out.
+        # Keys that the recipe does not set.
         (
             "3.4MB", ["onnx"], ["quantize.candidates=[int4-g32]"],
             f"--set quantize.candidates=auto ({GROUPS}) or --prune depth:1 would reach the budget",

@@ -172,7 +172,7 @@ def test_again_retries_the_killed_one_only_when_asked(shelf):
     assert [job["name"] for job in document["jobs"] if job["now"]] == ["qwen/plain"]
     assert statuses(document)["qwen/plain"] == "passed"
     assert artifacts(shop / "tree" / "llama" / "plain") == before
-    # A model that was made whole needs no asking.
+    # A finished model is not planned again.
     shutil.copytree(shop / "shelf" / "llama", shop / "shelf" / "cut", dirs_exist_ok=True)
     mended = packlight("batch", "jobs.yaml", "--only", "cut/plain", "--only", "llama", cwd=shop)
     assert mended.returncode == 0, mended.stderr
@@ -186,7 +186,9 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
     step = at_work("second", "llama/plain", signal.SIGKILL, "parent")
     batch = interrupted(shop, step, *options)
     assert batch.returncode == -signal.SIGKILL
-    until(lambda: all(f"{shop}/second/" not in word for word in command_lines()))  # it dies, too
+    until(
+        lambda: all(f"{shop}/second/" not in word for word in command_lines())
+    )  # the child ends, too
     assert (shop / "second" / "llama" / "scaled").is_dir()
     assert not (shop / "second" / "llama" / "plain").exists()
     again = packlight("batch", *options, cwd=shop)
@@ -300,7 +302,7 @@ def test_budgets_of_a_model_share_one_cost_table_and_make_a_curve(shop, tmp_path
     (line,) = re.findall(r'<polyline points="([^"]*)" class="curve c0"', page)
     places = [tuple(map(float, place.split(","))) for place in line.split()]
     assert places == sorted(places) and len(places) == 2
-    # Up is a small y: larger files stand lower where they are nearer to the float model.
+    # y points down: larger files are lower if their divergence is smaller.
     ordered = sorted(found.values(), key=lambda artifact: artifact["bytes"])
     heights = [y for _, y in places]
     assert (

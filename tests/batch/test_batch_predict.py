@@ -49,7 +49,9 @@ def test_what_asks_for_more_takes_longer(model):
 
 def test_threads_are_shared(model):
     config = job(model, "int4-fast", "gguf").config
-    assert share_threads(config, 0, cpus=8, jobs=0) == 1  # small models gain nothing by more
+    assert (
+        share_threads(config, 0, cpus=8, jobs=0) == 1
+    )  # small models gain nothing from more threads
     assert share_threads(config, 3, cpus=8, jobs=0) == 3
     assert share_threads(config, 99, cpus=8, jobs=2) == 8
 

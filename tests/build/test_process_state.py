@@ -23,7 +23,7 @@ from compress import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A program that has numpy and torch loaded, with settings of its own, and builds by functions.
+# A program that imported numpy and torch, changed their settings, and builds with the API.
 PROGRAM = """
 import gc, hashlib, json, locale, logging, os, random, signal, sys, threading, warnings
 from pathlib import Path

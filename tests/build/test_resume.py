@@ -122,7 +122,7 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
     kills, ends, skipped = 0, 0, 0
     while left:
         before, block = builds.finished(), builds.calibrated()
-        # What has little left to do is over before the late steps.
+        # A build with little work left ends before the late steps.
         early = left[: len(left) // 2 + 1]
         count = draw.choice(early) if before or block else left[-1]
         status = builds.run("--resume", step=Step(anywhere, int(count) + 1))
@@ -130,14 +130,14 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
             kills += 1
             left.remove(count)
         after = builds.finished()
-        if builds.output.exists():  # it had less to do, or it was at its very end
+        if builds.output.exists():  # it had less to do, or was about to end
             assert contents(builds.output) == whole
             shutil.rmtree(builds.partial, ignore_errors=True)
             builds.forget()
             ends += 1
             assert ends < 20
             continue
-        for target, names in before.items():  # nothing is done twice, nothing is lost
+        for target, names in before.items():  # no tensor is solved twice, none is missing
             assert after[target][: len(names)] == names
             assert len(set(after[target])) == len(after[target])
         assert block <= builds.calibrated() or after
@@ -155,7 +155,7 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
 
 
 def test_calibration_goes_on_with_the_block_that_it_was_at(builds, whole):
-    # The states before the second block are kept, its statistics not yet.
+    # The states before the second block are saved, its statistics are not.
     step = Step(r"open .*/statistics/blocks\.1\.npz")
     assert builds.run("--resume", step=step) == -signal.SIGKILL
     assert builds.calibrated() == 1 and not builds.finished()
@@ -168,7 +168,7 @@ def test_calibration_goes_on_with_the_block_that_it_was_at(builds, whole):
     builds.forget()
 
 
-MIDST = r"open .*/state/onnx\.ledger"  # a line of the ledger, in the midst of three targets
+MIDST = r"open .*/state/onnx\.ledger"  # a line of the ledger, while three targets are written
 
 
 def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(builds):
@@ -364,5 +364,5 @@ def test_the_folder_is_whole_or_absent_wherever_a_build_is_killed(before, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     deaths, absences = map(int, done.stdout.split())
     assert deaths > 25
-    # An output that is replaced is away for the moment between two renames.
+    # A replaced output is missing between two renames.
     assert absences < 3 if before == "old" else absences > 20

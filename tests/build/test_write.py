@@ -81,7 +81,7 @@ def write(
     folder.mkdir(parents=True)
     step = CalibrationStep(job, Importance(), Console(), threads=1)
     write_artifacts(job, step, folder, Console())
-    places = (folder / name for name in formats)  # not what --resume would go by
+    places = (folder / name for name in formats)  # not used by --resume
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

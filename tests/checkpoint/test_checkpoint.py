@@ -152,7 +152,7 @@ def test_threads_that_read_slabs_unpickle_a_shard_once(
 
     def load(file: Path, **options: Any) -> Any:
         loads.append(file)
-        time.sleep(0.05)  # so that the others come meanwhile
+        time.sleep(0.05)  # so that the other threads arrive meanwhile
         return real(file, **options)
 
     monkeypatch.setattr(torch, "load", load)
@@ -172,7 +172,7 @@ def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
         assert checkpoint._pickle is not None and checkpoint._pickle[0] == info.file
 
 
-# --- only the bytes that are asked for ----------------------------------------------------------
+# --- only the requested bytes are read ----------------------------------------------------------
 
 
 def bytes_read() -> int:
@@ -374,7 +374,7 @@ def test_a_tied_matrix_under_the_name_of_the_head_is_read(pickled: bool, tied_co
         assert np.array_equal(source.read(name, slice(3, 9)), expected[3:9])
 
 
-# --- names and types of what is no weight -------------------------------------------------------
+# --- names and types of tensors that are no weights ---------------------------------------------
 
 
 def test_buffers_are_left_out_and_a_foreign_rope_table_is_told(copy: Path):
@@ -436,7 +436,7 @@ def test_names_that_a_wrapper_left_are_explained(
     refused(lambda: describe_model(checkpoint), told)
 
 
-# --- what is there instead of a checkpoint ------------------------------------------------------
+# --- folders that are no checkpoint -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("configured", [False, True])
@@ -735,7 +735,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(copy: Path):
     file.write_bytes(pickle.dumps(bad, protocol=2))
     refused(lambda: Checkpoint.open(copy), "pytorch_model.bin ")
     assert not target.exists()
-    pickle.loads(pickle.dumps(bad["x"]))  # the payload is live: only our refusal stopped it
+    pickle.loads(pickle.dumps(bad["x"]))  # the payload works: only the refusal prevented it
     assert target.exists()
 
 

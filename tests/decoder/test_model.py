@@ -91,7 +91,7 @@ def test_slabs_are_equal_and_as_many_for_each_thread(
         held = at_once + 1 if at_once > 1 else 1
         assert sizes[0] % step == 0
         assert sizes[0] == step or sizes[0] * shape[1] * held <= most
-        spare = -(-shape[0] // step) - len(slabs)  # what rounding to whole steps could not part
+        spare = -(-shape[0] // step) - len(slabs)  # closer than the rounding step
         assert len(slabs) % at_once == 0 or sizes[0] > step or spare == 0
     else:
         assert shape[0] * shape[1] <= most

@@ -46,7 +46,7 @@ def run(tree: Path, *arguments: object) -> str:
     """What a command prints, in the folder ``tree/work``."""
     place = tree / "work"
     place.mkdir(exist_ok=True)
-    # Not from tree: the package must be found wherever the user stands.
+    # Not from the tree: the package must be importable from any folder.
     done = packlight(*arguments, cwd=place, tree=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -139,7 +139,7 @@ ALLOWED = {  # the library that has the tables of the codebook grids
     ("compress/grids/codebook.py", "gguf"),
     ("compress/grids/codebook.py", "gguf.quants"),
 }
-# What people give in place of a checkpoint, and how it is called: files of many programs.
+# Other files that users pass instead of a checkpoint, and their names in messages.
 STRANGERS = "compress/checkpoint/strangers.py"
 
 

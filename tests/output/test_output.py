@@ -314,7 +314,7 @@ def test_a_second_build_into_the_same_folder_is_refused(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
         )
-        # The refused one did not take the lock away: a third is refused as well.
+        # The refused build did not release the lock: a third is refused as well.
         third = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
         )

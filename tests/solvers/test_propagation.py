@@ -129,7 +129,7 @@ def test_codes_are_the_solvers_on_those_statistics(case):
             continue
         weight = case.model.read(entry.name)
         known = statistics.for_weight(entry.name)
-        if known is not None:  # leans towards the float model's outputs
+        if known is not None:  # nearer to the float model's outputs
             weight = weight + SHARE * (weight @ shifts(known)[0])
         again = solve(weight, get_grid(entry.grid), known)
         assert (again.codes == case.solved[entry.name].codes).all(), entry.name

@@ -157,7 +157,7 @@ def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore)
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    before = set(psutil.Process().children())  # other tests' own
+    before = set(psutil.Process().children())  # of other tests
     with pytest.raises(KeyboardInterrupt):
         verify_artifact(Path("m"), "works", baseline, context=128, progress=interrupt, probe=PROBE)
     assert set(psutil.Process().children()) == before

@@ -52,7 +52,7 @@ def token(text: str, *places: str, **flags: Any) -> Edit:
             )
         if "added_tokens.json" in places:
             change(folder, "added_tokens.json", lambda t: t.update({text: number}))
-            # Which nobody reads beside the newer key.
+            # Not read if the newer key exists.
             change(
                 folder,
                 "tokenizer_config.json",
@@ -112,7 +112,7 @@ SAME: dict[str, tuple[str, Edit]] = {
     "no special_tokens_map.json": ("llama3", without("special_tokens_map.json")),
 }
 
-# What llama.cpp cannot express: the note and the comparison have it.
+# Not expressible in llama.cpp: the note and the comparison report it.
 OTHERWISE: dict[str, tuple[str, Edit, str]] = {
     "lstrip": ("qwen2", token("<l>", "tokenizer.json", lstrip=True), "does not follow lstrip"),
     "rstrip": ("qwen2", token("<r>", "tokenizer.json", rstrip=True), "whitespace behind 1"),
