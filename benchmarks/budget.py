@@ -1,14 +1,14 @@
-"""Byte budgets against fixed types: what choosing a grid for every tensor is worth.
+"""Compares byte budgets, with a grid per tensor, with fixed types of the same size.
 
     python benchmarks/budget.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                 [--solver NAME] [--mixes N] [--sampled] [--out DIR]
 
 GGUF: five budgets between 3.3 and 5.0 bits per weight, each against the next larger of llama.cpp's
 own mixes with importance matrix (``ggml_quantize_chunk``, as in peers.py). ONNX and Core ML: every
-uniform grid by the same solver, against a budget of that grid's bytes; the best quantizer of the
-format's own tools on the same grid stands beside it. All are run in their runtimes on held-out
-text. Random mixes tell how well the cost table predicts a divergence, ``--sampled`` mixes, of the
-same budgets, what is lost where a table is measured as a large model's is
+uniform grid by the same solver, against a budget of that grid's bytes, and against the best
+quantizer of the format's own tools on the same grid. All are run in their runtimes on held-out
+text. Random mixes measure how well the cost table predicts a divergence; ``--sampled`` mixes, of
+the same budgets, the loss from a table that is measured as for a large model
 (``compress.allocation.effort``). Writes DIR/budget.json and DIR/budget.md (default: benchmarks/).
 """
 
@@ -62,7 +62,7 @@ class Entry:
     """One artifact.
 
     Attributes:
-        group: what it is compared with shares it: ``gguf``, or a uniform setting.
+        group: entries of one group are compared: ``gguf``, or a uniform setting.
         kind: ``budget``, ``sampled`` (the same by a large model's table), ``fixed`` (ours,
             uniform), ``peer`` or ``random``.
         budget: bytes allowed; 0 where there is no budget.
@@ -93,7 +93,7 @@ class Bench:
         self.measuring = {"budget": 0.0, "sampled": 0.0}
 
     def job(self, format: str, changes: Sequence[str]) -> Job:
-        """As ``packlight build`` would prepare it."""
+        """A job as prepared by ``packlight build``."""
         texts = json.dumps(self.chosen.calibration or ["builtin"])
         common = [f"calibration.texts={texts}", f"verify.windows={self.chosen.windows}"]
         common.append(f"quantize.solver={self.chosen.solver}")
@@ -213,7 +213,7 @@ class Bench:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each budget is held against, and whether it is within the bar."""
+    """The entry that each budget is compared with, and whether it is within the limit."""
     found = []
     for row in rows:
         if row["kind"] != "budget":

@@ -1,4 +1,4 @@
-"""Bars, tables and the picture of ``full_size.py``'s measurements.
+"""Limits, tables and the picture of ``full_size.py``'s measurements.
 
 MB and GB are powers of ten.
 """
@@ -47,13 +47,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit of issue 5.
+    """A limit on a figure.
 
     Attributes:
         value: of a family, in the unit.
-        rows: that it is computed from.
-        goal: better than the limit; 0: none.
-        idle: of wall time, which says little while others are at work.
+        rows: from which it is computed.
+        goal: a stricter limit; 0: none.
+        idle: a wall time, which is valid only on an idle machine.
     """
 
     what: str
@@ -66,7 +66,7 @@ class Bar:
 
 
 def part_of_peer(kind: str, limit: float, goal: float) -> Bar:
-    """CPU of ours over CPU of converting and quantizing."""
+    """packlight's CPU time over that of converting and quantizing."""
     ours, peers = f"gguf:{kind}", (PEER, f"llama.cpp:{kind}")
     return Bar(
         f"GGUF {kind}: CPU, ours / llama.cpp's convert + quantize",
@@ -78,7 +78,7 @@ def part_of_peer(kind: str, limit: float, goal: float) -> Bar:
 
 
 def part_of_gguf(row: str, limit: float) -> Bar:
-    """CPU of a format over that of our Q4_K_M."""
+    """CPU time of a format over that of packlight's Q4_K_M."""
     return Bar(
         f"{row}: CPU / our Q4_K_M",
         lambda f: f.cpu(row) / f.cpu("gguf:Q4_K_M"),
@@ -363,7 +363,7 @@ def panel(
 
 
 def legend(index: int, name: str) -> Markup:
-    """A colour and what it stands for, below both diagrams."""
+    """The legend below both diagrams."""
     x = LEFT + index * 180
     mark = element("rect", x=x, y=HEIGHT + 2, width=12, height=12, fill=SERIES[name][1])
     return element("g", mark, text(x + 18, HEIGHT + 12, name))

@@ -1,4 +1,4 @@
-"""What pruning alone costs: the pruned model in float32 against the whole one, on held-out text.
+"""Measures the loss from pruning alone: the pruned float32 model against the whole model.
 
     python benchmarks/pruning.py                   the bundled demo model
     python benchmarks/pruning.py MODEL --windows 8

@@ -1,12 +1,12 @@
-"""What calibration and solvers cost on one block of Phi-3-mini's shape, on one core.
+"""Measures calibration and solvers on one block of Phi-3-mini's shape, on one core.
 
     python benchmarks/solver_cost.py [--tokens N] [--out DIR]     # some minutes
 
 The block (hidden 3072, intermediate 8192, 32 heads) has heavy-tailed random weights, and its
 inputs are 16,384 tokens through it, heavy-tailed and correlated: embeddings are mixtures of 512
 directions with a Student-t share each, their channels of log-normal size. Walk, statistics on
-disk and solvers are the product's own; every measurement is a process of its own, so that its
-peak memory is its own too. Bars (issue 3): a gptq pass under 90 CPU seconds and 2.5 GB.
+disk and solvers are packlight's; every measurement runs in its own process, for its peak memory.
+Limits: a gptq pass under 90 CPU seconds and 2.5 GB.
 Writes DIR/solver_cost.json and DIR/solver_cost.md (default: benchmarks/).
 """
 
@@ -54,7 +54,7 @@ def phi3_mini() -> DecoderConfig:
 
 
 def weight(config: DecoderConfig, name: str) -> Float32:
-    """The same random weight whenever it is asked for, float32."""
+    """A seeded random weight, float32."""
     _, role, _ = split_name(name)
     draw = np.random.default_rng(sum(name.encode()))
     if role == "embed_tokens":
@@ -126,7 +126,7 @@ def child(arguments: list[str], folder: Path, tokens: int) -> dict[str, Any]:
 
 
 def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
-    """Measure, and print what it took."""
+    """Measure, and print the resources."""
     import torch
 
     torch.set_num_threads(1)

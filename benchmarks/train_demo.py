@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: a 6-million-parameter Phi-3 that has read Python's standard library.
+"""Trains the demo checkpoint, a Phi-3 of 6 million parameters, on Python's standard library.
 
     python benchmarks/train_demo.py --minutes 60 --output compress/demo/model
 
