@@ -1,4 +1,4 @@
-"""What holds for every test: one thread per process, no network, no colour."""
+"""Settings of every test: one thread per process, no network, no colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ["NO_COLOR"] = "1"
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Statistics of calibration go where a person's own are not."""
+    """A separate cache, so that the user's cache is not used."""
     os.environ["PACKLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Only this machine may be reached."""
+    """Allow connections to this machine only."""
     import psutil
 
     real = socket.socket.connect

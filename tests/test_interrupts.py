@@ -1,4 +1,4 @@
-"""Ctrl-C at the worst moments: inside an import that swallows it, inside a finalizer, twice."""
+"""Ctrl-C inside an import that drops it, inside a finalizer, and twice."""
 
 from __future__ import annotations
 

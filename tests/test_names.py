@@ -1,4 +1,4 @@
-"""Identifiers of the product are the field's words: none has one of these in it."""
+"""No identifier of the packages contains a refused word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates and the time left, on a clock that the test turns; the file for other programs."""
+"""Rates and the time left, on a simulated clock; the progress file."""
 
 from __future__ import annotations
 

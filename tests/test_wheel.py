@@ -1,4 +1,4 @@
-"""The wheel holds everything: the demo runs from it, away from the checkout."""
+"""The wheel is complete: the demo runs from it, outside the checkout."""
 
 from __future__ import annotations
 

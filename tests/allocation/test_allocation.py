@@ -153,7 +153,7 @@ def test_sampled_rows() -> None:
 
 
 def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
-    """Its name says what the column of bits per weight says, pruned or not."""
+    """Its name has the figure of the column of bits per weight, pruned or not."""
     checkpoint = source("llama3").checkpoint
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
@@ -198,7 +198,7 @@ def test_errors_are_those_of_the_solver() -> None:
 
 
 def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
-    """Of a large model: it moves expectations, and no choice."""
+    """Of a large model: it changes expectations, but no choice."""
     weights = source("llama3")  # tied
     columns = weights.config.hidden_size
     plain = LayerStats(64, np.ones(columns, np.float32))
@@ -216,7 +216,7 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
 
 @pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
 def test_no_file_is_larger_than_its_budget(format: str) -> None:
-    """Every byte counts: the graph of a mix is not always that of the smallest file."""
+    """Budgets are exact to the byte, although the graph of a mix may be larger."""
     weights = source("phi3")
     recipe = load("phone-4bit", [], [format])
     job = prepare(weights.checkpoint, recipe, transforms={})

@@ -1,4 +1,4 @@
-"""The knapsack against exhaustive search, and what must hold of any answer."""
+"""The knapsack against exhaustive search, and properties of every solution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local engine: real processes of the real command line, packed, killed, ended and orphaned."""
+"""The local engine: real processes of the command line, packed, killed, ended and orphaned."""
 
 from __future__ import annotations
 

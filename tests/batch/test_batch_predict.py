@@ -1,4 +1,4 @@
-"""What a job will take, against what jobs took."""
+"""Predicted resources of jobs, compared with measurements."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_threads_are_shared(model):
 
 
 def test_a_budget_is_what_its_files_have_at_most(model, tmp_path):
-    """Where it binds, its very bytes; where it does not, those that a build then writes."""
+    """The budget's bytes where it is the limit; else the bytes that a build writes."""
 
     def predicted(budget: str, *formats: str) -> dict:
         jobs = {"schema": 1, "models": [str(model.path)], "recipes": ["int4-fast"]}

@@ -1,4 +1,4 @@
-"""Records of jobs, and what a table makes of them."""
+"""Records of jobs, and the table of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.report.report import Report
 def finish(
     state: State, name: str, verdict: str = "passed", stamp: int = 10**18, failure: str = ""
 ) -> None:
-    """What a build leaves when it is done, as far as a batch looks at it."""
+    """The files of a finished build that a batch reads."""
     folder = state.folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}

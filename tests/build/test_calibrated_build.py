@@ -1,4 +1,4 @@
-"""Builds that look at inputs: through the command line, in the real runtime."""
+"""Builds with input statistics, by the command line and in the real runtime."""
 
 from __future__ import annotations
 

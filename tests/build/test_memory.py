@@ -1,4 +1,4 @@
-"""``--max-memory``: what it bounds, and what it refuses."""
+"""``--max-memory``: its bounds and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build in somebody's own process leaves behind: nothing; and builds in two threads."""
+"""A build in another program's process leaves no state behind; builds in two threads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def digest(value: object) -> str:
 
 
 def state() -> dict[str, object]:
-    """Everything of a process that its other code could notice, as JSON has it."""
+    """The process-global state that other code could observe, as JSON."""
     import numpy as np
     import torch
     import transformers

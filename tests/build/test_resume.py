@@ -1,5 +1,5 @@
-"""``build --resume``: whatever kills a build and whenever, the next one goes on with what is
-finished, and at last there are the bytes of a build that nothing has killed.
+"""``build --resume``: after any kill at any step the next build continues, and the final bytes are
+those of an uninterrupted build.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Builds:
         return self.place / "log"
 
     def run(self, *options: str, verify: bool = False, step: Step | None = None) -> int:
-        """The exit status of a build; what it says goes to the log."""
+        """The exit status of a build; its output goes to the log."""
         return self.steps(*options, verify=verify, step=step)[0]
 
     def steps(
@@ -85,7 +85,7 @@ class Builds:
         return found
 
     def calibrated(self) -> int:
-        """The block that the cache's walk has come to."""
+        """The block that the cached walk has reached."""
         kept = self.place.glob("cache/calibration/*.partial/boundary/block-*.bin")
         return max((int(path.stem.partition("-")[2]) for path in kept), default=0)
 
@@ -102,7 +102,7 @@ def builds(model, tmp_path_factory) -> Builds:
 
 @pytest.fixture(scope="module")
 def whole(builds) -> dict[str, bytes]:
-    """Every file of a build that nothing has killed."""
+    """Every file of an uninterrupted build."""
     assert builds.run() == 0, builds.log.read_text()
     found = contents(builds.output)
     assert {"gguf", "onnx", "coreml"} <= {name.partition("/")[0] for name in found}
@@ -203,7 +203,7 @@ def test_the_float_model_is_not_scored_again(builds):
 
 
 def killed_while_writing(builds: Builds) -> dict[str, list[str]]:
-    """What a build has finished that was killed in the midst of all its targets."""
+    """The finished part of a build that was killed while it wrote all targets."""
     assert builds.run(step=Step(MIDST, 5)) == -signal.SIGKILL
     left = builds.finished()
     assert all(left[target] for target in ("gguf", "onnx", "coreml"))

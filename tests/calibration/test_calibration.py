@@ -237,7 +237,7 @@ def test_an_interrupted_walk_leaves_nothing(models, cache):
 
 
 class Mortal(Stored):
-    """A source whose reader dies at the n-th weight that it is asked for, and counts."""
+    """A source that counts readings, and ends the process at the n-th."""
 
     def __init__(self, model: Stored, life: int) -> None:
         super().__init__(model.checkpoint, model.config)

@@ -1,4 +1,4 @@
-"""compress.files.check_folder: a stranger's folder leads nowhere else, and ends."""
+"""compress.files.check_folder: links of an untrusted folder stay inside, and cycles end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads by the real huggingface_hub client from a Hub of our own on 127.0.0.1."""
+"""Downloads by the real huggingface_hub client from a local Hub on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 class Hub:
-    """Repositories of files, and what was asked of them."""
+    """Repositories of files, and the requests for them."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}

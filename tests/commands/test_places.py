@@ -1,4 +1,4 @@
-"""Where a command reads and writes: places are looked at before the work, endings are in words."""
+"""Paths that a command reads and writes are checked before the work; errors are clear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that tokenizers are compared on, and tokenizers that ask for rows that are not there."""
+"""Texts that tokenizers are compared on, and tokenizers with more ids than the model has rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A format more is a folder and a row: tests/toy in a copy of the tree, where only its row is
+"""A new format is a folder and a row: tests/toy in a copy of the tree, where only its row is
 added to ``exporters/formats.py``; and no module of ``compress`` names a format."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Uniform integer grids: the fit against a brute-force search, and what a group must survive."""
+"""Uniform integer grids: the fit against a brute-force search, and extreme groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`packlight push` through the real huggingface_hub client, to a Hub of our own."""
+"""`packlight push` through the real huggingface_hub client, to a local Hub."""
 
 from __future__ import annotations
 

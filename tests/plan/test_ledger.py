@@ -1,4 +1,4 @@
-"""The ledger of finished tensors, and writers that go on where one was cut off."""
+"""The ledger of finished tensors, and writers that continue an interrupted one."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """A solver that dies at its n-th call, and counts."""
+    """A solver that counts its calls, and ends the process at the n-th."""
 
     def __init__(self, life: int) -> None:
         self.left, self.calls = life, 0

@@ -1,4 +1,4 @@
-"""Healing: it helps where something was lost, it never harms, and what it did is on record."""
+"""Healing reduces the error of pruning, never raises it, and is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compress.report.pages: the page as a browser sees it, and the pictures by their arithmetic."""
+"""compress.report.pages: the page in a browser, and the pictures' coordinates."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOOK = """<script>addEventListener("load", () => {
 
 
 def look(page: str, folder: Path, width: int = 1200, *flags: str) -> tuple[dict[str, Any], str]:
-    """What the browser sees, and what it says on its console.
+    """The browser's measurements of a page, and its console output.
 
     In a frame of the wanted width: Chromium's own windows are at least 500 wide.
     """

@@ -66,8 +66,8 @@ def compensated(weight, grid, stats, descents=0):
 
 
 def brute_force(weight, grid, stats):
-    """Column by column, each error shared out by a freshly inverted Hessian (Optimal Brain
-    Quantization); scales from the weights as they are when their columns' turn comes."""
+    """Column by column, with each error distributed by a newly inverted Hessian (Optimal Brain
+    Quantization), and scales from the current weights of their columns."""
     h = np.float64(stats.hessian[0])
     span, diagonal = grid.span or len(h), np.diagonal(h).copy()
     h = h + 0.01 * diagonal.mean() * np.eye(len(h))

@@ -1,7 +1,7 @@
 """The Core ML program of every family, executed by the MIL evaluator, against the reference.
 
 Tolerances: in float32 mode only the constants are float16, and the reference has the same ones, so
-what is left is the order of sums: 5e-5 on logits of standard deviation 2 (measured: 2e-5). With
+only the order of sums differs: 5e-5 on logits of standard deviation 2 (measured: 2e-5). With
 float32 rotary tables in the reference it is 0.03 (0.017). In float16 mode every value between
 operations is rounded: KL divergence under 1e-4 nats (2e-5).
 """
@@ -32,7 +32,7 @@ TOKENS = np.random.default_rng(5).integers(3, 480, CONTEXT).tolist()
 
 
 def run(evaluator: Evaluator, tokens: list[int], mask: Array, state: Any) -> Array:
-    """One call as an app makes it; float32 ``[len(tokens), vocab]``."""
+    """One call, as by an app; float32 ``[len(tokens), vocab]``."""
     ids = np.asarray([tokens], np.int32)
     return evaluator.predict({"inputIds": ids, "causalMask": mask}, state)["logits"][0]
 

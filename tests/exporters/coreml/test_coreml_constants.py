@@ -1,4 +1,4 @@
-"""``weight.bin`` is, byte for byte, what coremltools' own writer makes of the same arrays."""
+"""``weight.bin`` is equal, byte for byte, to that of coremltools' writer for the same arrays."""
 
 from __future__ import annotations
 

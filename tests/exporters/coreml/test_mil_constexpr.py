@@ -1,4 +1,4 @@
-"""Compressed constants: we decode to what Apple's decompress_weights makes, bit for bit."""
+"""Compressed constants decode to the values of Apple's decompress_weights, bit for bit."""
 
 from __future__ import annotations
 

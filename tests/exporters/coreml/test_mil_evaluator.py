@@ -178,7 +178,7 @@ def test_traced_decoder_in_float32(decoder: Decoder, tmp_path: Path) -> None:
 
 
 def test_compressed_decoder_equals_its_decompressed_self(package: Path, tmp_path: Path) -> None:
-    """Cached or streamed, a compressed package computes what the one that Apple decodes does."""
+    """Cached or streamed, a compressed package gives the results of the one that Apple decodes."""
     model = ct.models.MLModel(str(package), skip_model_load=True)
     blocks = cto.OpLinearQuantizerConfig(
         dtype="int4", granularity="per_block", block_size=32, weight_threshold=1

@@ -1,4 +1,4 @@
-"""What a checkpoint may say of its tokens, and where: Hugging Face and llama.cpp read the same."""
+"""Token settings in all files of a checkpoint: Hugging Face and llama.cpp tokenize alike."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ OTHERWISE: dict[str, tuple[str, Edit, str]] = {
 
 
 def made_of(exported: Exports, folder: Path, family: str, edit: Edit) -> tuple[Exported, Agreement]:
-    """The file of a changed checkpoint, and how far llama.cpp tokenizes as Hugging Face does."""
+    """The file of a changed checkpoint, and the agreement of llama.cpp with Hugging Face."""
     more = {"vocab_size": 520} if family == "llama" else {}  # it has no row to spare
     shutil.copytree(exported.checkpoint(family, **more), folder)
     edit(folder)
