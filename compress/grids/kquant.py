@@ -48,17 +48,17 @@ IQ4_CELLS = np.searchsorted(
 
 @dataclass(frozen=True)
 class Search:
-    """How a fit looks for its parameters.
+    """Settings of the search of a fit.
 
     Attributes:
         power: the error's weights are ``importance * (x² + spread * mean(x²)) ** (power / 2)``.
         spread: see ``power``.
         run: columns over which that mean is taken; 0 for the whole row.
         tries: with a minimum, pairs (steps over the range of the block, shift of the levels in
-            steps); without, the levels that the largest magnitude is put on.
+            steps); without, the levels to which the largest magnitude is mapped.
         refits: rounds of least squares after the tries, on the parameters as stored.
         units: values of ``d`` (and ``dmin``) that are tried, in K-quants.
-        starts: 2 to go through it all once more with the first try only.
+        starts: 2: repeat the whole fit with the first try only.
     """
 
     power: int
@@ -111,8 +111,8 @@ class BlockGrid(BlockedGrid):
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
 
-        Without an importance the error still weighs large weights more, as llama.cpp's own
-        quantizer does; ``plain`` says how much.
+        Without an importance the error also weights large weights more, as llama.cpp's quantizer
+        does; see ``plain``.
 
         Args:
             weight: float32 ``[rows, columns]``.
@@ -177,8 +177,8 @@ class BlockGrid(BlockedGrid):
         """Scale and minimum of every sub-block: ``w = scale * levels[code] - minimum``.
 
         Column c of a row belongs to sub-block ``c // group_size``. A solver may round any column at
-        any time: the nearest code is ``(w + minimum) / scale + zero``, rounded and cut to the codes
-        (IQ4_NL, IQ4_XS: the nearest of ``levels``); a scale of 0 wants code ``zero``.
+        any time: the nearest code is ``(w + minimum) / scale + zero``, rounded and clipped to the
+        codes (IQ4_NL, IQ4_XS: the nearest of ``levels``); with a scale of 0 it is ``zero``.
 
         Returns:
             Two float32 ``[rows, columns / group_size]``.
