@@ -344,8 +344,8 @@ def choose_rows(only: str) -> list[str]:
     if not only:
         return [key for key, row in ROWS.items() if row.wanted]
     asked = only.split(",")
-    if strangers := set(asked) - set(ROWS):
-        sys.exit(f"no such rows: {', '.join(sorted(strangers))}; see --list")
+    if unknown := set(asked) - set(ROWS):
+        sys.exit(f"no such rows: {', '.join(sorted(unknown))}; see --list")
     asked += [before for key in asked for before in GOES_ON_FROM.get(key.partition(":")[0], ())]
     return [key for key in ROWS if key in asked]
 

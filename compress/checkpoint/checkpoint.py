@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
+from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -34,7 +35,6 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
-from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS

@@ -140,7 +140,7 @@ ALLOWED = {  # the library that has the tables of the codebook grids
     ("compress/grids/codebook.py", "gguf.quants"),
 }
 # Other files that users pass instead of a checkpoint, and their names in messages.
-STRANGERS = "compress/checkpoint/strangers.py"
+ERRORS = "compress/checkpoint/not_a_checkpoint.py"
 
 
 def words(tree: ast.Module) -> Iterator[str]:
@@ -172,7 +172,7 @@ def test_compress_names_no_format() -> None:
     for path in sorted((ROOT / "compress").rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         module = without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
-        if name != STRANGERS:
+        if name != ERRORS:
             found |= {(name, word) for word in words(module) if NAMES.search(word)}
     for path in sorted((ROOT / "compress").rglob("*.j2")):
         name = path.relative_to(ROOT).as_posix()
