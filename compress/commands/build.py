@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from compress.commands.options import (
     adapter_option,
@@ -69,7 +70,8 @@ if TYPE_CHECKING:
               help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
 @click.option("--locked", is_flag=True,
               help="Refuse unless versions, checkpoint and recipe are those of the plan: --plan, "
-                   "or the output's own plan.json.")  # fmt: skip
+                   "or the output's own plan.json. The recipe is the recipe.yaml beside it, unless "
+                   "-r names another.")  # fmt: skip
 @click.option("--provenance", is_flag=True,
               help="Hash every file of the checkpoint, however large, for provenance.json and "
                    "--locked.")  # fmt: skip
@@ -102,8 +104,11 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from compress.report.words import finish
 
     plan = options["plan"]
-    if options["locked"] and plan is None:
-        plan = plan_of(output)
+    if options["locked"]:
+        plan = plan or plan_of(output)
+        named = click.get_current_context().get_parameter_source("recipe")
+        if named is ParameterSource.DEFAULT and (plan.parent / "recipe.yaml").is_file():
+            options["recipe"] = str(plan.parent / "recipe.yaml")
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
