@@ -20,10 +20,12 @@ class Settings(TargetSettings):
     )
     symmetric: bool = Field(default=True, description="Without zero points.")
     embedding_bits: Literal[4, 8, 16] | None = Field(
-        default=None, description="Bits of embed_tokens; default: as bits; 16 is float16."
+        default=None,
+        description="Bits of embed_tokens; default: as bits, or 8 where it is the head, too, and "
+        "less than two fifths of the weights; 16 is float16.",
     )
     head_bits: Literal[4, 8] | None = Field(
-        default=None, description="Bits of lm_head; default: as bits."
+        default=None, description="Bits of lm_head; default: as bits; tied: as embedding_bits."
     )
     accuracy_level: Literal[0, 4] = Field(
         default=4, description="MatMulNBits: 4 computes in int8 (fast), 0 in float32."
