@@ -134,7 +134,7 @@ class Family:
         fields |= self.changes(config)
         window = fields["sliding_window"]
         if window is not None and window >= fields["max_context"]:
-            fields["sliding_window"] = None  # never reached: Phi-3-128k says 262144
+            fields["sliding_window"] = None  # never reached: 262144 in Phi-3-128k
         return fields
 
 
