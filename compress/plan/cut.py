@@ -110,7 +110,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
             )
         shrunk = with_sizes(config, intermediate_size=retained)
         return Cut(method, total, retained, shrunk, update, healing)
-    if config.rope.kind == "longrope":
+    if config.ropes[0].kind == "longrope":
         raise UnsupportedModelError(
             "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
             "/ num_attention_heads, and would not load the checkpoint",
