@@ -2,7 +2,7 @@
 
 made = exported("gguf", "llama", type="Q4_K_M")    made once, so nobody may change its files
 made.artifact.path, made.plan, made.config         what was written, of what
-reference(made).logits(tokens)                     our decoder with what the codes mean
+reference(made).logits(tokens)                     the reference decoder on decoded codes
 exported.write("onnx", folder, {"bits": 8})        into a new folder, each time
 """
 
@@ -39,7 +39,7 @@ CONTEXT = 64  # of Core ML packages, which have room for no more
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """An artifact and what it was made of."""
+    """An artifact and its inputs."""
 
     checkpoint: Checkpoint
     config: DecoderConfig
@@ -80,7 +80,7 @@ class Exports:
         return self._checkpoints[key]
 
     def config(self, family: str, **make: Any) -> DecoderConfig:
-        """What such a checkpoint says of itself."""
+        """The config of such a checkpoint."""
         return config_of(Checkpoint.open(self.checkpoint(family, **make)))
 
     def __call__(
@@ -132,7 +132,7 @@ class Exports:
         return Exported(opened, weights.config, plan, weights, artifact)
 
     def new_folder(self) -> Path:
-        """An empty folder that lives as long as the session."""
+        """An empty folder, removed at the end of the session."""
         return Path(tempfile.mkdtemp(dir=self._root))
 
 
@@ -154,10 +154,10 @@ def half(values: NDArray[Any]) -> Float32:
 
 @cache
 def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
-    """Every weight of the plan as its codes mean it.
+    """Every weight of the plan, decoded from its codes.
 
     Args:
-        halves: what a grid decodes to is float16, as Core ML decompresses it.
+        halves: decoded values are rounded to float16, as Core ML decompresses them.
     """
     found = {}
     for entry in made.plan.entries:

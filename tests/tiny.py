@@ -33,7 +33,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 0.02,  # so large that a graph with another one is caught
+    "rms_norm_eps": 0.02,  # so large that a graph with another epsilon fails
     "tie_word_embeddings": False,
 }
 # 32 rotating pairs for phi3-longrope, 24 (three quarters of the head) for phi4-mini.

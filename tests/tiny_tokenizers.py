@@ -249,7 +249,7 @@ def _byte_level(name: str, folder: Path, text: str, pieces: int) -> dict[str, An
         initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # One very long string would be cut into pieces all at once, in gigabytes.
+    # One very long string would be split at once, which takes gigabytes.
     core.train_from_iterator([text[i : i + 2**16] for i in range(0, len(text), 2**16)], trainer)
     core.add_special_tokens(special)
     if name == "llama3":

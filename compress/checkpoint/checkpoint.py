@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
+from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -34,7 +35,6 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
-from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.names import BUFFERS
@@ -96,7 +96,7 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        config = path / "config.json"  # where it is missing, the error names what is there
+        config = path / "config.json"  # where it is missing, the error lists the files found
         self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
@@ -135,7 +135,7 @@ class Checkpoint:
             base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
-        if not name:  # an unset variable of a script is not the current folder
+        if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it does not change "~nobody/x", where Path raises.
         folder = Path(os.path.expanduser(name))

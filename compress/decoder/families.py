@@ -92,7 +92,7 @@ def describe(family: Family, config: Config, generation: Config) -> dict[str, An
     most, windows = fields["max_context"], []
     kinds = list(fields["kinds"])
     for i, kind in enumerate(kinds):
-        if kind.window and kind.window >= most:  # never reached: Phi-3-128k says 262144
+        if kind.window and kind.window >= most:  # never reached: 262144 in Phi-3-128k
             kinds[i] = replace(kind, window=None)
         elif kind.window:
             windows.append(kind.window)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 
-STEP = 32  # channels: the least block of every 4-bit format
+STEP = 32  # channels: the smallest block of every 4-bit format
 WIDEST_STEP = 256  # of the K-quants, and the widest group of ONNX and Core ML
 
 WHAT = {"depth": "blocks", "ffn": "MLP channels", "heads": "key-value heads"}
@@ -171,7 +171,7 @@ def row_multiple(grid: str, rows: int) -> int:
 def with_layers(config: DecoderConfig, stored: int) -> DecoderConfig:
     """The config with ``stored`` blocks."""
     raw = {**config.raw, "num_hidden_layers": stored}
-    kinds = raw.get("layer_types")  # of transformers: all alike, mixtures are not built
+    kinds = raw.get("layer_types")  # of transformers: all of one type, mixtures are not supported
     if isinstance(kinds, list):
         raw["layer_types"] = kinds[:stored]
     return replace(config, num_hidden_layers=stored * config.block_repeat, raw=raw)

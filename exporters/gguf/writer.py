@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
-from compress.decoder.tokenizer_facts import PARSED
 from compress.grids import Quantized, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
@@ -51,11 +50,8 @@ class Writer:
         self.plan, self.weights, self._written = plan, weights, written
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
-            tokenizer = weights.checkpoint.tokenizer_facts
-            vocabulary = read_vocabulary(tokenizer, weights.config)
+            vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
             write_head(self.file, plan, weights.config, vocabulary)
-            for name in PARSED:
-                vars(tokenizer).pop(name, None)
         self._tables = rope_tensors(weights.config)
 
     def put(self, entry: PlanEntry) -> int:
@@ -158,7 +154,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
-        writer.close()  # even on a full disk
+        writer.close()  # also if the disk is full
 
 
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""config.json → DecoderConfig → where each weight is, for the published models' own configs."""
+"""config.json → DecoderConfig → WeightMap, for the configs of published models."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_every_tensor_of_a_saved_checkpoint_is_expected(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2"])
 def test_fused_and_unfused_are_the_same_rows(family: str, tmp_path: Path):
-    """phi3 stores fused, qwen2 (with q, k, v biases) stores parts; both answer to both names."""
+    """phi3 stores fused tensors, qwen2 (with biases) parts; both can be read by both names."""
     checkpoint = Checkpoint.open(tiny.make(family, tmp_path, tokenizer=False))
     weights = WeightMap(DecoderConfig.from_hf(checkpoint.config))
     read = Stored(checkpoint, weights.config).read

@@ -179,7 +179,7 @@ def test_the_cache_gives_the_tokens_of_a_fresh_run(exported: Exports, family: st
     for _ in range(32):
         fresh.append(int(runtime.logits(prompt + fresh)[-1].argmax()))
     assert cached == fresh
-    assert greedy(runtime, prompt, 32) == cached  # what the buffers held is forgotten
+    assert greedy(runtime, prompt, 32) == cached  # the old contents of the buffers have no effect
 
 
 def test_the_cache_with_int8_activations(phi3: Exported) -> None:
@@ -404,7 +404,7 @@ def test_no_room_beyond_the_context(phi3: Exported) -> None:
         runtime.feed(phi3.tokens(5))
     runtime.reset()
     assert len(runtime.logits(phi3.tokens(16))) == 16
-    # Nor beyond what the artifact holds, whatever is asked for.
+    # Nor beyond the artifact's positions, for any requested number.
     with pytest.raises(UsageError, match="257 tokens do not fit: the runtime has room for 256"):
         open_runtime(phi3, context=5000).logits(phi3.tokens(257))
 
