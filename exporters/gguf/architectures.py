@@ -32,6 +32,7 @@ class Architecture:
 
 
 _LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
+_QKV = ("qkv_proj",)
 _GEMMA = frozenset(("embedding",))
 
 # Family → architecture.
@@ -63,9 +64,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture("smollm3", ROPES, whole_heads=True),
     "olmo2": Architecture("olmo2", whole_heads=True),
     "olmo3": Architecture("olmo2", whole_heads=True, windows=True),
-    "gpt2": Architecture("gpt2"),
-    "gpt_neo": Architecture("gpt2"),
-    "gpt_neox": Architecture("gptneox"),
+    "gpt2": Architecture("gpt2", fused=_QKV),
+    "gpt_neo": Architecture("gpt2", fused=_QKV),
+    "gpt_neox": Architecture("gptneox", fused=_QKV),
     "stablelm": Architecture("stablelm"),
     "starcoder2": Architecture("starcoder2", whole_heads=True),
     "cohere": Architecture("command-r", ROPES | {"logits"}, whole_heads=True),
@@ -77,5 +78,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan_v1_dense": Architecture("hunyuan-dense", whole_heads=True),
     "nemotron": Architecture("nemotron"),
     "arcee": Architecture("arcee", ROPES, whole_heads=True),
-    "falcon": Architecture("falcon", whole_heads=True),
+    "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
 }

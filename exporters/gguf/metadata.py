@@ -127,7 +127,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
             writer.add_rope_scaling_orig_ctx_len(original)
         # llama.cpp requires the key and ignores the window; 0 means none.
         writer.add_sliding_window(config.sliding_window or 0)
-    elif architecture.own or architecture.windows or config.parallel_residual:
+    elif architecture.own or architecture.windows or architecture.name == "gptneox":
         write_extras(writer, config, architecture)
 
 
