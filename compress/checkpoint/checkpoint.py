@@ -371,11 +371,17 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                pieces.append(self.checkpoint.read(part.source, window))
+                if part.transposed:
+                    pieces.append(self.checkpoint.read(part.source)[:, window].T)
+                else:
+                    pieces.append(self.checkpoint.read(part.source, window))
             offset += length
         if not pieces:
             return np.empty((0, *shape[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self.config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):
+            values = values + np.float32(self.config.norm_offset)
+        return values
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""
