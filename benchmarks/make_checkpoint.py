@@ -46,6 +46,8 @@ SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
 OUTLIERS = 6  # channels of the residual stream with large values
 THREADS = 2
+# Parts of the names of linears that write into the residual stream.
+RESIDUAL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2")
 
 
 def make(
@@ -181,8 +183,8 @@ def make_slab(
     values = table[row.integers(0, 1 << 16, size, dtype=np.uint16)]
     values = values.reshape(last - first, *shape[1:])
     values *= spread(name, shape, config, seed)
-    if len(shape) == 1 and name.endswith("weight"):  # norms are near 1
-        values += 1.0
+    if len(shape) == 1 and name.endswith("weight"):  # norms multiply by about 1
+        values += 1.0 - config.norm_offset
     bits = values.view(np.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)  # round to even
     return (bits >> 16).astype(np.uint16)
@@ -200,9 +202,9 @@ def spread(
         loud = np.random.default_rng([seed, 1]).choice(columns, OUTLIERS, replace=False)
         sizes[loud] *= 6.0
     sizes /= np.sqrt(np.mean(sizes**2))
-    if "embed_tokens" in name:
+    if any(part in name for part in ("embed_tokens", "embed_in", "word_embeddings", "wte", "wpe")):
         gain = 2.0 if config.tie_word_embeddings else 0.5 * math.sqrt(columns)
-    elif any(part in name for part in ("o_proj", "down_proj", "dense", "fc2")):
+    elif any(part in name for part in RESIDUAL):
         gain = 1.0 / math.sqrt(2 * config.num_hidden_layers)  # 2 L of them add up to 1
     else:
         gain = 2.0 if "lm_head" in name else 1.4

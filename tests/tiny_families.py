@@ -150,7 +150,7 @@ ROWS: dict[str, Row] = {
             "model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 4, "n_head": 4,
             "n_positions": 128, "layer_norm_epsilon": 0.02,
         },
-        without={"activation": "gelu"},
+        without={"activation": "relu2", "learned_positions": 0},
     ),
     "gpt_neo": Row(
         "TinyStories 1M to 33M, GPT-Neo 125M",
