@@ -209,7 +209,10 @@ ROWS: dict[str, Row] = {
     ),
     "glm": Row(
         "GLM-Edge 1.5B, GLM-4-9B-hf",
-        _WIDE | {"model_type": "glm", "partial_rotary_factor": 0.5, "attention_bias": True},
+        _COMMON | {
+            "model_type": "glm", "partial_rotary_factor": 0.5, "attention_bias": True,
+            "head_dim": 32,
+        },
         without={"rope_pairs": False},
     ),
     "glm4": Row(
@@ -243,8 +246,9 @@ ROWS: dict[str, Row] = {
         without={"rope_pairs": False},
     ),
     "nemotron": Row(
-        "Minitron 4B", _WIDE | {
+        "Minitron 4B", _COMMON | {
             "model_type": "nemotron", "norm_eps": 0.02, "partial_rotary_factor": 0.5,
+            "head_dim": 32,
         },
         without={"norm_offset": 0.0, "activation": "gelu"},
     ),

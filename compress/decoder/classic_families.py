@@ -214,7 +214,8 @@ GPT_NEO_KEYS = {
 CLASSIC: dict[str, Family] = {
     "gpt2": Family(
         GPT2_NAMES, _gpt2, "gpt2", "GPT2LMHeadModel", activation="gelu_new", tied=True,
-        keys=GPT2_KEYS, transposed=frozenset(("qkv_proj", "o_proj", "up_proj", "down_proj")),
+        keys=GPT2_KEYS, prefix="transformer.",
+        transposed=frozenset(("qkv_proj", "o_proj", "up_proj", "down_proj")),
     ),
     "gpt_neo": Family(
         GPT_NEO_NAMES, _gpt_neo, "gpt_neo", "GPTNeoForCausalLM", activation="gelu_new", tied=True,

@@ -1,5 +1,5 @@
 """How a family of decoders is described: tensor names, and its differences from llama's reading of
-``config.json``. The rows are in ``families`` and ``dense_families``.
+``config.json``. The rows are in ``families``, ``dense_families`` and ``classic_families``.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Family:
         positions: the family's default of ``max_position_embeddings``, or 0 for none.
         tied: whether a config without ``tie_word_embeddings`` means true.
         keys: llama's key of ``config.json`` → this family's, where they differ.
+        prefix: of tensor names, which some checkpoints leave out (gpt2).
         transposed: roles that are stored as ``[columns, rows]`` (gpt2).
         by_group: fused roles that are stored by key-value head (``WeightMap``).
     """
@@ -92,6 +93,7 @@ class Family:
     positions: int = 0
     tied: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
     transposed: frozenset[str] = frozenset()
     by_group: frozenset[str] = frozenset()
 
