@@ -196,7 +196,7 @@ ROWS: dict[str, Row] = {
         without={"qk_norm_after_rope": False},
     ),
     "cohere": Row(
-        "Command R 7B, Aya 8B",
+        "Command R, Aya 8B",
         _COMMON | _LAYER_NORM | _TIED | {"model_type": "cohere", "logit_scale": 0.3},
         without={"logit_scale": 1.0, "rope_pairs": False},
     ),
