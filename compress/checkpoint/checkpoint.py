@@ -37,6 +37,7 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.families import find_family
 from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
@@ -103,7 +104,11 @@ class Checkpoint:
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
-        self.tensors: dict[str, TensorInfo] = self._scan()
+        try:
+            self.tensors: dict[str, TensorInfo] = self._scan()
+        except CheckpointError:
+            find_family(self.config)  # an unknown architecture explains other dtypes and names
+            raise
         self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod

@@ -87,23 +87,57 @@ class _Decoder(GraphBuilder):
         self.total = self.op("Cast", [total], "mask/total_length", to=ir.DataType.INT32)
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        """Rows of the embedding, by standard operators only: ``(code - zero) * scale``.
+
+        GatherBlockQuantized would be one node, but onnxruntime-web's default build has no kernel
+        for it. A tied head's MatMulNBits reads the same initializers.
+        """
         entry = self.entries["embed_tokens.weight"]
         name = entry.target_name
         if entry.grid == "F16":
             rows = self.op("Gather", [self.weight(name), ids], "embed_tokens/gather", axis=0)
             return self.op("Cast", [rows], "embed_tokens", to=ir.DataType.FLOAT)
         grid = affine(entry.grid)
-        zeros = None if grid.symmetric else self.weight(f"{name}.zero_points")
-        return self.op(
-            "GatherBlockQuantized",
-            [self.weight(f"{name}.codes"), ids, self.scales(name), zeros],
-            "embed_tokens",
-            domain=MICROSOFT,
-            bits=grid.bits,
-            block_size=grid.group_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        groups = grid.groups((entry.shape[0], entry.shape[1]))
+        grouped = self.constant("embedding_groups", np.array([0, 0, groups, -1], np.int64))
+        codes = self.codes_of(f"{name}.codes", ids, "embed_tokens/codes", grid.bits)
+        if grid.bits == 4:
+            codes = self.op("Reshape", [codes, grouped], "embed_tokens/groups")
+        if grid.symmetric:
+            zero = self.constant("embedding_zero", np.array(grid.middle, np.float32))
+        else:
+            zero = self.codes_of(f"{name}.zero_points", ids, "embed_tokens/zeros", grid.bits)
+            if groups * grid.bits % 8:  # the high half of the last byte is padding
+                cut = {"begin": 0, "end": groups, "axis": 2}
+                where = [
+                    self.constant(f"zeros_{k}", np.array([n], np.int64)) for k, n in cut.items()
+                ]
+                zero = self.op("Slice", [zero, *where], "embed_tokens/zeros/cut")
+            zero = self.op("Reshape", [zero, grouped], "embed_tokens/zero")
+        centered = self.op("Sub", [codes, zero], "embed_tokens/centered")
+        # Of the scales that a runtime has already cast: WebGPU has no float16 without shader-f16.
+        scale = self.op("Gather", [self.scales(name), ids], "embed_tokens/scales", axis=0)
+        scale = self.op("Reshape", [scale, grouped], "embed_tokens/scale")
+        scaled = self.op("Mul", [centered, scale], "embed_tokens/scaled")
+        return self.op("Reshape", [scaled, self.joined()], "embed_tokens")
+
+    def codes_of(self, weight: str, ids: ir.Value, name: str, bits: int) -> ir.Value:
+        """Rows of packed codes as float32: of 4 bits ``[batch, sequence, codes]``, of 8 bits in the
+        shape in which they are stored."""
+        codes = self.op("Gather", [self.weight(weight), ids], f"{name}/packed", axis=0)
+        if bits == 4:  # two a byte, the first in the low half
+            pairs = self.constant("embedding_pairs", np.array([0, 0, -1, 1], np.int64))
+            codes = self.op("Reshape", [codes, pairs], f"{name}/pairs")
+            mask, four = (self.constant(f"uint8_{n}", np.array(n, np.uint8)) for n in (15, 4))
+            low = self.op("BitwiseAnd", [codes, mask], f"{name}/low")
+            high = self.op("BitShift", [codes, four], f"{name}/high", direction="RIGHT")
+            codes = self.op("Concat", [low, high], f"{name}/both", axis=-1)
+            codes = self.op("Reshape", [codes, self.joined()], f"{name}/flat")
+        return self.op("Cast", [codes], name, to=ir.DataType.FLOAT)
+
+    def joined(self) -> ir.Value:
+        """The shape ``[batch, sequence, rest]``."""
+        return self.constant("embedding_joined", np.array([0, 0, -1], np.int64))
 
     def learned(self) -> ir.Value:
         """Learned positions (gpt2), float32 ``[batch, sequence, hidden]``."""
@@ -245,10 +279,7 @@ class _Decoder(GraphBuilder):
 
     def linear(self, x: ir.Value, stem: str, name: str, output: str = "") -> ir.Value:
         """``x @ weight.T + bias``; ``output``: name of the value, if not the node's."""
-        entry = self.entries.get(f"{stem}.weight")
-        tied = entry is None
-        if entry is None:
-            entry = self.entries["embed_tokens.weight"]
+        entry = self.entries.get(f"{stem}.weight") or self.entries["embed_tokens.weight"]  # tied
         bias = self.entries.get(f"{stem}.bias")
         shift = self.weight(bias.target_name) if bias else None
         target = entry.target_name
@@ -256,7 +287,7 @@ class _Decoder(GraphBuilder):
             return self.float_linear(x, self.weight(target), shift, name, output)
         grid = affine(entry.grid)
         rows, columns = entry.shape
-        codes = self.tied_codes(entry) if tied else self.weight(f"{target}.codes")
+        codes = self.weight(f"{target}.codes")
         zeros = None if grid.symmetric else self.weight(f"{target}.zero_points")
         return self.op(
             "MatMulNBits",
@@ -353,15 +384,7 @@ class _Decoder(GraphBuilder):
 
     def weight(self, name: str) -> ir.Value:
         """An initializer of the data file."""
-        return self.external(name, self.pieces[name], self.pieces[name].shape)
-
-    def tied_codes(self, entry: PlanEntry) -> ir.Value:
-        """The embedding's codes in the shape of a linear: an initializer of the same bytes."""
-        grid = affine(entry.grid)
-        rows, columns = entry.shape
-        shape = (rows, columns // grid.group_size, grid.group_size * grid.bits // 8)
-        piece = self.pieces[f"{entry.target_name}.codes"]
-        return self.external("lm_head.weight.codes", piece, shape)
+        return self.external(self.pieces[name])
 
     def scales(self, target: str) -> ir.Value:
         """Scales, stored as float16; runtimes fold the cast when they load the model."""

@@ -11,7 +11,7 @@ from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -52,8 +52,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         config: the model.
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
-            default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round
-            activations to int8), ``context`` (positions of the tables; default: the model's).
+            default to ``bits``; where they are one matrix, each to the other, else to
+            ``tied_bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to
+            int8), ``context`` (positions of the tables; default: the model's).
 
     Returns:
         Entries in the order of writing, with two computed tables, ``rope.cos`` and ``rope.sin``. A
@@ -74,8 +75,12 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
             "16, which onnxruntime's GroupQueryAttention needs"
         )
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
-    chosen.setdefault("embedding_bits", chosen["bits"])
-    chosen.setdefault("head_bits", chosen["bits"])
+    bits = tied_bits(config, chosen["bits"])
+    if config.tie_word_embeddings:  # one matrix for both, except beside a float16 embedding
+        chosen.setdefault("embedding_bits", chosen.get("head_bits", bits))
+        if chosen["embedding_bits"] != 16:
+            chosen.setdefault("head_bits", chosen["embedding_bits"])
+    chosen = {"embedding_bits": bits, "head_bits": bits} | chosen
     context = int(chosen.get("context") or config.max_context)
     if context > config.max_context:
         raise UsageError(

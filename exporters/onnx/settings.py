@@ -20,10 +20,12 @@ class Settings(TargetSettings):
     )
     symmetric: bool = Field(default=True, description="true: no zero points.")
     embedding_bits: Literal[4, 8, 16] | None = Field(
-        default=None, description="Bits of embed_tokens; default: `bits`; 16 is float16."
+        default=None,
+        description="Bits of embed_tokens; default: `bits`, but 8 where it is also the head (tied) "
+        "and under 40 % of the weights; 16 is float16.",
     )
     head_bits: Literal[4, 8] | None = Field(
-        default=None, description="Bits of lm_head; default: `bits`."
+        default=None, description="Bits of lm_head; default: `bits`; where tied: `embedding_bits`."
     )
     accuracy_level: Literal[0, 4] = Field(
         default=4, description="MatMulNBits: 4 computes in int8 (fast), 0 in float32."

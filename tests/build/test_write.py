@@ -109,7 +109,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
         (),
         CALIBRATED,
         ("targets.coreml.grid=lut4-g8",),
-        ("targets.onnx.embedding_bits=8",),
+        ("targets.onnx.embedding_bits=8", "targets.onnx.head_bits=4"),
         GPTQ,
         (*GPTQ, "calibration.propagate=quantized"),
         (
