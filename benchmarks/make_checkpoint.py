@@ -41,6 +41,7 @@ from tiny_tokenizers import save_tokenizer  # noqa: E402
 
 # Uses internal names: names the tensors of each family.
 from compress.decoder.config import DecoderConfig, WeightMap  # noqa: E402
+from compress.decoder.families import FAMILIES, find_family  # noqa: E402
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
@@ -80,7 +81,8 @@ def make(
     stops = ids.pop("stops", ids.get("eos_token_id"))
     keys = keys | ids | {"torch_dtype": "bfloat16"}
     if layers:
-        keys["num_hidden_layers"] = layers
+        own = FAMILIES[find_family(keys)].keys
+        keys[own.get("num_hidden_layers", "num_hidden_layers")] = layers
     write_json(folder / "config.json", keys)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})
     config = DecoderConfig.from_hf(keys)
