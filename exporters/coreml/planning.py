@@ -321,10 +321,10 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
         "its size costs speed: a smaller context is faster"
     )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
-        yield (
-            f"{config.ropes[0].kind} rotary factors are those for short prompts: the package "
-            f"holds {context} positions, not {config.max_position_embeddings}"
-        )
+        why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
+        if not config.ropes[0].original_context:
+            why = f"attention changes beyond {context} positions"
+        yield f"{why}: the package holds {context} positions, not {config.max_position_embeddings}"
     if config.head_dim % NEURAL_ENGINE_MULTIPLE:
         yield (
             f"heads of {config.head_dim} are not a multiple of 32, which the Neural "
