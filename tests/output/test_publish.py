@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 import sample_report
 from commands import packlight, refused
+from exported import greedy
 from fake_hub import LARGE, TOKEN, Hub
+from loaders import COUNT, TRANSFORMERS, Case, with_node
 
 from compress.output.checksums import write_checksums
 from compress.report.pages import model_card
 from compress.report.report import Report
+from exporters.onnx.runtime import OnnxRuntime
 
 NAME = "someone/SmolThinker-GGUF"
 DATA = "onnx/onnx/model_q4.onnx_data"
@@ -233,3 +238,40 @@ def test_a_link_is_not_pushed(hub, tmp_path, name):
     (folder / name).symlink_to(tmp_path / "elsewhere")
     assert f"{name} is a link" in refused(push(hub, folder, NAME))
     assert hub.requests == []
+
+
+BY_ID = """
+import sys
+from pathlib import Path
+from huggingface_hub import snapshot_download
+from loaders import Case, with_genai, with_optimum
+name, *prompt = sys.argv[1:]
+prompt = [int(token) for token in prompt]
+folder = snapshot_download(name, ignore_patterns=["*.gguf", "coreml/*"])
+print([with_optimum(Case(Path(name), prompt)), with_genai(Case(Path(folder), prompt))])
+"""
+
+
+@pytest.mark.slow
+def test_a_pushed_onnx_folder_is_loaded_by_its_id(hub, tmp_path, exported):
+    made = exported("onnx", "qwen2", accuracy_level=0)
+    folder = finished(tmp_path / "out")
+    shutil.rmtree(folder / "onnx")
+    shutil.copytree(made.path, folder / "onnx")
+    write_checksums(folder)
+    done = push(hub, folder, NAME)
+    assert done.returncode == 0, done.stderr
+    prompt = made.tokens(9)
+    ours = greedy(OnnxRuntime(made.path, context=64, threads=1), prompt, COUNT)
+    cache = {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | cache | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        [sys.executable, "-c", BY_ID, NAME, *map(str, prompt)],
+        env={k: v for k, v in environment.items() if k != "HF_HUB_OFFLINE"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [ours, ours]
+    if (TRANSFORMERS / "package.json").is_file() and shutil.which("node"):
+        assert with_node({NAME: Case(Path(NAME), prompt)}, hub.endpoint) == {NAME: ours}
