@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from compress import machine
+
+if TYPE_CHECKING:
+    import click
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.filterwarnings("ignore", category=RuntimeWarning)
         machine.own_process()
     words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
     try:
         import click
 
         from compress.cli import cli
         from compress.commands.endings import in_words  # imported early: memory may be short later
-        from compress.console import print_error
+        from compress.console import print_error, print_json_error
         from compress.errors import PacklightError, check_utf8, printable_line
     except KeyboardInterrupt:  # raised before the command line can catch it
         return 130
@@ -43,17 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
     except PacklightError as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        print_error(error)
+        print_error(error, as_json)
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
         vars(error)["message"] = printable_line(error.message)
         error.show()
+        if as_json:
+            print_json_error(PacklightError(error.format_message(), usage_hint(error)))
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
         # Click converts a KeyboardInterrupt to Abort.
         if not print_notes(ending.__cause__ or ending, "interrupted; "):
             click.echo("interrupted; nothing half-written was left behind", err=True)
+        if as_json:
+            print_json_error(PacklightError("interrupted"))
         return 130
     except SystemExit as ending:
         print_notes(ending)
@@ -65,12 +74,18 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        print_error(in_words(error))
+        print_error(in_words(error), as_json)
         print_notes(error)
         return 2
     finally:
         if own:
             machine.ignore_signals()
+
+
+def usage_hint(error: click.ClickException) -> str:
+    """The hint of click's usage errors: the command that prints the help."""
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context else ""
 
 
 def print_notes(ending: BaseException, prefix: str = "") -> bool:

@@ -22,6 +22,8 @@ import writing
 from numpy.typing import NDArray
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.scalars import ScalarsFolded
+from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
@@ -122,9 +124,12 @@ class Exports:
         if get_format(format).tokenizer_inside:
             keywords["tokenizer"] = opened.tokenizer_facts
         plan = change(writing.plan_for(format, config, settings, **keywords))
-        weights = Weights(Stored(opened, config), rtn, slab=slab)
+        source: Source = Stored(opened, config)
+        if plan.folded:
+            source = ScalarsFolded(source, plan.folded)
+        weights = Weights(source, rtn, slab=slab)
         artifact = writing.write(plan, weights, folder or self.new_folder(), written)
-        return Exported(opened, config, plan, weights, artifact)
+        return Exported(opened, weights.config, plan, weights, artifact)
 
     def new_folder(self) -> Path:
         """An empty folder, removed at the end of the session."""
@@ -177,7 +182,7 @@ def reference(made: Exported, *, halves: bool = False) -> Decoder:
     """
     config, found = made.config, dict(decoded(made, halves=halves))
     if halves:
-        config = replace(config, rope=HalfRope(**vars(config.rope)))
+        config = replace(config, ropes=tuple(HalfRope(**vars(rope)) for rope in config.ropes))
     if "lm_head.weight" in found:  # a tied head on a grid of its own
         config = replace(config, tie_word_embeddings=False)
     for name, values in list(found.items()):  # blocks that repeat the one before

@@ -37,6 +37,7 @@ from compress.checkpoint.safetensors import (
 )
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.families import find_family
 from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
@@ -103,7 +104,11 @@ class Checkpoint:
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
-        self.tensors: dict[str, TensorInfo] = self._scan()
+        try:
+            self.tensors: dict[str, TensorInfo] = self._scan()
+        except CheckpointError:
+            find_family(self.config)  # an unknown architecture explains other dtypes and names
+            raise
         self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
@@ -366,11 +371,17 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                pieces.append(self.checkpoint.read(part.source, window))
+                if part.transposed:
+                    pieces.append(self.checkpoint.read(part.source)[:, window].T)
+                else:
+                    pieces.append(self.checkpoint.read(part.source, window))
             offset += length
         if not pieces:
             return np.empty((0, *shape[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self.config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):
+            values = values + np.float32(self.config.norm_offset)
+        return values
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

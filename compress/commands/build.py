@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from compress.commands.options import (
     adapter_option,
@@ -70,7 +71,8 @@ if TYPE_CHECKING:
               help="Use the grids of this plan.json of an earlier build.")  # fmt: skip
 @click.option("--locked", is_flag=True,
               help="Fail unless versions, checkpoint and recipe match the plan: --plan, or "
-                   "plan.json in the output folder.")  # fmt: skip
+                   "plan.json in the output folder; with the recipe.yaml beside it, unless -r "
+                   "names another.")  # fmt: skip
 @click.option("--provenance", is_flag=True,
               help="Hash all files of the checkpoint, also large ones, for provenance.json and "
                    "--locked.")  # fmt: skip
@@ -103,8 +105,11 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from compress.report.words import finish
 
     plan = options["plan"]
-    if options["locked"] and plan is None:
-        plan = plan_of(output)
+    if options["locked"]:
+        plan = plan or plan_of(output)
+        named = click.get_current_context().get_parameter_source("recipe")
+        if named is ParameterSource.DEFAULT and (plan.parent / "recipe.yaml").is_file():
+            options["recipe"] = str(plan.parent / "recipe.yaml")
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],

@@ -109,8 +109,8 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
 
         config = settle_head(config, checkpoint)
     WeightMap(config).check(checkpoint)
-    if config.rope.caveat:
-        checkpoint.warn(config.rope.caveat)
+    if config.ropes[0].caveat:
+        checkpoint.warn(config.ropes[0].caveat)
     return config
 
 

@@ -69,6 +69,8 @@ class Plan:
         max_context: positions up to which the artifact agrees with the float model.
         kv_bytes_per_value: of the KV cache as the runtime holds it: 2 for float16.
         file_bytes: predicted bytes of the model files; 0 where not computed.
+        folded: scalars of the model that the target has inside its weights
+            (``compress.checkpoint.scalars``).
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
 
     Example:
@@ -86,6 +88,7 @@ class Plan:
     max_context: int = 0
     kv_bytes_per_value: int = 2
     file_bytes: int = 0
+    folded: frozenset[str] = frozenset()
     expected_divergence: float | None = None
 
     @property

@@ -367,6 +367,11 @@ class Report(Part):
         """Whether every artifact was run and no gate failed."""
         return self.verdict == "passed"
 
+    @property
+    def built(self) -> bool:
+        """Whether it is of a build, with a recipe, and not of ``packlight verify``."""
+        return bool(self.tool.command)
+
     def to_dict(self) -> dict[str, Any]:
         """``report.json`` as plain data: JSON types only."""
         return self.model_dump()

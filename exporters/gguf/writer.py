@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
 from compress.grids import Quantized, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
+from exporters.gguf.architectures import ARCHITECTURES
 from exporters.gguf.metadata import (
-    ARCHITECTURES,
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
     ROPE_TENSORS,
@@ -56,10 +57,11 @@ class Writer:
     def put(self, entry: PlanEntry) -> int:
         """Append a tensor, slab by slab, with its rows in llama.cpp's order."""
         weights, head_dim = self.weights, self.weights.config.head_dim
-        # llama.cpp's ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates
-        # halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
-        llama = ARCHITECTURES[weights.config.family] == "llama"
-        reorders = llama and split_name(entry.name)[1] in ("q_proj", "k_proj")
+        # Some of llama.cpp's graphs (``llama``) rotate neighbours (2i, 2i+1) where Hugging Face's
+        # rotate halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
+        config = weights.config
+        pairs = "pairs" in ARCHITECTURES[config.family].own and not config.rope_pairs
+        reorders = pairs and split_name(entry.name)[1] in ("q_proj", "k_proj")
 
         def pack(quantized: Quantized) -> NDArray[Any]:
             # Every ggml grid packs into one array, with a row of bytes or numbers for each row.
@@ -108,7 +110,7 @@ def file_bytes(plan: Plan, source: Source) -> int:
     vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
-        write_head(path, plan, source.config, vocabulary)
+        write_head(path, plan, folded_config(source.config, plan.folded), vocabulary)
         return aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in plan.entries)
 
 
@@ -121,7 +123,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     """Write everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family].name)
     name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console as RichConsole
 from compress.batch.document import exit_code
 from compress.batch.engine import Outcome, Work
 from compress.batch.state import Record, State, fingerprint
-from compress.batch.table import Board, describe_phase, last_line, summary
+from compress.batch.table import Board, describe_phase, figures, last_line
 from compress.console import Console
 from compress.report.report import Report
 
@@ -150,10 +151,13 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     console = RichConsole(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(board.table())
     text = console.export_text()
-    assert "1:15  gguf 2.00 MB  KL up to 0.0300" in text
-    assert "it is truncated" in text
-    assert "write gguf  43 %  0:12 left" in text
-    assert ["m/waits", "queued"] in [line.split() for line in text.splitlines()]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert lines[0] == ["job", "result", "time", "size", "KL up to", "phase"]
+    assert ["m/done", "passed", "1:15", "2.00 MB", "0.0300"] in lines
+    assert ["m/bad", "could not run"] in lines and ["m/bad: it is truncated"] in lines
+    (running,) = [line for line in lines if line[0] == "m/runs"]
+    assert running[1] == "running" and running[3:] == ["write gguf", "43 %", "0:12 left"]
+    assert ["m/waits", "queued"] in lines
     assert "2 of 4 done  1 passed  1 could not run  1 running  1 queued" in text
     board.settle(jobs[2], state.end("m/runs", "f", Outcome("m/runs", -9, 1.0)), fresh=True)
     assert not board.wanted()
@@ -193,10 +197,13 @@ def report_of(artifacts: list[dict[str, Any]]) -> Report:
     return Report.from_dict({"schema_version": 1, **parts, "artifacts": found})
 
 
-def test_a_job_in_a_few_words():
-    assert summary(None) == ""
-    artifacts = [{"format": "onnx", "bytes": 1000, "kl_divergence": None}]
-    assert summary(report_of(artifacts)) == "onnx 1.00 kB"
+def test_size_and_worst_divergence_of_a_job():
+    assert figures(None) == ("", "")
+    artifacts: list[dict[str, Any]] = [
+        {"format": "onnx", "bytes": 1000, "kl_divergence": None},
+        {"format": "gguf", "bytes": 2000, "kl_divergence": {"mean": 0.5}},
+    ]
+    assert figures(report_of(artifacts)) == ("3.00 kB", "0.5000")
 
 
 def test_paths(tmp_path):

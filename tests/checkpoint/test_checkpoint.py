@@ -390,7 +390,7 @@ def test_buffers_are_left_out_and_a_foreign_rope_table_is_told(copy: Path):
     checkpoint = retensor(copy, buffers)
     describe_model(checkpoint)
     assert not checkpoint.warnings
-    right = describe_model(checkpoint).rope.inverse_frequencies()
+    right = describe_model(checkpoint).ropes[0].inverse_frequencies()
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     checkpoint = retensor(copy, lambda t: t.update({name: torch.tensor(right).to(torch.bfloat16)}))
     describe_model(checkpoint)

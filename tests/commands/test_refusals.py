@@ -146,6 +146,19 @@ def test_an_index_that_points_outside(place, sharded, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_architecture_is_refused_by_its_name_before_its_dtypes(sound, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sound, model)
+    edit_config(model, architectures=["BertModel"])
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"I16" ', 1))  # as long as it was
+    assert run(model, tmp_path / "out") == 2
+    assert "error: unknown architecture: BertModel" in capsys.readouterr().err
+    edit_config(model, architectures=["LlamaForCausalLM"])
+    assert run(model, tmp_path / "out") == 2
+    assert "I16" in capsys.readouterr().err
+
+
 def test_a_missing_shard(sharded, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(sharded, model)

@@ -167,6 +167,11 @@ def test_locked_gives_the_same_bytes_or_says_why_not(
     said = refused(build(other, tmp_path / "b", *plan, "--dry-run"))
     assert "checkpoint.files.model.safetensors was sha256" in said
     assert not (tmp_path / "b").exists()
+    done = packlight("build", model, *plan, "--no-verify", "-o", tmp_path / "named")
+    assert done.returncode == 0, done.stderr  # the recipe beside the plan
+    assert (tmp_path / "named" / "recipe.yaml").read_bytes() == (built / "recipe.yaml").read_bytes()
+    said = refused(packlight("build", model, "-r", "phone-4bit", *plan, "-o", tmp_path / "b"))
+    assert "--locked: this would not be the build of plan.json" in said or "-f" in said
     said = refused(packlight("build", model, "--locked"))
     assert "--plan plan.json" in said
     said = refused(packlight("build", model, "--locked", "-o", tmp_path / "b"))
