@@ -123,9 +123,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Args:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
-            ``grid``; see ``embedding_grid`` where it is the head, too), ``deployment`` (``iOS18``), ``context``
-            (slots of the KV cache; default 2048 or what the model has), ``sparsity`` of the
-            blocks' linears (``none``).
+            ``grid``; see ``embedding_grid`` where it is the head, too), ``deployment``
+            (``iOS18``), ``context`` (slots of the KV cache; default 2048 or what the model
+            has), ``sparsity`` of the blocks' linears (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
