@@ -9,8 +9,12 @@ from pathlib import Path
 from compress.formats import Check, Usage
 
 USAGE = Usage(
-    "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
-    "llama-cli -m {path} -p 'Once upon a time' -n 64",
+    "With [llama.cpp](https://github.com/ggml-org/llama.cpp), or from a Modelfile with "
+    "[Ollama](https://ollama.com), which takes the chat template from the file:",
+    "llama-cli -m {path} -p 'Once upon a time' -n 64\n\n"
+    "echo FROM ./{path} > Modelfile\n"
+    "ollama create my-model -f Modelfile\n"
+    "ollama run my-model",
     "sh",
     shlex.quote,
 )
