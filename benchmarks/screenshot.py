@@ -2,8 +2,8 @@
 
     python benchmarks/screenshot.py [REPORT.html --output PICTURE.png]
 
-Builds the bundled checkpoint in all three formats, and a batch of three recipes; with a report, only
-its picture is taken. Needs Chromium.
+Builds the bundled checkpoint in all three formats, and a batch of three recipes. With a
+report, only that one's picture is taken. Needs Chromium.
 """
 
 from __future__ import annotations
