@@ -18,6 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "report.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (  # a browser of one page, without a profile, a GPU or the network
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
 WIDTH, HEIGHT = 1200, 603  # CSS pixels: as far as below the table of artifacts
 
 
@@ -57,14 +62,7 @@ def screenshot(page: Path, picture: Path, browser: str, height: int = HEIGHT) ->
         subprocess.run(
             [
                 browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--host-resolver-rules=MAP * ~NOTFOUND",
+                *FLAGS,
                 "--hide-scrollbars",
                 f"--user-data-dir={profile}",
                 f"--window-size={WIDTH},{height}",

@@ -1,4 +1,4 @@
-"""The root of the command line. Importing it or a command loads the table of formats."""
+"""The root of the command line; importing it registers the formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes, tables and the separation of data and talk."""
+"""Sizes, tables and the separation of data and messages."""
 
 from __future__ import annotations
 

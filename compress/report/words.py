@@ -131,7 +131,7 @@ def no_verdict(report: Report) -> str:
     """Why no gate was evaluated, or ``""`` where one was."""
     if report.verdict == "not verified":
         return "not verified"
-    # One holds without having been set.
+    # This gate applies even if it is not set.
     named = {gate.name for artifact in report.artifacts for gate in artifact.gates}
     if report.passed and named <= {"tokenizer_agreement"}:
         return "measured; no gate was set"

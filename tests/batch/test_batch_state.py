@@ -1,4 +1,4 @@
-"""Records of jobs, and what a table makes of them."""
+"""Records of jobs, and the table of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compress.report.report import Report
 def finish(
     state: State, name: str, verdict: str = "passed", stamp: int = 10**18, failure: str = ""
 ) -> None:
-    """What a build leaves when it is done, as far as a batch looks at it."""
+    """The files of a finished build that a batch reads."""
     folder = state.folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}
@@ -51,7 +51,7 @@ def test_a_job_from_start_to_end(tmp_path):
 def test_exit_codes(tmp_path):
     state = State(tmp_path)
     found = {code: state.status_of(Outcome("m/r", code, 0.0)) for code in (2, -9, 130, 143, 0)}
-    # Exit code 0 without a report is not to be believed.
+    # Exit code 0 without a report counts as a failure.
     assert found == {2: "error", -9: "killed", 130: "interrupted", 143: "interrupted", 0: "error"}
     for verdict, status in (
         ("passed", "passed"),
@@ -87,7 +87,7 @@ def test_a_refused_artifact_has_a_report_and_a_reason(tmp_path):
     assert ended == state.read("m/r")
     assert (ended.status, ended.error, ended.seconds) == ("error", REFUSED, 3.0)
     assert ended.reported and not ended.finished
-    # Done again, and it does not get so far: what stands there is of the time before.
+    # Run again, and interrupted earlier: the existing output is of the first run.
     state.begin("m/r", "f")
     again = state.end("m/r", "f", Outcome("m/r", 2, 1.0, error="no room", hint="free some"))
     assert (again.status, again.error, again.hint) == ("error", "no room", "free some")
@@ -100,7 +100,7 @@ def test_a_refused_artifact_whose_end_nobody_noted(tmp_path):
     finish(state, "m/r", "failed", failure="too new")  # and then the batch was killed
     found = state.read("m/r")
     assert found is not None and (found.status, found.error) == ("error", REFUSED)
-    # Or its node, and an engine that repeats it finds it done.
+    # Or its node was lost, and an engine that repeats the job finds it finished.
     state.begin("m/r", "f")
     ended = state.end("m/r", "f", Outcome("m/r", 1, 0.0))
     assert (ended.status, ended.error, ended.reported) == ("error", REFUSED, True)
@@ -141,7 +141,7 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
             Planned("m/waits")]  # fmt: skip
     board = Board(jobs, state, Console("quiet"), fail_fast=True)
     board.settle(jobs[1], None)
-    assert board.wanted()  # what could not be planned is no reason to stop
+    assert board.wanted()  # a job that cannot be planned does not stop the batch
     for name in ("m/done", "m/runs"):
         board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
     finish(state, "m/done")

@@ -376,7 +376,7 @@ def test_shell_completion_knows_commands_recipes_and_formats():
 
 
 def test_a_reader_that_goes_away_is_not_a_failed_gate(model):
-    """`packlight inspect … | head`: 128 + SIGPIPE, as shells count, and not a word."""
+    """`packlight inspect … | head`: exit code 128 + SIGPIPE, as in shells, without a message."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

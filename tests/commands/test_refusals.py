@@ -1,4 +1,4 @@
-"""Every bad checkpoint that the command line may meet: one clear line, exit 2, nothing left behind.
+"""Bad checkpoints on the command line: one clear line, exit code 2, nothing left behind.
 
 The commands run in this process; `tests/commands/test_cli.py` runs some as processes of their own.
 """

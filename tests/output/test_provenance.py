@@ -140,7 +140,7 @@ def test_the_statement_is_what_in_toto_and_slsa_specify(model: Path, built: Path
 
 
 def test_the_same_build_has_the_same_statement(model: Path, built: Path, tmp_path: Path) -> None:
-    """Whatever its folder is called, and whenever it was."""
+    """Independent of the folder's name and of the time."""
     done = build(model, tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr
     for name in ("plan.json", "provenance.json"):
