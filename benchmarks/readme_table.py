@@ -94,7 +94,7 @@ RECIPES = (
     ("int4-fast", "gguf:Q4_K_M", "gguf:Q4_K_M", "GGUF Q4_K_M", "rtn",
      "a first look; CI of every commit"),
     ("int4-balanced", "gguf:Q4_K_M", "calibrated", "GGUF Q4_K_M", "scale_search",
-     "where an hour is too long, or with an imatrix of llama.cpp"),
+     "where an hour is too long"),
     ("phone-4bit", "gguf:Q4_K_M", "1 to 2 h", "GGUF Q4_K_M", "gptq",
      "what you publish; the default"),
     ("small-4bit", "gguf:IQ4_XS", "1 to 2 h", "GGUF IQ4_XS", "gptq", "a tenth fewer bytes"),
