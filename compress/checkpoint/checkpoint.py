@@ -336,7 +336,8 @@ class Checkpoint:
         """The files that a build reads, sorted by name, without those of adapters."""
         shards = {info.file for info in self.tensors.values()}
         shards -= {adapter.file for adapter in self.adapters}
-        others = [self.path / "config.json", self.path / "generation_config.json"]
+        names = ("config.json", "generation_config.json", "README.md")  # the last for its licence
+        others = [self.path / name for name in names]
         others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
         found = shards | {path for path in others if path.is_file()}
         return sorted(found, key=lambda path: path.name)

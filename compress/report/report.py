@@ -64,7 +64,7 @@ class Tool(Part):
 
     name: Literal["packlight"] = "packlight"
     version: str
-    command: str = ""
+    command: str = Field(default="", description="That repeats the build; empty for verify.")
 
 
 class Machine(Part):
@@ -366,11 +366,6 @@ class Report(Part):
     def passed(self) -> bool:
         """Whether every artifact was run and no gate failed."""
         return self.verdict == "passed"
-
-    @property
-    def built(self) -> bool:
-        """Whether it is of a build, with a recipe, and not of ``packlight verify``."""
-        return bool(self.tool.command)
 
     def to_dict(self) -> dict[str, Any]:
         """``report.json`` as plain data: JSON types only."""
