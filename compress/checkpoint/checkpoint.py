@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
-from compress.checkpoint.remote import fetch
+from compress.checkpoint.remote import fetch as fetch_url
 from compress.checkpoint.safetensors import (
     BYTES,
     TensorInfo,
@@ -45,6 +45,7 @@ from compress.files import cache_folder, check_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
+    from compress.checkpoint.streaming import RemoteShards
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
@@ -77,6 +78,7 @@ class Checkpoint:
         opened: size and time of the files when opened (``compress.files.stamps``).
         warnings: lines for the user and the report: pickled weights, names that differ.
         adapters: merged into the weights (``compress.checkpoint.merged``).
+        remote: the shards, where they stay on a server and ``path`` has the small files only.
 
     Example:
         >>> from compress.demo import model_path
@@ -89,11 +91,13 @@ class Checkpoint:
 
     adapters: tuple[Adapter, ...] = ()
 
-    def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, source: str = "", revision: str = "", remote: RemoteShards | None = None
+    ) -> None:
+        self.path, self.remote = path, remote
         self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [remote.notice] if remote and remote.notice else []
         check_folder(path)
         before = stamps(path.iterdir())
         config = path / "config.json"  # where it is missing, the error names what is there
@@ -115,15 +119,21 @@ class Checkpoint:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
+        fetch: str = "auto",
+        headers: bool = False,
     ) -> Checkpoint:
-        """Open a local folder, or download a Hub id with huggingface_hub (``HF_*`` variables apply)
-        or a URL with fsspec.
+        """Open a local folder, a Hub id with huggingface_hub (``HF_*`` variables apply), or a URL
+        with fsspec.
 
         Args:
             model: folder, Hub id or URL.
             adapters: PEFT LoRA adapters, merged as the weights are read: folders or Hub ids, each
                 with ``=WEIGHT`` appended where that is not 1.
             revision, token, cache_dir: for a Hub id; the revision is the model's.
+            fetch: the shards of a Hub id or URL: ``download``; ``streaming``, read from the server
+                in ranges (``compress.checkpoint.streaming``); or ``auto``, ``download`` where the
+                disk has the room.
+            headers: no weights are going to be read; with ``auto``, no shards are downloaded.
 
         Raises:
             UsageError: neither a folder nor a possible Hub id; or a revision without a Hub id.
@@ -132,7 +142,10 @@ class Checkpoint:
         if adapters:
             from compress.checkpoint.merged import merge
 
-            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            base = cls.open(
+                model, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
+                headers=headers,
+            )  # fmt: skip
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an unset variable of a script is not the current folder
@@ -155,7 +168,13 @@ class Checkpoint:
         if name.startswith(("file://", "local://")):
             return cls.open(name.partition("://")[2])
         if is_url(name):
-            return cls(fetch(name, cache_folder("checkpoints")), source=name)
+            copies, found = cache_folder("checkpoints"), None
+            if fetch != "download":
+                from compress.checkpoint.streaming import find_url
+
+                found = find_url(name, copies, fetch=fetch, headers=headers)
+            path, remote = found or (fetch_url(name, copies), None)
+            return cls(path, name, remote=remote)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
         if looks_local or folder.exists():
             raise UsageError(
@@ -163,21 +182,27 @@ class Checkpoint:
                 hint="give a folder that holds config.json and *.safetensors, a Hub id "
                 "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
-        path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        hub, found = {"revision": revision, "token": token, "cache_dir": cache_dir}, None
+        if fetch != "download":
+            from compress.checkpoint.streaming import find_hub
+
+            found = find_hub(name, fetch=fetch, headers=headers, **hub)
+        path, remote = found or (download(name, **hub), None)
         # Hub snapshots are in folders named after the commit.
-        return cls(path, source=name, revision=path.name)
+        return cls(path, name, path.name, remote)
 
     # --- headers -----------------------------------------------------------------------------
 
     def _scan(self) -> dict[str, TensorInfo]:
+        remote = self.remote
         # The order in which transformers looks.
         for single, scan in (
-            ("model.safetensors", scan_safetensors),
+            ("model.safetensors", remote.scan if remote else scan_safetensors),
             ("pytorch_model.bin", self._scan_pickle),
         ):
             file, index = self.path / single, self.path / f"{single}.index.json"
             try:
-                if file.is_file():
+                if file.is_file() or (remote and single in remote.files):
                     return scan(file)
                 if index.is_file():
                     return self._scan_index(index, scan)
@@ -196,11 +221,12 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index.name} has no weight_map")
         shards = sorted(set(map(str, weight_map.values())))
+        elsewhere = self.remote.files if self.remote else ()
         for shard in shards:
             # A plain name only: no folder, no "..", nothing absolute.
             if Path(shard).name != shard or shard in ("", ".", ".."):
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
-            if not (self.path / shard).is_file():
+            if not ((self.path / shard).is_file() or shard in elsewhere):
                 raise CheckpointError(
                     f"{short(shard)} is missing, {index.name} names it", hint="finish the download"
                 )
@@ -282,7 +308,9 @@ class Checkpoint:
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
-            values = read_range(info, start, math.prod(shape))
+            elsewhere = self.remote and info.file.name in self.remote.files
+            opened = self.remote.open if self.remote and elsewhere else None
+            values = read_range(info, start, math.prod(shape), opened=opened)
         return values.reshape(shape if info.shape else ())
 
     def warn(self, line: str) -> None:
@@ -300,10 +328,14 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of config, shard headers, sizes and times: identifies the checkpoint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        elsewhere = self.remote.files if self.remote else {}
         for name, info in sorted(self.tensors.items()):
-            stat = info.file.stat()
-            row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
-            digest.update(repr(row).encode())
+            if file := elsewhere.get(info.file.name):
+                version: tuple[object, ...] = (file.size, file.tag)
+            else:
+                stat = info.file.stat()
+                version = (stat.st_size, stat.st_mtime_ns)
+            digest.update(repr((name, info.dtype, info.shape, info.offset, *version)).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -328,8 +360,8 @@ class Checkpoint:
         return facts_from_child(self.path)
 
     def files(self) -> list[Path]:
-        """The files that a build reads, sorted by name, without those of adapters."""
-        shards = {info.file for info in self.tensors.values()}
+        """The files on disk that a build reads, sorted by name, without those of adapters."""
+        shards = set() if self.remote else {info.file for info in self.tensors.values()}
         shards -= {adapter.file for adapter in self.adapters}
         others = [self.path / "config.json", self.path / "generation_config.json"]
         others += [*self.path.glob("*.index.json"), *self.tokenizer_files()]
