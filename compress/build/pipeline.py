@@ -209,7 +209,7 @@ def make_report(
             f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
         )
     if job.checkpoint.remote:
-        notes.append(job.checkpoint.remote.told())
+        notes.append(job.checkpoint.remote.describe_traffic())
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,

@@ -53,7 +53,7 @@ class RemoteShards:
         Args:
             files: at least one.
             block: bytes of a request at most.
-            most: bytes of blocks on disk; None: 5 GB, or a quarter of what is free there.
+            most: bytes of blocks on disk; None: 5 GB, or an eighth of what is free there.
         """
         self.files = files
         self.size = sum(file.size for file in files.values())
@@ -92,7 +92,7 @@ class RemoteShards:
     def _make_blocks(self) -> BlockCache:
         place, most = cache_folder("streaming"), self._most
         if most is None:
-            most = min(MOST, shutil.disk_usage(place).free // 4)
+            most = min(MOST, shutil.disk_usage(place).free // 8)
         blocks = cut(self.files, self._tensors.values(), self._block)
         return BlockCache(blocks, place, block=self._block, most=most)
 
@@ -126,7 +126,7 @@ class RemoteShards:
             progress(done, self.size)
         return found
 
-    def told(self) -> str:
+    def describe_traffic(self) -> str:
         """A line for the report on what was fetched."""
         held = self._blocks.held if self._blocks else 0
         times = self.traffic.bytes / max(1, self.size)
