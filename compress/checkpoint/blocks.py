@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import io
 import os
-import queue
 import re
 import tempfile
 import threading
@@ -127,13 +126,11 @@ class BlockCache:
         self._free = list(range(self._slots))[::-1]
         self._changed = threading.Condition()
         self._file = tempfile.TemporaryFile(prefix="packlight-", dir=folder)  # noqa: SIM115
-        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._wanted: list[int] = []  # to be fetched ahead, of the block that was read last
         for _ in range(AHEAD):
-            args = (self._wanted, weakref.ref(self))
+            args = (self._changed, self._wanted, weakref.ref(self))
             threading.Thread(target=fetch_ahead, args=args, daemon=True).start()
-        weakref.finalize(
-            self, lambda wanted: [wanted.put(None) for _ in range(AHEAD)], self._wanted
-        )
+        weakref.finalize(self, stop_ahead, self._changed, self._wanted)
 
     def open(self, shard: Path) -> io.RawIOBase:
         """A stream of the tensors' bytes of a shard, by its name; for one thread."""
@@ -158,10 +155,10 @@ class BlockCache:
         layer = self._layers[self._blocks[number].layer]
         after = range(layer[-1] + 1, min(layer[-1] + 1 + AHEAD, len(self._blocks)))
         next_ones = (*range(number + 1, layer[-1] + 1), *range(layer[0], number), *after)
-        for later in [one for one in next_ones if one not in self._there][:AHEAD]:
-            self._wanted.put(later)
         while True:
             with self._changed:
+                self._wanted[:] = [one for one in next_ones if one not in self._there][:AHEAD]
+                self._changed.notify_all()
                 slot = self._there.get(number)
                 if slot is None:
                     slot = self._changed.wait_for(self._claim)
@@ -250,15 +247,29 @@ class BlockCache:
                 self._changed.notify_all()
 
 
+STOP = -1  # in place of a block's number
+
+
 def fetch_ahead(
-    wanted: queue.SimpleQueue[int | None], cache: Callable[[], BlockCache | None]
+    changed: threading.Condition, wanted: list[int], cache: Callable[[], BlockCache | None]
 ) -> None:
     """A thread that fetches wanted blocks until the cache is dropped."""
-    while (number := wanted.get()) is not None:
-        if (found := cache()) is None:
+    while True:
+        with changed:
+            while not wanted:
+                changed.wait()
+            number = wanted.pop(0)
+        if number == STOP or (found := cache()) is None:
             return
         found.try_ahead(number)
         del found
+
+
+def stop_ahead(changed: threading.Condition, wanted: list[int]) -> None:
+    """End the threads of ``fetch_ahead``."""
+    with changed:
+        wanted[:] = [STOP] * AHEAD
+        changed.notify_all()
 
 
 class BlockStream(io.RawIOBase):
