@@ -129,7 +129,10 @@ class RangeHub:
         parts = urlsplit(request.path)
         owner, repository, file = parts.path.strip("/").split("/")
         signature = parse_qs(parts.query).get("X-Amz-Signature", [""])[0]
-        one = self.repositories[f"{owner}/{repository}"][file]
+        one = self.repositories[f"{owner}/{repository}"].get(file)
+        if one is None:
+            self.refused.append(404)
+            return send(request, 404, {})
         with self.lock:
             self.leaked |= "Authorization" in request.headers
             left = self._links.get(signature, -1)

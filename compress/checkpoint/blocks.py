@@ -84,11 +84,12 @@ class Slot:
     Attributes:
         number: of the place.
         ready: the bytes are there.
+        used: they have been read; False of a block that was fetched ahead.
         readers: that read it now, the one that fetches it included.
     """
 
     def __init__(self, number: int) -> None:
-        self.number, self.ready, self.readers = number, False, 1
+        self.number, self.ready, self.used, self.readers = number, False, False, 1
 
 
 class BlockCache:
@@ -166,20 +167,28 @@ class BlockCache:
                     self._there[number] = slot
                     break
                 slot.readers += 1
+                slot.used = True
                 self._there.move_to_end(number)
                 while not slot.ready and self._there.get(number) is slot:
                     self._changed.wait()
                 if slot.ready:
                     return slot
+        slot.used = True
         self._fetch(number, slot)
         return slot
 
-    def try_ahead(self, number: int) -> None:
-        """Fetch a block unless it is there or no slot is free; an error is left to its reader."""
-        with self._changed:
-            if number in self._there or (slot := self._claim()) is None:
-                return
-            self._there[number] = slot
+    def claim_ahead(self, number: int) -> Slot | None:
+        """A slot for a block that is not there; None where it is, or all slots are being read.
+
+        Called with ``_changed`` held.
+        """
+        if number in self._there or (slot := self._claim()) is None:
+            return None
+        self._there[number] = slot
+        return slot
+
+    def fetch_ahead(self, number: int, slot: Slot) -> None:
+        """Fetch a claimed block; an error is left to its reader, who tries again."""
         try:
             self._fetch(number, slot)
         except (PacklightError, OSError):
@@ -202,16 +211,18 @@ class BlockCache:
     def _claim(self) -> Slot | None:
         """A slot for another block, or None while all are being read.
 
-        Kept are the blocks used last, a layer of them, and beside them the first ones: the next
-        pass over the model begins with those. So the one that goes was used before this layer, but
-        after all others.
+        Kept are the blocks used last, a layer of them, those that were fetched ahead since, and
+        beside them the first ones: the next pass over the model begins with those. So the one that
+        goes was used before this layer, but after all others.
         """
         if self._free:
             return Slot(self._free.pop())
         idle = [n for n, slot in self._there.items() if slot.ready and not slot.readers]
         if not idle:
             return None
-        recent = set(list(self._there)[-self._near :])
+        order = list(self._there)
+        recent = set(order[-self._near :])
+        recent.update(n for n in order[-2 * self._near :] if not self._there[n].used)
         old = [number for number in idle if number not in recent]
         return Slot(self._there.pop(old[-1] if old else idle[0]).number)
 
@@ -259,9 +270,11 @@ def fetch_ahead(
             while not wanted:
                 changed.wait()
             number = wanted.pop(0)
-        if number == STOP or (found := cache()) is None:
-            return
-        found.try_ahead(number)
+            if number == STOP or (found := cache()) is None:
+                return
+            slot = found.claim_ahead(number)
+        if slot is not None:
+            found.fetch_ahead(number, slot)
         del found
 
 

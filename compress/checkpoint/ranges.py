@@ -147,7 +147,7 @@ class HubFile(RemoteFile):
 
     Args:
         repo_id: of the repository.
-        commit: SHA of the commit.
+        url: of the file at a commit (``huggingface_hub.hf_hub_url``).
         token: Hub token; None: ``HF_TOKEN`` or the stored login.
 
     Raises:
@@ -156,11 +156,11 @@ class HubFile(RemoteFile):
     """
 
     def __init__(
-        self, name: str, repo_id: str, commit: str, token: str | None, traffic: Traffic,
+        self, name: str, repo_id: str, url: str, token: str | None, traffic: Traffic,
         pause: float = PAUSE,
     ) -> None:  # fmt: skip
         super().__init__(name, repo_id, traffic, pause)
-        self._commit, self._token = commit, token
+        self._url, self._token = url, token
         self._lock = threading.Lock()
         self._link, self._link_tag = self._resolve()
 
@@ -169,13 +169,11 @@ class HubFile(RemoteFile):
 
         The first call sets ``size`` and ``tag``, later ones compare them.
         """
-        from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import errors, get_hf_file_metadata
 
-        at = {"revision": self._commit, "endpoint": constants.ENDPOINT}
-        url = hf_hub_url(self.source, self.name, **at)
         known = hasattr(self, "tag")
         try:
-            found = get_hf_file_metadata(url, token=self._token)
+            found = get_hf_file_metadata(self._url, token=self._token)
         except errors.EntryNotFoundError:
             if known:
                 self.changed("it is gone")
@@ -183,7 +181,7 @@ class HubFile(RemoteFile):
         except Exception as error:  # huggingface_hub's client is requests, or httpx
             if known and not isinstance(error, errors.RepositoryNotFoundError):
                 raise Interrupted(one_line(error)) from None
-            raise failure(self.source, error, self._commit) from error
+            raise failure(self.source, error, None) from error
         if found.size is None or not found.etag:
             raise CheckpointError(
                 f"the Hub does not say how long {self.name} of {self.source} is",
@@ -216,14 +214,13 @@ class HubFile(RemoteFile):
 
     def _request(self, link: str, start: int, stop: int) -> urllib.request.Request:
         """A request for a range; with the token only where the Hub itself has the bytes."""
-        from huggingface_hub.constants import ENDPOINT
         from huggingface_hub.utils import build_hf_headers
 
         request = urllib.request.Request(link)
         for key, value in build_hf_headers(token=self._token).items():
             if key.lower() != "authorization":
                 request.add_header(key, value)
-            elif urlsplit(link).netloc == urlsplit(ENDPOINT).netloc:
+            elif urlsplit(link).netloc == urlsplit(self._url).netloc:
                 request.add_unredirected_header(key, value)
         request.add_header("Range", f"bytes={start}-{stop - 1}")
         request.add_header("Accept-Encoding", "identity")

@@ -206,11 +206,14 @@ def find_hub(
     size = stated.get("total_size") if isinstance(stated, dict) else None
     if fetch == "auto" and not headers and isinstance(size, int) and has_room(path, size):
         return None
+    from huggingface_hub import hf_hub_url
+
     traffic = Traffic()
 
     def find(name: str) -> RemoteFile | None:
+        url = hf_hub_url(repo_id, name, revision=path.name)
         try:
-            return HubFile(name, repo_id, path.name, token, traffic)
+            return HubFile(name, repo_id, url, token, traffic)
         except FileNotFoundError:
             return None
 
