@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in two shards, larger than the blocks of it that are kept."""
-    made = tiny.make("phi3", tmp_path_factory.mktemp("model") / "phi3", shards=2)
-    assert Checkpoint.open(made).nbytes > 2 * MOST
-    return made
+    place = tmp_path_factory.mktemp("model") / "phi3"
+    return tiny.make("phi3", place, shards=2, num_hidden_layers=4)
 
 
 @pytest.fixture
@@ -113,15 +113,18 @@ class Child:
 
     def named(self) -> int:
         """Bytes of the files below its home."""
-        return sum(path.lstat().st_size for path in self._home.rglob("*") if path.is_file())
+        total = 0
+        for path in self._home.rglob("*"):
+            with suppress(OSError):  # it has just been removed
+                total += path.lstat().st_size if path.is_file() else 0
+        return total
 
     def _measure(self) -> None:
-        handles = Path(f"/proc/{self._process.pid}/fd")
-        unnamed = sum(
-            handle.stat().st_blocks * 512
-            for handle in (handles.iterdir() if handles.is_dir() else ())
-            if os.readlink(handle).endswith("(deleted)")
-        )
+        unnamed = 0
+        for handle in Path("/proc").glob(f"{self._process.pid}/fd/*"):
+            with suppress(OSError):  # it has just been closed
+                deleted = os.readlink(handle).endswith("(deleted)")
+                unnamed += handle.stat().st_blocks * 512 if deleted else 0
         self.blocks = max(self.blocks, unnamed)
         self.largest = max(self.largest, self.named() + unnamed)
 
@@ -134,7 +137,8 @@ def artifacts(folder: Path) -> dict[str, bytes]:
 def test_a_build_of_ranges_has_the_same_bytes_within_the_room_of_a_few_blocks(
     hub: RangeHub, folder: Path, tmp_path: Path
 ) -> None:
-    weights, shards = Checkpoint.open(folder).nbytes, sorted(folder.glob("*.safetensors"))
+    weights, tensors = Checkpoint.open(folder).nbytes, Checkpoint.open(folder).tensors
+    shards = sorted(folder.glob("*.safetensors"))
     hub.token = TOKEN
     home, local = tmp_path / "home", tmp_path / "local"
     child = Child(hub, home, HF_TOKEN=TOKEN)
@@ -147,10 +151,12 @@ def test_a_build_of_ranges_has_the_same_bytes_within_the_room_of_a_few_blocks(
     )
     heads = sum(min(HEAD, shard.stat().st_size) for shard in shards)
     assert hub.fetched == heads + weights
-    # What it leaves, and a few blocks: nothing else was on disk at any request.
-    assert child.largest <= child.named() + MOST
+    # What it leaves, and the largest layer with a few blocks: at no request there was more.
+    layer = sum(info.nbytes for name, info in tensors.items() if name.startswith("model.layers.0."))
+    room = layer + 8 * BLOCK
+    assert child.largest <= child.named() + room
     if Path("/proc/self/fd").is_dir():
-        assert 0 < child.blocks <= MOST < weights / 2
+        assert 0 < child.blocks <= room < weights / 3
     assert all(stop - start <= max(BLOCK, HEAD) for _, start, stop in hub.ranges)
     told = [note for note in notes if "in ranges" in note]
     assert len(told) == 1
