@@ -125,9 +125,13 @@ def run(model: str, layers: int, place: Path, same: bool) -> dict[str, Any]:
     hub.on_range = disk.measure
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = kept | {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "PACKLIGHT_CACHE": str(home / "packlight"),
-        "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(HERE.parent), "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "PACKLIGHT_CACHE": str(home / "packlight"),
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(HERE.parent),
+    }
 
     def started(pid: int) -> None:
         disk.pid = pid
