@@ -12,11 +12,8 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import sys
-import threading
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +24,9 @@ from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
+from compress.checkpoint.pickles import PickleShards
 from compress.checkpoint.remote import fetch as fetch_url
 from compress.checkpoint.safetensors import (
-    BYTES,
     TensorInfo,
     check_finite,
     read_range,
@@ -38,7 +35,6 @@ from compress.checkpoint.safetensors import (
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.families import find_family
-from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
@@ -52,7 +48,6 @@ __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
 Float32 = NDArray[np.float32]
 
-UNPICKLING = threading.Lock()  # slabs of a weight are read by several threads
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -107,7 +102,6 @@ class Checkpoint:
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
-        self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         try:
             self.tensors: dict[str, TensorInfo] = self._scan()
         except CheckpointError:
@@ -203,7 +197,7 @@ class Checkpoint:
         # The order in which transformers looks.
         for single, scan in (
             ("model.safetensors", remote.scan if remote else scan_safetensors),
-            ("pytorch_model.bin", self._scan_pickle),
+            ("pytorch_model.bin", lambda file: self.pickles.scan(file)),
         ):
             file, index = self.path / single, self.path / f"{single}.index.json"
             try:
@@ -249,49 +243,10 @@ class Checkpoint:
             if weight_map.get(name, shard) == shard
         }
 
-    def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
-        names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-        tensors = {}
-        for name, tensor in self._load_pickle(file).items():
-            dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
-            if dtype is None and BUFFERS.search(str(name)):
-                continue
-            if dtype is None or str(tensor.layout) != "torch.strided":
-                kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
-            nbytes = tensor.numel() * BYTES[dtype]
-            tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
-        return tensors
-
-    def _load_pickle(self, file: Path) -> Mapping[str, Any]:
-        """The tensors of one shard; the last used one is cached. One thread at a time."""
-        with UNPICKLING:
-            return self._load_pickle_alone(file)
-
-    def _load_pickle_alone(self, file: Path) -> Mapping[str, Any]:
-        import torch
-
-        if self._pickle is not None and self._pickle[0] == file:
-            return self._pickle[1]
-        self._pickle = None
-        try:
-            # mmap: tensors stay on disk until touched. Files older than torch 1.6 are no zips
-            # and cannot be mapped.
-            state = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{file.name} holds more than weights, and unpickling code is never run",
-                hint="convert it to safetensors where you trust it",
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file.name} cannot be read: damaged or truncated") from error
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"{file.name} holds no table of tensors")
-        self._pickle = (file, state)
-        return state
+    @cached_property
+    def pickles(self) -> PickleShards:
+        """Reads shards that are pickles."""
+        return PickleShards(self.warn)
 
     # --- tensors -----------------------------------------------------------------------------
 
@@ -307,7 +262,7 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+            tensor = self.pickles.load(info.file)[info.name].reshape(-1, *info.shape[1:])[
                 start:stop
             ]
             values: Float32 = tensor.float().numpy()
