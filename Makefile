@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
+NODE   := .venv-node
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 loaders fuzz test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,13 @@ $(NEXT)/.installed: $(STAMP) constraints-transformers5.txt
 		-c constraints-transformers5.txt "transformers>=5,<6"
 	touch $@
 
+# Transformers.js, for the tests of loaders (-m slow). Its scripts would fetch CUDA's libraries.
+loaders: $(NODE)/.installed
+
+$(NODE)/.installed:
+	npm install --silent --ignore-scripts --no-save --prefix $(NODE) @huggingface/transformers@4.3.2
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +76,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(NODE) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache

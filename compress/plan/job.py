@@ -11,6 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.families import FAMILIES
 from compress.decoder.tokenizer import VOCABULARIES
 from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
@@ -104,6 +105,10 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if FAMILIES[config.family].prefix:
+        from compress.checkpoint.settle import settle_names
+
+        settle_names(config, checkpoint)
     if config.tie_word_embeddings:
         from compress.checkpoint.settle import settle_head
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from compress.formats import Check, Usage
 
-USAGE = Usage(
-    "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
-    "llama-cli -m {path} -p 'Once upon a time' -n 64",
-    "sh",
-    shlex.quote,
+USAGE = (
+    Usage(
+        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
+        "llama-cli -m {path} -p 'Once upon a time' -n 64",
+        "sh",
+        shlex.quote,
+        "llama-cli --hf-repo {repo} --hf-file {path} -p 'Once upon a time' -n 64",
+    ),
 )
 
 
