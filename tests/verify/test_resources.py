@@ -51,7 +51,7 @@ def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
     assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
     used = found.resources
     assert used.runtime == "numpy echo 1.0"
-    assert used.speed.prefill_tokens == 64 and used.speed.decode_tokens == 32
+    assert used.speed.prefill_tokens == 64 and used.speed.decode_tokens == 8
     assert used.speed.prefill_tokens_per_second > 0 and used.speed.decode_tokens_per_second > 0
     assert not list(baseline.folder.glob("scores-*"))
 
@@ -109,7 +109,7 @@ def test_a_slow_runtime_sends_an_event_after_every_run(
     stages = [index for index, event in enumerate(events) if "stage" in event]
     counts = [j - i - 1 for i, j in itertools.pairwise(stages)]
     loading, generating, computing = counts
-    assert loading == 1 + (1 + 4) + 3 * (1 + 32)  # loaded, a warm-up, three measurements
+    assert loading == 1 + (1 + 4) + 2 * (1 + 8)  # loaded, a warm-up, two measurements
     assert generating == 32 and computing == len(baseline.windows)
 
 
@@ -134,7 +134,7 @@ class Calls(EchoModel):
 def test_speed_then_a_sample_then_every_window(baseline: BaselineStore, tmp_path: Path) -> None:
     runtime = Calls()
     events = examine(runtime, baseline, tmp_path, every=0.0)
-    speed = [("feed", 64), *[("feed", 1)] * 4, *[("feed", 64), *[("feed", 1)] * 32] * 3]
+    speed = [("feed", 64), *[("feed", 1)] * 4, *[("feed", 64), *[("feed", 1)] * 8] * 2]
     sample = [("feed", 16), *[("feed", 1)] * 31, ("logits", 16 + 31)]
     assert runtime.calls == [*speed, *sample, *[("logits", 33)] * 4]
     assert events[-1]["log_likelihoods"] == []
