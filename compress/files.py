@@ -219,14 +219,14 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
             if not stat.S_ISREG(found.st_mode) or found.st_size:
                 raise OSError(errno.EEXIST, "it was not made by packlight", str(path))
             fcntl.flock(handle, flags)
-            if not is_same_file(handle, path):  # its holder has just removed it
+            if not is_same_file(handle, path):  # removed by its owner just now
                 if wait:
                     continue
                 raise BlockingIOError(f"{path} has just been let go of")
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)  # by its holder only
+                path.unlink(missing_ok=True)  # only its owner removes it
             return
         finally:
             os.close(handle)

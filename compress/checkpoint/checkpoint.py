@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
+from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -34,9 +35,9 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
-from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.families import find_family
 from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
@@ -96,14 +97,18 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        config = path / "config.json"  # where it is missing, the error names what is there
+        config = path / "config.json"  # where it is missing, the error lists the files found
         self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
-        self.tensors: dict[str, TensorInfo] = self._scan()
+        try:
+            self.tensors: dict[str, TensorInfo] = self._scan()
+        except CheckpointError:
+            find_family(self.config)  # an unknown architecture explains other dtypes and names
+            raise
         self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
@@ -135,7 +140,7 @@ class Checkpoint:
             base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
-        if not name:  # an unset variable of a script is not the current folder
+        if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it does not change "~nobody/x", where Path raises.
         folder = Path(os.path.expanduser(name))
@@ -366,11 +371,17 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                pieces.append(self.checkpoint.read(part.source, window))
+                if part.transposed:
+                    pieces.append(self.checkpoint.read(part.source)[:, window].T)
+                else:
+                    pieces.append(self.checkpoint.read(part.source, window))
             offset += length
         if not pieces:
             return np.empty((0, *shape[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self.config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):
+            values = values + np.float32(self.config.norm_offset)
+        return values
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

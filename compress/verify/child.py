@@ -32,8 +32,8 @@ Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Ask = Callable[[Event], int]
 """``ask(event)``: emits an event and returns the number that the parent answers."""
-POLL = 0.2
-SILENCE = 1800.0  # seconds without an event after which a child is taken for dead
+POLL = 0.2  # seconds between two looks at ``stop``
+SILENCE = 1800.0  # seconds without an event after which a child counts as hung
 
 
 def run_child(

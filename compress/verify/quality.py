@@ -163,7 +163,7 @@ def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenS
     for rows in chunks(count, baseline.vocab_size):
         p, log_p = baseline.probs(index, rows)
         nll[rows], kl[rows] = divergence(p, log_p, logits[rows], tokens[1:][rows])
-    # NaN wins every comparison inside argmax; it must not count as agreement.
+    # argmax returns a NaN's index; this must not count as agreement.
     finite = np.isfinite(logits[:count].max(axis=1))
     kl[~finite] = np.nan
     return TokenScores(
