@@ -100,6 +100,28 @@ def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [cache.key]
 
 
+def test_what_is_added_is_not_in_the_cache_before_it_is_saved(tmp_path):
+    rng = np.random.default_rng(1)
+    logits = [rng.standard_normal((4, 8)).astype(np.float32) for _ in WINDOWS]
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    begun = BaselineStore.begin(tmp_path / "work", WINDOWS)
+    assert begun.ready == 0
+    one = begun.extend(logits[:1], 1)
+    cache.save(one, SPEED)
+    kept = tmp_path / "kept" / cache.key / "logprobs.u16"
+    before = kept.read_bytes()
+    both = one.extend(logits[1:], 2)
+    assert (one.ready, both.ready) == (1, 2) and kept.read_bytes() == before
+    cache.save(both, SPEED)
+    cache.save(one, None)  # fewer windows replace nothing
+    whole = BaselineStore.write(tmp_path / "whole", WINDOWS, logits)
+    (tmp_path / "again").mkdir()
+    found = cache.load(tmp_path / "again")
+    assert found is not None and found[0].ready == 2 and found[1] == SPEED
+    assert kept.read_bytes() == (whole.folder / "logprobs.u16").read_bytes()
+    assert np.array_equal(found[0].nll, whole.nll)
+
+
 def test_what_is_damaged_is_computed_once_again(tmp_path):
     cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     written(tmp_path / "first")
