@@ -14,7 +14,16 @@ from compress.errors import UsageError, check_utf8
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["PathLike", "adapter_texts", "build_settings", "limits", "path", "paths", "settings_of", "size"]
+__all__ = [
+    "PathLike",
+    "adapter_texts",
+    "build_settings",
+    "limits",
+    "path",
+    "paths",
+    "settings_of",
+    "size",
+]
 
 PathLike = str | Path
 PATHS = {

@@ -245,9 +245,12 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     if not settings.verify:
         return None
     cache = settings.keep_baseline or baseline_folder(output)
-    scorer = Scorer(job, decision.text, settings.threads, console, cache=cache)
+    scorer = Scorer(
+        job, decision.text, settings.threads, console, cache=cache, limits=decision.limits
+    )
     if decision.previous:
-        decision.previous.check_text(text_name(settings.eval_text), scorer.windows)
+        name, every = text_name(settings.eval_text), scorer.stopping.exact
+        scorer.repeat(decision.previous.check_text(name, scorer.windows, all_windows=every))
     return scorer
 
 

@@ -38,6 +38,9 @@ DEFAULT_CONTEXT = 2048  # positions that memory figures assume by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
 # parameters x tokens, so large models get fewer tokens.
 WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
+# Parameters from which on windows are scored until the verdict stands: smaller models take all of
+# theirs in seconds.
+FEWER_FROM = 50 * 10**6
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -262,6 +265,11 @@ def window_count(config: DecoderConfig, wanted: int) -> int:
     It depends on nothing else, no machine's speed: one checkpoint has the same figures anywhere.
     """
     return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
+
+
+def scores_all(config: DecoderConfig, wanted: int) -> bool:
+    """Whether all windows are scored: a stated number, or those of a small model."""
+    return wanted > 0 or config.num_parameters < FEWER_FROM
 
 
 def baseline_bytes(job: Job) -> int:

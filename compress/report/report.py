@@ -246,6 +246,16 @@ class ArtifactReport(Part):
         default=None,
         description="Number of positions up to which the artifact agrees with the float model.",
     )
+    windows: int | None = Field(
+        default=None,
+        exclude_if=lambda windows: windows is None,
+        description="Windows that were scored, where the verdict stood before all were.",
+    )
+    stopped: str = Field(
+        default="",
+        exclude_if=lambda stopped: not stopped,
+        description="Why no more were scored.",
+    )
     perplexity: Figure = Field(default=None, description="exp of the mean negative log-likelihood.")
     perplexity_se: Figure = Field(
         default=None, description="Standard error over windows, as for every key ending in _se."
