@@ -1,4 +1,4 @@
-"""Accuracy of every solver on every grid beside other people's quantizers, in the real runtimes.
+"""Measures the accuracy of every solver and of other tools' quantizers on every grid, in runtimes.
 
     python benchmarks/accuracy.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                   [--solver NAME ...] [--setting NAME ...] [--all-types]
@@ -6,12 +6,12 @@
 
 For each setting one artifact by each solver, and by each peer (``peers.py``), is built from MODEL
 (default: the bundled demo), loaded in llama.cpp, onnxruntime or the MIL evaluator, and compared
-with the float model on held-out text that calibration never saw. Those of a setting have the same
-tensors, types and bytes. Writes DIR/NAME.json and DIR/NAME.md (default: benchmarks/accuracy). CPU
-seconds are those of choosing codes and writing; the walk over the calibration texts, which all
-settings share, is told below the table.
+with the float model on held-out text that is not in the calibration. Those of a setting have the
+same tensors, types and bytes. Writes DIR/NAME.json and DIR/NAME.md (default: benchmarks/accuracy).
+CPU seconds are those of choosing codes and writing; the time of the walk over the calibration
+texts, which all settings share, is below the table.
 
-A setting is a format and what to put in it: ``GGUF IQ4_XS``, ``ONNX int4-g64-asym``,
+A setting is a format and a type or grid: ``GGUF IQ4_XS``, ``ONNX int4-g64-asym``,
 ``Core ML lut6-tensor``.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 from peers import PEERS, OnnxHqq, Peer, PeerWeights
 from writing import write
 
-# Below the public names: times the choice of codes, ours and of other people.
+# Uses internal names: times the choice of codes of packlight and of other tools.
 from compress.build.write import target_weights
 from compress.calibration.statistics import Statistics
 from compress.calibration.step import CalibrationStep, Importance
@@ -66,7 +66,7 @@ BARS = {
 BAR = 1.00  # where BARS has none
 SOLVERS = ("rtn", "scale_search", "gptq")
 DEMO = str(model_path())
-# A peer that takes the whole written file into memory is left out above this.
+# Above this size, peers that load the whole written file are skipped.
 WHOLE_LIMIT = 2 << 30
 
 
@@ -82,7 +82,7 @@ class Built:
 
 
 def overrides(setting: str) -> tuple[str, list[str]]:
-    """Format, and how the recipe is changed to make a setting."""
+    """The format of a setting, and its overrides of the recipe."""
     label, _, what = setting.rpartition(" ")
     name = FORMATS[label]
     if name == "gguf":
@@ -126,7 +126,7 @@ def contestants(
 
 
 def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """CPU seconds that the walk of each solver takes by itself; the last one's stays for all."""
+    """CPU seconds of the walk of each solver; all settings use the statistics of the last walk."""
     seconds: dict[str, float] = {}
     for solver in (name for name in SOLVERS if name in chosen.solver and needs_of(name)):
         os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
@@ -137,7 +137,7 @@ def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> d
 
 
 def statistics_of(job: Job) -> tuple[CalibrationStep, Statistics | None]:
-    """Of the inputs of the job's source, from the cache or from a walk that then stands in it."""
+    """Statistics of the inputs of the job's source, cached."""
     calibration = CalibrationStep(job, Importance(), Console(), threads=1)
     return calibration, calibration.gather(job.source, job.plans[0])
 
@@ -166,7 +166,7 @@ def build(job: Job, peer: type[Peer] | None, folder: Path) -> tuple[Artifact, fl
 
 
 def warm(made: Plan, weights: Weights) -> None:
-    """A few rows of each grid beforehand: compiling kernels and importing is not measured."""
+    """Quantize a few rows on each grid, so that compiling and importing are not measured."""
     first = {e.grid: e for e in made.entries if len(e.shape) == 2 and e.name[:5] != "rope."}
     for entry in first.values():
         if entry.grid not in ("F32", "F16", "BF16"):
@@ -174,7 +174,7 @@ def warm(made: Plan, weights: Weights) -> None:
 
 
 def row(built: Built, verified: Verified, parameters: int) -> dict[str, Any]:
-    """What the table says of one artifact."""
+    """The table's row of one artifact."""
     quality = verified.quality
     return {
         "setting": built.setting,
@@ -225,7 +225,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each setting that has a peer, whether gptq is as far below it as it must."""
+    """Markdown: for each setting with a peer, whether gptq is as far below it as required."""
     lines = [
         "| setting | of the best peer's KL: bar | gptq | scale_search | |",
         "|---|---|---|---|---|",

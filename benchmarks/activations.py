@@ -1,15 +1,15 @@
-"""Measure what llama.cpp needs beside weights and KV cache, for `activation_bytes` of `fit`.
+"""Measures llama.cpp's memory beyond weights and KV cache, for `activation_bytes` of `fit`.
 
     python benchmarks/activations.py            # a few minutes; writes activations.json and .md
 
-Every model is a GGUF file with the head that packlight writes for that `config.json` and with a
-hole for the weights (zeros that take no disk): buffers depend on shapes, not on values. Most have
-two blocks: llama.cpp reuses its compute buffer from block to block, and two are needed because the
-last one computes only the rows whose logits are asked for. Rows with more blocks show what a block
-adds. Each measurement is a process of its own.
+Every model is a GGUF file with the header that packlight writes for that `config.json`, and a
+sparse region for the weights (zeros without disk blocks): buffers depend on shapes, not on values.
+Most have two blocks: llama.cpp reuses its compute buffer for all blocks, and two are needed because
+the last one computes only the rows whose logits are requested. Rows with more blocks show the
+memory of each additional block. Each measurement runs in its own process.
 
-Byte-level vocabularies are made up, with the published numbers of tokens and merges, because the
-tokenizer's tables are part of what an app holds; the others are the demo's, filled up.
+Byte-level vocabularies are random, with the published numbers of tokens and merges, because the
+tokenizer's tables are part of an app's memory; the others are the demo's with padding.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-# Below the public names: writes files of zeros, and reads llama.cpp's buffers.
+# Uses internal names: writes files of zeros, and reads llama.cpp's buffers.
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer_facts import facts_from_child
 from compress.plan.shapes import PlanRequest
@@ -123,13 +123,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         280147,
     ),
 }  # fmt: skip
-# Blocks that are built, where it is not two only.
+# Number of blocks to build, if not two.
 BLOCKS = {"demo": (6,), "SmolLM2-135M": (2, 30), "Llama-3.2-1B": (2, 8)}
 
 
-# --- files of no weight ---------------------------------------------------------------------------
+# --- files without weights ------------------------------------------------------------------------
 def write_hollow(path: Path, config: DecoderConfig, merges: int) -> None:
-    """A GGUF file whose weights are a hole."""
+    """A GGUF file whose weights are a sparse region of zeros."""
     made = plan(config, PlanRequest({"type": TYPE}, path.stem))
     own = None if merges else read_vocabulary(facts_from_child(DEMO), config)
     vocabulary = own or byte_level(config, merges)
@@ -178,14 +178,14 @@ def byte_level(config: DecoderConfig, merges: int) -> Vocabulary:
     )
 
 
-# --- in a process of its own ----------------------------------------------------------------------
+# --- in a child process ---------------------------------------------------------------------------
 def measure(path: Path, context: int, outputs: int) -> dict[str, Any]:
-    """Load a file, read one chunk, and say what llama.cpp says of it and what the kernel says.
+    """Load a file, evaluate one chunk, and return the memory by llama.cpp's log and by the kernel.
 
     Args:
-        path: a hollow GGUF file.
+        path: a GGUF file with sparse weights.
         context: positions of the KV cache.
-        outputs: rows of logits that llama.cpp reserves room for.
+        outputs: rows of logits for which llama.cpp reserves memory.
 
     Returns:
         Bytes. ``compute_buffer``, ``output_buffer``, ``kv_cache`` and ``repacked`` (weights in

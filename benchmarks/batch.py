@@ -1,17 +1,17 @@
-"""`packlight batch` on a shelf: 12 tiny checkpoints of six families, 2 recipes, 3 formats.
+"""Measures `packlight batch`: 12 tiny checkpoints of six families, 2 recipes, 3 formats.
 
     python benchmarks/batch.py WORK_FOLDER [--max-memory 3GB]
 
-Three acts, each with the command line as a person has it; figures go to benchmarks/batch.json and
+Three steps, each with the real command line; figures go to benchmarks/batch.json and
 benchmarks/batch.md:
 
-1. all 24 jobs, 72 artifacts, within the memory; the memory of all processes together is looked at
+1. all 24 jobs, 72 artifacts, within the memory; the memory of all processes together is sampled
    four times a second (proportional set size: shared pages count once);
-2. the same shelf with one checkpoint cut short, one of an unknown architecture, and one job killed
+2. the same models with one truncated checkpoint, one unknown architecture, and one job killed
    with SIGKILL; then run again, and with --retry-failed;
-3. a batch of a third of the shelf that is itself killed with SIGKILL in the middle, and run again.
+3. a batch of a third of the models that is killed with SIGKILL while it runs, and run again.
 
-Artifacts of acts 2 and 3 are compared with those of act 1, byte by byte.
+Artifacts of steps 2 and 3 are compared with those of step 1, byte by byte.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def make_shelf(work: Path) -> None:
 
 
 def spoil(work: Path) -> None:
-    """The shelf of act 2: the same names, one model cut short, one unknown."""
+    """The models of step 2: the same names, one truncated, one of an unknown architecture."""
     shutil.copytree(work / "shelf", work / "bad" / "shelf", copy_function=os.link)
     for name in ("jobs.yaml", "rounded.yaml", "scaled.yaml"):
         shutil.copy(work / name, work / "bad" / name)
@@ -84,7 +84,7 @@ def spoil(work: Path) -> None:
 
 
 class Memory:
-    """The most that a process and all below it had at once."""
+    """Peak memory of a process and its descendants together."""
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -107,7 +107,7 @@ class Memory:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The batch of a folder, with a cache of its own."""
+    """The batch of a folder, with a separate cache."""
     return subprocess.Popen(
         [sys.executable, "-m", "compress", "batch", "jobs.yaml", *arguments],
         cwd=folder,
@@ -134,7 +134,7 @@ def started(output: str) -> list[str]:
 
 
 def artifacts(folder: Path) -> dict[str, bytes]:
-    """The files of a job but those that tell of speeds, or of checksums of those."""
+    """The files of a job, without those that contain speeds or their checksums."""
     pages = ("report", "README", "SHA256SUMS", "provenance")
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -152,7 +152,7 @@ def good(found: dict[str, Any]) -> list[str]:
 
 
 def whole_shelf(work: Path, options: list[str]) -> dict[str, Any]:
-    """Act 1."""
+    """Step 1."""
     before = os.getloadavg()[0]
     process = start(work, *options)
     memory = Memory(process.pid)
@@ -183,7 +183,7 @@ def whole_shelf(work: Path, options: list[str]) -> dict[str, Any]:
 
 
 def wait_for(folder: Path, name: str) -> psutil.Process:
-    """A job's process, once its build is writing."""
+    """The process of a job, as soon as its build is writing."""
     output = str(folder / "jobs" / name)
     while True:
         for process in psutil.process_iter():
@@ -197,7 +197,7 @@ def wait_for(folder: Path, name: str) -> psutil.Process:
 
 
 def bad_shelf(work: Path, options: list[str]) -> dict[str, Any]:
-    """Act 2."""
+    """Step 2."""
     spoil(work)
     folder = work / "bad"
     process = start(folder, *options)
@@ -226,7 +226,7 @@ def bad_shelf(work: Path, options: list[str]) -> dict[str, Any]:
 
 
 def killed_batch(work: Path, options: list[str]) -> dict[str, Any]:
-    """Act 3."""
+    """Step 3."""
     folder = work / "cut-off"
     for model in ("llama-2", "mistral-2", "phi-2", "qwen3-3"):
         shutil.copytree(work / "shelf" / model, folder / "shelf" / model, copy_function=os.link)
@@ -325,7 +325,7 @@ def main() -> None:
     told = parser.parse_args()
     options = ["--max-memory", told.max_memory]
     work = told.work.resolve()
-    kept = work / "figures.json"  # of the acts so far, where this script was cut off
+    kept = work / "figures.json"  # of the steps so far, if this script was interrupted
     if not kept.exists():
         work.mkdir(parents=True)
         make_shelf(work)

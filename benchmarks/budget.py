@@ -1,14 +1,14 @@
-"""Byte budgets against fixed types: what choosing a grid for every tensor is worth.
+"""Compares byte budgets, with a grid per tensor, with fixed types of the same size.
 
     python benchmarks/budget.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                 [--solver NAME] [--mixes N] [--sampled] [--out DIR]
 
 GGUF: five budgets between 3.3 and 5.0 bits per weight, each against the next larger of llama.cpp's
 own mixes with importance matrix (``ggml_quantize_chunk``, as in peers.py). ONNX and Core ML: every
-uniform grid by the same solver, against a budget of that grid's bytes; the best quantizer of the
-format's own tools on the same grid stands beside it. All are run in their runtimes on held-out
-text. Random mixes tell how well the cost table predicts a divergence, ``--sampled`` mixes, of the
-same budgets, what is lost where a table is measured as a large model's is
+uniform grid by the same solver, against a budget of that grid's bytes, and against the best
+quantizer of the format's own tools on the same grid. All are run in their runtimes on held-out
+text. Random mixes measure how well the cost table predicts a divergence; ``--sampled`` mixes, of
+the same budgets, the loss from a table that is measured as for a large model
 (``compress.allocation.effort``). Writes DIR/budget.json and DIR/budget.md (default: benchmarks/).
 """
 
@@ -32,7 +32,7 @@ import numpy as np
 from accuracy import DEMO, build, overrides
 from peers import PEERS, LlamaCpp, Peer
 
-# Below the public names: holds single cost tables against what their choices measure.
+# Uses internal names: compares single cost tables with measurements of their choices.
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.allocation import effort
 from compress.allocation.step import BudgetStep, limit_for
@@ -62,7 +62,7 @@ class Entry:
     """One artifact.
 
     Attributes:
-        group: what it is compared with shares it: ``gguf``, or a uniform setting.
+        group: entries of one group are compared: ``gguf``, or a uniform setting.
         kind: ``budget``, ``sampled`` (the same by a large model's table), ``fixed`` (ours,
             uniform), ``peer`` or ``random``.
         budget: bytes allowed; 0 where there is no budget.
@@ -93,7 +93,7 @@ class Bench:
         self.measuring = {"budget": 0.0, "sampled": 0.0}
 
     def job(self, format: str, changes: Sequence[str]) -> Job:
-        """As ``packlight build`` would prepare it."""
+        """A job as prepared by ``packlight build``."""
         texts = json.dumps(self.chosen.calibration or ["builtin"])
         common = [f"calibration.texts={texts}", f"verify.windows={self.chosen.windows}"]
         common.append(f"quantize.solver={self.chosen.solver}")
@@ -151,7 +151,8 @@ class Bench:
         for bits in BITS:
             self.within("gguf", "gguf", [], int(bits * parameters / 8))
         for mix in LLAMA_MIXES:
-            # The peer's codes whatever our solver; its mixes depend on having an importance.
+            # The peer's codes do not depend on the solver; its mixes depend on having an
+            # importance.
             changes = [f"targets.gguf.type={mix}", "quantize.solver=scale_search"]
             self.add("gguf", mix, "peer", self.job("gguf", changes), LlamaCpp)
 
@@ -161,7 +162,7 @@ class Bench:
         made = self.add(setting, "uniform", "fixed", self.job(format, changes))
         for peer in PEERS[format, False]:
             self.add(setting, peer.name, "peer", self.job(format, changes), peer)
-        # The grid of the recipe says which hardware: palettes stay palettes.
+        # The grid of the recipe implies the hardware: palettes remain palettes.
         self.within(setting, format, changes, made.nbytes)
 
     def random_mixes(self) -> None:
@@ -212,7 +213,7 @@ class Bench:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each budget is held against, and whether it is within the bar."""
+    """The entry that each budget is compared with, and whether it is within the limit."""
     found = []
     for row in rows:
         if row["kind"] != "budget":

@@ -1,4 +1,4 @@
-"""Budgets at full size: plans for every target from one measurement, and the GGUF one built.
+"""Measures budgets at full size: plans for every target from one cost table, and the GGUF build.
 
     python benchmarks/make_checkpoint.py phi-3-mini-4k -o /tmp/full/phi-3-mini-4k
     python benchmarks/budget_full.py /tmp/full/phi-3-mini-4k [--budget 1.8GiB --budget 1.8GB]
@@ -7,7 +7,7 @@
 Each budget is planned by ``packlight build MODEL -f gguf -f coreml --budget B --dry-run --json``:
 wall and CPU seconds, and the most memory that the process held. (ONNX has no grid below 4 bits, and
 fits in neither.) The first starts from an empty cache (or that of ``PACKLIGHT_CACHE``); the next
-finds the cost table there. Then the GGUF file is written from the plan and its bytes held against
+uses the cached cost table. Then the GGUF file is written from the plan and its size compared with
 the plan's. Weights of ``make_checkpoint.py`` are random: sizes, time and memory are those of the
 real model, expected divergences are not. Writes DIR/budget_NAME.json and .md (default:
 benchmarks/budget_phi3).
@@ -28,12 +28,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-# Below the public names: reads sizes as the command does, which it runs.
+# Uses internal names: parses sizes like the command that it runs.
 from compress.console import parse_bytes  # noqa: E402
 
 PACKLIGHT = (sys.executable, "-m", "compress")
 FORMATS = ("gguf", "coreml")
-EXACT = 4096  # bytes that a file may be away from its plan
+EXACT = 4096  # bytes by which a file may differ from its plan
 
 
 def measured(command: list[str], output: Path) -> dict[str, float]:
@@ -53,7 +53,7 @@ def measured(command: list[str], output: Path) -> dict[str, float]:
 
 
 def build(model: str, place: Path, solver: str, out: Path) -> tuple[dict[str, float], int]:
-    """The GGUF file of a plan: what it took, and its bytes."""
+    """Write the GGUF file of a plan; its resources and size."""
     command = [
         *PACKLIGHT, "build", model, "-f", "gguf", "--plan", str(place), "--no-verify",
         "--set", f"quantize.solver={solver}", "-o", str(out),

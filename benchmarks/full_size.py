@@ -1,14 +1,14 @@
-"""Full-size checkpoints: what packing takes, ours and other people's in turn, in one run. Linux.
+"""Measures the packing of full-size checkpoints by packlight and by other tools. Linux only.
 
     python benchmarks/full_size.py --llama-cpp FOLDER                    # phi-3-mini-4k, all rows
     python benchmarks/full_size.py --family qwen2.5-0.5b --only gguf:Q4_K_M,llama.cpp:Q4_K_M
     python benchmarks/full_size.py --list
 
 Checkpoints are those of ``make_checkpoint.py``: looked for as ``MODELS/FAMILY``, made there when
-missing. Each row is a command in a process of its own, after the same command on a tiny model, so
-that compiling kernels is not measured; the checkpoint comes from disk, not from the page cache.
-CPU seconds of user and system, wall time, peaks of memory and disk: see ``usage.py``. What is
-measured is merged into OUT/full_size.json, row by row, from which OUT/full_size.md and the picture
+missing. Each row is a command in its own process, after the same command on a tiny model, so
+that compiling kernels is not measured; the checkpoint is read from disk, not from the page cache.
+CPU seconds of user and system, wall time, peaks of memory and disk: see ``usage.py``. Each row is
+merged into OUT/full_size.json, from which OUT/full_size.md and the picture
 of docs/performance.md are made (``full_size_page.py``).
 
 llama.cpp's converter and quantizer come with the source distribution of llama-cpp-python:
@@ -47,7 +47,7 @@ from usage import CommandFailedError, evict, measure, room  # noqa: E402
 
 from compress.demo import model_path  # noqa: E402
 
-# Below the public names: counts the machine as packlight does.
+# Uses internal names: counts CPUs and memory as packlight does.
 from compress.machine import available_cpus, available_memory  # noqa: E402
 from packlight import Checkpoint, inspect  # noqa: E402
 
@@ -63,8 +63,8 @@ class Row:
 
     Attributes:
         options: of ``packlight build``; empty for rows that are other commands.
-        layers: of a checkpoint of the family's width with only so many blocks; 0: as it is.
-        wanted: among the rows of a run that names none.
+        layers: number of blocks of a checkpoint of the family's width; 0: the family's.
+        wanted: included if no rows are named.
     """
 
     options: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ def one(format_name: str, *settings: str) -> Row:
     return Row((*RTN, "-f", format_name, *pairs))
 
 
-# In the order in which they are run: ours, then the peer's, type by type.
+# In order of execution: packlight's row, then the peer's, type by type.
 ROWS = {
     "read": Row(),
     "gguf:Q4_0": one("gguf", "type=Q4_0"),
@@ -155,7 +155,7 @@ class Bench:
     # --- one row ------------------------------------------------------------------------------
 
     def measure(self, key: str) -> dict[str, Any]:
-        """What a row takes, and the bytes of what it wrote.
+        """The resources of a row, and the size of its output.
 
         Raises:
             LeftOutError: no such peer here, or not enough memory or disk for it.
@@ -180,12 +180,12 @@ class Bench:
             "bytes": artifact_bytes(place),
             "run": self.run,
         }
-        if key not in ("all", "llama.cpp:f16"):  # others go on from these
+        if key not in ("all", "llama.cpp:f16"):  # other rows use these outputs
             shutil.rmtree(place)
         return outcome
 
     def command(self, key: str, place: Path) -> list[str]:
-        """What to run for a row; what it goes on from is made first."""
+        """The command of a row; its inputs are made first."""
         row, (tool, _, kind) = ROWS[key], key.partition(":")
         if row.options:
             return packlight(
@@ -229,7 +229,7 @@ class Bench:
         return found[0]
 
     def warm(self, key: str, place: Path, extra: dict[str, str]) -> None:
-        """Compile what the row will run, on the bundled model."""
+        """Run the row's command on the bundled model, which compiles the kernels."""
         row = ROWS[key]
         if row.options:
             command = packlight("build", model_path(), "-o", place / "warm", *row.options)
@@ -239,7 +239,7 @@ class Bench:
 
 
 def packlight(*arguments: object) -> list[str]:
-    """Our command line, from this source tree."""
+    """packlight's command line, from this source tree."""
     return [sys.executable, "-m", "compress", *map(str, arguments)]
 
 
@@ -250,7 +250,7 @@ def artifact_bytes(place: Path) -> int:
 
 
 def read_all(folder: Path) -> None:
-    """Read, widen and check every weight, as writers do: the part that no format can be without."""
+    """Read, widen and check every weight, as the writers of all formats do."""
     checkpoint = Checkpoint.open(folder)
     for name, info in checkpoint.tensors.items():
         columns = info.nbytes // (2 * info.shape[0])
@@ -279,11 +279,11 @@ def convert(script: str, arguments: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-# --- all of it --------------------------------------------------------------------------------
+# --- all rows ---------------------------------------------------------------------------------
 
 
 def run(bench: Bench, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows that could be measured, one after the other."""
+    """Measure the rows in sequence; those that could be measured."""
     for key in keys:
         shutil.rmtree(bench.scratch / key.replace(":", "-"), ignore_errors=True)
         try:
@@ -300,7 +300,7 @@ def run(bench: Bench, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def merge(path: Path, bench: Bench, key: str, outcome: dict[str, Any]) -> None:
-    """A row into the JSON as it is now: another run may have added to it meanwhile."""
+    """Merge a row into the current JSON, to which another run may have added rows."""
     document = read(path)
     document["machine"] = machine()
     families = document["families"]
@@ -328,7 +328,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Whose figures these are."""
+    """The machine of these figures."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -344,8 +344,8 @@ def choose_rows(only: str) -> list[str]:
     if not only:
         return [key for key, row in ROWS.items() if row.wanted]
     asked = only.split(",")
-    if strangers := set(asked) - set(ROWS):
-        sys.exit(f"no such rows: {', '.join(sorted(strangers))}; see --list")
+    if unknown := set(asked) - set(ROWS):
+        sys.exit(f"no such rows: {', '.join(sorted(unknown))}; see --list")
     asked += [before for key in asked for before in GOES_ON_FROM.get(key.partition(":")[0], ())]
     return [key for key in ROWS if key in asked]
 

@@ -1,4 +1,4 @@
-"""Bars, tables and the picture of ``full_size.py``'s measurements.
+"""Limits, tables and the picture of ``full_size.py``'s measurements.
 
 MB and GB are powers of ten.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-# Below the public names: draws as the report does.
+# Uses internal names: draws as the report does.
 from compress.report.charts import element, line, text, ticks
 
 MB, GB = 1e6, 1e9
@@ -47,13 +47,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit of issue 5.
+    """A limit on a figure.
 
     Attributes:
         value: of a family, in the unit.
-        rows: that it is computed from.
-        goal: better than the limit; 0: none.
-        idle: of wall time, which says little while others are at work.
+        rows: from which it is computed.
+        goal: a stricter limit; 0: none.
+        idle: a wall time, which is valid only on an idle machine.
     """
 
     what: str
@@ -66,7 +66,7 @@ class Bar:
 
 
 def part_of_peer(kind: str, limit: float, goal: float) -> Bar:
-    """CPU of ours over CPU of converting and quantizing."""
+    """packlight's CPU time over that of converting and quantizing."""
     ours, peers = f"gguf:{kind}", (PEER, f"llama.cpp:{kind}")
     return Bar(
         f"GGUF {kind}: CPU, ours / llama.cpp's convert + quantize",
@@ -78,7 +78,7 @@ def part_of_peer(kind: str, limit: float, goal: float) -> Bar:
 
 
 def part_of_gguf(row: str, limit: float) -> Bar:
-    """CPU of a format over that of our Q4_K_M."""
+    """CPU time of a format over that of packlight's Q4_K_M."""
     return Bar(
         f"{row}: CPU / our Q4_K_M",
         lambda f: f.cpu(row) / f.cpu("gguf:Q4_K_M"),
@@ -145,8 +145,8 @@ BARS = (
         for row in COREML
     ),
     Bar(
-        # SHA256SUMS reads what was written back, from disk where the page cache has lost it. With
-        # that taken off, one reading of the shards is at most 1, and two are more than 1.1.
+        # SHA256SUMS reads the written files back, from disk if they are no longer in the page
+        # cache. Without that, one reading of the shards is at most 1, and two are more than 1.1.
         "three in one build: from disk, less the files' bytes / bytes of the checkpoint",
         lambda f: (f("all", "from_disk") - f("all", "bytes")) / f.facts["checkpoint_bytes"],
         ("all",),
@@ -172,8 +172,8 @@ def judged(family: Family) -> list[dict[str, Any]]:
             continue
         rows = [family.facts["rows"][row] for row in bar.rows]
         busy = any(row["others_seconds"] > BUSY * row["wall_seconds"] for row in rows)
-        # What others take lengthens a row: of one, the wall time is an upper bound; a ratio of
-        # several tells nothing.
+        # Other processes lengthen a row: the wall time of one row is an upper bound; ratios of
+        # several rows are meaningless.
         verdict = "pass" if value <= bar.limit else "**fail**"
         if bar.idle and busy and (len(rows) > 1 or value > bar.limit):
             verdict = "not idle"
@@ -363,7 +363,7 @@ def panel(
 
 
 def legend(index: int, name: str) -> Markup:
-    """A colour and what it stands for, below both diagrams."""
+    """The legend below both diagrams."""
     x = LEFT + index * 180
     mark = element("rect", x=x, y=HEIGHT + 2, width=12, height=12, fill=SERIES[name][1])
     return element("g", mark, text(x + 18, HEIGHT + 12, name))

@@ -1,9 +1,9 @@
-"""Where the CPU time of packing goes: nanoseconds per weight of each step, on one thread.
+"""Measures the steps of packing: nanoseconds per weight of each, on one thread.
 
     python benchmarks/full_size_profile.py full-size/phi-3-mini-4k       # about a minute
 
-The linears of one block, in slabs as writers ask for them, on each grid. A step's time is the least
-of ``ROUNDS``: what else runs on the machine only adds. Prints a Markdown table.
+The linears of one block, in slabs as the writers read them, on each grid. The time of a step is the
+minimum of ``ROUNDS``, since other processes can only add to it. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-# Below the public names: times the steps of packing one by one.
+# Uses internal names: times the steps of packing separately.
 from compress.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from compress.checkpoint.safetensors import read_range  # noqa: E402
 from compress.grids import Quantized, get_grid  # noqa: E402

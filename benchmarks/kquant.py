@@ -1,14 +1,14 @@
-"""Our GGUF block grids against llama.cpp's quantizer: speed per core and error.
+"""Compares packlight's GGUF block grids with llama.cpp's quantizer: speed per core and error.
 
     python benchmarks/kquant.py [TYPE ...]    # some minutes; writes kquant.json and kquant.md
 
-With types given, their rows are measured anew and all others stay as they are.
+With types given, only their rows are measured again.
 Speed is Mweights per CPU second on one thread, bytes of a GGUF tensor included on both sides, the
-best of five, or of as many as fit ten seconds; compiling is not counted. The bar (issue 3): with
-an importance at most three times the CPU seconds of llama.cpp's encoder. Errors are ratios, ours
-to llama.cpp's (below 1: ours is smaller): `weighted` as llama.cpp itself weights the squares,
-`bare` by the importance alone (without one: the plain squared error), each on normal, Student-t5
-and outlier-channel weights.
+best of five, or of as many as fit ten seconds; compiling is not counted. The limit: with an
+importance at most three times the CPU seconds of llama.cpp's encoder. Errors are ratios of
+packlight's to llama.cpp's (below 1: packlight's is smaller): `weighted` as llama.cpp weights the
+squares, `bare` by the importance alone (without one: the plain squared error), each on normal,
+Student-t5 and outlier-channel weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-# Below the public names: covers every type of the modules' tables, on one thread.
+# Uses internal names: covers every type of the modules' tables, on one thread.
 from compress.grids import codebook, get_grid, kquant  # noqa: E402
 from compress.machine import bounded  # noqa: E402
 

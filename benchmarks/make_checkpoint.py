@@ -1,4 +1,4 @@
-"""Full-size checkpoints of known models, with random weights that look like trained ones.
+"""Makes full-size checkpoints of known models, with random weights distributed like trained ones.
 
     python benchmarks/make_checkpoint.py phi-3-mini-4k -o /tmp/full/phi-3-mini-4k
     python benchmarks/make_checkpoint.py --list
@@ -8,9 +8,9 @@ the model has learned, and real weights cannot always be downloaded. The shapes 
 ones; the weights are bf16 in safetensors shards of at most 5 GB with an index, as the Hub has them.
 
 Weights: Student-t with five degrees of freedom, as heavy-tailed as trained linears are; columns of
-uneven size; those that read or embed the same few channels of the residual stream stand out in
-every block. Scaled so that hidden states keep their size from block to block and logits are of
-the order of 2. The tokenizer is of the family's kind, trained on Python's standard library sources;
+uneven size; those that read or write the same few channels of the residual stream are large in
+every block. Scaled so that hidden states have the same size in all blocks and logits are of the
+order of 2. The tokenizer is of the family's type, trained on Python's standard library sources;
 rows of the vocabulary that it does not fill are padding, as they are in Phi-3 and Qwen.
 
 Seeded: the same command writes the same weights, whatever the number of threads. Memory: a slab of
@@ -39,12 +39,12 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent), str(HERE)]
 from published import MODELS  # noqa: E402
 from tiny_tokenizers import save_tokenizer  # noqa: E402
 
-# Below the public names: names the tensors of each family.
+# Uses internal names: names the tensors of each family.
 from compress.decoder.config import DecoderConfig, WeightMap  # noqa: E402
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
-OUTLIERS = 6  # channels of the residual stream that stand out
+OUTLIERS = 6  # channels of the residual stream with large values
 THREADS = 2
 
 
@@ -62,7 +62,7 @@ def make(
     """Write the checkpoint of ``model``, a key of ``published.MODELS``; returns the folder.
 
     Args:
-        layers: only so many blocks; 0 for all.
+        layers: number of blocks; 0 for all.
         weights: False makes shards of the right headers and sizes without a byte in them (sparse
             files, all zeros): enough for plans and dry runs of models that no disk here holds.
         shard: bytes of a file, at most.
@@ -137,7 +137,7 @@ def write_tensors(
     size: int,
     threads: int,
 ) -> None:
-    """Slabs of ``size`` weights made by threads, written in order; at most a few wait."""
+    """Slabs of ``size`` weights made by threads, written in order; at most a few are queued."""
     table = student_t(seed)
 
     def slabs() -> Iterator[tuple[str, tuple[int, ...], int, int]]:

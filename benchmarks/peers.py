@@ -1,17 +1,16 @@
-"""Other people's quantizers, in our files: only who chose the codes differs.
+"""Quantizers of other tools, written to packlight's files: only the choice of codes differs.
 
-Each peer is a function, ``peer(weight, grid, name) -> Quantized``, that hands the weight to the
-peer's own code and brings back its codes, so that a file of theirs has the tensors, types, bytes
-and runtime of ours.
+Each peer is a function, ``peer(weight, grid, name) -> Quantized``, that calls the peer's code and
+returns its codes, so that its file has the same tensors, types, bytes and runtime as packlight's.
 
 llama.cpp
     ``ggml_quantize_chunk`` with an importance: the bytes of ``llama-quantize --imatrix``, the
     imatrix made with ``--process-output``. As there, the embedding has no importance.
 onnxruntime
     ``MatMulNBitsQuantizer`` on a model of one MatMul, at its defaults but for the group size.
-    Scales are rounded to float16 like ours. What its algorithms have no symmetric form of stands
-    beside our asymmetric grid; HQQ's zero points are floats, four times as many bits, and its
-    files are written with those. The embedding, which only the plain rounding can do, has that.
+    Scales are rounded to float16 as in packlight. Algorithms without a symmetric form are compared
+    with the asymmetric grid; HQQ's zero points are floats, with four times as many bits, and are
+    written as such. The embedding always has plain rounding, the only one that supports it.
     Its GPTQ is left out: in 1.31 it multiplies errors by the empty half of a triangular factor,
     and its codes are those of plain rounding. Its k-quant fails on rows of an odd number of groups.
 coremltools
@@ -40,7 +39,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent)]
 
 import ggml_oracle  # noqa: E402
 
-# Below the public names: other people's quantizers, in the layouts of our grids.
+# Uses internal names: other tools' quantizers, in the layouts of packlight's grids.
 from compress.calibration.statistics import LayerStats, Statistics  # noqa: E402
 from compress.checkpoint.sources import Source  # noqa: E402
 from compress.grids import Array, Float32, Grid, Params, Quantized  # noqa: E402
@@ -56,13 +55,13 @@ EMBEDDING = "embed_tokens.weight"
 
 
 class Peer:
-    """A quantizer of other people.
+    """A quantizer of another tool.
 
     Args:
-        statistics: of the calibration that ours has; None for peers that look at weights alone.
+        statistics: packlight's calibration; None for peers that use only the weights.
 
     Attributes:
-        name: as it stands in tables.
+        name: as in the tables.
     """
 
     name = ""
@@ -71,11 +70,11 @@ class Peer:
         self._statistics = statistics
 
     def __call__(self, weight: Float32, grid: Grid, name: str) -> Quantized:
-        """Their codes for a weight (or some of its rows) on one of our grids."""
+        """The peer's codes for a weight (or some of its rows) on a grid."""
         raise NotImplementedError
 
     def finish(self, artifact: Artifact) -> Artifact:
-        """What remains to be done to the written file: usually nothing."""
+        """Change the written file, if needed."""
         return artifact
 
     def stats(self, name: str) -> LayerStats | None:
@@ -84,7 +83,7 @@ class Peer:
 
 
 class PeerWeights(Weights):
-    """Weights as a peer quantizes them, which knows each by its name."""
+    """``Weights`` quantized by a peer, by the weight's name."""
 
     def __init__(self, source: Source, peer: Peer) -> None:
         super().__init__(source, rtn)
@@ -93,7 +92,7 @@ class PeerWeights(Weights):
     def in_slabs(
         self, name: str, grid: Grid, slabs: Sequence[slice | None], pack: Callable[[Quantized], T]
     ) -> Iterator[T]:
-        """See ``Weights.in_slabs``; one after the other."""
+        """See ``Weights.in_slabs``; in sequence."""
         for rows in slabs:
             yield pack(self._peer(self.read(name, rows), grid, name))
 
@@ -103,7 +102,7 @@ class PeerWeights(Weights):
 
 @dataclass(frozen=True)
 class Bytes:
-    """In the place of a GGUF grid: blocks that are packed already."""
+    """Replaces a GGUF grid: blocks that are already packed."""
 
     name: str
 
@@ -150,7 +149,7 @@ class OnnxRuntime(Peer):
         raise NotImplementedError
 
     def keep(self, name: str, zero: Array) -> None:
-        """Take float zero points, which our file has no place for."""
+        """Record float zero points, which packlight's file does not have."""
         raise NotImplementedError
 
 
@@ -164,7 +163,7 @@ def plain(grid: Affine) -> Any:
 
 
 class OnnxRtn(OnnxRuntime):
-    """Extremes of each group on the extreme codes."""
+    """Maps the extremes of each group to the extreme codes."""
 
     name = "onnxruntime RTN"
 
@@ -232,7 +231,7 @@ class OnnxHqq(OnnxRuntime):
 
 
 def one_matmul(weight: Float32, grid: Affine, config: Any) -> tuple[Array, Float32, Array | None]:
-    """What ``MatMulNBitsQuantizer`` makes of a model of one MatMul.
+    """Quantize a weight by ``MatMulNBitsQuantizer``, as a model of one MatMul.
 
     Args:
         weight: float32 ``[rows, columns]``; the model multiplies by its transpose.
@@ -281,7 +280,7 @@ def nibbles(packed: Array) -> Array:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Neither progress bars, log lines nor warnings (groups of zeros are divided by zero)."""
+    """Suppress progress bars, log lines and warnings (groups of zeros are divided by zero)."""
     logging.disable(logging.INFO)
     try:
         with (

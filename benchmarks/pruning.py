@@ -1,4 +1,4 @@
-"""What pruning alone costs: the pruned model in float32 against the whole one, on held-out text.
+"""Measures the loss from pruning alone: the pruned float32 model against the whole model.
 
     python benchmarks/pruning.py                   the bundled demo model
     python benchmarks/pruning.py MODEL --windows 8
@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-# Below the public names: measures the pruned float model; no artifact is made.
+# Uses internal names: measures the pruned float model, without an artifact.
 from compress.calibration.texts import CalibrationSet  # noqa: E402
 from compress.checkpoint.checkpoint import Checkpoint, Stored  # noqa: E402
 from compress.checkpoint.sources import Source  # noqa: E402

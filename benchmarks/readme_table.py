@@ -1,9 +1,9 @@
-"""Puts true figures into the README: runs `packlight demo` and one `build`, and pastes the output.
+"""Updates the README's figures: runs `packlight demo` and one `build`, and inserts their output.
 
     python benchmarks/readme_table.py
 
 The table and the session between the `demo:` and `build:` markers are replaced. Speeds and memory
-are those of the machine that ran this; sizes and quality are held by tests/test_readme.py.
+are those of the machine that ran this; sizes and quality are checked by tests/test_readme.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def table(report: dict) -> str:
 
 
 def between(text: str, name: str, content: str) -> str:
-    """``text`` with what stands between the markers of ``name`` replaced."""
+    """``text`` with the part between the markers of ``name`` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = text.split(begin)
     return f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}"

@@ -1,12 +1,12 @@
-"""What `fold: awq` is worth on a checkpoint with massive activations.
+"""Measures `fold: awq` on a checkpoint with massive activations.
 
     python benchmarks/real_transforms.py CHECKPOINT [--only TEXT ...] [--tokens N] [--windows N]
                                          [--threads N] [--work DIR] [--out FILE]
 
 CHECKPOINT is a folder, e.g. of SmolLM2-135M-Instruct (llama, tied embedding, residual stream up to
 23,490). Each row is one ``packlight build``; its figures are those of the report, mean KL against
-the float model on the built-in held-out text. A row that OUT has already is not built again, so
-that a run that was cut off goes on. Writes OUT (default: benchmarks/real_transforms.json) after
+the float model on the built-in held-out text. Rows that are in OUT are not built again, so that an
+interrupted run continues. Writes OUT (default: benchmarks/real_transforms.json) after
 every row and prints the table.
 """
 
@@ -90,7 +90,7 @@ def measure(row: Row, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(row: Row, report: dict[str, Any]) -> dict[str, Any]:
-    """What the document keeps of a report."""
+    """The document's figures of a report."""
     (artifact,) = report["artifacts"]
     types: dict[str, int] = {}
     for tensor in artifact["tensors"]:
@@ -147,7 +147,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def place(row: dict[str, Any]) -> int:
-    """Where a row stands in the table: settings together, without the fold first."""
+    """Sort key of a row: by setting, without the fold first."""
     settings = list(dict.fromkeys((r.setting, r.solver) for r in all_rows()))
     return settings.index((row["setting"], row["solver"])) * len(FOLDS) + FOLDS.index(row["fold"])
 

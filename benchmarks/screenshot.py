@@ -17,6 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "report.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (  # a browser of one page, without a profile, a GPU or the network
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)  # fmt: skip
 WIDTH, HEIGHT = 1200, 603  # CSS pixels: as far as below the table of artifacts
 
 
@@ -34,14 +39,7 @@ def screenshot(page: Path, picture: Path, browser: str) -> None:
         subprocess.run(
             [
                 browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--host-resolver-rules=MAP * ~NOTFOUND",
+                *FLAGS,
                 "--hide-scrollbars",
                 f"--user-data-dir={profile}",
                 f"--window-size={WIDTH},{HEIGHT}",

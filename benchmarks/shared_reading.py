@@ -1,13 +1,13 @@
-"""What it saves to write all targets of a checkpoint in one loop (``compress.build.write``).
+"""Measures the saving of writing all targets in one loop (``compress.build.write``).
 
     python benchmarks/make_checkpoint.py qwen2.5-0.5b -o model
     python benchmarks/shared_reading.py model [--room 400MB]
 
-The checkpoint is read by slabs and thrown away; then four builds that round to nearest, each in a
-process of its own: every target alone, and all in one.
-Then all in one, and one after the other in one process, on a machine whose page cache holds no more
-than ``--room`` of the checkpoint: pages that were used least recently are dropped as it reads
-(``posix_fadvise``). Every row begins with none of the checkpoint in the page cache. Linux only.
+The checkpoint is read in slabs without writing; then four builds that round to nearest run, each in
+its own process: every target alone, and all in one.
+Then all in one loop, and in sequence in one process, with a page cache limited to ``--room`` of the
+checkpoint: the least recently used pages are dropped during reading (``posix_fadvise``). Every row
+begins with none of the checkpoint in the page cache. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Below the public names: counts what writing reads of a checkpoint.
+# Uses internal names: counts the bytes that writing reads from a checkpoint.
 import exporters  # noqa: F401 -- fills the table of formats
 from compress.build.write import write_artifacts
 from compress.checkpoint.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ class LittleRoom(Checkpoint):
 
 
 def drop(info: TensorInfo) -> None:
-    """Have the kernel forget the pages of a tensor."""
+    """Drop the pages of a tensor from the page cache."""
     handle = os.open(info.file, os.O_RDONLY)
     os.posix_fadvise(handle, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
     os.close(handle)
@@ -76,7 +76,7 @@ def read_all(checkpoint: Checkpoint) -> None:
 
 
 def run(model: Path, builds: list[list[str]], room: int) -> dict[str, float]:
-    """Some builds one after the other in this process; what they took."""
+    """Run builds in sequence in this process; their resources."""
     LittleRoom.room = room
     checkpoint = LittleRoom(model)
     for info in checkpoint.tensors.values():
@@ -97,7 +97,7 @@ def run(model: Path, builds: list[list[str]], room: int) -> dict[str, float]:
 
 
 def from_disk() -> int:
-    """Bytes that this process made the disk read."""
+    """Bytes that this process has read from disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 

@@ -1,12 +1,12 @@
-"""What calibration and solvers cost on one block of Phi-3-mini's shape, on one core.
+"""Measures calibration and solvers on one block of Phi-3-mini's shape, on one core.
 
     python benchmarks/solver_cost.py [--tokens N] [--out DIR]     # some minutes
 
 The block (hidden 3072, intermediate 8192, 32 heads) has heavy-tailed random weights, and its
 inputs are 16,384 tokens through it, heavy-tailed and correlated: embeddings are mixtures of 512
 directions with a Student-t share each, their channels of log-normal size. Walk, statistics on
-disk and solvers are the product's own; every measurement is a process of its own, so that its
-peak memory is its own too. Bars (issue 3): a gptq pass under 90 CPU seconds and 2.5 GB.
+disk and solvers are packlight's; every measurement runs in its own process, for its peak memory.
+Limits: a gptq pass under 90 CPU seconds and 2.5 GB.
 Writes DIR/solver_cost.json and DIR/solver_cost.md (default: benchmarks/).
 """
 
@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 from published import MODELS  # noqa: E402
 
-# Below the public names: times the walk and the solver of a block one by one.
+# Uses internal names: times the walk and the solver of a block separately.
 from compress.calibration.statistics import Statistics, file_name, save  # noqa: E402
 from compress.calibration.walk import walk  # noqa: E402
 from compress.decoder.config import FUSED, DecoderConfig, split_name  # noqa: E402
@@ -43,7 +43,7 @@ SOLVERS = ("gptq", "scale_search", "rtn")
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCKS = 32
 WINDOW = 512
-SLAB = 8 << 20  # weights that a writer asks for at once
+SLAB = 8 << 20  # weights that a writer requests at once
 CPU_BAR, MEMORY_BAR = 90.0, 2.5e9
 
 
@@ -54,7 +54,7 @@ def phi3_mini() -> DecoderConfig:
 
 
 def weight(config: DecoderConfig, name: str) -> Float32:
-    """The same random weight whenever it is asked for, float32."""
+    """A seeded random weight, float32."""
     _, role, _ = split_name(name)
     draw = np.random.default_rng(sum(name.encode()))
     if role == "embed_tokens":
@@ -126,7 +126,7 @@ def child(arguments: list[str], folder: Path, tokens: int) -> dict[str, Any]:
 
 
 def run_child(folder: Path, arguments: list[str], tokens: int) -> None:
-    """Measure, and print what it took."""
+    """Measure, and print the resources."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: a 6-million-parameter Phi-3 that has read Python's standard library.
+"""Trains the demo checkpoint, a Phi-3 of 6 million parameters, on Python's standard library.
 
     python benchmarks/train_demo.py --minutes 60 --output compress/demo/model
 
@@ -134,7 +134,7 @@ def train_tokenizer(sources: dict[str, str], output: Path) -> LlamaTokenizerFast
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         split_digits=True,
-        add_dummy_prefix=False,  # learn indentation as it is inside a file; switched on below
+        add_dummy_prefix=False,  # learn indentation as inside a file; enabled below
         max_sentence_length=10_000,
         input_sentence_size=400_000,
         unk_id=0,

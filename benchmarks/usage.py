@@ -1,8 +1,8 @@
-"""What a command takes: CPU seconds, wall time, memory, disk; of all its processes. Linux only.
+"""Measures a command: CPU seconds, wall time, memory and disk of all its processes. Linux only.
 
 CPU seconds are the kernel's (``wait4``), of the process and of all children it has waited for.
-Memory, bytes read and the room on disk are sampled: a peak shorter than ``INTERVAL`` can be missed,
-but for the resident memory of the largest process, which the kernel keeps too.
+Memory, bytes read and disk usage are sampled: a peak shorter than ``INTERVAL`` can be missed,
+except for the resident memory of the largest process, which the kernel records.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 512  # bytes of a block in rusage and stat
 
 @dataclass(frozen=True)
 class Usage:
-    """What one command took; sizes in bytes.
+    """The resources of one command; sizes in bytes.
 
     Attributes:
         cpu_seconds: user and system, all processes.
@@ -58,7 +58,7 @@ class CommandFailedError(Exception):
 def measure(
     command: Sequence[str], *, watch: Path, log: Path, extra: Mapping[str, str] | None = None
 ) -> Usage:
-    """Run a command and tell what it took.
+    """Run a command and measure its resources.
 
     Args:
         command: and its arguments.
@@ -105,7 +105,7 @@ def measure(
 
 
 class Sampler(threading.Thread):
-    """Looks at a process and its children until told to stop.
+    """Samples a process and its children until stopped.
 
     Attributes:
         anonymous, resident, main, child, disk: the largest seen, in bytes; see ``Usage``.
@@ -128,7 +128,7 @@ class Sampler(threading.Thread):
             count += 1
 
     def stop(self) -> None:
-        """Make an end of it; what is on disk now is seen."""
+        """Stop, after a last sample of the disk."""
         self._ended.set()
         self.join()
         self.disk = max(self.disk, room(self._watch))
@@ -158,7 +158,7 @@ def busy_seconds() -> float:
 
 
 def evict(folder: Path) -> None:
-    """Have the page cache forget the files of a folder, so that a command reads them from disk."""
+    """Drop the files of a folder from the page cache, so that a command reads them from disk."""
     for path in folder.iterdir():
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)

@@ -5,35 +5,40 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from compress import machine
+
+if TYPE_CHECKING:
+    import click
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        arguments: by default those of the process, whose streams, signals and allocator are then
-            the command's own.
+        arguments: default: those of the process; then its streams, signals and allocator are
+            configured for the command.
 
     Returns:
-        0, 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n).
+        0 (all gates passed), 1 (a gate failed), 2 (could not run), 128 + n (ended by signal n).
     """
     own = arguments is None
     if own:
         own_streams()
-        if not os.environ.get("PACKLIGHT_DEBUG"):  # NumPy's warnings of 0/0 are for programmers
+        if not os.environ.get("PACKLIGHT_DEBUG"):  # NumPy's warnings of 0/0 are of no use to users
             warnings.filterwarnings("ignore", category=RuntimeWarning)
         machine.own_process()
     words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
     try:
         import click
 
         from compress.cli import cli
-        from compress.commands.endings import in_words  # while there is memory
-        from compress.console import print_error
+        from compress.commands.endings import in_words  # imported early: memory may be short later
+        from compress.console import print_error, print_json_error
         from compress.errors import PacklightError, check_utf8, printable_line
-    except KeyboardInterrupt:  # before the command line can catch it
+    except KeyboardInterrupt:  # raised before the command line can catch it
         return 130
     try:
         for argument in words:
@@ -43,29 +48,33 @@ def main(arguments: list[str] | None = None) -> int:
     except PacklightError as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        print_error(error)
+        print_error(error, as_json)
         print_notes(error)
         return error.exit_code
     except click.ClickException as error:
         vars(error)["message"] = printable_line(error.message)
         error.show()
+        if as_json:
+            print_json_error(PacklightError(error.format_message(), usage_hint(error)))
         return 2
     except (KeyboardInterrupt, click.Abort) as ending:
-        # Click makes an Abort of a KeyboardInterrupt.
+        # Click converts a KeyboardInterrupt to Abort.
         if not print_notes(ending.__cause__ or ending, "interrupted; "):
             click.echo("interrupted; nothing half-written was left behind", err=True)
+        if as_json:
+            print_json_error(PacklightError("interrupted"))
         return 130
     except SystemExit as ending:
         print_notes(ending)
         if ending.code != 1:
             raise
-        # Click exits with 1 for a closed stdout (`packlight inspect … | head`), which here means
-        # a failed gate; in shells a closed pipe is 141, 128 + SIGPIPE.
+        # Click exits with 1 for a closed stdout (`packlight inspect … | head`), but here 1 means a
+        # failed gate; shells report a closed pipe as 141, 128 + SIGPIPE.
         return 141
     except Exception as error:
         if os.environ.get("PACKLIGHT_DEBUG"):
             raise
-        print_error(in_words(error))
+        print_error(in_words(error), as_json)
         print_notes(error)
         return 2
     finally:
@@ -73,8 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
             machine.ignore_signals()
 
 
+def usage_hint(error: click.ClickException) -> str:
+    """The hint of click's usage errors: the command that prints the help."""
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context else ""
+
+
 def print_notes(ending: BaseException, prefix: str = "") -> bool:
-    """Print the notes of an exception: what a build with ``--resume`` left behind."""
+    """Print the notes of an exception, such as the folder that ``--resume`` can continue from."""
     import click
 
     notes = getattr(ending, "__notes__", [])
@@ -84,11 +99,11 @@ def print_notes(ending: BaseException, prefix: str = "") -> bool:
 
 
 def own_streams() -> None:
-    """Make sure that the standard streams are open and accept any character.
+    """Ensure that the standard streams are open and accept any character.
 
-    A closed one (``2>&-``) is opened on the null device: otherwise the next opened file, an
-    artifact, would get its number, and with it what libraries print. In an ASCII locale Python is
-    restarted in its UTF-8 mode.
+    A closed stream (``2>&-``) is opened on the null device: otherwise the next opened file, perhaps
+    an artifact, would get its descriptor and receive what libraries print. In an ASCII locale
+    Python is restarted in UTF-8 mode.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:

@@ -24,6 +24,7 @@ from compress.progress import Listener, Phase, clock_time
 
 Update = Callable[[int, int], None]
 CELL = 120  # characters that one cell of a table has at most
+WIDTH = 80  # characters of a table's line, where its columns allow it
 NOT_ASCII = re.compile(r"[^\x20-\x7e\n]")
 LOG = logging.getLogger("packlight")
 LOG.addHandler(logging.NullHandler())  # no output in a program without a handler
@@ -52,6 +53,7 @@ class Console:
         self._listener = listener
         self._shows_phases = mode in ("human", "silent") or verbose or listener is not None
         self._phase: Phase | None = None
+        self.warned: set[str] = set()  # warnings that were printed
 
     # --- data, to stdout ---------------------------------------------------------------------
 
@@ -94,12 +96,19 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Print a warning, in every mode but silent."""
+        self.warned.add(text)
         if self.mode == "silent":
             LOG.warning(printable_line(text))
             return
         click.echo(
             click.style("warning: ", fg="yellow") + printable_line(text), err=True, color=color()
         )
+
+    def hint(self, text: str) -> None:
+        """Print what to type next."""
+        if self.mode == "human" and text:
+            click.echo(click.style("hint: ", fg="cyan") + printable_line(text), err=True,
+                       color=color())  # fmt: skip
 
     def verdict(self, passed: bool, text: str) -> None:
         """Print the last line of a run."""
@@ -153,8 +162,10 @@ def escaped(char: re.Match[str]) -> str:
     return char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1]
 
 
-def print_error(error: PacklightError) -> None:
-    """Print an error and its hint, to stderr."""
+def print_error(error: PacklightError, as_json: bool = False) -> None:
+    """Print an error and its hint, to stderr; with ``--json`` also as a document, to stdout."""
+    if as_json:
+        print_json_error(error)
     for label, shade, text in (("error", "red", error.message), ("hint", "cyan", error.hint)):
         if text:
             click.echo(
@@ -162,21 +173,48 @@ def print_error(error: PacklightError) -> None:
             )
 
 
+def print_json_error(error: PacklightError) -> None:
+    """Print the document that ``--json`` prints in place of a result: ``error`` and ``hint``."""
+    Console("json").result(
+        {"error": printable_line(error.message), "hint": printable_line(error.hint)}
+    )
+
+
 def color() -> bool | None:
     """False with ``NO_COLOR`` (https://no-color.org), else None: decided by the stream."""
     return False if os.environ.get("NO_COLOR") else None
 
 
-def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format columns padded to their widest cell, two spaces apart."""
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """Format columns padded to their widest cell, two spaces apart.
+
+    Columns that do not fit the width follow in a second table, which begins with the first column
+    again.
+    """
     cells = [[printable_line(cell, CELL) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    tables, used = [[0]], widths[0]
+    for column in range(1, len(headers)):
+        if used + 2 + widths[column] > width and len(tables[-1]) > 1:
+            tables.append([0])
+            used = widths[0]
+        tables[-1].append(column)
+        used += 2 + widths[column]
     lines = []
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip())
+    for columns in tables:
+        for row in cells:
+            rest = [row[column].rjust(widths[column]) for column in columns[1:]]
+            lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
     return "\n".join(lines)
+
+
+def short_bytes(count: float) -> str:
+    """Bytes with three digits, in the decimal unit: ``3.86 MB``, ``741 MB``."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit * 0.9995:
+            value = count / limit
+            return f"{value:.{max(0, 3 - len(str(int(value * 1.0005))))}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def format_bytes(count: float) -> str:

@@ -71,7 +71,7 @@ def bounded(threads: int = 0, memory: int | None = None) -> Iterator[None]:
     global _blocks
     with _settings_lock:
         _blocks += 1
-    default_threads()  # reads the control groups' files now, and not deep in the work
+    default_threads()  # reads the control groups' files once, before the work
     count = _threads.set(min(threads, available_cpus()))
     share = _share.set(0)
     limit = _memory.set(memory)
@@ -277,7 +277,7 @@ def set_variable(name: str, value: str | None) -> None:
 
 def one_openblas_thread() -> None:
     """Run NumPy's products on one thread, even where NumPy is already loaded."""
-    import numpy  # before the environment is changed, which would hold for good
+    import numpy  # before the environment is changed, which cannot be undone
 
     package = Path(numpy.__file__).parent
     for folder in (package.parent / "numpy.libs", package / ".dylibs"):  # of Linux and of macOS
@@ -341,7 +341,7 @@ def one_thread() -> Iterator[None]:
 
 # --- signals ----------------------------------------------------------------------------------
 #
-# Ctrl-C, SIGTERM and SIGHUP unwind a command, so that nothing half-written stays behind.
+# Ctrl-C, SIGTERM and SIGHUP unwind a command, so that no partial files remain.
 #
 # Python's default, an exception at the current instruction, fails in two cases. Libraries catch
 # exceptions of their imports and continue with half a module, and then torch crashes the process

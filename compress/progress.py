@@ -43,7 +43,7 @@ class Rate:
         self._clock = clock
         self._begun = self._units_begun = clock()
         self._samples: deque[tuple[float, int]] = deque()  # seconds, and units done by then
-        self._sampled = 0.0  # when a sample was added that is not only the newest
+        self._sampled = 0.0  # when the last permanent sample was added
         self.done = self.total = 0
 
     def update(self, done: int, total: int) -> None:

@@ -1,11 +1,11 @@
-"""A small runner of composite GitHub actions: enough to execute ours, strict about the rest.
+"""A small runner of composite GitHub actions: executes what action.yml uses, refuses the rest.
 
     Runner(folder, workspace, inputs, environment).run() -> Result
 
 ``run:`` steps are executed with ``bash --noprofile --norc -eo pipefail``, as GitHub does where a
 step says ``shell: bash``, with the files that ``GITHUB_OUTPUT``, ``GITHUB_PATH`` and
 ``GITHUB_STEP_SUMMARY`` name.
-``uses:`` steps are recorded with their resolved ``with``, and taken for successful. Expressions
+``uses:`` steps are recorded with their resolved ``with``, and count as successful. Expressions
 (``${{ … }}``) may have contexts, strings, ``==``, ``!=``, ``&&``, ``||``, ``!`` and the status
 functions; anything else is an error of the test.
 Reference: https://docs.github.com/actions/reference/workflows-and-actions/expressions
@@ -29,7 +29,7 @@ STATUS = {"always()", "success()", "failure()", "cancelled()"}
 
 @dataclass
 class Step:
-    """What became of a step: ``success``, ``failure`` or ``skipped``."""
+    """The result of a step: ``success``, ``failure`` or ``skipped``."""
 
     name: str
     outcome: str

@@ -1,7 +1,7 @@
 """Runs `packlight` command lines in forks of this process, which has loaded the libraries once.
 
-A command line that computes spends 2 to 4 CPU seconds on imports; a fork has them at once and is
-still a process of its own, with an exit code, stdout and stderr, that signals can end.
+A command line that computes spends 2 to 4 CPU seconds on imports; a fork has the imports already,
+and is a separate process with an exit code, stdout and stderr, that signals can end.
 
 Reads lines of JSON from stdin: ``{"arguments", "cwd", "env", "stdout", "stderr", "step"}``; the
 files are appended to, the step is a ``commands.Step`` or null. Answers each, once the command has
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def own_streams() -> tuple[TextIO, TextIO]:
-    """Stdin and stdout under other numbers; nothing that a library prints gets between."""
+    """Move stdin and stdout to other descriptors, so that a library's output cannot interfere."""
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     for place in (0, 1, 2):
@@ -69,10 +69,10 @@ def own_streams() -> tuple[TextIO, TextIO]:
 
 
 def serve(request: dict[str, Any], steps: mmap.mmap) -> None:
-    """Be the command: never returns. Its steps are counted in ``steps``."""
+    """Run the command in this process; never returns. Its steps are counted in ``steps``."""
     code: int | str | None = 3
     try:
-        os.setsid()  # a group of its own, as in a terminal: signals reach its children, too
+        os.setsid()  # a separate process group, as in a terminal: signals reach its children, too
         for place, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), place)
         os.chdir(request["cwd"])

@@ -1,4 +1,4 @@
-"""Running `packlight` as a person does: in a process of its own, from some other folder."""
+"""Runs `packlight` as a user does: in its own process, from another folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """Where in its work a command is sent a signal: see ``hooks/steps.py``.
+    """The step of a command at which it receives a signal: see ``hooks/steps.py``.
 
     Attributes:
-        pattern: looked for in each change of the file system and each start of a process.
+        pattern: searched in each change of the file system and each start of a process.
         count: the signal is sent before the count-th that matches; 0 for none.
         number: of the signal.
         to: ``group``, ``itself``, ``parent``.
@@ -37,13 +37,13 @@ class Step:
     to: str = "group"
 
     def variables(self) -> dict[str, str]:
-        """For a program that starts others: whichever of them comes to the step."""
+        """Environment for a program that starts others: the signal goes to the one at the step."""
         hooks = os.pathsep.join([str(ROOT / "tests" / "hooks"), paths()])
         return {"PYTHONPATH": hooks, "PACKLIGHT_TEST_STEP": json.dumps(asdict(self))}
 
 
 class Server:
-    """`command_server.py`: processes of the command line that need not load the libraries."""
+    """`command_server.py`: processes of the command line with the libraries already loaded."""
 
     def __init__(self, tree: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths(tree)}
@@ -129,8 +129,8 @@ def packlight(
 
 
 def until(condition: Callable[[], T]) -> T:
-    """What a condition gives once that is true: for what other processes and threads do. The limit
-    is for what never comes; no machine is so busy."""
+    """Wait until a condition of other processes or threads is true; returns its value. The limit is
+    far above the time on any loaded machine."""
     deadline = time.monotonic() + 600
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"

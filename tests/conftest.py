@@ -1,4 +1,4 @@
-"""What holds for every test: one thread per process, no network, no colour."""
+"""Settings of every test: one thread per process, no network, no colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ["NO_COLOR"] = "1"
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Statistics of calibration go where a person's own are not."""
+    """A separate cache, so that the user's cache is not used."""
     os.environ["PACKLIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Only this machine may be reached."""
+    """Allow connections to this machine only."""
     import psutil
 
     real = socket.socket.connect
@@ -50,7 +50,7 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="renew help.md and schemas")
 
 
-# What takes longest goes first: a long file that comes last leaves one of two workers idle.
+# The longest files first: a long file at the end leaves one of two workers idle.
 LONG = (
     "test_batch", "test_readme", "test_gptq", "test_batch_ray", "test_resume", "test_pruning",
     "test_process_state", "test_extension", "test_propagation", "test_descent",

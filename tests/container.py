@@ -1,4 +1,4 @@
-"""Reading the Dockerfile without docker: its instructions, and what its COPY lines bring."""
+"""Reads the Dockerfile without docker: its instructions, and the files of its COPY lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_sent(path: str) -> bool:
 
 
 def copy_sources(folder: Path) -> Path:
-    """Do what the COPY lines do, into ``folder``."""
+    """Copy the files of the COPY lines into ``folder``."""
     folder.mkdir()
     for word, rest in instructions():
         if word == "COPY":

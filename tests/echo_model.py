@@ -1,7 +1,7 @@
 """A small language model of numpy arrays that follows the Runtime protocol, and its probe.
 
-``logits[t] = table[token[t]] + 0.5 · Σ_{s<t} 0.7^(t-s) · past[token[s]]``: what comes next depends
-on the last token and on a fading memory of all before, so a KV cache has something to hold.
+``logits[t] = table[token[t]] + 0.5 · Σ_{s<t} 0.7^(t-s) · past[token[s]]``: the logits depend on the
+last token and, with falling weights, on all before it, so a KV cache is needed.
 Run as a script it is a child of ``compress.verify`` (see ``probe.py`` of the exporters).
 """
 

@@ -2,7 +2,7 @@
 
 made = exported("gguf", "llama", type="Q4_K_M")    made once, so nobody may change its files
 made.artifact.path, made.plan, made.config         what was written, of what
-reference(made).logits(tokens)                     our decoder with what the codes mean
+reference(made).logits(tokens)                     the reference decoder on decoded codes
 exported.write("onnx", folder, {"bits": 8})        into a new folder, each time
 """
 
@@ -22,6 +22,8 @@ import writing
 from numpy.typing import NDArray
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.scalars import ScalarsFolded
+from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
@@ -37,7 +39,7 @@ CONTEXT = 64  # of Core ML packages, which have room for no more
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """An artifact and what it was made of."""
+    """An artifact and its inputs."""
 
     checkpoint: Checkpoint
     config: DecoderConfig
@@ -78,7 +80,7 @@ class Exports:
         return self._checkpoints[key]
 
     def config(self, family: str, **make: Any) -> DecoderConfig:
-        """What such a checkpoint says of itself."""
+        """The config of such a checkpoint."""
         return config_of(Checkpoint.open(self.checkpoint(family, **make)))
 
     def __call__(
@@ -122,12 +124,15 @@ class Exports:
         if get_format(format).tokenizer_inside:
             keywords["tokenizer"] = opened.tokenizer_facts
         plan = change(writing.plan_for(format, config, settings, **keywords))
-        weights = Weights(Stored(opened, config), rtn, slab=slab)
+        source: Source = Stored(opened, config)
+        if plan.folded:
+            source = ScalarsFolded(source, plan.folded)
+        weights = Weights(source, rtn, slab=slab)
         artifact = writing.write(plan, weights, folder or self.new_folder(), written)
-        return Exported(opened, config, plan, weights, artifact)
+        return Exported(opened, weights.config, plan, weights, artifact)
 
     def new_folder(self) -> Path:
-        """An empty folder that lives as long as the session."""
+        """An empty folder, removed at the end of the session."""
         return Path(tempfile.mkdtemp(dir=self._root))
 
 
@@ -149,10 +154,10 @@ def half(values: NDArray[Any]) -> Float32:
 
 @cache
 def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
-    """Every weight of the plan as its codes mean it.
+    """Every weight of the plan, decoded from its codes.
 
     Args:
-        halves: what a grid decodes to is float16, as Core ML decompresses it.
+        halves: decoded values are rounded to float16, as Core ML decompresses them.
     """
     found = {}
     for entry in made.plan.entries:
@@ -177,7 +182,7 @@ def reference(made: Exported, *, halves: bool = False) -> Decoder:
     """
     config, found = made.config, dict(decoded(made, halves=halves))
     if halves:
-        config = replace(config, rope=HalfRope(**vars(config.rope)))
+        config = replace(config, ropes=tuple(HalfRope(**vars(rope)) for rope in config.ropes))
     if "lm_head.weight" in found:  # a tied head on a grid of its own
         config = replace(config, tie_word_embeddings=False)
     for name, values in list(found.items()):  # blocks that repeat the one before

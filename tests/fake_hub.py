@@ -1,7 +1,8 @@
-"""A Hub of our own on 127.0.0.1: what huggingface_hub calls to publish a folder.
+"""A local Hub on 127.0.0.1 with the endpoints that huggingface_hub calls to publish a folder.
 
 Endpoints as the clients call them (hf_api.py, _commit_api.py and lfs.py of 0.36, 1.33 and 2.4), Git
-LFS's batch API with basic transfers (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
+LFS's batch API with basic transfers
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Hub:
     """Repositories, large objects, and every request.
 
     Attributes:
-        refusals: "METHOD /path prefix" → status, answered in place of the real thing.
+        refusals: "METHOD /path prefix" → status of the response.
         requests: "METHOD /path" in their order.
     """
 
@@ -79,7 +80,7 @@ class Hub:
             if request.startswith(prefix):
                 return status, {"error": "told to"}
         path = parts.path.strip("/").split("/")
-        if path[0] == "lfs":  # signed links of a store, which know no token
+        if path[0] == "lfs":  # signed links of a store, which need no token
             return self.store(path, body)
         if headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}

@@ -1,4 +1,4 @@
-"""What a GGUF file means, by other people's code: gguf-py's decoders and tensor names, llama.cpp's
+"""Reads a GGUF file with other libraries: gguf-py's decoders and tensor names, llama.cpp's
 tokenizer.
 
 ``decoded_model`` puts the decoded tensors of a file into transformers' model of the checkpoint:

@@ -1,4 +1,4 @@
-"""The inputs of transformers' linears, by our names: the oracle of what calibration sees.
+"""The inputs of transformers' linears, by packlight's names: the oracle of calibration.
 
 Model(family, folder)              a tiny checkpoint as a source of weights, counting readings
 hooked(model, reference, windows)  inputs of the linears of transformers' model of it

@@ -1,8 +1,8 @@
-"""The path of one build: which of our functions run, in how many files, how deep.
+"""The path of one build: packlight's functions that run, their files, and the stack depth.
 
-``python tests/path.py FORMAT SOLVER`` prints them as JSON; ``test_path.py`` holds the figures. What
-runs while a module is imported does not count, nor do lambdas and comprehensions. A solver that
-looks at inputs has its statistics in the cache: a process before this one puts them there.
+``python tests/path.py FORMAT SOLVER`` prints them as JSON; ``test_path.py`` has the limits. Code
+that runs during imports does not count, nor do lambdas and comprehensions. Input statistics of a
+solver are in the cache, filled by an earlier process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{ROOT / package}/" for package in ("compress", "exporters", "packlight"))
-# What is left of a build without its report, checksums, lock and folder: plan and write.
+# A build without report, checksums, lock and folder: plan and write.
 PLAN_AND_WRITE = (
     "compress/decoder/", "compress/checkpoint/", "compress/grids/", "compress/plan/",
     "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",
@@ -28,7 +28,7 @@ INSIDE = tuple(f"{ROOT}/{place}" for place in PLAN_AND_WRITE)
 
 
 class Trace:
-    """What a profile function has seen."""
+    """Records of a profile function."""
 
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()

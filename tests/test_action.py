@@ -87,8 +87,8 @@ def test_a_good_build_is_installed_built_verified_and_uploaded(model, environmen
     (source / "action.yml").write_bytes((ROOT / "action.yml").read_bytes())
     packages = Path(yaml.__file__).parents[1]
     offline = environment | {
-        # The dependencies are those of this environment; packlight's own wheel is made and
-        # installed, with the constraints held against what is there.
+        # The dependencies are those of this environment; packlight's own wheel is built and
+        # installed, and the constraints are checked against the installed versions.
         "PYTHONPATH": str(packages),
         "PIP_NO_INDEX": "1",
         "PIP_NO_BUILD_ISOLATION": "0",  # pip reads "no isolation: 0" as "isolation: 0"

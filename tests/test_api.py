@@ -1,6 +1,6 @@
-"""``import packlight``: names, examples, silence, progress, errors; docs/api.md runs as it stands.
+"""``import packlight``: names, examples, no output, progress, errors; docs/api.md's code runs.
 
-What builds leave behind in a process, and that they give the same bytes in any: test_process_state.
+test_process_state tests the state of a process after builds, and the bytes of two builds in one.
 """
 
 from __future__ import annotations

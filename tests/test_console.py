@@ -1,4 +1,4 @@
-"""Sizes, tables and the separation of data and talk."""
+"""Sizes, tables and the separation of data and messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from compress.console import Console, format_bytes, format_table, parse_bytes, print_error
+from compress.console import (
+    Console,
+    format_bytes,
+    format_table,
+    parse_bytes,
+    print_error,
+    short_bytes,
+)
 from compress.errors import PacklightError
 
 
@@ -35,6 +42,28 @@ def test_what_is_no_size_is_refused(text):
 def test_both_units_are_printed():
     assert format_bytes(2_396_785_760) == "2.40 GB (2.23 GiB)"
     assert format_bytes(12) == "12 B"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (3_859_000, "3.86 MB"), (70_950_000, "71.0 MB"),
+        (740_481_234, "740 MB"), (9_996_000, "10.0 MB"), (999_600_000, "1.00 GB"),
+        (2_396_785_760, "2.40 GB"),
+    ],
+)  # fmt: skip
+def test_short_bytes_have_three_digits(count, text):
+    assert short_bytes(count) == text
+
+
+def test_a_table_that_is_too_wide_goes_on_below():
+    rows = [["a", "1" * 30, "2" * 30, "3" * 30], ["b", "4", "5", "6"]]
+    text = format_table(["job", "one", "two", "three"], rows)
+    assert [line.split() for line in text.splitlines()] == [
+        ["job", "one", "two"], ["a", "1" * 30, "2" * 30], ["b", "4", "5"],
+        ["job", "three"], ["a", "3" * 30], ["b", "6"],
+    ]  # fmt: skip
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_tables_align():

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be held to account without docker (it is not built here)."""
+"""The Dockerfile, as far as it can be tested without docker (it is not built here)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of places with passwords in them, and of names that hide something."""
+"""Messages with URLs that contain passwords, and with names that contain control characters."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_lock_that_is_held_is_not_waited_for(tmp_path: Path) -> None:
     with file_lock(lock):
         with pytest.raises(BlockingIOError), file_lock(lock, wait=False):
             pass
-        assert lock.exists()  # it is its holder's
+        assert lock.exists()  # it belongs to its owner
     with file_lock(lock, wait=False):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -83,7 +83,7 @@ def test_what_many_want_is_computed_once(tmp_path: Path) -> None:
 
     def compute() -> str:
         computed.append(1)
-        time.sleep(0.05)  # the others come meanwhile
+        time.sleep(0.05)  # the other threads arrive meanwhile
         write_whole(place, "found")
         return "found"
 

@@ -1,4 +1,4 @@
-"""Who imports whom (docs/rooms.md), and what `packlight --help` may load."""
+"""Imports between the rooms (docs/rooms.md), and the modules that `packlight --help` loads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 
-# Arrows that still point up, while the rooms are being put in order: none may be added.
+# Remaining imports from a higher floor: none may be added.
 DEBTS: set[tuple[str, str]] = {
     ("compress.calibration.step", "compress.pruning.sparse"),
     ("compress.calibration.step", "compress.pruning.zeros"),
@@ -166,7 +166,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("words", [["--help"], ["build", "--help"], ["recipes", "--help"]])
 def test_help_loads_little(words):
-    """What makes it answer at once, counted: a clock would measure the machine."""
+    """The number of modules, since a time would depend on the machine."""
     done = run(
         "import sys\n"
         "before = set(sys.modules)\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from trees import copy_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-SOURCES = (
-    "compress", "exporters", "packlight", "recipes", "pyproject.toml", "README.md", "LICENSE",
-)  # fmt: skip
 NO_INDEX = ("NewConnectionError", "Temporary failure in name", "Network is unreachable")
 
 
@@ -41,16 +38,10 @@ def test_the_page_has_the_ranges_that_are_declared():
 @pytest.mark.slow
 def test_a_fresh_environment_passes_the_demo(tmp_path: Path):
     source = tmp_path / "source"
-    source.mkdir()
-    for name in SOURCES:  # a copy: building leaves traces beside the sources
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source / name)
+    copy_sources(source)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     bin = tmp_path / "venv" / "bin"
-    # The newest torch of all would bring gigabytes of CUDA; everything else is as pip finds it.
+    # The newest torch would install gigabytes of CUDA; everything else is pip's choice.
     pinned = (ROOT / "constraints.txt").read_text("utf-8")
     torch = next(line for line in pinned.splitlines() if line.startswith("torch=="))
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

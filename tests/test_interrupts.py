@@ -1,4 +1,4 @@
-"""Ctrl-C at the worst moments: inside an import that swallows it, inside a finalizer, twice."""
+"""Ctrl-C inside an import that drops it, inside a finalizer, and twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(tmp_path: Path, body: str) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_import_is_finished_before_the_interruption(tmp_path, number):
-    # As transformers and coremltools do: whatever comes out of an optional import is dropped.
+    # As transformers and coremltools do: any exception of an optional import is dropped.
     slow = f"from __main__ import send\nimport time\nsend({number})\ntime.sleep(0.2)\nwhole = 1\n"
     (tmp_path / "slow.py").write_text(slow)
     body = """

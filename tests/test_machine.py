@@ -1,4 +1,4 @@
-"""What a process may use, from control groups as the kernel lays them out."""
+"""The CPUs and memory that a process may use, from control groups as the kernel presents them."""
 
 from __future__ import annotations
 

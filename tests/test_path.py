@@ -1,4 +1,4 @@
-"""How much of the house one build runs through: a ratchet, lowered when the path gets shorter.
+"""Limits on the functions, files and frames of one build, lowered when the path gets shorter.
 
 ``python tests/path.py gguf rtn`` has the functions by name, and the deepest stack.
 """

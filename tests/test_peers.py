@@ -1,4 +1,4 @@
-"""Other people's quantizers in the accuracy benchmark (`benchmarks/peers.py`) are theirs."""
+"""The accuracy benchmark's quantizers (`benchmarks/peers.py`) give the codes of their tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates and the time left, on a clock that the test turns; the file for other programs."""
+"""Rates and the time left, on a simulated clock; the progress file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_steady_work_has_one_rate():
         rate.update(done, 1000)
     assert rate.per_second == pytest.approx(2)
     assert rate.seconds_left == pytest.approx(450)
-    clock.now += 4  # nothing came, but time goes by
+    clock.now += 4  # no event, but time passes
     assert rate.seconds_left == pytest.approx(446)
     clock.now += 1000
     assert rate.seconds_left == 0

@@ -1,4 +1,4 @@
-"""The README tells the truth: each of its commands is run, and its figures are measured again."""
+"""The README is correct: each of its commands is run, and its figures are measured again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command that the README tells a reader to type."""
+    """Every command in the README."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     lines += [
         line[2:] for block in blocks("console") for line in block.splitlines() if line[0] == "$"
@@ -47,7 +47,7 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """What `git clone` brings: the committed tree, or this tree where there is no git."""
+    """The files of `git clone`: the committed tree, or this tree without git."""
     folder = tmp_path_factory.mktemp("stranger")
     target = folder / "packlight"
     if (ROOT / ".git").exists():

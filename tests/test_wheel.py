@@ -1,19 +1,17 @@
-"""The wheel holds everything: the demo runs from it, away from the checkout."""
+"""The wheel is complete: the demo runs from it, outside the checkout."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from trees import PACKAGES, warm
+from trees import PACKAGES, copy_sources, warm
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +19,7 @@ def installed(tmp_path_factory) -> Path:
     """The wheel's content, unpacked as pip would."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:  # a copy: building leaves traces beside the sources
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source / name)
+    copy_sources(source)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     done = subprocess.run([*build, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_families import ROWS
 from tiny_tokenizers import LLAMA_IDS, MAJOR, TEXT, save_tokenizer
 
 __all__ = ["CONFIGS", "FAMILIES", "TEXT", "YARN", "make", "reference"]
@@ -33,7 +34,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 0.02,  # so large that a graph with another one is caught
+    "rms_norm_eps": 0.02,  # so large that a graph with another epsilon fails
     "tie_word_embeddings": False,
 }
 # 32 rotating pairs for phi3-longrope, 24 (three quarters of the head) for phi4-mini.
@@ -117,7 +118,8 @@ def make(
     layer_sharing: bool = False,
     **config: Any,
 ) -> Path:
-    """Write a checkpoint of ``family`` into ``folder`` and return the folder.
+    """Write a checkpoint of ``family``, of ``CONFIGS`` or ``tiny_families.ROWS``, into ``folder``
+    and return the folder.
 
     Args:
         dtype: ``bfloat16``, ``float16`` or ``float32``, on disk.
@@ -132,7 +134,7 @@ def make(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keys = CONFIGS[family] | config
+    keys = (CONFIGS[family] if family in CONFIGS else ROWS[family].config) | config
     ids: dict[str, Any] = {}
     if tokenizer:
         ids = save_tokenizer(family, folder)
@@ -140,7 +142,7 @@ def make(
     keys |= ids | config
     settings = AutoConfig.for_model(keys.pop("model_type"), **keys)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    _fill(model, seed)
+    _fill(model, seed, 1.0 if family in CONFIGS else 0.7)
     model.to(getattr(torch, dtype))
     if stops:
         model.generation_config.eos_token_id = stops
@@ -199,8 +201,12 @@ def reference(folder: str | Path) -> Any:
     return model
 
 
-def _fill(model: Any, seed: int) -> None:
-    """Gaussian weights with uneven columns, each tensor from its own seeded stream."""
+def _fill(model: Any, seed: int, loud: float = 1.0) -> None:
+    """Gaussian weights with uneven columns, each tensor from its own seeded stream.
+
+    Args:
+        loud: factor of the linears inside blocks.
+    """
     import torch
 
     tied = model.config.tie_word_embeddings
@@ -211,17 +217,20 @@ def _fill(model: Any, seed: int) -> None:
         if name.endswith("bias"):
             values *= 0.1
         elif parameter.ndim == 1:  # norms
-            values = 1.0 + 0.1 * values
-        elif "embed" in name:
+            values = (0.0 if model.config.model_type in OFFSET else 1.0) + 0.1 * values
+        elif "embed" in name and "out" not in name:
             values *= 2.0 / math.sqrt(parameter.shape[1]) if tied else 0.5
         else:
             columns = random.lognormal(0.0, 0.25, parameter.shape[1])
             gain = 2.0 if any(part in name for part in WIDE) else 1.4
+            gain *= 1.0 if "head" in name or "embed_out" in name else loud
             values *= columns * gain / math.sqrt(parameter.shape[1])
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
+# Families whose norms multiply by their weight plus one.
+OFFSET = ("gemma", "gemma2", "gemma3_text", "nemotron")
 # The linears that write into the residual, and the head.
 WIDE = ("o_proj", "dense", "down_proj", "fc2", "lm_head")
 

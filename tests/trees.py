@@ -1,6 +1,7 @@
-"""Copies of this tree that need not be compiled again.
+"""Copies of this tree, and of its compiled code.
 
-warm(tree)    give a copy the bytecode and the machine code of the files that it has from here
+copy_sources(folder)    what building the wheel needs
+warm(tree)              bytecode and machine code for the unchanged files of a copy
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("compress", "exporters", "packlight", "recipes")
 
 
-def warm(tree: Path) -> None:
-    """Python and numba take what is in ``__pycache__`` where a source's size and time are those
-    that are noted in it, so an unchanged file of the copy gets the time of its original.
+def copy_sources(folder: Path) -> None:
+    """Copy the packages and pyproject.toml with its files: building writes beside the sources."""
+    folder.mkdir()
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
 
-    A cold start is what the first run of a fresh checkout is.
+
+def warm(tree: Path) -> None:
+    """Copy ``__pycache__`` of this tree, and the times of unchanged sources, to a copy of it.
+
+    Python and numba use a cache file only if it records the size and time of its source.
     """
     for package in PACKAGES:
         for source in (ROOT / package).rglob("*.py"):
@@ -28,7 +38,7 @@ def warm(tree: Path) -> None:
         for cache in (ROOT / package).rglob("__pycache__"):
             place = tree / cache.relative_to(ROOT)
             if place.parent.exists():
-                # Another worker may be compiling: files come by renaming, some are gone at once.
+                # Another worker may be compiling: files are renamed or removed meanwhile.
                 for file in cache.iterdir():
                     if file.suffix in (".pyc", ".nbi", ".nbc"):
                         place.mkdir(exist_ok=True)

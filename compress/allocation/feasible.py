@@ -56,7 +56,7 @@ def fits(pair: tuple[Target, Limit]) -> bool:
 
 def most_bytes(target: Target, limit: Limit) -> int:
     """Most bytes of a target's file: its limit, or its largest file."""
-    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more: no need to plan it
+    if limit.nbytes <= target.plan.weights_bytes:  # the largest has more bytes
         return limit.nbytes
     return min(limit.nbytes, target.largest_bytes)
 

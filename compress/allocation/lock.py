@@ -68,7 +68,7 @@ def locked_choices(
     grids = {tensor.name: tensor.grid for tensor in target.tensors}
     free = {e.name: e.grid for e in plan.entries if exporter.candidates(e, plan.settings)}
     missing = sorted(set(free) - set(grids))
-    # A tied head may be a separate tensor or not; every other tensor must be in it.
+    # A tied head may or may not be a separate tensor; every other tensor must be in the plan.
     if missing and missing != ["lm_head.weight"]:
         raise UsageError(f"the plan says nothing of {missing[0]}", hint="it is another model's")
     found = {name: grids[name] for name in free if name in grids}

@@ -30,7 +30,7 @@ from compress.decoder.config import DecoderConfig, Float32, WeightMap, split_nam
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.decoder.decoder import RopeTable
+    from compress.decoder.decoder import RopeTables
 
 __all__ = ["Sensitivity", "measure"]
 
@@ -148,7 +148,7 @@ class _Measurement:
         count = max(1, tokens // len(windows[0]))
         self.windows = [list(window[:tokens]) for window in windows[:count]]
         self.decoder = Decoder(self.config, source.read)
-        self.rope: RopeTable = self.decoder.rope(len(self.windows[0]))
+        self.rope: RopeTables = self.decoder.rope(len(self.windows[0]))
         self.names = WeightMap(self.config)
         self.errors: dict[str, float] = {}
         self.shares: dict[tuple[str, ...], dict[str, float]] = {}

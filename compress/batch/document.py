@@ -152,7 +152,7 @@ def print_plan(planned: Sequence[Planned], console: Console, memory: int, cpus: 
         )  # fmt: skip
     known = [one.prediction for one in planned if one.prediction]
     console.result({"memory_bytes": memory, "cpus": cpus, "jobs": jobs})
-    console.table(["job", "artifacts", "memory", "threads", "time"], rows)
+    console.table(["job", "size", "memory", "threads", "time"], rows)
     for one in planned:
         if one.error:
             console.warning(f"{one.name}: {with_hint(one.error, one.hint)}")

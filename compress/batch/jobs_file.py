@@ -1,4 +1,4 @@
-"""A jobs file as typed data; ``batch/schema.json`` is generated from here (``make docs``)."""
+"""A jobs file as pydantic models; ``batch/schema.json`` is generated from here (``make docs``)."""
 
 from __future__ import annotations
 
@@ -32,36 +32,48 @@ Formats = Annotated[
 
 
 class Options(Section):
-    """Options of `packlight build`, in its words."""
+    """Options of `packlight build`, under the same names."""
 
     model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"))
 
     set: dict[str, Any] | None = Field(
         default=None,
-        description="Keys of the recipe with their values, such as quantize.solver: gptq.",
+        description="Recipe keys and their values, such as quantize.solver: gptq.",
     )
     adapter: list[str] | None = Field(
-        default=None, description="LoRA adapters, merged into the model: PATH or PATH=WEIGHT."
+        default=None, description="LoRA adapters to merge into the model: PATH or PATH=WEIGHT."
     )
-    calibration: list[str] | None = Field(default=None, description="Text or JSONL files.")
+    calibration: list[str] | None = Field(
+        default=None, description="Text or JSONL files for calibration."
+    )
     eval_text: str | None = Field(default=None, description="UTF-8 text to score on.")
-    imatrix: str | None = Field(default=None, description="A file with the importance of inputs.")
-    budget: str | None = Field(default=None, description="Bytes of each target's file.")
-    budget_memory: str | None = Field(default=None, description="Memory of each target.")
-    device: str | None = Field(default=None, description="The memory budget of a device.")
-    prune: str | None = Field(default=None, description="METHOD:AMOUNT.")
-    plan: str | None = Field(default=None, description="Grids as in this plan.json.")
+    imatrix: str | None = Field(
+        default=None, description="Imatrix file with the importance of inputs."
+    )
+    budget: str | None = Field(
+        default=None, description="Maximum size of each target's file, e.g. 1.8GiB."
+    )
+    budget_memory: str | None = Field(
+        default=None, description="Maximum memory of each target while running."
+    )
+    device: str | None = Field(
+        default=None, description="Device whose memory limit is the budget, e.g. iphone-14."
+    )
+    prune: str | None = Field(default=None, description="METHOD:AMOUNT, e.g. ffn:25%.")
+    plan: str | None = Field(default=None, description="plan.json whose grids are used.")
     allow_dense: bool | None = Field(
-        default=None, description="Sparsity also in formats that store zeros."
+        default=None, description="Allow sparsity in formats that store zeros like other weights."
     )
     context: int | None = Field(default=None, ge=32, description="Positions of the KV cache.")
     seed: int | None = Field(
-        default=None, ge=0, description="Of the choice of calibration passages."
+        default=None, ge=0, description="Seed of the choice of calibration passages."
     )
-    verify: bool | None = Field(default=None, description="false: write only.")
+    verify: bool | None = Field(
+        default=None, description="false: write artifacts without running them."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of a job.")
     memory: Annotated[str, AfterValidator(a_size)] | None = Field(
-        default=None, description="What a job takes, where the prediction is known to be wrong."
+        default=None, description="Peak memory of a job, to replace a wrong prediction."
     )
 
     def given(self) -> Iterator[tuple[str, Any]]:
@@ -70,41 +82,40 @@ class Options(Section):
 
 
 class ModelEntry(Section):
-    """A model with recipes, formats or options of its own."""
+    """A model with its own recipes, formats or options."""
 
     model: Text = Field(description="A folder, a Hub id or a pattern.")
     name: Name | None = Field(
         default=None,
-        description="Its folder in the output tree; default: the last part of the model.",
+        description="Folder name in the output tree; default: the last part of `model`.",
     )
     revision: str = Field(default="", description="Branch, tag or commit of a Hub model.")
     recipes: Recipes | None = Field(
-        default=None, description="Of this model; default: those of all."
+        default=None, description="Recipes of this model; default: the file's `recipes`."
     )
     formats: Formats | None = Field(
-        default=None, description="Of this model; default: those of all."
+        default=None, description="Formats of this model; default: the file's `formats`."
     )
     options: Options = Field(default_factory=Options)
 
 
 class Override(Section):
-    """What some jobs do differently."""
+    """Settings of the jobs that match a pattern."""
 
-    jobs: Text = Field(description="A pattern of names: MODEL/RECIPE, such as phi*/phone-4bit.")
-    skip: bool | None = Field(default=None, description="Leave these jobs out.")
+    jobs: Text = Field(description="Pattern of job names MODEL/RECIPE, such as phi*/phone-4bit.")
+    skip: bool | None = Field(default=None, description="true: do not run these jobs.")
     formats: Formats | None = None
     options: Options = Field(default_factory=Options)
 
 
 class JobsFile(Section):
-    """What to build: every model with every recipe, in every format. Paths are relative to the
-    file."""
+    """Models, recipes and formats to build in all combinations. Paths are relative to the file."""
 
     version: Literal[1] = Field(alias="schema", description="Version of this schema.")
     output: Text | None = Field(
         default=None,
-        description="The output tree, DIR/MODEL/RECIPE for every job; default: the file's name "
-        "without .yaml, beside it.",
+        description="Folder of the output tree, DIR/MODEL/RECIPE for each job; default: the file's "
+        "path without .yaml.",
     )
     models: list[
         Annotated[
@@ -116,7 +127,7 @@ class JobsFile(Section):
     )
     recipes: Recipes = Field(default=["phone-4bit"], description="Shipped recipes or YAML files.")
     formats: Formats | None = Field(
-        default=None, description="Targets; default: those of each recipe."
+        default=None, description="Formats to build; default: the targets of each recipe."
     )
     budgets: (
         Annotated[
@@ -128,17 +139,17 @@ class JobsFile(Section):
         | None
     ) = Field(
         default=None,
-        description="A job for each, such as 1.8GiB: a curve of size and quality for every model "
-        "and recipe.",
+        description="Budgets, such as 1.8GiB, with one job for each: a curve of size and quality "
+        "for every model and recipe.",
     )
     split: bool = Field(
         default=False,
-        description="A job for each format, instead of one that reads each shard once for all of "
-        "them.",
+        description="true: one job per format, instead of one job that reads each shard once for "
+        "all formats.",
     )
-    options: Options = Field(default_factory=Options, description="Of every job.")
+    options: Options = Field(default_factory=Options, description="Options of every job.")
     overrides: list[Override] = Field(
-        default=[], description="What some jobs do differently; later ones over earlier ones."
+        default=[], description="Settings of some jobs; later entries take precedence."
     )
 
 

@@ -97,7 +97,7 @@ def run_and_copy(work: Work, url: str) -> Outcome:
         if option in arguments:
             start = arguments.index(option)
             del arguments[start : start + 2]
-    shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not copied before the end
+    shutil.rmtree(place / "out", ignore_errors=True)  # finished, but not yet copied
     here = replace(work, arguments=tuple(arguments), log=place / "log")
     outcome = run_work(here)
     if stamp(place / "out"):

@@ -134,7 +134,7 @@ def run(todo: Sequence[Planned], state: State, engine: Engine, board: Board) -> 
             one = jobs[outcome.name]
             board.settle(one, state.end(one.name, one.fingerprint, outcome), fresh=True)
             models[one.job.model_name] -= 1
-            if not models[one.job.model_name]:  # its baseline, gigabytes, is not needed again
+            if not models[one.job.model_name]:  # its baseline takes gigabytes
                 shutil.rmtree(state.baselines(one.job.model_name), ignore_errors=True)
 
 

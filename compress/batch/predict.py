@@ -66,9 +66,9 @@ def predict(job: Job, *, verify: bool, threads: int) -> Prediction:
         verify: whether its artifacts are verified.
         threads: from ``share_threads``.
     """
-    # With this value as --max-memory a build holds no more.
+    # Peak memory of a build with this value as --max-memory.
     memory = smallest_memory(job, verify=verify)
-    if verify:  # its own memory then, and the process that runs an artifact
+    if verify:  # its own memory, and that of the process that runs an artifact
         formats = [get_format(plan.format) for plan in job.plans]
         libraries = PYTHON + TORCH + max(row.process.library_bytes for row in formats)
         memory = max(memory, libraries + max(runtime_memory(job, plan) for plan in job.plans))

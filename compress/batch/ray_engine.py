@@ -108,7 +108,7 @@ def finished_before(work: Work) -> Outcome | None:
         return None
     output = Path(work.arguments[work.arguments.index("-o") + 1])
     await_lock(output)
-    # With --overwrite the output may be from before the batch: it does not count.
+    # With --overwrite an existing output may be older than the batch, so it is not counted.
     if "--overwrite" in work.arguments or not (output / SUMS).is_file():
         return None
     failed = json_or_empty(output / "report.json").get("verdict") == "failed"

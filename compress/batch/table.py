@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["Board", "summary"]
+__all__ = ["Board"]
 
 WORDS = {
     "passed": ("passed", "green"),
@@ -32,6 +32,7 @@ WORDS = {
     "killed": ("killed", "red"),
     "interrupted": ("interrupted", "yellow"),
 }
+LIVE = ("job", "result", "time", "size", "KL up to", "phase")
 SHOWN = 12  # ended jobs, and waiting ones, that a table names
 TAIL = 4096  # bytes at the end of a progress file that are searched for its last line
 
@@ -146,8 +147,9 @@ class Board:
         record = self.records[name]
         if record.error:
             return record.error
-        took = f"{clock_time(record.seconds)}  " if record.seconds else ""
-        return took + summary(self._state.report(name))
+        took = clock_time(record.seconds) if record.seconds else ""
+        size, divergence = figures(self._state.report(name))
+        return "  ".join(filter(None, [took, size, divergence and f"KL up to {divergence}"]))
 
     def table(self) -> RenderableType:
         """The current table; ``rich`` calls it several times a second."""
@@ -156,19 +158,25 @@ class Board:
         from rich.text import Text
 
         rows = Table(box=None, pad_edge=False, header_style="dim")
-        for header in ("job", "", "phase or result"):
+        for header in LIVE:
             rows.add_column(header, overflow="fold")
-        for name in list(self.records)[-SHOWN:]:
-            word, shade = WORDS[self.records[name].status]
-            rows.add_row(name, Text(word, shade), Text(self.result(name)))
+        ended = list(self.records)[-SHOWN:]
+        for name in ended:
+            record = self.records[name]
+            word, shade = WORDS[record.status]
+            took = clock_time(record.seconds) if record.seconds else ""
+            size, divergence = figures(self._state.report(name))
+            rows.add_row(name, Text(word, shade), took, size, divergence)
         for name, begun in list(self._started.items()):
             phase = describe_phase(last_line(self._state.file(name, "progress")))
             took = clock_time(time.monotonic() - begun)
-            rows.add_row(name, Text("running", "cyan"), Text(f"{took}  {phase}"))
+            rows.add_row(name, Text("running", "cyan"), took, "", "", Text(phase))
         waiting = [n for n in self._planned if n not in self.records and n not in self._started]
         for name in waiting[:SHOWN]:
-            rows.add_row(name, Text("queued", "dim"), "")
-        return Group(rows, self.counts(len(waiting)))
+            rows.add_row(name, Text("queued", "dim"))
+        errors = [f"{name}: {self.records[name].error}" for name in ended
+                  if self.records[name].error]  # fmt: skip
+        return Group(rows, *(Text(error, "red") for error in errors), self.counts(len(waiting)))
 
     def counts(self, waiting: int) -> Text:
         """The line of counts below the table."""
@@ -203,10 +211,12 @@ def describe_phase(line: Mapping[str, Any]) -> str:
     return "  ".join(words)
 
 
-def summary(report: Report | None) -> str:
-    """A short text on a finished job: its formats, their sizes, the worst divergence."""
+def figures(report: Report | None) -> tuple[str, str]:
+    """Bytes of all artifacts of a finished job, and their worst divergence; empty where there is
+    none.
+    """
     artifacts = report.artifacts if report else []
-    sizes = ", ".join(f"{found.format} {short_size(found.bytes)}" for found in artifacts)
     divergences = [found.kl_divergence.mean for found in artifacts if found.kl_divergence]
     known = [value for value in divergences if value is not None]
-    return sizes + (f"  KL up to {max(known):.4f}" if known else "")
+    size = short_size(sum(found.bytes for found in artifacts)) if artifacts else ""
+    return size, f"{max(known):.4f}" if known else ""

@@ -376,7 +376,7 @@ def resolved_recipe(settings: BuildSettings) -> Recipe:
         RecipeError: see ``compress.recipe.load``.
     """
     overrides = list(settings.overrides)
-    if settings.prune:  # first, so that --set prune.heal adds to it
+    if settings.prune:  # before --set, so that --set prune.heal adds to it
         overrides.insert(0, f"prune={json.dumps(prune_option(settings.prune))}")
     if settings.calibration:
         overrides.append(f"calibration.texts={json.dumps(list(map(str, settings.calibration)))}")

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compress.checkpoint.sources import Source
 from compress.console import Console, format_bytes
@@ -107,6 +109,20 @@ def put_tensors(writers: Sequence[Writer], written: Written) -> None:
                 weights.statistics.forget()  # a block's are not needed after it
 
 
+def fold_scalars(source: Source, plan: Plan, statistics: Any) -> tuple[Source, Any]:
+    """The source and the statistics of its inputs, with the scalars of ``Plan.folded`` folded."""
+    from compress.checkpoint.scalars import ScalarsFolded
+
+    scale = source.config.logit_scale
+    if statistics is not None and "logits" in plan.folded:
+        from compress.solvers.folding import fold_statistics
+
+        width = source.config.hidden_size
+        wider = {"lm_head": np.full(width, 1 / scale, np.float32)}
+        statistics = fold_statistics(source.config, statistics, wider)
+    return ScalarsFolded(source, plan.folded), statistics
+
+
 def target_weights(
     plan: Plan,
     job: Job,
@@ -138,6 +154,8 @@ def target_weights(
     if calibration and (changes or not propagates):
         statistics = calibration.gather(source, plan)
     notes = []
+    if plan.folded:
+        source, statistics = fold_scalars(source, plan, statistics)
     for change in changes:
         windows = calibration.windows if calibration else list
         made = change.apply(plan, source, statistics, windows, console)

@@ -280,7 +280,7 @@ def collect(
         final = full if hessian else light
         shutil.rmtree(final, ignore_errors=True)  # damaged
         collect_anew(source, calibration, final, hessian, keep, progress)
-        if hessian:  # these serve both cases: delete those without
+        if hessian:  # an entry with Hessians also serves without: delete the entry without them
             shutil.rmtree(light, ignore_errors=True)
         return Statistics.open(config, final, hessian=hessian)
 
@@ -312,7 +312,7 @@ def collect_anew(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
-        check_unchanged(source.checkpoint.opened)  # or the cache entry would be of other weights
+        check_unchanged(source.checkpoint.opened)  # or the entry would be of other weights
         folder.rename(final)
 
 

@@ -118,7 +118,7 @@ def windows_of(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Iter
     pending: list[int] = []
     for passage in passages:
         ids = tokenizer.encode(passage)
-        if head and ids[:1] == head:  # a chat template adds its own
+        if head and ids[:1] == head:  # a chat template adds its own special tokens
             ids = ids[1:]
         pending += ids
         while len(pending) >= body:

@@ -343,7 +343,7 @@ def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callabl
 
     norm = as_tensor(read("norm.weight"))
     bias = as_tensor(read("norm.bias")) if config.has_bias("norm") else None
-    return lambda hidden: normalize(config, hidden, norm, bias)
+    return lambda hidden: normalize(config, hidden, norm, bias, config.norm_eps)
 
 
 def states_limit() -> int:

@@ -19,13 +19,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
+from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
 from compress.checkpoint.remote import fetch
 from compress.checkpoint.safetensors import (
     BYTES,
@@ -34,9 +35,9 @@ from compress.checkpoint.safetensors import (
     read_range,
     scan_safetensors,
 )
-from compress.checkpoint.strangers import explain_folder, other_file, read_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
+from compress.decoder.families import find_family
 from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
@@ -96,14 +97,18 @@ class Checkpoint:
         self.warnings: list[str] = []
         check_folder(path)
         before = stamps(path.iterdir())
-        config = path / "config.json"  # where it is missing, the error names what is there
+        config = path / "config.json"  # where it is missing, the error lists the files found
         self.config: dict[str, Any] = read_json(config) if config.exists() else read_config(path)
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
         self._pickle: tuple[Path, Mapping[str, Any]] | None = None
-        self.tensors: dict[str, TensorInfo] = self._scan()
+        try:
+            self.tensors: dict[str, TensorInfo] = self._scan()
+        except CheckpointError:
+            find_family(self.config)  # an unknown architecture explains other dtypes and names
+            raise
         self.opened = {file: before.get(file) for file in self.files()}
 
     @classmethod
@@ -132,10 +137,12 @@ class Checkpoint:
         if adapters:
             from compress.checkpoint.merged import merge
 
-            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            local = os.path.exists(os.path.expanduser(str(model)))
+            hub = {} if local else {"token": token, "cache_dir": cache_dir}  # else: the adapters'
+            base = cls.open(model, revision=revision, **hub)
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
-        if not name:  # an unset variable of a script is not the current folder
+        if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
             raise UsageError("the model's name is empty")
         # os.path's, not Path's: it does not change "~nobody/x", where Path raises.
         folder = Path(os.path.expanduser(name))
@@ -149,7 +156,12 @@ class Checkpoint:
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
-            return cls(folder)
+            found = cls(folder)
+            if idle := [
+                f"--{k}" for k, given in (("token", token), ("cache-dir", cache_dir)) if given
+            ]:
+                found.warn(f"{' and '.join(idle)} of the Hub: not used, {name} is a local folder")
+            return found
         if folder.is_file():
             raise other_file(folder)
         if name.startswith(("file://", "local://")):
@@ -197,9 +209,11 @@ class Checkpoint:
             raise CheckpointError(f"{index.name} has no weight_map")
         shards = sorted(set(map(str, weight_map.values())))
         for shard in shards:
-            # A plain name only: no folder, no "..", nothing absolute.
-            if Path(shard).name != shard or shard in ("", ".", ".."):
+            path = PurePosixPath(shard)
+            if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
+            for above in list(path.parents)[:-1]:  # folders of the checkpoint, not itself
+                check_folder(self.path / above, within=self.path)
             if not (self.path / shard).is_file():
                 raise CheckpointError(
                     f"{short(shard)} is missing, {index.name} names it", hint="finish the download"
@@ -366,11 +380,17 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                pieces.append(self.checkpoint.read(part.source, window))
+                if part.transposed:
+                    pieces.append(self.checkpoint.read(part.source)[:, window].T)
+                else:
+                    pieces.append(self.checkpoint.read(part.source, window))
             offset += length
         if not pieces:
             return np.empty((0, *shape[1:]), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self.config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):
+            values = values + np.float32(self.config.norm_offset)
+        return values
 
     def fingerprint(self) -> str:
         """See ``Source.fingerprint``."""

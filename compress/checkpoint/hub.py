@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from logging import ERROR
 from pathlib import Path
 
-from compress.checkpoint.strangers import explain_folder, read_config
+from compress.checkpoint.not_a_checkpoint import explain_folder, read_config
 from compress.decoder.config_json import json_or_empty
 from compress.decoder.families import find_family
 from compress.errors import (
@@ -110,7 +110,7 @@ def download_adapter(
 
     no_warnings()
     try:
-        for count in range(1, len(names) + 1):  # the config first: others are not worth the rest
+        for count in range(1, len(names) + 1):  # config.json first: it may be refused
             folder = snapshot_download(
                 repo_id,
                 revision=revision,

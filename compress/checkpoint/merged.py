@@ -139,7 +139,7 @@ class Merged(Checkpoint):
                     raise adapter.error("DoRA is not supported", MERGE)
                 if (kind in EMBEDDING) == (weight == self._embedding) and kind in PAIR:
                     if self._shared and weight == self._head and adapter.ties:
-                        continue  # a copy of the embedding's pair, which makes the term
+                        continue  # a copy of the embedding's pair, from which the term is computed
                     pairs.setdefault(module, {})[PAIR[kind]] = info
                     continue
                 raise adapter.error(f"{short(name)} is of a kind that is not supported", MERGE)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress.checkpoint.hub import SMALL_FILES, WEIGHTS, weight_files
-from compress.checkpoint.strangers import read_config
+from compress.checkpoint.not_a_checkpoint import read_config
 from compress.decoder.families import find_family
 from compress.errors import (
     CheckpointError,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint.strangers import not_a_weight
+from compress.checkpoint.not_a_checkpoint import not_a_weight
 from compress.decoder.config_json import short
 from compress.decoder.names import BUFFERS
 from compress.errors import CheckpointError

@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.safetensors import BYTES, write_safetensors
 from compress.checkpoint.side_files import copy_tokenizer, hf_config, write_side_files
 from compress.checkpoint.sources import Source
-from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.decoder.config import FUSED, DecoderConfig, Float32, WeightMap, split_name
 from compress.decoder.config_json import write_json
 from compress.decoder.families import FAMILIES
 
@@ -57,7 +59,7 @@ def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: li
     if count == 1:
         files = ["model.safetensors"]
     for file, headers in zip(files, shards, strict=True):
-        values = (source.read(names[tensor]) for tensor in headers)
+        values = (stored(source, names[tensor]) for tensor in headers)
         write_safetensors(folder / file, headers, values)
     if count > 1:
         where = {
@@ -66,6 +68,12 @@ def write_shards(folder: Path, config: DecoderConfig, source: Source, shards: li
         total = sum(map(shard_bytes, shards))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def stored(source: Source, name: str) -> Float32:
+    """A weight as the family's checkpoints have it."""
+    values, offset = source.read(name), source.config.norm_offset
+    return values - np.float32(offset) if offset and name.endswith("norm.weight") else values
 
 
 def disk_tensors(config: DecoderConfig) -> Iterator[tuple[str, str]]:

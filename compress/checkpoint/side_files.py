@@ -17,13 +17,13 @@ from typing import Any
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import json_or_empty, write_json
-from compress.decoder.tokenizer_facts import PARSED, SPECIAL
+from compress.decoder.tokenizer_facts import SPECIAL
 
-# Keys that only make sense beside the checkpoint, or that name remote code.
+# Keys that are valid only in the checkpoint's folder, or that name remote code.
 FOREIGN = ("_name_or_path", "auto_map", "share_embedding", "layer_sharing", "transformers_version")
 
 # Settings of tokenizer_config.json from which some classes rebuild the tokenizer of
-# tokenizer.json, and those that only make sense beside the checkpoint.
+# tokenizer.json, and those that are valid only in the checkpoint's folder.
 REBUILDING = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "auto_map", "backend", "extra_special_tokens", "from_slow",
@@ -48,16 +48,13 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         CheckpointError: no tokenizer, or one that cannot be written as ``tokenizer.json``.
     """
     tokenizer = checkpoint.tokenizer_facts
-    (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(tokenizer.text)
     stated = json_or_empty(checkpoint.path / "tokenizer_config.json")
     settings = {key: value for key, value in stated.items() if key not in (*REBUILDING, *SPECIAL)}
     settings |= {**tokenizer.special, "additional_special_tokens": tokenizer.others}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    splitting = tokenizer.document["pre_tokenizer"] or {}
-    for name in PARSED:
-        vars(tokenizer).pop(name, None)
-    if "add_prefix_space" in splitting:  # transformers 4 sets it to false by default
-        settings["add_prefix_space"] = splitting["add_prefix_space"]
+    if "add_prefix_space" in tokenizer.pre_tokenizer:  # false by default in transformers 4
+        settings["add_prefix_space"] = tokenizer.pre_tokenizer["add_prefix_space"]
     templates = tokenizer.chat_templates
     settings["chat_template"] = templates.get("default")
     if templates.keys() - {"default"}:

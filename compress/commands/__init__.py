@@ -1,4 +1,4 @@
-"""The commands of the command line, one module per group; ``compress/cli.py`` puts them together.
+"""The commands of the command line, one module per group; ``compress/cli.py`` registers them.
 
-Heavy imports live inside the commands: ``packlight --help`` loads click and nothing more.
+Heavy imports are inside the commands: ``packlight --help`` imports only click.
 """

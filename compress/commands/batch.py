@@ -16,33 +16,33 @@ from compress.commands.options import (
 )
 
 
-@click.command(short_help="Build many models with many recipes, each job in its own process.")
+@click.command(short_help="Build many models with many recipes, one process per job.")
 @click.argument("file", metavar="JOBS.yaml", type=click.Path(path_type=Path))
 @click.option("-o", "--output", default="", metavar="DIR",
-              help="The output tree, a folder or a URL; default: as the file says.")  # fmt: skip
+              help="Output tree, a folder or a URL; default: from JOBS.yaml.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="PATTERN",
-              help="These jobs: MODEL, MODEL/RECIPE or a pattern; may be repeated.")  # fmt: skip
+              help="Jobs to run: MODEL, MODEL/RECIPE or a pattern; may be repeated.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True,
-              help="Also the jobs that were killed or could not run before.")  # fmt: skip
+              help="Also run jobs that failed or were killed before.")  # fmt: skip
 @click.option("--keep-going/--fail-fast", default=True, show_default=True,
-              help="After a failure: go on, or start no more jobs.")  # fmt: skip
-@memory_option("Bound what all jobs hold together, by prediction, e.g. 3GB; default: what is free.")
+              help="After a failure: continue, or start no more jobs.")  # fmt: skip
+@memory_option("Limit of the predicted memory of all jobs, e.g. 3GB; default: free memory.")
 @click.option("--jobs", type=click.IntRange(0), default=0, metavar="N",
-              help="Jobs at once, at most; default: as many as fit.")  # fmt: skip
+              help="Maximum number of concurrent jobs; default: as many as fit.")  # fmt: skip
 @click.option("--engine", type=click.Choice(("local", "ray")), default="local",
               show_default=True,
-              help="Where jobs run: this machine, or the nodes of a Ray cluster.")  # fmt: skip
+              help="Run jobs on this machine, or on the nodes of a Ray cluster.")  # fmt: skip
 @click.option("--address", default="", metavar="HOST:PORT",
-              help="The Ray cluster; default: RAY_ADDRESS, or one started here.")  # fmt: skip
+              help="The Ray cluster; default: RAY_ADDRESS, or a new local one.")  # fmt: skip
 @click.option("--dry-run", is_flag=True,
-              help="Print every job with its predicted bytes, memory and time.")  # fmt: skip
+              help="Print each job with its predicted bytes, memory and time.")  # fmt: skip
 @ci_options
 @output_options
 def batch(file: Path, **options: Any) -> int:
     """Build every model of JOBS.yaml with every recipe, in every format.
 
-    Each job runs in a process of its own, as many at once as the machine's memory and CPUs allow.
-    Jobs that were finished before are left out, half-done ones are continued.
+    Each job runs in its own process; memory and CPUs limit the number of concurrent jobs.
+    Finished jobs are skipped, interrupted jobs are resumed.
     """
     console = make_console(options)
     from compress.batch.pipeline import BatchSettings

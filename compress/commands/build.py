@@ -1,4 +1,4 @@
-"""``packlight build``, and ``packlight demo``: the same on the bundled checkpoint."""
+"""``packlight build``, and ``packlight demo``, a build of the bundled checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from compress.commands.options import (
     adapter_option,
@@ -37,59 +38,61 @@ if TYPE_CHECKING:
 @recipe_option
 @format_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
-              help="Folder to make; default ./MODEL-RECIPE.")  # fmt: skip
+              help="Output folder; default: ./MODEL-RECIPE.")  # fmt: skip
 @set_option
 @click.option("--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Text or JSONL for solvers that look at inputs; may be repeated; default: the "
-                   "recipe's.")  # fmt: skip
+              help="Calibration text or JSONL, for solvers that use input statistics; may be "
+                   "repeated; default: from the recipe.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N",
-              help="Of the choice of calibration passages.")  # fmt: skip
+              help="Seed of the choice of calibration passages.")  # fmt: skip
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
-              help=f"Importance from an imatrix file ({imatrix_titles()}) instead of "
-                   "texts.")  # fmt: skip
+              help=f"Read importance from an imatrix file ({imatrix_titles()}) instead of "
+                   "computing it from texts.")  # fmt: skip
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write the importance to an imatrix file, too.")  # fmt: skip
+              help="Also write the importance to an imatrix file.")  # fmt: skip
 @click.option("--prune", default="", metavar="METHOD:AMOUNT",
-              help="Before quantizing: depth:3 drops three blocks, ffn:10% a tenth of every MLP, "
-                   "ffn:2048 narrows it to 2048, heads:25% drops key-value heads.")  # fmt: skip
+              help="Prune before quantizing: depth:3 removes three blocks, ffn:10% a tenth of the "
+                   "channels of every MLP, ffn:2048 all but 2048 of them, heads:25% a quarter of "
+                   "the key-value heads.")  # fmt: skip
 @click.option("--save-checkpoint", type=click.Path(path_type=Path), metavar="DIR",
-              help="Write the pruned model as a Hugging Face checkpoint, too.")  # fmt: skip
+              help="Also write the pruned model as a Hugging Face checkpoint.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
-              help="Sparsity also in formats that store zeros like other weights.")  # fmt: skip
+              help="Allow sparsity in formats that store zeros like other weights.")  # fmt: skip
 @eval_option
 @gate_option
 @click.option("--budget", default="", metavar="SIZE",
-              help="Bytes of each target's file, e.g. 1.8GiB or 1.8GB: every tensor gets the grid "
-                   "that serves the model best within them.")  # fmt: skip
+              help="Maximum size of each target's file, e.g. 1.8GiB or 1.8GB; the grid of each "
+                   "tensor is chosen to minimize the model's error within it.")  # fmt: skip
 @click.option("--budget-memory", default="", metavar="SIZE",
-              help="The same for memory: file, KV cache at --context, activations.")  # fmt: skip
+              help="Maximum memory: file, KV cache at --context, activations.")  # fmt: skip
 @click.option("--device", default="", metavar="NAME", shell_complete=device_names,
-              help="The memory budget that one app has on a device, e.g. iphone-14.")  # fmt: skip
+              help="Budget: the memory limit of one app on a device, e.g. iphone-14.")  # fmt: skip
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE",
-              help="Grids as in an earlier build's plan.json; nothing is measured.")  # fmt: skip
+              help="Use the grids of this plan.json of an earlier build.")  # fmt: skip
 @click.option("--locked", is_flag=True,
-              help="Refuse unless versions, checkpoint and recipe are those of the plan: --plan, "
-                   "or the output's own plan.json.")  # fmt: skip
+              help="Fail unless versions, checkpoint and recipe match the plan: --plan, or "
+                   "plan.json in the output folder; with the recipe.yaml beside it, unless -r "
+                   "names another.")  # fmt: skip
 @click.option("--provenance", is_flag=True,
-              help="Hash every file of the checkpoint, however large, for provenance.json and "
+              help="Hash all files of the checkpoint, also large ones, for provenance.json and "
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
-              help="Positions of the KV cache that memory is given for.")  # fmt: skip
+              help="Positions of the KV cache for memory figures and budgets.")  # fmt: skip
 @regression_options
 @threads_option
 @max_memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its bytes; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that packlight made.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that packlight made.")
 @click.option("--resume", is_flag=True,
-              help="Continue what this build left when it was cut off; keep it if that happens "
-                   "again.")  # fmt: skip
-@click.option("--no-verify", is_flag=True, help="Write only; no runtime is started.")
+              help="Resume this build after an interruption, and keep its files if it is "
+                   "interrupted again.")  # fmt: skip
+@click.option("--no-verify", is_flag=True, help="Write artifacts without running them.")
 @click.option("--keep-baseline", type=click.Path(path_type=Path), metavar="DIR",
-              help="Keep the float model's answers there, for other builds of the same "
-                   "model.")  # fmt: skip
+              help="Cache the float model's log-probabilities in this folder, for other builds "
+                   "of the same model.")  # fmt: skip
 @run_options
 def build(model: str, output: Path | None, **options: Any) -> int:
-    """Make verified artifacts from MODEL, a local folder, a Hub id or a URL.
+    """Build verified artifacts from MODEL, a local folder, a Hub id or a URL.
 
     \b
     packlight build ./my-checkpoint -o out
@@ -102,8 +105,11 @@ def build(model: str, output: Path | None, **options: Any) -> int:
     from compress.report.words import finish
 
     plan = options["plan"]
-    if options["locked"] and plan is None:
-        plan = plan_of(output)
+    if options["locked"]:
+        plan = plan or plan_of(output)
+        named = click.get_current_context().get_parameter_source("recipe")
+        if named is ParameterSource.DEFAULT and (plan.parent / "recipe.yaml").is_file():
+            options["recipe"] = str(plan.parent / "recipe.yaml")
     settings = settings_of(
         BuildSettings, options, model=model, output=output, plan=plan,
         verify=not options["no_verify"],
@@ -116,7 +122,7 @@ def build(model: str, output: Path | None, **options: Any) -> int:
 
 
 def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> None:
-    """Print the plan with its bytes, the choices for a budget, and what would be verified."""
+    """Print the plan with its bytes, the choices for a budget, and the planned verification."""
     from compress.plan.document import print_plan
     from compress.verify.scorer import describe_verification
 
@@ -132,10 +138,10 @@ def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> 
 
 @click.command(short_help="Build and verify all three formats from the bundled checkpoint.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("packlight-demo"),
-              show_default=True, metavar="DIR", help="Folder to make.")  # fmt: skip
+              show_default=True, metavar="DIR", help="Output folder.")  # fmt: skip
 @format_option
 @threads_option
-@click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder of an earlier demo.")
 @output_options
 def demo(output: Path, **options: Any) -> int:
     """Build and verify all three formats from the small bundled checkpoint."""

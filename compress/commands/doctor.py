@@ -1,4 +1,4 @@
-"""``packlight doctor``: checks that everything a build needs is installed, in valid versions."""
+"""``packlight doctor``: checks the installed packages, runtimes, memory and disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.machine import available_cpus, available_memory
 @click.command()
 @output_options
 def doctor(**options: Any) -> int:
-    """Check versions, runtimes, CPUs, memory and disk. Exit code 2 when something is missing."""
+    """Check versions, runtimes, CPUs, memory and disk. Exit code 2 if a check fails."""
     console = make_console(options)
     runtimes = [check for row in FORMATS.values() for check in row.checks()]
     checks = [python(), *packages(), *runtimes, machine(), disk(), hub()]
@@ -80,7 +80,7 @@ def disk() -> Check:
 
 
 def hub() -> Check:
-    """Show the Hub settings that would be used; makes no request."""
+    """Show the Hub settings; makes no request."""
     from huggingface_hub import constants
 
     mode = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT

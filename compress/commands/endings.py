@@ -1,4 +1,4 @@
-"""Error messages of the command line for exceptions that packlight does not raise itself."""
+"""Error messages of the command line for exceptions of Python and of libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from compress.errors import DiskFullError, PacklightError, first_line, is_disk_full
 from compress.files import full_disk
 
-# Messages of libraries where the system refuses memory or threads.
+# Parts of library messages for refused memory or threads.
 NO_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc",
     "failed to map segment", "can't start new thread",
@@ -17,7 +17,7 @@ NO_MEMORY = (
 
 
 def in_words(error: Exception) -> PacklightError:
-    """The error line for an unexpected exception, or a resource that the system refused."""
+    """The error line for an unexpected exception or a resource that the system refused."""
     said = first_line(error)
     code = error.errno if isinstance(error, OSError) else None
     no_memory = isinstance(error, MemoryError) or code == errno.ENOMEM

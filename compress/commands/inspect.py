@@ -20,12 +20,12 @@ from compress.commands.options import (
 )
 
 
-@click.command(short_help="Show what a checkpoint or an artifact holds; no weight is read.")
+@click.command(short_help="Show the contents of a checkpoint or an artifact; reads no weights.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
 @hub_options
 @output_options
 def inspect(target: str, **options: Any) -> int:
-    """Show what a checkpoint or an artifact holds, without reading its weights."""
+    """Show the contents of a checkpoint or an artifact, without reading its weights."""
     from compress.commands.inspection import print_all
     from compress.plan.facts import describe
 
@@ -34,24 +34,24 @@ def inspect(target: str, **options: Any) -> int:
     return 0
 
 
-@click.command(short_help="Will it fit on a phone, and how fast can it be: arithmetic.")
+@click.command(short_help="Estimate memory and maximum speed on phones; runs nothing.")
 @click.argument("target", metavar="MODEL|ARTIFACT")
 @adapter_option
 @click.option("--device", metavar="NAME", shell_complete=device_names,
-              help="One device, e.g. iphone-14; default: the whole table.")  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Any other limit, e.g. 3GiB.")
+              help="Show one device, e.g. iphone-14; default: all devices.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Memory limit instead of a device's, e.g. 3GiB.")
 @click.option("--context", type=click.IntRange(1), metavar="N",
-              help="Positions in the KV cache; default 2048 or the model's limit.")  # fmt: skip
+              help="Positions in the KV cache; default: 2048 or the model's limit.")  # fmt: skip
 @recipe_option
 @set_option
 @format_option
 @hub_options
 @output_options
 def fit(target: str, device: str | None, memory: str | None, **options: Any) -> int:
-    """Will it fit on a phone, and how fast can it be: arithmetic, nothing is run.
+    """Estimate memory and maximum speed on phones; runs nothing.
 
-    Counts weights, KV cache and an allowance for activations; the speed is the bound that memory
-    bandwidth sets. Exit code 1 when nothing fits.
+    Memory is the sum of weights, KV cache and an allowance for activations; the speed is the
+    upper bound given by memory bandwidth. Exit code 1 if nothing fits.
     """
     from compress.commands.inspection import print_fit
     from compress.plan.fit import fit_rows

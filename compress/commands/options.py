@@ -1,4 +1,4 @@
-"""Options that several commands share, and their conversion to settings."""
+"""Options shared by several commands, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ S = TypeVar("S", bound="DataclassInstance")
 def output_options(command: F) -> F:
     """Decorator: ``--json``, ``-q``, ``-v``, for commands that print results."""
     for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+        click.option("-v", "--verbose", is_flag=True, help="Print details on stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Print paths only."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     ):
@@ -49,8 +49,8 @@ def ci_options(command: F) -> F:
 def hub_options(command: F) -> F:
     """Decorator: options of Hub downloads, in addition to the ``HF_*`` variables."""
     for option in (
-        click.option("--cache-dir", metavar="DIR", help="Hub cache; default HF_HUB_CACHE."),
-        click.option("--token", help="Hub token; default HF_TOKEN or the stored login."),
+        click.option("--cache-dir", metavar="DIR", help="Hub cache; default: HF_HUB_CACHE."),
+        click.option("--token", help="Hub token; default: HF_TOKEN or the stored login."),
         click.option("--revision", help="Branch, tag or commit of a Hub model."),
     ):
         command = option(command)
@@ -124,7 +124,7 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
 
 
 def run_options(command: F) -> F:
-    """Decorator: options of progress and messages, for commands that run artifacts."""
+    """Decorator: options of output, Hub, CI files and progress, for commands that run artifacts."""
     for add in (output_options, hub_options, ci_options, progress_option):
         command = add(command)
     return command
@@ -149,42 +149,42 @@ recipe_option = click.option(
 )  # fmt: skip
 adapter_option = click.option(
     "--adapter", "adapters", multiple=True, metavar="LORA[=WEIGHT]",
-    help="A LoRA adapter of PEFT, a folder or a Hub id, merged into MODEL as it is read; may be "
-         "repeated, each with a weight: my-lora=0.5.",
+    help="A PEFT LoRA adapter to merge into MODEL, a folder or a Hub id, with an optional weight: "
+         "my-lora=0.5; may be repeated.",
 )  # fmt: skip
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-    help="Override a key of the recipe, e.g. quantize.solver=gptq.",
+    help="Override a key of the recipe, e.g. quantize.solver=gptq; may be repeated.",
 )  # fmt: skip
 format_option = click.option(
     "-f", "--format", "formats", multiple=True, type=click.Choice(list(FORMATS)),
-    help="Only this target; may be repeated.",
+    help="Build only this format; may be repeated.",
 )  # fmt: skip
 gate_option = click.option(
     "--gate", "gates", multiple=True, metavar="KEY=VALUE",
-    help='A limit, e.g. kl_divergence="<=0.06"; may be repeated.',
+    help='Limit of a metric, e.g. kl_divergence="<=0.06"; may be repeated.',
 )  # fmt: skip
 threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, metavar="N",
-    help="CPU threads; default: what the process may use.",
+    help="Number of CPU threads; default: all CPUs that the process may use.",
 )  # fmt: skip
 against_option = click.option(
     "--against", type=click.Path(path_type=Path), metavar="REPORT",
-    help="An earlier report.json: a gate on what got worse since.",
+    help="An earlier report.json to compare with; regressions fail the gate.",
 )  # fmt: skip
 regression_option = click.option(
     "--max-regression", multiple=True, metavar="METRIC=AMOUNT,…",
-    help="With --against, how much worse at most: a share (kl=5%) or an amount (bytes=10MB); "
-         "default kl=5%,bytes=1%.",
+    help="With --against, the largest allowed regression: a share (kl=5%) or an amount "
+         "(bytes=10MB); default: kl=5%,bytes=1%.",
 )  # fmt: skip
 eval_option = click.option(
     "--eval-text", type=click.Path(path_type=Path), metavar="FILE",
-    help="UTF-8 text to score on; default: a built-in held-out text.",
+    help="UTF-8 text to score; default: a built-in held-out text.",
 )  # fmt: skip
 progress_option = click.option(
     "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
-    help="Append how far the work is, as JSON lines for another program.",
+    help="Append progress as JSON lines, for other programs.",
 )  # fmt: skip
 max_memory_option = memory_option(
-    "Bound what this process holds, e.g. 2GiB; default: the cgroup's limit, or what is free."
+    "Memory limit of this process, e.g. 2GiB; default: the cgroup's limit or free memory."
 )

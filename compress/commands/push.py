@@ -13,23 +13,25 @@ from compress.commands.options import make_console, output_options
 @click.command(short_help="Upload a build's folder with its card to the Hugging Face Hub.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="USER/NAME")
-@click.option("--private", is_flag=True, help="Make a repository that is not there yet private.")
+@click.option("--private", is_flag=True, help="Make the repository private if it is created.")
 @click.option("--revision", default="", metavar="BRANCH",
-              help="Branch to commit to, made if it is not there; default main.")  # fmt: skip
+              help="Branch to commit to, created if missing; default: main.")  # fmt: skip
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--card", type=click.Path(path_type=Path), metavar="FILE",
-              help="Model card to upload in place of DIR's README.md.")  # fmt: skip
-@click.option("-m", "--message", default="", metavar="TEXT", help="Of the commit.")
+              help="Model card to upload instead of README.md in DIR.")  # fmt: skip
+@click.option("-m", "--message", default="", metavar="TEXT", help="Commit message.")
 @click.option("--allow-failed", is_flag=True,
-              help="Although a gate failed, or nothing was verified.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Check everything that needs no network; no upload.")
+              help="Upload even if a gate failed or nothing was verified.")  # fmt: skip
+@click.option(
+    "--dry-run", is_flag=True, help="Run all checks that need no network; upload nothing."
+)
 @output_options
 def push(folder: Path, repo_id: str, **options: Any) -> int:
     """Upload a build's folder with its card to the Hugging Face Hub, in one commit.
 
-    Only files that SHA256SUMS lists, if they are as it says, and only if all gates passed. The
-    token is HF_TOKEN's or that of `hf auth login`. Files that DIR does not have stay in the
-    repository.
+    Uploads the files listed in SHA256SUMS, after checking their sums, and only if all gates
+    passed. The token is read from HF_TOKEN or the login of `hf auth login`. Files in the
+    repository that are not in DIR are left unchanged.
     """
     from compress.output import publish
 

@@ -1,4 +1,4 @@
-"""``packlight recipes``: list, show, check, and the schema."""
+"""``packlight recipes``: list, show and check recipes, and print their JSON schema."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def recipes(context: click.Context) -> None:
 @recipes.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def recipes_list(as_json: bool = False) -> None:
-    """The recipes that ship with packlight."""
+    """List the recipes that are included in packlight."""
     from compress.recipe import describe_all
 
     rows = describe_all()
@@ -34,7 +34,7 @@ def recipes_list(as_json: bool = False) -> None:
 @recipes.command("show")
 @click.argument("name", shell_complete=recipe_names)
 def recipes_show(name: str) -> None:
-    """Print a recipe, ready to be saved and changed."""
+    """Print the YAML text of a recipe, e.g. to save and edit."""
     from compress.recipe import read
 
     click.echo(read(name), nl=False)
@@ -43,7 +43,7 @@ def recipes_show(name: str) -> None:
 @recipes.command("check")
 @click.argument("file")
 def recipes_check(file: str) -> None:
-    """Validate a recipe file; exit code 2 when it is not valid."""
+    """Validate a recipe file; exit code 2 if it is not valid."""
     from compress.recipe import load
     from compress.verify.gates import parse
 

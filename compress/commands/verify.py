@@ -20,7 +20,7 @@ from compress.commands.options import (
 )
 from compress.errors import UsageError
 
-# Options that need a verdict: refused with --checksums alone, which has none.
+# Options that need a verification: refused with --checksums alone.
 JUDGING = {
     "adapters": "--adapter", "gates": "--gate", "against": "--against",
     "max_regression": "--max-regression", "tasks": "--task", "junit": "--junit",
@@ -34,16 +34,16 @@ JUDGING = {
 @adapter_option
 @eval_option
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Multiple-choice questions, one JSON object a line with question, choices and "
+              help="Multiple-choice questions, one JSON object per line with question, choices and "
                    "answer (an index from 0); may be repeated.")  # fmt: skip
 @gate_option
 @regression_options
 @click.option("--checksums", is_flag=True,
-              help="Hold every file of the folder ARTIFACT against its SHA256SUMS; without "
-                   "--baseline nothing else is done.")  # fmt: skip
+              help="Compare all files of the folder ARTIFACT with its SHA256SUMS; without "
+                   "--baseline, do nothing else.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(2), metavar="N",
-              help="Windows of text to score; default: 16, from a billion parameters on 8, from "
-                   "three billion on 4.")  # fmt: skip
+              help="Number of windows of text to score; default: 16; 8 from one billion parameters "
+                   "on, 4 from three billion on.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               metavar="N",
               help="Tokens in a window.")  # fmt: skip

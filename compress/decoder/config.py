@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decoder.config_json import short, token_ids
-from compress.decoder.families import FAMILIES, find_family
+from compress.decoder.families import FAMILIES, describe, find_family
+from compress.decoder.grammar import AttentionKind
 from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
 from compress.errors import CheckpointError, UnsupportedModelError
@@ -23,7 +24,7 @@ from compress.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     from compress.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["FUSED", "DecoderConfig", "Part", "Rope", "WeightMap", "split_name"]
+__all__ = ["FUSED", "AttentionKind", "DecoderConfig", "Part", "Rope", "WeightMap", "split_name"]
 
 Float32 = NDArray[np.float32]
 
@@ -41,14 +42,32 @@ class DecoderConfig:
         family: row of ``FAMILIES``.
         model_type: for the ``config.json`` beside an artifact (MobileLLM → ``llama``).
         architecture: class name for the same.
-        norm: ``rmsnorm`` or ``layernorm`` (with bias).
-        activation: ``silu`` or ``gelu_new`` (the tanh approximation).
+        norms: roles of a block's norms of the residual stream and of branch outputs, in order of
+            execution: ``input_layernorm`` (before attention), ``attention_post_norm`` (of its
+            output), ``post_attention_layernorm`` (before the MLP), ``mlp_post_norm``.
+        norm: ``rmsnorm`` or ``layernorm``.
+        norm_bias: whether norms have a bias.
+        norm_offset: on disk a norm's weight lacks this much (gemma: 1); added when it is read.
+        norm_eps: of the norms of the residual stream.
+        branch_eps: of q and k norms and of norms of branch outputs.
+        activation: ``silu``, ``gelu``, ``gelu_new`` (the tanh approximation) or ``relu2``.
         gated_mlp: ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
-        parallel_residual: attention and MLP share one norm and are added together (phi).
+        parallel_residual: attention and MLP read the same stream and are added together: with one
+            norm (phi), or one for each where ``norms`` has ``post_attention_layernorm`` (neox).
         qkv_bias, o_bias, mlp_bias, lm_head_bias: which linears have a bias.
-        qk_norm: RMSNorm per head on q and k before rope (qwen3).
-        sliding_window: attention sees this many last positions, or None where there is no window
-            or it is never reached within ``max_context``.
+        qk_norm: RMSNorm of q and k: ``head`` (each head, qwen3), ``projection`` (all heads
+            together, olmo2), ``unit`` (each head, without a weight, llama4) or ``""``.
+        qk_norm_after_rope: it follows the rotation (hunyuan).
+        ropes: rotary embeddings; the first is the one that metadata names.
+        rope_pairs: rotation of neighbours (2i, 2i+1), else of halves (i, i + rotary_dim / 2).
+        kinds, layers: kinds of attention, and the kind of each block.
+        sliding_window: the smallest window of any kind, or None.
+        learned_positions: rows of ``embed_positions``, added to the embedding (gpt2); 0 for none.
+        score_cap, logit_cap: ``cap * tanh(x / cap)`` of attention scores and logits; 0 for none.
+        embed_scale, residual_scale, logit_scale: factors of the embedding, of a branch before it
+            is added, of the logits.
+        attention_scale: factor of the scores; None for ``head_dim ** -0.5``.
+        scalars: names of the scalars that llama does not have (``compress.checkpoint.scalars``).
         max_context: positions up to which artifacts are exported and verified (``longrope``:
             the original context; else ``max_position_embeddings``).
         block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
@@ -65,8 +84,8 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    norm: str
     norm_eps: float
+    branch_eps: float
     activation: str
     gated_mlp: bool
     parallel_residual: bool
@@ -74,9 +93,10 @@ class DecoderConfig:
     o_bias: bool
     mlp_bias: bool
     lm_head_bias: bool
-    qk_norm: bool
     tie_word_embeddings: bool
-    rope: Rope
+    ropes: tuple[Rope, ...]
+    kinds: tuple[AttentionKind, ...]
+    layers: tuple[int, ...]
     sliding_window: int | None
     max_position_embeddings: int
     max_context: int
@@ -84,6 +104,21 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     block_repeat: int = 1
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm: str = "rmsnorm"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    qk_norm: str = ""
+    qk_norm_after_rope: bool = False
+    rope_pairs: bool = False
+    learned_positions: int = 0
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    scalars: frozenset[str] = frozenset()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -102,7 +137,7 @@ class DecoderConfig:
         except ValueError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
         try:
-            fields = FAMILIES[family].describe(keys, generation or {})
+            fields = describe(FAMILIES[family], keys, generation or {})
             config = cls(family=family, **fields)
             if config.num_attention_heads % config.num_key_value_heads:
                 raise ValueError(
@@ -112,7 +147,7 @@ class DecoderConfig:
         except (KeyError, ValueError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"config.json: {what}") from error
-        expected = "silu" if config.gated_mlp else "gelu_new"
+        expected = FAMILIES[family].activation
         if config.activation != expected:
             raise UnsupportedModelError(
                 f"hidden_act {short(config.activation)} is not supported for {family}, "
@@ -129,8 +164,8 @@ class DecoderConfig:
     @property
     def norm_roles(self) -> tuple[str, ...]:
         """Roles of a block's norms."""
-        second = () if self.parallel_residual else ("post_attention_layernorm",)
-        return ("input_layernorm", *second, *(("q_norm", "k_norm") if self.qk_norm else ()))
+        own = self.qk_norm in ("head", "projection")
+        return (*self.norms, *(("q_norm", "k_norm") if own else ()))
 
     def has_bias(self, role: str) -> bool:
         """Whether the weight of ``role`` (fused or not) has a bias."""
@@ -142,7 +177,7 @@ class DecoderConfig:
             return self.mlp_bias
         if role == "lm_head":
             return self.lm_head_bias
-        return role.endswith("norm") and self.norm == "layernorm"
+        return self.norm_bias and (role == "norm" or role in self.norms)
 
     def weight_shape(self, role: str) -> tuple[int, ...]:
         """``[rows, columns]`` of a linear or embedding, ``[n]`` of a norm."""
@@ -150,6 +185,7 @@ class DecoderConfig:
         hidden, ffn, head = self.hidden_size, self.intermediate_size, self.head_dim
         return {
             "embed_tokens": (self.vocab_size, hidden),
+            "embed_positions": (self.learned_positions, hidden),
             "lm_head": (self.vocab_size, hidden),
             "q_proj": (heads * head, hidden),
             "k_proj": (kv * head, hidden),
@@ -160,11 +196,10 @@ class DecoderConfig:
             "up_proj": (ffn, hidden),
             "gate_up_proj": (2 * ffn, hidden),
             "down_proj": (hidden, ffn),
-            "q_norm": (head,),
-            "k_norm": (head,),
+            "q_norm": (heads * head if self.qk_norm == "projection" else head,),
+            "k_norm": (kv * head if self.qk_norm == "projection" else head,),
             "norm": (hidden,),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
+            **dict.fromkeys(self.norms, (hidden,)),
         }[role]
 
     @property
@@ -183,11 +218,12 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start:stop`` of the tensor ``source`` on disk."""
+    """Rows ``start:stop`` of the tensor ``source`` on disk, or columns where it is transposed."""
 
     source: str
     start: int
     stop: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,8 +256,12 @@ class WeightMap:
         linears = dict.fromkeys(whole.get(role, role) for role in c.linear_roles)
         roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *linears)]
         yield "embed_tokens.weight"
+        if c.learned_positions:
+            yield "embed_positions.weight"
         for block in range(0, c.num_hidden_layers, 1 if repeats else c.block_repeat):
             for role, biased in roles:
+                if role in ("q_norm", "k_norm") and not c.kinds[c.layers[block]].normed:
+                    continue
                 yield f"blocks.{block}.{role}.weight"
                 if biased:
                     yield f"blocks.{block}.{role}.bias"
@@ -246,12 +286,16 @@ class WeightMap:
         block, role, kind = split_name(name)
         if role == "lm_head" and kind == "weight" and self.config.tie_word_embeddings:
             role = "embed_tokens"
-        rows, disk = self.config.weight_shape(role)[0], FAMILIES[self.config.family].names
+        family = FAMILIES[self.config.family]
+        rows, disk = self.config.weight_shape(role)[0], family.names
         stored, first, pieces = 0 if block is None else block // self.config.block_repeat, 0, [role]
-        if role not in disk:
-            whole = [f for f, members in FUSED.items() if role in members and f in disk]
+        if role not in disk or role in family.by_group:
+            whole = [f for f, members in FUSED.items() if role in (f, *members) and f in disk]
             if whole:
                 pieces, members = whole, FUSED[whole[0]]
+                if whole[0] in family.by_group:
+                    source = f"{disk[whole[0]].format(i=stored)}.{kind}"
+                    return tuple(self._by_group(role, source))
                 before = members[: members.index(role)]
                 first = sum(self.config.weight_shape(member)[0] for member in before)
             elif role in FUSED:
@@ -263,8 +307,21 @@ class WeightMap:
             if len(pieces) > 1:
                 rows = self.config.weight_shape(piece)[0]
             source = f"{disk[piece].format(i=stored)}.{kind}"
-            parts.append(Part(source, first, first + rows))
+            transposed = kind == "weight" and piece in family.transposed
+            parts.append(Part(source, first, first + rows, transposed))
         return tuple(parts)
+
+    def _by_group(self, role: str, source: str) -> Iterator[Part]:
+        """Parts of a tensor with the rows of each key-value head together: its query heads, its
+        key, its value (gpt_neox: a group of one; falcon)."""
+        c = self.config
+        group = c.num_attention_heads // c.num_key_value_heads
+        sizes = {"q_proj": group * c.head_dim, "k_proj": c.head_dim, "v_proj": c.head_dim}
+        for member in FUSED.get(role, (role,)):
+            before = {"q_proj": 0, "k_proj": group * c.head_dim, "v_proj": (group + 1) * c.head_dim}
+            for head in range(c.num_key_value_heads):
+                start = head * (group + 2) * c.head_dim + before[member]
+                yield Part(source, start, start + sizes[member])
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold, with its shape."""
@@ -272,8 +329,9 @@ class WeightMap:
         for name in self.names():
             columns = self.shape(name)[1:]
             for part in self.parts(name):
-                rows = max(part.stop, tensors.get(part.source, (0,))[0])
-                tensors[part.source] = (rows, *columns)
+                known = tensors.get(part.source, (0, 0))[-1 if part.transposed else 0]
+                rows = max(part.stop, known)
+                tensors[part.source] = (*columns, rows) if part.transposed else (rows, *columns)
         return tensors
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -285,7 +343,7 @@ class WeightMap:
         expected = self.expected()
         found = {name for name in checkpoint.tensors if not BUFFERS.search(name)}
         if len(found) < len(checkpoint.tensors):
-            compare_tables(self.config.rope, checkpoint, checkpoint.tensors.keys() - found)
+            compare_tables(self.config.ropes[0], checkpoint, checkpoint.tensors.keys() - found)
         missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
         if missing or unexpected:
             known = explain_names(expected, unexpected, self.config.family)
@@ -330,7 +388,7 @@ def stored_block(config: DecoderConfig, block: int) -> int:
 def input_roles(config: DecoderConfig) -> dict[str, str]:
     """Role of a linear, fused or not → role that names its input."""
     mlp = "gate_proj" if config.gated_mlp else "up_proj"
-    if config.parallel_residual:
+    if config.parallel_residual and "post_attention_layernorm" not in config.norms:
         mlp = "q_proj"
     attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
     mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)

@@ -89,12 +89,12 @@ def numbers(config: Config, key: str) -> tuple[float, ...]:
     return tuple(number({key: item}, key) for item in value)
 
 
-def flag(config: Config, key: str) -> bool:
-    """true or false; false where the key is missing or null."""
+def flag(config: Config, key: str, default: bool = False) -> bool:
+    """true or false; ``default`` where the key is missing or null."""
     value = config.get(key)
     if value is not None and value not in (True, False):
         raise ValueError(f"{key} is {short(value)}, not true or false")
-    return bool(value)
+    return default if value is None else bool(value)
 
 
 def token_ids(config: Config, key: str, *, most: int = LARGEST) -> tuple[int, ...]:

@@ -6,7 +6,12 @@ and dropped after it, so peak memory is one block or the head, not the model.
 
     tokens ─ embed ─┬─────────────┬─ + ─┬────────── + ─ ... ─ norm ─ lm_head ─ logits
                     └ norm ─ attn ┘     └ norm ─ mlp ┘
-    parallel (phi): x + attn(norm(x)) + mlp(norm(x)), one norm.
+    parallel (phi): x + attn(norm(x)) + mlp(norm(x)), one norm; two in gpt_neox.
+    post norms (gemma2, olmo2): x + norm(attn(…)); the norm before the branch may be missing.
+
+Scalars (``embed_scale``, ``residual_scale`` …) are computed as the model's authors wrote them; a
+target whose graph has no place for them gets them inside its weights
+(``compress.checkpoint.scalars``), and each is the other's test.
 
 Shapes: hidden states are float32 ``[positions, hidden]``, one sequence at a time; there is no
 batch dimension. Reference: the modelling files of transformers 4.57.6; tests compare the logits
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,14 +82,33 @@ class RopeTable:
     cos: Tensor
     sin: Tensor
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotate the leading dimensions of ``x``, ``[heads, n, head_dim]``, from ``start`` on."""
+    def rotate(self, x: Tensor, start: int, *, pairs: bool = False) -> Tensor:
+        """Rotate the leading dimensions of ``x``, ``[heads, n, head_dim]``, from ``start`` on.
+
+        Args:
+            pairs: neighbours rotate (2i, 2i+1), else halves.
+        """
         positions = slice(start, start + x.shape[1])
         cos, sin = self.cos[positions], self.sin[positions]
         half = cos.shape[1]
+        if pairs:
+            first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            return torch.cat((turned.flatten(-2), x[..., 2 * half :]), dim=-1)
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         rotated = (first * cos - second * sin, second * cos + first * sin, rest)
         return torch.cat(rotated, dim=-1)
+
+
+RopeTables = Sequence[RopeTable]
+"""A table for each of ``DecoderConfig.ropes``."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 class Block:
@@ -104,9 +129,12 @@ class Block:
     ) -> None:
         self.config = config
         self.index = index
+        self.kind = config.kinds[config.layers[index]]
         self._stem = f"blocks.{index}."
         self.weights: dict[str, Tensor] = {}
         for role in (*config.norm_roles, *config.linear_roles) if roles is None else roles:
+            if role in ("q_norm", "k_norm") and not self.kind.normed:
+                continue
             kinds = ("weight", "bias") if config.has_bias(role) else ("weight",)
             for kind in kinds:
                 name = f"{self._stem}{role}.{kind}"
@@ -115,68 +143,102 @@ class Block:
     def __call__(
         self,
         hidden: Tensor,
-        rope: RopeTable,
+        rope: RopeTables,
         past: Past | None = None,
         on_input: OnInput | None = None,
     ) -> Tensor:
         """Run the block, ``[n, hidden]`` → ``[n, hidden]``; with ``past``, after its positions."""
-        normed = self._norm("input_layernorm", hidden)
-        attended = hidden + self.attention(normed, rope, past, on_input)
-        if self.config.parallel_residual:
-            return attended + self.mlp(normed, on_input)
-        normed = self._norm("post_attention_layernorm", attended)
-        return attended + self.mlp(normed, on_input)
+        c = self.config
+        normed = hidden
+        if "input_layernorm" in c.norms:
+            normed = self._norm("input_layernorm", hidden, c.norm_eps)
+        branch = self.attention(normed, rope, past, on_input)
+        if "attention_post_norm" in c.norms:
+            branch = self._norm("attention_post_norm", branch, c.branch_eps)
+        attended = hidden + (branch if c.residual_scale == 1.0 else branch * c.residual_scale)
+        before = hidden if c.parallel_residual else attended
+        if "post_attention_layernorm" in c.norms:
+            normed = self._norm("post_attention_layernorm", before, c.norm_eps)
+        elif not c.parallel_residual:
+            normed = before
+        branch = self.mlp(normed, on_input)
+        if "mlp_post_norm" in c.norms:
+            branch = self._norm("mlp_post_norm", branch, c.branch_eps)
+        return attended + (branch if c.residual_scale == 1.0 else branch * c.residual_scale)
 
     def _linear(self, role: str, x: Tensor, on_input: OnInput | None) -> Tensor:
         if on_input is not None:
             on_input(f"{self._stem}{role}.weight", x)
         return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
-    def _norm(self, role: str, x: Tensor) -> Tensor:
+    def _norm(self, role: str, x: Tensor, eps: float) -> Tensor:
         weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
-        return normalize(self.config, x, weight, bias)
+        if role in ("q_norm", "k_norm"):
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return normalize(self.config, x, weight, bias, eps)
+
+    def _head_norm(self, role: str, x: Tensor) -> Tensor:
+        """The norm of q or k, ``[heads, n, head_dim]``, each head by itself."""
+        if self.config.qk_norm == "unit":
+            return F.rms_norm(x, x.shape[-1:], None, self.config.branch_eps)
+        return self._norm(role, x, self.config.branch_eps)
 
     def attention(
         self,
         x: Tensor,
-        rope: RopeTable,
+        rope: RopeTables,
         past: Past | None = None,
         on_input: OnInput | None = None,
     ) -> Tensor:
         """The attention output for one normed sequence ``x``, ``[n, hidden]``, without residual."""
         c = self.config
         count, start = x.shape[0], past.length if past is not None else 0
+        flat = [self._linear(role, x, on_input) for role in ("q_proj", "k_proj", "v_proj")]
+        if c.qk_norm == "projection":
+            for i, role in enumerate(("q_norm", "k_norm")):
+                flat[i] = self._norm(role, flat[i], c.branch_eps)
         query, key, value = (
-            self._linear(role, x, on_input).view(count, -1, c.head_dim).transpose(0, 1)
-            for role in ("q_proj", "k_proj", "v_proj")
+            part.view(count, -1, c.head_dim).transpose(0, 1) for part in flat
         )  # [heads, n, head_dim]
-        if c.qk_norm:
-            query, key = self._norm("q_norm", query), self._norm("k_norm", key)
-        query, key = rope.rotate(query, start), rope.rotate(key, start)
+        by_head = c.qk_norm in ("head", "unit") and self.kind.normed
+        if by_head and not c.qk_norm_after_rope:
+            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
+        if self.kind.rope is not None:
+            table = rope[self.kind.rope]
+            query, key = (table.rotate(part, start, pairs=c.rope_pairs) for part in (query, key))
+        if by_head and c.qk_norm_after_rope:
+            query, key = self._head_norm("q_norm", query), self._head_norm("k_norm", key)
         if past is not None:
             key, value = past.append(key, value)
         # Every key-value head serves a group of query heads: [kv heads, group, n, head_dim].
         shape = (c.num_key_value_heads, -1, count, c.head_dim)
         grouped = query.reshape(shape)
         group = grouped.shape[1]
-        mask = visible(count, start, c.sliding_window)
-        mixed = F.scaled_dot_product_attention(
-            grouped,
-            key.unsqueeze(1).expand(-1, group, -1, -1),
-            value.unsqueeze(1).expand(-1, group, -1, -1),
-            attn_mask=mask,
-            is_causal=mask is None and count > 1,
-        )
+        mask = visible(count, start, self.kind.window)
+        keys = key.unsqueeze(1).expand(-1, group, -1, -1)
+        values = value.unsqueeze(1).expand(-1, group, -1, -1)
+        if c.score_cap:
+            mixed = capped_attention(grouped, keys, values, mask, c.attention_scale, c.score_cap)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                grouped,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None and count > 1,
+                scale=c.attention_scale,
+            )
         merged = mixed.reshape(c.num_attention_heads, count, c.head_dim).transpose(0, 1)
         return self._linear("o_proj", merged.reshape(count, -1), on_input)
 
     def mlp(self, x: Tensor, on_input: OnInput | None = None) -> Tensor:
         """The MLP output, of the same shape as ``x``; rows are independent."""
+        activate = ACTIVATIONS[self.config.activation]
         if self.config.gated_mlp:
-            gate = F.silu(self._linear("gate_proj", x, on_input))
+            gate = activate(self._linear("gate_proj", x, on_input))
             inner = gate * self._linear("up_proj", x, on_input)
         else:
-            inner = F.gelu(self._linear("up_proj", x, on_input), approximate="tanh")
+            inner = activate(self._linear("up_proj", x, on_input))
         return self._linear("down_proj", inner, on_input)
 
 
@@ -198,11 +260,25 @@ def visible(count: int, start: int, window: int | None) -> Tensor | None:
     return mask
 
 
-def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The model's norm over the last dimension: RMSNorm, or LayerNorm with a bias."""
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cap: float
+) -> Tensor:
+    """Attention whose scores pass ``cap * tanh(score / cap)`` before the mask (gemma2)."""
+    count, end = query.shape[-2], key.shape[-2]
+    if mask is None:
+        mask = torch.ones(count, end, dtype=torch.bool).tril(end - count)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = cap * torch.tanh(scores / cap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+
+
+def normalize(
+    config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """A norm of the model's kind over the last dimension: RMSNorm, or LayerNorm."""
     if config.norm == "layernorm":
-        return F.layer_norm(x, weight.shape, weight, bias, config.norm_eps)
-    return F.rms_norm(x, weight.shape, weight, config.norm_eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def as_tensor(values: Float32) -> Tensor:
@@ -233,7 +309,8 @@ class Decoder:
         self._loaded: dict[str, Tensor] = {}
         self._blocks: dict[int, Block] = {}
         self._past: list[Past] = []
-        self._rope = RopeTable(torch.empty(0, 0), torch.empty(0, 0))
+        self._rope: RopeTables = ()
+        self._positions = 0  # of the tables
 
     # --- pieces ------------------------------------------------------------------------------
 
@@ -246,7 +323,7 @@ class Decoder:
             self._blocks[index] = block
         return block
 
-    def rope(self, positions: int) -> RopeTable:
+    def rope(self, positions: int) -> RopeTables:
         """Tables for at least ``positions`` positions.
 
         Raises:
@@ -255,13 +332,18 @@ class Decoder:
         limit = self.config.max_context
         if positions > limit:
             raise UsageError(f"{positions} tokens, but the model is verified up to {limit}")
-        if positions > self._rope.cos.shape[0]:
-            cos, sin = self.config.rope.cos_sin(min(limit, max(256, 2 * positions)))
-            self._rope = RopeTable(torch.from_numpy(cos), torch.from_numpy(sin))
+        if positions > self._positions:
+            self._positions = min(limit, max(256, 2 * positions))
+            tables = (rope.cos_sin(self._positions) for rope in self.config.ropes)
+            self._rope = [RopeTable(*map(torch.from_numpy, table)) for table in tables]
         return self._rope
 
-    def embed(self, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def embed(self, windows: Sequence[Sequence[int]], start: int = 0) -> list[Tensor]:
         """Token ids → hidden states before block 0; the embedding is read once.
+
+        Args:
+            windows: token ids.
+            start: position of their first tokens.
 
         Raises:
             UsageError: an empty sequence, or an id outside the vocabulary.
@@ -269,8 +351,14 @@ class Decoder:
         for tokens in windows:
             if not tokens or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
                 raise UsageError(f"token ids must be in [0, {self.config.vocab_size}), at least 1")
-        table = self._weight("embed_tokens.weight")
-        return [table[torch.tensor(tokens)] for tokens in windows]
+        table, scale = self._weight("embed_tokens.weight"), self.config.embed_scale
+        states = [table[torch.tensor(tokens)] for tokens in windows]
+        if scale != 1.0:
+            states = [hidden * scale for hidden in states]
+        if self.config.learned_positions:
+            places = self._weight("embed_positions.weight")[start:]
+            states = [hidden + places[: len(hidden)] for hidden in states]
+        return states
 
     def _weight(self, name: str) -> Tensor:
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -292,7 +380,12 @@ class Decoder:
         config = self.config
 
         def logits(hidden: Tensor) -> Tensor:
-            return F.linear(normalize(config, hidden, norm, norm_bias), head, head_bias)
+            normed = normalize(config, hidden, norm, norm_bias, config.norm_eps)
+            found = F.linear(normed, head, head_bias)
+            if config.logit_scale != 1.0:
+                found = found * config.logit_scale
+            cap = config.logit_cap
+            return cap * torch.tanh(found / cap) if cap else found
 
         return logits
 
@@ -379,7 +472,7 @@ class Decoder:
         if not self._past:
             self._past = [Past() for _ in range(self.config.num_hidden_layers)]
         rope = self.rope(self._past[0].length + len(tokens))
-        (hidden,) = self.embed([tokens])
+        (hidden,) = self.embed([tokens], self._past[0].length)
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
         return self.head()(hidden[-1:])[0].numpy()

@@ -4,138 +4,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.decoder.config_json import Config, flag, number, short, token_ids, whole
+from compress.decoder.dense_families import DENSE
+from compress.decoder.family import (
+    LLAMA_NAMES,
+    MOST_LAYERS,
+    MOST_WIDE,
+    MOST_WORDS,
+    PHI3_NAMES,
+    PHI_NAMES,
+    QWEN3_NAMES,
+    Family,
+    layer_kinds,
+)
+from compress.decoder.grammar import AttentionKind
 from compress.decoder.rope import Rope, llama3_factors, longrope, yarn
 from compress.errors import UnsupportedModelError
 
-# Limits far above any model, so that a damaged config cannot fill the memory with a table.
-MOST_LAYERS = 10_000
-MOST_WIDE = 2**20
-MOST_WORDS = 2**26
-
-_BLOCK = "model.layers.{i}."
-PHI3_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "input_layernorm": _BLOCK + "input_layernorm",
-    "post_attention_layernorm": _BLOCK + "post_attention_layernorm",
-    "qkv_proj": _BLOCK + "self_attn.qkv_proj",
-    "o_proj": _BLOCK + "self_attn.o_proj",
-    "gate_up_proj": _BLOCK + "mlp.gate_up_proj",
-    "down_proj": _BLOCK + "mlp.down_proj",
-}
-LLAMA_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "input_layernorm": _BLOCK + "input_layernorm",
-    "post_attention_layernorm": _BLOCK + "post_attention_layernorm",
-    "q_proj": _BLOCK + "self_attn.q_proj",
-    "k_proj": _BLOCK + "self_attn.k_proj",
-    "v_proj": _BLOCK + "self_attn.v_proj",
-    "o_proj": _BLOCK + "self_attn.o_proj",
-    "gate_proj": _BLOCK + "mlp.gate_proj",
-    "up_proj": _BLOCK + "mlp.up_proj",
-    "down_proj": _BLOCK + "mlp.down_proj",
-}
-QWEN3_NAMES: dict[str, str] = LLAMA_NAMES | {
-    "q_norm": _BLOCK + "self_attn.q_norm",
-    "k_norm": _BLOCK + "self_attn.k_norm",
-}
-PHI_NAMES: dict[str, str] = {
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.final_layernorm",
-    "lm_head": "lm_head",
-    "input_layernorm": _BLOCK + "input_layernorm",
-    "q_proj": _BLOCK + "self_attn.q_proj",
-    "k_proj": _BLOCK + "self_attn.k_proj",
-    "v_proj": _BLOCK + "self_attn.v_proj",
-    "o_proj": _BLOCK + "self_attn.dense",
-    "up_proj": _BLOCK + "mlp.fc1",
-    "down_proj": _BLOCK + "mlp.fc2",
+# Other names of the same activation.
+SAME = {
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
+def describe(family: Family, config: Config, generation: Config) -> dict[str, Any]:
+    """Fields of a ``DecoderConfig``: llama's reading of the keys, then the family's changes.
 
-    Attributes:
-        names: role → tensor name on disk, without ``.weight``; ``{i}`` is the block.
-        changes: the fields of ``DecoderConfig`` that differ from llama's reading of the config.
-        model_type, architecture: for the ``config.json`` beside an artifact.
-        norm_eps: the family's default.
-        partial_rotary: the family's default share of a head that rotates.
-        head_dim: the family's default, or 0 for hidden size divided by heads.
+    Raises:
+        KeyError, ValueError: a key is missing or its value impossible.
+        UnsupportedModelError: a setting that packlight does not support.
     """
-
-    names: Mapping[str, str]
-    changes: Callable[[Config], dict[str, Any]]
-    model_type: str
-    architecture: str
-    norm_eps: float = 1e-6
-    partial_rotary: float = 1.0
-    head_dim: int = 0
-
-    def describe(self, config: Config, generation: Config) -> dict[str, Any]:
-        """Fields of a ``DecoderConfig``: llama's reading of the keys, then this family's changes.
-
-        Raises:
-            KeyError, ValueError: a key is missing or its value impossible.
-            UnsupportedModelError: a setting that packlight does not support.
-        """
-        heads = whole(config, "num_attention_heads", most=MOST_WIDE)
-        hidden = whole(config, "hidden_size", most=MOST_WIDE)
-        positions = whole(config, "max_position_embeddings")
-        head_dim = whole(config, "head_dim", self.head_dim or hidden // heads, most=MOST_WIDE)
-        rope = read_rope(config, head_dim, self.partial_rotary)
-        bos = token_ids(config, "bos_token_id", most=1)
-        pad = token_ids(config, "pad_token_id", most=1)
-        fields: dict[str, Any] = {
-            "model_type": self.model_type,
-            "architecture": self.architecture,
-            "vocab_size": whole(config, "vocab_size", most=MOST_WORDS),
-            "hidden_size": hidden,
-            "intermediate_size": whole(config, "intermediate_size", most=MOST_WIDE),
-            "num_hidden_layers": whole(config, "num_hidden_layers", most=MOST_LAYERS),
-            "num_attention_heads": heads,
-            "num_key_value_heads": whole(config, "num_key_value_heads", heads, most=MOST_WIDE),
-            "head_dim": head_dim,
-            "norm": "rmsnorm",
-            "norm_eps": number(config, "rms_norm_eps", self.norm_eps),
-            "activation": config.get("hidden_act") or "silu",
-            "gated_mlp": True,
-            "parallel_residual": False,
-            "qkv_bias": False,
-            "o_bias": False,
-            "mlp_bias": False,
-            "lm_head_bias": False,
-            "qk_norm": False,
-            "tie_word_embeddings": flag(config, "tie_word_embeddings"),
-            "rope": rope,
-            "sliding_window": None,
-            "max_position_embeddings": positions,
-            "max_context": min(positions, rope.original_context or positions),
-            "bos_token_id": bos[0] if bos else None,
-            # Both files, generation_config first: Phi-3's config alone never stops a chat.
-            "eos_token_ids": tuple(
-                dict.fromkeys(
-                    token_ids(generation, "eos_token_id") + token_ids(config, "eos_token_id")
-                )
-            ),
-            "pad_token_id": pad[0] if pad else None,
-            "raw": dict(config),
-        }
-        fields |= self.changes(config)
-        window = fields["sliding_window"]
-        if window is not None and window >= fields["max_context"]:
-            fields["sliding_window"] = None  # never reached: Phi-3-128k says 262144
-        return fields
+    raw = dict(config)
+    if family.keys:
+        config = {**config, **{key: config.get(own) for key, own in family.keys.items()}}
+    heads = whole(config, "num_attention_heads", most=MOST_WIDE)
+    hidden = whole(config, "hidden_size", most=MOST_WIDE)
+    positions = whole(config, "max_position_embeddings", family.positions or None)
+    head_dim = whole(config, "head_dim", family.head_dim or hidden // heads, most=MOST_WIDE)
+    changes = family.changes(config)
+    settings = changes.pop("ropes", (config,))
+    ropes = [read_rope(keys, head_dim, family.partial_rotary) for keys in settings]
+    layers = whole(config, "num_hidden_layers", most=MOST_LAYERS)
+    bos = token_ids(config, "bos_token_id", most=1)
+    pad = token_ids(config, "pad_token_id", most=1)
+    fields: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architecture": family.architecture,
+        "vocab_size": whole(config, "vocab_size", most=MOST_WORDS),
+        "hidden_size": hidden,
+        "intermediate_size": changes.get("intermediate_size")
+        or whole(config, "intermediate_size", most=MOST_WIDE),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": whole(config, "num_key_value_heads", heads, most=MOST_WIDE),
+        "head_dim": head_dim,
+        "norm_eps": number(config, "rms_norm_eps", family.norm_eps),
+        "activation": config.get("hidden_act") or family.activation,
+        "gated_mlp": True,
+        "parallel_residual": False,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "tie_word_embeddings": flag(config, "tie_word_embeddings", family.tied),
+        "ropes": tuple(ropes),
+        "kinds": (AttentionKind(),),
+        "max_position_embeddings": positions,
+        "max_context": min(positions, ropes[0].original_context or positions),
+        "bos_token_id": bos[0] if bos else None,
+        # Both files, generation_config first: Phi-3's config alone never stops a chat.
+        "eos_token_ids": tuple(
+            dict.fromkeys(token_ids(generation, "eos_token_id") + token_ids(config, "eos_token_id"))
+        ),
+        "pad_token_id": pad[0] if pad else None,
+        "raw": raw,
+    }
+    fields |= changes
+    fields.setdefault("branch_eps", fields["norm_eps"])
+    fields["activation"] = SAME.get(str(fields["activation"]), fields["activation"])
+    fields.setdefault("layers", (0,) * fields["num_hidden_layers"])
+    most, windows = fields["max_context"], []
+    kinds = list(fields["kinds"])
+    for i, kind in enumerate(kinds):
+        if kind.window and kind.window >= most:  # never reached: 262144 in Phi-3-128k
+            kinds[i] = replace(kind, window=None)
+        elif kind.window:
+            windows.append(kind.window)
+    fields |= {"kinds": tuple(kinds), "sliding_window": min(windows, default=None)}
+    scalars = {
+        "attention": fields.get("attention_scale") not in (None, fields["head_dim"] ** -0.5),
+        "residual": fields.get("residual_scale", 1.0) != 1.0,
+        "embedding": fields.get("embed_scale", 1.0) != 1.0,
+        "logits": fields.get("logit_scale", 1.0) != 1.0,
+        "pairs": fields.get("rope_pairs", False),
+        "unit": fields.get("qk_norm") == "unit",
+    }
+    fields["scalars"] = frozenset([name for name, there in scalars.items() if there])
+    return fields
 
 
 def _llama(config: Config) -> dict[str, Any]:
@@ -145,22 +116,22 @@ def _llama(config: Config) -> dict[str, Any]:
 
 def _mistral(config: Config) -> dict[str, Any]:
     # A missing key means 4096, null means none, as in transformers.
-    return _phi3(config) if "sliding_window" in config else {"sliding_window": 4096}
+    return _phi3(config) if "sliding_window" in config else {"kinds": (AttentionKind(window=4096),)}
 
 
 def _phi3(config: Config) -> dict[str, Any]:
-    return {"sliding_window": whole(config, "sliding_window", 0) or None}
+    window = whole(config, "sliding_window", 0) or None
+    return {"kinds": (AttentionKind(window=window),)}
 
 
 def _phi(config: Config) -> dict[str, Any]:
     if flag(config, "qk_layernorm"):
         raise UnsupportedModelError("phi with qk_layernorm is not supported")
-    activation = config.get("hidden_act") or "gelu_new"
     return {
         "norm": "layernorm",
+        "norm_bias": True,
         "norm_eps": number(config, "layer_norm_eps", 1e-5),
-        # Two names of the same function.
-        "activation": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
+        "norms": ("input_layernorm",),
         "gated_mlp": False,
         "parallel_residual": True,
         "qkv_bias": True,
@@ -171,18 +142,19 @@ def _phi(config: Config) -> dict[str, Any]:
 
 
 def _qwen2(config: Config) -> dict[str, Any]:
-    if flag(config, "use_sliding_window"):
-        raise UnsupportedModelError(
-            "qwen models that mix windowed and full attention (use_sliding_window) are not "
-            "supported",
-            hint="set use_sliding_window to false where the model was trained without it",
-        )
-    return {"qkv_bias": True}
+    if not flag(config, "use_sliding_window"):
+        return {"qkv_bias": True}
+    window = whole(config, "sliding_window", 4096)
+    most = config.get("max_window_layers")
+    first = 28 if most is None else whole({"most": most + 1}, "most") - 1  # 0 is allowed
+    kinds = {"full_attention": AttentionKind(), "sliding_attention": AttentionKind(window=window)}
+    types = ("full_attention", "sliding_attention")
+    return {"qkv_bias": True} | layer_kinds(config, kinds, lambda block: types[block >= first])
 
 
 def _qwen3(config: Config) -> dict[str, Any]:
     bias = flag(config, "attention_bias")
-    return _qwen2(config) | {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+    return _qwen2(config) | {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
 
 
 def _mobilellm(config: Config) -> dict[str, Any]:
@@ -203,10 +175,13 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA_NAMES, _llama, "llama", "LlamaForCausalLM"),
     "mistral": Family(LLAMA_NAMES, _mistral, "mistral", "MistralForCausalLM"),
     "phi3": Family(PHI3_NAMES, _phi3, "phi3", "Phi3ForCausalLM", norm_eps=1e-5),
-    "phi": Family(PHI_NAMES, _phi, "phi", "PhiForCausalLM", partial_rotary=0.5),
+    "phi": Family(
+        PHI_NAMES, _phi, "phi", "PhiForCausalLM", partial_rotary=0.5, activation="gelu_new"
+    ),
     "qwen2": Family(LLAMA_NAMES, _qwen2, "qwen2", "Qwen2ForCausalLM"),
     "qwen3": Family(QWEN3_NAMES, _qwen3, "qwen3", "Qwen3ForCausalLM", head_dim=128),
     "mobilellm": Family(LLAMA_NAMES, _mobilellm, "llama", "LlamaForCausalLM"),
+    **DENSE,
 }
 
 ARCHITECTURES: dict[str, str] = {
@@ -217,6 +192,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MobileLLMForCausalLM": "mobilellm",
+    **{row.architecture: name for name, row in DENSE.items()},
 }
 
 

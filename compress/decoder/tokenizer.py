@@ -50,7 +50,7 @@ class Tokenizer:
             prints = check_files(folder)
         with in_words("the tokenizer cannot be loaded"), silence() if prints else nullcontext():
             self.hf: Any = load(folder)
-        # Not looked at here, but compared with each text's length, whatever the settings say.
+        # Not used here, but compared with the length of each text in any case.
         self.hf.model_max_length = 10**30
         self.rows = rows
         self._rendering: dict[str, ChatTemplate] = {}  # each has a process
@@ -208,7 +208,7 @@ def load(folder: Path) -> Any:
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     new, keys = saved_by_5(settings), dict[str, Any](local_files_only=True)
-    if isinstance(extra := settings.get("extra_special_tokens"), list):  # as 4 spells it
+    if isinstance(extra := settings.get("extra_special_tokens"), list):  # as in transformers 4
         keys |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
     kind: Any = transformers.AutoTokenizer
     path = folder / "config.json"
@@ -233,7 +233,7 @@ def load(folder: Path) -> Any:
         keys["trust_remote_code"] = False
     found = kind.from_pretrained(str(folder), **keys)
     remakes = settings.keys() & {"add_bos_token", "add_eos_token"} and "add_bos_token" not in keys
-    if remakes and kind is transformers.PreTrainedTokenizerFast:  # which 5 does for any class
+    if remakes and kind is transformers.PreTrainedTokenizerFast:  # transformers 5: any class
         from tokenizers import Tokenizer as Core
 
         stated = Core.from_file(str(folder / "tokenizer.json"))

@@ -12,9 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import CheckpointError
@@ -23,9 +22,19 @@ SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
 
-PARSED = ("document", "ids", "added")
-"""What ``TokenizerFacts`` makes of its text when asked: tens of MB of a large vocabulary, which
-nobody should hold while weights are written: ``vars(facts).pop(name, None)``."""
+
+class Parsed(NamedTuple):
+    """``tokenizer.json``, parsed: tens of MB for a large vocabulary, not for holding.
+
+    Attributes:
+        document: the whole.
+        ids: text → id of every token.
+        added: id → row of ``added_tokens``.
+    """
+
+    document: dict[str, Any]
+    ids: dict[str, int]
+    added: dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +42,19 @@ class TokenizerFacts:
     """A tokenizer as plain data.
 
     Attributes:
-        text: of its ``tokenizer.json``, with added tokens.
+        text: of its ``tokenizer.json``, with added tokens, in UTF-8: a str of it takes up to four
+            bytes per character.
+        last_id: the largest id of a token; -1 without tokens.
+        pre_tokenizer: of ``tokenizer.json``; empty where there is none.
         special: name (``bos_token`` …) → text of the token.
         others: additional special tokens.
         chat_templates: by name, the default one first.
         before, behind: ids that it adds before and after a text.
     """
 
-    text: str
+    text: bytes
+    last_id: int
+    pre_tokenizer: Mapping[str, Any]
     special: Mapping[str, str]
     others: list[str]
     chat_templates: dict[str, str]
@@ -59,8 +73,12 @@ class TokenizerFacts:
         bare = tokenizer.encode_all("a")
         whole = tokenizer.encode_all("a", add_special=True)
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        text = tokenizer.to_json().encode()
+        parsed = parse(text)
         return cls(
-            text=tokenizer.to_json(),
+            text=text,
+            last_id=max(parsed.ids.values(), default=-1),
+            pre_tokenizer=parsed.document.get("pre_tokenizer") or {},
             special=special,
             others=[token for token in hf.all_special_tokens if token not in special.values()],
             chat_templates=tokenizer.chat_templates,
@@ -68,27 +86,14 @@ class TokenizerFacts:
             behind=whole[at + len(bare) :],
         )
 
-    @cached_property
-    def document(self) -> dict[str, Any]:
-        """``tokenizer.json``, parsed."""
-        document: dict[str, Any] = json.loads(self.text)
-        return document
 
-    @cached_property
-    def added(self) -> dict[int, dict[str, Any]]:
-        """Id → row of ``added_tokens``."""
-        return {int(token["id"]): token for token in self.document.get("added_tokens") or []}
-
-    @cached_property
-    def ids(self) -> dict[str, int]:
-        """Text → id of every token.
-
-        Raises:
-            CheckpointError: a damaged vocabulary.
-        """
-        vocabulary = self.document["model"]["vocab"]
-        found = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-        return found | {token["content"]: index for index, token in self.added.items()}
+def parse(text: bytes) -> Parsed:
+    """Parse the text of a ``tokenizer.json``; a Unigram model has no ids of its own."""
+    document = json.loads(text)
+    added = {int(token["id"]): token for token in document.get("added_tokens") or []}
+    vocabulary = document["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    return Parsed(document, ids | {row["content"]: index for index, row in added.items()}, added)
 
 
 def facts_from_child(folder: Path) -> TokenizerFacts:
@@ -111,13 +116,14 @@ def facts_from_child(folder: Path) -> TokenizerFacts:
         raise CheckpointError(f"the tokenizer cannot be loaded: {lines[-1][:200]}") from None
     if "error" in answer:
         raise CheckpointError(answer["error"], answer["hint"])
-    return TokenizerFacts(**answer)
+    return TokenizerFacts(**answer | {"text": answer["text"].encode()})
 
 
 def main() -> None:
     """Print the facts of the folder in the argument, or the error, as JSON."""
     try:
-        answer = asdict(TokenizerFacts.of(Tokenizer(sys.argv[1])))
+        facts = TokenizerFacts.of(Tokenizer(sys.argv[1]))
+        answer = asdict(facts) | {"text": facts.text.decode()}
     except CheckpointError as error:
         answer = {"error": error.message, "hint": error.hint}
     print(json.dumps(answer))

@@ -12,7 +12,7 @@ from itertools import product
 
 from compress.decoder.config_json import short
 from compress.decoder.tokenizer import Messages, Tokenizer
-from compress.decoder.tokenizer_facts import TokenizerFacts
+from compress.decoder.tokenizer_facts import Parsed, TokenizerFacts, parse
 from compress.errors import CheckpointError
 
 TEXTS = (
@@ -108,7 +108,8 @@ def check_rows(
     Raises:
         CheckpointError: an end, a chat template or ordinary text needs one of them.
     """
-    beyond = {index: text for text, index in facts.ids.items() if index >= rows}
+    parsed = parse(facts.text)
+    beyond = {index: text for text, index in parsed.ids.items() if index >= rows}
     if not beyond:
         return []
     first = min(beyond)
@@ -117,7 +118,7 @@ def check_rows(
         f"the tokenizer has {count} beyond the {rows} rows of the embedding, "
         f"first {short(beyond[first])} ({first})"
     )
-    for what, ids in needed(facts, load(), beyond, ends):
+    for what, ids in needed(facts, parsed, load(), beyond, ends):
         if missing := [index for index in ids if index in beyond]:
             raise CheckpointError(
                 f"{found}; {what} needs {short(beyond[missing[0]])} ({missing[0]})",
@@ -127,7 +128,11 @@ def check_rows(
 
 
 def needed(
-    facts: TokenizerFacts, tokenizer: Tokenizer, beyond: Mapping[int, str], ends: Sequence[int]
+    facts: TokenizerFacts,
+    parsed: Parsed,
+    tokenizer: Tokenizer,
+    beyond: Mapping[int, str],
+    ends: Sequence[int],
 ) -> Iterator[tuple[str, list[int]]]:
     """Yield each use of ids (end of generation, chat template, text) with the ids it needs."""
 
@@ -138,9 +143,9 @@ def needed(
     written = [
         index
         for index, text in beyond.items()
-        if index in facts.added and any(text in template for template in templates)
+        if index in parsed.added and any(text in template for template in templates)
     ]
-    end = facts.ids.get(facts.special.get("eos_token", ""))
+    end = parsed.ids.get(facts.special.get("eos_token", ""))
     yield "the end of generation", [*ends, *([] if end is None else [end])]
     yield "the chat template", written
     yield "the chat template", encoded(rendered_chats(tokenizer))

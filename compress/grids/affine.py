@@ -18,12 +18,12 @@ import numpy as np
 from compress.errors import GridError
 from compress.grids import Array, BaseGrid, Float32, Lattice, Params
 
-NARROW = 64  # columns of a group; wider ones have their outliers farther out
+NARROW = 64  # columns of a group; wider groups have larger outliers
 # Scales that the search tries, the plain fit first, by bits, symmetry and group width. The others
-# were chosen greedily, each next one the most useful on groups of 32 and 128 normal, Student-t,
-# Laplace and real weights; of seven the five that come within 0.2 % of the error of all.
-# Symmetric: the code that the largest magnitude is put on. Asymmetric: steps over the range of
-# the group, shift of the zero point.
+# were chosen greedily on groups of 32 and 128 normal, Student-t, Laplace and real weights: five
+# tries reach an error within 0.2 % of that of seven.
+# Symmetric: the code to which the largest magnitude is mapped. Asymmetric: steps over the range
+# of the group, shift of the zero point.
 TRIES: dict[tuple[int, bool, str], list[tuple[float, float]]] = {
     (4, True, "narrow"): [(level, 0) for level in (-8, -8.6, -7.2, -8.2, -7.8)],
     (4, True, "wide"): [(level, 0) for level in (-8, -8.6, -9.2, -8.2, -9.6)],

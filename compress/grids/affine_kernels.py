@@ -1,14 +1,14 @@
-"""The fit and the rounding of the uniform integer grids, as numba kernels.
+"""Numba kernels of the uniform integer grids: fit, encode, decode.
 
-Rows are the SIMD lanes (``lanes.py``): a group of 32 rows is transposed to
-``[columns, LANES]`` and every sum runs down the tile lane by lane. A row's result depends neither
-on its neighbours nor on the number of threads.
+Rows are the SIMD lanes (``lanes.py``): 32 rows are transposed to a tile ``[columns, LANES]``, and
+sums run over the columns of the tile, separately in each lane. So the result of a row depends
+neither on other rows nor on the number of threads.
 
-The search tries a few scales (and zero points) per group. Each is rounded to codes once; from the
-sums of the residual ``r = w - scale * q`` follow both the error and the least-squares scale for
-these codes, so that a handful of tries does what dozens of evenly spaced scales do. The winner is
-rounded to float16 and taken only if the error that it then really has is below that of the plain
-fit, which puts the extremes of the group on the extreme codes.
+The search tries a few scales (and zero points) per group. Each try rounds the group to codes once;
+the sums of the residual ``r = w - scale * q`` give both the error and the least-squares scale for
+these codes, so that a few tries replace dozens of evenly spaced scales. The best scale is rounded
+to float16, and used only if its error after that is below the error of the plain fit, which maps
+the extremes of the group to the extreme codes.
 """
 
 # mypy: allow-untyped-defs
@@ -22,19 +22,21 @@ import numpy as np
 from compress.grids import lanes
 from compress.grids.lanes import LANES, LARGEST_HALF, WORST, f4, half, inverse_of
 
-# No "reassoc": it may expand the squared residuals, whose digits then cancel.
+# Without "reassoc", which may expand the squared residuals and so lose digits to cancellation.
 kernel = partial(lanes.kernel, fastmath=("contract", "arcp", "nsz"))
 SMALL = f4(1e-30)
-# Rows of the work array of a group, a column per lane.
+# Rows of a group's work array, with one column per lane.
 WQQ, WQR, WRR, INVERSE, STEP, LEAST, MOST, ROWS = range(8)
 
 
 @kernel
 def load(weight, row, column, n, x, low, high):
-    """A transposed tile (missing rows are zeros), its smallest and largest values (or zero).
+    """Transpose rows to a tile (missing rows are zeros); find each lane's minimum and maximum.
+
+    The minimum is at most 0 and the maximum at least 0.
 
     Returns:
-        How many are beyond float16, or NaN, of which every comparison is false.
+        The number of values that exceed float16's range or are NaN.
     """
     rows = min(weight.shape[0] - row, LANES)
     if rows == LANES:
@@ -59,9 +61,11 @@ def load(weight, row, column, n, x, low, high):
 
 @kernel
 def sums(x, importance, column, n, s):
-    """Round ``x ≈ STEP * q``, q in LEAST..MOST of each lane, into rows WQQ, WQR and WRR of ``s``.
+    """Round ``x ≈ STEP * q``, q in LEAST..MOST of each lane; sums go to rows WQQ, WQR, WRR of
+    ``s``.
 
-    All in one array: one base pointer spares the loop the checks for overlap.
+    All quantities are rows of one array: with one base pointer the loop needs no checks for
+    overlap.
     """
     for lane in range(LANES):
         s[INVERSE, lane] = inverse_of(s[STEP, lane])
@@ -91,27 +95,27 @@ def sums(x, importance, column, n, s):
 
 @kernel
 def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
-    """Scales (and zero points) of the groups of ``n`` columns, rows begin..end.
+    """Fit scales (and zero points) of groups of ``n`` columns, for rows begin..end.
 
     Args:
         weight: float32 ``[rows, columns]``.
-        importance: float32 ``[columns]``; empty where all columns count alike.
+        importance: float32 ``[columns]``; empty for equal weights.
         middle: the zero point of a symmetric grid, or -1 for a zero point per group.
         top: the largest code.
-        tries: float32 ``[count, 2]``; symmetric: (code, less the middle, that the largest
-            magnitude is put on, unused), else (steps over the range, shift of the zero point).
+        tries: float32 ``[count, 2]``; symmetric: (code minus ``middle`` to which the largest
+            magnitude is mapped, unused), else (steps over the range, shift of the zero point).
             The first is the plain fit.
         scale: float32 ``[rows, groups]``, filled with float16 values; signed if symmetric.
         zero: float32 ``[rows, groups]``, filled with whole numbers.
 
     Returns:
-        How many weights are beyond float16, or NaN.
+        The number of weights that exceed float16's range or are NaN.
     """
     beyond = 0
     x = np.empty((n, LANES), dtype=np.float32)
     s = np.empty((ROWS, LANES), dtype=np.float32)
     low, high = np.empty(LANES, dtype=np.float32), np.empty(LANES, dtype=np.float32)
-    best = np.empty((3, LANES), dtype=np.float32)  # scale, least code, error of the best try
+    best = np.empty((3, LANES), dtype=np.float32)  # scale, lowest code, error of the best try
     plain = np.empty((3, LANES), dtype=np.float32)  # the same of the plain fit
     for row in range(begin, end, LANES):
         for group in range(scale.shape[1]):
@@ -158,9 +162,9 @@ def fit(weight, importance, n, middle, top, tries, begin, end, scale, zero):
 
 @kernel
 def encode(weight, n, top, scale, zero, begin, end, codes):
-    """uint8 codes 0..top of rows begin..end: ``round(w / scale) + zero``, clipped.
+    """Codes of rows begin..end, uint8 0..top: ``round(w / scale) + zero``, clipped.
 
-    Slices and the int32 in between let the loop become SIMD.
+    Slices and the intermediate int32 allow LLVM to vectorize the loop.
     """
     limit = f4(top)
     for row in range(begin, end):
@@ -176,7 +180,7 @@ def encode(weight, n, top, scale, zero, begin, end, codes):
 
 @kernel
 def decode(codes, n, scale, zero, begin, end, weight):
-    """``(code - zero) * scale`` of rows begin..end, float32."""
+    """Decode rows begin..end to float32: ``(code - zero) * scale``."""
     for row in range(begin, end):
         for group in range(scale.shape[1]):
             step, shift = scale[row, group], zero[row, group]

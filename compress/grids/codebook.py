@@ -3,29 +3,28 @@
     w = d * (2 scale + 1) * ± level      float16 d per 256 columns, scale 0..15 per 32 columns
 
 Levels are 1, 3, 5 … 15 (IQ3_XXS: 15.5 for the last), but four adjacent columns cannot take any
-four levels: only those of a list, the codebook, of 512 words (IQ3_S) or 256
-(IQ3_XXS), which is what saves bits: 9 bits (8) for the levels of four weights. A sign is stored for
-every weight, or (IQ3_XXS) for seven of eight: the number of minus signs in eight columns is even.
-There is no zero.
+four levels: only those of a list, the codebook, of 512 words (IQ3_S) or 256 (IQ3_XXS). So the
+levels of four weights take 9 bits (8). A sign is stored for every weight, or (IQ3_XXS) for seven of
+eight, where the number of minus signs in eight columns is even. There is no zero.
 
-A code is the number of the weight's level, plus 8 where it is negative; four of them are a word.
+A code is the index of the weight's level, plus 8 where it is negative; four codes are a word.
 The codebooks are tables of the format and come from gguf-py.
 
 The squared error of a word is a sum over its four columns, each with one of eight levels, so it is
 one entry of a table of 64 (the first two columns) plus one of another 64. A search over the words
-is then a minimum over the entries of the second table that go with each entry of the first: one
-load and one minimum per word. What goes with the minimum is carried in the lowest bits of its
-mantissa, which makes the choice exact to 2**-16 of the error.
+is then, for each entry of the first table, a minimum over the entries of the second that form words
+with it: one load and one minimum per word. The index of the minimum is stored in the lowest bits of
+its mantissa, so the choice is exact to 2**-16 of the error.
 
-Where the number of minus signs of eight columns has to be even and it is not, exactly one sign is
-turned, in either of two words. All ways of turning one are searched along, jointly with the words:
-a column that is turned costs ``w (|x| + scale * level)²``, and turning one of the first two columns
-leaves the minima over the second table as they are.
+Where the number of minus signs of eight columns must be even and is not, exactly one sign is
+flipped, in either of two words. All flips are searched jointly with the words: a flipped column
+costs ``w (|x| + scale * level)²``, and a flip of one of the first two columns does not change the
+minima over the second table.
 
-A sub-block is rounded whole at several scales; each time the words that came out show how the
-error grows with the distance from their own best scale. From those parabolas follow the unit of
-the block and an odd multiple of it for each sub-block. With the unit as stored, each multiple and
-its neighbours are rounded again, and least squares correct the unit.
+Each sub-block is rounded at several scales; the words found at each give the error as a parabola of
+the scale. From these parabolas the unit of the block is chosen, and an odd multiple of it for each
+sub-block. With the unit as stored, each multiple and its neighbours are rounded again, and the unit
+is corrected by least squares.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ NOT_A_WORD = 0xFFFF
 
 @dataclass(frozen=True)
 class Search:
-    """How a fit looks for its parameters.
+    """Settings of the search of a fit.
 
     Attributes:
         power: the error's weights are ``importance * (x² + spread * mean(x²)) ** (power / 2)``.
         spread: see ``power``.
         run: columns over which that mean is taken.
-        tries: levels that the largest magnitude of a sub-block is put on.
+        tries: levels to which the largest magnitude of a sub-block is mapped.
         units: what the largest scale of a block is divided by for ``d``.
         refits: rounds of least squares after that, on the parameters as stored.
     """
@@ -120,7 +119,7 @@ class WordGrid(BlockedGrid):
 
     @cached_property
     def _book(self) -> tuple[Array, Array, Array]:
-        """Levels, and for each first half of a word the second halves that go with it, in fours:
+        """Levels, and for each first half of a word its second halves, padded to multiples of four;
         see ``codebook_kernels.search_words``."""
         starts, partners = [0], []
         cells = np.sort(_cells(self.words))

@@ -1,7 +1,7 @@
-"""Kernels of the codebook grids: the best word of four levels, the fit of a block, and its codes.
+"""Numba kernels of the codebook grids: the best word of four levels, the fit of a block, encoding.
 
-Rows are the SIMD lanes (``lanes.py``), and two sub-blocks of each row lie beside each other: a tile
-is ``[columns of a sub-block, WIDE]``. ``codebook.py`` says how a fit goes.
+Rows are the SIMD lanes (``lanes.py``), and a tile holds two adjacent sub-blocks of each row:
+``[columns of a sub-block, WIDE]`` with ``WIDE = 2 * LANES``. ``codebook.py`` describes the fit.
 """
 
 # mypy: allow-untyped-defs
@@ -17,13 +17,15 @@ WIDE = 2 * LANES
 SUB = 32  # columns that share a scale
 LEVELS, PAIRS = 8, 64
 HIGHEST = np.int32(0x7F7FFFFF)  # the bits of the largest float32
-TURN = 12  # bits of a cell below those that say which column's sign is turned
+TURN = 12  # bits of a cell below the bits that mark the column with a flipped sign
 
 
 @kernel
 def tabulate(x, w, start, scale, levels, turning, near, far):
-    """Squared errors of every level in columns start..start+3: ``near[column, level]``, and
-    ``far`` with the sign turned."""
+    """Weighted squared errors of all levels in columns start..start+3, ``near[column, level]``.
+
+    ``far`` has the errors with the column's sign flipped.
+    """
     for i in range(4):
         for level in range(LEVELS):
             value = levels[level]
@@ -38,7 +40,7 @@ def tabulate(x, w, start, scale, levels, turning, near, far):
 
 @kernel
 def pair_up(one, two, bits):
-    """``bits[i + 8 j] = one[i] + two[j]`` as the bits of a float32."""
+    """Errors of pairs of levels: ``bits[i + 8 j] = one[i] + two[j]``, a float32 stored as int32."""
     pair = bits.view(np.float32)
     for j in range(LEVELS):
         for i in range(LEVELS):
@@ -48,7 +50,7 @@ def pair_up(one, two, bits):
 
 @kernel
 def pair_turned(near, far, column, bits):
-    """As ``pair_up``, one of the two columns turned; the lowest bit says which."""
+    """As ``pair_up`` with the sign of one column flipped; the lowest bit is that column's index."""
     pair = bits.view(np.float32)
     for j in range(LEVELS):
         for i in range(LEVELS):
@@ -63,7 +65,10 @@ def pair_turned(near, far, column, bits):
 
 @kernel
 def stamp(bits, shift, mask):
-    """The number of each pair into the bits above the lowest ``shift`` of its cost."""
+    """Write the index of each pair into its cost, in the bits above the lowest ``shift``.
+
+    The minimum of such costs then also gives the index.
+    """
     for k in range(PAIRS):
         mark = np.int32(k << shift)
         for lane in range(WIDE):
@@ -73,7 +78,7 @@ def stamp(bits, shift, mask):
 
 @kernel
 def least_of(bits, partners, begin, end, least):
-    """The least of some pairs; ``partners`` come in fours."""
+    """The minimum of ``bits`` over ``partners[begin:end]``, whose length is a multiple of 4."""
     least[:] = HIGHEST
     for k in range(begin, end, 4):
         a, b, c, d = partners[k], partners[k + 1], partners[k + 2], partners[k + 3]
@@ -85,15 +90,15 @@ def least_of(bits, partners, begin, end, least):
 
 @kernel
 def search_words(first, second, turned, starts, partners, turning, least, cost, cell):
-    """The words of least error: ``cost[0]``, ``cell[0]``; with one sign turned ``[1]``.
+    """The words of least error: ``cost[0]``, ``cell[0]``; with one sign flipped ``[1]``.
 
-    A cell is three bits for the level of each column, from the lowest, and above them a bit for
-    the column that is turned.
+    A cell has three bits for the level of each column, the first column lowest, and above them one
+    bit per column, set for the column with the flipped sign.
 
     Args:
         first, second: int32 ``[64, WIDE]``, bits of the errors of two columns each.
-        turned: int32 ``[2, 64, WIDE]``, those with one sign turned.
-        starts, partners: the second pairs that go with first pair ``a`` are
+        turned: int32 ``[2, 64, WIDE]``, the same with one sign flipped.
+        starts, partners: the second pairs that form words with first pair ``a`` are
             ``partners[starts[a] : starts[a + 1]]``.
         least: int32 ``[2, WIDE]``, work space.
     """
@@ -132,13 +137,13 @@ def search_words(first, second, turned, starts, partners, turning, least, cost, 
 
 @kernel
 def round_words(x, w, odd, scale, book, work, cells, s):
-    """Round ``|x| ≈ scale * q``: q are words, at most one sign of eight turned.
+    """Round ``|x| ≈ scale * q`` to words, with at most one of eight signs flipped.
 
-    Sums into rows of ``s``: 0 wq², 1 wqr, 2 wr², as ``kquant_symmetric.sums_symmetric`` does.
+    Rows of ``s`` receive the sums 0 wq², 1 wqr, 2 wr², as in ``kquant_kernels.sums_symmetric``.
 
     Args:
-        x, w: float32 ``[SUB, WIDE]``, magnitudes and what their squared errors are weighed by.
-        odd: int32 ``[SUB / 8, WIDE]``, 1 where a sign has to be turned; empty where none is.
+        x, w: float32 ``[SUB, WIDE]``, magnitudes and the weights of their squared errors.
+        odd: int32 ``[SUB / 8, WIDE]``, 1 where a sign must be flipped; empty where none is.
         book: levels, starts, partners; see ``search_words``.
         work: from ``workspace``.
         cells: int32 ``[SUB / 4, WIDE]``, filled.
@@ -189,7 +194,7 @@ def round_words(x, w, odd, scale, book, work, cells, s):
 
 @kernel
 def workspace():
-    """Tables of one word: near, far, first, second, turned, least, cost, cell."""
+    """Work arrays for one word: near, far, first, second, turned, least, cost, cell."""
     return (
         np.empty((4, LEVELS, WIDE), np.float32),
         np.empty((4, LEVELS, WIDE), np.float32),
@@ -207,8 +212,11 @@ LARGEST = f4(31.0)  # an integer scale is odd, up to this: 2 * 15 + 1
 
 @kernel
 def lay_out(tile, weights, x, w, signs, odd):
-    """Sub-blocks of a tile side by side: ``x`` magnitudes, ``w`` and ``signs`` (1 for minus)
-    ``[pairs, SUB, WIDE]``; ``odd`` the parity of the signs of eight columns, where it is wanted."""
+    """Arrange a tile's sub-blocks in pairs.
+
+    Fills ``x`` (magnitudes), ``w`` and ``signs`` (1 for minus), each ``[pairs, SUB, WIDE]``, and,
+    unless it is empty, ``odd``: the parity of the minus signs in eight columns.
+    """
     odd[:] = np.int32(0)
     for pair in range(len(x)):
         for i in range(SUB):
@@ -227,10 +235,12 @@ def lay_out(tile, weights, x, w, signs, odd):
 
 @kernel
 def search_scales(x, w, odd, tries, book, work, cells, s, wish, rest, stiff):
-    """Round sub-blocks at each try: where the least error of those words is (``wish``), how large
-    (``rest``), and how fast it grows from there (``stiff``), each ``[tries, WIDE]``.
+    """Round sub-blocks at the scale of each try, and describe the error as a parabola of the scale.
 
-    ``tries`` are the levels that the largest magnitude is put on.
+    Fills, each ``[tries, WIDE]``: ``wish``, the least-squares scale of the words found; ``rest``,
+    the error at that scale; ``stiff``, its second-order coefficient.
+
+    ``tries`` are the levels to which the largest magnitude is mapped.
     """
     peak, step = s[3], s[4]
     peak[:] = f4(0.0)
@@ -250,10 +260,13 @@ def search_scales(x, w, odd, tries, book, work, cells, s, wish, rest, stiff):
 
 @kernel
 def choose_scales(wish, rest, stiff, units, unit, whole):
-    """The unit, of ``units`` by which the largest wish is divided, whose odd multiples 1..31 suit
-    the sub-blocks best, and those multiples; by the errors that ``search_scales`` knows of.
+    """Choose a block's unit and the odd multiples 1..31 of it that are the sub-blocks' scales.
 
-    ``wish``, ``rest``, ``stiff``: ``[pairs, tries, WIDE]``; ``whole``: ``[sub-blocks, LANES]``.
+    The unit is the largest least-squares scale divided by one of ``units``: the one of least total
+    error, estimated with the parabolas of ``search_scales``.
+
+    ``wish``, ``rest``, ``stiff``: ``[pairs, tries, WIDE]``; ``whole``, the multiples:
+    ``[sub-blocks, LANES]``.
     """
     tries, subs = wish.shape[1], len(whole)
     peak = np.zeros(LANES, np.float32)
@@ -301,10 +314,10 @@ def choose_scales(wish, rest, stiff, units, unit, whole):
 
 @kernel
 def settle_scales(x, w, odd, book, work, cells, steps, s, unit, whole, sums):
-    """Multiples of a unit as stored, each the best of itself and its neighbours when rounded.
+    """Replace each multiple by the best of itself and its ``steps`` neighbours on either side.
 
-    ``unit``, ``whole``: ``[WIDE]``; ``sums[3, WIDE]``: the sums of ``round_words`` with multiples
-    for the scale.
+    Each is rounded with the unit as stored. ``unit``, ``whole``: ``[WIDE]``; ``sums[3, WIDE]``: the
+    sums of ``round_words`` with the multiple for the scale.
     """
     scale, multiple, centre = s[3], s[4], s[5]
     for lane in range(WIDE):
@@ -332,7 +345,8 @@ def fit_words(
     """Fit ``w = d * (2 scale + 1) * word`` to the blocks of rows begin..end.
 
     Fills ``d`` (float32 holding float16 values, ``[rows, blocks]``), ``scales`` (uint8
-    ``[rows, sub-blocks]``, 0..15) and ``codes`` (uint8 ``[rows, columns]``, level + 8 for minus).
+    ``[rows, sub-blocks]``, 0..15) and ``codes`` (uint8 ``[rows, columns]``, level index, plus 8 if
+    negative).
     """
     columns = weight.shape[1] // d.shape[1]
     subs, pairs = columns // SUB, columns // SUB // 2
@@ -368,7 +382,7 @@ def fit_words(
             choose_scales(wish, rest, stiff, units, unit, whole)
             error[:] = WORST
             for refit in range(refits + 1):
-                steps = min(refits - refit, 1)  # neighbours are tried but the last time
+                steps = min(refits - refit, 1)  # neighbours are tried in all but the last round
                 for lane in range(LANES):
                     unit[lane] = half(unit[lane])
                     wide_unit[lane] = wide_unit[LANES + lane] = unit[lane]
@@ -387,7 +401,7 @@ def fit_words(
                 keep(total[2], total[2], error, error)
                 for lane in range(LANES):
                     unit[lane] += total[1, lane] / max(total[0, lane], NEARLY_ZERO)
-            # The words of the best once more.
+            # Round once more with the best parameters, to get their words.
             for lane in range(LANES):
                 wide_unit[lane] = wide_unit[LANES + lane] = best_unit[lane]
             for pair in range(pairs):
@@ -404,7 +418,7 @@ def fit_words(
 
 @kernel
 def encode_words(weight, importance, scale, even, book, begin, end, codes):
-    """The nearest words at given scales ``[rows, sub-blocks]``, rows begin..end; ``codes`` as in
+    """Encode rows begin..end at given scales ``[rows, sub-blocks]``; fills ``codes`` as
     ``fit_words``."""
     columns = 2 * SUB
     tile, weights, x, w, signs, odd, cells = tiles(columns, even)
@@ -424,7 +438,8 @@ def encode_words(weight, importance, scale, even, book, begin, end, codes):
 
 @kernel
 def tiles(columns, even):
-    """Space for some columns: tile, weights, and what ``lay_out`` and ``round_words`` fill."""
+    """Work arrays for a number of columns: tile, weights, and the outputs of ``lay_out`` and
+    ``round_words``."""
     pairs = columns // SUB // 2
     return (
         np.empty((columns, LANES), np.float32),
@@ -439,7 +454,7 @@ def tiles(columns, even):
 
 @kernel
 def write_codes(cells, signs, row, end, column, codes):
-    """Cells and signs of a tile as codes of rows row..end, from ``column`` on."""
+    """Write the cells and signs of a tile as codes of rows row..end, from ``column`` on."""
     for lane in range(min(LANES, end - row)):
         for j in range(2 * len(cells)):
             source = j % 2 * LANES + lane

@@ -48,17 +48,17 @@ IQ4_CELLS = np.searchsorted(
 
 @dataclass(frozen=True)
 class Search:
-    """How a fit looks for its parameters.
+    """Settings of the search of a fit.
 
     Attributes:
         power: the error's weights are ``importance * (x² + spread * mean(x²)) ** (power / 2)``.
         spread: see ``power``.
         run: columns over which that mean is taken; 0 for the whole row.
         tries: with a minimum, pairs (steps over the range of the block, shift of the levels in
-            steps); without, the levels that the largest magnitude is put on.
+            steps); without, the levels to which the largest magnitude is mapped.
         refits: rounds of least squares after the tries, on the parameters as stored.
         units: values of ``d`` (and ``dmin``) that are tried, in K-quants.
-        starts: 2 to go through it all once more with the first try only.
+        starts: 2: repeat the whole fit with the first try only.
     """
 
     power: int
@@ -111,8 +111,8 @@ class BlockGrid(BlockedGrid):
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """The block parameters of (nearly) least weighted squared error, as the file stores them.
 
-        Without an importance the error still weighs large weights more, as llama.cpp's own
-        quantizer does; ``plain`` says how much.
+        Without an importance the error also weights large weights more, as llama.cpp's quantizer
+        does; see ``plain``.
 
         Args:
             weight: float32 ``[rows, columns]``.
@@ -177,8 +177,8 @@ class BlockGrid(BlockedGrid):
         """Scale and minimum of every sub-block: ``w = scale * levels[code] - minimum``.
 
         Column c of a row belongs to sub-block ``c // group_size``. A solver may round any column at
-        any time: the nearest code is ``(w + minimum) / scale + zero``, rounded and cut to the codes
-        (IQ4_NL, IQ4_XS: the nearest of ``levels``); a scale of 0 wants code ``zero``.
+        any time: the nearest code is ``(w + minimum) / scale + zero``, rounded and clipped to the
+        codes (IQ4_NL, IQ4_XS: the nearest of ``levels``); with a scale of 0 it is ``zero``.
 
         Returns:
             Two float32 ``[rows, columns / group_size]``.
@@ -258,10 +258,10 @@ class BlockGrid(BlockedGrid):
         return Quantized(self._encode(weight, params), params, self, weight.shape)
 
 
-# Tries were chosen greedily, each next one the most useful on sub-blocks of normal, Student-t,
-# Laplace, one-sided and outlier-ridden weights; ten of those do what forty evenly spaced ones do.
-# The first of Q2_K and Q3_K is also a second start (``starts``): it spends no range, and where one
-# sub-block's large scale starves the others of steps, that is better than the best of each.
+# Tries were chosen greedily on sub-blocks of normal, Student-t, Laplace and one-sided weights, and
+# of weights with outliers; ten of them reach the error of forty evenly spaced ones. The first try
+# of Q2_K and Q3_K is also used alone in a second start (``starts``): it maps the range exactly to
+# the codes, which is better where one sub-block's large scale leaves the others few integer steps.
 TRIES_Q2 = ((3, 0), (3.625, -0.3), (2.625, 0.6), (3.375, -0.5), (3.625, 0), (2.875, 0), (4, 0.2))
 TRIES_Q4 = (
     (15.5, -0.25), (15, 0.5), (14.5, 0.25), (15.5, -0.5), (15.5, 0), (14, 1),
@@ -297,8 +297,8 @@ SHAPES = {
     "IQ4_XS": (256, 32, 0, 4, 32, True, True),
 }
 
-# name: search without, and with importance. The error's weights were chosen so that both the
-# plain error and the one weighted as llama.cpp does stay below llama.cpp's.
+# name: search without, and with importance. The weights of the error were chosen so that both the
+# plain error and the error as weighted by llama.cpp are below llama.cpp's.
 SEARCHES = {
     "Q8_0": (Search(0, 0.0, 32, LEVELS_Q8, 0), Search(0, 0.0, 32, LEVELS_Q8, 0)),
     "Q4_0": (Search(0, 0.0, 32, (-8.25, -7.125, -8.75), 1), Search(1, 1.0, 0, LEVELS_Q4, 2)),

@@ -1,6 +1,6 @@
-"""The fit of the GGUF block grids with a minimum: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
+"""Numba kernels: the fit of the GGUF block grids with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K).
 
-See ``kquant_kernels.py`` for how a fit goes.
+``kquant_kernels.py`` describes the steps of a fit.
 """
 
 # mypy: allow-untyped-defs
@@ -12,12 +12,12 @@ import numpy as np
 from compress.grids.kquant_kernels import EQUAL, NEARLY_ZERO, UNIT, UNIT_ROWS, choose_unit, load
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
-# Rows of a sub-block's work array, LANES numbers each.
+# Offsets in a sub-block's work array, LANES numbers each.
 W, WQ, WQQ, WR, WQR, WRR = range(0, 6 * LANES, LANES)  # the sums
 SCALE, LOW, INVERSE, FIRST, SPAN, LEAST = range(6 * LANES, 12 * LANES, LANES)
 WISH_SCALE, WISH_LOW, COST_SCALE, COST_LOW = range(12 * LANES, 16 * LANES, LANES)
 WHOLE_SCALE, WHOLE_LOW, BEST_SCALE, BEST_LOW, ROWS = range(16 * LANES, 21 * LANES, LANES)
-# Rows of the block's, behind those of ``choose_unit`` for either unit.
+# Offsets in a block's work array, after those of ``choose_unit`` for both units.
 LOWER_UNIT = UNIT + UNIT_ROWS
 T_W, T_WQ, T_WQQ, T_WR, T_WQR, T_WRR = range(2 * UNIT_ROWS, 2 * UNIT_ROWS + 6 * LANES, LANES)
 ERROR, BEST_UNIT, BEST_LOWER_UNIT, BLOCK_ROWS = range(
@@ -27,8 +27,11 @@ ERROR, BEST_UNIT, BEST_LOWER_UNIT, BLOCK_ROWS = range(
 
 @kernel
 def correction(w0, wq, wqq, wr, wqr):
-    """Least-squares change of (scale, minimum), from the sums; where all codes are equal it is
-    undetermined, and the scale alone changes (for codes of zero: the minimum)."""
+    """Least-squares correction of (scale, minimum) from the sums.
+
+    It is undetermined where all codes are equal; then only the scale changes (the minimum where all
+    codes are zero).
+    """
     determinant = w0 * wqq - wq * wq
     both, scale = determinant > f4(1e-5) * w0 * wqq, wqq > f4(0.0)
     inverse = f4(1.0) / (determinant if both else f4(1.0))
@@ -40,15 +43,15 @@ def correction(w0, wq, wqq, wr, wqr):
 
 @kernel
 def change_of_error(w0, wq, wqq, wr, wqr, more, lower):
-    """How the error changes when scale and minimum change by (more, lower), the codes staying."""
+    """Change of the error when scale and minimum change by (more, lower) at fixed codes."""
     two = f4(2.0)
     return more * (more * wqq - two * (wqr - lower * wq)) + lower * (lower * w0 - two * wr)
 
 
 @kernel
 def sums_affine(x, w, start, n, top, t):
-    """Round ``x ≈ SCALE * q + LOW``, q in 0..top, and sum into rows ``W`` to ``WRR``: of w, wq,
-    wq², wr, wqr, wr²."""
+    """Round ``x ≈ SCALE * q + LOW``, q in 0..top, and sum w, wq, wq², wr, wqr and wr² into ``W`` to
+    ``WRR``."""
     for lane in range(LANES):
         t[INVERSE + lane] = inverse_of(t[SCALE + lane])
     t[W : WRR + LANES] = f4(0.0)
@@ -69,15 +72,14 @@ def sums_affine(x, w, start, n, top, t):
 
 @kernel
 def search_affine(x, w, start, n, top, tries, signed, t):
-    """``SCALE`` and ``LOW`` of each lane that give the least weighted error.
+    """Search the ``SCALE`` and ``LOW`` of least weighted error, in each lane.
 
-    ``tries`` ``[n, 2]`` are numbers of steps laid over the range of the sub-block, beyond ``top``
-    or short of it, and shifts of the levels in steps; each try gives codes, and these their
-    least-squares scale and minimum. The minimum stays <= 0 unless ``signed``.
+    ``tries`` ``[n, 2]``: the number of steps over the range of the sub-block, above or below
+    ``top``, and a shift of the levels in steps. Each try gives codes, and the codes their
+    least-squares scale and minimum, which is <= 0 unless ``signed``.
 
-    The sums are those of ``v = x - FIRST`` instead of a residual (rows ``WR``, ``WQR``), two fewer
-    than ``sums_affine`` takes: digits are lost to cancellation, but a choice at 5 bits can afford
-    that.
+    The sums use ``v = x - FIRST`` instead of a residual (``WR``, ``WQR``) and are two fewer than in
+    ``sums_affine``. This loses digits to cancellation, but is precise enough for up to 5 bits.
     """
     for lane in range(LANES):
         t[FIRST + lane] = x[start, lane] if signed else f4(0.0)
@@ -118,7 +120,8 @@ def search_affine(x, w, start, n, top, tries, signed, t):
             lower = -first if above else lower
             slope = (e - lower * b) / max(c, NEARLY_ZERO) if above else slope
             error = change_of_error(a, b, c, d, e, slope, lower)
-            # Of equals the first: sub-blocks that agree share their unit well. (It is negative.)
+            # Among equal errors the first try wins: sub-blocks with the same try approximate a
+            # common unit well. (The error is negative here.)
             better = error < t[LEAST + lane] * (f4(1.0) + EQUAL)
             t[LEAST + lane] = error if better else t[LEAST + lane]
             t[SCALE + lane] = slope if better else t[SCALE + lane]
@@ -127,10 +130,10 @@ def search_affine(x, w, start, n, top, tries, signed, t):
 
 @kernel
 def whole_affine(t, b, limit):
-    """Integers 0..limit for scale and minimum of a sub-block, given the units, for the codes that
-    the sums at (``SCALE``, ``LOW``) were taken with.
+    """Round a sub-block's scale and minimum to integers 0..limit of given units.
 
-    Tries the integers around the least-squares scale, each with the minimum that suits it.
+    The codes are those of the sums at (``SCALE``, ``LOW``). Tries the integers around the
+    least-squares scale, each with its best minimum.
     """
     for lane in range(LANES):
         w0, wq, wqq = t[W + lane], t[WQ + lane], t[WQQ + lane]
@@ -160,8 +163,8 @@ def whole_affine(t, b, limit):
 
 @kernel
 def start_affine(x, w, n, top, limit, tries, units, s, b):
-    """Scale and minimum of every sub-block by themselves (and their sums), and the units that suit
-    all of them."""
+    """Fit scale and minimum of every sub-block separately (with their sums), then the block's
+    units."""
     signed = limit == f4(0.0)
     for j in range(len(s)):
         t = s[j]
@@ -173,7 +176,7 @@ def start_affine(x, w, n, top, limit, tries, units, s, b):
             scale, down = t[SCALE + lane] + more, -t[LOW + lane] - lower
             t[WISH_SCALE + lane] = max(scale, f4(0.0))
             t[WISH_LOW + lane] = down if signed else max(down, f4(0.0))
-            # what a miss of the scale costs while the minimum makes up for it, and back
+            # Curvature of the error in the scale with the best minimum, and the reverse.
             t[COST_SCALE + lane] = wqq - wq * wq / max(w0, NEARLY_ZERO)
             t[COST_LOW + lane] = w0 - wq * wq / max(wqq, NEARLY_ZERO)
     if signed:
@@ -188,8 +191,10 @@ def start_affine(x, w, n, top, limit, tries, units, s, b):
 
 @kernel
 def store_affine(x, w, n, top, limit, s, b):
-    """Round to what the file stores, and sum up over the block what the units need: rows ``T_W`` to
-    ``T_WRR``, as in ``sums_affine`` with (scale, -minimum) in units for (q, 1)."""
+    """Round the parameters to storable values, and sum up over the block for the fit of its units.
+
+    ``T_W`` to ``T_WRR`` are the sums of ``sums_affine`` with (scale, -minimum) in units for (q, 1).
+    """
     for lane in range(LANES):
         b[UNIT + lane] = half(b[UNIT + lane])
         b[LOWER_UNIT + lane] = half(b[LOWER_UNIT + lane])
@@ -214,7 +219,7 @@ def store_affine(x, w, n, top, limit, s, b):
 
 @kernel
 def keep_affine(s, b):
-    """What is stored becomes the best in the lanes where its error is the least so far."""
+    """Copy the stored parameters to the best ones in the lanes where their error is smaller."""
     for j in range(len(s)):
         t = s[j]
         for lane in range(LANES):
@@ -232,7 +237,7 @@ def keep_affine(s, b):
 
 @kernel
 def refit_affine(limit, b):
-    """The units of least error for the codes and integers as they are."""
+    """The units of least error for given codes and integers."""
     for lane in range(LANES):
         w0, wq, wqq = b[T_W + lane], b[T_WQ + lane], b[T_WQQ + lane]
         more, lower = correction(w0, wq, wqq, b[T_WR + lane], b[T_WQR + lane])
@@ -250,7 +255,7 @@ def fit_affine(
 
     Fills ``d``, ``dmin`` (float32 holding float16 values, ``[rows, blocks]``) and, where ``limit``
     is not 0, ``scales`` and ``mins`` (uint8 ``[rows, sub-blocks]``). Without them the minimum may
-    be positive (``dmin`` negative). A second start has the first try only.
+    be positive (``dmin`` negative). The second start, if any, uses only the first try.
     """
     columns = weight.shape[1] // d.shape[1]
     subs = columns // n

@@ -1,24 +1,25 @@
-"""Kernels of the GGUF block grids: nearest codes, tiles, and the fit without a minimum (Q4_0, Q5_0,
-Q8_0, IQ4_NL, IQ4_XS, Q3_K, Q6_K). The fit with one is in ``kquant_affine.py``.
+"""Numba kernels of the GGUF block grids: nearest codes, tiles, and the fit without a minimum.
 
-Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. What belongs to a sub-block
-(``t``) or a block (``b``) lies in one flat array, LANES numbers for each quantity, whose places are
-constants: so LLVM knows that no two of them overlap, and every loop over the lanes becomes SIMD.
-The two families, with a minimum and without, are built alike.
+These fit Q4_0, Q5_0, Q8_0, IQ4_NL, IQ4_XS, Q3_K and Q6_K; ``kquant_affine.py`` fits the types with
+a minimum, in the same steps.
 
-Two primitives carry everything: ``sums_affine`` and ``sums_symmetric`` round a sub-block at a
-given scale (and minimum) and sum up its residual ``r = x - decoded``. Both the error and the
-least-squares correction of scale and minimum follow from those sums. A *search* takes them at
-several scales and keeps the best after correction. A *refit* takes them at the parameters as the
-file would store them, corrects, rounds to what the file can store, and keeps the best.
+Rows are the SIMD lanes (``lanes.py``): tiles are ``[columns, LANES]``. All quantities of a
+sub-block (``t``) or a block (``b``) are in one flat array, LANES numbers each, at constant offsets:
+LLVM can then prove that they do not overlap, and vectorizes every loop over the lanes.
 
-Squared errors are weighted by ``importance * (x² + spread * mean(x²)) ** (power / 2)``: a large
-weight matters more than its own size says. llama.cpp's weights are special cases of power 1 and
-2; power 0 is the plain error.
+``sums_affine`` and ``sums_symmetric`` round a sub-block at a given scale (and minimum) and sum up
+products of its residual ``r = x - decoded``. These sums give both the error and the least-squares
+correction of scale and minimum. A *search* computes them at several scales and returns the best
+corrected one. A *refit* computes them at the parameters as stored, corrects these, rounds them to
+storable values, and retains the best.
 
-Sub-blocks hang below their block: ``scale = unit[0] * whole[0]``, ``minimum = unit[1] * whole[1]``
-where the units are float16 and ``whole`` are integers up to ``limit`` (K-quants), or all ones
-(``limit`` 0: the block is its only sub-block).
+Squared errors are weighted by ``importance * (x² + spread * mean(x²)) ** (power / 2)``, so that
+large weights count more. The weightings of llama.cpp are special cases with power 1 and 2; power 0
+is the plain error.
+
+Parameters of a sub-block: ``scale = unit[0] * whole[0]``, ``minimum = unit[1] * whole[1]``, where
+the units are float16 values of the block and ``whole`` are integers up to ``limit`` (K-quants), or
+ones (``limit`` 0: the block has one sub-block).
 """
 
 # mypy: allow-untyped-defs
@@ -29,19 +30,19 @@ import numpy as np
 
 from compress.grids.lanes import LANES, WORST, f4, half, inverse_of, kernel
 
-# Below a quarter of the smallest step that any GGUF block can express (an f16 scale of 2**-24) a
-# weight decodes to zero in any case, and as zero it cannot underflow in the sums.
+# A weight below a quarter of the smallest step of any GGUF block (a float16 scale of 2**-24)
+# decodes to zero in any case; set to zero, it cannot underflow in the sums.
 TINY = f4(2.0**-26)
 NEARLY_ZERO = f4(1e-30)
-# Part of a sum of squares below which two errors are equal but for rounding.
+# Two errors that differ by less than this share of a sum of squares differ by rounding only.
 EQUAL = f4(3e-7)
 
 
 @kernel
 def load(weight, importance, row_squares, row, column, n, power, spread, run, x, w):
-    """A transposed tile of weights and the weights of their errors; missing rows are zeros.
+    """Transpose rows to a tile, and compute the weights of its errors; missing rows are zeros.
 
-    ``mean(x²)`` is taken over ``run`` columns; with run 0 it is the row's, ``row_squares``.
+    ``mean(x²)`` is taken over ``run`` columns, or over the row (``row_squares``) if run is 0.
     """
     for lane in range(LANES):
         if row + lane < weight.shape[0]:
@@ -72,21 +73,22 @@ def load(weight, importance, row_squares, row, column, n, power, spread, run, x,
 
 @kernel
 def keep(value, error, least, best):
-    """``best = value`` in the lanes whose error is below the least so far."""
+    """Set ``best = value`` in the lanes whose error is below ``least``."""
     for lane in range(LANES):
         best[lane] = value[lane] if error[lane] < least[lane] else best[lane]
 
 
-# Rows of a block's work array that ``choose_unit`` has to itself, LANES numbers each.
+# Offsets in a block's work array that only ``choose_unit`` uses, LANES numbers each.
 UNIT, UNIT_PEAK, UNIT_BEST, UNIT_MISS, UNIT_ROWS = range(0, 5 * LANES, LANES)
 
 
 @kernel
 def choose_unit(s, wish, cost, level, least, most, tries, b):
-    """``UNIT`` of a block, whose multiples least..most come nearest to its sub-blocks' wishes, each
-    difference weighted by what it costs: rows ``wish`` and ``cost`` of ``s[sub-block]``.
+    """Choose a block's ``UNIT``: the best approximation of its sub-blocks' scales by multiples.
 
-    Tries put the wish of largest magnitude on ``level``, then on levels nearer to zero.
+    Minimizes the squared differences between the scales (offset ``wish`` of ``s[sub-block]``) and
+    their nearest multiples least..most of the unit, weighted by the numbers at offset ``cost``. The
+    scale of largest magnitude is mapped to ``level``, then to levels nearer to zero.
     """
     for lane in range(LANES):
         b[UNIT_PEAK + lane] = f4(0.0)
@@ -116,8 +118,11 @@ def choose_unit(s, wish, cost, level, least, most, tries, b):
 
 @kernel
 def encode_linear(weight, scale, minimum, n, zero, top, begin, end, codes):
-    """Nearest codes 0..top of ``scale * (code - zero) - minimum``, rows begin..end; zero where
-    the scale is zero. ``scale`` and ``minimum``: float32 ``[rows, columns / n]``."""
+    """Nearest codes 0..top of ``scale * (code - zero) - minimum``, rows begin..end.
+
+    The code is ``zero`` where the scale is 0. ``scale``, ``minimum``: float32
+    ``[rows, columns / n]``.
+    """
     for row in range(begin, end):
         for block in range(scale.shape[1]):
             step, low = scale[row, block], minimum[row, block]
@@ -131,8 +136,10 @@ def encode_linear(weight, scale, minimum, n, zero, top, begin, end, codes):
 
 @kernel
 def encode_levels(weight, scale, cells, n, begin, end, codes):
-    """Nearest codes of ``scale * level[code]``, where ``cells[floor(2 v) + 256]`` is the code of
-    the level nearest to v; rows begin..end."""
+    """Nearest codes of ``scale * level[code]``, rows begin..end.
+
+    ``cells[floor(2 v) + 256]`` is the code of the level nearest to v.
+    """
     for row in range(begin, end):
         for block in range(scale.shape[1]):
             step = scale[row, block]
@@ -146,20 +153,20 @@ def encode_levels(weight, scale, cells, n, begin, end, codes):
 
 # --- the fit without a minimum ---------------------------------------------------------------
 
-# Rows of a sub-block's work array, LANES numbers each.
+# Offsets in a sub-block's work array, LANES numbers each.
 WQQ, WQR, WRR, INVERSE, LEVEL = range(0, 5 * LANES, LANES)
 SCALE, STEP, PEAK, LEAST, WHOLE, BEST, ROWS = range(5 * LANES, 12 * LANES, LANES)
-# Rows of the block's, behind those of ``choose_unit``.
+# Offsets in a block's work array, after those of ``choose_unit``.
 T_WQQ, T_WQR, T_WRR, ERROR, BEST_UNIT, BLOCK_ROWS = range(UNIT_ROWS, UNIT_ROWS + 6 * LANES, LANES)
 
 
 @kernel
 def sums_symmetric(x, w, start, n, least, most, values, t):
-    """Round ``x ≈ STEP * q`` and sum into rows ``WQQ``, ``WQR``, ``WRR``: of wq², wqr, wr².
+    """Round ``x ≈ STEP * q``, and sum wq², wqr and wr² into ``WQQ``, ``WQR`` and ``WRR``.
 
-    q is an integer in least..most, or, where ``values`` is given, the nearest level of a table:
-    ``values[floor(2 v) + 256]``, exact because every midpoint of its levels is a half-integer.
-    (An unsigned 32-bit index and a loop of its own are what let the look-up become a gather.)
+    q is an integer in least..most or, if ``values`` is not empty, the nearest level of a table:
+    ``values[floor(2 v) + 256]``, exact because all midpoints of its levels are half-integers. (With
+    an unsigned 32-bit index, in a separate loop, LLVM compiles the look-up to a gather.)
     """
     for lane in range(LANES):
         t[INVERSE + lane] = inverse_of(t[STEP + lane])
@@ -187,10 +194,10 @@ def sums_symmetric(x, w, start, n, least, most, values, t):
 
 @kernel
 def search_symmetric(x, w, start, n, least, most, values, tries, t):
-    """``SCALE`` of each lane that gives the least weighted error.
+    """Search the ``SCALE`` of least weighted error, in each lane.
 
-    ``tries`` are the levels that the weight of largest magnitude is put on, of either sign: which
-    sign of the scale suits the block is part of the question.
+    ``tries`` are the levels to which the weight of largest magnitude is mapped, of both signs,
+    since the scale may be negative.
     """
     for lane in range(LANES):
         t[PEAK + lane] = f4(0.0)
@@ -207,8 +214,9 @@ def search_symmetric(x, w, start, n, least, most, values, tries, t):
             wqq, wqr, wrr = t[WQQ + lane], t[WQR + lane], t[WRR + lane]
             step = t[STEP + lane]
             more = wqr / max(wqq, NEARLY_ZERO)
-            # Of equals the first: sub-blocks that agree share their unit well. What is left by
-            # rounding is a part of the sum that it was taken from, and of the weights themselves.
+            # Among equal errors the first try wins: sub-blocks with the same try approximate a
+            # common unit well. ``size`` bounds the rounding error of ``error``: it is
+            # proportional to the sum that is subtracted from and to the squared weights.
             error = wrr - more * wqr
             size = f4(10.0) * wrr + f4(1e-3) * wqq * step * step
             better = error < t[LEAST + lane] - EQUAL * size
@@ -218,8 +226,8 @@ def search_symmetric(x, w, start, n, least, most, values, tries, t):
 
 @kernel
 def start_symmetric(x, w, n, least, most, limit, values, tries, units, s, b):
-    """``SCALE`` of every sub-block by itself (and what a miss of it costs: ``WQQ``), and the unit
-    that suits all of them."""
+    """Fit the ``SCALE`` of every sub-block separately (``WQQ`` weights its squared error), then the
+    block's unit."""
     for j in range(len(s)):
         t = s[j]
         search_symmetric(x, w, j * n, n, least, most, values, tries, t)
@@ -230,7 +238,7 @@ def start_symmetric(x, w, n, least, most, limit, values, tries, units, s, b):
             for lane in range(LANES):
                 t[SCALE + lane] += t[WQR + lane] / max(t[WQQ + lane], NEARLY_ZERO)
         for lane in range(LANES):
-            t[WQR + lane] = f4(0.0)  # the correction has been made
+            t[WQR + lane] = f4(0.0)  # the correction is already in SCALE
     if limit > f4(0.0):
         choose_unit(s, SCALE, WQQ, -limit, -limit, limit - f4(1.0), units, b)
     else:
@@ -240,8 +248,10 @@ def start_symmetric(x, w, n, least, most, limit, values, tries, units, s, b):
 
 @kernel
 def store_symmetric(x, w, n, least, most, limit, values, s, b):
-    """Round to what the file stores, and sum up over the block what the unit needs: rows ``T_WQQ``
-    to ``T_WRR``, as in ``sums_symmetric`` with the scale in units for q."""
+    """Round the parameters to storable values, and sum up over the block for the fit of its unit.
+
+    ``T_WQQ`` to ``T_WRR`` are the sums of ``sums_symmetric`` with the scale in units for q.
+    """
     for lane in range(LANES):
         b[UNIT + lane] = half(b[UNIT + lane])
         b[T_WQQ + lane] = f4(0.0)
@@ -266,7 +276,7 @@ def store_symmetric(x, w, n, least, most, limit, values, s, b):
 
 @kernel
 def keep_symmetric(s, b):
-    """What is stored becomes the best in the lanes where its error is the least so far."""
+    """Copy the stored parameters to the best ones in the lanes where their error is smaller."""
     for j in range(len(s)):
         t = s[j]
         for lane in range(LANES):
@@ -286,8 +296,8 @@ def fit_symmetric(
     """Fit ``w = d * scale * q`` to the blocks of rows begin..end; q as in ``sums_symmetric``.
 
     Fills ``d`` (float32 holding float16 values, ``[rows, blocks]``) and, where ``limit`` is not 0,
-    ``scales`` (int8 ``[rows, sub-blocks]``, -limit..limit-1). A second start has the first try
-    only.
+    ``scales`` (int8 ``[rows, sub-blocks]``, -limit..limit-1). The second start, if any, uses only
+    the first try.
     """
     columns = weight.shape[1] // d.shape[1]
     subs = columns // n

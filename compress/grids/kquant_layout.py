@@ -57,7 +57,7 @@ FIELDS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 
 # How each part of the codes is cut into bit fields: (bits of a field, first bit in the code,
-# columns that lie beside each other before the next field of the same byte begins).
+# adjacent columns before the next field of the same byte begins).
 PARTS: dict[str, dict[str, tuple[int, int, int]]] = {
     "Q4_0": {"low": (4, 0, 16)},
     "Q4_1": {"low": (4, 0, 16)},

@@ -1,9 +1,9 @@
 """Shared by the numba kernels of the grids: lanes, threads, compilation, float16 rounding.
 
-Thirty-two rows are worked on at once and the rows are the SIMD lanes: a tile is transposed to
-``[columns, LANES]``, every sum of a block then runs down the tile lane by lane, and no sum is ever
-horizontal. That is what makes the kernels several times faster than scalar C, and it is why a
-row's result depends neither on its neighbours nor on the number of threads.
+Thirty-two rows are processed at once, one per SIMD lane: a tile is transposed to
+``[columns, LANES]``, and every sum of a block runs over the columns, separately in each lane, never
+across lanes. So the kernels are several times faster than scalar C, and the result of a row depends
+neither on other rows nor on the number of threads.
 """
 
 # mypy: allow-untyped-defs
@@ -28,16 +28,16 @@ SMALLEST_HALF = f4(2.0**-24)
 LARGEST_HALF = f4(65504.0)
 WORST = f4(3e38)
 
-# Full fast-math would assume that there are none of the infinities that guards compare with.
+# Full fast-math would assume that there are no infinities, with which guards compare.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def kernel(function: Callable[..., Any], fastmath: Collection[str] = FAST) -> Any:
     """Compile on first call and cache on disk; where no folder is writable, only compile.
 
-    The GIL is released. A kernel's flags are its own in every caller. numba notices a changed
-    kernel by its own file only: after an edit here or in another file whose kernels are called from
-    elsewhere, delete the ``*.nbi`` files.
+    The GIL is released. A kernel has its own fast-math flags in every caller. numba detects changes
+    of a kernel's own file only: after an edit here, or of another file with kernels that are called
+    from elsewhere, delete the ``*.nbi`` files.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
@@ -72,9 +72,9 @@ def inverse_of(value):
 
 @kernel
 def all_within(values, limit):
-    """Whether no value is larger than ``limit``, or NaN, of which every comparison is false."""
+    """Whether all magnitudes are at most ``limit``, and none is NaN."""
     beyond = 0
-    for i in range(len(values)):  # by index: LLVM makes no SIMD of numba's iterators
+    for i in range(len(values)):  # by index: LLVM does not vectorize loops over numba's iterators
         beyond += 0 if abs(values[i]) <= limit else 1
     return beyond == 0
 
@@ -118,9 +118,9 @@ def normalized(importance: Float32 | None, columns: int, name: str) -> Float32:
 def over_rows(work: Callable[[int, int], None], rows: int, unit: int = LANES) -> None:
     """Call ``work(begin, end)`` over all rows, in the process's threads.
 
-    Each call gets whole units of rows; there are too few for a thread below four of them.
-    The kernels release the GIL. Threads of ours rather than numba's own: those abort the process
-    when two callers come at once (workqueue) or hang after a fork (OpenMP).
+    Each call has whole units of rows, and each thread at least four of them. The kernels release
+    the GIL. The threads are Python's, since numba's abort the process when two callers use them
+    at once (workqueue), or hang after a fork (OpenMP).
     """
     tiles = -(-rows // unit)
     threads = min(worker_threads(), tiles // 4)

@@ -35,12 +35,12 @@ ZERO = 7  # the code of zero
 CELLS = np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, (np.arange(512) - 256) / 2 + 0.25).astype(
     np.uint8
 )
-# Our code → the nibble of the file, and back (negative zero is zero).
+# Code → the nibble in the file, and the inverse (negative zero becomes zero).
 NIBBLES = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], dtype=np.uint8)
 CODES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0], dtype=np.uint8)
-# Exponents that are tried, against the one that puts the largest weight on a level of 8 to 16.
+# Exponents to try, relative to the one that maps the largest weight into 8 to 16.
 TRIES = np.array([0, 1, -1, -2])
-SMALLEST = 2  # exponents below make scales whose inverse no float32 can hold
+SMALLEST = 2  # with smaller exponents the inverse of the scale overflows float32
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Kernels of the palettes: k-means in one dimension by dynamic programming, and nearest entries."""
+"""Numba kernels of palettes: one-dimensional k-means by dynamic programming; nearest entries."""
 
 # mypy: allow-untyped-defs
 
@@ -11,19 +11,20 @@ import numpy as np
 from compress.grids import lanes
 
 EXACT = 1024  # groups of up to this many values are clustered value by value
-COARSE = 256  # bins of equal width ...
-FINE = 768  # ... and the pieces that they are cut into (at 6 and 8 bits, more)
+COARSE = 256  # bins of equal width,
+FINE = 768  # and the number of cuts within them (more at 6 and 8 bits)
 
-kernel = partial(lanes.kernel, fastmath=())  # sums of squares that cancel
+kernel = partial(lanes.kernel, fastmath=())  # cancellation in sums of squares needs exact order
 
 
 @kernel
 def fit_groups(weight, shares, fine, begin, end, lut):
-    """Some groups of ``lut``, float64 ``[groups, levels]``, from ``weight`` ``[rows, columns]``."""
+    """Fit the palettes of some groups, ``lut`` float64 ``[groups, levels]``, to ``weight``
+    ``[rows, columns]``."""
     rows = weight.shape[0] // lut.shape[0]
     for group in range(begin, end):
         values = weight[group * rows : (group + 1) * rows]
-        middle = np.float64(0)  # sums of squares are taken around it, for their precision
+        middle = np.float64(0)  # subtracted before squares are summed, for precision
         for row in range(rows):
             for column in range(values.shape[1]):
                 middle += values[row, column]
@@ -32,7 +33,7 @@ def fit_groups(weight, shares, fine, begin, end, lut):
             mass, first, second = _sorted_points(values, shares, middle)
         else:
             mass, first, second = _histogram(values, shares, middle, fine)
-            if mass.size <= lut.shape[1]:  # few distinct values: two might have shared a bin
+            if mass.size <= lut.shape[1]:  # few points: two distinct values may share a bin
                 mass, first, second = _sorted_points(values, shares, middle)
         _cluster(mass, first, second, lut[group])
         for level in range(lut.shape[1]):
@@ -58,8 +59,8 @@ def _sorted_points(values, shares, middle):
 def _histogram(values, shares, middle, fine):
     """One point per occupied bin, ascending: sums of weight, weight·x and weight·x².
 
-    Bins of equal width first; then each is cut into one piece, and one more for every
-    ``1 / fine`` of the values that it holds.
+    Bins of equal width are cut into ``1 + floor(fine * share)`` pieces each, where ``share`` is the
+    bin's share of the values.
     """
     low, high = values.min(), values.max()
     if low == high:
@@ -91,7 +92,8 @@ def _add(sums, point, x, share):
 
 @kernel
 def _cluster(mass, first, second, centers):
-    """Split ascending points into ``len(centers)`` runs of least squared error; their means.
+    """Split ascending points into ``len(centers)`` runs of least squared error; fills ``centers``
+    with their means.
 
     ``cost[j]`` is the least error of points ``0..j`` in ``k`` runs; the last of them starts at
     ``split[k, j]``.
@@ -124,15 +126,15 @@ def _prefix(values):
 def _next_row(w, wx, wxx, before, k, split):
     """``min over i of before[i - 1] + error(i..j)`` for every ``j >= k``.
 
-    The best ``i`` does not decrease with ``j``: solving every 2^n-th ``j`` first bounds the
-    search for those between.
+    The best ``i`` does not decrease with ``j``: every 2^n-th ``j`` is solved first, which bounds
+    the search for those between.
     """
     points = before.size
     after = np.empty(points)
     step = 1
     while step < points - k:
         step *= 2
-    done = step * 2  # the j that are solved are k - 1 + multiples of this, if within the points
+    done = step * 2  # solved so far: j = k - 1 + multiples of this, within the points
     while step >= 1:
         for j in range(k - 1 + step, points, done):
             low = split[j - step] if j - step >= k else k
@@ -152,9 +154,9 @@ def _next_row(w, wx, wxx, before, k, split):
 
 @kernel
 def encode_rows(weight, lut, begin, end, codes):
-    """Nearest entry of each row's ascending table: how many of its midpoints lie below.
+    """Nearest entry of each row's ascending table: the number of midpoints below the value.
 
-    Counting them all is SIMD; a binary search is not, and is slower even among 256.
+    Counting all midpoints vectorizes; a binary search does not, and is slower even for 256 entries.
     """
     rows = weight.shape[0] // lut.shape[0]
     for row in range(begin, end):

@@ -1,16 +1,16 @@
-"""Sparse grids: in every row some weights are zero, the others are on a grid of their own.
+"""Sparse grids: in every row some weights are zero, the others are on an inner grid.
 
-    2of4-lut4-g8     of every 4 neighbours the 2 largest stay, in a 4-bit palette
-    s50-int4-g32     half of every row goes, the rest are 4-bit integers in groups
-    s75-F16          a quarter of every row stays, as float16
+    2of4-lut4-g8     of every 4 adjacent weights the 2 largest are nonzero, in a 4-bit palette
+    s50-int4-g32     half of every row is zero, the rest are 4-bit integers in groups
+    s75-F16          a quarter of every row is nonzero, as float16
 
 A file stores a mask of one bit per weight and the codes of the nonzero weights. So at 4 bits a
-quarter of zeros saves nothing: ``1 + 0.75 * 4 = 4`` bits a weight. Every row keeps the same
-number of weights, so that the bytes are known before a weight is read (Wanda, Sun et al., arXiv
-2306.11695, compares within rows too).
+quarter of zeros saves nothing: ``1 + 0.75 * 4 = 4`` bits a weight. Every row has the same number
+of nonzero weights, so that the size is known before a weight is read (Wanda, Sun et al., arXiv
+2306.11695, also compares within rows).
 
-The largest magnitudes are kept here; where ``compress.pruning.sparse`` chose by calibration, the
-others are zero already.
+The grid retains the largest magnitudes; where ``compress.pruning.sparse`` chose by calibration, the
+others are already zero.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Pattern:
     """The number of nonzero weights in a row.
 
     Attributes:
-        nonzeros: at most so many of ``of`` neighbours in a row are not 0.
+        nonzeros: largest number of nonzero weights among ``of`` adjacent ones in a row.
         of: 0 where zeros may be anywhere in the row.
-        percent: ... and this share of the row, in percent, is 0.
+        percent: then the share of zeros in the row, in percent.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Pattern:
         """``2of4`` or ``s50``.
 
         Raises:
-            GridError: neither, or one that keeps nothing or everything.
+            GridError: neither, or a pattern without zeros or without nonzero weights.
         """
         if found := re.fullmatch(r"([1-9]\d?)of([1-9]\d?)", name):
             nonzeros, of = map(int, found.groups())
@@ -65,7 +65,7 @@ class Pattern:
             raise GridError(f"{self.name}: {columns} columns are not a multiple of {self.of}")
 
     def count(self, columns: int) -> int:
-        """Nonzero weights in a row of so many columns."""
+        """The number of nonzero weights in a row of ``columns``."""
         return (
             columns // self.of * self.nonzeros
             if self.of
@@ -76,8 +76,8 @@ class Pattern:
         """A mask of the highest scores of each row, or of each group of neighbours.
 
         Args:
-            scores: float ``[rows, columns]``; of equal ones the first are kept.
-            count: how many of a row, over ``Pattern.count``; not for groups.
+            scores: float ``[rows, columns]``; of equal ones the first are chosen.
+            count: the number per row, instead of ``Pattern.count``; not for groups.
 
         Returns:
             bool ``[rows, columns]``.
@@ -160,7 +160,7 @@ class SparseGrid(BaseGrid):
         self.inner.check(shape)
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """The mask, the codes that are there, and the inner grid's scales or tables."""
+        """Bytes of the mask, the nonzero weights' codes, and the inner grid's scales or tables."""
         rows, columns = shape
         dense = (rows * columns * self.bits + 7) // 8
         there = (rows * self.pattern.count(columns) * self.bits + 7) // 8

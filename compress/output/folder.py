@@ -106,7 +106,7 @@ def check_disk(output: Path, needed: int) -> None:
     folder = real_path(output).parent
     while not folder.exists():
         folder = folder.parent
-    # Disk blocks of the files that a killed build left; holes take none.
+    # Disk blocks of a killed build's files; holes take none.
     partial = partial_folder(real_path(output))
     left = partial.rglob("*") if is_work_folder(partial) else ()
     free = shutil.disk_usage(folder).free + sum(path.lstat().st_blocks * 512 for path in left)
@@ -258,7 +258,9 @@ def work_folder(
             yield partial / NEW
             try:
                 replace(place, partial, overwrite=overwrite)
-            except UsageError:  # the work is done, but its place was taken meanwhile
+            except (
+                UsageError
+            ):  # the build is complete, but another one created the output folder meanwhile
                 keeps = resume is not None
                 raise
             keeps = False

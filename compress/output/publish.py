@@ -248,7 +248,9 @@ def explain(error: Exception, settings: PushSettings) -> PublishError:
         why, hint = "HF_HUB_OFFLINE is set", "unset it"
     elif kinds & {"ConnectionError", "Timeout", "TransportError"}:  # of requests, or of httpx
         why, hint = "no connection to the Hub", AGAIN
-    elif error is not cause:  # from the large-file store, whose answers are not about the token
+    elif (
+        error is not cause
+    ):  # from the large-file store, whose responses do not depend on the token
         why, hint = f"{one_line(error)} ({status or type(cause).__name__})", AGAIN
     elif status == 401 and not get_token():
         why, hint = "the Hub wants to know who you are", ANSWERS[401][1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig, split_name
+from compress.decoder.families import FAMILIES
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.plan.shapes import Plan
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cut", "Healing", "plan_cut", "width_step"]
 
-STEP = 32  # channels: the least block of every 4-bit format
+STEP = 32  # channels: the smallest block of every 4-bit format
 WIDEST_STEP = 256  # of the K-quants, and the widest group of ONNX and Core ML
 
 WHAT = {"depth": "blocks", "ffn": "MLP channels", "heads": "key-value heads"}
@@ -91,6 +92,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
         return None
     method, ratio, update = prune.method, prune.ratio, prune.update
     healing = Healing(prune.heal.minutes, prune.heal.steps) if prune.heal else None
+    check_cuttable(config, method)
     if method == "depth":
         total = config.num_hidden_layers // config.block_repeat
         retained = total - ((prune.blocks or 0) if ratio is None else round(ratio * total))
@@ -110,7 +112,7 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
             )
         shrunk = with_sizes(config, intermediate_size=retained)
         return Cut(method, total, retained, shrunk, update, healing)
-    if config.rope.kind == "longrope":
+    if config.ropes[0].kind == "longrope":
         raise UnsupportedModelError(
             "heads cannot be pruned under longrope: transformers counts its factors by hidden_size "
             "/ num_attention_heads, and would not load the checkpoint",
@@ -127,6 +129,37 @@ def plan_cut(config: DecoderConfig, prune: Prune | None, plans: Iterable[Plan] =
         head_dim=config.head_dim,
     )
     return Cut(method, total, retained, shrunk, update, healing)
+
+
+def check_cuttable(config: DecoderConfig, method: str) -> None:
+    """Refuse models whose pruned form no ``config.json`` or checkpoint of theirs expresses.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    family = FAMILIES[config.family]
+    if family.transposed or family.by_group:
+        raise UnsupportedModelError(
+            f"{config.family} cannot be pruned: its checkpoints store q, k and v in one tensor of "
+            "a layout that packlight reads and does not write"
+        )
+    if method == "depth" and len(config.kinds) > 1:
+        raise UnsupportedModelError(
+            f"blocks of this {config.family} model cannot be pruned: its layers differ (windows or "
+            "rotation), and config.json tells them by their place",
+            hint="--prune ffn:10%",
+        )
+    if method == "heads" and config.qk_norm == "projection":
+        raise UnsupportedModelError(
+            f"heads of {config.family} cannot be pruned: one norm spans all of them",
+            hint="--prune depth:10% or ffn:10%",
+        )
+    if method == "ffn" and "intermediate_size" in family.changes({**config.raw}):
+        raise UnsupportedModelError(
+            f"the MLP of {config.family} cannot be pruned: its config.json has the width under a "
+            "key of its own",
+            hint="--prune depth:10%",
+        )
 
 
 def check(retained: int, total: int, method: str, range_text: str) -> None:
@@ -171,10 +204,11 @@ def row_multiple(grid: str, rows: int) -> int:
 def with_layers(config: DecoderConfig, stored: int) -> DecoderConfig:
     """The config with ``stored`` blocks."""
     raw = {**config.raw, "num_hidden_layers": stored}
-    kinds = raw.get("layer_types")  # of transformers: all alike, mixtures are not built
+    kinds = raw.get("layer_types")  # of transformers: all of one type, mixtures are not supported
     if isinstance(kinds, list):
         raw["layer_types"] = kinds[:stored]
-    return replace(config, num_hidden_layers=stored * config.block_repeat, raw=raw)
+    count = stored * config.block_repeat
+    return replace(config, num_hidden_layers=count, layers=config.layers[:count], raw=raw)
 
 
 def with_sizes(config: DecoderConfig, **sizes: int) -> DecoderConfig:

@@ -1,7 +1,7 @@
-"""``plan.json`` as typed data, and what ``--dry-run`` prints: what will be made, before it is.
+"""``plan.json`` as pydantic models, and the output of ``--dry-run``.
 
-``plan.schema.json`` is generated from here (``make docs``). A key that holds its default is left
-out. There are no times in it: the same build has the same plan.
+``plan.schema.json`` is generated from here (``make docs``). Keys with default values are omitted.
+The plan has no times: the same build has the same plan.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class PlanTool(Part):
-    """The tool that made the plan."""
+    """The tool that wrote the plan."""
 
     name: Literal["packlight"]
     version: str
@@ -40,7 +40,7 @@ class PlannedModel(Part):
     source: str = Field(description="Hub id or folder name.")
     revision: str = Field(description="Commit on the Hub; empty for a folder.")
     adapters: list[str] = Field(
-        default=[], description="Merged into it, as --adapter names them, without local paths."
+        default=[], description="Merged LoRA adapters as given to --adapter, without local paths."
     )
     family: str
     parameters: int
@@ -58,10 +58,10 @@ class PlannedBudget(Part):
     """The budget that grids were chosen for."""
 
     limit_bytes: int
-    limit_is: str = Field(default="", description="What the limit stands for.")
-    smallest_bytes: int = Field(description="With every tensor on its smallest grid.")
+    limit_is: str = Field(default="", description="Meaning of the limit, for messages.")
+    smallest_bytes: int = Field(description="Size with every tensor on its smallest grid.")
     recommended_bytes: int = Field(
-        default=0, description="The smallest file that is expected to be good."
+        default=0, description="Size of the smallest file with acceptable expected quality."
     )
     kept_high: list[HighTensor]
 
@@ -69,24 +69,28 @@ class PlannedBudget(Part):
 class PlannedTensor(Part):
     """One tensor of an artifact."""
 
-    name: str = Field(description="packlight's.")
+    name: str = Field(
+        description="The name in packlight: that of the checkpoint's tensor, or of joined ones."
+    )
     target_name: str = Field(description="The name in the artifact.")
     grid: str
     shape: list[int]
     bytes: int
-    note: str = Field(default="", description="Why this grid, when it is not the one asked for.")
+    note: str = Field(default="", description="Why the grid differs from the requested one.")
 
 
 class PlannedTarget(Part):
     """One artifact."""
 
-    type: str = Field(description="As in file names: Q4_K_M, int4-g32, lut4-g8.")
-    settings: dict[str, Any] = Field(description="The recipe's, that the writer needs again.")
+    type: str = Field(description="Type as in file names: Q4_K_M, int4-g32, lut4-g8.")
+    settings: dict[str, Any] = Field(description="Settings of the recipe that the writer needs.")
     weights_bytes: int
-    file_bytes: int = Field(default=0, description="Of the model files, where it is predicted.")
-    bits_per_weight: float = Field(description="Of the tensors alone.")
+    file_bytes: int = Field(
+        default=0, description="Predicted size of the model files; 0: not predicted."
+    )
+    bits_per_weight: float = Field(description="Bits per weight of the tensors alone.")
     expected_kl_divergence: float | None = Field(
-        default=None, description="What a cost table predicts, nats per token."
+        default=None, description="Mean KL divergence predicted by a cost table, nats per token."
     )
     budget: PlannedBudget | None = None
     notes: list[str]
@@ -96,9 +100,11 @@ class PlannedTarget(Part):
 class CheckpointLock(Part):
     """Hashes of the checkpoint."""
 
-    headers: str = Field(description="Of its config and all tensors' names, types and places.")
+    headers: str = Field(
+        description="Hash of the config and of the names, types and offsets of all tensors."
+    )
     files: dict[str, str] | None = Field(
-        description="Name to SHA-256; null where hashing would take time and nobody asked for it."
+        description="SHA-256 by file name; null: not hashed (see --provenance)."
     )
 
 
@@ -107,24 +113,26 @@ class Lock(Part):
 
     versions: dict[str, str]
     checkpoint: CheckpointLock
-    inputs: dict[str, str] = Field(description="Calibration texts or an imatrix, by SHA-256.")
+    inputs: dict[str, str] = Field(description="SHA-256 of the calibration texts or the imatrix.")
     adapters: dict[str, dict[str, str]] = Field(
-        default={}, description="Of each adapter the SHA-256 of its files."
+        default={}, description="SHA-256 of each adapter's files."
     )
 
 
 class PlanDocument(Part):
-    """Which tensor has which grid, per target."""
+    """The grid of each tensor, by target."""
 
     schema_version: Literal[1]
     tool: PlanTool
     model: PlannedModel
     prune: dict[str, Any] | None = Field(
-        default=None, description="As the recipe has it, and how many parameters are left."
+        default=None, description="The recipe's section, and the number of remaining parameters."
     )
-    quantize: dict[str, Any] = Field(description="As the recipe has it, with its calibration.")
-    targets: dict[str, PlannedTarget] = Field(description="By format.")
-    lock: Lock | None = Field(default=None, description="Absent from what --dry-run prints.")
+    quantize: dict[str, Any] = Field(description="The recipe's section, with its calibration.")
+    targets: dict[str, PlannedTarget] = Field(description="Targets by format.")
+    lock: Lock | None = Field(
+        default=None, description="Hashes of the inputs; null in the output of --dry-run."
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """``plan.json`` as plain data."""

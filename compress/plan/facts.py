@@ -38,7 +38,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint with the keys that exporters use for artifacts."""
     config = describe_model(checkpoint)
-    window = config.sliding_window
+    window, rope = config.sliding_window, config.ropes[0]
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
     metadata = {
         "family": config.family,
@@ -51,7 +51,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "exported up to": config.max_context,
         "sliding window": window if window else "none",
-        "rope": f"{config.rope.kind}, theta {config.rope.theta:g}, {config.rope.rotary_dim} dims",
+        "rope": f"{rope.kind}, theta {rope.theta:g}, {rope.rotary_dim} dims",
         "embeddings": "tied" if config.tie_word_embeddings else "untied",
         "KV cache per token": format_bytes(config.kv_cache_bytes_per_token()) + " in float16",
         "dtype": ", ".join(dtypes),

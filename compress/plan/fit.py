@@ -112,7 +112,7 @@ def artifact_needs(
         if context is not None and context > config.max_context:
             most = f"the {config.max_context} positions of {path.name}"
             raise UsageError(f"--context {context} is more than {most}")
-        # Some make room for as many positions as they were built for.
+        # Some runtimes allocate the cache for the number of positions given at build time.
         room = min(config.max_context, facts["context"] or config.max_context)
         positions = context or min(DEFAULT_CONTEXT, room)
         need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])

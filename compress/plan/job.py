@@ -12,7 +12,7 @@ from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.tokenizer import VOCABULARIES
-from compress.decoder.tokenizer_facts import PARSED, TokenizerFacts
+from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
 from compress.errors import (
     CheckpointError,
@@ -109,8 +109,8 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
 
         config = settle_head(config, checkpoint)
     WeightMap(config).check(checkpoint)
-    if config.rope.caveat:
-        checkpoint.warn(config.rope.caveat)
+    if config.ropes[0].caveat:
+        checkpoint.warn(config.ropes[0].caveat)
     return config
 
 
@@ -140,7 +140,7 @@ def prepare(
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
     rows, ends = config.vocab_size, config.eos_token_ids
-    if tokenizer and max(tokenizer.ids.values(), default=0) >= rows:
+    if tokenizer and tokenizer.last_id >= rows:
         notes = check_rows(tokenizer, lambda: checkpoint.tokenizer, rows, ends)
     if context is not None and context > config.max_context:
         raise UsageError(
@@ -157,8 +157,6 @@ def prepare(
     )
     if notes:
         plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
-    for name_of_parsed in PARSED if tokenizer else ():
-        vars(tokenizer).pop(name_of_parsed, None)
     source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     return Job(source, config, recipe, plans, positions, command, transforms, cut)
@@ -348,7 +346,7 @@ ONE_THREAD = 100_000_000
 
 def choose_threads(wanted: int, config: DecoderConfig) -> int:
     """Threads for every runtime and for the float model alike, so that their speeds compare."""
-    if wanted:  # more than there are is never faster; hundreds take minutes to meet
+    if wanted:  # more threads than CPUs are never faster; hundreds need minutes to synchronize
         return min(wanted, available_cpus())
     if config.num_parameters < ONE_THREAD:
         return 1

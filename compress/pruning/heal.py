@@ -30,7 +30,7 @@ from compress.checkpoint.safetensors import write_safetensors
 from compress.checkpoint.save import stored_dtypes
 from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED
-from compress.decoder.decoder import Block, Decoder, RopeTable
+from compress.decoder.decoder import Block, Decoder, RopeTables
 from compress.errors import UsageError
 from compress.plan.cut import Healing
 from compress.pruning.pruned import Healed
@@ -86,7 +86,7 @@ class WindowStates:
     def __init__(self, whole: Source, windows: Sequence[Sequence[int]], work: Path) -> None:
         decoder = Decoder(whole.config, whole.read)
         embedded = decoder.embed(windows)
-        self.rope: RopeTable = decoder.rope(len(windows[0]))
+        self.rope: RopeTables = decoder.rope(len(windows[0]))
         self.goals = hidden_states(embedded, torch.bfloat16, work, "floats.bin")
         self.states = hidden_states(embedded, torch.bfloat16, work)
         every = min(HELD_BACK, len(windows))

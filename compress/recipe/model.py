@@ -1,4 +1,4 @@
-"""The recipe as typed data: what each key may hold, its default and its description.
+"""The recipe as a pydantic model: type, default and description of each key.
 
 ``recipes/schema.json`` is generated from here (``make docs``). The settings of a format
 (``targets.<format>``) are typed by its exporter, found through ``FORMATS``.
@@ -66,7 +66,7 @@ def a_solver(given: str) -> str:
 
 
 class OneOfTheFormats:
-    """For the JSON schema: the registered formats."""
+    """Adds the registered formats to the JSON schema as an enum."""
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {"enum": list(FORMATS)}
@@ -96,13 +96,13 @@ def read_targets(given: Any) -> dict[str, dict[str, Any]]:
 
 
 class Quantize(Section):
-    """How codes are chosen, and on which grids."""
+    """The solver that chooses codes, and the grids it may use."""
 
     solver: SolverName = Field(
         default="rtn",
-        description="How codes are chosen: rtn by the weights alone; scale_search also by the "
-        "importance of their inputs; gptq also makes up for rounding in later columns; or a solver "
-        "of another package.",
+        description="The solver that chooses codes. rtn: from the weights alone; scale_search: "
+        "also from the importance of the inputs; gptq: also compensates rounding "
+        "errors in later columns; or a solver registered by another package.",
     )
     candidates: (
         Annotated[
@@ -112,19 +112,20 @@ class Quantize(Section):
         | None
     ) = Field(
         default=None,
-        description="Grids that a budget chooses among, of all formats together (Q4_K, int4-g32, "
-        "lut4-g8 …); auto, the default: what each format runs well.",
+        description="Grids from which a budget chooses, of any format (Q4_K, int4-g32, lut4-g8 …); "
+        "auto, the default: those that each format's runtime executes efficiently.",
     )
     keep: Keep | None = None
     fold: Literal["none", "awq"] = Field(
         default="none",
-        description="awq: columns of important inputs are scaled up before rounding and the inputs "
-        "down, in the weights before them; kept where it measures better. Not with rtn.",
+        description="awq: scale up columns with important inputs before rounding, and scale down "
+        "the inputs in the weights that produce them; used where the measured error "
+        "is lower. Not with rtn.",
     )
 
 
 class Recipe(Section):
-    """What to reach: targets, how to quantize, and the gates that the artifacts must pass.
+    """The settings of a build: targets, calibration, quantization, verification and gates.
 
     ```yaml
     schema: 1
@@ -137,8 +138,10 @@ class Recipe(Section):
     """
 
     version: Literal[1] = Field(alias="schema", description="Version of this schema.")
-    name: Name = Field(default="recipe", description="Shown in reports.")
-    description: str | None = Field(default=None, description="One line for `packlight recipes`.")
+    name: Name = Field(default="recipe", description="Name of the recipe in reports.")
+    description: str | None = Field(
+        default=None, description="One line, printed by `packlight recipes`."
+    )
     budget: Annotated[Budget | None, AfterValidator(none_if_empty)] = None
     targets: Annotated[dict[str, dict[str, Any]], PlainValidator(read_targets)] = Field(
         default_factory=dict, validate_default=True
@@ -146,7 +149,7 @@ class Recipe(Section):
     calibration: Calibration = Field(default_factory=Calibration)
     allow_dense: bool = Field(
         default=False,
-        description="Sparsity also in formats that store zeros like other weights, for "
+        description="Allow sparsity in formats that store zeros like other weights, for "
         "experiments.",
     )
     prune: Prune | None = None
@@ -177,7 +180,7 @@ class Recipe(Section):
 
     @property
     def windows(self) -> int:
-        """Windows of text to score; 0: by the model's size."""
+        """Number of windows of text to score; 0: chosen by the model's size."""
         return self.verify.windows if isinstance(self.verify.windows, int) else 0
 
     @property
@@ -197,12 +200,12 @@ class Recipe(Section):
 
     @property
     def folds(self) -> bool:
-        """Whether ``fold`` needs a search before codes are chosen."""
+        """Whether a search for folds precedes the choice of codes."""
         return self.quantize.fold != "none"
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget of each target's file in bytes; None without one, or where it is of memory."""
+        """The budget of each target's file in bytes; None without one or for a memory budget."""
         weights = self.budget.weights if self.budget else None
         return None if weights is None else parse_bytes(str(weights))
 
@@ -240,7 +243,7 @@ class Recipe(Section):
 
         Args:
             gates: metric → limit.
-            windows: of text; 0: by the model's size.
+            windows: number of windows of text; 0: chosen by the model's size.
             sequence_length: tokens in a window.
         """
         verify = Verify.model_construct(

@@ -1,4 +1,4 @@
-"""The sections of a recipe as typed data: what each key may hold, its default and its description.
+"""The sections of a recipe as pydantic models: type, default and description of each key.
 
 ``compress.recipe.model`` has the recipe itself, its targets and its solver.
 """
@@ -32,14 +32,14 @@ def a_size(given: str | int) -> str | int:
 Auto = Annotated[str, StringConstraints(pattern="^auto$")]
 Size = Annotated[str | int, AfterValidator(a_size)]
 FewestBits = Annotated[
-    str, Field(pattern=r"^>= *([2-9]|1[0-6])$", description='Such as ">=6".')
+    str, Field(pattern=r"^>= *([2-9]|1[0-6])$", description='Minimum bits, such as ">=6".')
 ]  # fmt: skip
 Share = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, StringConstraints(pattern="^(none|[1-9][0-9]?of[1-9][0-9]?)$")]
 
 
 class TargetSettings(Section):
-    """Settings of every format."""
+    """Settings that every format has."""
 
     sparsity: (
         Annotated[
@@ -49,34 +49,35 @@ class TargetSettings(Section):
         | None
     ) = Field(
         default=None,
-        description="Zeros in the blocks' linears: 2of4 keeps 2 of every 4 neighbours, 0.5 drops "
-        "half of each row; default none. For formats that store them as nothing, but for a mask "
-        "bit per weight.",
+        description="Zeros in the blocks' linear layers: 2of4 retains 2 of every 4 adjacent "
+        "weights, 0.5 sets half of each row to zero; default none. For formats that "
+        "store only non-zero weights and a mask of one bit per weight.",
     )
     sparsity_method: Literal["magnitude", "wanda", "sparsegpt"] | None = Field(
         default=None,
-        description="How zeros are chosen: by the weights, by the weights and their inputs, or "
-        "column by column with an update of the later ones; default sparsegpt.",
+        description="How zeros are chosen. magnitude: by the weights; wanda: by weights and "
+        "inputs; sparsegpt, the default: column by column, with an update of later "
+        "columns.",
     )
 
 
 class Budget(Section):
-    """What each artifact may take; grids are then chosen per tensor, and those of the targets are
+    """The limit of each artifact. Grids are then chosen per tensor; the grids of the targets are
     preferences."""
 
     weights: Size | None = Field(
         default=None,
-        description="Bytes of the file, e.g. 1.8GiB or 1.8GB: weights, scales, embeddings, header "
-        "and tokenizer.",
+        description="Maximum size of the file, e.g. 1.8GiB or 1.8GB: weights, scales, embeddings, "
+        "header and tokenizer.",
     )
     memory: Size | None = Field(
         default=None,
-        description="Bytes while running: the file, the KV cache at the context, activations.",
+        description="Maximum memory while running: file, KV cache at the context, activations.",
     )
     device: str | None = Field(
         default=None,
-        description="A row of `packlight fit`, e.g. iphone-14: its limit for one app is the memory "
-        "where that is not said.",
+        description="A device of `packlight fit`, e.g. iphone-14; its memory limit for one app is "
+        "the default of `memory`.",
     )
 
 
@@ -85,41 +86,41 @@ def none_if_empty(budget: Budget | None) -> Budget | None:
 
 
 class Calibration(Section):
-    """What solvers other than rtn look at."""
+    """The text from which solvers other than rtn compute input statistics."""
 
     texts: list[Text] = Field(
         default=["builtin"],
         min_length=1,
-        description="builtin, or .txt and .jsonl files (a `text` or chat `messages` in each line).",
+        description="builtin, or .txt and .jsonl files (each line with `text` or chat `messages`).",
     )
     tokens: int = Field(
         default=16384,
         ge=16,
         le=16777216,
-        description="Tokens to draw from the texts, in equal parts.",
+        description="Number of tokens, drawn from the texts in equal parts.",
     )
     sequence_length: int = Field(
         default=512, ge=16, le=32768, description="Tokens in a window; at most the model's context."
     )
-    seed: int = Field(default=0, ge=0, le=4294967295, description="Of the choice of passages.")
+    seed: int = Field(default=0, ge=0, le=4294967295, description="Seed of the choice of passages.")
     propagate: Literal["float", "quantized"] = Field(
         default="float",
-        description="What feeds a block: the float blocks before it, or those as each target has "
-        "them.",
+        description="The inputs of a block: outputs of the float blocks before it, or of the "
+        "blocks as quantized for each target.",
     )
 
 
 class Heal(Section):
-    """Train the blocks that stay, one by one, on calibration text; minutes or steps."""
+    """Train the remaining blocks one at a time on calibration text, for minutes or steps."""
 
     minutes: float | None = Field(
         default=None,
         gt=0,
         le=10000,
-        description="For all blocks together; what is reached depends on the machine's speed.",
+        description="Time for all blocks together; the result depends on the machine's speed.",
     )
     steps: int | None = Field(
-        default=None, ge=1, description="For each block; the same inputs give the same bytes."
+        default=None, ge=1, description="Steps for each block; the same inputs give the same bytes."
     )
 
     @model_validator(mode="after")
@@ -131,31 +132,31 @@ class Heal(Section):
 
 
 class Prune(Section):
-    """What is taken out before quantization; every target gets the same pruned model."""
+    """Structures removed before quantization; every target has the same pruned model."""
 
     method: Literal["none", "depth", "ffn", "heads"] = Field(
         default="none",
-        description="depth drops whole blocks, ffn narrows every MLP, heads drops key-value heads "
-        "with their query heads.",
+        description="depth: remove whole blocks; ffn: remove channels of every MLP; heads: remove "
+        "key-value heads with their query heads.",
     )
     ratio: Share | None = Field(
-        default=None, description="Share of blocks, MLP channels or key-value heads that goes."
+        default=None, description="Share of blocks, MLP channels or key-value heads to remove."
     )
-    blocks: int | None = Field(default=None, ge=1, description="depth: how many blocks go.")
+    blocks: int | None = Field(default=None, ge=1, description="depth: number of blocks to remove.")
     width: int | None = Field(
-        default=None, ge=1, description="ffn: channels that stay in every MLP."
+        default=None, ge=1, description="ffn: channels that remain in every MLP."
     )
     kv_heads: int | None = Field(
-        default=None, ge=1, description="heads: key-value heads that stay in every block."
+        default=None, ge=1, description="heads: key-value heads that remain in every block."
     )
     update: bool = Field(
-        default=True, description="ffn, heads: update the columns that stay by least squares."
+        default=True, description="ffn, heads: update the remaining columns by least squares."
     )
     heal: Heal | None = None
 
     @model_validator(mode="after")
     def one_amount(self) -> Self:
-        """Refuse a method without its amount, or with another's, and healing of nothing."""
+        """Refuse a missing amount, the amount of another method, and healing without pruning."""
         keys = AMOUNTS[self.method]
         given = [
             key
@@ -182,7 +183,7 @@ class Prune(Section):
 
 
 class Keep(Section):
-    """Role: the fewest bits that a budget may give it, e.g. lm_head: ">=6"."""
+    """Minimum bits per weight of a role under a budget, e.g. lm_head: ">=6"."""
 
     embed_tokens: FewestBits | None = None
     lm_head: FewestBits | None = None
@@ -196,18 +197,18 @@ class Keep(Section):
 
 
 class Verify(Section):
-    """How much text is scored, and what must come of it."""
+    """The text that is scored, and the limits on the results."""
 
     gates: dict[str, str | float] | None = Field(
-        default=None, description='metric: limit, e.g. kl_divergence: "<=0.06".'
+        default=None, description='Limits by metric, e.g. kl_divergence: "<=0.06".'
     )
     windows: Annotated[
         Annotated[int, Field(ge=2, le=100000), Tag("count")] | Annotated[Auto, Tag("auto")],
         kind_of("auto", "count"),
     ] = Field(
         default="auto",
-        description="Windows of text that are scored; auto: 16, from a billion parameters on 8, "
-        "from three billion on 4.",
+        description="Number of windows of text to score; auto: 16; 8 from one billion parameters "
+        "on, 4 from three billion on.",
     )
     sequence_length: int = Field(
         default=512, ge=16, le=32768, description="Tokens in a window; at most the model's context."

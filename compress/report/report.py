@@ -1,5 +1,6 @@
-"""``report.json`` as typed data. HTML, model card and console tables are
-made from it, and ``report.schema.json`` is generated from here (``make docs``).
+"""``report.json`` as pydantic models, the source of HTML, model card and console tables.
+
+``report.schema.json`` is generated from here (``make docs``).
 
 Numbers that are not finite are None. Figures are rounded to seven digits, and gates are evaluated
 on the rounded figures, so that the report is consistent. Paths are relative to the report's folder.
@@ -52,14 +53,14 @@ Figure = Annotated[
 """A figure, None where it was not measured."""
 Count = Annotated[int, Field(ge=0)]
 RATE = {
-    "prefill": "One batch into an empty cache; median.",
-    "decode": "One token at a time after it; median.",
+    "prefill": "Median speed of one batch into an empty cache.",
+    "decode": "Median speed of single tokens after the prefill.",
 }
-BATCH, DECODED = "Length of that batch.", "Tokens decoded."
+BATCH, DECODED = "Length of the prefill batch.", "Number of decoded tokens."
 
 
 class Tool(Part):
-    """What made the report."""
+    """The tool that wrote the report."""
 
     name: Literal["packlight"] = "packlight"
     version: str
@@ -67,7 +68,7 @@ class Tool(Part):
 
 
 class Machine(Part):
-    """Where speed and memory were measured."""
+    """The machine on which speed and memory were measured."""
 
     system: str
     processor: str
@@ -75,12 +76,12 @@ class Machine(Part):
 
 
 class AdapterFacts(Part):
-    """A LoRA adapter that is merged into the float model."""
+    """A LoRA adapter that was merged into the float model."""
 
     source: str = Field(description="Hub id or folder name.")
     revision: str | None = None
     weight: float = 1.0
-    sha256: str = Field(default="", description="Of its adapter_model.safetensors.")
+    sha256: str = Field(default="", description="Hash of adapter_model.safetensors.")
 
 
 class ModelFacts(Part):
@@ -90,7 +91,7 @@ class ModelFacts(Part):
     source: str = Field(description="Hub id or folder name.")
     revision: str | None = None
     adapters: list[AdapterFacts] = Field(
-        default=[], exclude_if=lambda adapters: not adapters, description="Merged into it."
+        default=[], exclude_if=lambda adapters: not adapters, description="Merged LoRA adapters."
     )
     license: str | None = None
     family: str = ""
@@ -114,13 +115,13 @@ class ModelFacts(Part):
 class BaselineReport(Part):
     """The float model as it was stored and run."""
 
-    bytes: Count = Field(default=0, description="Tensors of the checkpoint.")
+    bytes: Count = Field(default=0, description="Size of the checkpoint's tensors.")
     dtype: str = ""
     parameters: int = 1
     runtime: str = ""
     text: str = ""
     windows: int | None = None
-    tokens: int | None = Field(default=None, description="Scored positions.")
+    tokens: int | None = Field(default=None, description="Number of scored positions.")
     perplexity: Figure = None
     perplexity_se: Figure = None
     prefill_tokens_per_second: Figure = Field(default=None, description=RATE["prefill"])
@@ -132,11 +133,11 @@ class BaselineReport(Part):
 class KlDivergence(Part):
     """KL(baseline ‖ artifact)."""
 
-    mean: Figure = Field(default=None, description="Nats per token.")
+    mean: Figure = Field(default=None, description="Mean in nats per token.")
     se: Figure = None
-    p99: Figure = Field(default=None, description="99 % of tokens are below.")
-    p99_se: Figure = Field(default=None, description="Woodruff.")
-    max: Figure = Field(default=None, description="The worst token.")
+    p99: Figure = Field(default=None, description="99th percentile over tokens.")
+    p99_se: Figure = Field(default=None, description="Standard error by Woodruff's method.")
+    max: Figure = Field(default=None, description="Largest value of a token.")
 
 
 class Series(Part):
@@ -148,38 +149,42 @@ class Series(Part):
 
 
 class Generation(Part):
-    """The most likely tokens, one after another."""
+    """Greedy generation, compared with that of the float model."""
 
     prompt_text: str | None = None
     text: str | None = None
     tokens: list[Count] = Field(default=[])
     first_difference: int | None = Field(
-        default=None, description="Place of the first other token."
+        default=None, description="Index of the first token that differs."
     )
     gap: Figure = Field(
-        default=None, description="Logit difference at that place; near zero is a tie."
+        default=None, description="Logit difference at that index; near zero is a tie."
     )
     spread: Figure = Field(
         default=None,
-        description="Standard deviation of the logits at that place, which says what is near.",
+        description="Standard deviation of the logits at that index, the scale of `gap`.",
     )
 
 
 class TaskReport(Part):
-    """Multiple-choice questions, the artifact beside the float model."""
+    """Results on multiple-choice questions, of the artifact and of the float model."""
 
-    name: str = Field(description="The file's, without its ending.")
+    name: str = Field(description="File name without its suffix.")
     items: int = Field(ge=1)
     accuracy: Number = Field(description="Share of items whose most likely choice is the answer.")
-    accuracy_se: Figure = Field(default=None, description="Binomial, with n - 1.")
-    accuracy_norm: Number = Field(description="With log-likelihoods per UTF-8 byte of the choice.")
+    accuracy_se: Figure = Field(default=None, description="Binomial standard error, with n - 1.")
+    accuracy_norm: Number = Field(
+        description="Accuracy with log-likelihoods divided by the UTF-8 bytes of the choice."
+    )
     accuracy_norm_se: Figure = None
     baseline_accuracy: Number
     baseline_accuracy_se: Figure = None
     baseline_accuracy_norm: Number
     difference: Number = Field(description="accuracy - baseline_accuracy.")
-    difference_se: Figure = Field(default=None, description="From paired differences per item.")
-    agreement: Number = Field(description="Share of items where both make the same choice.")
+    difference_se: Figure = Field(
+        default=None, description="Standard error from paired differences per item."
+    )
+    agreement: Number = Field(description="Share of items on which both choose the same answer.")
     agreement_se: Figure = None
 
 
@@ -197,18 +202,20 @@ class TensorReport(Part):
 
 
 class TokenizerDifference(Part):
-    """The first text that the artifact tokenizes otherwise than the checkpoint."""
+    """The first text that the artifact tokenizes differently from the checkpoint."""
 
     text: str
-    add_special: bool = Field(description="With BOS and EOS, where the tokenizer puts them.")
-    expected: list[Count] = Field(description="By Hugging Face, of the checkpoint.")
-    found: list[Count] = Field(description="By the artifact.")
-    texts: Count = Field(default=1, description="Compared.")
-    differing: Count = Field(default=1, description="Of them, with other ids.")
+    add_special: bool = Field(description="Whether the tokenizer's BOS and EOS tokens are added.")
+    expected: list[Count] = Field(
+        description="Token ids of the checkpoint's tokenizer in Hugging Face."
+    )
+    found: list[Count] = Field(description="Token ids of the artifact's tokenizer.")
+    texts: Count = Field(default=1, description="Number of compared texts.")
+    differing: Count = Field(default=1, description="Number of texts with different ids.")
 
 
 class GateReport(Part):
-    """A limit and what was measured; None where nothing was."""
+    """A limit and the measured value; None if not measured."""
 
     name: str
     limit: str
@@ -217,33 +224,35 @@ class GateReport(Part):
 
 
 class ArtifactReport(Part):
-    """One artifact: its bytes, and how it compares with the float model."""
+    """One artifact: its size, and its comparison with the float model."""
 
     format: Annotated[str, OneOfTheFormats()]
-    type: str = Field(description="As in file names: Q4_K_M, int4-g32, lut4-g8.")
+    type: str = Field(description="Type as in file names: Q4_K_M, int4-g32, lut4-g8.")
     path: Annotated[str, StringConstraints(pattern="^[^/]")] = Field(
-        default="-", description="Relative to this file."
+        default="-", description="Path relative to this file."
     )
-    bytes: Count = Field(description="Model files on disk: weights, graph, in-file tokenizer.")
-    weights_bytes: Count = Field(default=0, description="Packed tensors alone.")
+    bytes: Count = Field(description="Size of the model files: weights, graph, embedded tokenizer.")
+    weights_bytes: Count = Field(default=0, description="Size of the packed tensors alone.")
     bits_per_weight: Number = Field(
         default=1, gt=0, description="bytes × 8 ÷ parameters of the float model."
     )
     kv_cache_bytes_per_token: Count = Field(
-        default=0, description="Keys and values of one position."
+        default=0, description="Size of the keys and values of one position."
     )
-    kv_cache_bytes: Count = Field(default=0, description="The same for `context` positions.")
+    kv_cache_bytes: Count = Field(
+        default=0, description="Size of the KV cache for `context` positions."
+    )
     max_context: int | None = Field(
         default=None,
-        description="Positions up to which the artifact agrees with the float model.",
+        description="Number of positions up to which the artifact agrees with the float model.",
     )
     perplexity: Figure = Field(default=None, description="exp of the mean negative log-likelihood.")
     perplexity_se: Figure = Field(
-        default=None, description="Standard error over windows; so for every _se."
+        default=None, description="Standard error over windows, as for every key ending in _se."
     )
     perplexity_ratio: Figure = Field(default=None, description="Artifact ÷ baseline.")
     perplexity_ratio_se: Figure = Field(
-        default=None, description="From paired differences per token."
+        default=None, description="Standard error from paired differences per token."
     )
     kl_divergence: KlDivergence | None = None
     top1_agreement: Figure = Field(
@@ -251,15 +260,15 @@ class ArtifactReport(Part):
     )
     top1_agreement_se: Figure = None
     nonfinite_tokens: int | None = Field(
-        default=None, description="Positions where the logits were NaN or infinite."
+        default=None, description="Number of positions with NaN or infinite logits."
     )
     kl_along_text: Series | None = None
     kl_by_position: Series | None = None
     runtime: str | None = Field(
-        default=None, description="What ran the artifact, with its version."
+        default=None, description="Name and version of the runtime that ran the artifact."
     )
     load_seconds: Figure = Field(
-        default=None, description="From the path to a runtime that answers."
+        default=None, description="Time until the runtime is ready to evaluate."
     )
     startup_memory_bytes: int | None = Field(
         default=None, description="Resident size of the process before loading."
@@ -269,7 +278,7 @@ class ArtifactReport(Part):
         description="Largest resident size of a process that loads and runs the artifact.",
     )
     peak_anonymous_bytes: int | None = Field(
-        default=None, description="The same without pages of mapped files."
+        default=None, description="The same, without pages of mapped files."
     )
     prefill_tokens_per_second: Figure = Field(default=None, description=RATE["prefill"])
     decode_tokens_per_second: Figure = Field(default=None, description=RATE["decode"])
@@ -277,21 +286,21 @@ class ArtifactReport(Part):
     decode_tokens: int | None = Field(default=None, description=DECODED)
     tokenizer_agreement: Figure = Field(
         default=None,
-        description="Share of texts that the artifact's tokenizer and the checkpoint's, loaded by "
-        "Hugging Face, give the same ids.",
+        description="Share of texts for which the artifact's tokenizer and the checkpoint's, "
+        "loaded by Hugging Face, return the same ids.",
     )
     tokenizer_difference: TokenizerDifference | None = None
     generation_consistent: bool | None = Field(
-        default=None, description="Greedy tokens are the same with and without the KV cache."
+        default=None, description="Whether greedy tokens are equal with and without the KV cache."
     )
     generation: Generation | None = None
     tasks: list[TaskReport] = Field(
         default=[],
-        description="Multiple-choice questions (packlight verify --task); standard errors are over "
+        description="Multiple-choice tasks (packlight verify --task); standard errors are over "
         "items.",
     )
     failure: str | None = Field(
-        default=None, description="Why it could not be run, where that was tried."
+        default=None, description="The error, if the artifact could not be run."
     )
     notes: list[str] = Field(default=[])
     tensors: list[TensorReport] = Field(default=[])
@@ -304,8 +313,9 @@ class ArtifactReport(Part):
 
 
 class Report(Part):
-    """What a build made and how it compares with the float model. null: not measured, or not
-    finite.
+    """The artifacts of a build and their comparison with the float model.
+
+    null: not measured, or not finite.
 
     Example:
         >>> report = Report.from_dict({
@@ -323,21 +333,21 @@ class Report(Part):
     model: ModelFacts
     recipe: dict[str, Any] = Field(
         default={"name": ""},
-        description="As resolved; see recipes/schema.json.",
+        description="The resolved recipe; see recipes/schema.json.",
         json_schema_extra={"required": ["name"]},
     )
     context: Count = Field(
-        default=0, description="Positions that the size of the KV cache is given for."
+        default=0, description="Number of positions for which `kv_cache_bytes` is given."
     )
-    budget_bytes: int | None = Field(default=None, description="Limit of one artifact's bytes.")
+    budget_bytes: int | None = Field(default=None, description="Maximum size of one artifact.")
     baseline: BaselineReport
     artifacts: list[ArtifactReport]
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
     asked: str = Field(
         default="",
-        description="SHA-256 of all that the build was asked for, by which --resume knows that "
-        "it is finished.",
+        description="SHA-256 of the build's settings and inputs, by which --resume recognizes a "
+        "finished build.",
     )
 
     def __getitem__(self, format: str) -> ArtifactReport:
@@ -356,6 +366,11 @@ class Report(Part):
     def passed(self) -> bool:
         """Whether every artifact was run and no gate failed."""
         return self.verdict == "passed"
+
+    @property
+    def built(self) -> bool:
+        """Whether it is of a build, with a recipe, and not of ``packlight verify``."""
+        return bool(self.tool.command)
 
     def to_dict(self) -> dict[str, Any]:
         """``report.json`` as plain data: JSON types only."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.console import Console, format_bytes, print_error
+from compress.console import Console, format_bytes, print_error, short_bytes
 from compress.errors import PacklightError, visible
 from compress.formats import get_format
 from compress.plan.weights import FALLEN_BACK
@@ -15,7 +15,7 @@ from compress.plan.weights import FALLEN_BACK
 if TYPE_CHECKING:
     from compress.report.report import ArtifactReport, GateReport, Report, TokenizerDifference
 
-HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tokens/s", "peak memory")
+HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tok/s", "memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
 
 # Logits closer than this many of their standard deviations are a tie that depends on the order of
@@ -131,31 +131,44 @@ def no_verdict(report: Report) -> str:
     """Why no gate was evaluated, or ``""`` where one was."""
     if report.verdict == "not verified":
         return "not verified"
-    # One holds without having been set.
+    # This gate applies even if it is not set.
     named = {gate.name for artifact in report.artifacts for gate in artifact.gates}
     if report.passed and named <= {"tokenizer_agreement"}:
         return "measured; no gate was set"
     return ""
 
 
+def judged(report: Report) -> str:
+    """What a verdict is on: the recipe's name; of ``packlight verify``, which has none, the number
+    of gates.
+    """
+    if report.built:
+        return str(report.recipe["name"])
+    gates = sum(len(artifact.gates) for artifact in report.artifacts)
+    return f"{gates} gate{'s' * (gates != 1)} of {report.model.name}"
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 
 def table_row(artifact: ArtifactReport) -> list[str]:
-    """One row of the table under ``HEADERS``; a dash for a figure that was not measured."""
+    """One row of the table under ``HEADERS``; a dash for a figure that was not measured.
+
+    Figures have three or four digits, so that a row fits 80 columns.
+    """
     ratio, kl = artifact.perplexity_ratio, artifact.kl_divergence
     speed, peak = artifact.decode_tokens_per_second, artifact.peak_memory_bytes
-    change = "" if ratio is None else f" ({(ratio - 1) * 100:+.1f} %)"
+    change = "" if ratio is None else f" {(ratio - 1) * 100:+.1f}%"
     return [
         artifact.format,
         artifact.type,
-        format_bytes(artifact.bytes),
+        short_bytes(artifact.bytes),
         f"{artifact.bits_per_weight:.2f}",
-        "-" if artifact.perplexity is None else f"{artifact.perplexity:.3f}{change}",
+        "-" if artifact.perplexity is None else f"{amount(artifact.perplexity)}{change}",
         "-" if kl is None or kl.mean is None else f"{kl.mean:.4f}",
-        percent(artifact.top1_agreement),
-        "-" if speed is None else f"{speed:.1f}",
-        "-" if peak is None else short_size(peak),
+        percent(artifact.top1_agreement).replace(" ", ""),
+        "-" if speed is None else f"{speed:.{1 if speed < 100 else 0}f}",
+        "-" if peak is None else short_bytes(peak),
     ]
 
 
@@ -199,10 +212,18 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
             console.warning(f"{artifact.format}: {line}")
         if output is not None:
             console.path(output / artifact.path)
+    for note in report.notes:
+        if note not in console.warned:
+            console.data(f"note: {note}")
     if why := no_verdict(report):
         console.say(why)
     else:
-        console.verdict(report.passed, f"{report.recipe['name']}")
+        console.verdict(report.passed, judged(report))
+    if report.verdict == "failed":
+        from compress.report.advice import what_to_try
+
+        for line in what_to_try(report):
+            console.hint(line)
     if output is not None:
         console.say(f"report: {output / 'report.html'}")
     if any(artifact.failure for artifact in report.artifacts):

@@ -133,7 +133,7 @@ def propose_scale(trial: Trial, site: str) -> Float32 | None:
     if not trial.entries_of(site) or not foldable(trial.source.config, site):
         return None
     estimate = Estimate(trial, site)
-    if not estimate.sizes.any():  # an input of zeros, behind weights that are
+    if not estimate.sizes.any():  # an input of zeros, from weights that are zero
         return None
     least, found = estimate.cost(None), None
     for power in ALPHAS:

@@ -5,7 +5,7 @@ columns that use it, changes no output in exact arithmetic, but changes the roun
 (AWQ, Lin et al., arXiv 2306.00978). Where that needs no operation that the model does not have:
 
     produced by                    used by
-    input_layernorm                q, k, v (parallel: up too)
+    input_layernorm                q, k, v (parallel with one norm: up too)
     post_attention_layernorm       gate, up
     norm                           lm_head, unless it is tied
     v_proj                         o_proj
@@ -95,11 +95,12 @@ class Folded(Change):
 
 def uses(config: DecoderConfig) -> dict[str, str]:
     """Role of a weight → role that names the input which it produces."""
-    made = {"input_layernorm": "q_proj", "v_proj": "o_proj"}
+    made = {"v_proj": "o_proj"}
     if config.gated_mlp:  # the gate goes through the activation
         made["up_proj"] = "down_proj"
-    if not config.parallel_residual:
-        made["post_attention_layernorm"] = input_roles(config)["up_proj"]
+    for norm, role in (("input_layernorm", "q_proj"), ("post_attention_layernorm", "up_proj")):
+        if norm in config.norms:
+            made[norm] = input_roles(config)[role]
     if not config.tie_word_embeddings:
         made["norm"] = "lm_head"
     return made

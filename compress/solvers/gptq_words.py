@@ -33,7 +33,7 @@ def metric_of(feedback, variances, k, metric):
 
 @kernel
 def aim(x, w, feedback, k, t, signs):
-    """The target of columns k..k+3, whose ``x`` and ``w`` these are, and its signs."""
+    """Fill the target of columns k..k+3, given their ``x`` and ``w``, and its signs."""
     for i in range(WORD):
         for lane in range(LANES):
             t[i, lane] = x[i, lane]
@@ -48,11 +48,11 @@ def aim(x, w, feedback, k, t, signs):
 
 @kernel
 def nearest_word(t, signs, scale, metric, book, r, pairs, cost, cell):
-    """The word nearest to ``t`` in the metric, its signs given: its cost, and its cell (three bits
-    for the level of each column, from the lowest).
+    """Find the word nearest to ``t`` in the metric, with given signs: its cost, and its cell (three
+    bits for the level of each column, the first column lowest).
 
-    ``r``: residuals of every level; ``pairs``: what two columns cost, the first and the last, and
-    what the last two add for each unit of ``r`` of the first, and of the second.
+    ``r``: residuals of all levels; ``pairs``: costs of the first and of the last two columns, and
+    the cost that the last two add per unit of ``r`` of the first and of the second column.
     """
     levels, starts, partners = book
     one, two, near, far = pairs[0], pairs[1], pairs[2], pairs[3]
@@ -91,7 +91,7 @@ def nearest_word(t, signs, scale, metric, book, r, pairs, cost, cell):
 
 @kernel
 def spell(cell, signs, scale, levels, q, mark):
-    """The values of a word and its codes."""
+    """Fill the values of a word and its codes."""
     for i in range(WORD):
         for lane in range(LANES):
             level = (cell[lane] >> np.int32(3 * i)) & np.int32(7)
@@ -101,7 +101,7 @@ def spell(cell, signs, scale, levels, q, mark):
 
 @kernel
 def match_signs(t, metric, parity, signs):
-    """Turn the sign that costs least where the product of all is not ``parity``."""
+    """Flip the sign of least cost where the product of all signs is not ``parity``."""
     for lane in range(LANES):
         product = signs[0, lane] * signs[1, lane] * signs[2, lane] * signs[3, lane]
         if product != parity[lane]:
@@ -115,8 +115,10 @@ def match_signs(t, metric, parity, signs):
 
 @kernel
 def round_four(x, w, feedback, variances, k, scale, book, work, best, mark):
-    """Columns k..k+3, of free signs: they are those of the target. ``x``, ``w``: float32
-    ``[4, LANES]``; ``best`` (values), ``mark`` (codes): filled."""
+    """Round columns k..k+3 with unconstrained signs, those of the target.
+
+    ``x``, ``w``: float32 ``[4, LANES]``; ``best`` (values), ``mark`` (codes): filled.
+    """
     t, signs, metric, cost, cell, _, _, r, pairs, _ = work
     metric_of(feedback, variances, k, metric)
     aim(x, w, feedback, k, t, signs)
@@ -126,8 +128,8 @@ def round_four(x, w, feedback, variances, k, scale, book, work, best, mark):
 
 @kernel
 def round_eight(x, w, feedback, variances, k, scale, book, work, best, mark):
-    """Columns k..k+7, of an even number of minus signs: the first four with either parity, the
-    others with the same after it, and the better of both ways. Else as ``round_four``."""
+    """Round columns k..k+7 with an even number of minus signs: both halves with either parity, and
+    the better result. Otherwise as ``round_four``."""
     t, signs, metric, cost, cell, trial, code, r, pairs, rest = work
     parity = cost[3]
     cost[0] = WORST
@@ -158,7 +160,7 @@ def round_eight(x, w, feedback, variances, k, scale, book, work, best, mark):
 
 @kernel
 def keep_better(cost, least, trial, code, best, mark):
-    """The trial in the lanes where it costs less."""
+    """Copy the trial in the lanes where its cost is lower."""
     for i in range(len(best)):
         for lane in range(LANES):
             better = cost[lane] < least[lane]
@@ -170,8 +172,8 @@ def keep_better(cost, least, trial, code, best, mark):
 
 @kernel
 def workspace():
-    """Target, signs, metric, costs, cells, values and codes of a trial, r, pairs (both of
-    ``nearest_word``), and what the last four of eight columns start from."""
+    """Work arrays: target, signs, metric, costs, cells, values and codes of a trial, r and pairs of
+    ``nearest_word``, and the inputs of the last four of eight columns."""
     return (
         np.empty((WORD, LANES), np.float32),
         np.empty((WORD, LANES), np.float32),

@@ -45,8 +45,9 @@ def halves(config: DecoderConfig, block: int) -> Iterator[Half]:
     """The halves of a block in order of execution."""
     roles = config.linear_roles
     attention, mlp = roles[:4], roles[4:]
-    norms = ("q_norm", "k_norm") if config.qk_norm else ()
-    parts = [(*norms, *roles)] if config.parallel_residual else [(*norms, *attention), mlp]
+    norms = [role for role in config.norm_roles if role in ("q_norm", "k_norm")]
+    shared = config.parallel_residual and len(config.norms) == 1
+    parts = [(*norms, *roles)] if shared else [(*norms, *attention), mlp]
     for part in parts:
         leaders = dict.fromkeys(input_roles(config)[role] for role in part if role in roles)
         yield Half(block, part, tuple(f"blocks.{block}.{leader}" for leader in leaders))

@@ -28,7 +28,7 @@ from compress.machine import die_with_parent
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-SILENCE = 1800.0  # seconds without an event after which a child is taken for dead
+SILENCE = 1800.0  # seconds without an event after which a child counts as hung
 
 
 def run_child(

@@ -157,7 +157,7 @@ def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenS
             log_p *= p
         log_p[p == 0] = 0.0  # 0 · log 0, also where the artifact has -Inf
         kl[rows] = log_p.sum(axis=1)
-    # NaN wins every comparison inside argmax; it must not count as agreement.
+    # argmax returns a NaN's index; this must not count as agreement.
     finite = np.isfinite(logits[:count].max(axis=1))
     kl[~finite] = np.nan
     return TokenScores(

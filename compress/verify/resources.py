@@ -198,7 +198,7 @@ def peak_memory() -> int | None:
     if peak is None and sys.platform == "darwin":
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
     return peak
 
 

@@ -311,7 +311,7 @@ def choose(task: Task, log_likelihoods: Float64) -> tuple[NDArray[np.intp], NDAr
         values = log_likelihoods[start : start + len(item.choices)]
         start += len(item.choices)
         sizes = [len(choice.encode()) for choice in item.choices]
-        nan = bool(np.isnan(values).any())  # argmax would choose it
+        nan = bool(np.isnan(values).any())  # argmax would choose NaN
         plain.append(-1 if nan else int(values.argmax()))
         norm.append(-1 if nan else int((values / sizes).argmax()))
     return np.array(plain), np.array(norm)

@@ -67,7 +67,7 @@ class Constants:
     def __init__(
         self, mb: Any, storage: dict[str, np.dtype[Any]], plan: Plan, config: DecoderConfig
     ) -> None:
-        self._mb, self._storage, self._rope = mb, storage, config.rope
+        self._mb, self._storage, self._ropes = mb, storage, config.ropes
         block_repeat = config.block_repeat
         self._planned = {entry.name: entry for entry in plan.entries}
         for entry in plan.entries if block_repeat > 1 else ():  # MobileLLM-LS: the same constants
@@ -115,7 +115,8 @@ class Constants:
         """The array of an uncompressed constant; without ``weights``, zeros for a checkpoint's."""
         part = self.parts[name]
         if name.startswith("rope_"):
-            found = self._rope.cos_sin(part.shape[0])[name == "rope_sin"]
+            number = int(name.removeprefix("rope_")[4:] or 0)  # after ``cos_`` or ``sin_``
+            found = self._ropes[number].cos_sin(part.shape[0])[name.startswith("rope_sin")]
         elif weights is not None and name in self.entries:
             found = weights.read(self.entries[name].name)
         else:

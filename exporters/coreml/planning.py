@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import Grid, get_grid
@@ -142,6 +143,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         chosen["context"] = request.context
     chosen.setdefault("embedding", chosen["grid"])
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
+    folded = config.scalars
+    if folded:
+        config = folded_config(config, folded)
     _check(config, chosen)
     prefix = ""
     if chosen.get("sparsity", "none") != "none" and (pattern := pattern_of(chosen["sparsity"])):
@@ -157,6 +161,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         settings=chosen,
         notes=(*_notes(config, chosen), *(sparse_notes(sparse) if sparse else ())),
         max_context=chosen["context"],
+        folded=folded,
     )
 
 
@@ -191,6 +196,8 @@ def candidates(
     """
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
+    if entry.name == "embed_positions.weight":
+        return []
     shape = (entry.shape[0], entry.shape[1])
     palettes = isinstance(get_grid(settings["grid"]), Palette)
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
@@ -222,14 +229,19 @@ def _entries(
     config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str], prefix: str
 ) -> Iterator[PlanEntry]:
     shapes = WeightMap(config)
-    table = (settings["context"], config.rope.rotary_dim // 2)
-    for name in ("rope.cos", "rope.sin"):
-        yield _entry(name, "F16", table)
+    table = (settings["context"], config.ropes[0].rotary_dim // 2)
+    for rope in sorted({kind.rope for kind in config.kinds if kind.rope is not None}):
+        end = f"_{rope}" if rope else ""
+        for name in (f"rope.cos{end}", f"rope.sin{end}"):
+            yield _entry(name, "F16", table)
     for name in shapes.names(tied_head=False, repeats=False):
         block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
+            continue
+        if role == "embed_positions":
+            yield _entry(name, "F16", shape)
             continue
         if name in choices:
             yield _entry(name, checked(name, choices[name], (shape[0], shape[1])), shape)
@@ -299,7 +311,7 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
         yield (
-            f"{config.rope.kind} rotary factors are those for short prompts: the package "
+            f"{config.ropes[0].kind} rotary factors are those for short prompts: the package "
             f"holds {context} positions, not {config.max_position_embeddings}"
         )
     if config.head_dim % NEURAL_ENGINE_MULTIPLE:

@@ -122,7 +122,7 @@ class CoreMLRuntime:
         for start in range(0, len(tokens), self._batch):
             ids = np.asarray(tokens[start : start + self._batch], np.int32)[None]
             self._length += ids.shape[1]
-            # No triangle: the program makes its own. The mask's shape gives the end of the ids.
+            # The program adds the causal mask itself. The mask's shape gives the end of the ids.
             mask = np.zeros((1, 1, 1, self._length), np.float16)
             outputs = self._predict({"inputIds": ids, "causalMask": mask}, self._state)
             pieces.append(np.asarray(outputs["logits"], np.float32)[0])

@@ -1,4 +1,4 @@
-"""The recipe's settings of this format, ``targets.coreml``; loads pydantic."""
+"""The recipe's settings of Core ML, ``targets.coreml``; imports pydantic."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ GridName = Annotated[
 
 
 class Settings(TargetSettings):
-    """Core ML's package."""
+    """Settings of the Core ML package."""
 
     grid: GridName = Field(
-        default="int4-g32", description="int4-g32 (GPU), lut4-g8 or lut4-g16 (Neural Engine) …"
+        default="int4-g32",
+        description="Grid: int4-g32 (GPU), lut4-g8 or lut4-g16 (Neural Engine) …",
     )
     embedding: GridName | None = Field(
-        default=None, description="Grid of embed_tokens; default: the same."
+        default=None, description="Grid of embed_tokens; default: the same as `grid`."
     )
     deployment: Literal["iOS18"] = Field(
-        default="iOS18", description="Oldest system that must run it."
+        default="iOS18", description="Oldest system that can load the package."
     )
     context: int | None = Field(
         default=None,
         ge=32,
         le=131072,
-        description="Positions of the KV cache; default 2048 or the model's limit.",
+        description="Positions of the KV cache; default: 2048 or the model's limit if smaller.",
     )

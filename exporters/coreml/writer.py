@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from compress import __version__
+from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
@@ -162,9 +163,10 @@ def writing_memory(plan: Plan) -> int:
 def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: bytes of the program, built without values, and of its arrays."""
     tools, layout = CoreMLTools(), Layout()
-    constants = Constants(tools.mb, tools.storage, plan, source.config)
+    config = folded_config(source.config, plan.folded)
+    constants = Constants(tools.mb, tools.storage, plan, config)
     with ONE_AT_A_TIME:
-        program = build_program(tools, source.config, plan.settings["context"], constants)
+        program = build_program(tools, config, plan.settings["context"], constants)
         model = tools.export(program, constants, layout)
     add_metadata(model, plan, source)
     return layout.end + int(model.ByteSize()) + len(MANIFEST)

@@ -17,8 +17,9 @@ import numpy as np
 from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
 from compress.errors import ArtifactError, reading
+from exporters.gguf.architectures import ARCHITECTURES
 from exporters.gguf.head import read_head
-from exporters.gguf.metadata import ARCHITECTURES, target_name
+from exporters.gguf.metadata import target_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -61,7 +62,7 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
     """
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.family])
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[config.family].name)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["packlight"])
     tokens = 0
@@ -137,7 +138,7 @@ def pooled(runs: Sequence[LayerStats]) -> LayerStats:
 
 def linear_names(config: DecoderConfig) -> Iterator[str]:
     """Packlight's names of the matrices in GGUF that multiply an input."""
-    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
+    fused = ARCHITECTURES[config.family].fused
     for name in WeightMap(config).names(tied_head=False, fused=fused):
         if input_of(config, name) is not None:
             yield name

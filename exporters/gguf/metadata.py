@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from compress.decoder.config import DecoderConfig, split_name
+from exporters.gguf.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     import gguf
@@ -24,21 +25,17 @@ CONTEXT_KEY = "packlight.context"
 # Key with the name of a chosen mix: ``general.file_type`` only has numbers for presets.
 TYPE_KEY = "packlight.type"
 
-# Family → ``general.architecture``.
-ARCHITECTURES: dict[str, str] = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mobilellm": "llama",
-    "phi3": "phi3",
-    "phi": "phi2",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
+_TOP = {
+    "embed_tokens": "token_embd",
+    "embed_positions": "position_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
 }
-
-_TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _BLOCK = {
     "input_layernorm": "attn_norm",
+    "attention_post_norm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp_post_norm": "post_ffw_norm",
     "q_proj": "attn_q",
     "k_proj": "attn_k",
     "v_proj": "attn_v",
@@ -48,7 +45,7 @@ _BLOCK = {
     "k_norm": "attn_k_norm",
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
-    "gate_up_proj": "ffn_up",  # phi3: gate first, then up, in one tensor
+    "gate_up_proj": "ffn_up",  # gate first, then up, in one tensor
     "down_proj": "ffn_down",
 }
 
@@ -70,7 +67,7 @@ def target_name(name: str) -> str:
 
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
     """Packlight's name → divisors of the rotary frequencies, ``[rotary_dim / 2]``; often empty."""
-    rope = config.rope
+    rope = config.ropes[0]
     if rope.kind == "llama3" or (rope.yarn is not None and not rope.yarn.usual):
         return {"rope.factors": rope.factors}
     if rope.kind == "longrope":
@@ -112,7 +109,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    rope = config.rope  # its tables are written as tensors
+    rope = config.ropes[0]  # its tables are written as tensors
     writer.add_rope_dimension_count(rope.rotary_dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.kind == "linear":
@@ -123,12 +120,50 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
     if rope.yarn is not None and usual:
         write_yarn(writer, rope.yarn, rope.attention_factor)
-    if ARCHITECTURES[config.family] == "phi3":
+    architecture = ARCHITECTURES[config.family]
+    if architecture.name == "phi3":
         if rope.yarn is None:
             original = rope.original_context or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(original)
         # llama.cpp requires the key and ignores the window; 0 means none.
         writer.add_sliding_window(config.sliding_window or 0)
+    elif architecture.own or architecture.windows or architecture.name == "gptneox":
+        write_extras(writer, config, architecture)
+
+
+def write_extras(
+    writer: gguf.GGUFWriter, config: DecoderConfig, architecture: Architecture
+) -> None:
+    """Write the keys of scalars, caps, windows and parallel blocks.
+
+    Args:
+        config: with the scalars that are not folded.
+    """
+    name, layers = architecture.name, config.num_hidden_layers
+    if name == "granite":
+        writer.add_embedding_scale(config.embed_scale)
+        writer.add_residual_scale(config.residual_scale)
+        writer.add_attention_scale(config.attention_scale or config.head_dim**-0.5)
+        writer.add_logit_scale(1 / config.logit_scale)  # a divisor
+        if config.kinds[0].rope is None:
+            writer.add_rope_scaling_finetuned(False)
+    elif "logits" in architecture.own:
+        writer.add_logit_scale(config.logit_scale)
+    if config.score_cap:
+        writer.add_attn_logit_softcapping(config.score_cap)
+    if config.logit_cap:
+        writer.add_final_logit_softcapping(config.logit_cap)
+    if name == "gptneox":
+        writer.add_parallel_residual(config.parallel_residual)
+    if architecture.windows and config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+        windowed = [
+            config.kinds[config.layers[block]].window is not None for block in range(layers)
+        ]
+        if name in ("gemma3", "olmo2"):
+            writer.add_sliding_window_pattern(windowed)
+        if name == "gemma3":
+            writer.add_float32(f"{name}.rope.freq_base_swa", config.ropes[-1].theta)
 
 
 def write_yarn(writer: gguf.GGUFWriter, yarn: Yarn, attention_factor: float) -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compress.decoder.config import FUSED, DecoderConfig, WeightMap, split_name
+from compress.checkpoint.scalars import folded_config
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, did_you_mean
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
-from exporters.gguf.metadata import ARCHITECTURES, ROPE_TENSORS, rope_tensors, target_name
+from exporters.gguf.architectures import ARCHITECTURES
+from exporters.gguf.metadata import ROPE_TENSORS, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
 from exporters.gguf.tokenizer import read_vocabulary
 
@@ -35,6 +37,16 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         CheckpointError: a damaged tokenizer.
         UnsupportedModelError: a model or a tokenizer that llama.cpp cannot express.
     """
+    architecture = ARCHITECTURES[config.family]
+    folded = config.scalars - architecture.own
+    if (
+        "attention" in folded
+        and config.attention_scale == (config.hidden_size / config.num_attention_heads) ** -0.5
+        and LARGEST.get(architecture.name) == config.num_hidden_layers
+    ):
+        folded -= {"attention"}
+    if folded:
+        config = folded_config(config, folded)
     check_expressible(config)
     importance = bool(request.importance or request.settings.get("importance", False))
     mix = Mix.parse(str(request.settings.get("type", "Q4_K_M")), importance=importance)
@@ -52,6 +64,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         settings={"type": mix.name, **({"importance": True} if importance else {})},
         notes=(*notes, *caveats),
         max_context=context,
+        folded=folded,
     )
 
 
@@ -64,12 +77,12 @@ def plan_entries(
         GridError: a choice that the tensor's rows cannot hold.
     """
     weights = WeightMap(config)
-    fused = tuple(FUSED) if ARCHITECTURES[config.family] == "phi3" else ()
+    fused = ARCHITECTURES[config.family].fused
     for name in weights.names(tied_head=False, fused=fused):  # llama.cpp reuses token_embd
         block, role, kind = split_name(name)
         shape = weights.shape(name)
         grid, note = "F32", ""  # norms and biases
-        if kind == "weight" and len(shape) == 2:
+        if kind == "weight" and len(shape) == 2 and role != "embed_positions":
             grid, note = fitting(mix.wish(role, block or 0, config), shape[1])
             if name in choices:
                 grid, note = choices[name], ""
@@ -100,6 +113,8 @@ def candidates(
     """See ``compress.formats``: llama.cpp loads any type for any matrix."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
+    if entry.name == "embed_positions.weight":
+        return []
     columns = entry.shape[1]
     grids = list(WIDE if columns % 256 == 0 else NARROW if columns % 32 == 0 else ("F16",))
     if entry.name == "embed_tokens.weight":
@@ -116,7 +131,8 @@ def check_expressible(config: DecoderConfig) -> None:
     Raises:
         UnsupportedModelError: with the reason.
     """
-    arch = ARCHITECTURES[config.family]
+    architecture = ARCHITECTURES[config.family]
+    arch = architecture.name
     width = config.num_attention_heads * config.head_dim
     if arch in ("phi2", "phi3") and width != config.hidden_size:
         raise UnsupportedModelError(
@@ -124,36 +140,80 @@ def check_expressible(config: DecoderConfig) -> None:
             f"({config.hidden_size})",
             hint="a model with pruned heads can go to onnx or coreml",
         )
-    if arch in ("llama", "qwen2", "qwen3") and config.rope.rotary_dim != config.head_dim:
+    rotates = any(kind.rope is not None for kind in config.kinds)
+    if rotates and architecture.whole_heads and config.ropes[0].rotary_dim != config.head_dim:
         raise UnsupportedModelError(f"llama.cpp's {arch} rotates whole heads, this model does not")
-    if config.rope.kind in ("llama3", "longrope") and arch not in ("llama", "phi3"):
+    if (
+        config.ropes[0].kind in ("llama3", "longrope")
+        and config.ropes[0].kind not in architecture.factors
+    ):
         raise UnsupportedModelError(
-            f"llama.cpp's {arch} has no {config.rope.kind} rope scaling",
+            f"llama.cpp's {arch} has no {config.ropes[0].kind} rope scaling",
         )
-    if config.rope.yarn is not None and not config.rope.yarn.usual and arch != "llama":
+    if config.ropes[0].yarn is not None and not config.ropes[0].yarn.usual and arch != "llama":
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has yarn with its usual bounds only, not this model's beta_fast, "
             "beta_slow or truncate"
         )
     if arch in ("qwen2", "qwen3") and (config.o_bias or (arch == "qwen3" and config.qkv_bias)):
         raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")
-    if config.rope.kind == "longrope" and config.rope.original_context < CONTEXT_STEP:
+    if len(config.kinds) > 1:
+        check_layers(config, arch)
+    if config.ropes[0].kind == "longrope" and config.ropes[0].original_context < CONTEXT_STEP:
         raise UnsupportedModelError(
-            f"longrope with an original context of {config.rope.original_context}: llama.cpp "
+            f"longrope with an original context of {config.ropes[0].original_context}: llama.cpp "
             f"rounds contexts up to {CONTEXT_STEP} and would use the long factors"
+        )
+
+
+# Layers of the largest gemma models, for which llama.cpp scales scores by hidden size / heads.
+LARGEST = {"gemma2": 46, "gemma3": 62}
+
+
+def check_layers(config: DecoderConfig, arch: str) -> None:
+    """Refuse orders of layers that differ from the one that llama.cpp's graph has compiled in.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    kinds = [config.kinds[config.layers[block]] for block in range(config.num_hidden_layers)]
+    if arch == "qwen3" and any(kind.rope is None for kind in kinds):
+        raise UnsupportedModelError(
+            "llama.cpp has no architecture for this model's layers without rotation (NoPE)"
+        )
+    every_fourth = [bool((block + 1) % 4) for block in range(len(kinds))]
+    expected = {
+        "smollm3": ("rotate", every_fourth, [kind.rope is not None for kind in kinds]),
+        "cohere2": ("have a window", every_fourth, [kind.window is not None for kind in kinds]),
+        "gemma2": (
+            "have a window",
+            [block % 2 == 0 for block in range(len(kinds))],
+            [kind.window is not None for kind in kinds],
+        ),
+    }
+    what, graph, model = expected.get(arch, ("", [], []))
+    if graph != model:
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} has compiled in which layers {what}, and this model's are others"
+        )
+    if arch == "exaone4" and config.num_hidden_layers != 64:
+        raise UnsupportedModelError(
+            "llama.cpp's exaone4 has windows in models of 64 layers only, this one has "
+            f"{config.num_hidden_layers}"
         )
 
 
 def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
     """Positions up to which llama.cpp agrees with the float model, and notes why no further."""
     context, notes = config.max_context, []
-    if config.rope.kind == "longrope":
-        context = config.rope.original_context // CONTEXT_STEP * CONTEXT_STEP
+    if config.ropes[0].kind == "longrope":
+        context = config.ropes[0].original_context // CONTEXT_STEP * CONTEXT_STEP
         notes.append(
             f"longrope: run with a context of at most {context} tokens (llama.cpp's -c); "
             "above it llama.cpp uses the long factors from the first token on"
         )
-    if config.sliding_window is not None and config.sliding_window < context:
+    windows = ARCHITECTURES[config.family].windows
+    if config.sliding_window is not None and config.sliding_window < context and not windows:
         context = config.sliding_window
         notes.append(
             f"llama.cpp ignores the sliding window of {config.sliding_window}: "

@@ -1,4 +1,4 @@
-"""The recipe's settings of this format, ``targets.gguf``; loads pydantic."""
+"""The recipe's settings of GGUF, ``targets.gguf``; imports pydantic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Settings"]
 
 
 class Settings(TargetSettings):
-    """llama.cpp's file."""
+    """Settings of the GGUF file."""
 
     type: Annotated[
         Literal[
@@ -22,5 +22,5 @@ class Settings(TargetSettings):
         ],
         BeforeValidator(lambda given: given.upper() if isinstance(given, str) else given),
     ] = Field(
-        default="Q4_K_M", description="A llama.cpp type or mix; case does not matter."
+        default="Q4_K_M", description="A llama.cpp type or mix; case-insensitive."
     )  # fmt: skip

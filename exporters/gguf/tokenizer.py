@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
-from compress.decoder.tokenizer_facts import TokenizerFacts
+from compress.decoder.tokenizer_facts import TokenizerFacts, parse
 from compress.errors import CheckpointError
 from exporters.gguf.splitting import IGNORE_MERGES, classify, normalizer_notes, space_prefix
 
@@ -86,7 +86,7 @@ def read_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
 
 def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabulary:
     """See ``read_vocabulary``; raises other exceptions for a damaged tokenizer."""
-    document, added, by_text = tokenizer.document, tokenizer.added, tokenizer.ids
+    document, by_text, added = parse(tokenizer.text)
     model = document["model"]
     kind, pre = classify(document)
     tokens, types = token_table(by_text, added, model, kind, config.vocab_size)
@@ -208,7 +208,9 @@ def scores(
     ]
 
 
-MOST_CHARACTERS = 10**9  # copied for the cuts of all tokens: real vocabularies take a hundredth
+MOST_CHARACTERS = (
+    10**9
+)  # characters copied for the cuts of all tokens; real vocabularies need a hundredth
 
 
 def missing_merges(vocab: Mapping[str, int], merges: set[tuple[str, ...]]) -> bool:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
-from compress.decoder.tokenizer_facts import PARSED
 from compress.grids import Quantized, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
+from exporters.gguf.architectures import ARCHITECTURES
 from exporters.gguf.metadata import (
-    ARCHITECTURES,
     CONTEXT_KEY,
     QUANTIZATION_VERSION,
     ROPE_TENSORS,
@@ -50,20 +50,18 @@ class Writer:
         self.plan, self.weights, self._written = plan, weights, written
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
-            tokenizer = weights.checkpoint.tokenizer_facts
-            vocabulary = read_vocabulary(tokenizer, weights.config)
+            vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
             write_head(self.file, plan, weights.config, vocabulary)
-            for name in PARSED:
-                vars(tokenizer).pop(name, None)
         self._tables = rope_tensors(weights.config)
 
     def put(self, entry: PlanEntry) -> int:
         """Append a tensor, slab by slab, with its rows in llama.cpp's order."""
         weights, head_dim = self.weights, self.weights.config.head_dim
-        # llama.cpp's ``llama`` graph rotates neighbours (2i, 2i+1) where Hugging Face's rotates
-        # halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
-        llama = ARCHITECTURES[weights.config.family] == "llama"
-        reorders = llama and split_name(entry.name)[1] in ("q_proj", "k_proj")
+        # Some of llama.cpp's graphs (``llama``) rotate neighbours (2i, 2i+1) where Hugging Face's
+        # rotate halves (i, i + d/2): the rows of q and k, and their biases, are reordered to match.
+        config = weights.config
+        pairs = "pairs" in ARCHITECTURES[config.family].own and not config.rope_pairs
+        reorders = pairs and split_name(entry.name)[1] in ("q_proj", "k_proj")
 
         def pack(quantized: Quantized) -> NDArray[Any]:
             # Every ggml grid packs into one array, with a row of bytes or numbers for each row.
@@ -112,7 +110,7 @@ def file_bytes(plan: Plan, source: Source) -> int:
     vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
-        write_head(path, plan, source.config, vocabulary)
+        write_head(path, plan, folded_config(source.config, plan.folded), vocabulary)
         return aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in plan.entries)
 
 
@@ -125,7 +123,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
     """Write everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family])
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family].name)
     name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -156,7 +154,7 @@ def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabu
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
-        writer.close()  # even on a full disk
+        writer.close()  # also if the disk is full
 
 
 def interleave(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:

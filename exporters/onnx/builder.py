@@ -106,19 +106,19 @@ class GraphBuilder:
             self.initializers[name] = initializer(ir.Tensor(values, name=name))
         return self.initializers[name]
 
-    def external(self, name: str, piece: Piece, shape: tuple[int, ...]) -> ir.Value:
+    def external(self, piece: Piece) -> ir.Value:
         """Add an initializer that refers to bytes of the external data file."""
-        if name not in self.initializers:
+        if piece.name not in self.initializers:
             tensor = ir.ExternalTensor(
                 self.data_name,
                 piece.offset,
                 piece.nbytes,
                 DTYPES[piece.dtype],
-                shape=ir.Shape(shape),
-                name=name,
+                shape=ir.Shape(piece.shape),
+                name=piece.name,
             )
-            self.initializers[name] = initializer(tensor)
-        return self.initializers[name]
+            self.initializers[piece.name] = initializer(tensor)
+        return self.initializers[piece.name]
 
 
 def initializer(tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:

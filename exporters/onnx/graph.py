@@ -13,11 +13,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from compress.decoder.config import DecoderConfig
+from compress.checkpoint.scalars import folded_config
+from compress.decoder.config import AttentionKind, DecoderConfig
 from compress.plan.shapes import Plan, PlanEntry
 from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
-from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY
+from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY, rope_names
 
 
 def build(
@@ -40,7 +41,7 @@ class _Decoder(GraphBuilder):
         self, config: DecoderConfig, plan: Plan, pieces: Mapping[str, Piece], data_name: str
     ) -> None:
         super().__init__(data_name)
-        self.config = config
+        self.config = folded_config(config, plan.folded) if plan.folded else config
         self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
         mixed = plan.type_name.startswith("mix-")
         self.properties = {CONTEXT_KEY: str(plan.max_context)}
@@ -59,11 +60,15 @@ class _Decoder(GraphBuilder):
         self.positions = self.input("position_ids", ir.DataType.INT64, sequence)
         self.lengths(mask)
         residual = self.embedding(ids)
+        if c.learned_positions:
+            residual = self.op("Add", [residual, self.learned()], "embed_tokens/placed")
         delta: ir.Value | None = None
         for block in range(c.num_hidden_layers):
             delta, residual = self.block(block, delta, residual)
         hidden, _ = self.add_norm(delta, residual, "norm", "model.norm")
-        logits = self.linear(hidden, "lm_head", "lm_head", output="logits")
+        logits = self.linear(hidden, "lm_head", "lm_head", output="" if c.logit_cap else "logits")
+        if c.logit_cap:
+            logits = self.capped(logits)
         self.output(logits, [*sequence, c.vocab_size], first=True)
         return self.model(c.model_type, self.properties)
 
@@ -82,50 +87,114 @@ class _Decoder(GraphBuilder):
         self.total = self.op("Cast", [total], "mask/total_length", to=ir.DataType.INT32)
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        """Rows of the embedding, by standard operators only: ``(code - zero) * scale``.
+
+        GatherBlockQuantized would be one node, but onnxruntime-web's default build has no kernel
+        for it. A tied head's MatMulNBits reads the same initializers.
+        """
         entry = self.entries["embed_tokens.weight"]
         name = entry.target_name
         if entry.grid == "F16":
             rows = self.op("Gather", [self.weight(name), ids], "embed_tokens/gather", axis=0)
             return self.op("Cast", [rows], "embed_tokens", to=ir.DataType.FLOAT)
         grid = affine(entry.grid)
-        zeros = None if grid.symmetric else self.weight(f"{name}.zero_points")
+        groups = grid.groups((entry.shape[0], entry.shape[1]))
+        grouped = self.constant("embedding_groups", np.array([0, 0, groups, -1], np.int64))
+        codes = self.codes_of(f"{name}.codes", ids, "embed_tokens/codes", grid.bits)
+        if grid.bits == 4:
+            codes = self.op("Reshape", [codes, grouped], "embed_tokens/groups")
+        if grid.symmetric:
+            zero = self.constant("embedding_zero", np.array(grid.middle, np.float32))
+        else:
+            zero = self.codes_of(f"{name}.zero_points", ids, "embed_tokens/zeros", grid.bits)
+            if groups * grid.bits % 8:  # the high half of the last byte is padding
+                cut = {"begin": 0, "end": groups, "axis": 2}
+                where = [
+                    self.constant(f"zeros_{k}", np.array([n], np.int64)) for k, n in cut.items()
+                ]
+                zero = self.op("Slice", [zero, *where], "embed_tokens/zeros/cut")
+            zero = self.op("Reshape", [zero, grouped], "embed_tokens/zero")
+        centered = self.op("Sub", [codes, zero], "embed_tokens/centered")
+        # Of the scales that a runtime has already cast: WebGPU has no float16 without shader-f16.
+        scale = self.op("Gather", [self.scales(name), ids], "embed_tokens/scales", axis=0)
+        scale = self.op("Reshape", [scale, grouped], "embed_tokens/scale")
+        scaled = self.op("Mul", [centered, scale], "embed_tokens/scaled")
+        return self.op("Reshape", [scaled, self.joined()], "embed_tokens")
+
+    def codes_of(self, weight: str, ids: ir.Value, name: str, bits: int) -> ir.Value:
+        """Rows of packed codes as float32: of 4 bits ``[batch, sequence, codes]``, of 8 bits in the
+        shape in which they are stored."""
+        codes = self.op("Gather", [self.weight(weight), ids], f"{name}/packed", axis=0)
+        if bits == 4:  # two a byte, the first in the low half
+            pairs = self.constant("embedding_pairs", np.array([0, 0, -1, 1], np.int64))
+            codes = self.op("Reshape", [codes, pairs], f"{name}/pairs")
+            mask, four = (self.constant(f"uint8_{n}", np.array(n, np.uint8)) for n in (15, 4))
+            low = self.op("BitwiseAnd", [codes, mask], f"{name}/low")
+            high = self.op("BitShift", [codes, four], f"{name}/high", direction="RIGHT")
+            codes = self.op("Concat", [low, high], f"{name}/both", axis=-1)
+            codes = self.op("Reshape", [codes, self.joined()], f"{name}/flat")
+        return self.op("Cast", [codes], name, to=ir.DataType.FLOAT)
+
+    def joined(self) -> ir.Value:
+        """The shape ``[batch, sequence, rest]``."""
+        return self.constant("embedding_joined", np.array([0, 0, -1], np.int64))
+
+    def learned(self) -> ir.Value:
+        """Learned positions (gpt2), float32 ``[batch, sequence, hidden]``."""
+        table = self.weight(self.entries["embed_positions.weight"].target_name)
+        rows = self.op("Gather", [table, self.positions], "embed_positions/gather", axis=0)
+        return self.op("Cast", [rows], "embed_positions", to=ir.DataType.FLOAT)
+
+    def capped(self, logits: ir.Value) -> ir.Value:
+        """``cap * tanh(logits / cap)`` (gemma2)."""
+        cap = np.array(self.config.logit_cap, np.float32)
+        small = self.op("Div", [logits, self.constant("logit_cap", cap)], "lm_head/divided")
+        flat = self.op("Tanh", [small], "lm_head/tanh")
         return self.op(
-            "GatherBlockQuantized",
-            [self.weight(f"{name}.codes"), ids, self.scales(name), zeros],
-            "embed_tokens",
-            domain=MICROSOFT,
-            bits=grid.bits,
-            block_size=grid.group_size,
-            gather_axis=0,
-            quantize_axis=1,
+            "Mul", [flat, self.constant("logit_cap", cap)], "lm_head/capped", output="logits"
         )
 
     def block(
         self, block: int, delta: ir.Value | None, residual: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """Add a block: sequential, or attention and MLP in parallel after one norm (phi)."""
-        stem = f"blocks.{block - block % self.config.block_repeat}"
+        """Add a block: sequential, or attention and MLP in parallel after one norm (phi) or two
+        (gpt_neox). Returns the last branch, not yet added, and the stream."""
+        c = self.config
+        stem = f"blocks.{block - block % c.block_repeat}"
         name = f"layers.{block}"
         hidden, residual = self.add_norm(delta, residual, f"{stem}.input_layernorm", name)
         attention = self.attention(hidden, stem, name, block)
-        if self.config.parallel_residual:
+        if "attention_post_norm" in c.norms:
+            attention = self.post_norm(attention, f"{stem}.attention_post_norm", name)
+        if c.parallel_residual:
+            if "post_attention_layernorm" in c.norms:
+                weight = f"{stem}.post_attention_layernorm"
+                hidden, _ = self.add_norm(None, residual, weight, f"{name}/post_attention")
             mlp = self.mlp(hidden, stem, name)
             return self.op("Add", [attention, mlp], f"{name}/sum"), residual
         hidden, residual = self.add_norm(
             attention, residual, f"{stem}.post_attention_layernorm", f"{name}/post_attention"
         )
-        return self.mlp(hidden, stem, name), residual
+        mlp = self.mlp(hidden, stem, name)
+        if "mlp_post_norm" in c.norms:
+            mlp = self.post_norm(mlp, f"{stem}.mlp_post_norm", name)
+        return mlp, residual
 
     def attention(self, hidden: ir.Value, stem: str, name: str, block: int) -> ir.Value:
-        c = self.config
+        c, kind = self.config, self.config.kinds[self.config.layers[block]]
+        rotates = kind.rope is not None
         query: ir.Value = self.linear(hidden, f"{stem}.qkv_proj", f"{name}/qkv_proj")
         key = value = None  # packed into the query
-        if c.qk_norm:
+        if c.qk_norm and kind.normed:
             sizes = np.array([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
             split = self.constant("qkv_sizes", (sizes * c.head_dim).astype(np.int64))
             query, key, value = self.node(
                 "Split", [query, split], name, [f"{name}/{part}" for part in "qkv"], axis=-1
             )
+            if rotates and c.qk_norm_after_rope:  # else inside GroupQueryAttention
+                query = self.rotated(query, kind, f"{name}/q_rotated", c.num_attention_heads)
+                key = self.rotated(key, kind, f"{name}/k_rotated", c.num_key_value_heads)
+                rotates = False
             query = self.head_norm(query, f"{stem}.q_norm", f"{name}/q_norm", "query_heads")
             key = self.head_norm(key, f"{stem}.k_norm", f"{name}/k_norm", "key_heads")
         heads, size = c.num_key_value_heads, c.head_dim
@@ -136,53 +205,81 @@ class _Decoder(GraphBuilder):
             self.input(f"past_key_values.{block}.{part}", ir.DataType.FLOAT, cache)
             for part in ("key", "value")
         ]
-        window = c.sliding_window
+        window = kind.window
+        capped = {"softcap": c.score_cap} if c.score_cap else {}
         attended, *present = self.node(
             "GroupQueryAttention",
             [
                 *(query, key, value, *past, self.last, self.total),
-                *(self.stored("rope.cos"), self.stored("rope.sin"), self.positions),
+                *((*self.tables(kind), self.positions) if rotates else ()),
             ],
             f"{name}/attention",
             [f"{name}/attention", f"present.{block}.key", f"present.{block}.value"],
             domain=MICROSOFT,
             num_heads=c.num_attention_heads,
             kv_num_heads=c.num_key_value_heads,
-            do_rotary=1,
+            do_rotary=int(rotates),
             rotary_interleaved=0,
             local_window_size=window if window and window < c.max_context else -1,
+            **capped,
         )
         for cached in present:
             self.output(cached, grown)
         return self.linear(attended, f"{stem}.o_proj", f"{name}/o_proj")
 
     def head_norm(self, x: ir.Value, weight: str, name: str, kind: str) -> ir.Value:
-        """RMSNorm of each head of ``[batch, sequence, heads * head_dim]`` (qwen3)."""
+        """RMSNorm of each head of ``[batch, sequence, heads * head_dim]`` (qwen3), or of all heads
+        together (olmo2)."""
         c = self.config
+        if c.qk_norm == "projection":
+            return self.rms_norm(x, weight, name, c.branch_eps)
         heads = c.num_attention_heads if kind == "query_heads" else c.num_key_value_heads
         apart = self.constant(f"{kind}_apart", np.array([0, 0, heads, c.head_dim], np.int64))
         joined = self.constant(f"{kind}_joined", np.array([0, 0, heads * c.head_dim], np.int64))
         x = self.op("Reshape", [x, apart], f"{name}/apart")
-        x = self.rms_norm(x, weight, name)
+        x = self.rms_norm(x, weight, name, c.branch_eps)
         return self.op("Reshape", [x, joined], f"{name}/joined")
+
+    def tables(self, kind: AttentionKind) -> list[ir.Value]:
+        """Tables of cos and sin of a kind of layers."""
+        return [self.stored(name) for name in rope_names(kind.rope or 0)]
+
+    def rotated(self, x: ir.Value, kind: AttentionKind, name: str, heads: int) -> ir.Value:
+        """Rotary embedding of ``[batch, sequence, heads * head_dim]``."""
+        return self.op(
+            "RotaryEmbedding",
+            [x, self.positions, *self.tables(kind)],
+            name,
+            domain=MICROSOFT,
+            num_heads=heads,
+            rotary_embedding_dim=self.config.ropes[0].rotary_dim,
+        )
 
     def mlp(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
         up = self.linear(hidden, f"{stem}.up_proj", f"{name}/up_proj")
         if self.config.gated_mlp:  # SwiGLU: gate * sigmoid(gate) * up
             gate = self.linear(hidden, f"{stem}.gate_proj", f"{name}/gate_proj")
-            sigmoid = self.op("Sigmoid", [gate], f"{name}/sigmoid")
-            silu = self.op("Mul", [gate, sigmoid], f"{name}/silu")
-            up = self.op("Mul", [silu, up], f"{name}/gated")
+            up = self.op("Mul", [self.activated(gate, name), up], f"{name}/gated")
         else:
-            up = self.op("Gelu", [up], f"{name}/gelu", approximate="tanh")
+            up = self.activated(up, name)
         return self.linear(up, f"{stem}.down_proj", f"{name}/down_proj")
+
+    def activated(self, x: ir.Value, name: str) -> ir.Value:
+        """The activation of an MLP."""
+        match self.config.activation:
+            case "silu":
+                sigmoid = self.op("Sigmoid", [x], f"{name}/sigmoid")
+                return self.op("Mul", [x, sigmoid], f"{name}/silu")
+            case "relu2":
+                positive = self.op("Relu", [x], f"{name}/relu")
+                return self.op("Mul", [positive, positive], f"{name}/relu2")
+            case activation:
+                kind = "tanh" if activation == "gelu_new" else "none"
+                return self.op("Gelu", [x], f"{name}/gelu", approximate=kind)
 
     def linear(self, x: ir.Value, stem: str, name: str, output: str = "") -> ir.Value:
         """``x @ weight.T + bias``; ``output``: name of the value, if not the node's."""
-        entry = self.entries.get(f"{stem}.weight")
-        tied = entry is None
-        if entry is None:
-            entry = self.entries["embed_tokens.weight"]
+        entry = self.entries.get(f"{stem}.weight") or self.entries["embed_tokens.weight"]  # tied
         bias = self.entries.get(f"{stem}.bias")
         shift = self.weight(bias.target_name) if bias else None
         target = entry.target_name
@@ -190,7 +287,7 @@ class _Decoder(GraphBuilder):
             return self.float_linear(x, self.weight(target), shift, name, output)
         grid = affine(entry.grid)
         rows, columns = entry.shape
-        codes = self.tied_codes(entry) if tied else self.weight(f"{target}.codes")
+        codes = self.weight(f"{target}.codes")
         zeros = None if grid.symmetric else self.weight(f"{target}.zero_points")
         return self.op(
             "MatMulNBits",
@@ -221,43 +318,63 @@ class _Decoder(GraphBuilder):
     def add_norm(
         self, delta: ir.Value | None, residual: ir.Value, weight: str, name: str
     ) -> tuple[ir.Value, ir.Value]:
-        """``residual + delta`` and its norm: (normed, sum). The first block has no delta."""
-        rms = self.config.norm == "rmsnorm"
-        name = f"{name}/{weight.rpartition('.')[2]}"
+        """``residual + delta`` and its norm: (normed, sum). The first block has no delta; without
+        a norm of this role the sum is returned twice (olmo2)."""
+        c = self.config
+        rms = c.norm == "rmsnorm"
+        role = weight.rpartition(".")[2]
+        name = f"{name}/{role}"
+        if role != "norm" and role not in c.norms:
+            if delta is not None:
+                residual = self.op("Add", [delta, residual], f"{name}/residual")
+            return residual, residual
         if delta is None:
             norm = self.rms_norm if rms else self.layer_norm
-            return norm(residual, weight, name), residual
-        gamma = self.stored(f"{weight}.weight")
-        parameters = [gamma] if rms else [gamma, self.stored(f"{weight}.bias")]
+            return norm(residual, weight, name, c.norm_eps), residual
+        parameters = [self.stored(f"{weight}.weight")]
+        if c.norm_bias:
+            parameters.append(self.stored(f"{weight}.bias"))
         normed, _, _, total = self.node(
             "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization",
             [delta, residual, *parameters],
             name,
             [name, "", "", f"{name}/residual"],
             domain=MICROSOFT,
-            epsilon=self.config.norm_eps,
+            epsilon=c.norm_eps,
         )
         return normed, total
 
-    def rms_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+    def post_norm(self, branch: ir.Value, weight: str, name: str) -> ir.Value:
+        """The norm of a branch's output."""
+        norm = self.rms_norm if self.config.norm == "rmsnorm" else self.layer_norm
+        role = weight.rpartition(".")[2]
+        return norm(branch, weight, f"{name}/{role}", self.config.branch_eps)
+
+    def rms_norm(self, x: ir.Value, weight: str, name: str, eps: float) -> ir.Value:
         """RMSNorm in the nodes that onnxruntime's SimplifiedLayerNormFusion recognizes.
 
         ``onnx.checker`` does not know its operator SimplifiedLayerNormalization.
         """
-        epsilon = np.array(self.config.norm_eps, np.float32)
+        epsilon = np.array(eps, np.float32)
+        of_branch = "branch_" if eps != self.config.norm_eps else ""
         axis = self.constant("axis_last", np.array([-1], np.int64))
         two = self.constant("two", np.array(2, np.float32))
         square = self.op("Pow", [x, two], f"{name}/square")
         mean = self.op("ReduceMean", [square, axis], f"{name}/mean", keepdims=1)
-        moved = self.op("Add", [mean, self.constant("epsilon", epsilon)], f"{name}/moved")
+        moved = self.op(
+            "Add",
+            [mean, self.constant("branch_epsilon" if of_branch else "epsilon", epsilon)],
+            f"{name}/moved",
+        )
         root = self.op("Sqrt", [moved], f"{name}/root")
         unit = self.op("Div", [x, root], f"{name}/unit")
         return self.op("Mul", [unit, self.stored(f"{weight}.weight")], name)
 
-    def layer_norm(self, x: ir.Value, weight: str, name: str) -> ir.Value:
-        parameters = [self.stored(f"{weight}.weight"), self.stored(f"{weight}.bias")]
-        epsilon = self.config.norm_eps
-        return self.op("LayerNormalization", [x, *parameters], name, axis=-1, epsilon=epsilon)
+    def layer_norm(self, x: ir.Value, weight: str, name: str, eps: float) -> ir.Value:
+        parameters = [self.stored(f"{weight}.weight")]
+        if self.config.norm_bias:
+            parameters.append(self.stored(f"{weight}.bias"))
+        return self.op("LayerNormalization", [x, *parameters], name, axis=-1, epsilon=eps)
 
     # --- weights -------------------------------------------------------------------------------
 
@@ -267,15 +384,7 @@ class _Decoder(GraphBuilder):
 
     def weight(self, name: str) -> ir.Value:
         """An initializer of the data file."""
-        return self.external(name, self.pieces[name], self.pieces[name].shape)
-
-    def tied_codes(self, entry: PlanEntry) -> ir.Value:
-        """The embedding's codes in the shape of a linear: an initializer of the same bytes."""
-        grid = affine(entry.grid)
-        rows, columns = entry.shape
-        shape = (rows, columns // grid.group_size, grid.group_size * grid.bits // 8)
-        piece = self.pieces[f"{entry.target_name}.codes"]
-        return self.external("lm_head.weight.codes", piece, shape)
+        return self.external(self.pieces[name])
 
     def scales(self, target: str) -> ir.Value:
         """Scales, stored as float16; runtimes fold the cast when they load the model."""

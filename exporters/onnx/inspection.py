@@ -118,15 +118,17 @@ def tensor_rows(graph: Any) -> list[dict[str, Any]]:
             where = (int(place.get("offset", 0)), int(place["length"]))
             stored[tensor.name] = (list(tensor.dims), tensor.data_type, *where)
     rows: dict[int, dict[str, Any]] = {}  # by offset
+    # The embedding's codes are gathered: standard nodes split bytes into codes of 4 bits.
+    split = {node.input[0] for node in graph.node if node.op_type == "BitShift"}
     for node in graph.node:
         codes = [name for name in node.input if name.endswith(".codes") and name in stored]
         if not codes:
             continue
         base = codes[0].removesuffix(".codes")
         shape, _, offset, _ = stored[codes[0]]
-        bits, group = (
-            next(a.i for a in node.attribute if a.name == key) for key in ("bits", "block_size")
-        )
+        attributes = {a.name: a.i for a in node.attribute}
+        bits = attributes.get("bits", 4 if split else 8)
+        group = shape[2] * 8 // bits
         asymmetric = f"{base}.zero_points" in stored
         rows.setdefault(
             offset,

@@ -1,11 +1,10 @@
 """Layout of a planned tensor in the external data file.
 
-A tensor on an integer grid becomes two or three arrays for ``com.microsoft::MatMulNBits`` and
-``GatherBlockQuantized`` (onnxruntime ``docs/ContribOperators.md``), with codes packed along the
-row, the low bits first:
+A tensor on an integer grid becomes two or three arrays as ``com.microsoft::MatMulNBits`` reads
+them (onnxruntime ``docs/ContribOperators.md``), with codes packed along the row, the low bits
+first; the embedding's, too, which a tied head shares:
 
-    .codes        uint8    linear [N, groups, group_size * bits / 8]
-                           embedding [V, columns * bits / 8]: the same bytes
+    .codes        uint8    [rows, groups, group_size * bits / 8]
     .scales       float16  [rows, groups]
     .zero_points  uint8    [rows, ceil(groups * bits / 8)], asymmetric grids only
 """
@@ -71,10 +70,7 @@ def _arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     grid = affine(entry.grid)
     rows, columns = entry.shape
     groups = grid.groups((rows, columns))
-    if entry.name == "embed_tokens.weight":
-        yield f"{name}.codes", "|u1", (rows, columns * grid.bits // 8)
-    else:
-        yield f"{name}.codes", "|u1", (rows, groups, columns // groups * grid.bits // 8)
+    yield f"{name}.codes", "|u1", (rows, groups, columns // groups * grid.bits // 8)
     yield f"{name}.scales", "<f2", (rows, groups)
     if not grid.symmetric:
         yield f"{name}.zero_points", "|u1", (rows, -(-groups * grid.bits // 8))

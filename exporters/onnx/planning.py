@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -51,8 +52,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         config: the model.
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
-            default to ``bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round
-            activations to int8), ``context`` (positions of the tables; default: the model's).
+            default to ``bits``; where they are one matrix, each to the other, else to
+            ``tied_bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to
+            int8), ``context`` (positions of the tables; default: the model's).
 
     Returns:
         Entries in the order of writing, with two computed tables, ``rope.cos`` and ``rope.sin``. A
@@ -64,14 +66,21 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         UnsupportedModelError: rotary dimensions that GroupQueryAttention does not support.
         UsageError: more context than the model has.
     """
-    if config.rope.rotary_dim % 16:
+    folded = config.scalars
+    if folded:
+        config = folded_config(config, folded)
+    if any(kind.rope is not None for kind in config.kinds) and config.ropes[0].rotary_dim % 16:
         raise UnsupportedModelError(
-            f"onnx: {config.rope.rotary_dim} rotary dimensions per head are not a multiple of 16, "
-            "which onnxruntime's GroupQueryAttention needs"
+            f"onnx: {config.ropes[0].rotary_dim} rotary dimensions per head are not a multiple of "
+            "16, which onnxruntime's GroupQueryAttention needs"
         )
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
-    chosen.setdefault("embedding_bits", chosen["bits"])
-    chosen.setdefault("head_bits", chosen["bits"])
+    bits = tied_bits(config, chosen["bits"])
+    if config.tie_word_embeddings:  # one matrix for both, except beside a float16 embedding
+        chosen.setdefault("embedding_bits", chosen.get("head_bits", bits))
+        if chosen["embedding_bits"] != 16:
+            chosen.setdefault("head_bits", chosen["embedding_bits"])
+    chosen = {"embedding_bits": bits, "head_bits": bits} | chosen
     context = int(chosen.get("context") or config.max_context)
     if context > config.max_context:
         raise UsageError(
@@ -92,6 +101,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         notes=tuple(_notes(config, entries, context)),
         max_context=context,
         kv_bytes_per_value=KV_BYTES,
+        folded=folded,
     )
 
 
@@ -119,6 +129,8 @@ def candidates(
 ) -> list[Candidate]:
     """See ``compress.formats``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return []
+    if entry.name == "embed_positions.weight":
         return []
     embedding = entry.name == "embed_tokens.weight"
     grids = [
@@ -159,6 +171,8 @@ def _entries(
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32", shape)
+        elif name == "embed_positions.weight":
+            yield _entry(name, "F16", shape)
         elif name in choices:
             yield _entry(name, checked(name, choices[name], shape[1]), shape)
         elif name == "embed_tokens.weight":
@@ -167,9 +181,15 @@ def _entries(
             yield _entry(name, body, shape)
         elif not (config.tie_word_embeddings and head == embedding):
             yield _entry(name, head, shape)
-    table = (settings.get("context") or config.max_context, config.rope.rotary_dim // 2)
-    yield _entry("rope.cos", "F32", table)
-    yield _entry("rope.sin", "F32", table)
+    table = (settings.get("context") or config.max_context, config.ropes[0].rotary_dim // 2)
+    for rope in sorted({kind.rope for kind in config.kinds if kind.rope is not None}):
+        for name in rope_names(rope):
+            yield _entry(name, "F32", table)
+
+
+def rope_names(rope: int) -> tuple[str, str]:
+    """Names of the tables of a rotary embedding, an index into ``DecoderConfig.ropes``."""
+    return ("rope.cos", "rope.sin") if rope == 0 else (f"rope.cos_{rope}", f"rope.sin_{rope}")
 
 
 def _entry(name: str, grid: str, shape: tuple[int, ...]) -> PlanEntry:
@@ -202,7 +222,7 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
         )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
         yield (
-            f"{config.rope.kind} rotary factors are those for short prompts: the artifact "
+            f"{config.ropes[0].kind} rotary factors are those for short prompts: the artifact "
             f"holds {config.max_context} positions, not {config.max_position_embeddings}"
         )
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.

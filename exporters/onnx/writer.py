@@ -46,9 +46,10 @@ class Writer:
                 file.write(values.data if values.flags.c_contiguous else values.tobytes())
                 self._written(values.nbytes)
 
-            if entry.name in ("rope.cos", "rope.sin"):
-                cos, sin = weights.config.rope.cos_sin(entry.shape[0])
-                put(name, 0, cos if entry.name == "rope.cos" else sin)
+            if entry.name.startswith("rope."):
+                number = int(entry.name.partition("_")[2] or 0)
+                cos, sin = weights.config.ropes[number].cos_sin(entry.shape[0])
+                put(name, 0, cos if entry.name.startswith("rope.cos") else sin)
                 return file.tell()
             rows, *columns = entry.shape
             slabs = weights.slabs(entry.shape, SLABS) if columns else [slice(0, rows)]

@@ -34,7 +34,7 @@ from compress.solvers import get_solver
 from compress.verify.baseline import log_softmax
 
 DEMO = model_path()
-ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # gone when the process is
+ROOM = tempfile.TemporaryDirectory(prefix="packlight-budget-")  # deleted at exit
 
 
 @cache
@@ -97,7 +97,7 @@ def test_shared_variants_divide_what_they_measure() -> None:
     alone = measure(weights, WINDOWS, Statistics.of(weights.config, {}))
     parts, tokens = partition(weights.config, 48, work=1e6)
     assert len(parts) == 1
-    assert tokens == 48  # never fewer than there are, up to 256
+    assert tokens == 48  # all of them, up to 256
     shared = measure(weights, WINDOWS, Statistics.of(weights.config, {}), work=1e6)
     assert shared.keys() == alone.keys()
     for name, entry in alone.items():
@@ -153,7 +153,7 @@ def test_sampled_rows() -> None:
 
 
 def test_a_mix_goes_by_the_bits_of_the_whole_model() -> None:
-    """Its name says what the column of bits per weight says, pruned or not."""
+    """Its name has the figure of the column of bits per weight, pruned or not."""
     checkpoint = source("llama3").checkpoint
     for prune in ("none", "depth"):
         changes = [f"prune={{method: {prune}{', blocks: 1' if prune == 'depth' else ''}}}"]
@@ -198,7 +198,7 @@ def test_errors_are_those_of_the_solver() -> None:
 
 
 def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
-    """Of a large model: it moves expectations, and no choice."""
+    """Of a large model: it changes expectations, but no choice."""
     weights = source("llama3")  # tied
     columns = weights.config.hidden_size
     plain = LayerStats(64, np.ones(columns, np.float32))
@@ -216,7 +216,7 @@ def test_what_gptq_leaves_is_a_share_of_what_a_search_leaves() -> None:
 
 @pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
 def test_no_file_is_larger_than_its_budget(format: str) -> None:
-    """Every byte counts: the graph of a mix is not always that of the smallest file."""
+    """Budgets are exact to the byte, although the graph of a mix may be larger."""
     weights = source("phi3")
     recipe = load("phone-4bit", [], [format])
     job = prepare(weights.checkpoint, recipe, transforms={})
@@ -235,7 +235,7 @@ def test_no_file_is_larger_than_its_budget(format: str) -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-# Few of all, so that the cost table is soon measured.
+# Few tokens and windows, so that the cost table is measured quickly.
 FEW = (
     "--set", "quantize.candidates=[Q2_K, Q4_K, Q6_K, Q8_0, int4-g32, int4-g256, int8-g32]",
     "--set", "quantize.solver=scale_search",
@@ -312,12 +312,12 @@ GROUPS = "a larger group or fewer bits: int4-g256"
 @pytest.mark.parametrize(
     ("budget", "formats", "changes", "advice"),
     [
-        # As many blocks less as it takes, and no more.
+        # The smallest number of removed blocks that fits.
         ("3MB", ["onnx"], [], "--prune depth:1 would reach the budget"),
         ("2.6MB", ["onnx", "gguf"], [], "--prune depth:2 would reach the budget"),
         ("2.6MB", ["onnx"], ["prune={method: depth, blocks: 1}"], "--prune depth:2 would"),
         ("3MB", ["onnx"], ["prune={method: ffn, width: 736}"], "neither grids nor pruning"),
-        # What the recipe leaves out.
+        # Keys that the recipe does not set.
         (
             "3.4MB", ["onnx"], ["quantize.candidates=[int4-g32]"],
             f"--set quantize.candidates=auto ({GROUPS}) or --prune depth:1 would reach the budget",

@@ -1,4 +1,4 @@
-"""The knapsack against exhaustive search, and what must hold of any answer."""
+"""The knapsack against exhaustive search, and properties of every solution."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_model_is_filled_to_the_last_step(budget: int) -> None:
     picked = solve(choices, budget)
     taken = total(choices, picked)
     assert 0.9999 * budget < taken.nbytes <= budget
-    for index, choice in enumerate(choices):  # no single step is left that fits and saves
+    for index, choice in enumerate(choices):  # no remaining single step fits and reduces the cost
         now = choice[picked[index]]
         assert not any(
             o.cost < now.cost and taken.nbytes - now.nbytes + o.nbytes <= budget for o in choice

@@ -1,4 +1,4 @@
-"""`packlight batch`: real processes of the real command line, killed, cut off, taken up again."""
+"""`packlight batch`: real processes of the command line, killed, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ overrides:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    """A shelf of two good models, one cut short and one unknown, and two recipes."""
+    """Two good models, one truncated, one of an unknown architecture, and two recipes."""
     shop = tmp_path_factory.mktemp("shop")
     tiny.make("llama", shop / "shelf" / "llama")
     tiny.make("qwen2", shop / "shelf" / "qwen")
@@ -96,7 +96,7 @@ def started(output: str) -> list[str]:
 
 
 def artifacts(folder: Path) -> dict[str, bytes]:
-    """What a build made, but for the pages that tell of speeds."""
+    """The files of a build, without the pages that contain speeds."""
     pages = ("report", "README", "SHA256SUMS")
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -107,7 +107,7 @@ def artifacts(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def shelf(shop) -> tuple[Path, dict, str]:
-    """The shelf in one batch, one job of which is killed."""
+    """The models in one batch, one job of which is killed."""
     step = at_work("tree", "qwen/plain", signal.SIGKILL, "itself")
     batch = interrupted(shop, step, "jobs.yaml", "--max-memory", "3GB")
     assert batch.returncode == 2, batch.stderr
@@ -132,7 +132,7 @@ def test_what_fails_takes_nothing_with_it(shelf):
 
 
 def test_work_of_one_model_is_done_once(shelf):
-    """The longest job of a model goes first, the other finds the float model's answers."""
+    """The longest job of a model runs first, the other reuses the float model's logits."""
     shop, _, output = shelf
     assert started(output).index("llama/scaled") < started(output).index("llama/plain")
     phases = {
@@ -172,7 +172,7 @@ def test_again_retries_the_killed_one_only_when_asked(shelf):
     assert [job["name"] for job in document["jobs"] if job["now"]] == ["qwen/plain"]
     assert statuses(document)["qwen/plain"] == "passed"
     assert artifacts(shop / "tree" / "llama" / "plain") == before
-    # A model that was made whole needs no asking.
+    # A finished model is not planned again.
     shutil.copytree(shop / "shelf" / "llama", shop / "shelf" / "cut", dirs_exist_ok=True)
     mended = packlight("batch", "jobs.yaml", "--only", "cut/plain", "--only", "llama", cwd=shop)
     assert mended.returncode == 0, mended.stderr
@@ -186,7 +186,9 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
     step = at_work("second", "llama/plain", signal.SIGKILL, "parent")
     batch = interrupted(shop, step, *options)
     assert batch.returncode == -signal.SIGKILL
-    until(lambda: all(f"{shop}/second/" not in word for word in command_lines()))  # it dies, too
+    until(
+        lambda: all(f"{shop}/second/" not in word for word in command_lines())
+    )  # the child ends, too
     assert (shop / "second" / "llama" / "scaled").is_dir()
     assert not (shop / "second" / "llama" / "plain").exists()
     again = packlight("batch", *options, cwd=shop)
@@ -198,7 +200,7 @@ def test_a_batch_that_was_killed_does_what_is_missing(shelf):
 
 
 def test_interrupted(shelf):
-    """Ctrl-C ends the jobs; what they had is continued by the next batch."""
+    """Ctrl-C ends the jobs; the next batch resumes them."""
     shop, *_ = shelf
     step = at_work("third", "qwen/plain", signal.SIGINT, "parent")
     batch = interrupted(shop, step, "written.yaml", "-o", "third", "--only", "qwen/plain")
@@ -237,7 +239,7 @@ def test_a_gate_that_fails_is_exit_code_1_and_stops_a_batch_that_should_not_go_o
 def test_an_artifact_that_its_runtime_refused_has_its_reason_and_its_report_on_the_page(
     away, shop, tmp_path
 ):
-    """A machine without onnxruntime: the folder is there, and of its other artifact the figures."""
+    """Without onnxruntime the folder is written, with the figures of its other artifact."""
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('not on this machine')")
     tree = tmp_path / "tree"
     jobs = {"schema": 1, "models": [str(shop / "shelf" / "llama")]}
@@ -300,7 +302,7 @@ def test_budgets_of_a_model_share_one_cost_table_and_make_a_curve(shop, tmp_path
     (line,) = re.findall(r'<polyline points="([^"]*)" class="curve c0"', page)
     places = [tuple(map(float, place.split(","))) for place in line.split()]
     assert places == sorted(places) and len(places) == 2
-    # Up is a small y: larger files stand lower where they are nearer to the float model.
+    # y points down: larger files are lower if their divergence is smaller.
     ordered = sorted(found.values(), key=lambda artifact: artifact["bytes"])
     heights = [y for _, y in places]
     assert (
@@ -315,7 +317,7 @@ def test_two_batches_into_one_tree(shop):
 
 
 def test_a_checkpoint_that_nobody_thought_of_stops_no_other(shop):
-    """What planning trips over is told of its own jobs."""
+    """An error in planning is reported for the jobs concerned."""
     odd = shop / "odd" / "model"
     shutil.copytree(shop / "shelf" / "qwen", odd)
     config = odd / "config.json"
@@ -413,7 +415,7 @@ def test_the_page_escapes_what_a_model_calls_itself(shelf):
 
 
 def test_a_terminal_gets_a_table(shelf):
-    """All of it was done before: the live table comes and goes."""
+    """All jobs were finished before: the live table appears and disappears."""
     shop, *_ = shelf
     master, slave = pty.openpty()
     done = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The local engine: real processes of the real command line, packed, killed, ended and orphaned."""
+"""The local engine: real processes of the command line, packed, killed, ended and orphaned."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_job_waits_for_the_one_that_it_builds_on(tmp_path):
     other = work(tmp_path, "other", seconds=0.1)
     seen = Seen().of(LocalEngine(9 * GIB, 2), [second, other, first])
     assert seen.names.index("first") < seen.names.index("second")
-    assert seen.most == 2  # `other` ran beside `first`
-    # One that is not in this run (it was done before) is not waited for.
+    assert seen.most == 2  # `other` ran concurrently with `first`
+    # A job outside this run (finished before) is not waited for.
     assert Seen().of(LocalEngine(9 * GIB, 2), [second]).names == ["second"]
 
 
@@ -153,7 +153,7 @@ def test_a_job_dies_with_the_process_that_started_it(tmp_path):
         cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     pid = int(parent.stdout.readline())
-    until((tmp_path / "out.partial").exists)  # it is at work
+    until((tmp_path / "out.partial").exists)  # it is running
     parent.kill()
     parent.wait()
     assert gone(pid)

@@ -1,4 +1,4 @@
-"""The jobs file: what it may say, and the jobs that come of it."""
+"""The jobs file: its validation, and the jobs made from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job will take, against what jobs took."""
+"""Predicted resources of jobs, compared with measurements."""
 
 from __future__ import annotations
 
@@ -49,13 +49,15 @@ def test_what_asks_for_more_takes_longer(model):
 
 def test_threads_are_shared(model):
     config = job(model, "int4-fast", "gguf").config
-    assert share_threads(config, 0, cpus=8, jobs=0) == 1  # small models gain nothing by more
+    assert (
+        share_threads(config, 0, cpus=8, jobs=0) == 1
+    )  # small models gain nothing from more threads
     assert share_threads(config, 3, cpus=8, jobs=0) == 3
     assert share_threads(config, 99, cpus=8, jobs=2) == 8
 
 
 def test_a_budget_is_what_its_files_have_at_most(model, tmp_path):
-    """Where it binds, its very bytes; where it does not, those that a build then writes."""
+    """The budget's bytes where it is the limit; else the bytes that a build writes."""
 
     def predicted(budget: str, *formats: str) -> dict:
         jobs = {"schema": 1, "models": [str(model.path)], "recipes": ["int4-fast"]}

@@ -28,7 +28,7 @@ STORE = {"object_store_memory": 80 * 2**20}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head that runs nothing, and two nodes of one CPU and 4 GiB."""
+    """A head node without jobs, and two nodes of one CPU and 4 GiB."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
@@ -41,7 +41,7 @@ def cluster() -> Iterator[Any]:
 
 
 def build(folder: Path, model: Path, name: str) -> Work:
-    """A job as ``packlight batch`` makes it: it continues what a lost node left unfinished."""
+    """A job as made by ``packlight batch``, which resumes the job of a lost node."""
     arguments = ("build", str(model), "-r", "int4-fast", "-f", "gguf", "-f", "onnx", "--no-verify")
     return work(folder, name, *arguments, "--resume", "-o", str(folder / name), seconds=5.0)
 
@@ -68,7 +68,7 @@ def sums(folder: Path) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    """Digests and names of what is not a page."""
+    """Names and digests of all files but pages."""
     pages = ("README.md", "report.html", "report.json")
     return [line for line in sums(folder).splitlines() if not line.endswith(pages)]
 
@@ -108,7 +108,7 @@ def test_a_node_dies_and_every_job_ends_once_with_the_same_bytes(cluster, tmp_pa
 
 
 def test_a_job_that_ended_with_its_node_is_not_done_again(tmp_path):
-    """Its folder was renamed, then the node was lost: the retry finds it finished."""
+    """A node that is lost after the rename: the retry finds the job finished."""
     job = build(tmp_path, tiny.make("llama", tmp_path / "llama"), "job")
     first = run_work(job)
     assert first.code == 0
@@ -147,7 +147,7 @@ def test_a_tree_behind_a_url_has_the_same_bytes(cluster, tmp_path):
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_the_command_with_models_and_a_tree_behind_urls(engine, cluster, tmp_path):
-    """`packlight batch` as typed: the same tree from both engines; what is there is left out."""
+    """`packlight batch` makes the same tree with both engines, and skips finished jobs."""
     tiny.make("llama", tmp_path / "shelf" / "llama")
     (tmp_path / "jobs.yaml").write_text(
         f"schema: 1\noutput: file://{tmp_path}/store\nmodels: ['file://{tmp_path}/shelf/*']\n"

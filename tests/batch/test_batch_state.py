@@ -1,9 +1,10 @@
-"""Records of jobs, and what a table makes of them."""
+"""Records of jobs, and the table of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console as RichConsole
 from compress.batch.document import exit_code
 from compress.batch.engine import Outcome, Work
 from compress.batch.state import Record, State, fingerprint
-from compress.batch.table import Board, describe_phase, last_line, summary
+from compress.batch.table import Board, describe_phase, figures, last_line
 from compress.console import Console
 from compress.report.report import Report
 
@@ -21,7 +22,7 @@ from compress.report.report import Report
 def finish(
     state: State, name: str, verdict: str = "passed", stamp: int = 10**18, failure: str = ""
 ) -> None:
-    """What a build leaves when it is done, as far as a batch looks at it."""
+    """The files of a finished build that a batch reads."""
     folder = state.folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     artifact = {"format": "gguf", "bytes": 2_000_000, "kl_divergence": {"mean": 0.03}}
@@ -50,7 +51,7 @@ def test_a_job_from_start_to_end(tmp_path):
 def test_exit_codes(tmp_path):
     state = State(tmp_path)
     found = {code: state.status_of(Outcome("m/r", code, 0.0)) for code in (2, -9, 130, 143, 0)}
-    # Exit code 0 without a report is not to be believed.
+    # Exit code 0 without a report counts as a failure.
     assert found == {2: "error", -9: "killed", 130: "interrupted", 143: "interrupted", 0: "error"}
     for verdict, status in (
         ("passed", "passed"),
@@ -86,7 +87,7 @@ def test_a_refused_artifact_has_a_report_and_a_reason(tmp_path):
     assert ended == state.read("m/r")
     assert (ended.status, ended.error, ended.seconds) == ("error", REFUSED, 3.0)
     assert ended.reported and not ended.finished
-    # Done again, and it does not get so far: what stands there is of the time before.
+    # Run again, and interrupted earlier: the existing output is of the first run.
     state.begin("m/r", "f")
     again = state.end("m/r", "f", Outcome("m/r", 2, 1.0, error="no room", hint="free some"))
     assert (again.status, again.error, again.hint) == ("error", "no room", "free some")
@@ -99,7 +100,7 @@ def test_a_refused_artifact_whose_end_nobody_noted(tmp_path):
     finish(state, "m/r", "failed", failure="too new")  # and then the batch was killed
     found = state.read("m/r")
     assert found is not None and (found.status, found.error) == ("error", REFUSED)
-    # Or its node, and an engine that repeats it finds it done.
+    # Or its node was lost, and an engine that repeats the job finds it finished.
     state.begin("m/r", "f")
     ended = state.end("m/r", "f", Outcome("m/r", 1, 0.0))
     assert (ended.status, ended.error, ended.reported) == ("error", REFUSED, True)
@@ -140,7 +141,7 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
             Planned("m/waits")]  # fmt: skip
     board = Board(jobs, state, Console("quiet"), fail_fast=True)
     board.settle(jobs[1], None)
-    assert board.wanted()  # what could not be planned is no reason to stop
+    assert board.wanted()  # a job that cannot be planned does not stop the batch
     for name in ("m/done", "m/runs"):
         board.started(Work(name, (), state.file(name, "log"), 1, 1, 1.0))
     finish(state, "m/done")
@@ -150,10 +151,13 @@ def test_the_table_shows_what_is_done_running_and_queued(tmp_path):
     console = RichConsole(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(board.table())
     text = console.export_text()
-    assert "1:15  gguf 2.00 MB  KL up to 0.0300" in text
-    assert "it is truncated" in text
-    assert "write gguf  43 %  0:12 left" in text
-    assert ["m/waits", "queued"] in [line.split() for line in text.splitlines()]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert lines[0] == ["job", "result", "time", "size", "KL up to", "phase"]
+    assert ["m/done", "passed", "1:15", "2.00 MB", "0.0300"] in lines
+    assert ["m/bad", "could not run"] in lines and ["m/bad: it is truncated"] in lines
+    (running,) = [line for line in lines if line[0] == "m/runs"]
+    assert running[1] == "running" and running[3:] == ["write gguf", "43 %", "0:12 left"]
+    assert ["m/waits", "queued"] in lines
     assert "2 of 4 done  1 passed  1 could not run  1 running  1 queued" in text
     board.settle(jobs[2], state.end("m/runs", "f", Outcome("m/runs", -9, 1.0)), fresh=True)
     assert not board.wanted()
@@ -193,10 +197,13 @@ def report_of(artifacts: list[dict[str, Any]]) -> Report:
     return Report.from_dict({"schema_version": 1, **parts, "artifacts": found})
 
 
-def test_a_job_in_a_few_words():
-    assert summary(None) == ""
-    artifacts = [{"format": "onnx", "bytes": 1000, "kl_divergence": None}]
-    assert summary(report_of(artifacts)) == "onnx 1.00 kB"
+def test_size_and_worst_divergence_of_a_job():
+    assert figures(None) == ("", "")
+    artifacts: list[dict[str, Any]] = [
+        {"format": "onnx", "bytes": 1000, "kl_divergence": None},
+        {"format": "gguf", "bytes": 2000, "kl_divergence": {"mean": 0.5}},
+    ]
+    assert figures(report_of(artifacts)) == ("3.00 kB", "0.5000")
 
 
 def test_paths(tmp_path):

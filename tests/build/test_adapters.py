@@ -70,7 +70,7 @@ def test_calibration_and_baseline_see_the_merged_model(trained, tmp_path, monkey
             model, "phone-4bit", formats=["gguf"], overrides=FAST, output=tmp_path / name, **more
         )
 
-    plain = build(base, "plain")  # leaves its statistics and answers in the cache
+    plain = build(base, "plain")  # caches its statistics and baseline
     ours = build(base, "ours", adapters=[adapter])
     theirs = build(merged, "theirs")
     assert model_files(tmp_path / "ours") == model_files(tmp_path / "theirs")

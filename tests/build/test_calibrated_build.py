@@ -1,4 +1,4 @@
-"""Builds that look at inputs: through the command line, in the real runtime."""
+"""Builds with input statistics, by the command line and in the real runtime."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_an_imatrix_gives_the_bytes_of_its_own_statistics(model, demo_text, cach
     assert report["notes"][-1] == "Codes chosen by scale_search, with the importance in im.gguf"
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["notes"][-1].endswith("calibrated on 512 tokens of docs.txt")
-    assert report["recipe"]["calibration"]["texts"] == ["docs.txt"]  # no place of this machine
+    assert report["recipe"]["calibration"]["texts"] == ["docs.txt"]  # no path of this machine
     assert "--calibration docs.txt --seed 5" in report["tool"]["command"]
     assert str(demo_text.parent) not in (tmp_path / "a" / "recipe.yaml").read_text()
     done = packlight("build", model, "-f", "gguf", "--no-verify", *FAST, "-o", "c", cwd=tmp_path)

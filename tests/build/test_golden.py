@@ -1,7 +1,7 @@
 """Bytes of the demo's artifacts, rounded to nearest: the same in every version, on every machine.
 
 They were equal in four software stacks and on two CPUs. gptq's bytes depend on the CPU, so those of
-two versions are compared on one machine. ``--update-golden`` writes what is there now.
+two versions are compared on one machine. ``--update-golden`` writes the current sums.
 """
 
 from __future__ import annotations

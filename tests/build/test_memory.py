@@ -1,4 +1,4 @@
-"""``--max-memory``: what it bounds, and what it refuses."""
+"""``--max-memory``: its bounds and refusals."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_a_package_holds_whole_counts_and_no_more(model):
 
     slabs = needed("{grid: int4-g32}")
     assert slabs < needed("{grid: lut4-tensor}")
-    # Each array of a sparse matrix goes to its place at once, slab by slab.
+    # Each array of a sparse matrix is written to its offset immediately, slab by slab.
     assert slabs == needed("{grid: int4-g32, sparsity: 2of4, sparsity_method: magnitude}")
 
 

@@ -1,4 +1,4 @@
-"""What a build in somebody's own process leaves behind: nothing; and builds in two threads."""
+"""A build in another program's process leaves no state behind; builds in two threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compress import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A program that has numpy and torch loaded, with settings of its own, and builds by functions.
+# A program that imported numpy and torch, changed their settings, and builds with the API.
 PROGRAM = """
 import gc, hashlib, json, locale, logging, os, random, signal, sys, threading, warnings
 from pathlib import Path
@@ -57,7 +57,7 @@ def digest(value: object) -> str:
 
 
 def state() -> dict[str, object]:
-    """Everything of a process that its other code could notice, as JSON has it."""
+    """The process-global state that other code could observe, as JSON."""
     import numpy as np
     import torch
     import transformers

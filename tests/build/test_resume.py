@@ -1,5 +1,5 @@
-"""``build --resume``: whatever kills a build and whenever, the next one goes on with what is
-finished, and at last there are the bytes of a build that nothing has killed.
+"""``build --resume``: after any kill at any step the next build continues, and the final bytes are
+those of an uninterrupted build.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Builds:
         return self.place / "log"
 
     def run(self, *options: str, verify: bool = False, step: Step | None = None) -> int:
-        """The exit status of a build; what it says goes to the log."""
+        """The exit status of a build; its output goes to the log."""
         return self.steps(*options, verify=verify, step=step)[0]
 
     def steps(
@@ -85,7 +85,7 @@ class Builds:
         return found
 
     def calibrated(self) -> int:
-        """The block that the cache's walk has come to."""
+        """The block that the cached walk has reached."""
         kept = self.place.glob("cache/calibration/*.partial/boundary/block-*.bin")
         return max((int(path.stem.partition("-")[2]) for path in kept), default=0)
 
@@ -102,7 +102,7 @@ def builds(model, tmp_path_factory) -> Builds:
 
 @pytest.fixture(scope="module")
 def whole(builds) -> dict[str, bytes]:
-    """Every file of a build that nothing has killed."""
+    """Every file of an uninterrupted build."""
     assert builds.run() == 0, builds.log.read_text()
     found = contents(builds.output)
     assert {"gguf", "onnx", "coreml"} <= {name.partition("/")[0] for name in found}
@@ -122,7 +122,7 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
     kills, ends, skipped = 0, 0, 0
     while left:
         before, block = builds.finished(), builds.calibrated()
-        # What has little left to do is over before the late steps.
+        # A build with little work left ends before the late steps.
         early = left[: len(left) // 2 + 1]
         count = draw.choice(early) if before or block else left[-1]
         status = builds.run("--resume", step=Step(anywhere, int(count) + 1))
@@ -130,14 +130,14 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
             kills += 1
             left.remove(count)
         after = builds.finished()
-        if builds.output.exists():  # it had less to do, or it was at its very end
+        if builds.output.exists():  # it had less to do, or was about to end
             assert contents(builds.output) == whole
             shutil.rmtree(builds.partial, ignore_errors=True)
             builds.forget()
             ends += 1
             assert ends < 20
             continue
-        for target, names in before.items():  # nothing is done twice, nothing is lost
+        for target, names in before.items():  # no tensor is solved twice, none is missing
             assert after[target][: len(names)] == names
             assert len(set(after[target])) == len(after[target])
         assert block <= builds.calibrated() or after
@@ -155,7 +155,7 @@ def test_a_build_killed_at_many_steps_has_the_bytes_of_one_that_was_not(steps, b
 
 
 def test_calibration_goes_on_with_the_block_that_it_was_at(builds, whole):
-    # The states before the second block are kept, its statistics not yet.
+    # The states before the second block are saved, its statistics are not.
     step = Step(r"open .*/statistics/blocks\.1\.npz")
     assert builds.run("--resume", step=step) == -signal.SIGKILL
     assert builds.calibrated() == 1 and not builds.finished()
@@ -168,7 +168,7 @@ def test_calibration_goes_on_with_the_block_that_it_was_at(builds, whole):
     builds.forget()
 
 
-MIDST = r"open .*/state/onnx\.ledger"  # a line of the ledger, in the midst of three targets
+MIDST = r"open .*/state/onnx\.ledger"  # a line of the ledger, while three targets are written
 
 
 def test_a_build_fed_by_quantized_blocks_goes_on_where_it_was(builds):
@@ -203,7 +203,7 @@ def test_the_float_model_is_not_scored_again(builds):
 
 
 def killed_while_writing(builds: Builds) -> dict[str, list[str]]:
-    """What a build has finished that was killed in the midst of all its targets."""
+    """The finished part of a build that was killed while it wrote all targets."""
     assert builds.run(step=Step(MIDST, 5)) == -signal.SIGKILL
     left = builds.finished()
     assert all(left[target] for target in ("gguf", "onnx", "coreml"))
@@ -364,5 +364,5 @@ def test_the_folder_is_whole_or_absent_wherever_a_build_is_killed(before, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     deaths, absences = map(int, done.stdout.split())
     assert deaths > 25
-    # An output that is replaced is away for the moment between two renames.
+    # A replaced output is missing between two renames.
     assert absences < 3 if before == "old" else absences > 20

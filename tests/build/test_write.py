@@ -1,5 +1,5 @@
-"""Targets that are written together: part by part of the model, each part of the checkpoint read
-once, and the bytes of single builds.
+"""Targets written together, by parts of the model: each part of the checkpoint is read once, and
+the bytes are those of single builds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GPTQ = ("quantize.solver=gptq", *CALIBRATED[1:])
 
 class SmallMemory(Checkpoint):
     """A checkpoint on a machine whose page cache holds no more than one block's tensors, or the
-    embedding: what was used least recently makes room.
+    embedding: the least recently used pages are dropped.
 
     Attributes:
         from_disk: bytes read from each shard that were not in the cache.
@@ -81,7 +81,7 @@ def write(
     folder.mkdir(parents=True)
     step = CalibrationStep(job, Importance(), Console(), threads=1)
     write_artifacts(job, step, folder, Console())
-    places = (folder / name for name in formats)  # not what --resume would go by
+    places = (folder / name for name in formats)  # not used by --resume
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -109,7 +109,7 @@ def test_the_cache_of_these_tests_is_too_small_for_one_target_after_the_other(tm
         (),
         CALIBRATED,
         ("targets.coreml.grid=lut4-g8",),
-        ("targets.onnx.embedding_bits=8",),
+        ("targets.onnx.embedding_bits=8", "targets.onnx.head_bits=4"),
         GPTQ,
         (*GPTQ, "calibration.propagate=quantized"),
         (
@@ -133,7 +133,7 @@ def test_the_bytes_are_those_of_builds_of_one_target(settings, tmp_path, monkeyp
 
 
 def test_targets_that_wait_hold_no_hessian(tmp_path, monkeypatch):
-    """Whatever a statistic is read for, it is let go before another one is."""
+    """A statistic is freed before the next one is loaded."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     read: list[weakref.ref[LayerStats]] = []
     still_there: list[int] = []
@@ -157,7 +157,7 @@ def test_targets_that_wait_hold_no_hessian(tmp_path, monkeypatch):
 
 
 class Recorder:
-    """A writer that notes what it is asked for."""
+    """A writer that records its calls."""
 
     def __init__(self, plan: Plan, weights: Weights, calls: list[tuple[str, str]]) -> None:
         self.plan, self.weights, self.file = plan, weights, Path("file")

@@ -100,7 +100,7 @@ def test_a_wide_hessian_is_its_diagonal_blocks():
 
 def test_some_windows_are_held_back_from_the_hessian(models, tmp_path):
     model, windows = models("llama"), draw_windows(count=33, length=16)
-    assert gathered(model, windows[:15])["lm_head"].held_back is None  # too few to spare one
+    assert gathered(model, windows[:15])["lm_head"].held_back is None  # too few to leave one out
     held = gathered(model, windows, exact=True)
     expected = hooked(model, tiny.reference(model.folder), windows)
     for key, entry in held.items():
@@ -237,7 +237,7 @@ def test_an_interrupted_walk_leaves_nothing(models, cache):
 
 
 class Mortal(Stored):
-    """A source whose reader dies at the n-th weight that it is asked for, and counts."""
+    """A source that counts readings, and ends the process at the n-th."""
 
     def __init__(self, model: Stored, life: int) -> None:
         super().__init__(model.checkpoint, model.config)
@@ -297,7 +297,7 @@ def test_a_walk_goes_on_with_the_block_that_it_was_at(family, cache, tmp_path, m
         for a, b in zip(first.hessian, second.hessian, strict=True):
             assert (a == b).all()
     assert len(list((tmp_path / "resumed" / "calibration").iterdir())) == 1
-    # Each death costs the reading of the block that it was at, or of the embedding.
+    # After each kill the current block, or the embedding, is read again.
     assert total <= alone.readings + deaths * 12
 
 

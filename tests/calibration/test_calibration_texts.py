@@ -1,4 +1,4 @@
-"""The calibration set that ships with the package: there, readable, varied, without repetition."""
+"""The calibration set of the package: complete, readable, varied, without repetition."""
 
 from __future__ import annotations
 

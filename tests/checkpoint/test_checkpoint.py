@@ -1,4 +1,4 @@
-"""Reading checkpoints: every layout on disk, no byte too many, each damage in one clear line."""
+"""Reading checkpoints: every layout on disk, only the needed bytes, one clear line per damage."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refused(action: Callable[[], Any], message: str) -> PacklightError:
 
 
 def check(folder: Path) -> None:
-    """What a build does before it reads a weight."""
+    """The checks of a build before it reads a weight."""
     describe_model(Checkpoint.open(folder))
 
 
@@ -152,7 +152,7 @@ def test_threads_that_read_slabs_unpickle_a_shard_once(
 
     def load(file: Path, **options: Any) -> Any:
         loads.append(file)
-        time.sleep(0.05)  # so that the others come meanwhile
+        time.sleep(0.05)  # so that the other threads arrive meanwhile
         return real(file, **options)
 
     monkeypatch.setattr(torch, "load", load)
@@ -172,7 +172,7 @@ def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
         assert checkpoint._pickle is not None and checkpoint._pickle[0] == info.file
 
 
-# --- only the bytes that are asked for ----------------------------------------------------------
+# --- only the requested bytes are read ----------------------------------------------------------
 
 
 def bytes_read() -> int:
@@ -182,7 +182,7 @@ def bytes_read() -> int:
 
 
 def test_reading_a_tensor_touches_no_other_byte(copy: Path):
-    """Everything but one tensor becomes NaN: it still reads, and its neighbours do not."""
+    """If all tensors but one are NaN, that one can be read, and the others cannot."""
     file = copy / "model.safetensors"
     expected = Checkpoint.open(copy).read(NAME)
     header, data = split_file(file)
@@ -197,7 +197,7 @@ def test_reading_a_tensor_touches_no_other_byte(copy: Path):
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads as Linux does")
 def test_a_row_of_a_huge_tensor_costs_a_row(tmp_path: Path):
-    """A sparse file of 256 GiB: whoever reads more than asked for does not come back."""
+    """A sparse file of 256 GiB: reading more than the requested rows would not return."""
     rows, columns = 2**25, 2**12
     size = rows * columns * 2
     header = {"huge": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}}
@@ -253,7 +253,7 @@ def test_missing_tensors(copy: Path):
 
 
 def test_a_missing_head_is_never_made_up(tmp_path: Path):
-    """The MobileLLM trap: read as an untied llama, transformers would invent a random head."""
+    """MobileLLM read as an untied llama would get a random head from transformers."""
     tiny.make("mobilellm", tmp_path, tokenizer=False)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"share_embedding": False, "architectures": ["LlamaForCausalLM"]}
@@ -374,7 +374,7 @@ def test_a_tied_matrix_under_the_name_of_the_head_is_read(pickled: bool, tied_co
         assert np.array_equal(source.read(name, slice(3, 9)), expected[3:9])
 
 
-# --- names and types of what is no weight -------------------------------------------------------
+# --- names and types of tensors that are no weights ---------------------------------------------
 
 
 def test_buffers_are_left_out_and_a_foreign_rope_table_is_told(copy: Path):
@@ -390,7 +390,7 @@ def test_buffers_are_left_out_and_a_foreign_rope_table_is_told(copy: Path):
     checkpoint = retensor(copy, buffers)
     describe_model(checkpoint)
     assert not checkpoint.warnings
-    right = describe_model(checkpoint).rope.inverse_frequencies()
+    right = describe_model(checkpoint).ropes[0].inverse_frequencies()
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     checkpoint = retensor(copy, lambda t: t.update({name: torch.tensor(right).to(torch.bfloat16)}))
     describe_model(checkpoint)
@@ -436,7 +436,7 @@ def test_names_that_a_wrapper_left_are_explained(
     refused(lambda: describe_model(checkpoint), told)
 
 
-# --- what is there instead of a checkpoint ------------------------------------------------------
+# --- folders that are no checkpoint -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("configured", [False, True])
@@ -511,7 +511,7 @@ def test_nan_and_infinity(copy: Path):
 
 
 def test_every_bfloat16_is_known_as_finite_or_not(tmp_path: Path, monkeypatch):
-    """All 65,536 of them: the finite ones at one look, each of the others among finite numbers of
+    """All 65,536 values: the finite ones in one check, each of the others among finite numbers of
     both signs."""
     every = np.arange(1 << 16, dtype="<u2")
     floats = (every.astype(np.uint32) << 16).view(np.float32)
@@ -653,6 +653,30 @@ def test_an_index_that_points_outside(shard: str, copy: Path):
     refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
 
 
+def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.TempPathFactory):
+    outside = tmp_path_factory.mktemp("outside")
+    names = list(Checkpoint.open(copy).tensors)
+    with_index(copy, dict.fromkeys(names, "a/b/part.safetensors"))
+    (copy / "a" / "b").mkdir(parents=True)
+    shard = (copy / "part.safetensors").rename(copy / "a" / "b" / "part.safetensors")
+    check(copy)
+    assert shard in Checkpoint.open(copy).files()
+    elsewhere = shard.rename(outside / "part.safetensors")
+    shard.symlink_to(elsewhere)
+    refused(lambda: Checkpoint.open(copy), "part.safetensors is a link that leads out")
+    shard.unlink()
+    elsewhere.rename(shard)
+    (copy / "a").rename(outside / "a")
+    (copy / "a").symlink_to(outside / "a")
+    refused(lambda: Checkpoint.open(copy), "a is a link that leads out of the checkpoint's folder")
+
+
+def test_options_of_the_hub_with_a_folder_are_told(copy: Path):
+    found = Checkpoint.open(copy, token="hf_secret", cache_dir="x")
+    told = f"--token and --cache-dir of the Hub: not used, {copy} is a local folder"
+    assert found.warnings == [told]
+
+
 def test_an_index_that_does_not_fit(copy: Path):
     names = list(Checkpoint.open(copy).tensors)
     with_index(copy, dict.fromkeys(names, "part.safetensors"))
@@ -735,7 +759,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(copy: Path):
     file.write_bytes(pickle.dumps(bad, protocol=2))
     refused(lambda: Checkpoint.open(copy), "pytorch_model.bin ")
     assert not target.exists()
-    pickle.loads(pickle.dumps(bad["x"]))  # the payload is live: only our refusal stopped it
+    pickle.loads(pickle.dumps(bad["x"]))  # the payload works: only the refusal prevented it
     assert target.exists()
 
 

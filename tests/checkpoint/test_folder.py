@@ -1,4 +1,4 @@
-"""compress.files.check_folder: a stranger's folder leads nowhere else, and ends."""
+"""compress.files.check_folder: links of an untrusted folder stay inside, and cycles end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_link_leads_nowhere_else(copy: Path, tmp_path: Path, name: str) -> Non
 
 
 def test_a_link_into_a_linked_folder_leads_elsewhere_too(copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "copy-2").mkdir()  # not inside, though its name begins alike
+    (tmp_path / "copy-2").mkdir()  # not inside, although its path has the folder's as a prefix
     (tmp_path / "copy-2" / "merges.txt").write_text("TOPSECRET")
     (copy / "inside").symlink_to(tmp_path / "copy-2")
     (copy / "merges.txt").symlink_to("inside/merges.txt")

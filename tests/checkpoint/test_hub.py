@@ -1,4 +1,4 @@
-"""Downloads by the real huggingface_hub client from a Hub of our own on 127.0.0.1."""
+"""Downloads by the real huggingface_hub client from a local Hub on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_for_this_test_only"
 
-# Each line of stdin is a repository and keywords; each line of stdout what became of it.
+# Each line of stdin is a repository and keywords; each line of stdout the result.
 CHILD = """
 import json, sys
 from compress.checkpoint.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 class Hub:
-    """Repositories of files, and what was asked of them."""
+    """Repositories of files, and the requests for them."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -125,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
     hub = Hub()
-    # What lives beside the weights in real repositories.
+    # Other files of real repositories.
     hub.add(
         "someone/phi3",
         folder,
@@ -186,7 +186,7 @@ def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
 
     hub.fetched.clear()
     hub.server.shutdown()
-    hub.server.server_close()  # from here on there is no Hub
+    hub.server.server_close()  # from here on the Hub is offline
     offline = open_in_child(
         hub, tmp_path, ("someone/phi3", {}), ("someone/else", {}), HF_HUB_OFFLINE="1"
     )

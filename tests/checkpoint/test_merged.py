@@ -244,7 +244,7 @@ def test_a_pickled_head_is_untied(bases, tmp_path):
 
 
 def test_a_tied_checkpoint_with_a_head_of_its_own(bases, tmp_path):
-    """What such a checkpoint holds counts, and the adapter's embedding is the embedding's alone."""
+    """A stored head is used, and the adapter's embedding changes the embedding only."""
     base = shutil.copytree(bases("qwen2"), tmp_path / "qwen2")
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
@@ -270,7 +270,7 @@ def test_an_adapter_that_changes_meanwhile_is_found(llama, loras, tmp_path):
 
 
 def test_layers_that_are_shared(tmp_path):
-    """MobileLLM ties by a key of its own, and runs each block twice."""
+    """MobileLLM ties by ``share_embedding``, and runs each block twice."""
     base = tiny.make("mobilellm", tmp_path / "base", dtype="float32", layer_sharing=True)
     plain = tiny.make("llama", tmp_path / "llama", dtype="float32", num_key_value_heads=2)
     targets = {"target_modules": QUERY, "modules_to_save": ["lm_head"]}

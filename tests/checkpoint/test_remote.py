@@ -143,7 +143,7 @@ def test_publish_is_whole_when_its_checksums_are_there(
         patch.setattr(type(fs), "put_file", put_file)
         with pytest.raises(UsageError, match="connection lost"):
             publish(output, url)
-    assert read_sums(url) is None  # half of it is there, and nobody takes it for an output
+    assert read_sums(url) is None  # half of it exists, and it does not count as an output
     publish(output, url)
     assert read_sums(url) == read_checksums(output / "SHA256SUMS")
     assert read_text(url, "gguf/b") == "2"

@@ -1,7 +1,7 @@
-"""The tokenizer's files beside a graph: every transformers makes the same ids of them.
+"""The tokenizer's files beside a graph give the same ids in every version of transformers.
 
-That is: ``AutoTokenizer`` does with the folder exactly what ``tokenizers`` does with its
-``tokenizer.json``, whatever its version makes of the checkpoint's own files.
+``AutoTokenizer`` must return for the folder exactly what ``tokenizers`` returns for its
+``tokenizer.json``, in any version.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import sample_report
+import test_help
 import tiny
 from commands import Step, packlight, paths, refused
 
@@ -22,6 +23,7 @@ import compress
 from compress import __main__ as cli
 from compress.build.decide import BuildSettings, command_line
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.cli import cli as cli_group
 from compress.verify import scorer
 
 FAST = ["-r", "int4-fast", "--set", "verify.windows=4", "--set", "verify.sequence_length=64"]
@@ -119,6 +121,7 @@ def test_a_failed_gate_is_exit_code_1_and_the_artifact_is_there(model, tmp_path)
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "FAILED" in done.stderr and "kl_divergence" in done.stderr
+    assert "hint: calibrated codes: -r phone-4bit" in done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verdict"] == "failed"
 
@@ -169,7 +172,8 @@ def test_verify_fails_on_a_gate(built, model):
         "--gate", "top1_agreement>=0.9999999",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "FAILED" in done.stderr
+    assert "FAILED  2 gates of tiny-llama" in done.stderr  # one is on the tokenizer
+    assert done.stderr.splitlines()[-1].startswith("hint: build it with a calibrated recipe")
 
 
 def test_verify_of_another_models_artifact(built, model, tmp_path):
@@ -311,6 +315,42 @@ def test_doctor_and_recipes():
     assert packlight("recipes", "check", "phone-4bit").returncode == 0
 
 
+def with_json() -> list[list[str]]:
+    """Every command that has --json, with its path."""
+    return [
+        words
+        for path, command in test_help.commands(cli_group, "")
+        if not hasattr(command, "commands")
+        and any("--json" in parameter.opts for parameter in command.params)
+        for words in [path.split()]
+    ]
+
+
+@pytest.mark.parametrize("words", with_json(), ids=" ".join)
+def test_json_prints_an_object_on_errors_too(words, tmp_path):
+    """A place that is not there, or an option that no command has."""
+    places = [str(tmp_path / "nowhere"), "me/model"][: {"push": 2}.get(words[-1], 1)]
+    nothing = ["doctor", "list", "demo"]
+    line = [*words, *(["--nonsense"] if words[-1] in nothing else places), "--json"]
+    if words == ["verify"]:
+        line += ["--baseline", str(tmp_path)]
+    done = packlight(*line, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    document = json.loads(done.stdout)
+    assert sorted(document) == ["error", "hint"]
+    assert document["error"] and document["error"] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_of_a_command_by_name():
+    assert packlight("help").stdout == packlight("--help").stdout
+    assert packlight("help", "recipes", "show").stdout == (
+        packlight("recipes", "show", "--help").stdout
+    )
+    assert "hint: did you mean build?" in refused(packlight("help", "biuld"))
+    assert "packlight build has no command" in refused(packlight("help", "build", "x"))
+
+
 def test_version():
     assert packlight("--version").stdout == f"packlight {compress.__version__}\n"
 
@@ -331,7 +371,7 @@ def test_shell_completion_knows_commands_recipes_and_formats():
 
 
 def test_a_reader_that_goes_away_is_not_a_failed_gate(model):
-    """`packlight inspect … | head`: 128 + SIGPIPE, as shells count, and not a word."""
+    """`packlight inspect … | head`: exit code 128 + SIGPIPE, as in shells, without a message."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

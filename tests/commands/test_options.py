@@ -12,10 +12,10 @@ from compress.cli import CONTEXT
 from compress.commands import build, verify
 from compress.commands.options import settings_of
 
-# What is handed on in another shape, and what is for the console alone.
+# Options that are converted, and options of the console only.
 SHAPED = {"revision", "token", "cache_dir", "junit", "summary", "no_verify"}
 TOLD = {"as_json", "quiet", "verbose", "progress_file", "checksums"}
-# What those shapes are, and what no option gives.
+# The converted settings, and settings without an option.
 MADE = {"hub", "ci_files", "verify", "source", "made"}
 
 COMMANDS = [(build.build, BuildSettings), (verify.verify, VerifySettings)]

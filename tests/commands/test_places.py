@@ -1,4 +1,4 @@
-"""Where a command reads and writes: places are looked at before the work, endings are in words."""
+"""Paths that a command reads and writes are checked before the work; errors are clear."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_finished_build_that_is_resumed_says_so(model: Path, tmp_path: Path) -
             cwd=tmp_path, step=step,
         )  # fmt: skip
 
-    # Killed after the rename, before the end: the exit code was never told.
+    # Killed after the rename, before the end: there was no exit code.
     killed = build(step=Step(r"os\.remove.*out\.lock"))
     assert killed.returncode == -signal.SIGKILL
     before = (tmp_path / "out" / "report.json").read_bytes()
@@ -63,7 +63,7 @@ def test_a_finished_build_that_is_resumed_says_so(model: Path, tmp_path: Path) -
     assert (tmp_path / "junit.xml").is_file()
     assert "out exists" in refused(build(gate="<=9"))  # judged otherwise
     os.utime(model / "model.safetensors")
-    assert "out exists" in refused(build())  # of other weights, perhaps
+    assert "out exists" in refused(build())  # perhaps of other weights
     assert json.loads(before)["verdict"] == "failed"
 
 

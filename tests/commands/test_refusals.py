@@ -1,4 +1,4 @@
-"""Every bad checkpoint that the command line may meet: one clear line, exit 2, nothing left behind.
+"""Bad checkpoints on the command line: one clear line, exit code 2, nothing left behind.
 
 The commands run in this process; `tests/commands/test_cli.py` runs some as processes of their own.
 """
@@ -144,6 +144,19 @@ def test_an_index_that_points_outside(place, sharded, tmp_path, capsys):
     assert_one_line(talk)
     assert "outside" in talk
     assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_is_refused_by_its_name_before_its_dtypes(sound, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(sound, model)
+    edit_config(model, architectures=["BertModel"])
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"I16" ', 1))  # as long as it was
+    assert run(model, tmp_path / "out") == 2
+    assert "error: unknown architecture: BertModel" in capsys.readouterr().err
+    edit_config(model, architectures=["LlamaForCausalLM"])
+    assert run(model, tmp_path / "out") == 2
+    assert "I16" in capsys.readouterr().err
 
 
 def test_a_missing_shard(sharded, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
     python tests/data/save.py    in an environment with transformers 4, then in one with 5
 
-Version 4 makes them; version 5 loads those and saves them again, as people do who train on.
+Version 4 makes them; version 5 loads those and saves them again, as after further training.
 
 llama    SentencePiece's pieces, no BOS in front, LlamaTokenizer
 llama3   byte-level, a class of no model, additional special tokens; rope scaling, tied head

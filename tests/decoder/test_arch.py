@@ -1,4 +1,4 @@
-"""config.json → DecoderConfig → where each weight is, for the published models' own configs."""
+"""config.json → DecoderConfig → WeightMap, for the configs of published models."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ def test_settings_of_the_published_models():
     long = described("Phi-3.5-mini")
     assert (long.sliding_window, long.max_context) == (None, 4096)  # 262144 is never reached
     assert long.max_position_embeddings == 131072
-    assert long.rope.attention_factor == pytest.approx(1.190238, abs=1e-6)
+    assert long.ropes[0].attention_factor == pytest.approx(1.190238, abs=1e-6)
     phi4 = described("Phi-4-mini")
-    assert (phi4.rope.rotary_dim, phi4.head_dim, phi4.tie_word_embeddings) == (96, 128, True)
-    assert described("phi-2").rope.rotary_dim == 32
+    assert (phi4.ropes[0].rotary_dim, phi4.head_dim, phi4.tie_word_embeddings) == (96, 128, True)
+    assert described("phi-2").ropes[0].rotary_dim == 32
     assert described("Mistral-7B-v0.1").sliding_window == 4096
     assert described("Mistral-7B-v0.3").sliding_window is None
     without = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
@@ -199,17 +199,20 @@ def test_newer_configs_say_rope_parameters_and_dtype():
         return DecoderConfig.from_hf(kept | {"dtype": "bfloat16", "rope_parameters": rope})
 
     llama = PUBLISHED["Llama-3.2-1B"][0]
-    assert newer(llama, rope_theta=500000.0, **LLAMA3_ROPE).rope == described("Llama-3.2-1B").rope
+    assert (
+        newer(llama, rope_theta=500000.0, **LLAMA3_ROPE).ropes[0]
+        == described("Llama-3.2-1B").ropes[0]
+    )
     phi = PUBLISHED["phi-2"][0]
     found = newer(phi, rope_theta=10000.0, rope_type="default", partial_rotary_factor=0.4)
-    assert found.rope == described("phi-2").rope
+    assert found.ropes[0] == described("phi-2").ropes[0]
     phi4 = {k: v for k, v in PUBLISHED["Phi-4-mini"][0].items() if not k.startswith("original")}
     factors = {key: LONG48[key] for key in ("short_factor", "long_factor")}
     found = newer(
         phi4, rope_theta=10000.0, rope_type="longrope", partial_rotary_factor=0.75, **factors,
         original_max_position_embeddings=4096, factor=32.0,
     )  # fmt: skip
-    assert found.rope == described("Phi-4-mini").rope
+    assert found.ropes[0] == described("Phi-4-mini").ropes[0]
     with pytest.raises(UnsupportedModelError, match="differ between layers"):
         newer(llama, full_attention={"rope_type": "default"}, sliding_attention={})
 
@@ -219,11 +222,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def test_what_transformers_does_not_read_of_a_rope_is_told():
     """DeepSeek-R1-0528-Qwen3-8B has an ``attn_factor``, which vLLM and llama.cpp multiply by."""
-    assert not described("Qwen3-0.6B", rope_scaling=YARN).rope.caveat
-    rope = described("Qwen3-0.6B", rope_scaling=YARN | {"attn_factor": 0.878}).rope
+    assert not described("Qwen3-0.6B", rope_scaling=YARN).ropes[0].caveat
+    rope = described("Qwen3-0.6B", rope_scaling=YARN | {"attn_factor": 0.878}).ropes[0]
     assert "attn_factor" in rope.caveat and "1.139" in rope.caveat
     dynamic = described("Llama-2-7B", rope_scaling={"type": "dynamic", "factor": 4.0})
-    assert "4096 positions" in dynamic.rope.caveat and dynamic.max_context == 4096
+    assert "4096 positions" in dynamic.ropes[0].caveat and dynamic.max_context == 4096
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_rope_is_that_of_transformers(name: str, changes: dict[str, Any]):
         spread = [1.0 + 0.04 * i for i in range(48)]
         changes = {"rope_scaling": changes["rope_scaling"] | {"short_factor": spread}}
     keys = copy.deepcopy(PUBLISHED[name][0] | changes)  # transformers 5 writes into them
-    rope = DecoderConfig.from_hf(keys).rope
+    rope = DecoderConfig.from_hf(keys).ropes[0]
     if "su" in changes.get("rope_scaling", {}).values():  # which transformers 5 does not know
         keys["rope_scaling"]["type"] = "longrope"
     config = AutoConfig.for_model(**{k: v for k, v in keys.items() if k != "architectures"})
@@ -290,7 +293,7 @@ def test_every_tensor_of_a_saved_checkpoint_is_expected(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2"])
 def test_fused_and_unfused_are_the_same_rows(family: str, tmp_path: Path):
-    """phi3 stores fused, qwen2 (with q, k, v biases) stores parts; both answer to both names."""
+    """phi3 stores fused tensors, qwen2 (with biases) parts; both can be read by both names."""
     checkpoint = Checkpoint.open(tiny.make(family, tmp_path, tokenizer=False))
     weights = WeightMap(DecoderConfig.from_hf(checkpoint.config))
     read = Stored(checkpoint, weights.config).read

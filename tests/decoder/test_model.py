@@ -1,4 +1,4 @@
-"""Weights and plans: what passes between the rooms and the formats."""
+"""Weights and plans, the interface between packlight and the formats."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_slabs_are_equal_and_as_many_for_each_thread(
         held = at_once + 1 if at_once > 1 else 1
         assert sizes[0] % step == 0
         assert sizes[0] == step or sizes[0] * shape[1] * held <= most
-        spare = -(-shape[0] // step) - len(slabs)  # what rounding to whole steps could not part
+        spare = -(-shape[0] // step) - len(slabs)  # closer than the rounding step
         assert len(slabs) % at_once == 0 or sizes[0] > step or spare == 0
     else:
         assert shape[0] * shape[1] <= most
@@ -102,7 +102,7 @@ def test_kernels_take_slabs_of_whole_tiles() -> None:
 
 
 def test_slabs_are_read_where_they_are_solved(checkpoint: Checkpoint) -> None:
-    """By the threads that solve them, so that the one that writes has only that to do."""
+    """Slabs are packed by the threads that solve them, so that the writing thread only writes."""
 
     class Watched(Stored):
         def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -120,7 +120,7 @@ def test_slabs_are_read_where_they_are_solved(checkpoint: Checkpoint) -> None:
 
 
 def test_a_source_around_another_is_read_by_one_thread(checkpoint: Checkpoint) -> None:
-    """What it computes may take memory, or be kept for the next slab."""
+    """A source that computes its weights is read by one thread."""
 
     class Doubled(Change):
         def read(self, name: str, rows: slice | None = None) -> Float32:
@@ -189,7 +189,7 @@ def test_a_plan_adds_up():
 @pytest.mark.parametrize("format", ["gguf", "onnx", "coreml"])
 @pytest.mark.parametrize("family", ["llama3", "phi3", "phi", "mobilellm", "qwen2"])
 def test_the_parts_of_a_plan_are_its_entries_in_order(family: str, format: str, tmp_path: Path):
-    """All of a block in one part, and a computed table where it stands in the file."""
+    """A block is one part, and a computed table is in the order of the file."""
     options = {"layer_sharing": True} if family == "mobilellm" else {}
     folder = tiny.make(family, tmp_path, tokenizer=False, num_hidden_layers=4, **options)
     config = DecoderConfig.from_hf(Checkpoint.open(folder).config)

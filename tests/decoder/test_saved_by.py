@@ -48,7 +48,7 @@ def tokens(tokenizer: Tokenizer) -> list[object]:
 
 
 def test_the_two_say_it_differently():
-    """What the tests below are about is there."""
+    """The settings that the tests below depend on are in the files."""
     assert settings(4, "llama3")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings(5, "llama3")["tokenizer_class"] == "TokenizersBackend"
     assert isinstance(settings(5, "llama3")["extra_special_tokens"], list)
@@ -82,7 +82,7 @@ def test_both_have_one_tokenizer(name: str):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("major", [4, 5])
 def test_what_lies_beside_a_graph_loads_in_both(name: str, major: int, tmp_path: Path):
-    """The oracle is the installed transformers by itself: each environment tries its own."""
+    """The oracle is the installed transformers, another one in each environment."""
     from transformers import AutoTokenizer
 
     source = DATA / f"saved_by_{major}" / name

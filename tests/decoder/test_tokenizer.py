@@ -67,7 +67,7 @@ def test_a_template_that_asks_the_date_or_chance_says_the_same_at_any_time(
     assert tokenizer.render_chat(CHAT) == first
     assert first.startswith("26 Jul 2024 000000 ") and first.endswith(" How small?")
     random.seed(1)
-    assert random.random() == after  # the program's own dice are left alone
+    assert random.random() == after  # the program's random state is unchanged
 
 
 def test_a_base_model_has_no_chat(folders: dict[str, Path], tmp_path: Path):
@@ -103,7 +103,7 @@ def test_a_long_text_is_not_encoded_to_its_end(folders: dict[str, Path], monkeyp
     whole = encode(text)
     assert eval_windows(text, tokenizer, 64, 3) == [whole[:64], whole[64:128], whole[128:192]]
     assert max(sizes) < len(text) / 4
-    # More characters a token than was reckoned with: then the whole text, and no window is lost.
+    # More characters per token than estimated: the whole text is used, and no window is missing.
     sizes.clear()
     monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text[::40]))
     assert len(eval_windows(text, tokenizer, 64, 3)) == 3

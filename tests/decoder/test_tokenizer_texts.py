@@ -1,4 +1,4 @@
-"""Texts that tokenizers are compared on, and tokenizers that ask for rows that are not there."""
+"""Texts that tokenizers are compared on, and tokenizers with more ids than the model has rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny
 from commands import packlight
 
 from compress.decoder.tokenizer import Tokenizer
-from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
+from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child, parse
 from compress.decoder.tokenizer_texts import TEXTS, texts_for
 from compress.errors import CheckpointError
 
@@ -91,7 +91,9 @@ def test_a_child_process_finds_the_same(family: str, tmp_path: Path):
     folder = tiny.make(family, tmp_path)
     here, there = TokenizerFacts.of(Tokenizer(folder)), facts_from_child(folder)
     assert vars(here) == vars(there)
-    assert here.document["model"]["type"] == "BPE" and len(here.ids) > 480
+    parsed = parse(here.text)
+    assert parsed.document["model"]["type"] == "BPE" and len(parsed.ids) > 480
+    assert here.last_id == max(parsed.ids.values())
 
 
 def test_refusals_of_the_child_are_ours(tmp_path: Path):

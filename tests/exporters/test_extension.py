@@ -1,4 +1,4 @@
-"""A format more is a folder and a row: tests/toy in a copy of the tree, where only its row is
+"""A new format is a folder and a row: tests/toy in a copy of the tree, where only its row is
 added to ``exporters/formats.py``; and no module of ``compress`` names a format."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(tree: Path, *arguments: object) -> str:
     """What a command prints, in the folder ``tree/work``."""
     place = tree / "work"
     place.mkdir(exist_ok=True)
-    # Not from tree: the package must be found wherever the user stands.
+    # Not from the tree: the package must be importable from any folder.
     done = packlight(*arguments, cwd=place, tree=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -139,8 +139,8 @@ ALLOWED = {  # the library that has the tables of the codebook grids
     ("compress/grids/codebook.py", "gguf"),
     ("compress/grids/codebook.py", "gguf.quants"),
 }
-# What people give in place of a checkpoint, and how it is called: files of many programs.
-STRANGERS = "compress/checkpoint/strangers.py"
+# Other files that users pass instead of a checkpoint, and their names in messages.
+ERRORS = "compress/checkpoint/not_a_checkpoint.py"
 
 
 def words(tree: ast.Module) -> Iterator[str]:
@@ -172,7 +172,7 @@ def test_compress_names_no_format() -> None:
     for path in sorted((ROOT / "compress").rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         module = without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
-        if name != STRANGERS:
+        if name != ERRORS:
             found |= {(name, word) for word in words(module) if NAMES.search(word)}
     for path in sorted((ROOT / "compress").rglob("*.j2")):
         name = path.relative_to(ROOT).as_posix()

@@ -152,7 +152,7 @@ def waited(child: int) -> int | None:
             return None
         time.sleep(0.003)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # whatever is left of its session
+        os.killpg(child, signal.SIGKILL)  # remaining processes of its session
     return status
 
 

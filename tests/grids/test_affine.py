@@ -1,4 +1,4 @@
-"""Uniform integer grids: the fit against a brute-force search, and what a group must survive."""
+"""Uniform integer grids: the fit against a brute-force search, and extreme groups."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_degenerate_groups(name: str) -> None:
     np.testing.assert_allclose(decoded[1:3], weight[1:3], rtol=0.08)
     assert decoded[3, 5] == pytest.approx(60000.0, rel=0.08)
     assert np.abs(decoded[4:6]).max() <= 2.0**-24
-    # Neighbours are as if the strange rows were not there.
+    # Other rows have the same result as without the special rows.
     alone = grid.quantize(weight[6:]).decode()
     assert np.array_equal(alone, decoded[6:])
 

@@ -36,7 +36,7 @@ def importance() -> np.ndarray:
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """Weights as they come, and as they should not."""
+    """Usual and extreme weights."""
     draw = np.random.default_rng(0)
     shape = (ROWS, COLUMNS)
     normal = draw.standard_normal(shape) * 0.02

@@ -1,5 +1,5 @@
-"""Loaded by each Python that has this folder on its PYTHONPATH: programs that start others hand on
-where these are sent a signal (``commands.Step``)."""
+"""Imported by each Python with this folder on its PYTHONPATH: passes the step of a signal
+(``commands.Step``) to programs started by programs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A signal at a step of a program's work: a moment would depend on the machine's load."""
+"""Sends a signal at a step of a program, since a time would depend on the machine's load."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def send_at(
     """Send a signal before this process's ``count``-th step that matches; 0 for none.
 
     Args:
-        pattern: looked for in the audit event and its arguments,
+        pattern: searched in the audit event and its arguments,
             ``open ('/…/onnx.ledger', 'ab', 524289)``.
         number: of the signal.
         to: ``group`` (this process and its children, as from a terminal), ``itself``, or
-            ``parent``, whose doing is then waited for.
-        counted: is told the number of each step that matches.
+            ``parent``, whose reaction is then waited for.
+        counted: called with the number of each matching step.
     """
     numbers = itertools.count(1)
     matches = re.compile(pattern).search

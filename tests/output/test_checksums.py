@@ -1,4 +1,4 @@
-"""``SHA256SUMS``: one flipped byte in any file is told, and what GNU's sha256sum thinks of it."""
+"""``SHA256SUMS``: one flipped byte in any file is reported, as by GNU's sha256sum."""
 
 from __future__ import annotations
 

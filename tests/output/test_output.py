@@ -1,4 +1,4 @@
-"""The output folder: refusals, the rename at the end, and nothing left behind whatever happens."""
+"""The output folder: refusals, the rename at the end, and no files left behind on errors."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tmp_path):
 
 
 def killed(output: Path, *, old: bool = False) -> Path:
-    """What a build that was killed left."""
+    """The files of a killed build."""
     partial = output.with_name(f"{output.name}.partial")
     for name, text in (("state/build.json", "{}"), ("new/gguf/stale", "stale")):
         (partial / name).parent.mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_the_old_output_comes_back_where_a_build_was_killed_while_replacing_it(t
 
 
 def foreign(partial: Path, kind: str) -> None:
-    """Somebody else's file, folder or link of a work folder's name."""
+    """A foreign file, folder or link with a work folder's name."""
     thesis = partial.parent / "thesis"
     thesis.mkdir()
     (thesis / "book").write_text("years of work")
@@ -314,7 +314,7 @@ def test_a_second_build_into_the_same_folder_is_refused(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
         )
-        # The refused one did not take the lock away: a third is refused as well.
+        # The refused build did not release the lock: a third is refused as well.
         third = subprocess.run(
             [sys.executable, "-c", code, str(output)], capture_output=True, text=True, check=True
         )

@@ -140,7 +140,7 @@ def test_the_statement_is_what_in_toto_and_slsa_specify(model: Path, built: Path
 
 
 def test_the_same_build_has_the_same_statement(model: Path, built: Path, tmp_path: Path) -> None:
-    """Whatever its folder is called, and whenever it was."""
+    """Independent of the folder's name and of the time."""
     done = build(model, tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr
     for name in ("plan.json", "provenance.json"):
@@ -167,6 +167,11 @@ def test_locked_gives_the_same_bytes_or_says_why_not(
     said = refused(build(other, tmp_path / "b", *plan, "--dry-run"))
     assert "checkpoint.files.model.safetensors was sha256" in said
     assert not (tmp_path / "b").exists()
+    done = packlight("build", model, *plan, "--no-verify", "-o", tmp_path / "named")
+    assert done.returncode == 0, done.stderr  # the recipe beside the plan
+    assert (tmp_path / "named" / "recipe.yaml").read_bytes() == (built / "recipe.yaml").read_bytes()
+    said = refused(packlight("build", model, "-r", "phone-4bit", *plan, "-o", tmp_path / "b"))
+    assert "--locked: this would not be the build of plan.json" in said or "-f" in said
     said = refused(packlight("build", model, "--locked"))
     assert "--plan plan.json" in said
     said = refused(packlight("build", model, "--locked", "-o", tmp_path / "b"))

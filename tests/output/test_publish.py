@@ -1,4 +1,4 @@
-"""`packlight push` through the real huggingface_hub client, to a Hub of our own."""
+"""`packlight push` through the real huggingface_hub client, to a local Hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def finished(folder: Path, *, passed: bool = True, verified: bool = True) -> Pat
 def push(hub: Hub, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: "" for key in os.environ if key.startswith("HF_")}
     home = {"HF_HOME": str(Path(os.environ["PACKLIGHT_CACHE"]) / "hf"), "NO_PROXY": "127.0.0.1"}
-    home["HF_HUB_DISABLE_XET"] = "1"  # its store is not here: large files go through LFS
+    home["HF_HUB_DISABLE_XET"] = "1"  # no Xet store here: large files go through LFS
     token = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
     return packlight("push", *arguments, env=kept | home | token | environment)
 
@@ -96,7 +96,7 @@ def test_a_failure_in_the_middle_is_told_and_the_next_run_goes_on(hub, tmp_path)
     assert "'onnx/model.onnx_data' to the Hub. (500)" in text
     assert "hint: run it again" in text
     assert hub.repositories[NAME].branches["main"] == {}  # all or nothing
-    del hub.objects[digest]  # it did not arrive
+    del hub.objects[digest]  # nothing was uploaded
 
     hub.requests.clear()
     hub.refusals = {f"POST /api/models/{NAME}/commit": 500}

@@ -1,4 +1,4 @@
-"""What a budget is held against: predicted sizes are those of written files, mixes included."""
+"""Predicted sizes, which budgets are compared with, are those of written files, also for mixes."""
 
 from __future__ import annotations
 

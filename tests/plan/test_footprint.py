@@ -1,4 +1,4 @@
-"""The arithmetic of `fit`, against figures that were published or worked out by hand."""
+"""The estimates of `fit` against published figures and manual calculations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of finished tensors, and writers that go on where one was cut off."""
+"""The ledger of finished tensors, and writers that continue an interrupted one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_torn_end_is_left_out(tmp_path, data):
         assert len(again) == (end >= whole)
         again.add("c", data, 30)
         assert len(Ledger(path, "t")) == len(again)
-    path.write_bytes(written[:whole] + bytes(40))  # pages that never came to the disk
+    path.write_bytes(written[:whole] + bytes(40))  # pages that were never written to disk
     assert len(Ledger(path, "t")) == 1
 
 
@@ -89,7 +89,7 @@ def test_after_a_loss_of_power_only_what_was_synced_counts(tmp_path, data):
     assert list(opened()) == ["a", "b"]
     opened().add("c", data, 30)
     assert len(opened()) == 3
-    boot.unlink()  # a system that does not say
+    boot.unlink()  # a system without a boot id
     assert len(opened()) == 2
 
 
@@ -98,7 +98,7 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """A solver that dies at its n-th call, and counts."""
+    """A solver that counts its calls, and ends the process at the n-th."""
 
     def __init__(self, life: int) -> None:
         self.left, self.calls = life, 0
@@ -159,7 +159,7 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path):
     assert finished == sorted(finished) and finished[-2] > 3
     slabs = (1 << 18) // SLAB  # of gate_up_proj, the largest
     assert calls <= counted.calls + 7 * (slabs - 1)
-    assert sum(told) == plan.weights_bytes  # what was there before counts
+    assert sum(told) == plan.weights_bytes  # earlier lines count
 
 
 @pytest.mark.parametrize("format", SETTINGS)

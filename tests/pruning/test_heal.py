@@ -1,4 +1,4 @@
-"""Healing: it helps where something was lost, it never harms, and what it did is on record."""
+"""Healing reduces the error of pruning, never raises it, and is recorded."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_minutes_are_divided_over_the_blocks():
     now = 0.0
     shares = Shares(Healing(minutes=1), 3, lambda: now)
     shares.next_block()  # 20 seconds for this one
-    now = 10.0  # spent on goals
+    now = 10.0  # spent on computing targets
     shares.begin()
     assert shares.done(0) == 0
     now = 15.0
     assert shares.done(99) == pytest.approx(0.5)
-    now = 24.0  # a step took longer than there was
+    now = 24.0  # a step took longer than the remaining time
     assert shares.done(100) == 1
     shares.next_block()  # 36 seconds are left for two
     shares.begin()
@@ -215,7 +215,7 @@ def test_the_clock_ends_a_block_between_steps(tmp_path):
     source = stored(tiny.make("llama", tmp_path / "m", num_hidden_layers=2))
     narrow = pruned(source, method="ffn", width=256, update=False).source
     (tmp_path / "out").mkdir()
-    ticks = itertools.count()  # a second each time that it is looked at
+    ticks = itertools.count()  # advances by a second at each call
     found = heal(
         source, narrow, range(2), Healing(minutes=1.0), texts(source).windows,
         tmp_path / "out", tmp_path, clock=lambda: float(next(ticks)),

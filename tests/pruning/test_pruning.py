@@ -104,7 +104,7 @@ def test_columns_make_up_for_those_of_their_own_block_of_a_wide_hessian():
     right = np.linalg.lstsq(x[:, [4, 7]], x[:, 4:] @ weight[:, 4:].T, rcond=None)[0].T
     found = compensate(weight, blocks, kept, damping=0)
     np.testing.assert_allclose(found, np.hstack([left, right]), atol=1e-3)
-    # A block that loses everything is no error.
+    # Removing all channels of a block is no error.
     np.testing.assert_array_equal(
         compensate(weight, blocks, np.arange(4), damping=0), weight[:, :4]
     )
@@ -203,7 +203,7 @@ def test_widths_are_what_the_grids_take():
     assert step("gguf", type="Q4_0") == 32
     assert step("onnx", group_size=128) == 128
     assert step("coreml", grid="lut4-g8") == 32
-    narrow = replace(source.config, intermediate_size=864)  # no K-quant takes it as it is
+    narrow = replace(source.config, intermediate_size=864)  # no K-quant has rows of this width
     assert width_step(narrow, [plan_for("gguf", narrow, {"type": "Q4_K_M"})]) == 32
     half = plan_cut(source.config, Prune(method="ffn", ratio=0.4))
     assert half is not None and half.retained == 448  # of 768, the nearest multiple of 32 to 460.8
@@ -341,7 +341,7 @@ def test_the_saved_checkpoint_is_the_pruned_model(family, method, tmp_path):
     source = stored(folder)
     cut, found = pruned(source, **METHODS[method])
     save_checkpoint(found.source, tmp_path / "saved")
-    again = stored(tmp_path / "saved")  # which holds headers against the config
+    again = stored(tmp_path / "saved")  # which compares headers with the config
     assert again.config.num_parameters == cut.config.num_parameters
     for name in WeightMap(again.config).names():
         np.testing.assert_array_equal(again.read(name), found.source.read(name))

@@ -1,4 +1,4 @@
-"""Zeros: which they are, what they cost, and how Core ML stores them."""
+"""Zeros: their choice, their error, and how Core ML stores them."""
 
 from __future__ import annotations
 

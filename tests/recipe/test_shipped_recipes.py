@@ -36,7 +36,7 @@ FEW = "quantize.candidates=[Q3_K, IQ4_NL, Q8_0, lut3-g8, lut4-g8, lut6-g8]"
 def made(
     recipe: str, model: str | Path, folder: Path, *overrides: str, **settings: Any
 ) -> dict[str, Any]:
-    """The report of a build, after its files were held against it."""
+    """The report of a build, after its files were compared with it."""
     options = {"verify": False, "threads": 1} | settings
     wanted = BuildSettings(
         str(model), folder, recipe=recipe, overrides=(*SHORT, *overrides), **options

@@ -1,4 +1,4 @@
-"""compress.report.against: what got worse since an earlier report."""
+"""compress.report.against: regressions since an earlier report."""
 
 from __future__ import annotations
 

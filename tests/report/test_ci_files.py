@@ -1,4 +1,4 @@
-"""JUnit XML and the Markdown summary: their shape, and that they say what the report says."""
+"""JUnit XML and the Markdown summary: their structure, and agreement with the report."""
 
 from __future__ import annotations
 

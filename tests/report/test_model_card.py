@@ -1,4 +1,4 @@
-"""compress.report.pages: what the Hub reads, what a person reads, and strings that stay strings."""
+"""compress.report.pages: the model card's metadata and text, and the escaping of strings."""
 
 from __future__ import annotations
 

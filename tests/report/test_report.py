@@ -1,4 +1,4 @@
-"""compress.report.report: the document, its schema, what becomes of NaN, and the verdict."""
+"""compress.report.report: the document, its schema, NaN, and the verdict."""
 
 from __future__ import annotations
 

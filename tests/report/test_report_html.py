@@ -1,4 +1,4 @@
-"""compress.report.pages: the page as a browser sees it, and the pictures by their arithmetic."""
+"""compress.report.pages: the page in a browser, and the pictures' coordinates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from compress.report.pages import figure, grids, percent, quarters, render, size
 from compress.report.report import KlDivergence, TensorReport
 from compress.report.words import amount
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import screenshot
+
+CHROMIUM = next(filter(None, map(shutil.which, screenshot.BROWSERS)), "")
 browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
 
-# Appended to a page for the test: writes what the browser knows into the page.
+# Appended to a page for the test: writes the browser's measurements into the page.
 LOOK = """<script>addEventListener("load", () => {
   const wide = [...document.querySelectorAll("body *")].filter(e =>
     !e.closest(".wrap") && !e.closest("svg") &&
@@ -47,7 +49,7 @@ LOOK = """<script>addEventListener("load", () => {
 
 
 def look(page: str, folder: Path, width: int = 1200, *flags: str) -> tuple[dict[str, Any], str]:
-    """What the browser sees, and what it says on its console.
+    """The browser's measurements of a page, and its console output.
 
     In a frame of the wanted width: Chromium's own windows are at least 500 wide.
     """
@@ -56,14 +58,7 @@ def look(page: str, folder: Path, width: int = 1200, *flags: str) -> tuple[dict[
     path.write_text(f'<meta charset="utf-8"><body>{frame}</iframe>', encoding="utf-8")
     command = [
         CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
+        *screenshot.FLAGS,
         "--enable-logging=stderr",
         f"--user-data-dir={folder / 'profile'}",
         "--window-size=1300,1000",

@@ -1,4 +1,4 @@
-"""AWQ: what was spoilt on purpose is found, and nothing that does not help."""
+"""AWQ: finds folds where columns were scaled on purpose, and none without a gain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second look at every code, against exhaustive search over each column in float64."""
+"""Coordinate descent over the codes, against exhaustive search over each column in float64."""
 
 from __future__ import annotations
 

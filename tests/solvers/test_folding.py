@@ -73,7 +73,7 @@ def test_folds_leave_the_demo_as_it_is():
 
 @pytest.mark.parametrize("family", ["phi3", "phi", "qwen2", "qwen3"])
 def test_a_fold_that_is_done_on_one_side_only_is_seen(sources, family):
-    """What the tests above would see, were one role forgotten."""
+    """Each role matters: without it, the tests above fail."""
     source = sources(family)
     folds = random_folds(source.config)
     folded = Folded(source, folds)

@@ -66,8 +66,8 @@ def compensated(weight, grid, stats, descents=0):
 
 
 def brute_force(weight, grid, stats):
-    """Column by column, each error shared out by a freshly inverted Hessian (Optimal Brain
-    Quantization); scales from the weights as they are when their columns' turn comes."""
+    """Column by column, with each error distributed by a newly inverted Hessian (Optimal Brain
+    Quantization), and scales from the current weights of their columns."""
     h = np.float64(stats.hessian[0])
     span, diagonal = grid.span or len(h), np.diagonal(h).copy()
     h = h + 0.01 * diagonal.mean() * np.eye(len(h))
@@ -227,7 +227,7 @@ def test_words_are_rounded_to_the_best_that_there_is(name):
 
 
 def test_rows_that_measure_worse_on_held_back_inputs_fall_back():
-    # Correlations that calibration saw and that are of the other sign in what was held back.
+    # Correlations of calibration that have the opposite sign in the held-back inputs.
     draw = np.random.default_rng(5)
     shared = draw.standard_normal((2048, 1))
     noise = draw.standard_normal((2048, 64)) * 0.3
@@ -282,7 +282,7 @@ def test_dead_columns_harm_nobody(name):
         output_errors(left, stats).sum()
         < 0.8 * output_errors(weight - searched.decode(), stats).sum()
     )
-    # They may come alive on other texts: still as close as rounding makes them.
+    # They may be nonzero on other texts: still rounded to nearest.
     dead = np.abs(left[:, 100:200]).mean()
     assert dead < 1.5 * np.abs(weight - grid.quantize(weight).decode())[:, 100:200].mean()
 
@@ -300,8 +300,8 @@ def test_fewer_tokens_than_columns(tokens):
 
 
 def test_a_hessian_that_is_not_quite_positive_is_repaired():
-    # One column is a thousand times louder than the damping, and rounding to 16 bits (as the cache
-    # does) has left it correlated beyond what is possible.
+    # The variance of one column is a thousand times the damping, and rounding to 16 bits (as in the
+    # cache) has made its correlations impossible for a covariance.
     stats = stats_of(correlated(64, 256))
     h = stats.hessian[0].copy()
     h[0, 0] = h[1, 1] = 1e4 * h.max()

@@ -1,5 +1,5 @@
-"""Blocks fed by quantized blocks: the statistics are those of transformers' model with the decoded
-weights in it, and the codes are what the solver makes of those statistics."""
+"""Blocks with inputs from quantized blocks: the statistics are those of transformers' model with
+the decoded weights, and the codes those of the solver for these statistics."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_codes_are_the_solvers_on_those_statistics(case):
             continue
         weight = case.model.read(entry.name)
         known = statistics.for_weight(entry.name)
-        if known is not None:  # leans towards the float model's outputs
+        if known is not None:  # nearer to the float model's outputs
             weight = weight + SHARE * (weight @ shifts(known)[0])
         again = solve(weight, get_grid(entry.grid), known)
         assert (again.codes == case.solved[entry.name].codes).all(), entry.name
@@ -138,7 +138,7 @@ def test_codes_are_the_solvers_on_those_statistics(case):
 
 
 def test_leaning_weights_meet_the_float_outputs_best():
-    """All of the shift is the least-squares answer to what the float model puts out."""
+    """The full shift is the least-squares fit of the float model's outputs."""
     draw = np.random.default_rng(2)
     floats = draw.standard_normal((400, 24)) @ draw.standard_normal((24, 24))
     x = floats @ (np.eye(24) + 0.2 * draw.standard_normal((24, 24)))
@@ -172,7 +172,7 @@ def test_slabs_are_rows_of_the_whole(case):
 
 
 def test_one_walk_feeds_a_writer(monkeypatch, tmp_path):
-    """Writers ask for blocks in order; a second pass starts anew and gives the same."""
+    """Writers read blocks in order; a second pass restarts the walk, with the same result."""
     model = Model("llama", tmp_path)
     starts = []
     original = PropagatedWeights._start

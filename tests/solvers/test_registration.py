@@ -1,4 +1,4 @@
-"""A grid or a solver of somebody else's: a file and a row, nothing of packlight edited."""
+"""A grid or a solver of another package: a file and a row, without editing packlight."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_registered_solver_is_given_what_it_needs(model, plain, tmp_path, monk
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Path:
-    """Where somebody's package of solvers is installed."""
+    """The folder where another package of solvers is installed."""
     place = tmp_path / "site"
     place.mkdir()
     (place / "others_solvers.py").write_text(SOLVERS)

@@ -1,4 +1,4 @@
-"""Where files of a build lie, how to run one, and whether that can be done here."""
+"""Finds the files of a build, and describes how to run one and whether that is possible here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``packlight inspect`` shows, from the header."""
+"""The facts for ``packlight inspect``, from the header."""
 
 from __future__ import annotations
 

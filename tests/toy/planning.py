@@ -1,4 +1,4 @@
-"""Which tensor gets which grid: matrices the one that is asked for, vectors float32."""
+"""The grid of each tensor: matrices have the requested one, vectors float32."""
 
 from __future__ import annotations
 

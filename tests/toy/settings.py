@@ -1,4 +1,4 @@
-"""What a recipe may say of this format: ``targets.toy``."""
+"""The recipe's settings of this format: ``targets.toy``."""
 
 from __future__ import annotations
 

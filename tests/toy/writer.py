@@ -25,7 +25,7 @@ class Writer:
             self.file.write_bytes(b"")
 
     def put(self, entry: PlanEntry) -> int:
-        """Codes and scales after all that is there."""
+        """Append codes and scales to the file."""
         with self.file.open("ab") as file:
             if entry.grid == "F32":
                 file.write(self.weights.read(entry.name).astype(np.float32).tobytes())

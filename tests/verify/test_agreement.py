@@ -1,4 +1,4 @@
-"""The gate ``tokenizer_agreement``: an artifact that tokenizes otherwise than its checkpoint."""
+"""The gate ``tokenizer_agreement``: an artifact that tokenizes differently from its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The float model's answers, kept for the next build of the same model."""
+"""The float model's logits, cached for the next build of the same model."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def phases(path):
 
 @pytest.mark.slow
 def test_one_of_two_builds_scores_the_float_model(tmp_path):
-    """Two processes that get there at the same moment: at a lock that the test holds."""
+    """Two processes that need it at the same time, at a lock that the test holds."""
     model = tiny.make("llama", tmp_path / "model")
     checkpoint = Checkpoint.open(str(model))
     windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)

@@ -1,4 +1,4 @@
-"""compress.verify.gates: what a limit may say, and what passes."""
+"""compress.verify.gates: the syntax of limits, and their evaluation."""
 
 from __future__ import annotations
 

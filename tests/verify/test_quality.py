@@ -119,7 +119,7 @@ def test_nan_logits_are_counted_and_never_agree(tmp_path: Path) -> None:
         def logits(self, tokens):  # type: ignore[no-untyped-def]
             out = super().logits(tokens)
             out[2] = np.nan
-            out[3, out[3].argmax()] = np.inf  # the right token, for the wrong reason
+            out[3, out[3].argmax()] = np.inf  # the right token by chance
             return out
 
     found = compare(Broken(20), saved)

@@ -89,7 +89,7 @@ def test_a_child_that_fails(
 
 
 def test_a_child_that_hangs(baseline: BaselineStore) -> None:
-    """However long it takes to start: it says that it is loading when it is there, or never."""
+    """The time limit does not include the start: the child reports when it begins to load."""
     with pytest.raises(ArtifactError, match=r"no sign of life for 3 s while (loading|starting)"):
         verify_artifact(Path("m.echo"), "hangs", baseline, context=128, silence=3.0, probe=PROBE)
 
@@ -104,7 +104,7 @@ def examine(runtime: EchoModel, baseline: BaselineStore, folder: Path, **options
 def test_a_slow_runtime_sends_an_event_after_every_run(
     baseline: BaselineStore, tmp_path: Path
 ) -> None:
-    """So that ``silence`` is about one run, not about a stage of hundreds."""
+    """A progress event for each run, so that ``silence`` limits one run, not a phase."""
     events = examine(EchoModel(64), baseline, tmp_path, every=0.0)
     stages = [index for index, event in enumerate(events) if "stage" in event]
     counts = [j - i - 1 for i, j in itertools.pairwise(stages)]
@@ -114,7 +114,7 @@ def test_a_slow_runtime_sends_an_event_after_every_run(
 
 
 class Calls(EchoModel):
-    """Records what is asked of it; sleeps ``slow`` seconds for what it is fed."""
+    """Records its calls; sleeps ``slow`` seconds for each input."""
 
     def __init__(self, slow: float = 0.0) -> None:
         super().__init__(64)
@@ -157,7 +157,7 @@ def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore)
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    before = set(psutil.Process().children())  # other tests' own
+    before = set(psutil.Process().children())  # of other tests
     with pytest.raises(KeyboardInterrupt):
         verify_artifact(Path("m"), "works", baseline, context=128, progress=interrupt, probe=PROBE)
     assert set(psutil.Process().children()) == before

@@ -1,4 +1,4 @@
-"""How much text is scored by default, and how a dry run names it."""
+"""The default amount of scored text, and its description in a dry run."""
 
 from __future__ import annotations
 

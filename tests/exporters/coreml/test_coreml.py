@@ -1,7 +1,7 @@
 """The Core ML program of every family, executed by the MIL evaluator, against the reference.
 
 Tolerances: in float32 mode only the constants are float16, and the reference has the same ones, so
-what is left is the order of sums: 5e-5 on logits of standard deviation 2 (measured: 2e-5). With
+only the order of sums differs: 5e-5 on logits of standard deviation 2 (measured: 2e-5). With
 float32 rotary tables in the reference it is 0.03 (0.017). In float16 mode every value between
 operations is rounded: KL divergence under 1e-4 nats (2e-5).
 """
@@ -27,11 +27,12 @@ CASES = [
     (family, ("int4-g32", "lut4-g8", "int8-channel-asym")[i % 3], {})
     for i, family in enumerate(tiny.FAMILIES)
 ] + [("mobilellm", "lut6-g16", {"layer_sharing": True})]
+every_family = pytest.mark.parametrize(("family", "grid", "overrides"), CASES)
 TOKENS = np.random.default_rng(5).integers(3, 480, CONTEXT).tolist()
 
 
 def run(evaluator: Evaluator, tokens: list[int], mask: Array, state: Any) -> Array:
-    """One call as an app makes it; float32 ``[len(tokens), vocab]``."""
+    """One call, as by an app; float32 ``[len(tokens), vocab]``."""
     ids = np.asarray([tokens], np.int32)
     return evaluator.predict({"inputIds": ids, "causalMask": mask}, state)["logits"][0]
 
@@ -51,7 +52,7 @@ def kl_divergence(logits: Array, other: Array) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-@pytest.mark.parametrize(("family", "grid", "overrides"), CASES)
+@every_family
 def test_logits_of_every_family(
     exported: Exports, family: str, grid: str, overrides: dict[str, Any]
 ) -> None:
@@ -67,7 +68,7 @@ def test_logits_of_every_family(
     assert (expected.argmax(1) == rounded.argmax(1)).mean() > 0.95
 
 
-@pytest.mark.parametrize(("family", "grid", "overrides"), CASES)
+@every_family
 def test_greedy_generation_with_the_cache_is_that_without(
     exported: Exports, family: str, grid: str, overrides: dict[str, Any]
 ) -> None:
@@ -213,7 +214,7 @@ def test_runtime_feeds_prompts_in_pieces(exported: Exports) -> None:
     runtime.feed(TOKENS[:10])
     last = runtime.feed(TOKENS[10:11])
     assert kl_divergence(whole[10:11], last[None]) < 1e-4
-    assert np.array_equal(runtime.logits(TOKENS), pieces)  # forgets what the cache held
+    assert np.array_equal(runtime.logits(TOKENS), pieces)  # clears the cache
 
 
 def test_runtime_refusals(exported: Exports, tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""``weight.bin`` is, byte for byte, what coremltools' own writer makes of the same arrays."""
+"""``weight.bin`` is equal, byte for byte, to that of coremltools' writer for the same arrays."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bytes_and_offsets_are_those_of_coremltools(tmp_path: Path) -> None:
         ours.write_bytes(HEADER.pack(len(numbered), VERSION))
         write(ours, order, layout)
         assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
-        assert layout.end == end == ours.stat().st_size  # a place that is known is not given anew
+        assert layout.end == end == ours.stat().st_size  # an existing offset is reused
 
 
 def test_an_array_of_which_rows_are_missing_does_not_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compressed constants: we decode to what Apple's decompress_weights makes, bit for bit."""
+"""Compressed constants decode to the values of Apple's decompress_weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mil_program import save_program
 
 from compress.errors import ArtifactError
 from exporters.coreml import constexpr, weights
@@ -161,14 +162,7 @@ def save(outputs: Callable[[object], tuple[object, ...]], path: Path) -> ct.mode
     def program(x: object) -> tuple[object, ...]:
         return outputs(x)
 
-    model = ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS18,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-        skip_model_load=True,
-    )
-    model.save(str(path))
-    return model
+    return save_program(program, path)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mil_program import save_program
 from torch import nn
 
 from compress.errors import ArtifactError
@@ -177,7 +178,7 @@ def test_traced_decoder_in_float32(decoder: Decoder, tmp_path: Path) -> None:
 
 
 def test_compressed_decoder_equals_its_decompressed_self(package: Path, tmp_path: Path) -> None:
-    """Cached or streamed, a compressed package computes what the one that Apple decodes does."""
+    """Cached or streamed, a compressed package gives the results of the one that Apple decodes."""
     model = ct.models.MLModel(str(package), skip_model_load=True)
     blocks = cto.OpLinearQuantizerConfig(
         dtype="int4", granularity="per_block", block_size=32, weight_threshold=1
@@ -223,7 +224,7 @@ def test_states_are_updated_in_place_and_separate(package: Path) -> None:
         "causalMask": np.zeros((1, 1, 2, 2), np.float32),
     }
     first = evaluator.predict(inputs, state)
-    assert state["keyCache"] is keys  # written where it lies, not copied for each layer
+    assert state["keyCache"] is keys  # updated in place, not copied for each layer
     assert keys[:, :, :, :2].abs().min() > 0 and keys[:, :, :, 2:].abs().max() == 0
     assert other["keyCache"].abs().max() == 0
     np.testing.assert_array_equal(evaluator.predict(inputs, other)["logits"], first["logits"])
@@ -240,13 +241,7 @@ def save(path: Path, body: Callable[..., object], states: tuple[str, ...] = ()) 
     scope = {"body": body}
     exec(f"def program({names}):\n    return body({names})", scope)  # names become input names
     program = mb.program(input_specs=specs, opset_version=ct.target.iOS18)(scope["program"])
-    model = ct.convert(
-        program,
-        minimum_deployment_target=ct.target.iOS18,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-        skip_model_load=True,
-    )
-    model.save(str(path))
+    save_program(program, path)
     return path
 
 

@@ -141,7 +141,7 @@ def test_variants(exported: Exports, family: str, keys: dict[str, Any]) -> None:
     expected = logits(tiny.reference(source), tokens(family))
     kl, decoded = compare(made.path, source, tokens(family))
     assert kl < 3e-5
-    # Rows in the wrong order decode and run alike: only the checkpoint tells.
+    # Rows in the wrong order decode and run the same: only a comparison with the checkpoint fails.
     assert gguf_oracle.kl_divergence(expected, decoded) < 1e-9
     if "hidden_size" in keys:
         small = exported.write("gguf", source, {"type": "Q4_K_M"})

@@ -1,4 +1,4 @@
-"""What a checkpoint may say of its tokens, and where: Hugging Face and llama.cpp read the same."""
+"""Token settings in all files of a checkpoint: Hugging Face and llama.cpp tokenize alike."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def token(text: str, *places: str, **flags: Any) -> Edit:
             )
         if "added_tokens.json" in places:
             change(folder, "added_tokens.json", lambda t: t.update({text: number}))
-            # Which nobody reads beside the newer key.
+            # Not read if the newer key exists.
             change(
                 folder,
                 "tokenizer_config.json",
@@ -112,7 +112,7 @@ SAME: dict[str, tuple[str, Edit]] = {
     "no special_tokens_map.json": ("llama3", without("special_tokens_map.json")),
 }
 
-# What llama.cpp cannot express: the note and the comparison have it.
+# Not expressible in llama.cpp: the note and the comparison report it.
 OTHERWISE: dict[str, tuple[str, Edit, str]] = {
     "lstrip": ("qwen2", token("<l>", "tokenizer.json", lstrip=True), "does not follow lstrip"),
     "rstrip": ("qwen2", token("<r>", "tokenizer.json", rstrip=True), "whitespace behind 1"),
@@ -135,7 +135,7 @@ OTHERWISE: dict[str, tuple[str, Edit, str]] = {
 
 
 def made_of(exported: Exports, folder: Path, family: str, edit: Edit) -> tuple[Exported, Agreement]:
-    """The file of a changed checkpoint, and how far llama.cpp tokenizes as Hugging Face does."""
+    """The file of a changed checkpoint, and the agreement of llama.cpp with Hugging Face."""
     more = {"vocab_size": 520} if family == "llama" else {}  # it has no row to spare
     shutil.copytree(exported.checkpoint(family, **more), folder)
     edit(folder)

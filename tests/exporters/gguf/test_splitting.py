@@ -1,4 +1,4 @@
-"""Every row of the table of splittings: tokenizers with the published patterns, in llama.cpp."""
+"""Every row of the table of split patterns, with the published patterns, in llama.cpp."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ OTHERWISE = {"gpt-4o": CASES, "tekken": CASES, "deepseek-coder": SPACES, "deepse
 
 
 def tokenizer_of(patterns: tuple[str, ...], *, ignore_merges: bool) -> Any:
-    """Byte-level BPE with these splittings, whose merges go across all of them: a text that is
-    split at another place has other ids."""
+    """Byte-level BPE with these split patterns, whose merges cross all of them: a text that is
+    split at another position has other ids."""
     core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     last = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = last

@@ -21,6 +21,7 @@ import tiny
 from exported import Exported, Exports, greedy, reference
 from writing import plan_for
 
+from compress.decoder.config import DecoderConfig
 from compress.errors import (
     ArtifactError,
     GridError,
@@ -29,7 +30,7 @@ from compress.errors import (
     UsageError,
 )
 from compress.grids import get_grid
-from compress.plan.shapes import Plan
+from compress.plan.shapes import Plan, tied_bits
 from exporters.onnx.inspection import describe
 from exporters.onnx.planning import GRIDS, entry_bytes
 from exporters.onnx.runtime import OnnxRuntime
@@ -81,12 +82,17 @@ PROOFS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"group_size": 64}),
     ("phi3", {"symmetric": False}),
     ("phi3-window", {"head_bits": 8}),
+    (
+        "phi3",
+        {"bits": 4, "symmetric": False, "group_size": 256},
+    ),  # one zero point a row: half a byte
     ("phi3-longrope", {"bits": 8, "symmetric": False, "group_size": 16}),
     ("phi4-mini", {}),
     ("phi4-mini", {"symmetric": False, "group_size": 128, "embedding_bits": 8}),
     ("phi", {}),
     ("phi", {"bits": 8, "symmetric": False}),
-    ("qwen2", {"embedding_bits": 8, "head_bits": 8}),
+    ("qwen2", {}),
+    ("qwen2", {"embedding_bits": 4, "symmetric": False}),
     ("qwen3", {}),
     ("mobilellm", {"embedding_bits": 16}),
 ]
@@ -179,7 +185,7 @@ def test_the_cache_gives_the_tokens_of_a_fresh_run(exported: Exports, family: st
     for _ in range(32):
         fresh.append(int(runtime.logits(prompt + fresh)[-1].argmax()))
     assert cached == fresh
-    assert greedy(runtime, prompt, 32) == cached  # what the buffers held is forgotten
+    assert greedy(runtime, prompt, 32) == cached  # the old contents of the buffers have no effect
 
 
 def test_the_cache_with_int8_activations(phi3: Exported) -> None:
@@ -224,7 +230,7 @@ def test_onnx_checker_and_fusions(exported: Exports, family: str, tmp_path: Path
     assert found[norms[1]] == (2 if family == "phi" else 4)
     assert found["GroupQueryAttention"] == 2
     assert found["Pow"] == found["ReduceMean"] == found["Sigmoid"] == 0
-    assert found["Cast"] == 2  # of the mask
+    assert found["Cast"] == 3  # two of the mask, one of the embedding's codes
 
 
 def test_what_the_graph_says(phi3: Exported) -> None:
@@ -338,6 +344,43 @@ def test_default_settings(exported: Exports) -> None:
     assert {entry.grid for entry in plan.entries} <= {*GRIDS, "F32"}
 
 
+def test_a_tied_matrix_has_8_bits_and_is_stored_once(exported: Exports) -> None:
+    config = exported.config("qwen2")
+    assert config.tie_word_embeddings
+
+    def grids(config: DecoderConfig, **settings: Any) -> list[str]:
+        plan = plan_for("onnx", config, settings)
+        found = {entry.name: entry.grid for entry in plan.entries}
+        assert found["blocks.1.qkv_proj.weight"] == f"int{settings.get('bits', 4)}-g32"
+        return [found[n] for n in ("embed_tokens.weight", "lm_head.weight") if n in found]
+
+    assert grids(config) == grids(config, bits=8) == ["int8-g32"]
+    assert grids(config, head_bits=8) == grids(config, embedding_bits=8) == ["int8-g32"]
+    assert grids(config, head_bits=4) == grids(config, embedding_bits=4) == ["int4-g32"]
+    assert grids(config, embedding_bits=16) == ["F16", "int8-g32"]
+    assert grids(config, embedding_bits=4, head_bits=8) == ["int4-g32", "int8-g32"]
+    # Where it is most of the weights, 8 bits cost more bytes there than they would elsewhere.
+    assert grids(exported.config("qwen2", vocab_size=8192)) == ["int4-g32"]
+    assert tied_bits(config, 4) == 8 and tied_bits(exported.config("llama"), 4) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"embedding_bits": 4, "symmetric": False}])
+def test_both_uses_of_a_tied_matrix_read_one_initializer(
+    exported: Exports, settings: dict[str, Any]
+) -> None:
+    case = exported("onnx", "qwen2", **settings)
+    model = onnx.load(case.path / "onnx/model_q4.onnx", load_external_data=False)
+    name = "embed_tokens.weight.codes"
+    readers = [node.op_type for node in model.graph.node if name in node.input]
+    assert readers == ["Gather", "MatMulNBits"]
+    places = [
+        next(e.value for e in tensor.external_data if e.key == "offset")
+        for tensor in model.graph.initializer
+        if tensor.external_data
+    ]
+    assert len(places) == len(set(places))
+
+
 def test_rows_that_the_group_does_not_divide(exported: Exports) -> None:
     config = exported.config("llama", intermediate_size=576)
     with pytest.raises(GridError, match="does not divide rows of 576") as caught:
@@ -404,7 +447,7 @@ def test_no_room_beyond_the_context(phi3: Exported) -> None:
         runtime.feed(phi3.tokens(5))
     runtime.reset()
     assert len(runtime.logits(phi3.tokens(16))) == 16
-    # Nor beyond what the artifact holds, whatever is asked for.
+    # Nor beyond the artifact's positions, for any requested number.
     with pytest.raises(UsageError, match="257 tokens do not fit: the runtime has room for 256"):
         open_runtime(phi3, context=5000).logits(phi3.tokens(257))
 

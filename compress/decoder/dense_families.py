@@ -1,0 +1,573 @@
+"""Rows of dense families beyond llama's own kind: norms at other places, scalars, mixed windows,
+learned positions. Sources: configuration and modelling files of transformers 4.57.6.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.decoder.config_json import Config, flag, number, short, whole
+from compress.decoder.family import (
+    BLOCK,
+    LLAMA_NAMES,
+    MOST_LAYERS,
+    MOST_WIDE,
+    PHI3_NAMES,
+    QWEN3_NAMES,
+    Family,
+    flags,
+    layer_kinds,
+)
+from compress.decoder.grammar import AttentionKind
+from compress.errors import UnsupportedModelError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+POST_NORMS = ("attention_post_norm", "mlp_post_norm")
+FOUR_NORMS = (
+    "input_layernorm", "attention_post_norm", "post_attention_layernorm", "mlp_post_norm",
+)  # fmt: skip
+
+
+def every(interval: int, first: str, last: str) -> Any:
+    """Block → ``last`` for every ``interval``-th block, else ``first``."""
+    return lambda block: first if (block + 1) % interval else last
+
+
+def window_of(config: Config) -> int | None:
+    """The window; null means none, a missing key 4096, as in transformers."""
+    if "sliding_window" in config and config["sliding_window"] is None:
+        return None
+    return whole(config, "sliding_window", 4096)
+
+
+def attention_biases(config: Config) -> dict[str, Any]:
+    bias = flag(config, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": flag(config, "mlp_bias")}
+
+
+def layer_norm(config: Config, eps: str = "layer_norm_eps") -> dict[str, Any]:
+    """LayerNorm with a bias."""
+    return {"norm": "layernorm", "norm_bias": True, "norm_eps": number(config, eps, 1e-5)}
+
+
+def all_biases(value: bool) -> dict[str, Any]:
+    return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), value)
+
+
+# --- gemma ----------------------------------------------------------------------------------------
+
+
+def _gemma(config: Config) -> dict[str, Any]:
+    if flag(config, "use_bidirectional_attention"):
+        raise UnsupportedModelError("a model with bidirectional attention is no decoder")
+    bias = flag(config, "attention_bias")
+    return {
+        "norm_offset": 1.0,
+        "activation": config.get("hidden_activation") or config.get("hidden_act") or "gelu_new",
+        "embed_scale": float(whole(config, "hidden_size", most=MOST_WIDE)) ** 0.5,
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }
+
+
+def _gemma2(config: Config) -> dict[str, Any]:
+    window = AttentionKind(window=whole(config, "sliding_window", 4096))
+    kinds = {SLIDING: window, FULL: AttentionKind()}
+    return {
+        **_gemma(config),
+        **layer_kinds(config, kinds, every(2, SLIDING, FULL)),
+        "norms": FOUR_NORMS,
+        "attention_scale": number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
+        "score_cap": cap(config, "attn_logit_softcapping", 50.0),
+        "logit_cap": cap(config, "final_logit_softcapping", 30.0),
+    }
+
+
+def cap(config: Config, key: str, default: float = 0.0) -> float:
+    """A cap; null means none, a missing key the family's default."""
+    if key not in config:
+        return default
+    return number(config, key) if config[key] is not None else 0.0
+
+
+def _gemma3(config: Config) -> dict[str, Any]:
+    interval = whole(config, "sliding_window_pattern", 6)
+    local = AttentionKind(rope=1, window=whole(config, "sliding_window", 4096))
+    kinds = {SLIDING: local, FULL: AttentionKind()}
+    nested = config.get("rope_parameters")
+    if isinstance(nested, dict) and FULL in nested:  # as transformers 5 writes them
+        plain = {"max_position_embeddings": config["max_position_embeddings"]}
+        of_full, of_local = (plain | {"rope_parameters": nested[kind]} for kind in (FULL, SLIDING))
+    else:
+        of_full = {"rope_theta": 1e6, **config}
+        of_local = {"rope_theta": config.get("rope_local_base_freq") or 1e4}
+    return {
+        **_gemma(config),
+        **layer_kinds(config, kinds, every(interval, SLIDING, FULL)),
+        "ropes": (of_full, of_local),
+        "norms": FOUR_NORMS,
+        "qk_norm": "head",
+        "attention_scale": number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
+        "score_cap": cap(config, "attn_logit_softcapping"),
+        "logit_cap": cap(config, "final_logit_softcapping"),
+    }
+
+
+GEMMA2_NAMES = LLAMA_NAMES | {
+    "attention_post_norm": BLOCK + "post_attention_layernorm",
+    "post_attention_layernorm": BLOCK + "pre_feedforward_layernorm",
+    "mlp_post_norm": BLOCK + "post_feedforward_layernorm",
+}
+GEMMA3_NAMES = GEMMA2_NAMES | {role: QWEN3_NAMES[role] for role in ("q_norm", "k_norm")}
+
+
+# --- granite, smollm3, olmo, exaone --------------------------------------------------------------
+
+
+def _granite(config: Config) -> dict[str, Any]:
+    return attention_biases(config) | {
+        "embed_scale": number(config, "embedding_multiplier", 1.0),
+        "residual_scale": number(config, "residual_multiplier", 1.0),
+        "attention_scale": number(config, "attention_multiplier", 1.0),
+        "logit_scale": 1.0 / number(config, "logits_scaling", 1.0),
+    }
+
+
+def _granite_hybrid(config: Config) -> dict[str, Any]:
+    types = config.get("layer_types") or ["mamba"]
+    if any(kind != "attention" for kind in types) or config.get("num_local_experts"):
+        raise UnsupportedModelError(
+            "granite models with mamba layers or experts are not supported",
+            hint="granite 4 dense: 350m, 1b, micro",
+        )
+    changes = _granite(config) | {
+        "intermediate_size": whole(config, "shared_intermediate_size", 1024, most=MOST_WIDE)
+    }
+    if config.get("position_embedding_type") != "rope":
+        changes["kinds"] = (AttentionKind(rope=None),)
+    return changes
+
+
+GRANITE_HYBRID_NAMES = {
+    **{
+        role: name
+        for role, name in LLAMA_NAMES.items()
+        if not role.endswith(("gate_proj", "up_proj"))
+    },
+    "gate_up_proj": BLOCK + "shared_mlp.input_linear",
+    "down_proj": BLOCK + "shared_mlp.output_linear",
+}
+
+
+def rope_layers(config: Config, interval: int = 4) -> list[str]:
+    """``rope`` or ``nope`` for each block, from ``no_rope_layers`` (1 means rope)."""
+    count = whole(config, "num_hidden_layers", most=MOST_LAYERS)
+    step = whole(config, "no_rope_layer_interval", interval)
+    given = flags(config, "no_rope_layers", count)
+    rotates = given or [bool((block + 1) % step) for block in range(count)]
+    return ["rope" if rotated else "nope" for rotated in rotates]
+
+
+def _smollm3(config: Config) -> dict[str, Any]:
+    if flag(config, "use_sliding_window"):
+        raise UnsupportedModelError("smollm3 with use_sliding_window is not supported")
+    kinds = {"rope": AttentionKind(), "nope": AttentionKind(rope=None)}
+    types = {**config, "layer_types": rope_layers(config)}
+    return attention_biases(config) | layer_kinds(types, kinds, lambda _: "rope")
+
+
+def _olmo2(config: Config) -> dict[str, Any]:
+    return attention_biases(config) | {"norms": POST_NORMS, "qk_norm": "projection"}
+
+
+def _olmo3(config: Config) -> dict[str, Any]:
+    plain = {"rope_theta": config.get("rope_theta")}
+    window = whole(config, "sliding_window", 4096)
+    kinds = {SLIDING: AttentionKind(rope=1, window=window), FULL: AttentionKind()}
+    return {
+        **_olmo2(config),
+        **layer_kinds(config, kinds, every(4, SLIDING, FULL)),
+        "ropes": (config, plain),
+    }
+
+
+OLMO2_NAMES = {role: name for role, name in QWEN3_NAMES.items() if role not in FOUR_NORMS} | {
+    "attention_post_norm": BLOCK + "post_attention_layernorm",
+    "mlp_post_norm": BLOCK + "post_feedforward_layernorm",
+}
+
+
+def _exaone4(config: Config) -> dict[str, Any]:
+    changes: dict[str, Any] = {"norms": POST_NORMS, "qk_norm": "head"}
+    window = window_of(config)
+    if window is None:
+        return changes
+    pattern = config.get("sliding_window_pattern") or 4
+    interval = len(pattern) if isinstance(pattern, str) else int(pattern)
+    kinds = {SLIDING: AttentionKind(window=window), FULL: AttentionKind(rope=None)}
+    return changes | layer_kinds(config, kinds, every(interval, SLIDING, FULL))
+
+
+# --- glm, cohere, ernie, hunyuan, helium, llama4 -------------------------------------------------
+
+
+def _glm(config: Config) -> dict[str, Any]:
+    return {"rope_pairs": True, "qkv_bias": flag(config, "attention_bias", True)}
+
+
+def _glm4(config: Config) -> dict[str, Any]:
+    return _glm(config) | {"norms": FOUR_NORMS}
+
+
+GLM_NAMES = {role: name for role, name in PHI3_NAMES.items() if role != "qkv_proj"} | {
+    role: LLAMA_NAMES[role] for role in ("q_proj", "k_proj", "v_proj")
+}
+GLM4_NAMES = GLM_NAMES | {
+    "attention_post_norm": BLOCK + "post_self_attn_layernorm",
+    "mlp_post_norm": BLOCK + "post_mlp_layernorm",
+}
+
+
+def _cohere(config: Config) -> dict[str, Any]:
+    if flag(config, "use_qk_norm"):
+        raise UnsupportedModelError("cohere with use_qk_norm (Command R+) is not supported")
+    return {
+        **attention_biases(config),
+        "norm": "layernorm",
+        "norm_eps": number(config, "layer_norm_eps", 1e-5),
+        "norms": ("input_layernorm",),
+        "parallel_residual": True,
+        "logit_scale": number(config, "logit_scale", 0.0625),
+        "rope_pairs": True,
+    }
+
+
+def _cohere2(config: Config) -> dict[str, Any]:
+    interval = whole(config, "sliding_window_pattern", 4)
+    window = AttentionKind(window=whole(config, "sliding_window", 4096))
+    kinds = {SLIDING: window, FULL: AttentionKind(rope=None)}
+    return _cohere(config) | layer_kinds(config, kinds, every(interval, SLIDING, FULL))
+
+
+def _ernie(config: Config) -> dict[str, Any]:
+    return all_biases(flag(config, "use_bias")) | {"rope_pairs": True}
+
+
+def _hunyuan(config: Config) -> dict[str, Any]:
+    scaling = config.get("rope_scaling") or {}
+    changes = attention_biases(config) | {"qk_norm": "head", "qk_norm_after_rope": True}
+    changes["mlp_bias"] = False
+    if isinstance(scaling, dict) and scaling.get("alpha"):
+        heads = whole(config, "num_attention_heads", most=MOST_WIDE)
+        hidden = whole(config, "hidden_size", most=MOST_WIDE)
+        size = whole(config, "head_dim", hidden // heads, most=MOST_WIDE)
+        theta = number(config, "rope_theta", 1e4) * number(scaling, "alpha") ** (size / (size - 2))
+        changes["ropes"] = ({"rope_theta": theta},)
+    return changes
+
+
+HUNYUAN_NAMES = LLAMA_NAMES | {
+    "q_norm": BLOCK + "self_attn.query_layernorm",
+    "k_norm": BLOCK + "self_attn.key_layernorm",
+}
+
+
+def _helium(config: Config) -> dict[str, Any]:
+    return attention_biases(config) | {"rope_pairs": True, "o_bias": False}
+
+
+def _llama4(config: Config) -> dict[str, Any]:
+    # Empty `moe_layers` or no experts at all: MobileLLM-R1.
+    if config.get("num_local_experts", 16) and config.get("moe_layers", True):
+        raise UnsupportedModelError("llama4 with experts is not supported")
+    normed = flag(config, "use_qk_norm", True)
+    kinds = {"rope": AttentionKind(), "nope": AttentionKind(rope=None, normed=False)}
+    types = {**config, "layer_types": rope_layers(config)}
+    bias = flag(config, "attention_bias")
+    most = [whole(config, "max_position_embeddings")]
+    most.append(whole(config, "attention_chunk_size", 8192))  # attention is chunked beyond it
+    if flag(config, "attn_temperature_tuning", True):  # 1 up to here
+        most.append(whole(config, "floor_scale", 8192) - 1)
+    return layer_kinds(types, kinds, lambda _: "rope") | {
+        "intermediate_size": whole(config, "intermediate_size_mlp", 16384, most=MOST_WIDE),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "rope_pairs": True,
+        "qk_norm": "unit" if normed else "",
+        "max_context": min(most),
+    }
+
+
+LLAMA4_NAMES = {role: name.replace(".mlp.", ".feed_forward.") for role, name in LLAMA_NAMES.items()}
+
+
+# --- LayerNorm ------------------------------------------------------------------------------------
+
+
+def _ministral(config: Config) -> dict[str, Any]:
+    window = window_of(config)
+    kinds = {SLIDING: AttentionKind(window=window), FULL: AttentionKind()}
+    return layer_kinds(config, kinds, lambda _: SLIDING if window else FULL)
+
+
+def _starcoder2(config: Config) -> dict[str, Any]:
+    window = whole(config, "sliding_window", 0) or None
+    return {
+        **layer_norm(config, "norm_epsilon"),
+        **all_biases(flag(config, "use_bias", True)),
+        "kinds": (AttentionKind(window=window),),
+        "gated_mlp": False,
+    }
+
+
+STARCODER2_NAMES = {
+    **{role: name for role, name in LLAMA_NAMES.items() if not role.endswith("gate_proj")},
+    "up_proj": BLOCK + "mlp.c_fc",
+    "down_proj": BLOCK + "mlp.c_proj",
+}
+
+
+def _stablelm(config: Config) -> dict[str, Any]:
+    if flag(config, "qk_layernorm") or flag(config, "use_parallel_residual"):
+        raise UnsupportedModelError("stablelm 12B (qk_layernorm, parallel) is not supported")
+    return layer_norm(config) | {"qkv_bias": flag(config, "use_qkv_bias")}
+
+
+def _nemotron(config: Config) -> dict[str, Any]:
+    return {
+        **layer_norm(config, "norm_eps"),
+        **attention_biases(config),
+        "norm_offset": 1.0,
+        "gated_mlp": False,
+    }
+
+
+UNGATED_NAMES = {role: name for role, name in LLAMA_NAMES.items() if role != "gate_proj"}
+
+
+def _arcee(config: Config) -> dict[str, Any]:
+    return attention_biases(config) | {"gated_mlp": False}
+
+
+def _neox(config: Config) -> dict[str, Any]:
+    bias = flag(config, "attention_bias", True)
+    return {
+        **layer_norm(config),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": True,
+        "gated_mlp": False,
+        "parallel_residual": flag(config, "use_parallel_residual", True),
+    }
+
+
+_NEOX = "gpt_neox.layers.{i}."
+NEOX_NAMES = {
+    "embed_tokens": "gpt_neox.embed_in",
+    "norm": "gpt_neox.final_layer_norm",
+    "lm_head": "embed_out",
+    "input_layernorm": _NEOX + "input_layernorm",
+    "post_attention_layernorm": _NEOX + "post_attention_layernorm",
+    "qkv_proj": _NEOX + "attention.query_key_value",
+    "o_proj": _NEOX + "attention.dense",
+    "up_proj": _NEOX + "mlp.dense_h_to_4h",
+    "down_proj": _NEOX + "mlp.dense_4h_to_h",
+}
+
+
+def _falcon(config: Config) -> dict[str, Any]:
+    if flag(config, "alibi"):
+        raise UnsupportedModelError("falcon with alibi is not supported")
+    new = flag(config, "new_decoder_architecture")
+    parallel = flag(config, "parallel_attn", True) or new
+    heads = whole(config, "num_attention_heads", most=MOST_WIDE)
+    if not new and not flag(config, "multi_query", True):
+        raise UnsupportedModelError("falcon without multi_query (falcon-rw) is not supported")
+    norms = int(config.get("num_ln_in_parallel_attn") or (2 if new else 1))
+    if new and norms == 2:
+        raise UnsupportedModelError("falcon with two norms before a block (40B) is not supported")
+    kv = whole(config, "num_kv_heads", heads, most=MOST_WIDE) if new else 1
+    hidden = whole(config, "hidden_size", most=MOST_WIDE)
+    return {
+        **layer_norm(config, "layer_norm_epsilon"),
+        **all_biases(flag(config, "bias")),
+        "num_key_value_heads": kv,
+        "intermediate_size": whole(config, "ffn_hidden_size", 4 * hidden, most=4 * MOST_WIDE),
+        "activation": config.get("activation") or "gelu",
+        "gated_mlp": False,
+        "parallel_residual": parallel,
+        "norms": ("input_layernorm",)
+        if parallel
+        else ("input_layernorm", "post_attention_layernorm"),
+    }
+
+
+_H = "transformer.h.{i}."
+FALCON_NAMES = {
+    "embed_tokens": "transformer.word_embeddings",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "input_layernorm": _H + "input_layernorm",
+    "post_attention_layernorm": _H + "post_attention_layernorm",
+    "qkv_proj": _H + "self_attention.query_key_value",
+    "o_proj": _H + "self_attention.dense",
+    "up_proj": _H + "mlp.dense_h_to_4h",
+    "down_proj": _H + "mlp.dense_4h_to_h",
+}
+
+
+# --- learned positions ----------------------------------------------------------------------------
+
+
+def _gpt2(config: Config) -> dict[str, Any]:
+    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if flag(config, key, usual) != usual:
+            raise UnsupportedModelError(f"gpt2 with {key} {short(config[key])} is not supported")
+    if flag(config, "add_cross_attention"):
+        raise UnsupportedModelError("gpt2 with add_cross_attention is not supported")
+    return learned(config) | all_biases(True)
+
+
+def _gpt_neo(config: Config) -> dict[str, Any]:
+    window = AttentionKind(rope=None, window=whole(config, "window_size", 256))
+    kinds = {"global": AttentionKind(rope=None), "local": window}
+    types = []
+    for row in config.get("attention_types") or [[["global", "local"], 12]]:
+        if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], list):
+            raise ValueError(f"attention_types has {short(row)}, not a list and its repeats")
+        types += row[0] * whole({"repeats": row[1]}, "repeats", most=MOST_LAYERS)
+    return {
+        **learned(config),
+        **layer_kinds({**config, "layer_types": types}, kinds, lambda _: "global"),
+        "qkv_bias": False,
+        "o_bias": True,
+        "mlp_bias": True,
+        "attention_scale": 1.0,
+    }
+
+
+def learned(config: Config) -> dict[str, Any]:
+    """What gpt2 and gpt_neo share."""
+    hidden = whole(config, "hidden_size", most=MOST_WIDE)
+    return {
+        **layer_norm(config, "layer_norm_epsilon"),
+        "learned_positions": whole(config, "max_position_embeddings"),
+        "intermediate_size": whole(config, "intermediate_size", 4 * hidden, most=4 * MOST_WIDE),
+        "kinds": (AttentionKind(rope=None),),
+        "gated_mlp": False,
+    }
+
+
+_ENDS = {
+    "embed_tokens": "transformer.wte",
+    "embed_positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "input_layernorm": _H + "ln_1",
+    "post_attention_layernorm": _H + "ln_2",
+    "up_proj": _H + "mlp.c_fc",
+    "down_proj": _H + "mlp.c_proj",
+}
+GPT2_NAMES = _ENDS | {"qkv_proj": _H + "attn.c_attn", "o_proj": _H + "attn.c_proj"}
+GPT_NEO_NAMES = _ENDS | {
+    role: f"{_H}attn.attention.{name}"
+    for role, name in (
+        ("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("o_proj", "out_proj"),
+    )
+}  # fmt: skip
+GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+}
+GPT_NEO_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "hidden_act": "activation_function",
+}
+
+
+DENSE: dict[str, Family] = {
+    "gemma": Family(
+        LLAMA_NAMES, _gemma, "gemma", "GemmaForCausalLM",
+        head_dim=256, activation="gelu_new", tied=True,
+    ),
+    "gemma2": Family(
+        GEMMA2_NAMES, _gemma2, "gemma2", "Gemma2ForCausalLM",
+        head_dim=256, activation="gelu_new", tied=True,
+    ),
+    "gemma3_text": Family(
+        GEMMA3_NAMES, _gemma3, "gemma3_text", "Gemma3ForCausalLM",
+        head_dim=256, activation="gelu_new", tied=True,
+    ),
+    "granite": Family(LLAMA_NAMES, _granite, "granite", "GraniteForCausalLM"),
+    "granitemoehybrid": Family(
+        GRANITE_HYBRID_NAMES, _granite_hybrid, "granitemoehybrid", "GraniteMoeHybridForCausalLM",
+    ),
+    "smollm3": Family(LLAMA_NAMES, _smollm3, "smollm3", "SmolLM3ForCausalLM", tied=True),
+    "olmo2": Family(OLMO2_NAMES, _olmo2, "olmo2", "Olmo2ForCausalLM", norm_eps=1e-5),
+    "olmo3": Family(OLMO2_NAMES, _olmo3, "olmo3", "Olmo3ForCausalLM", norm_eps=1e-5),
+    "gpt2": Family(
+        GPT2_NAMES, _gpt2, "gpt2", "GPT2LMHeadModel", activation="gelu_new", tied=True,
+        keys=GPT2_KEYS, transposed=frozenset(("qkv_proj", "o_proj", "up_proj", "down_proj")),
+    ),
+    "gpt_neo": Family(
+        GPT_NEO_NAMES, _gpt_neo, "gpt_neo", "GPTNeoForCausalLM", activation="gelu_new", tied=True,
+        keys=GPT_NEO_KEYS,
+    ),
+    "gpt_neox": Family(
+        NEOX_NAMES, _neox, "gpt_neox", "GPTNeoXForCausalLM", activation="gelu",
+        partial_rotary=0.25,
+        keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        by_group=frozenset(("qkv_proj",)),
+    ),
+    "stablelm": Family(
+        LLAMA_NAMES, _stablelm, "stablelm", "StableLmForCausalLM", partial_rotary=0.25
+    ),
+    "starcoder2": Family(
+        STARCODER2_NAMES, _starcoder2, "starcoder2", "Starcoder2ForCausalLM",
+        activation="gelu_new", tied=True,
+    ),
+    "cohere": Family(LLAMA_NAMES, _cohere, "cohere", "CohereForCausalLM", tied=True),
+    "cohere2": Family(LLAMA_NAMES, _cohere2, "cohere2", "Cohere2ForCausalLM", tied=True),
+    "llama4_text": Family(
+        LLAMA4_NAMES, _llama4, "llama4_text", "Llama4ForCausalLM", norm_eps=1e-5, head_dim=128
+    ),
+    "exaone4": Family(
+        OLMO2_NAMES, _exaone4, "exaone4", "Exaone4ForCausalLM", norm_eps=1e-5
+    ),
+    "glm": Family(
+        GLM_NAMES, _glm, "glm", "GlmForCausalLM",
+        norm_eps=1.5625e-7, partial_rotary=0.5, head_dim=128,
+    ),
+    "glm4": Family(
+        GLM4_NAMES, _glm4, "glm4", "Glm4ForCausalLM",
+        norm_eps=1.5625e-7, partial_rotary=0.5, head_dim=128,
+    ),
+    "ernie4_5": Family(
+        LLAMA_NAMES, _ernie, "ernie4_5", "Ernie4_5ForCausalLM",
+        norm_eps=1e-5, head_dim=128, tied=True,
+    ),
+    "hunyuan_v1_dense": Family(
+        HUNYUAN_NAMES, _hunyuan, "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", norm_eps=1e-5
+    ),
+    "nemotron": Family(
+        UNGATED_NAMES, _nemotron, "nemotron", "NemotronForCausalLM",
+        activation="relu2", partial_rotary=0.5,
+    ),
+    "arcee": Family(
+        UNGATED_NAMES, _arcee, "arcee", "ArceeForCausalLM", norm_eps=1e-5, activation="relu2"
+    ),
+    "helium": Family(
+        LLAMA_NAMES, _helium, "helium", "HeliumForCausalLM", norm_eps=1e-8, head_dim=128
+    ),
+    "falcon": Family(
+        FALCON_NAMES, _falcon, "falcon", "FalconForCausalLM",
+        activation="gelu", tied=True, positions=2048, by_group=frozenset(("qkv_proj",)),
+    ),
+    "ministral": Family(LLAMA_NAMES, _ministral, "ministral", "MinistralForCausalLM"),
+}  # fmt: skip
+"""Rows by model type."""

@@ -1,0 +1,82 @@
+"""Which of llama.cpp's graphs runs a family, and what that graph has of its own. Each row was
+compared with the float model through llama.cpp (docs/families.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROPES = frozenset(("pairs",))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's graphs.
+
+    Attributes:
+        name: ``general.architecture``.
+        own: scalars that the graph multiplies by itself (``compress.checkpoint.scalars``), from a
+            key or its code; ``pairs`` where it rotates neighbours. The others are folded.
+        fused: roles that are written as one tensor.
+        whole_heads: it rotates whole heads only.
+        windows: it has the windows of the family's layers; else files are capped at the window.
+        factors: kinds of rope scaling that it reads from tensors.
+    """
+
+    name: str
+    own: frozenset[str] = frozenset()
+    fused: tuple[str, ...] = ()
+    whole_heads: bool = False
+    windows: bool = False
+    factors: tuple[str, ...] = ()
+
+
+_LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
+_QKV = ("qkv_proj",)
+_GEMMA = frozenset(("embedding",))
+
+# Family → architecture.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mobilellm": _LLAMA,
+    "ministral": _LLAMA,
+    "helium": _LLAMA,
+    "phi3": Architecture(
+        "phi3", fused=("qkv_proj", "gate_up_proj"), factors=("llama3", "longrope")
+    ),
+    "phi": Architecture("phi2"),
+    "qwen2": Architecture("qwen2", whole_heads=True),
+    "qwen3": Architecture("qwen3", whole_heads=True),
+    "llama4_text": Architecture("qwen3", whole_heads=True),
+    "gemma": Architecture("gemma", _GEMMA, whole_heads=True),
+    "gemma2": Architecture("gemma2", _GEMMA, whole_heads=True, windows=True),
+    "gemma3_text": Architecture("gemma3", _GEMMA, whole_heads=True, windows=True),
+    "granite": Architecture(
+        "granite",
+        ROPES | {"embedding", "residual", "attention", "logits"},
+        whole_heads=True,
+        factors=("llama3",),
+    ),
+    "granitemoehybrid": Architecture(
+        "granite", ROPES | {"embedding", "residual", "attention", "logits"}, whole_heads=True
+    ),
+    "smollm3": Architecture("smollm3", ROPES, whole_heads=True),
+    "olmo2": Architecture("olmo2", whole_heads=True),
+    "olmo3": Architecture("olmo2", whole_heads=True, windows=True),
+    "gpt2": Architecture("gpt2", fused=_QKV),
+    "gpt_neo": Architecture("gpt2", fused=_QKV),
+    "gpt_neox": Architecture("gptneox", fused=_QKV),
+    "stablelm": Architecture("stablelm"),
+    "starcoder2": Architecture("starcoder2", whole_heads=True),
+    "cohere": Architecture("command-r", ROPES | {"logits"}, whole_heads=True),
+    "cohere2": Architecture("cohere2", ROPES | {"logits"}, whole_heads=True, windows=True),
+    "exaone4": Architecture("exaone4", whole_heads=True, factors=("llama3",)),
+    "glm": Architecture("chatglm", ROPES, fused=("gate_up_proj",)),
+    "glm4": Architecture("glm4", ROPES, fused=("gate_up_proj",)),
+    "ernie4_5": Architecture("ernie4_5", ROPES, whole_heads=True),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense", whole_heads=True),
+    "nemotron": Architecture("nemotron"),
+    "arcee": Architecture("arcee", ROPES, whole_heads=True),
+    "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
+}

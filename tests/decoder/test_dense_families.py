@@ -1,0 +1,122 @@
+"""Dense families in the reference decoder: against transformers, with scalars folded, and with each
+feature switched off, which must be noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from exported import Exports, config_of
+from tiny_families import ROWS, WINDOW
+
+from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.scalars import ScalarsFolded
+from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.decoder import Decoder
+from compress.errors import CheckpointError, UnsupportedModelError
+
+TOLERANCE = 1e-4
+
+
+def opened(folder: Path) -> Stored:
+    checkpoint = Checkpoint.open(folder)
+    config = config_of(checkpoint)
+    WeightMap(config).check(checkpoint)
+    return Stored(checkpoint, config)
+
+
+def tokens(length: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(length).integers(0, 512, length)]
+
+
+def without(config: DecoderConfig, name: str, value: Any) -> DecoderConfig:
+    """The config with one feature switched off."""
+    if name == "kinds":
+        return replace(config, kinds=tuple(replace(k, window=None) for k in config.kinds))
+    if value == "sequential":  # a block whose MLP reads the stream after attention
+        return replace(config, parallel_residual=False)
+    return replace(config, **{name: value})
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_what_transformers_computes(exported: Exports, row: str) -> None:
+    folder = exported.checkpoint(row)
+    stored = opened(folder)
+    config = stored.config
+    decoder = Decoder(config, stored.read, resident=True)
+    folded = ScalarsFolded(stored, config.scalars)
+    other = Decoder(folded.config, folded.read, resident=True)
+    model = tiny.reference(folder)
+    found = np.empty(0)
+    for length in (1, 12, WINDOW - 1, WINDOW + 1, 100):
+        ids = tokens(length)
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        found = decoder.logits(ids)
+        assert np.abs(found - expected).max() <= TOLERANCE, length
+        assert np.abs(other.logits(ids) - expected).max() <= TOLERANCE, length
+        assert length == 1 or expected.std() > 0.5  # a blind comparison would pass with anything
+    # A prompt, a chunk that crosses the window, then one token at a time.
+    position = 0
+    for count in (5, 6, 1, 1, 20, 1):
+        position += count
+        last = decoder.feed(tokens(100)[position - count : position])
+        assert np.abs(last - found[position - 1]).max() <= TOLERANCE, position
+    for name, value in ROWS[row].without.items():
+        changed = without(config, name, value)
+        source = Stored(stored.checkpoint, changed)
+        logits = Decoder(changed, source.read).logits(tokens(100))
+        assert np.abs(logits - found).max() > 100 * TOLERANCE, name
+
+
+def test_a_fold_reads_any_rows(exported: Exports) -> None:
+    for row in ("glm", "llama4_text", "granite"):
+        stored = opened(exported.checkpoint(row))
+        folded = ScalarsFolded(stored, stored.config.scalars)
+        whole = folded.read("blocks.1.qkv_proj.weight")
+        parts = [folded.read(f"blocks.1.{role}_proj.weight") for role in "qkv"]
+        assert (whole == np.concatenate(parts)).all()
+        for rows in (slice(3, 70), slice(100, 140), slice(0, 1)):
+            assert (folded.read("blocks.1.qkv_proj.weight", rows) == whole[rows]).all()
+            assert (folded.read("blocks.1.q_proj.weight", rows) == parts[0][rows]).all()
+        assert folded.fingerprint() != stored.fingerprint()
+
+
+def test_layouts_on_disk_are_read_by_rows(exported: Exports) -> None:
+    """Transposed (gpt2), by head (gpt_neox), by group (falcon)."""
+    for row in ("gpt2", "gpt_neox", "falcon"):
+        stored = opened(exported.checkpoint(row))
+        whole = stored.read("blocks.2.qkv_proj.weight")
+        parts = [stored.read(f"blocks.2.{role}_proj.weight") for role in "qkv"]
+        assert (whole == np.concatenate(parts)).all()
+        assert (stored.read("blocks.2.qkv_proj.weight", slice(30, 111)) == whole[30:111]).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "reason"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("gemma3_text", {"layer_types": ["chunked_attention"] * 4}, "layer_types has"),
+        ("granite4", {"layer_types": ["mamba"] * 4}, "mamba"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("stablelm", {"qk_layernorm": True}, "stablelm 12B"),
+        ("falcon", {"alibi": True}, "alibi"),
+        ("falcon", {"new_decoder_architecture": True}, "two norms"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+        ("llama4_text", {"num_local_experts": 4, "moe_layers": [1]}, "experts"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
+        ("smollm3", {"no_rope_layers": [1, 2, 0, 0]}, "zeros and ones"),
+        ("gpt_neo", {"attention_types": [["global"]]}, "attention_types"),
+    ],
+)
+def test_what_a_row_does_not_have_is_refused(
+    exported: Exports, row: str, keys: dict[str, Any], reason: str
+) -> None:
+    config = Checkpoint.open(exported.checkpoint(row)).config
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=reason):
+        DecoderConfig.from_hf({**config, **keys})

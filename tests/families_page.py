@@ -1,0 +1,118 @@
+"""Makes docs/families.md from the matrix of ``tiny_families.ROWS`` and the measured figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from tiny_families import ROWS
+
+from compress.decoder.families import ARCHITECTURES
+from exporters.gguf.architectures import ARCHITECTURES as GRAPHS
+
+FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
+USUAL = {
+    "llama": "Llama 2, 3, 3.2, SmolLM2, TinyLlama, Falcon 3, DeepSeek-R1 distills",
+    "mistral": "Mistral 7B",
+    "phi3": "Phi-3 mini and medium, Phi-3.5 mini, Phi-4 mini",
+    "phi": "Phi-1, Phi-1.5, Phi-2",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3 dense",
+    "mobilellm": "MobileLLM 125M to 1.5B",
+}
+WHY = {
+    "smollm3-interval-2": "llama.cpp's graph has the interval 4 compiled in",
+    "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
+    "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
+}
+
+HEAD = """\
+# Families
+
+<!-- Made from tests/tiny_families.py and tests/golden/families.json by
+`python -m pytest -n 0 -m "slow or not slow" tests/exporters/test_families.py --update-golden` -->
+
+Which decoders packlight builds, and what was compared. Every row is a model of the family with
+random weights (two or four blocks, hidden size 64 to 256, windows of 8), made by transformers.
+
+- **Decoder**: packlight's float32 decoder, the reference of every verification. Its logits differ
+  from those of transformers 4.57.6 (eager attention) by at most 1e-4, at 1, 12, 7, 9 and 100
+  tokens, uncached and cached; each of the row's features switched off changes them by more than
+  1e-2.
+- **GGUF** is run by llama.cpp, **ONNX** by onnxruntime, **Core ML** by packlight's evaluator of
+  Core ML programs (not on a device). The figure is the KL divergence of the next token's
+  probabilities from the float model at eight bits, in nats per token, over 59 tokens; at most 0.005
+  passes. Greedy tokens through the cache are the same as without.
+- A target that cannot express a model refuses by name, the others build. *≤ window* means that
+  llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
+
+Not refused by name here is not supported: experts (MoE), state-space and convolution layers.
+
+"""
+
+TAIL = """
+## Adding a family
+
+A family whose features are known is 30 to 50 lines in four files. Granite as the example:
+
+1. `compress/decoder/dense_families.py`: a row of `DENSE` (tensor names, class and model type, what
+   a missing key means), and a function for the fields of `DecoderConfig` that differ from llama's.
+   For granite four scalars:
+
+   ```python
+   def _granite(config: Config) -> dict[str, Any]:
+       return attention_biases(config) | {
+           "embed_scale": number(config, "embedding_multiplier", 1.0),
+           "residual_scale": number(config, "residual_multiplier", 1.0),
+           "attention_scale": number(config, "attention_multiplier", 1.0),
+           "logit_scale": 1.0 / number(config, "logits_scaling", 1.0),
+       }
+   ```
+
+   The decoder computes them as they are. For ONNX and Core ML they are folded into the weights
+   (`compress/checkpoint/scalars.py`), so that neither exporter knows of them.
+2. `exporters/gguf/architectures.py`: llama.cpp's graph, and which scalars it has itself; the others
+   are folded. New keys of a graph go to `write_extras` in `exporters/gguf/metadata.py`.
+3. `tests/tiny_families.py`: a tiny config with every feature on, and the features to switch off.
+   The tests of the decoder and of every format follow from the row, and so does this page.
+4. `exporters/gguf/splitting.py`, if its tokenizer splits text in a new way: its pattern and
+   llama.cpp's name for it; `tests/exporters/gguf/test_splitting.py` compares the two.
+"""
+
+
+def page(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The text of docs/families.md."""
+    return HEAD + "\n".join(lines(figures)) + "\n" + TAIL
+
+
+def lines(figures: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """The table, and what is refused."""
+    classes = {family: name for name, family in ARCHITECTURES.items()}
+    yield "| family | class | models | llama.cpp's graph | GGUF | ONNX | Core ML | refused |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for family, models in USUAL.items():
+        cells = ["builds"] * 3
+        graph = GRAPHS[family].name
+        yield f"| {family} | {classes[family]} | {models} | {graph} | {' | '.join(cells)} | |"
+    for name, row in ROWS.items():
+        family = family_of(name)
+        graph = GRAPHS[family].name if family in GRAPHS else "–"
+        cells = [cell(name, key, figures) for key in FORMATS]
+        why = "; ".join(f"{FORMATS[key]}: {WHY[name]}" for key in row.refused)
+        label = f"`{classes[family]}`" if row.models else ""
+        yield (f"| {name} | {label} | {row.models} | {graph} | {' | '.join(cells)} | {why} |")
+
+
+def family_of(name: str) -> str:
+    """The family of a row: its model type."""
+    return str(ROWS[name].config["model_type"])
+
+
+def cell(name: str, key: str, figures: Mapping[str, Mapping[str, float]]) -> str:
+    """A format's figure for a row; only what was measured has one."""
+    row = ROWS[name]
+    if key in row.refused:
+        return "refused"
+    found = figures.get(name, {}).get(key)
+    if found is None:
+        return "not run"
+    return f"{found:.1e} ≤ window" if key in row.told else f"{found:.1e}"
