@@ -212,7 +212,7 @@ class Checkpoint:
             path = PurePosixPath(shard)
             if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
-            for above in list(path.parents)[:-1]:  # folders of the checkpoint, not itself
+            for above in list(path.parents)[-2::-1]:  # folders of the checkpoint, not itself
                 check_folder(self.path / above, within=self.path)
             if not (self.path / shard).is_file():
                 raise CheckpointError(
