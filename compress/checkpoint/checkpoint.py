@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -141,10 +141,9 @@ class Checkpoint:
         if adapters:
             from compress.checkpoint.merged import merge
 
-            base = cls.open(
-                model, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
-                headers=headers,
-            )  # fmt: skip
+            local = os.path.exists(os.path.expanduser(str(model)))
+            access = {} if local else {"token": token, "cache_dir": cache_dir}  # the adapters'
+            base = cls.open(model, revision=revision, fetch=fetch, headers=headers, **access)
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
@@ -161,7 +160,12 @@ class Checkpoint:
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
-            return cls(folder)
+            found = cls(folder)
+            if idle := [
+                f"--{k}" for k, given in (("token", token), ("cache-dir", cache_dir)) if given
+            ]:
+                found.warn(f"{' and '.join(idle)} of the Hub: not used, {name} is a local folder")
+            return found
         if folder.is_file():
             raise other_file(folder)
         if name.startswith(("file://", "local://")):
@@ -222,9 +226,11 @@ class Checkpoint:
         shards = sorted(set(map(str, weight_map.values())))
         elsewhere = self.remote.files if self.remote else ()
         for shard in shards:
-            # A plain name only: no folder, no "..", nothing absolute.
-            if Path(shard).name != shard or shard in ("", ".", ".."):
+            path = PurePosixPath(shard)
+            if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
+            for above in list(path.parents)[-2::-1]:  # folders of the checkpoint, not itself
+                check_folder(self.path / above, within=self.path)
             if not ((self.path / shard).is_file() or shard in elsewhere):
                 raise CheckpointError(
                     f"{short(shard)} is missing, {index.name} names it", hint="finish the download"

@@ -654,6 +654,30 @@ def test_an_index_that_points_outside(shard: str, copy: Path):
     refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
 
 
+def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.TempPathFactory):
+    outside = tmp_path_factory.mktemp("outside")
+    names = list(Checkpoint.open(copy).tensors)
+    with_index(copy, dict.fromkeys(names, "a/b/part.safetensors"))
+    (copy / "a" / "b").mkdir(parents=True)
+    shard = (copy / "part.safetensors").rename(copy / "a" / "b" / "part.safetensors")
+    check(copy)
+    assert shard in Checkpoint.open(copy).files()
+    elsewhere = shard.rename(outside / "part.safetensors")
+    shard.symlink_to(elsewhere)
+    refused(lambda: Checkpoint.open(copy), "part.safetensors is a link that leads out")
+    shard.unlink()
+    elsewhere.rename(shard)
+    (copy / "a").rename(outside / "a")
+    (copy / "a").symlink_to(outside / "a")
+    refused(lambda: Checkpoint.open(copy), "a is a link that leads out of the checkpoint's folder")
+
+
+def test_options_of_the_hub_with_a_folder_are_told(copy: Path):
+    found = Checkpoint.open(copy, token="hf_secret", cache_dir="x")
+    told = f"--token and --cache-dir of the Hub: not used, {copy} is a local folder"
+    assert found.warnings == [told]
+
+
 def test_an_index_that_does_not_fit(copy: Path):
     names = list(Checkpoint.open(copy).tensors)
     with_index(copy, dict.fromkeys(names, "part.safetensors"))
