@@ -108,6 +108,11 @@ class Checkpoint:
             find_family(self.config)  # an unknown architecture explains other dtypes and names
             raise
         self.opened = {file: before.get(file) for file in self.files()}
+        if self.config.get("model_type") == "gemma3" and "text_config" in self.config:
+            from compress.checkpoint.text_part import text_part
+
+            self.config, self.tensors = text_part(self.config, self.tensors)
+            self.warn("a model that sees pictures: only its text decoder is built")
 
     @classmethod
     def open(

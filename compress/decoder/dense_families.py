@@ -262,12 +262,14 @@ def _llama4(config: Config) -> dict[str, Any]:
         raise UnsupportedModelError("llama4 with experts is not supported")
     normed = flag(config, "use_qk_norm", True)
     kinds = {"rope": AttentionKind(), "nope": AttentionKind(rope=None, normed=False)}
-    types = {**config, "layer_types": rope_layers(config)}
+    layers = rope_layers(config)
+    types = {**config, "layer_types": layers}
     bias = flag(config, "attention_bias")
     most = [whole(config, "max_position_embeddings")]
-    most.append(whole(config, "attention_chunk_size", 8192))  # attention is chunked beyond it
-    if flag(config, "attn_temperature_tuning", True):  # 1 up to here
-        most.append(whole(config, "floor_scale", 8192) - 1)
+    if config.get("attention_chunk_size", 8192) is not None:  # attention is chunked beyond it
+        most.append(whole(config, "attention_chunk_size", 8192))
+    if "nope" in layers and flag(config, "attn_temperature_tuning", True):
+        most.append(whole(config, "floor_scale", 8192) - 1)  # the temperature is 1 up to there
     return layer_kinds(types, kinds, lambda _: "rope") | {
         "intermediate_size": whole(config, "intermediate_size_mlp", 16384, most=MOST_WIDE),
         "qkv_bias": bias,
