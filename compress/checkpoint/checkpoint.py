@@ -109,7 +109,9 @@ class Checkpoint:
         except CheckpointError:
             find_family(self.config)  # an unknown architecture explains other dtypes and names
             raise
-        self.opened = {file: before.get(file) for file in self.files()}
+        files = self.files()
+        before |= stamps(file for file in files if file.parent != path)  # in subfolders
+        self.opened = {file: before.get(file) for file in files}
 
     @classmethod
     def open(
@@ -242,7 +244,10 @@ class Checkpoint:
                 continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
+                raise CheckpointError(
+                    f"{file.name}: {short(name)} is {kind}, not a float tensor",
+                    hint="" if dtype else "save the model with transformers: save_pretrained",
+                )
             nbytes = tensor.numel() * BYTES[dtype]
             tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
         return tensors
