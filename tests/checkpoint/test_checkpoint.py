@@ -170,7 +170,8 @@ def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
     checkpoint = Checkpoint.open(tiny.make("llama", tmp_path, shards=3, safetensors=False))
     for name, info in checkpoint.tensors.items():
         checkpoint.read(name)
-        assert checkpoint._pickle is not None and checkpoint._pickle[0] == info.file
+        last = checkpoint.pickles._last
+        assert last is not None and last[0] == info.file
 
 
 # --- only the requested bytes are read ----------------------------------------------------------
