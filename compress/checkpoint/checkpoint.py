@@ -107,7 +107,9 @@ class Checkpoint:
         except CheckpointError:
             find_family(self.config)  # an unknown architecture explains other dtypes and names
             raise
-        self.opened = {file: before.get(file) for file in self.files()}
+        files = self.files()
+        before |= stamps(file for file in files if file.parent != path)  # in subfolders
+        self.opened = {file: before.get(file) for file in files}
         if self.config.get("model_type") == "gemma3" and "text_config" in self.config:
             from compress.checkpoint.text_part import text_part
 
