@@ -69,6 +69,7 @@ class Evaluator:
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
+        threads: of ``predict``; may be changed.
 
     Raises:
         ArtifactError: not a package, damaged, or with an unsupported operation.
@@ -92,7 +93,7 @@ class Evaluator:
         self.states: Mapping[str, TensorSpec] = self._function.states
         self.outputs: Mapping[str, TensorSpec] = self._function.outputs
         self._fp16 = fp16
-        self._threads = threads
+        self.threads = threads
         self._small = small
         for operation in self._function.operations:
             _refuse_unknown(operation)
@@ -130,7 +131,7 @@ class Evaluator:
             if name not in self.inputs:
                 raise ArtifactError(f"the model has no input {name!r}")
         states = self._check_state(state)
-        with torch.no_grad(), _threads(self._threads):
+        with torch.no_grad(), _threads(self.threads):
             for step in self._steps:
                 self._run(step, values, states)
                 for name in step.frees:
