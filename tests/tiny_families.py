@@ -224,6 +224,10 @@ ROWS: dict[str, Row] = {
         "EXAONE 4 1.2B",
         _COMMON | {
             "model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 4,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            },
         },
         without={"qk_norm": ""},
     ),
