@@ -196,13 +196,17 @@ class Checkpoint:
                 hint="give a folder that holds config.json and *.safetensors, a Hub id "
                 "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
-        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         found = None
         if fetch != "download":
             from compress.checkpoint.streaming import find_hub
 
-            found = find_hub(name, fetch=fetch, headers=headers, **hub)
-        path, remote = found or (download(name, **hub), None)
+            found = find_hub(
+                name, fetch=fetch, headers=headers, revision=revision, token=token,
+                cache_dir=cache_dir,
+            )  # fmt: skip
+        if found is None:
+            path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        path, remote = found or (path, None)
         # Hub snapshots are in folders named after the commit.
         return cls(path, name, path.name, remote)
 
