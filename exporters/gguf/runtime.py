@@ -84,6 +84,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_get_logits_ith": (_FLOATS, _POINTER, c.c_int32),
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, c.c_bool),
+    "llama_memory_seq_rm": (c.c_bool, _POINTER, c.c_int32, c.c_int32, c.c_int32),
 }  # fmt: skip
 
 
@@ -229,7 +230,11 @@ class LlamaCpp:
             ArtifactError: llama.cpp cannot evaluate them.
         """
         self.reset()
-        check_room(0, len(tokens), self.positions)
+        return self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        check_room(self._used, len(tokens), self.positions)
         result = np.empty((len(tokens), self.vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch_size):
             chunk = tokens[start : start + self._batch_size]
@@ -237,6 +242,15 @@ class LlamaCpp:
             rows = result[start : start + len(chunk)]
             rows[:] = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), rows.shape)
         return result
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions of the KV cache, or none where llama.cpp cannot cut
+        the cache of this model; returns how many were kept."""
+        memory = self._c.llama_get_memory(self._context)
+        if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
+            self.reset()
+        self._used = min(self._used, length)
+        return self._used
 
     def reset(self) -> None:
         """Empty the KV cache."""
