@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
+EVAL   := .venv-eval
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval fuzz test-all lint format type check docs clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,19 @@ $(NEXT)/.installed: $(STAMP) constraints-transformers5.txt
 		-c constraints-transformers5.txt "transformers>=5,<6"
 	touch $@
 
+# lm-evaluation-harness (packlight[eval]) and its data sets, in a layer over .venv of the same form.
+test-eval: $(EVAL)/.installed
+	$(EVAL)/bin/python -m pytest -n 0 tests/harness
+
+$(EVAL)/.installed: $(STAMP) constraints.txt
+	$(PYTHON) -m venv $(EVAL)
+	for site in $(CURDIR)/$(VENV)/lib/python3.*/site-packages; do \
+		printf '%s\n' "$$site" $(CURDIR) > $(EVAL)/lib/$$(basename $${site%/*})/site-packages/below.pth; \
+	done
+	$(EVAL)/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+		-c constraints.txt lm-eval datasets
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +82,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(EVAL) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
