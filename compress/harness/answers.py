@@ -113,7 +113,9 @@ def streamed(decoder: Decoder) -> Rows:
     return rows
 
 
-def score(requests: Sequence[Request], rows: Rows, progress: Progress | None = None) -> list[Answer]:
+def score(
+    requests: Sequence[Request], rows: Rows, progress: Progress | None = None
+) -> list[Answer]:
     """Log-likelihood of the scored tokens of every request, and whether they are the likeliest.
 
     Args:

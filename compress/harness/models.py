@@ -123,5 +123,3 @@ class ArtifactModel:
         if answers is None:
             raise ArtifactError(f"{name}: the child gave no answers")
         return answers
-
-

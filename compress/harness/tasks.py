@@ -10,6 +10,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,15 +273,12 @@ def runs_code(name: str) -> UsageError:
     )
 
 
-class in_words:  # noqa: N801 -- used as a function
-    """Turns exceptions of the harness and of ``datasets`` into a ``UsageError``."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, PacklightError | MemoryError):
-            raise UsageError(f"{self._what}: {first_line(error)}", hint=HUB) from error
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Turn exceptions of the harness and of ``datasets`` into a ``UsageError``."""
+    try:
+        yield
+    except (PacklightError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {first_line(error)}", hint=HUB) from error

@@ -385,9 +385,7 @@ class Report(Part):
     budget_bytes: int | None = Field(default=None, description="Maximum size of one artifact.")
     baseline: BaselineReport
     artifacts: list[ArtifactReport]
-    harness: HarnessFacts | None = Field(
-        default=None, exclude_if=lambda facts: facts is None
-    )
+    harness: HarnessFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
     asked: str = Field(

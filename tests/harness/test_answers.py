@@ -1,4 +1,4 @@
-"""compress.harness.answers: log-likelihoods and generation through the KV cache, by every runtime."""
+"""compress.harness.answers: log-likelihoods and generation through every runtime's KV cache."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_a_group_is_a_stratified_mean() -> None:
 def test_documents_without_the_metric_are_left_out_of_both() -> None:
     ours, theirs = figure(OURS), figure(THEIRS)
     partial = Part({k: v for k, v in theirs.parts[0].scores.items() if k != 1}, mean, 7)
-    (found,) = compare([ours], [Figure("quiz", "acc", "none", 5 / 7, (partial,), True, 0, "", True)])
+    (found,) = compare([ours], [replace(theirs, parts=(partial,))])
     paired = [a - b for i, (a, b) in enumerate(zip(OURS, THEIRS, strict=True)) if i != 1]
     assert found.difference is not None
     assert found.difference.se == pytest.approx(statistics.stdev(paired) / math.sqrt(7))
@@ -108,8 +109,8 @@ def test_a_loss_of_a_metric_where_less_is_better() -> None:
 
 
 def test_a_gate_may_name_a_filter() -> None:
-    pairs = [(figure(OURS, metric="exact_match", filter=name), 1) for name in ("strict", "flexible")]
-    found = compare([each for each, _ in pairs], [each for each, _ in pairs])
+    both = [figure(OURS, metric="exact_match", filter=name) for name in ("strict", "flexible")]
+    found = compare(both, both)
     (one,) = judge([parse_gate("quiz.exact_match,strict>=0.9", METRICS)], found)
     assert one.name == "quiz.exact_match,strict" and not one.passed
     assert len(judge([parse_gate("quiz.exact_match_drop<=0", METRICS)], found)) == 2

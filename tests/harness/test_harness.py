@@ -35,7 +35,9 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(RuntimeMissingError, match="lm-evaluation-harness is not installed") as caught:
+    with pytest.raises(
+        RuntimeMissingError, match="lm-evaluation-harness is not installed"
+    ) as caught:
         Harness(["mmlu"], TaskOptions(), tmp_path)
     assert "packlight[eval]" in caught.value.hint
 
@@ -65,7 +67,9 @@ def ours(folder: Path, length: int) -> Any:
     stored = Stored(checkpoint, describe_model(checkpoint))
     model = FloatModel(stored, 1, Console("silent"))
     ends = checkpoint.generation_config.get("eos_token_id")
-    return RuntimeLM(model, checkpoint.tokenizer, length, [ends] if isinstance(ends, int) else ends or [])
+    return RuntimeLM(
+        model, checkpoint.tokenizer, length, [ends] if isinstance(ends, int) else ends or []
+    )
 
 
 def theirs(folder: Path, length: int) -> Any:
