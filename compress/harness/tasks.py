@@ -198,7 +198,8 @@ class Harness:
         """A task's scores, or those of all tasks of a group with their weights in it."""
         group = self._groups.get(name)
         by_size = group is None or any(
-            each.metric == metric and each.weight_by_size for each in group.aggregate_metric_list
+            each.metric == metric and each.weight_by_size
+            for each in group.aggregate_metric_list or ()
         )
         tasks = group.get_all_tasks() if group else [self._tasks[name]]
         for task in tasks:
