@@ -222,18 +222,19 @@ class LlamaCpp:
             raise ArtifactError(f"llama.cpp cannot tokenize {text!r}: {self._library.reason()}")
         return list(tokens[:count])
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], *, fresh: bool = True) -> NDArray[np.float32]:
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+
+        Args:
+            tokens: at least one.
+            fresh: empty the KV cache first.
 
         Raises:
             UsageError: no tokens, or more than there is room for.
             ArtifactError: llama.cpp cannot evaluate them.
         """
-        self.reset()
-        return self.extend(tokens)
-
-    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        if fresh:
+            self.reset()
         check_room(self._used, len(tokens), self.positions)
         result = np.empty((len(tokens), self.vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch_size):
@@ -242,6 +243,10 @@ class LlamaCpp:
             rows = result[start : start + len(chunk)]
             rows[:] = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), rows.shape)
         return result
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return self.logits(tokens, fresh=False)
 
     def rewind(self, length: int) -> int:
         """Keep the first ``length`` positions of the KV cache, or none where llama.cpp cannot cut
