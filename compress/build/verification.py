@@ -48,9 +48,10 @@ def verify(settings: VerifySettings, console: Console) -> Report:
         tasks = [read_task(path) for path in settings.tasks]
         job, artifacts = adopt_all([settings.artifact], settings, recipe, console)
         check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
-        scorer = Scorer(job, text, settings.threads, console, tasks)
+        scorer = Scorer(job, text, settings.threads, console, tasks, limits=limits)
         if previous:
-            previous.check_text(text_name(settings.eval_text), scorer.windows)
+            name, every = text_name(settings.eval_text), scorer.stopping.exact
+            scorer.repeat(previous.check_text(name, scorer.windows, all_windows=every))
         verified = scorer.verify(artifacts, None, keep_going=len(artifacts) > 1)
         check_unchanged(job.checkpoint.opened)
         artifact = settings.artifact

@@ -87,7 +87,7 @@ class CiFiles:
 def markdown_summary(report: Report) -> str:
     """Verdict, table and failed gates as Markdown, for a CI job's page."""
     name = sentence(report.model.name)
-    if report.built:
+    if report.tool.command:
         name += f", recipe {sentence(report.recipe['name'])}"
     passed = "✅ **passed**" if report.passed else "❌ **failed**"
     parts = [f"### packlight: {name}", no_verdict(report) or passed]
@@ -163,7 +163,7 @@ def artifact_suite(built: str, report: Report, artifact: ArtifactReport) -> ET.E
     )
     properties = ET.SubElement(suite, "properties")
     facts: dict[str, str | float | None] = {
-        "recipe": report.recipe["name"] if report.built else None,
+        "recipe": report.recipe["name"] if report.tool.command else None,
         "verdict": report.verdict,
         "path": artifact.path,
         **{metric: find(artifact, metric) for metric in METRICS},

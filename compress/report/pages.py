@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from compress.console import format_bytes
 from compress.errors import visible
-from compress.formats import get_format
+from compress.formats import get_format, hub_path
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
 from compress.report.words import amount, fenced, gate_failure, label, sentence, short_size
@@ -97,11 +97,12 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
     return environment.from_string(text)
 
 
-def model_card(report: Report) -> str:
+def model_card(report: Report, repo: str = "") -> str:
     """Render the model card: Markdown with YAML metadata for the Hub, without unknown keys.
 
     Args:
         report: of a build.
+        repo: id of the Hub repository that holds the build; else paths are those of its folder.
     """
     import jinja2
 
@@ -139,6 +140,8 @@ def model_card(report: Report) -> str:
         gates=len(gates),
         failed=[f"{label(artifact)}: {gate.name}" for artifact, gate in gates if not gate.passed],
         get_format=get_format,
+        repo=repo,
+        place=hub_path if repo else str,
     )
     return visible(card)
 

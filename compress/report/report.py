@@ -65,7 +65,7 @@ class Tool(Part):
 
     name: Literal["packlight"] = "packlight"
     version: str
-    command: str = ""
+    command: str = Field(default="", description="That repeats the build; empty for verify.")
 
 
 class Machine(Part):
@@ -284,6 +284,16 @@ class ArtifactReport(Part):
         default=None,
         description="Number of positions up to which the artifact agrees with the float model.",
     )
+    windows: int | None = Field(
+        default=None,
+        exclude_if=lambda windows: windows is None,
+        description="Windows that were scored, where the verdict stood before all were.",
+    )
+    stopped: str = Field(
+        default="",
+        exclude_if=lambda stopped: not stopped,
+        description="Why no more were scored.",
+    )
     perplexity: Figure = Field(default=None, description="exp of the mean negative log-likelihood.")
     perplexity_se: Figure = Field(
         default=None, description="Standard error over windows, as for every key ending in _se."
@@ -410,11 +420,6 @@ class Report(Part):
     def passed(self) -> bool:
         """Whether every artifact was run and no gate failed."""
         return self.verdict == "passed"
-
-    @property
-    def built(self) -> bool:
-        """Whether it is of a build, with a recipe, and not of ``packlight verify``."""
-        return bool(self.tool.command)
 
     def to_dict(self) -> dict[str, Any]:
         """``report.json`` as plain data: JSON types only."""

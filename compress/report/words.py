@@ -148,7 +148,7 @@ def judged(report: Report) -> str:
     """What a verdict is on: the recipe's name; of ``packlight verify``, which has none, the number
     of gates.
     """
-    if report.built:
+    if report.tool.command:
         return str(report.recipe["name"])
     gates = sum(len(artifact.gates) for artifact in report.artifacts)
     return f"{gates} gate{'s' * (gates != 1)} of {report.model.name}"

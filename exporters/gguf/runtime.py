@@ -188,10 +188,13 @@ class LlamaCpp:
             reason = self._library.reason()
             self.close()
             raise ArtifactError(f"llama.cpp cannot run {path.name}: {reason}")
-        count = threads or available_cpus()
-        self._c.llama_set_n_threads(self._context, count, count)
+        self.use_threads(threads or available_cpus())
         self._batch = self._c.llama_batch_init(self._batch_size, 0, 1)
         self._used = 0
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many threads from now on."""
+        self._c.llama_set_n_threads(self._context, count, count)
 
     @property
     def name(self) -> str:
