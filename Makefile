@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 USER   := $(VENV)/.installed-user
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
-NODE   := .venv-node
 EVAL   := .venv-eval
+NODE   := .venv-node
 
 .PHONY: setup demo screenshot test test-slow test-transformers5 test-eval loaders fuzz test-all lint format type check docs clean
 
