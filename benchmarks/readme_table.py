@@ -1,9 +1,11 @@
 """Updates the README's figures: runs `packlight demo` and one `build`, and inserts their output.
 
-    python benchmarks/readme_table.py
+    python benchmarks/readme_table.py [--figures]
 
 The table and the session between the `demo:` and `build:` markers are replaced. Speeds and memory
-are those of the machine that ran this; sizes and quality are checked by tests/test_readme.py.
+are those of the machine that ran this; sizes and quality are checked by tests/test_readme.py. The
+text between the markers `real:` and `recipes:` comes from full_size.json and accuracy.json;
+`--figures` renews only this, and runs nothing.
 """
 
 from __future__ import annotations
@@ -62,6 +64,71 @@ def table(report: dict) -> str:
     )
 
 
+def rows_of_phi3() -> dict[str, dict]:
+    """The rows of full_size.json for Phi-3-mini's shape."""
+    document = json.loads((ROOT / "benchmarks" / "full_size.json").read_text())
+    rows: dict[str, dict] = document["families"]["phi-3-mini-4k"]["rows"]
+    return rows
+
+
+def real() -> str:
+    """What the README's first command takes: time, disk, memory."""
+    rows = rows_of_phi3()
+    fast, verified = rows["gguf:Q4_K_M"], rows["verify:gguf"]
+    read = rows["read"]["from_disk"] / 1e9
+    return (
+        f"{read:.1f} GB come from the Hub, {fast['bytes'] / 1e9:.1f} GB are written. Calibrated, "
+        "the default, takes one to two CPU hours and 2.3 GB of memory\n"
+        "([docs/performance.md](docs/performance.md)); `-r int4-fast` rounds instead: "
+        f"{fast['cpu_seconds']:.0f} CPU seconds ({fast['wall_seconds']:.0f} s on two cores)\n"
+        f"and {fast['peak_resident'] / 1e9:.2f} GB. "
+        "Running the file and the float model to compare them takes "
+        f"{verified['wall_seconds']:.0f} s more, and\n"
+        f"{verified['peak_resident'] / 1e9:.1f} GB, most of it llama.cpp's."
+    )
+
+
+# Recipe; row of full_size.json with its bytes; CPU time, or the row that has it; setting and solver
+# of accuracy.json with its KL divergence; for whom.
+RECIPES = (
+    ("int4-fast", "gguf:Q4_K_M", "gguf:Q4_K_M", "GGUF Q4_K_M", "rtn",
+     "a first look; CI of every commit"),
+    ("int4-balanced", "gguf:Q4_K_M", "calibrated", "GGUF Q4_K_M", "scale_search",
+     "where an hour is too long"),
+    ("phone-4bit", "gguf:Q4_K_M", "1 to 2 h", "GGUF Q4_K_M", "gptq",
+     "what you publish; the default"),
+    ("small-4bit", "gguf:IQ4_XS", "1 to 2 h", "GGUF IQ4_XS", "gptq", "a tenth fewer bytes"),
+    ("phone-1.8GiB", 1_932_735_283, "1 to 2 h", "", "", "a hard limit in bytes"),
+    ("phi3-mini-iphone", 1_916_570_867, "1 to 2 h", "Core ML lut4-g8", "gptq",
+     "iPhones: Core ML for the Neural Engine"),
+)  # fmt: skip
+
+
+def recipes() -> str:
+    """The table that chooses a recipe, as Markdown."""
+    rows = rows_of_phi3()
+    quality = {
+        (row["setting"], row["solver"]): row["kl_mean"]
+        for row in json.loads((ROOT / "benchmarks" / "accuracy.json").read_text())["rows"]
+    }
+    lines = [
+        "| recipe | Phi-3-mini | CPU time | KL | for |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name, place, time, setting, solver, whom in RECIPES:
+        nbytes = place if isinstance(place, int) else rows[place]["bytes"]
+        if time in rows:
+            seconds = rows[time]["cpu_seconds"]
+            time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        kl = f"{quality[setting, solver]:.4f}" if setting else "–"
+        lines.append(f"| `{name}` | {nbytes / 1e9:.2f} GB | {time} | {kl} | {whom} |")
+    return "\n".join(lines) + (
+        "\n\nSize of Phi-3-mini's GGUF file (Core ML package for `phi3-mini-iphone`); KL of the "
+        "small bundled model, which loses more\nthan large ones. `near-lossless-8bit` is half of "
+        "bf16 with the float model's quality.\n"
+    )
+
+
 def between(text: str, name: str, content: str) -> str:
     """``text`` with the part between the markers of ``name`` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -71,6 +138,10 @@ def between(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = between(between(readme, "real", real()), "recipes", recipes())
+    if "--figures" in sys.argv[1:]:
+        (ROOT / "README.md").write_text(readme, encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         demo = run("demo", cwd=folder)

@@ -1,8 +1,9 @@
-"""Renews docs/report.png, the picture of a report in the README.
+"""Renews docs/report.png, the picture of a report in the README, and those of docs/gallery.md.
 
-    python benchmarks/screenshot.py [REPORT.html]
+    python benchmarks/screenshot.py [REPORT.html --output PICTURE.png]
 
-Builds the bundled checkpoint in all three formats, unless a report is given. Needs Chromium.
+Builds the bundled checkpoint in all three formats, and a batch of three recipes. With a
+report, only that one's picture is taken. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -25,6 +26,28 @@ FLAGS = (  # a browser of one page, without a profile, a GPU or the network
 WIDTH, HEIGHT = 1200, 603  # CSS pixels: as far as below the table of artifacts
 
 
+# Picture of docs/gallery.md → whose page, and its height.
+GALLERY = {
+    ROOT / "docs" / "report-page.png": ("report", 3015),
+    ROOT / "docs" / "batch-page.png": ("batch", 2170),
+}
+JOBS = """\
+schema: 1
+output: shelf
+models: [{model: "%s", name: demo}]
+recipes: [int4-fast, phone-4bit, small-4bit]
+"""
+
+
+def batch_page(folder: Path) -> Path:
+    """Build the bundled checkpoint with three recipes; the path of ``batch.html``."""
+    (folder / "jobs.yaml").write_text(JOBS % (ROOT / "compress" / "demo" / "model"))
+    subprocess.run(
+        [sys.executable, "-m", "compress", "batch", "-q", "jobs.yaml"], cwd=folder, check=True
+    )
+    return folder / "shelf" / "batch.html"
+
+
 def demo_report(folder: Path) -> Path:
     """Build and verify the bundled checkpoint; the path of its ``report.html``."""
     subprocess.run(
@@ -33,8 +56,8 @@ def demo_report(folder: Path) -> Path:
     return folder / "demo" / "report.html"
 
 
-def screenshot(page: Path, picture: Path, browser: str) -> None:
-    """Write the top of ``page`` as a PNG of ``WIDTH`` x ``HEIGHT`` pixels, without the network."""
+def screenshot(page: Path, picture: Path, browser: str, height: int = HEIGHT) -> None:
+    """Write the top of ``page`` as a PNG of ``WIDTH`` x ``height`` pixels, without the network."""
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
             [
@@ -42,7 +65,7 @@ def screenshot(page: Path, picture: Path, browser: str) -> None:
                 *FLAGS,
                 "--hide-scrollbars",
                 f"--user-data-dir={profile}",
-                f"--window-size={WIDTH},{HEIGHT}",
+                f"--window-size={WIDTH},{height}",
                 f"--screenshot={picture.resolve()}",
                 page.resolve().as_uri(),
             ],
@@ -60,9 +83,17 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"error: none of {', '.join(BROWSERS)} on the PATH")
+    if arguments.report:
+        screenshot(arguments.report, arguments.output, browser)
+        print(f"{arguments.output}: {arguments.output.stat().st_size / 1000:.0f} kB")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        screenshot(arguments.report or demo_report(Path(folder)), arguments.output, browser)
-    print(f"{arguments.output}: {arguments.output.stat().st_size / 1000:.0f} kB")
+        pages = {"report": demo_report(Path(folder)), "batch": batch_page(Path(folder))}
+        screenshot(pages["report"], arguments.output, browser)
+        for picture, (page, height) in GALLERY.items():
+            screenshot(pages[page], picture, browser, height)
+    for picture in (arguments.output, *GALLERY):
+        print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ PATHS = {
 
 def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -> BuildSettings:
     """``BuildSettings`` from arguments of the same names; None means the default."""
-    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
+    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir", "fetch")}
     given = {key: value for key, value in given.items() if value is not None}
     for value in (model, *given.values()):
         if isinstance(value, str | Path):

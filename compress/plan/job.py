@@ -11,6 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.families import FAMILIES
 from compress.decoder.tokenizer import VOCABULARIES
 from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
@@ -22,6 +23,7 @@ from compress.errors import (
     UsageError,
     without_secrets,
 )
+from compress.files import read_bounded
 from compress.formats import FORMATS, get_format
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
@@ -107,6 +109,10 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if FAMILIES[config.family].prefix:
+        from compress.checkpoint.settle import settle_names
+
+        settle_names(config, checkpoint)
     if config.tie_word_embeddings:
         from compress.checkpoint.settle import settle_head
 
@@ -334,16 +340,24 @@ def prevailing_grid(tensors: Sequence[Mapping[str, Any]]) -> str:
     return max(sizes, key=lambda grid: sizes[grid], default="unknown")
 
 
-def read_license(checkpoint: Checkpoint) -> str | None:
-    """The licence that the checkpoint's own model card names in its YAML head, if any."""
+def read_card(checkpoint: Checkpoint) -> dict[Any, Any]:
+    """The YAML head of the checkpoint's own model card; empty where it is missing or damaged."""
     import yaml
 
     try:
-        text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
-        head = load_yaml(text.split("---")[1]) if text.startswith("---") else None
+        text = read_bounded(checkpoint.path / "README.md").decode("utf-8")
+        lines = text.splitlines()
+        end = lines.index("---", 1) if lines[:1] == ["---"] else 0
+        plain = "\n".join([*lines[1:end], ""]).replace("\t", "  ")
+        head = load_yaml(plain.replace("- no\n", '- "no"\n'))  # Norwegian, not false
     except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
-        return None
-    name = head.get("license") if isinstance(head, dict) else None
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def read_license(checkpoint: Checkpoint) -> str | None:
+    """The licence that the checkpoint's own model card names in its YAML head, if any."""
+    name = read_card(checkpoint).get("license")
     return name if isinstance(name, str) else None
 
 

@@ -57,7 +57,7 @@ def better(report: Report, artifact: ArtifactReport) -> str:
     """What makes an artifact's answers nearer to the float model's: calibration, then an embedding
     of 8 bits, then more bytes.
     """
-    if not report.built:
+    if not report.tool.command:
         return (
             "build it with a calibrated recipe (-r phone-4bit), an embedding of 8 bits, or a "
             "larger --budget"

@@ -173,8 +173,8 @@ class BaselineStore:
         start = int(self._starts[window])
         codes = self._codes[start + rows.start : start + rows.stop]
         # Divided: 1/1600 as a float32 has an error of its own, the same in every sum.
-        log_p = np.divide(codes, np.float32(-STEPS_PER_NAT), dtype=np.float32)
-        return PROBABILITIES.take(codes), log_p
+        logarithms = np.divide(codes, np.float32(-STEPS_PER_NAT), dtype=np.float32)
+        return PROBABILITIES.take(codes), logarithms
 
 
 @contextmanager

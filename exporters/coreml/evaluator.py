@@ -245,7 +245,9 @@ class Evaluator:
         results = (results,) if isinstance(results, Tensor) else tuple(results)
         for (name, declared), result in zip(operation.outputs, results, strict=True):
             _check_type(operation, declared, result)
-            values[name] = self._round(result, declared.dtype)
+            values[name] = rounded = self._round(result, declared.dtype)
+            if rounded is not result and torch.isinf(rounded).any():
+                _check_overflow(operation, result)
 
     def _compute(
         self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]
@@ -291,6 +293,20 @@ class Evaluator:
         if self._fp16 and dtype == "fp16" and value.is_floating_point():
             return value.to(torch.float16)
         return value
+
+
+def _check_overflow(operation: Operation, result: Tensor) -> None:
+    """Refuse a finite result that float16 cannot hold; Core ML would go on with infinity.
+
+    Raises:
+        ArtifactError: with the operation's name.
+    """
+    largest = result[torch.isfinite(result)].abs().max() if result.isfinite().any() else 0
+    if largest >= 65520:  # rounds to infinity
+        raise ArtifactError(
+            f"op {operation.kind!r} {operation.name!r}: {float(largest):,.0f} is more than float16 "
+            "holds (65,504)"
+        )
 
 
 def _is_constant(operation: Operation) -> bool:

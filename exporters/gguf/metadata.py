@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config import DecoderConfig, split_name
+from compress.plan.job import read_card
 from exporters.gguf.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
@@ -89,6 +92,65 @@ def display_name(model_name: str, *, strips_after_special: bool) -> str:
         return model_name if phi3.search(model_name) else f"{model_name} (phi-3 tokens)"
     name = phi3.sub("Phi 3", model_name)
     return re.sub(r"modern-bert", "modern bert", name, flags=re.IGNORECASE)
+
+
+LONGEST = 2000  # characters of a card's text
+MOST = 200  # entries of a card's list
+# Keys of a card of which gguf-py takes one text; of others it takes a list, too.
+ONE_TEXT = {
+    prefix + key
+    for prefix in ("", "model_")
+    for key in (
+        "name", "author", "creator", "version", "organization", "description", "finetune",
+        "basename", "type", "size_label", "url", "doi", "uuid", "repo_url",
+    )
+} | {"license_name", "license_link", "_name_or_path"}  # fmt: skip
+# Numbers of generation_config.json with which llama.cpp samples unless it is told others.
+SAMPLING = {
+    "top_k": ("sampling_top_k", int),
+    "top_p": ("sampling_top_p", float),
+    "min_p": ("sampling_min_p", float),
+    "temperature": ("sampling_temp", float),
+}
+
+
+def write_general(
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, folder: str, name: str, parameters: int
+) -> None:
+    """Write the ``general.*`` keys: licence, base models, tags, languages, parts of the name.
+
+    gguf-py derives them, as for llama.cpp's converter: from the YAML head of the checkpoint's model
+    card, ``_name_or_path`` of its config and the name of its folder. The card is untrusted: values
+    that are neither text nor lists of texts, and very long ones, are left out.
+
+    Args:
+        folder: the model's name.
+        name: ``general.name``; see ``display_name``.
+        parameters: of the model, for its size where its name has none.
+    """
+    import gguf
+
+    stated = {**read_card(checkpoint), "_name_or_path": checkpoint.config.get("_name_or_path")}
+    stated["_name_or_path"] = stated["_name_or_path"] or checkpoint.source
+    card: dict[str, Any] = {}
+    for key, value in stated.items():
+        texts = value if isinstance(value, list) and key not in ONE_TEXT else [value]
+        if len(texts) <= MOST and all(
+            isinstance(text, str) and len(text) <= LONGEST and text.isprintable() for text in texts
+        ):
+            card[key] = value
+    facts = gguf.Metadata.apply_metadata_heuristic(
+        gguf.Metadata(), card, {"_name_or_path": card.pop("_name_or_path", None)}, Path(folder),
+        parameters,
+    )  # fmt: skip
+    facts.name, facts.quantized_by = name, "packlight"
+    facts.size_label = facts.size_label or gguf.size_label(parameters, 0, 0, 0)
+    for key, (field, kind) in SAMPLING.items():
+        number = checkpoint.generation_config.get(key)
+        # gguf-py has these fields since 0.18.
+        if type(number) in (int, float) and hasattr(facts, field):
+            setattr(facts, field, kind(number))
+    facts.set_gguf_meta_model(writer)
 
 
 def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:

@@ -33,6 +33,17 @@ END_OF_GENERATION = (
     "<|return|>", "<|call|>", "<end_of_utterance>", "<eos>", "[EOS]", "[EOT]",
 )  # fmt: skip
 
+# Tokens that llama.cpp makes control tokens because of their text, with a warning where the file
+# gives them another type ("probably a bug in the model"): ends of generation, fill-in-the-middle.
+CONTROL_BY_TEXT = {
+    *END_OF_GENERATION, "<|flush|>", "<|calls|>",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<MID>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>", "<|file_sep|>",
+}  # fmt: skip
+
 # Token that llama.cpp looks up, unchecked, in a model named phi-3.
 PHI3_NEEDS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
@@ -177,7 +188,9 @@ def token_table(
         if not 0 <= index < size:
             continue
         tokens[index] = text
-        if token := added.get(index):
+        if text in CONTROL_BY_TEXT:
+            types[index] = CONTROL
+        elif token := added.get(index):
             types[index] = CONTROL if token.get("special") else USER_DEFINED
         elif kind == "llama" and len(text) == 6 and text.startswith("<0x"):
             types[index] = BYTE

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, split_name
@@ -30,6 +31,7 @@ from exporters.gguf.metadata import (
     display_name,
     rope_tensors,
     write_architecture,
+    write_general,
 )
 from exporters.gguf.mixes import MIXES, Mix
 from exporters.gguf.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
@@ -51,7 +53,7 @@ class Writer:
         self.file = folder / f"{plan.model_name}-{plan.type_name}.gguf"
         if not weights.ledger.cut(self.file):
             vocabulary = read_vocabulary(weights.checkpoint.tokenizer_facts, weights.config)
-            write_head(self.file, plan, weights.config, vocabulary)
+            write_head(self.file, plan, weights.checkpoint, weights.config, vocabulary)
         self._tables = rope_tensors(weights.config)
 
     def put(self, entry: PlanEntry) -> int:
@@ -110,7 +112,9 @@ def file_bytes(plan: Plan, source: Source) -> int:
     vocabulary = read_vocabulary(source.checkpoint.tokenizer_facts, source.config)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         path = Path(folder) / "head.gguf"
-        write_head(path, plan, folded_config(source.config, plan.folded), vocabulary)
+        write_head(
+            path, plan, source.checkpoint, folded_config(source.config, plan.folded), vocabulary
+        )
         return aligned(path.stat().st_size) + sum(aligned(entry.nbytes) for entry in plan.entries)
 
 
@@ -119,16 +123,16 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def write_head(path: Path, plan: Plan, config: DecoderConfig, vocabulary: Vocabulary) -> None:
+def write_head(
+    path: Path, plan: Plan, checkpoint: Checkpoint, config: DecoderConfig, vocabulary: Vocabulary
+) -> None:
     """Write everything before the data: magic, keys, tensor table with contiguous offsets."""
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family].name)
     name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
-    writer.add_size_label(gguf.size_label(config.num_parameters, 0, 0, 0))
-    writer.add_quantized_by("packlight")
+    write_general(writer, checkpoint, plan.model_name, name, config.num_parameters)
     writer.add_uint64("packlight.parameter_count", config.num_parameters)
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)

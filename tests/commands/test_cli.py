@@ -203,7 +203,6 @@ def test_verify_without_gates_passes_no_judgement(built, model):
         (["build", "{model}", "-f", "tflite"], "tflite"),
         (["build", "{model}", "--context", "100000"], "positions"),
         (["build", "{model}", "--eval-text", "no.txt"], "no.txt"),
-        (["build", "{model}", "--json", "-q"], "exclude"),
         (["build", "{model}", "--set", "verify.gates={perplexity_ration: '<=1'}"],
          "did you mean perplexity_ratio"),
         (["build", "{model}", "--set", "name=a/b"], "letters, digits"),
@@ -340,6 +339,12 @@ def test_json_prints_an_object_on_errors_too(words, tmp_path):
     assert sorted(document) == ["error", "hint"]
     assert document["error"] and document["error"] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_json_and_quiet_exclude_each_other():
+    done = packlight("build", "x", "--json", "-q")
+    assert json.loads(done.stdout)["error"] == "--json and --quiet exclude each other"
+    assert done.returncode == 2
 
 
 def test_help_of_a_command_by_name():
