@@ -180,7 +180,9 @@ class Scorer:
                 label = ", ".join(names[first : first + together])
                 with self._console.progress(f"verify {label}", "tokens") as update:
                     found += self._run(some, store, update, keep_going)
-            self._end()
+            check_unchanged(self._job.checkpoint.opened)
+            if self._entry and self._store.ready > self._cached:
+                self._entry.save(self._store, self.speed)
         return found
 
     def _run(
@@ -304,12 +306,6 @@ class Scorer:
     def _check_stop(self, done: int, total: int) -> None:
         if self._stop.is_set():
             raise ArtifactError("ended with the others")
-
-    def _end(self) -> None:
-        """Save what was added to the baseline."""
-        check_unchanged(self._job.checkpoint.opened)
-        if self._entry and self._store.ready > self._cached:
-            self._entry.save(self._store, self.speed)
 
     def _measure_speed(self, stored: Stored) -> Speed | None:
         """The float model's speed, for the report's ratio; None where it is too large."""
