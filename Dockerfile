@@ -1,7 +1,8 @@
 # CPU only. Builds and verifies without a network once the checkpoint is there: docs/ci.md.
 FROM python:3.11.15-slim-bookworm
 
-# libgomp1: llama.cpp (xllamacpp) and sentencepiece.
+# libgomp1: llama.cpp (xllamacpp) and sentencepiece. The distribution of a pinned image has one.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/*
@@ -13,13 +14,19 @@ ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu \
     PIP_ROOT_USER_ACTION=ignore
 
 WORKDIR /opt/packlight
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+# What is large comes first and by itself: a changed line of packlight installs no torch again.
+COPY constraints.txt pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+
+COPY README.md LICENSE ./
 COPY compress compress
 COPY exporters exporters
 COPY packlight packlight
 COPY recipes recipes
-RUN pip install --constraint constraints.txt . \
-    && rm -rf build *.egg-info
+RUN pip install --no-deps . \
+    && rm -rf build ./*.egg-info
 
 # Downloads, statistics and compiled kernels; writable for whatever --user says.
 ENV HF_HOME=/var/cache/packlight/huggingface \
@@ -28,7 +35,7 @@ ENV HF_HOME=/var/cache/packlight/huggingface \
 RUN useradd --create-home --uid 1000 packlight \
     && install --directory --owner packlight --mode 0777 /var/cache/packlight /work
 
-USER packlight
+USER 1000
 WORKDIR /work
 
 # All three formats, built, run and compared: an image whose runtimes do not work is not made. What

@@ -41,11 +41,14 @@ from tiny_tokenizers import save_tokenizer  # noqa: E402
 
 # Uses internal names: names the tensors of each family.
 from compress.decoder.config import DecoderConfig, WeightMap  # noqa: E402
+from compress.decoder.families import FAMILIES, find_family  # noqa: E402
 
 SHARD = 5 * 10**9  # bytes, the default of transformers
 SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
 OUTLIERS = 6  # channels of the residual stream with large values
 THREADS = 2
+# Parts of the names of linears that write into the residual stream.
+RESIDUAL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2")
 
 
 def make(
@@ -78,7 +81,8 @@ def make(
     stops = ids.pop("stops", ids.get("eos_token_id"))
     keys = keys | ids | {"torch_dtype": "bfloat16"}
     if layers:
-        keys["num_hidden_layers"] = layers
+        own = FAMILIES[find_family(keys)].keys
+        keys[own.get("num_hidden_layers", "num_hidden_layers")] = layers
     write_json(folder / "config.json", keys)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": stops})
     config = DecoderConfig.from_hf(keys)
@@ -181,8 +185,8 @@ def make_slab(
     values = table[row.integers(0, 1 << 16, size, dtype=np.uint16)]
     values = values.reshape(last - first, *shape[1:])
     values *= spread(name, shape, config, seed)
-    if len(shape) == 1 and name.endswith("weight"):  # norms are near 1
-        values += 1.0
+    if len(shape) == 1 and name.endswith("weight"):  # norms multiply by about 1
+        values += 1.0 - config.norm_offset
     bits = values.view(np.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)  # round to even
     return (bits >> 16).astype(np.uint16)
@@ -200,9 +204,9 @@ def spread(
         loud = np.random.default_rng([seed, 1]).choice(columns, OUTLIERS, replace=False)
         sizes[loud] *= 6.0
     sizes /= np.sqrt(np.mean(sizes**2))
-    if "embed_tokens" in name:
+    if any(part in name for part in ("embed_tokens", "embed_in", "word_embeddings", "wte", "wpe")):
         gain = 2.0 if config.tie_word_embeddings else 0.5 * math.sqrt(columns)
-    elif any(part in name for part in ("o_proj", "down_proj", "dense", "fc2")):
+    elif any(part in name for part in RESIDUAL):
         gain = 1.0 / math.sqrt(2 * config.num_hidden_layers)  # 2 L of them add up to 1
     else:
         gain = 2.0 if "lm_head" in name else 1.4

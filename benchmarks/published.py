@@ -57,6 +57,37 @@ _QWEN = _TIED | {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddin
 _PHI = _kind("Phi", max_position_embeddings=2048, layer_norm_eps=1e-5, hidden_act="gelu_new")
 _MOBILE = _kind("MobileLLM", share_embedding=True, max_position_embeddings=2048)
 
+_GEMMA: dict[str, Any] = {"head_dim": 256, "max_position_embeddings": 8192}
+_GEMMA3 = _kind("Gemma3", model_type="gemma3_text", query_pre_attn_scalar=256, rope_theta=1e6)
+_GEMMA3 |= {"rope_local_base_freq": 1e4, "sliding_window": 512, "sliding_window_pattern": 6}
+_GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+_R1 = _kind("Llama4", model_type="llama4_text", head_dim=64, num_local_experts=0, moe_layers=[])
+_R1 |= {"no_rope_layer_interval": 4, "attention_chunk_size": 32768, "rope_theta": 500000.0}
+_NORM = {"layer_norm_eps": 1e-5}
+
+
+def _r1(hidden: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, Any]:
+    keys = _llama(hidden, layers, heads, kv, 8192, 128256) | _R1 | _TIED
+    return keys | {"intermediate_size_mlp": mlp, "no_rope_layers": [1] * layers}
+
+
+def _gpt_neo(hidden: int, layers: int) -> dict[str, Any]:
+    """A model of TinyStories."""
+    return {
+        "architectures": ["GPTNeoForCausalLM"],
+        "model_type": "gpt_neo",
+        "vocab_size": 50257,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": 16,
+        "max_position_embeddings": 2048,
+        "window_size": 256,
+        "attention_types": [[["global", "local"], layers // 2]],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    }
+
+
 # Model → (tokenizer of tests/tiny_tokenizers.py, its pieces before added tokens, config.json).
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mobilellm-125m": ("mobilellm", 32000, _llama(576, 30, 9, 3, 1536, 32000) | _MOBILE),
@@ -116,4 +147,101 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
         32000,
         _llama(5120, 40, 40, 10, 17920, 32064) | _PHI3 | {"sliding_window": 2047},
     ),
-}
+    "gemma-3-270m": (
+        "gemma3", 262144, _llama(640, 18, 4, 1, 2048, 262144) | _GEMMA | _GEMMA3 | _TIED,
+    ),
+    "gemma-3-1b": (
+        "gemma3", 262144, _llama(1152, 26, 4, 1, 6912, 262144) | _GEMMA | _GEMMA3 | _TIED,
+    ),
+    "gemma-2-2b": (
+        "gemma2",
+        256000,
+        _llama(2304, 26, 8, 4, 9216, 256000)
+        | _GEMMA
+        | _TIED
+        | _kind("Gemma2", sliding_window=4096, query_pre_attn_scalar=256)
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "granite-3-2b": (
+        "granite",
+        49152,
+        _llama(2048, 40, 32, 8, 8192, 49155)
+        | _GRANITE
+        | _TIED
+        | _kind("Granite", attention_multiplier=0.015625),
+    ),
+    "smollm3-3b": (
+        "llama3",
+        128000,
+        _llama(2048, 36, 16, 4, 11008, 128256)
+        | _TIED
+        | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "rope_theta": 5e6},
+    ),
+    "olmo-2-1b": (
+        "llama3",
+        100278,
+        _llama(2048, 16, 16, 16, 8192, 100352) | _kind("Olmo2", rope_theta=500000.0),
+    ),
+    "gpt2": (
+        "phi",
+        50256,
+        {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257,
+            "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        },
+    ),
+    "tinystories-1m": ("phi", 50256, _gpt_neo(64, 8)),
+    "tinystories-33m": ("phi", 50256, _gpt_neo(768, 4)),
+    "mobilellm-r1-140m": ("llama3", 128000, _r1(576, 15, 9, 3, 2048)),
+    "mobilellm-r1-360m": ("llama3", 128000, _r1(1024, 15, 16, 4, 4096)),
+    "mobilellm-r1-950m": ("llama3", 128000, _r1(1536, 22, 24, 6, 6144)),
+    "starcoder2-3b": (
+        "phi",
+        49151,
+        _llama(3072, 30, 24, 2, 12288, 49152)
+        | _TIED
+        | _kind("Starcoder2", norm_epsilon=1e-5, sliding_window=4096, use_bias=True)
+        | {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 16384},
+    ),
+    "stablelm-2-1.6b": (
+        "qwen2",
+        100288,
+        _llama(2048, 24, 32, 32, 5632, 100352)
+        | _NORM
+        | {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}
+        | {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "max_position_embeddings": 4096},
+    ),
+    "pythia-160m": (
+        "phi",
+        50254,
+        _llama(768, 12, 12, 12, 3072, 50304)
+        | _NORM
+        | {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+        | {"hidden_act": "gelu", "rotary_pct": 0.25, "max_position_embeddings": 2048},
+    ),
+    "command-r7b": (
+        "qwen2",
+        255000,
+        _llama(4096, 32, 32, 8, 14336, 256000)
+        | _NORM
+        | _TIED
+        | _kind("Cohere2", logit_scale=0.25, sliding_window=4096, rope_theta=50000.0),
+    ),
+    "ernie-4.5-0.3b": (
+        "llama",
+        32000,
+        _llama(1024, 18, 16, 2, 3072, 103424)
+        | _TIED
+        | _kind("Ernie4_5", head_dim=128, rope_theta=500000.0),
+    ),
+    "falcon-7b": (
+        "phi",
+        65023,
+        {
+            "architectures": ["FalconForCausalLM"], "model_type": "falcon", "vocab_size": 65024,
+            "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+            "multi_query": True, "parallel_attn": True, "layer_norm_epsilon": 1e-5,
+        },
+    ),
+}  # fmt: skip

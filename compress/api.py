@@ -66,6 +66,7 @@ def build(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    fetch: str = "auto",
     progress: Progress | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -104,6 +105,8 @@ def build(
         overwrite: replace an output that packlight made.
         resume: continue this build where it was interrupted, and keep its state if it is again.
         revision, token, cache_dir: for a Hub id.
+        fetch: the weights of a Hub id or URL: ``download`` them; ``streaming``: read them from
+            the server in ranges; ``auto``: download where the disk has twice their size.
         progress: is called during the work; see ``Progress``.
         console: prints progress and messages as the command line does, instead.
 
@@ -135,7 +138,7 @@ def build(
         locked=locked, provenance=provenance, verify=verify, eval_text=eval_text, gates=gates,
         against=against, max_regression=max_regression, keep_baseline=keep_baseline,
         context=context, threads=threads, max_memory=max_memory, overwrite=overwrite,
-        resume=resume, revision=revision, token=token, cache_dir=cache_dir,
+        resume=resume, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     return pipeline.build(settings, quiet_console(progress, console)).report
 
@@ -158,6 +161,7 @@ def plan(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    fetch: str = "auto",
     progress: Progress | None = None,
     console: Console | None = None,
 ) -> dict[str, Plan]:
@@ -191,7 +195,7 @@ def plan(
         model, recipe, adapters=adapters, formats=formats, overrides=overrides, budget=budget,
         budget_memory=budget_memory, device=device, prune=prune, plan=plan, context=context,
         threads=threads, max_memory=max_memory, verify=False, dry_run=True,
-        revision=revision, token=token, cache_dir=cache_dir,
+        revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     decision, ready = pipeline.rehearse(settings, quiet_console(progress, console))
     job = ready.job if ready else decision.job
@@ -219,6 +223,7 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    fetch: str = "auto",
     progress: Progress | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -233,7 +238,7 @@ def verify(
             ``choices`` and ``answer`` (an index from 0).
         windows: of text to score; 0: 16, 8 or 4 by the model's size.
         sequence_length: tokens in a window.
-        eval_text, against, max_regression, threads, max_memory, revision, token, cache_dir,
+        eval_text, against, max_regression, threads, max_memory, revision, token, cache_dir, fetch,
             progress, console: as for ``build``.
 
     Returns:
@@ -272,7 +277,7 @@ def verify(
         sequence_length=sequence_length,
         threads=threads,
         max_memory=size("max_memory", max_memory),
-        hub={"revision": revision, "token": token, "cache_dir": cache_dir},
+        hub={"revision": revision, "token": token, "cache_dir": cache_dir, "fetch": fetch},
     )
     return verification.verify(settings, quiet_console(progress, console))
 
@@ -283,12 +288,13 @@ def inspect(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    fetch: str = "auto",
 ) -> list[dict[str, Any]]:
     """Describe artifacts or a checkpoint; reads no weights.
 
     Args:
         target: an artifact, the folder of a build, a checkpoint's folder, a Hub id or a URL.
-        revision, token, cache_dir: for a Hub id.
+        revision, token, cache_dir, fetch: as for ``build``; ``auto`` downloads no weights.
 
     Returns:
         One dict for each artifact, or one for the checkpoint: ``format`` (or ``checkpoint``),
@@ -308,7 +314,9 @@ def inspect(
     """
     from compress.plan.facts import describe
 
-    return describe(target, {"revision": revision, "token": token, "cache_dir": cache_dir})
+    return describe(
+        target, {"revision": revision, "token": token, "cache_dir": cache_dir, "fetch": fetch}
+    )
 
 
 def fit(
@@ -324,6 +332,7 @@ def fit(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    fetch: str = "auto",
 ) -> list[dict[str, Any]]:
     """Compare weights, KV cache and activations with the memory of devices; nothing is run.
 
@@ -333,7 +342,8 @@ def fit(
         device: one device, e.g. ``iphone-14``; default: all known devices.
         memory: bytes or a size (``3GiB``), instead of devices.
         context: positions of the KV cache; default 2048 or the model's limit.
-        recipe, adapters, formats, overrides, revision, token, cache_dir: as for ``build``.
+        recipe, adapters, formats, overrides, revision, token, cache_dir, fetch: as for ``build``;
+            ``auto`` downloads no weights.
 
     Returns:
         One dict for each artifact and device: ``artifact``, ``device``, ``context``,
@@ -362,7 +372,7 @@ def fit(
         recipe=recipe,
         overrides=settings_of(overrides),
         formats=formats,
-        hub={"revision": revision, "token": token, "cache_dir": cache_dir},
+        hub={"revision": revision, "token": token, "cache_dir": cache_dir, "fetch": fetch},
         adapters=adapter_texts(adapters),
     )
 

@@ -313,15 +313,20 @@ TEXTS = re.compile(
 TEMPLATES = "additional_chat_templates"  # the only subfolder that transformers reads
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, within: Path | None = None) -> None:
     """Refuse links that point elsewhere, files that are not regular, and texts that are too large.
 
     Hidden files and subfolders are not checked: nothing reads them.
 
+    Args:
+        within: the folder that links may not lead out of; default: ``folder``.
+
     Raises:
         CheckpointError: the first file that is refused.
     """
-    home = os.path.realpath(folder)
+    home = os.path.realpath(within or folder)
+    if not f"{os.path.realpath(folder)}/".startswith(f"{home}/"):
+        raise CheckpointError(f"{folder.name} is a link that leads out of the checkpoint's folder")
     there = os.scandir(folder) if folder.is_dir() else ()  # none: a repository of other files
     for entry in sorted(there, key=lambda entry: entry.name):
         name, place = entry.name, os.path.realpath(entry.path)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
 
-__all__ = ["FORMATS", "Check", "Format", "ProcessCost", "get_format"]
+__all__ = ["FORMATS", "Check", "Format", "ProcessCost", "Usage", "get_format", "hub_path"]
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,28 @@ class Check:
 
 @dataclass(frozen=True)
 class Usage:
-    """How to run an artifact, for the model card.
+    """One way to run an artifact, for the model card.
 
     Attributes:
         text: a paragraph of Markdown.
         code: with ``{path}`` for the artifact's path.
         language: of the code.
         quote: quotes a path for that language.
+        hub: the code for an artifact in a repository of the Hub, with ``{repo}`` for its id and
+            ``{path}`` for the path in it.
     """
 
     text: str
     code: str
     language: str
     quote: Callable[[str], str]
+    hub: str = ""
+
+    def snippet(self, path: str, repo: str = "") -> str:
+        """The code for a path, or for a repository of the Hub."""
+        if repo and self.hub:
+            return self.hub.format(path=self.quote(hub_path(path)), repo=self.quote(repo))
+        return self.code.format(path=self.quote(path))
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class Format:
         speed_note: a sentence on its measured speeds.
         stores_zeros: whether zeros of a sparse grid take no bytes.
         imatrix: whether its tools have importance files.
+        hub_root: whether its files are at the root of a Hub repository, where loaders look for
+            them by the repository's id.
     """
 
     name: str
@@ -104,6 +115,7 @@ class Format:
     speed_note: str = ""
     stores_zeros: bool = False
     imatrix: bool = False
+    hub_root: bool = False
 
     if TYPE_CHECKING:
 
@@ -138,7 +150,7 @@ class Format:
         def find(self) -> Callable[[Path], list[Path]]: ...
 
         @property
-        def USAGE(self) -> Usage: ...
+        def USAGE(self) -> Sequence[Usage]: ...
 
         @property
         def checks(self) -> Callable[[], list[Check]]: ...
@@ -190,7 +202,7 @@ class Format:
 #                   ``config.json``, at least the sizes; empty when unknown), ``metadata`` (str →
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
-# USAGE             a ``Usage``
+# USAGE             a ``Usage`` for each way to run one, the first to recommend first
 # checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
 #                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
@@ -215,6 +227,17 @@ MEMBERS = {
 
 FORMATS: dict[str, Format] = {}
 """Rows by name, in the order of reports."""
+
+
+def hub_path(path: str) -> str:
+    """The path that a build's file has in a repository of the Hub.
+
+    Example:
+        >>> hub_path("onnx/onnx/model_q4.onnx"), hub_path("report.json")
+        ('onnx/model_q4.onnx', 'report.json')
+    """
+    folder, _, inside = path.partition("/")
+    return inside if inside and folder in FORMATS and FORMATS[folder].hub_root else path
 
 
 def get_format(name: str) -> Format:

@@ -15,12 +15,12 @@ ROWS = (
     Format(
         "gguf", "GGUF", "exporters.gguf", "a .gguf file",
         ProcessCost(80_000_000, 1.05, 17e-9),
-        libraries=("gguf",), tokenizer_inside=True, imatrix=True,
+        libraries=("gguf",), tokenizer_inside=True, imatrix=True, hub_root=True,
     ),
     Format(
         "onnx", "ONNX", "exporters.onnx", "an ONNX folder or its .onnx file",
         ProcessCost(100_000_000, 1.65, 7e-9),
-        libraries=("onnx", "onnx-ir", "protobuf"),
+        libraries=("onnx", "onnx-ir", "protobuf"), hub_root=True,
     ),
     Format(
         "coreml", "Core ML", "exporters.coreml", "a .mlpackage",

@@ -15,7 +15,7 @@ from compress.errors import reading
 from compress.formats import get_format
 from compress.plan.shapes import Runtime
 from compress.verify import BaselineStore, examine
-from compress.verify.child import Emit, run_as_child
+from compress.verify.child import Ask, Emit, run_as_child
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--scores", type=Path, required=True)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--scoring-threads", type=int, default=0)
     options = parser.parse_args()
 
     def opened() -> Runtime:
@@ -34,9 +35,17 @@ def main() -> int:
         with reading(options.path.name):
             return open_runtime(options.path, context=options.context, threads=options.threads)
 
-    def work(emit: Emit) -> None:
+    def work(emit: Emit, ask: Ask) -> None:
         baseline = BaselineStore(options.baseline)
-        examine(opened, baseline, options.scores, options.context, emit)
+        examine(
+            opened,
+            baseline,
+            options.scores,
+            options.context,
+            emit,
+            ask,
+            scoring_threads=options.scoring_threads,
+        )
 
     return run_as_child(work)
 

@@ -85,6 +85,8 @@ class Runner:
         self.contexts: dict[str, str] = {
             **{f"inputs.{name}": value for name, value in (defaults | inputs).items()},
             "github.action_path": str(folder),
+            "env.HF_TOKEN": environment.get("HF_TOKEN", ""),
+            "runner.arch": "X64",
             "runner.os": "Linux",
             "runner.temp": str(self.temp),
         }

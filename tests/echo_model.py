@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from compress.errors import RuntimeMissingError
 from compress.verify import BaselineStore, examine
-from compress.verify.child import Emit, run_as_child
+from compress.verify.child import Ask, Emit, run_as_child
 
 
 class EchoModel:
@@ -98,10 +98,10 @@ def main() -> int:
             del big
         return EchoModel(64, noise=0.5)
 
-    def work(emit: Emit) -> None:
+    def work(emit: Emit, ask: Ask) -> None:
         if how == "silent":
             return
-        examine(open_runtime, BaselineStore(Path(baseline)), Path(scores), 128, emit)
+        examine(open_runtime, BaselineStore(Path(baseline)), Path(scores), 128, emit, ask)
 
     return run_as_child(work)
 

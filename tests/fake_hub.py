@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_for_this_test_only"
 LARGE = 10_000_000  # bytes: from here on a file goes through LFS, as on the Hub
@@ -56,7 +56,26 @@ class Hub:
                 self.end_headers()
                 self.wfile.write(text)
 
-            do_GET = do_POST = do_PUT = answer
+            def read(self) -> None:
+                name, _, place = urlsplit(self.path).path.strip("/").partition("/resolve/")
+                if not place:
+                    return self.answer()
+                with hub.lock:
+                    hub.requests.append(f"{self.command} {self.path}")
+                    files = hub.repositories[name].branches["main"]
+                data = files.get(unquote(place).partition("/")[2])
+                self.send_response(404 if data is None else 200)
+                if data is None:
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("X-Repo-Commit", "f" * 40)
+                self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
+                self.send_header("Content-Length", str(len(data or b"")))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data or b"")
+
+            do_GET = do_HEAD = read
+            do_POST = do_PUT = answer
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -98,6 +117,8 @@ class Hub:
                 there = revision in repository.branches
                 repository.branches.setdefault(revision, dict(repository.branches["main"]))
                 return (409 if there else 201), {}
+            if verb == "revision" and revision == "f" * 40:
+                revision = "main"
             if revision not in repository.branches:
                 return 404, {"error": "Invalid rev id"}
             files = repository.branches[revision]
@@ -106,7 +127,8 @@ class Hub:
             if verb == "commit":
                 pull_request = parse_qs(parts.query).get("create_pr") == ["1"]
                 return self.commit(name, repository, revision, body, pull_request)
-            return 200, {"id": name, "sha": "f" * 40, "siblings": []}
+            siblings = [{"rfilename": file} for file in sorted(repository.branches["main"])]
+            return 200, {"id": name, "sha": "f" * 40, "siblings": siblings}
         if url.endswith(".git/info/lfs/objects/batch"):
             return 200, self.batch(json.loads(body))
         return 404, {"error": f"no {request} here"}

@@ -32,7 +32,8 @@ HEAD = """\
 `python -m pytest -n 0 -m "slow or not slow" tests/exporters/test_families.py --update-golden` -->
 
 Which decoders packlight builds, and what was compared. Every row is a model of the family with
-random weights (two or four blocks, hidden size 64 to 256, windows of 8), made by transformers.
+random weights (four blocks, hidden size 64 to 256, windows of 8), made by transformers; rows that
+say *builds* are compared in the same way in tests of their own (`tests/tiny.py`).
 
 - **Decoder**: packlight's float32 decoder, the reference of every verification. Its logits differ
   from those of transformers 4.57.6 (eager attention) by at most 1e-4, at 1, 12, 7, 9 and 100
@@ -41,11 +42,11 @@ random weights (two or four blocks, hidden size 64 to 256, windows of 8), made b
 - **GGUF** is run by llama.cpp, **ONNX** by onnxruntime, **Core ML** by packlight's evaluator of
   Core ML programs (not on a device). The figure is the KL divergence of the next token's
   probabilities from the float model at eight bits, in nats per token, over 59 tokens; at most 0.005
-  passes. Greedy tokens through the cache are the same as without.
+  passes. Greedy tokens through the cache are the same as without (but for ties in float16).
 - A target that cannot express a model refuses by name, the others build. *≤ window* means that
   llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
 
-Not refused by name here is not supported: experts (MoE), state-space and convolution layers.
+Mixtures of experts, state-space and convolution layers are not supported.
 
 """
 

@@ -21,12 +21,21 @@ from compress.verify.gates import parse_option
 ROOT = Path(__file__).resolve().parents[1]
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
 
-# Major versions that run on Node 24, the only one of GitHub's runners, and inputs that they have.
+# Commits of releases that run on Node 24, the only one of GitHub's runners, and their inputs.
 KNOWN = {
-    "actions/setup-python@v6": {"python-version", "cache", "architecture"},
-    "actions/cache@v5": {"path", "key", "restore-keys", "lookup-only"},
-    "actions/upload-artifact@v7": {"name", "path", "if-no-files-found", "retention-days"},
-}
+    "actions/setup-python@ece7cb06caefa5fff74198d8649806c4678c61a1": (
+        "v6.3.0", {"python-version", "cache", "architecture"},
+    ),
+    "actions/cache@27d5ce7f107fe9357f9df03efb73ab90386fccae": (
+        "v5.0.5", {"path", "key", "restore-keys", "lookup-only"},
+    ),
+    "actions/upload-artifact@bbbca2ddaa5d8feaa63e36b76fdaad77386f024f": (
+        "v7.0.0", {"name", "path", "if-no-files-found", "retention-days", "compression-level"},
+    ),
+    "actions/checkout@3d3c42e5aac5ba805825da76410c181273ba90b1": (
+        "v7.0.1", {"persist-credentials"},
+    ),
+}  # fmt: skip
 SHORT = "verify.windows=2\nverify.sequence_length=32\n"
 
 
@@ -57,9 +66,20 @@ def test_inputs_reach_the_shell_through_env_only():
 
 def test_other_actions_and_what_they_are_given_exist():
     used = [step for step in ACTION["runs"]["steps"] if "uses" in step]
-    assert len(used) == 4
+    assert len(used) == 5
+    text = (ROOT / "action.yml").read_text("utf-8")
     for step in used:
-        assert set(step["with"]) <= KNOWN[step["uses"]]
+        version, inputs = KNOWN[step["uses"]]
+        assert set(step["with"]) <= inputs
+        assert f"uses: {step['uses']} # {version}\n" in text
+
+
+def test_tokens_reach_the_steps_that_need_them_only():
+    texts = {step["name"]: json.dumps(step) for step in ACTION["runs"]["steps"]}
+    assert {name for name, text in texts.items() if "token" in text.lower()} == {
+        "Build and run the artifacts", "Push to the Hub",
+    }  # fmt: skip
+    assert "push-token" not in texts["Build and run the artifacts"]
 
 
 def test_every_input_is_explained_and_used():
@@ -71,14 +91,55 @@ def test_every_input_is_explained_and_used():
         assert f"`{name}`" in docs
 
 
-def test_the_workflow_of_the_docs_gives_what_the_action_takes():
+def workflow() -> str:
     docs = (ROOT / "docs" / "ci.md").read_text("utf-8")
     (block,) = re.findall(r"<!-- workflow:begin -->\n```yaml\n(.*?)```", docs, re.DOTALL)
-    (job,) = yaml.safe_load(block)["jobs"].values()
-    (step,) = [step for step in job["steps"] if step["uses"].startswith("packlight/")]
+    return block
+
+
+def test_the_workflow_of_the_docs_gives_what_the_action_takes():
+    text = workflow()
+    document = yaml.safe_load(text)
+    assert document["permissions"] == {"contents": "read"}
+    (job,) = document["jobs"].values()
+    assert job["timeout-minutes"]
+    steps = {step["uses"].partition("/")[0]: step for step in job["steps"] if "uses" in step}
+    assert set(steps) == {"actions", "packlight"}
+    assert set(steps["actions"]["with"]) <= KNOWN[steps["actions"]["uses"]][1]
+    step = steps["packlight"]
     assert set(step["with"]) <= set(ACTION["inputs"])
+    assert text.count("secrets.") == 1  # not in the environment of the job
     for gate in step["with"]["gates"].splitlines():
         parse_option(gate)
+
+
+def keys_of(environment: dict[str, str], place: Path, **inputs: str) -> dict[str, str]:
+    place.mkdir()
+    done = use(place, environment, install="false", **inputs)
+    return done.step("Name the caches").outputs
+
+
+def test_a_cache_is_named_by_what_it_was_made_with(environment, tmp_path):
+    command = tmp_path / "bin" / "packlight"
+    command.parent.mkdir()
+    command.write_text("#!/bin/sh\nexit 2\n")
+    command.chmod(0o755)
+    mine = environment | {"PATH": f"{command.parent}{os.pathsep}{environment['PATH']}"}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\n")
+    given = {"model": "some/one", "recipe": str(recipe)}
+    first = keys_of(mine, tmp_path / "1", **given)
+    assert set(first) == {"libraries", "model", "recipe"}
+    assert keys_of(mine, tmp_path / "2", **given) == first
+    recipe.write_text("name: other\n")
+    found = keys_of(mine, tmp_path / "3", **given)
+    assert found["model"] == first["model"] and found["recipe"] != first["recipe"]
+    found = keys_of(mine, tmp_path / "4", **given, revision="v2")
+    assert found["model"] != first["model"]
+    shipped = keys_of(mine, tmp_path / "5", model="some/one", recipe="int4-fast")
+    other = keys_of(mine, tmp_path / "6", model="some/one", recipe="int4-balanced")
+    assert shipped["recipe"] != other["recipe"]
+    assert shipped["model"].startswith("0.")
 
 
 @pytest.mark.slow  # pip makes the wheel and an environment for it
@@ -100,7 +161,9 @@ def test_a_good_build_is_installed_built_verified_and_uploaded(model, environmen
         gates="bytes < 1GB\n\nperplexity_ratio<=9\nkl_divergence<9\ntop1_agreement>=0.01\n",
     )  # fmt: skip
     assert done.outcomes == {
+        "Name the caches": "success",
         "Set up Python": "success",
+        "Restore the wheels": "success",
         "Install packlight": "success",
         "Restore caches": "success",
         "Build and run the artifacts": "success",
@@ -111,7 +174,9 @@ def test_a_good_build_is_installed_built_verified_and_uploaded(model, environmen
     }, done.log
     assert (tmp_path / "_temp" / "packlight" / "bin" / "packlight").is_file()
     assert done.outputs == {"verdict": "passed", "folder": "packlight-out"}
-    assert done.step("Restore caches").given["key"] == f"packlight-Linux-{model}--int4-fast"
+    key = done.step("Restore caches").given["key"]
+    assert re.fullmatch(r"packlight-Linux-\d[\w.]*-[0-9a-f]{16}-[0-9a-f]{16}", key)
+    assert key.startswith(done.step("Restore caches").given["restore-keys"])
     assert done.step("Upload the artifacts").given["path"] == "packlight-out"
     for path in done.step("Upload the reports").given["path"].split():
         assert (tmp_path / path).is_file()
@@ -130,7 +195,9 @@ def test_a_failed_gate_fails_the_job_and_is_told(model, environment, tmp_path):
         gates="kl_divergence<=0.000001", push_to="someone/model",
     )  # fmt: skip
     assert done.outcomes == {
+        "Name the caches": "success",
         "Set up Python": "skipped",
+        "Restore the wheels": "skipped",
         "Install packlight": "skipped",
         "Restore caches": "success",
         "Build and run the artifacts": "failure",

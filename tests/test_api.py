@@ -176,15 +176,15 @@ def test_arguments_become_the_settings_of_the_command(model: Path, tmp_path: Pat
         model, "phone-4bit", output=str(tmp_path / "out"), budget=10**7, max_memory="2GiB",
         overrides={"targets.gguf.type": "Q4_0", "name": "yes", "allow_dense": True},
         gates={"bytes": "<=1GB"}, calibration=["a.txt"], plan=None,
-        revision="main", token=None, cache_dir=None,
+        revision="main", token=None, cache_dir=None, fetch="streaming",
     )  # fmt: skip
     assert settings.output == tmp_path / "out"
     assert (settings.budget, settings.max_memory) == ("10000000", 2 << 30)
     assert settings.overrides == ("targets.gguf.type=Q4_0", 'name="yes"', "allow_dense=true")
     assert settings.gates == ("bytes=<=1GB",)
     assert settings.calibration == (Path("a.txt"),)
-    assert settings.hub["revision"] == "main"
-    hub = dict.fromkeys(("revision", "token", "cache_dir"))
+    assert (settings.hub["revision"], settings.hub["fetch"]) == ("main", "streaming")
+    hub = dict.fromkeys(("revision", "token", "cache_dir", "fetch"))
     for given, expected in (
         ("lora", ("lora",)),
         ([Path("a"), "b=2"], ("a", "b=2")),

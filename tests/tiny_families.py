@@ -150,7 +150,7 @@ ROWS: dict[str, Row] = {
             "model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 4, "n_head": 4,
             "n_positions": 128, "layer_norm_epsilon": 0.02,
         },
-        without={"activation": "gelu"},
+        without={"activation": "relu2", "learned_positions": 0},
     ),
     "gpt_neo": Row(
         "TinyStories 1M to 33M, GPT-Neo 125M",
@@ -196,7 +196,7 @@ ROWS: dict[str, Row] = {
         without={"qk_norm_after_rope": False},
     ),
     "cohere": Row(
-        "Command R 7B, Aya 8B",
+        "Command R, Aya 8B",
         _COMMON | _LAYER_NORM | _TIED | {"model_type": "cohere", "logit_scale": 0.3},
         without={"logit_scale": 1.0, "rope_pairs": False},
     ),
@@ -209,7 +209,10 @@ ROWS: dict[str, Row] = {
     ),
     "glm": Row(
         "GLM-Edge 1.5B, GLM-4-9B-hf",
-        _WIDE | {"model_type": "glm", "partial_rotary_factor": 0.5, "attention_bias": True},
+        _COMMON | {
+            "model_type": "glm", "partial_rotary_factor": 0.5, "attention_bias": True,
+            "head_dim": 32,
+        },
         without={"rope_pairs": False},
     ),
     "glm4": Row(
@@ -221,6 +224,10 @@ ROWS: dict[str, Row] = {
         "EXAONE 4 1.2B",
         _COMMON | {
             "model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 4,
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            },
         },
         without={"qk_norm": ""},
     ),
@@ -243,8 +250,9 @@ ROWS: dict[str, Row] = {
         without={"rope_pairs": False},
     ),
     "nemotron": Row(
-        "Minitron 4B", _WIDE | {
+        "Minitron 4B", _COMMON | {
             "model_type": "nemotron", "norm_eps": 0.02, "partial_rotary_factor": 0.5,
+            "head_dim": 32,
         },
         without={"norm_offset": 0.0, "activation": "gelu"},
     ),

@@ -30,7 +30,7 @@ from compress.decoder.config import DecoderConfig, Float32, WeightMap, split_nam
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.decoder.decoder import RopeTables
+    from compress.decoder.layers import RopeTables
 
 __all__ = ["Sensitivity", "measure"]
 
@@ -246,7 +246,7 @@ class _Measurement:
         import torch
         import torch.nn.functional as F
 
-        from compress.decoder.decoder import as_tensor, normalize
+        from compress.decoder.layers import as_tensor, finished, normalize
 
         def vector(name: str, present: bool) -> Tensor | None:
             return as_tensor(self.source.read(name)) if present else None
@@ -257,18 +257,19 @@ class _Measurement:
         matrix = as_tensor(head)
 
         def final(hidden: Tensor) -> Tensor:
-            return normalize(c, hidden, scale, shift)
+            return normalize(c, hidden, scale, shift, c.norm_eps)
 
         moved = self.through_noisy_head(head, torch.cat([final(hidden) for hidden in clean]))
         sums: dict[tuple[str, ...], float] = dict.fromkeys([*self.variants, (HEAD,)], 0.0)
         start = 0
         for window, hidden in enumerate(clean):
             logits = F.linear(final(hidden), matrix, bias)
-            expected = F.log_softmax(logits.double(), dim=-1)
+            expected = F.log_softmax(finished(c, logits).double(), dim=-1)
             for label, states in self.variants.items():
                 other = F.linear(final(states[window]), matrix, bias)
-                sums[label] += divergence(expected, other)
-            sums[(HEAD,)] += divergence(expected, logits + moved[start : start + len(hidden)])
+                sums[label] += divergence(expected, finished(c, other))
+            noisy = logits + moved[start : start + len(hidden)]
+            sums[(HEAD,)] += divergence(expected, finished(c, noisy))
             start += len(hidden)
         return {label: total / start for label, total in sums.items()}
 

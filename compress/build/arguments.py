@@ -14,7 +14,16 @@ from compress.errors import UsageError, check_utf8
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["PathLike", "adapter_texts", "build_settings", "limits", "path", "paths", "settings_of", "size"]
+__all__ = [
+    "PathLike",
+    "adapter_texts",
+    "build_settings",
+    "limits",
+    "path",
+    "paths",
+    "settings_of",
+    "size",
+]
 
 PathLike = str | Path
 PATHS = {
@@ -25,7 +34,7 @@ PATHS = {
 
 def build_settings(model: PathLike, recipe: str | Path | Recipe, **given: Any) -> BuildSettings:
     """``BuildSettings`` from arguments of the same names; None means the default."""
-    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir")}
+    hub = {key: given.pop(key) for key in ("revision", "token", "cache_dir", "fetch")}
     given = {key: value for key, value in given.items() if value is not None}
     for value in (model, *given.values()):
         if isinstance(value, str | Path):

@@ -45,8 +45,8 @@ __all__ = [
 class BuildSettings:
     """Settings of ``packlight build``: one field for each option of the same name.
 
-    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``
-    and ``cache_dir``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
+    ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``,
+    ``cache_dir`` and ``fetch``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
     the name of the file that the build writes it to.
     """
 
@@ -108,6 +108,27 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    """Settings of ``packlight eval``: one field for each option of the same name."""
+
+    artifacts: Sequence[Path]
+    baseline: str
+    tasks: Sequence[str]
+    adapters: Sequence[str] = ()
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+    gates: Sequence[str] = ()
+    context: int | None = None
+    output: Path | None = None
+    threads: int = 0
+    max_memory: int | None = None
+    ci_files: CiFiles | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a build will do, decided before any weight is read.
 
@@ -155,7 +176,12 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     if settings.against or settings.max_regression:
         previous = Previous.read(settings.against, settings.max_regression, runs=settings.verify)
     text = read_text(settings.eval_text) if settings.verify or settings.eval_text else ""
-    checkpoint = Checkpoint.open(settings.model, adapters=settings.adapters, **settings.hub)
+    checkpoint = Checkpoint.open(
+        settings.model,
+        adapters=settings.adapters,
+        headers=settings.dry_run and not measures,
+        **settings.hub,
+    )
     if settings.source:  # its name in reports
         checkpoint.source = settings.source
     for line in (opening := list(checkpoint.warnings)):
@@ -240,9 +266,12 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     if not settings.verify:
         return None
     cache = settings.keep_baseline or baseline_folder(output)
-    scorer = Scorer(job, decision.text, settings.threads, console, cache=cache)
+    scorer = Scorer(
+        job, decision.text, settings.threads, console, cache=cache, limits=decision.limits
+    )
     if decision.previous:
-        decision.previous.check_text(text_name(settings.eval_text), scorer.windows)
+        name, every = text_name(settings.eval_text), scorer.stopping.exact
+        scorer.repeat(decision.previous.check_text(name, scorer.windows, all_windows=every))
     return scorer
 
 

@@ -208,6 +208,8 @@ def make_report(
             f"Artifacts hold up to {config.max_context} positions of the model's "
             f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
         )
+    if job.checkpoint.remote:
+        notes.append(job.checkpoint.remote.describe_traffic())
     dtypes = sorted({info.dtype for info in job.checkpoint.tensors.values()})
     baseline = Baseline(
         bytes=job.checkpoint.nbytes,

@@ -339,7 +339,7 @@ def walk_beside(
 
 def final_norm(config: DecoderConfig, read: Callable[[str], Float32]) -> Callable[[Tensor], Tensor]:
     """The norm before the head, as a function ``[n, hidden]`` → ``[n, hidden]``."""
-    from compress.decoder.decoder import as_tensor, normalize
+    from compress.decoder.layers import as_tensor, normalize
 
     norm = as_tensor(read("norm.weight"))
     bias = as_tensor(read("norm.bias")) if config.has_bias("norm") else None

@@ -12,14 +12,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import sys
-import threading
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,9 +24,9 @@ from numpy.typing import NDArray
 
 from compress.checkpoint.hub import download, page_of
 from compress.checkpoint.not_a_checkpoint import explain_folder, other_file, read_config
-from compress.checkpoint.remote import fetch
+from compress.checkpoint.pickles import PickleShards
+from compress.checkpoint.remote import fetch as fetch_url
 from compress.checkpoint.safetensors import (
-    BYTES,
     TensorInfo,
     check_finite,
     read_range,
@@ -38,7 +35,6 @@ from compress.checkpoint.safetensors import (
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.config_json import read_json, short
 from compress.decoder.families import find_family
-from compress.decoder.names import BUFFERS
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
 from compress.errors import CheckpointError, UsageError, without_secrets
@@ -46,12 +42,12 @@ from compress.files import cache_folder, check_folder, is_url, stamps
 
 if TYPE_CHECKING:
     from compress.checkpoint.adapter import Adapter
+    from compress.checkpoint.streaming import RemoteShards
 
 __all__ = ["TOKENIZER_FILES", "Checkpoint", "Stored", "TensorInfo", "read_json"]
 
 Float32 = NDArray[np.float32]
 
-UNPICKLING = threading.Lock()  # slabs of a weight are read by several threads
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -78,6 +74,7 @@ class Checkpoint:
         opened: size and time of the files when opened (``compress.files.stamps``).
         warnings: lines for the user and the report: pickled weights, names that differ.
         adapters: merged into the weights (``compress.checkpoint.merged``).
+        remote: the shards, where they stay on a server and ``path`` has the small files only.
 
     Example:
         >>> from compress.demo import model_path
@@ -90,11 +87,13 @@ class Checkpoint:
 
     adapters: tuple[Adapter, ...] = ()
 
-    def __init__(self, path: Path, source: str = "", revision: str = "") -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, source: str = "", revision: str = "", remote: RemoteShards | None = None
+    ) -> None:
+        self.path, self.remote = path, remote
         self.source = without_secrets(source) or path.resolve().name
         self.revision = revision
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [remote.notice] if remote and remote.notice else []
         check_folder(path)
         before = stamps(path.iterdir())
         config = path / "config.json"  # where it is missing, the error lists the files found
@@ -103,13 +102,19 @@ class Checkpoint:
         self.generation_config: dict[str, Any] = (
             read_json(generation) if generation.exists() else {}
         )
-        self._pickle: tuple[Path, Mapping[str, Any]] | None = None
         try:
             self.tensors: dict[str, TensorInfo] = self._scan()
         except CheckpointError:
             find_family(self.config)  # an unknown architecture explains other dtypes and names
             raise
-        self.opened = {file: before.get(file) for file in self.files()}
+        files = self.files()
+        before |= stamps(file for file in files if file.parent != path)  # in subfolders
+        self.opened = {file: before.get(file) for file in files}
+        if self.config.get("model_type") == "gemma3" and "text_config" in self.config:
+            from compress.checkpoint.text_part import text_part
+
+            self.config, self.tensors = text_part(self.config, self.tensors)
+            self.warn("a model that sees pictures: only its text decoder is built")
 
     @classmethod
     def open(
@@ -120,15 +125,21 @@ class Checkpoint:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
+        fetch: str = "auto",
+        headers: bool = False,
     ) -> Checkpoint:
-        """Open a local folder, or download a Hub id with huggingface_hub (``HF_*`` variables apply)
-        or a URL with fsspec.
+        """Open a local folder, a Hub id with huggingface_hub (``HF_*`` variables apply), or a URL
+        with fsspec.
 
         Args:
             model: folder, Hub id or URL.
             adapters: PEFT LoRA adapters, merged as the weights are read: folders or Hub ids, each
                 with ``=WEIGHT`` appended where that is not 1.
             revision, token, cache_dir: for a Hub id; the revision is the model's.
+            fetch: the shards of a Hub id or URL: ``download``; ``streaming``, read from the server
+                in ranges (``compress.checkpoint.streaming``); or ``auto``, ``download`` where the
+                disk has the room.
+            headers: no weights are going to be read; with ``auto``, no shards are downloaded.
 
         Raises:
             UsageError: neither a folder nor a possible Hub id; or a revision without a Hub id.
@@ -137,7 +148,11 @@ class Checkpoint:
         if adapters:
             from compress.checkpoint.merged import merge
 
-            base = cls.open(model, revision=revision, token=token, cache_dir=cache_dir)
+            local = os.path.exists(os.path.expanduser(str(model)))
+            base = cls.open(  # in a local folder, the Hub's options are those of the adapters
+                model, revision=revision, fetch=fetch, headers=headers,
+                token=None if local else token, cache_dir=None if local else cache_dir,
+            )  # fmt: skip
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
@@ -154,13 +169,26 @@ class Checkpoint:
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
-            return cls(folder)
+            checkpoint = cls(folder)
+            if idle := [
+                f"--{k}" for k, given in (("token", token), ("cache-dir", cache_dir)) if given
+            ]:
+                checkpoint.warn(
+                    f"{' and '.join(idle)} of the Hub: not used, {name} is a local folder"
+                )
+            return checkpoint
         if folder.is_file():
             raise other_file(folder)
         if name.startswith(("file://", "local://")):
             return cls.open(name.partition("://")[2])
         if is_url(name):
-            return cls(fetch(name, cache_folder("checkpoints")), source=name)
+            copies, found = cache_folder("checkpoints"), None
+            if fetch != "download":
+                from compress.checkpoint.streaming import find_url
+
+                found = find_url(name, copies, fetch=fetch, headers=headers)
+            path, remote = found or (fetch_url(name, copies), None)
+            return cls(path, name, remote=remote)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
         if looks_local or folder.exists():
             raise UsageError(
@@ -168,21 +196,32 @@ class Checkpoint:
                 hint="give a folder that holds config.json and *.safetensors, a Hub id "
                 "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
-        path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        found = None
+        if fetch != "download":
+            from compress.checkpoint.streaming import find_hub
+
+            found = find_hub(
+                name, fetch=fetch, headers=headers, revision=revision, token=token,
+                cache_dir=cache_dir,
+            )  # fmt: skip
+        if found is None:
+            path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        path, remote = found or (path, None)
         # Hub snapshots are in folders named after the commit.
-        return cls(path, source=name, revision=path.name)
+        return cls(path, name, path.name, remote)
 
     # --- headers -----------------------------------------------------------------------------
 
     def _scan(self) -> dict[str, TensorInfo]:
+        remote = self.remote
         # The order in which transformers looks.
         for single, scan in (
-            ("model.safetensors", scan_safetensors),
-            ("pytorch_model.bin", self._scan_pickle),
+            ("model.safetensors", remote.scan if remote else scan_safetensors),
+            ("pytorch_model.bin", lambda file: self.pickles.scan(file)),
         ):
             file, index = self.path / single, self.path / f"{single}.index.json"
             try:
-                if file.is_file():
+                if file.is_file() or (remote and single in remote.files):
                     return scan(file)
                 if index.is_file():
                     return self._scan_index(index, scan)
@@ -201,11 +240,14 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index.name} has no weight_map")
         shards = sorted(set(map(str, weight_map.values())))
+        elsewhere = self.remote.files if self.remote else ()
         for shard in shards:
-            # A plain name only: no folder, no "..", nothing absolute.
-            if Path(shard).name != shard or shard in ("", ".", ".."):
+            path = PurePosixPath(shard)
+            if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
-            if not (self.path / shard).is_file():
+            for above in list(path.parents)[-2::-1]:  # folders of the checkpoint, not itself
+                check_folder(self.path / above, within=self.path)
+            if not ((self.path / shard).is_file() or shard in elsewhere):
                 raise CheckpointError(
                     f"{short(shard)} is missing, {index.name} names it", hint="finish the download"
                 )
@@ -223,49 +265,10 @@ class Checkpoint:
             if weight_map.get(name, shard) == shard
         }
 
-    def _scan_pickle(self, file: Path) -> dict[str, TensorInfo]:
-        self.warn("the weights are pickles: read with weights_only=True; safetensors is safer")
-        names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-        tensors = {}
-        for name, tensor in self._load_pickle(file).items():
-            dtype = names.get(str(getattr(tensor, "dtype", type(tensor).__name__)))
-            if dtype is None and BUFFERS.search(str(name)):
-                continue
-            if dtype is None or str(tensor.layout) != "torch.strided":
-                kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
-            nbytes = tensor.numel() * BYTES[dtype]
-            tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
-        return tensors
-
-    def _load_pickle(self, file: Path) -> Mapping[str, Any]:
-        """The tensors of one shard; the last used one is cached. One thread at a time."""
-        with UNPICKLING:
-            return self._load_pickle_alone(file)
-
-    def _load_pickle_alone(self, file: Path) -> Mapping[str, Any]:
-        import torch
-
-        if self._pickle is not None and self._pickle[0] == file:
-            return self._pickle[1]
-        self._pickle = None
-        try:
-            # mmap: tensors stay on disk until touched. Files older than torch 1.6 are no zips
-            # and cannot be mapped.
-            state = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{file.name} holds more than weights, and unpickling code is never run",
-                hint="convert it to safetensors where you trust it",
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file.name} cannot be read: damaged or truncated") from error
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"{file.name} holds no table of tensors")
-        self._pickle = (file, state)
-        return state
+    @cached_property
+    def pickles(self) -> PickleShards:
+        """Reads shards that are pickles."""
+        return PickleShards(self.warn)
 
     # --- tensors -----------------------------------------------------------------------------
 
@@ -281,13 +284,15 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(info.shape[0] if info.shape else 1)
         shape = (max(stop - start, 0), *info.shape[1:])
         if info.offset < 0:
-            tensor = self._load_pickle(info.file)[info.name].reshape(-1, *info.shape[1:])[
+            tensor = self.pickles.load(info.file)[info.name].reshape(-1, *info.shape[1:])[
                 start:stop
             ]
             values: Float32 = tensor.float().numpy()
             check_finite(name, values)
         else:
-            values = read_range(info, start, math.prod(shape))
+            elsewhere = self.remote and info.file.name in self.remote.files
+            opened = self.remote.open if self.remote and elsewhere else None
+            values = read_range(info, start, math.prod(shape), opened=opened)
         return values.reshape(shape if info.shape else ())
 
     def warn(self, line: str) -> None:
@@ -305,10 +310,14 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of config, shard headers, sizes and times: identifies the checkpoint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        elsewhere = self.remote.files if self.remote else {}
         for name, info in sorted(self.tensors.items()):
-            stat = info.file.stat()
-            row = (name, info.dtype, info.shape, info.offset, stat.st_size, stat.st_mtime_ns)
-            digest.update(repr(row).encode())
+            if file := elsewhere.get(info.file.name):
+                version: tuple[object, ...] = (file.size, file.tag)
+            else:
+                stat = info.file.stat()
+                version = (stat.st_size, stat.st_mtime_ns)
+            digest.update(repr((name, info.dtype, info.shape, info.offset, *version)).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -333,8 +342,8 @@ class Checkpoint:
         return facts_from_child(self.path)
 
     def files(self) -> list[Path]:
-        """The files that a build reads, sorted by name, without those of adapters."""
-        shards = {info.file for info in self.tensors.values()}
+        """The files on disk that a build reads, sorted by name, without those of adapters."""
+        shards = set() if self.remote else {info.file for info in self.tensors.values()}
         shards -= {adapter.file for adapter in self.adapters}
         names = ("config.json", "generation_config.json", "README.md")  # the last for its licence
         others = [self.path / name for name in names]

@@ -33,9 +33,18 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is
 
 
 def download(
-    repo_id: str, *, revision: str | None, token: str | None, cache_dir: str | None
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    weights: bool = True,
 ) -> Path:
     """Download the files of a Hub repository that a build needs, or find them in the cache.
+
+    Args:
+        repo_id, revision, token, cache_dir: as for huggingface_hub.
+        weights: False: the small files only.
 
     Returns:
         The snapshot's folder, which is named after the commit.
@@ -66,6 +75,8 @@ def download(
             read_config(path, repo_id, list_files(repo_id, path.name, token))
         find_family(read_config(path, repo_id))
         fetch(CHAT_TEMPLATES)
+        if not weights:
+            return path
         for single in WEIGHTS:
             names = weight_files(path, single)
             path = fetch(SMALL_FILES, list(map(glob.escape, names)))
@@ -75,7 +86,7 @@ def download(
         raise explain_folder(path, none, repo_id, list_files(repo_id, path.name, token))
     # huggingface_hub's errors are OSErrors; a name that cannot be a repository is a ValueError.
     except (OSError, ValueError) as error:
-        raise _failure(repo_id, error, revision) from error
+        raise failure(repo_id, error, revision) from error
 
 
 def list_files(repo_id: str, revision: str, token: str | None) -> list[str]:
@@ -124,7 +135,7 @@ def download_adapter(
                 )
         return Path(folder)
     except (OSError, ValueError) as error:
-        raise _failure(repo_id, error, revision) from error
+        raise failure(repo_id, error, revision) from error
 
 
 def no_warnings() -> None:
@@ -135,7 +146,7 @@ def no_warnings() -> None:
     change_setting("huggingface_hub's verbosity", *verbosity, ERROR)
 
 
-def _failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:
+def failure(repo_id: str, error: Exception, revision: str | None) -> PacklightError:
     """The error to raise for a failed download."""
     if isinstance(error, OSError) and is_disk_full(error):
         return DiskFullError(f"no room left to fetch {repo_id}")

@@ -10,7 +10,8 @@ import fnmatch
 import glob
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,24 +92,62 @@ def fetch(url: str, cache: Path) -> Path:
         UsageError: see ``open_url``.
     """
     fs, root = open_url(url)
+    folder = folder_of(url, root, cache)
+    with copying(url, folder):
+        found = listing(fs, root)
+        copy_small(url, fs, found, folder)
+        for single in WEIGHTS:
+            if copy(fs, found, list(map(glob.escape, weight_files(folder, single))), folder):
+                break
+    return folder
+
+
+def fetch_small(url: str, cache: Path) -> tuple[Path, Any, dict[str, dict[str, Any]]]:
+    """Copy the small files of the checkpoint at a URL into a local folder.
+
+    Returns:
+        The folder; the file system of the URL; and ``listing`` of its files.
+
+    Raises:
+        PacklightError: see ``fetch``.
+    """
+    fs, root = open_url(url)
+    folder = folder_of(url, root, cache)
+    with copying(url, folder):
+        found = listing(fs, root)
+        copy_small(url, fs, found, folder)
+        return folder, fs, found
+
+
+def folder_of(url: str, root: str, cache: Path) -> Path:
+    """The folder in the cache for the files at a URL."""
     name = PurePosixPath(without_secrets(root)).name  # for https:// the root is the whole URL
-    folder = cache / f"{name}-{fingerprint_text(url)[:12]}" / name
+    return cache / f"{name}-{fingerprint_text(url)[:12]}" / name
+
+
+@contextmanager
+def copying(url: str, folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, and convert errors of the store and of the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with file_lock(folder.parent / ".lock"):
-            found = listing(fs, root)
-            copy(fs, found, SMALL_FILES, folder)
-            find_family(read_config(folder, url))
-            for single in WEIGHTS:
-                if copy(fs, found, list(map(glob.escape, weight_files(folder, single))), folder):
-                    break
+            yield
     except OSError as error:
         if is_disk_full(error):
             raise DiskFullError(f"no room left to fetch {url}") from error
         raise CheckpointError(
             f"cannot fetch {url}: {one_line(error)}", hint="check the URL and its credentials"
         ) from error
-    return folder
+
+
+def copy_small(url: str, fs: Any, found: dict[str, Any], folder: Path) -> None:
+    """Copy the small files, and refuse a model that packlight does not support.
+
+    Raises:
+        UnsupportedModelError: by its ``config.json``.
+    """
+    copy(fs, found, SMALL_FILES, folder)
+    find_family(read_config(folder, url))
 
 
 def listing(fs: Any, root: str) -> dict[str, dict[str, Any]]:
@@ -137,20 +176,30 @@ def fingerprint(url: str) -> str:
 def copy(fs: Any, found: dict[str, Any], patterns: Sequence[str], folder: Path) -> int:
     """Fetch the files that match some patterns, except unchanged ones; returns how many match."""
     index_path = folder.parent / INDEX
-    index = json.loads(index_path.read_text("utf-8")) if index_path.is_file() else {}
+    index = copied(folder)
     names = [n for n in sorted(found) if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
     for name in names:
-        tag = version_tag(found[name])
-        if index.get(name) == tag and (folder / name).is_file():
+        if is_copied(name, found[name], folder):
             continue
         partial = folder.parent / f"{name}.partial"
         fs.get_file(found[name]["name"], str(partial))
         partial.replace(folder / name)
-        index[name] = tag
+        index[name] = version_tag(found[name])
         write_whole(index_path, json.dumps(index))
     for stale in set(index) - set(found):  # e.g. shards of an earlier version
         (folder / stale).unlink(missing_ok=True)
     return len(names)
+
+
+def copied(folder: Path) -> dict[str, str]:
+    """Name → version tag of the files that have been copied into a folder."""
+    index = folder.parent / INDEX
+    return json.loads(index.read_text("utf-8")) if index.is_file() else {}
+
+
+def is_copied(name: str, row: dict[str, Any], folder: Path) -> bool:
+    """Whether a folder has the store's current version of a file."""
+    return copied(folder).get(name) == version_tag(row) and (folder / name).is_file()
 
 
 def version_tag(row: dict[str, Any]) -> str:

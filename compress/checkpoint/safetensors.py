@@ -6,13 +6,15 @@ https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,9 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+Opened = Callable[[Path], io.RawIOBase]
+"""Opens a shard by its path, for reading, seekable."""
+
 CHUNK = 1 << 16  # values converted at a time: input and output fit in a core's cache
 PIECE = 1 << 20  # least values for a thread
 NEGATIVE, INFINITE = 0x8000, 0x7F80  # bits of bfloat16: the sign, an exponent of ones
@@ -62,14 +67,21 @@ class TensorInfo:
     nbytes: int
 
 
-def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
+def scan_safetensors(
+    file: Path, opened: Callable[[Path], BinaryIO] | None = None
+) -> dict[str, TensorInfo]:
     """The tensors of a file, from its header; known buffers that are not float are left out.
+
+    Args:
+        file: the shard.
+        opened: opens a shard that is elsewhere.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or with weights that are not float.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with file.open("rb") if opened is None else opened(file) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if size < 8 or length > size - 8:
@@ -103,10 +115,20 @@ def scan_safetensors(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = True) -> Float32:
+def read_range(
+    info: TensorInfo,
+    start_row: int,
+    count: int,
+    *,
+    checked: bool = True,
+    opened: Opened | None = None,
+) -> Float32:
     """``count`` values from row ``start_row`` on, float32, flat.
 
     The kernel is advised to prefetch as many bytes after them.
+
+    Args:
+        opened: opens a shard that is elsewhere.
 
     Raises:
         CheckpointError: a short read, or, ``checked``, NaN/Inf among the values.
@@ -117,8 +139,8 @@ def read_range(info: TensorInfo, start_row: int, count: int, *, checked: bool = 
 
     finite: list[bool] = []
     try:
-        in_threads(partial(_read_into, info, offset, values, finite), count, PIECE)
-        if hasattr(os, "posix_fadvise") and count:
+        in_threads(partial(_read_into, info, opened, offset, values, finite), count, PIECE)
+        if opened is None and hasattr(os, "posix_fadvise") and count:
             handle = os.open(info.file, os.O_RDONLY)
             try:
                 end, ahead = offset + count * size, count * size
@@ -144,7 +166,13 @@ def check_finite(name: str, values: Float32) -> None:
 
 
 def _read_into(
-    info: TensorInfo, offset: int, whole: Float32, finite: list[bool], begin: int, end: int
+    info: TensorInfo,
+    opened: Opened | None,
+    offset: int,
+    whole: Float32,
+    finite: list[bool],
+    begin: int,
+    end: int,
 ) -> None:
     """Fill ``whole[begin:end]`` from the bytes at ``offset``.
 
@@ -159,7 +187,8 @@ def _read_into(
     values = whole[begin:end]
     raw = np.empty(min(CHUNK, values.size), kind)
     fine = True
-    with info.file.open("rb", buffering=0) as stream, np.errstate(all="ignore"):
+    there = info.file.open("rb", buffering=0) if opened is None else opened(info.file)
+    with there as stream, np.errstate(all="ignore"):
         stream.seek(offset + begin * BYTES[info.dtype])
         for start in range(0, values.size, CHUNK):
             part = values[start : start + CHUNK]

@@ -8,6 +8,7 @@
     logits      the final norm
     pairs       rows of q and k: rotation of neighbours becomes that of halves
     unit        q and k norms without a weight get a weight of ones
+    bias        q, k and v without a bias get one of zeros
 
 The inputs of linears stay what they are, except the head's, which are multiplied by ``logits``.
 """
@@ -40,6 +41,8 @@ def folded_config(config: DecoderConfig, scalars: Collection[str]) -> DecoderCon
         changes["logit_scale"] = 1.0
     if "pairs" in scalars:
         changes["rope_pairs"] = False
+    if "bias" in scalars:
+        changes["qkv_bias"] = True
     if "unit" in scalars:
         changes["qk_norm"] = "head"
     return replace(config, **changes)
@@ -67,6 +70,8 @@ class ScalarsFolded(Change):
         raw = self.source.config
         if role in ("q_norm", "k_norm") and "unit" in self._scalars:
             values = np.ones(raw.head_dim, np.float32)[rows or slice(None)]
+        elif kind == "bias" and "bias" in self._scalars and role in ("q_proj", "k_proj", "v_proj"):
+            values = np.zeros(raw.weight_shape(role)[0], np.float32)[rows or slice(None)]
         elif role in ("q_proj", "k_proj") and "pairs" in self._scalars:
             values = self._apart(name, rows)
         else:

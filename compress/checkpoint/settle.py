@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.families import FAMILIES
 
 SLAB = 1 << 22  # weights of each matrix in memory while they are compared: 16 MiB
 
-__all__ = ["settle_head"]
+__all__ = ["settle_head", "settle_names"]
 
 
 def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
@@ -52,6 +52,22 @@ def settle_head(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
             checkpoint.config["share_embedding"] = False
         return replace(config, tie_word_embeddings=False, raw=dict(checkpoint.config))
     return config
+
+
+def settle_names(config: DecoderConfig, checkpoint: Checkpoint) -> None:
+    """Add the family's prefix to tensor names where the checkpoint leaves it out (gpt2's own).
+
+    Args:
+        config: of a family with a prefix.
+        checkpoint: opened; its ``tensors`` get the full names.
+    """
+    prefix, tensors = FAMILIES[config.family].prefix, checkpoint.tensors
+    if any(name.startswith(prefix) for name in tensors):
+        return
+    expected = WeightMap(config).expected()
+    for name in list(tensors):
+        if name not in expected:
+            tensors[prefix + name] = tensors.pop(name)
 
 
 def same_values(checkpoint: Checkpoint, first: str, second: str, slab: int = SLAB) -> bool:

@@ -49,15 +49,20 @@ def ci_options(command: F) -> F:
 def hub_options(command: F) -> F:
     """Decorator: options of Hub downloads, in addition to the ``HF_*`` variables."""
     for option in (
+        click.option("--fetch", type=click.Choice(["auto", "download", "streaming"]),
+                     default="auto", show_default=True,
+                     help="Weights of a Hub id or URL: download them; read them from the server "
+                          "in ranges, on a disk that does not hold them; auto: download where "
+                          "the disk has twice their size."),
         click.option("--cache-dir", metavar="DIR", help="Hub cache; default: HF_HUB_CACHE."),
         click.option("--token", help="Hub token; default: HF_TOKEN or the stored login."),
         click.option("--revision", help="Branch, tag or commit of a Hub model."),
-    ):
+    ):  # fmt: skip
         command = option(command)
     return command
 
 
-HUB = ("revision", "token", "cache_dir")  # names of ``hub_options``
+HUB = ("revision", "token", "cache_dir", "fetch")  # names of ``hub_options``
 
 
 def recipe_names(*_: Any) -> list[str]:

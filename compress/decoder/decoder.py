@@ -21,8 +21,6 @@ within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +30,16 @@ from torch import Tensor
 
 from compress.decoder.config import FUSED, DecoderConfig, split_name
 from compress.decoder.kv_cache import Past
+from compress.decoder.layers import (
+    ACTIVATIONS,
+    RopeTable,
+    RopeTables,
+    as_tensor,
+    capped_attention,
+    finished,
+    normalize,
+    visible,
+)
 from compress.errors import UsageError
 from compress.machine import available_memory, set_torch_threads
 
@@ -73,42 +81,6 @@ def reader(config: DecoderConfig, weights: Mapping[str, Float32]) -> Read:
         raise KeyError(name)
 
     return read
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """cos and sin by position, ``[positions, rotary_dim / 2]``, already scaled."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x: Tensor, start: int, *, pairs: bool = False) -> Tensor:
-        """Rotate the leading dimensions of ``x``, ``[heads, n, head_dim]``, from ``start`` on.
-
-        Args:
-            pairs: neighbours rotate (2i, 2i+1), else halves.
-        """
-        positions = slice(start, start + x.shape[1])
-        cos, sin = self.cos[positions], self.sin[positions]
-        half = cos.shape[1]
-        if pairs:
-            first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
-            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-            return torch.cat((turned.flatten(-2), x[..., 2 * half :]), dim=-1)
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        rotated = (first * cos - second * sin, second * cos + first * sin, rest)
-        return torch.cat(rotated, dim=-1)
-
-
-RopeTables = Sequence[RopeTable]
-"""A table for each of ``DecoderConfig.ropes``."""
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Block:
@@ -242,51 +214,6 @@ class Block:
         return self._linear("down_proj", inner, on_input)
 
 
-def visible(count: int, start: int, window: int | None) -> Tensor | None:
-    """The attention mask of ``count`` queries after ``start`` cached positions.
-
-    bool ``[count, start + count]``; None where plain causal attention from position 0, or a single
-    query that attends to everything, is equivalent.
-    """
-    end = start + count
-    windowed = window is not None and end > window
-    if not windowed and (start == 0 or count == 1):
-        return None
-    query = torch.arange(start, end)[:, None]
-    key = torch.arange(end)[None, :]
-    mask = key <= query
-    if window is not None:
-        mask &= key > query - window
-    return mask
-
-
-def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cap: float
-) -> Tensor:
-    """Attention whose scores pass ``cap * tanh(score / cap)`` before the mask (gemma2)."""
-    count, end = query.shape[-2], key.shape[-2]
-    if mask is None:
-        mask = torch.ones(count, end, dtype=torch.bool).tril(end - count)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = cap * torch.tanh(scores / cap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
-
-
-def normalize(
-    config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """A norm of the model's kind over the last dimension: RMSNorm, or LayerNorm."""
-    if config.norm == "layernorm":
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def as_tensor(values: Float32) -> Tensor:
-    """A float32 tensor over the same memory, or a copy where the memory is read-only."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
 class Decoder:
     """Embedding, blocks, final norm, head. Satisfies ``compress.plan.shapes.Runtime``.
 
@@ -382,10 +309,9 @@ class Decoder:
         def logits(hidden: Tensor) -> Tensor:
             normed = normalize(config, hidden, norm, norm_bias, config.norm_eps)
             found = F.linear(normed, head, head_bias)
-            if config.logit_scale != 1.0:
-                found = found * config.logit_scale
-            cap = config.logit_cap
-            return cap * torch.tanh(found / cap) if cap else found
+            if config.logit_scale != 1.0 or config.logit_cap:
+                found = finished(config, found)
+            return found
 
         return logits
 
@@ -467,15 +393,26 @@ class Decoder:
         """Empty the KV cache."""
         self._past = []
 
-    def feed(self, tokens: Sequence[int]) -> Float32:
-        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``."""
+    def feed(self, tokens: Sequence[int], *, every: bool = False) -> Float32:
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``, or
+        for ``every`` one, ``[len(tokens), vocab]``."""
         if not self._past:
             self._past = [Past() for _ in range(self.config.num_hidden_layers)]
         rope = self.rope(self._past[0].length + len(tokens))
         (hidden,) = self.embed([tokens], self._past[0].length)
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
-        return self.head()(hidden[-1:])[0].numpy()
+        return self.head()(hidden).numpy() if every else self.head()(hidden[-1:])[0].numpy()
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return self.feed(tokens, every=True)
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions of the KV cache; returns how many were kept."""
+        for past in self._past:
+            past.cut(length)
+        return self._past[0].length if self._past else 0
 
     def close(self) -> None:
         """Drop the resident weights and the cache."""

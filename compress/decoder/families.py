@@ -208,6 +208,8 @@ def find_family(config: Config) -> str:
     model_type = config.get("model_type")
     supported = f"supported: {', '.join(ARCHITECTURES)}"
     family = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if model_type == "gemma3" and "text_config" in config:
+        family = "gemma3_text"  # the rest of the checkpoint sees pictures
     if name is None and isinstance(model_type, str) and model_type in FAMILIES:
         family = model_type
     if family is None:

@@ -1,5 +1,5 @@
 """How a family of decoders is described: tensor names, and its differences from llama's reading of
-``config.json``. The rows are in ``families`` and ``dense_families``.
+``config.json``. The rows are in ``families``, ``dense_families`` and ``classic_families``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.decoder.config_json import Config, short, whole
+from compress.decoder.config_json import Config, flag, number, short, whole
 from compress.decoder.grammar import AttentionKind
 
 # Limits far above any model, so that a damaged config cannot fill the memory with a table.
@@ -16,6 +16,7 @@ MOST_LAYERS = 10_000
 MOST_WIDE = 2**20
 MOST_WORDS = 2**26
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 BLOCK = "model.layers.{i}."
 PHI3_NAMES: dict[str, str] = {
     "embed_tokens": "model.embed_tokens",
@@ -76,6 +77,7 @@ class Family:
         positions: the family's default of ``max_position_embeddings``, or 0 for none.
         tied: whether a config without ``tie_word_embeddings`` means true.
         keys: llama's key of ``config.json`` → this family's, where they differ.
+        prefix: of tensor names, which some checkpoints leave out (gpt2).
         transposed: roles that are stored as ``[columns, rows]`` (gpt2).
         by_group: fused roles that are stored by key-value head (``WeightMap``).
     """
@@ -91,6 +93,7 @@ class Family:
     positions: int = 0
     tied: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
     transposed: frozenset[str] = frozenset()
     by_group: frozenset[str] = frozenset()
 
@@ -130,3 +133,29 @@ def flags(config: Config, key: str, count: int) -> Sequence[bool] | None:
     if not isinstance(value, list) or len(value) < count or any(v not in (0, 1) for v in value):
         raise ValueError(f"{key} is {short(value)}, not a list of {count} zeros and ones")
     return [bool(item) for item in value[:count]]
+
+
+def every(interval: int, first: str, last: str) -> Any:
+    """Block → ``last`` for every ``interval``-th block, else ``first``."""
+    return lambda block: first if (block + 1) % interval else last
+
+
+def window_of(config: Config) -> int | None:
+    """The window; null means none, a missing key 4096, as in transformers."""
+    if "sliding_window" in config and config["sliding_window"] is None:
+        return None
+    return whole(config, "sliding_window", 4096)
+
+
+def attention_biases(config: Config) -> dict[str, Any]:
+    bias = flag(config, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": flag(config, "mlp_bias")}
+
+
+def layer_norm(config: Config, eps: str = "layer_norm_eps") -> dict[str, Any]:
+    """LayerNorm with a bias."""
+    return {"norm": "layernorm", "norm_bias": True, "norm_eps": number(config, eps, 1e-5)}
+
+
+def all_biases(value: bool) -> dict[str, Any]:
+    return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), value)

@@ -5,14 +5,16 @@ Loading is offline and without remote code, and imports ``transformers``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compress.decoder.chat import ChatTemplate
 from compress.decoder.config_json import read_json
-from compress.errors import CheckpointError, UsageError, one_line
+from compress.decoder.tokenizer_files import check_files, silence
+from compress.errors import CheckpointError, PacklightError, UsageError, one_line, reading
 from compress.machine import change_setting
 
 Messages = Sequence[Mapping[str, str]]
@@ -44,14 +46,10 @@ class Tokenizer:
                 f"no tokenizer in {folder}",
                 hint=f"expected one of {', '.join(VOCABULARIES)}",
             )
-        try:
+        with reading("tokenizer.json", CheckpointError):
+            prints = check_files(folder)
+        with in_words("the tokenizer cannot be loaded"), silence() if prints else nullcontext():
             self.hf: Any = load(folder)
-        except Exception as error:  # tokenizers raises bare Exception for damaged files
-            if "trust_remote_code" in str(error):
-                raise CheckpointError(
-                    "the tokenizer needs the checkpoint's own code, which packlight never executes"
-                ) from error
-            raise CheckpointError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
         # Not used here, but compared with the length of each text in any case.
         self.hf.model_max_length = 10**30
         self.rows = rows
@@ -64,9 +62,18 @@ class Tokenizer:
 
         Special tokens written in the text (``<|end|>``) become their ids in both cases.
         """
-        # verbose=False: no warning about texts longer than the model's context.
-        ids = list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
+        ids = self.encode_all(text, add_special)
         return ids if self.rows is None else [index for index in ids if index < self.rows]
+
+    def encode_all(self, text: str, add_special: bool = False) -> list[int]:
+        """``encode``, with ids beyond the embedding.
+
+        Raises:
+            CheckpointError: the tokenizer fails on the text.
+        """
+        with in_words("the tokenizer fails on a text"):
+            # verbose=False: no warning about texts longer than the model's context.
+            return list(self.hf.encode(text, add_special_tokens=add_special, verbose=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, with special tokens, without clean-up of spaces."""
@@ -137,6 +144,26 @@ class Tokenizer:
             self._rendering[template] = ChatTemplate(template, self.hf.special_tokens_map)
         rendering = self._rendering[template]
         return rendering.render(messages, add_generation_prompt=add_generation_prompt)
+
+
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Convert what the library raises, bare exceptions and Rust's panics, to one error.
+
+    Raises:
+        CheckpointError: ``what``, with the library's reason.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"  # a BaseException
+        if isinstance(error, PacklightError) or not (panics or isinstance(error, Exception)):
+            raise
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                "the tokenizer needs the checkpoint's own code, which packlight never executes"
+            ) from error
+        raise CheckpointError(f"{what}: {one_line(error)}") from error
 
 
 # File of the chat template of multimodal processors, which tokenizers do not read.

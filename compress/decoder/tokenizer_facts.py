@@ -70,8 +70,8 @@ class TokenizerFacts:
         """
         hf = tokenizer.hf
         special = {key: str(hf_token) for key in SPECIAL if (hf_token := getattr(hf, key, None))}
-        bare = list(hf.encode("a", add_special_tokens=False))
-        whole = list(hf.encode("a", add_special_tokens=True))
+        bare = tokenizer.encode_all("a")
+        whole = tokenizer.encode_all("a", add_special=True)
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         text = tokenizer.to_json().encode()
         parsed = parse(text)

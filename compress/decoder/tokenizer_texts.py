@@ -137,7 +137,7 @@ def needed(
     """Yield each use of ids (end of generation, chat template, text) with the ids it needs."""
 
     def encoded(texts: Sequence[str]) -> list[int]:
-        return [index for text in texts for index in tokenizer.hf.encode(text, verbose=False)]
+        return [index for text in texts for index in tokenizer.encode_all(text, True)]
 
     templates = facts.chat_templates.values()
     written = [

@@ -23,6 +23,7 @@ __all__ = [
     "NAME",
     "Findings",
     "check_folder",
+    "checksum_line",
     "folder_digests",
     "parse_checksums",
     "read_checksums",
@@ -101,11 +102,16 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> Non
     """
     lines = []
     for name in files_in(folder):
-        escaped = "".join(ESCAPES.get(char, char) for char in name)
         digest = (known or {}).get(name) or sha256_of(folder / name)
-        mark = "\\" if escaped != name else ""
-        lines.append(f"{mark}{digest}  {escaped}\n")
+        lines.append(checksum_line(name, digest))
     (folder / NAME).write_text("".join(lines), encoding="utf-8", newline="")
+
+
+def checksum_line(name: str, digest: str) -> str:
+    """A line of ``SHA256SUMS``."""
+    escaped = "".join(ESCAPES.get(char, char) for char in name)
+    mark = "\\" if escaped != name else ""
+    return f"{mark}{digest}  {escaped}\n"
 
 
 def files_in(folder: Path) -> list[str]:

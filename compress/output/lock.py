@@ -106,6 +106,11 @@ def lock_document(
         count = sum(name.partition("#")[0] == path.name for name in named)
         named[f"{path.name}#{count + 1}" if count else path.name] = path
     hashes = {path.name: digest for path, digest in digests.items() if digest}
+    if checkpoint.remote:
+        shards = checkpoint.remote.digests(thorough, progress, small)
+        known = known and None not in shards.values()
+        hashes |= {name: digest for name, digest in shards.items() if digest}
+        hashes = dict(sorted(hashes.items()))
     return Lock(
         versions=versions(),
         checkpoint=CheckpointLock(

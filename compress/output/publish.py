@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, PublishError, UsageError, one_line, without_secrets
-from compress.output.checksums import NAME, files_in, read_checksums, refuse_links
+from compress.formats import hub_path
+from compress.output.checksums import NAME, checksum_line, files_in, read_checksums, refuse_links
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PushSettings", "push"]
 
-FINISHED = ("report.json", "README.md", "plan.json", NAME)
+CARD = "README.md"
+FINISHED = ("report.json", CARD, "plan.json", NAME)
 """Files of every finished build, written last."""
 
 
@@ -59,10 +61,8 @@ def push(settings: PushSettings, console: Console) -> int:
 
     check_name(settings.repo_id)
     report = read_report(settings)
-    operations = checked_operations(settings.folder, console)
-    if settings.card is not None:
-        operations = with_card(operations, settings.card)
-    elif "/" not in report.model.source:
+    operations = checked_operations(settings, report, console)
+    if settings.card is None and "/" not in report.model.source:
         console.warning(
             f"the card's base model is {report.model.source}, a folder's name; "
             "--card uploads another card"
@@ -129,14 +129,21 @@ def read_report(settings: PushSettings) -> Report:
     return report
 
 
-def checked_operations(folder: Path, console: Console) -> list[CommitOperationAdd]:
+def checked_operations(
+    settings: PushSettings, report: Report, console: Console
+) -> list[CommitOperationAdd]:
     """A commit operation for each file of a build, after checking its digest.
+
+    Files have the places in which loaders look for them by a repository's id (``hub_path``); the
+    card names the repository, and ``SHA256SUMS`` has these places and the card's digest.
 
     Raises:
         ArtifactError: a file is missing, or differs from ``SHA256SUMS``.
+        UsageError: ``--card`` cannot be read.
     """
     from huggingface_hub import CommitOperationAdd
 
+    folder = settings.folder
     listed = read_checksums(folder / NAME)
     if unlisted := sorted({*FINISHED} - {NAME, *listed}):
         raise ArtifactError(f"{folder} is damaged: {unlisted[0]} is not in {NAME}")
@@ -147,42 +154,42 @@ def checked_operations(folder: Path, console: Console) -> list[CommitOperationAd
     sizes = {name: (folder / name).stat().st_size for name in listed if (folder / name).is_file()}
     if missing := sorted(set(listed) - set(sizes)):
         raise ArtifactError(f"{folder} is damaged: {missing[0]} is missing", hint="build it again")
+    card = CommitOperationAdd(CARD, card_text(settings, report))
     operations = []
     done, total = 0, sum(sizes.values())
     with console.progress("read checksums") as update:
         for name, digest in listed.items():
-            operation = CommitOperationAdd(name, folder / name)
+            operation = CommitOperationAdd(hub_path(name), folder / name)
             if operation.upload_info.sha256.hex() != digest:
                 raise ArtifactError(
                     f"{folder} is damaged: {name} is not as {NAME} has it",
                     hint=f"packlight verify {folder} --checksums; or build it again",
                 )
-            operations.append(operation)
+            operations.append(card if name == CARD else operation)
             done += sizes[name]
             update(done, total)
-    return [*operations, CommitOperationAdd(NAME, folder / NAME)]
+    operations.sort(key=lambda operation: operation.path_in_repo)
+    sums = "".join(
+        checksum_line(operation.path_in_repo, operation.upload_info.sha256.hex())
+        for operation in operations
+    )
+    return [*operations, CommitOperationAdd(NAME, sums.encode())]
 
 
-def with_card(operations: Sequence[CommitOperationAdd], card: Path) -> list[CommitOperationAdd]:
-    """The operations with another ``README.md``, and its digest in ``SHA256SUMS``.
+def card_text(settings: PushSettings, report: Report) -> bytes:
+    """The repository's ``README.md``: the given card, or the build's with the repository's id.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the given card cannot be read.
     """
-    from huggingface_hub import CommitOperationAdd
+    from compress.report.pages import model_card
 
-    by_name = {operation.path_in_repo: operation for operation in operations}
+    if settings.card is None:
+        return model_card(report, settings.repo_id).encode()
     try:
-        text = card.read_bytes()
+        return settings.card.read_bytes()
     except OSError as error:
-        raise UsageError(f"--card {card}: {error.strerror}") from error
-    old = by_name["README.md"].upload_info.sha256.hex()
-    by_name["README.md"] = CommitOperationAdd("README.md", text)
-    new = by_name["README.md"].upload_info.sha256.hex()
-    with by_name[NAME].as_file() as stream:
-        sums = stream.read().replace(old.encode(), new.encode())
-    by_name[NAME] = CommitOperationAdd(NAME, sums)
-    return list(by_name.values())
+        raise UsageError(f"--card {settings.card}: {error.strerror}") from error
 
 
 def upload(settings: PushSettings, operations: Sequence[CommitOperationAdd], report: Report) -> str:

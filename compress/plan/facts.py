@@ -22,7 +22,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
 
     Args:
         target: an artifact, the folder of a build, a checkpoint's folder, a Hub id or a URL.
-        hub: ``revision``, ``token`` and ``cache_dir``.
+        hub: ``revision``, ``token``, ``cache_dir`` and ``fetch``.
 
     Raises:
         ArtifactError, CheckpointError, UnsupportedModelError: it cannot be read, or is no decoder.
@@ -32,7 +32,7 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
         raise UsageError("--revision is for a Hub id, and this is an artifact")
     if found:
         return [get_format(name).inspect(path) for name, path in found]
-    return [describe_checkpoint(Checkpoint.open(str(target), **hub))]
+    return [describe_checkpoint(Checkpoint.open(str(target), headers=True, **hub))]
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def fit_rows(
         context: positions of the KV cache.
         recipe: that a checkpoint would be built with; this, ``overrides`` and ``formats`` as
             for ``compress.recipe.load``.
-        hub: ``revision``, ``token`` and ``cache_dir``.
+        hub: ``revision``, ``token``, ``cache_dir`` and ``fetch``.
         adapters: LoRAs on the checkpoint, as ``compress.checkpoint.merged.merge`` takes them.
 
     Raises:
@@ -82,7 +82,7 @@ def planned_needs(
     adapters: Sequence[str] = (),
 ) -> list[tuple[str, DecoderConfig, Footprint]]:
     """The footprint of each target of a recipe."""
-    checkpoint = Checkpoint.open(target, adapters=adapters, **hub)
+    checkpoint = Checkpoint.open(target, adapters=adapters, headers=True, **hub)
     job = prepare(checkpoint, recipe, context=context, transforms={})
     needs = []
     for plan in job.plans:

@@ -11,6 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.families import FAMILIES
 from compress.decoder.tokenizer import VOCABULARIES
 from compress.decoder.tokenizer_facts import TokenizerFacts
 from compress.decoder.tokenizer_texts import check_rows
@@ -37,6 +38,9 @@ DEFAULT_CONTEXT = 2048  # positions that memory figures assume by default
 # (parameters, windows scored by default from there on). In any runtime a verification costs
 # parameters x tokens, so large models get fewer tokens.
 WINDOWS = ((3 * 10**9, 4), (10**9, 8), (0, 16))
+# Parameters from which on windows are scored until the verdict stands: smaller models take all of
+# theirs in seconds.
+FEWER_FROM = 50 * 10**6
 GENERATED_ROOM = 64  # positions beyond the scored window: prompt and tokens of the greedy sample
 
 
@@ -105,6 +109,10 @@ def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
     config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    if FAMILIES[config.family].prefix:
+        from compress.checkpoint.settle import settle_names
+
+        settle_names(config, checkpoint)
     if config.tie_word_embeddings:
         from compress.checkpoint.settle import settle_head
 
@@ -257,6 +265,11 @@ def window_count(config: DecoderConfig, wanted: int) -> int:
     It depends on nothing else, no machine's speed: one checkpoint has the same figures anywhere.
     """
     return wanted or next(count for least, count in WINDOWS if config.num_parameters >= least)
+
+
+def scores_all(config: DecoderConfig, wanted: int) -> bool:
+    """Whether all windows are scored: a stated number, or those of a small model."""
+    return wanted > 0 or config.num_parameters < FEWER_FROM
 
 
 def baseline_bytes(job: Job) -> int:

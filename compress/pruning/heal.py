@@ -30,7 +30,8 @@ from compress.checkpoint.safetensors import write_safetensors
 from compress.checkpoint.save import stored_dtypes
 from compress.checkpoint.sources import Source
 from compress.decoder.config import FUSED
-from compress.decoder.decoder import Block, Decoder, RopeTables
+from compress.decoder.decoder import Block, Decoder
+from compress.decoder.layers import RopeTables
 from compress.errors import UsageError
 from compress.plan.cut import Healing
 from compress.pruning.pruned import Healed

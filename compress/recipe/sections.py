@@ -208,7 +208,7 @@ class Verify(Section):
     ] = Field(
         default="auto",
         description="Number of windows of text to score; auto: 16; 8 from one billion parameters "
-        "on, 4 from three billion on.",
+        "on, 4 from three billion on; from 50 million on fewer once the verdict is certain.",
     )
     sequence_length: int = Field(
         default=512, ge=16, le=32768, description="Tokens in a window; at most the model's context."

@@ -7,7 +7,7 @@ is evaluated, shown and counted like the recipe's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -176,12 +176,18 @@ class Previous:
         """Whether any limit is on a figure that is measured by running the artifact."""
         return any(limit.name not in OF_THE_FILE for limit in self.limits)
 
-    def check_text(self, text: str, windows: Sequence[Sequence[int]]) -> None:
+    def check_text(
+        self, text: str, windows: Sequence[Sequence[int]], *, all_windows: bool = True
+    ) -> Mapping[str, int]:
         """Check, before any work, that the same text will be scored.
 
         Args:
             text: what the report's ``baseline.text`` will be.
             windows: token ids; all but the first of each are scored.
+            all_windows: whether all will be; else the first ones, until the verdict stands.
+
+        Returns:
+            The windows to score of each format, as many as then.
 
         Raises:
             UsageError: the report's figures are of another text, or of other windows of it.
@@ -189,8 +195,16 @@ class Previous:
         baseline = self.report.baseline
         before = baseline.text, baseline.windows, baseline.tokens
         now = text, len(windows), sum(len(window) - 1 for window in windows)
-        if not self.measures or before[1] is None or before == now:
-            return
+        if not self.measures or before[1] is None:
+            return {}
+        fewer = any(artifact.windows for artifact in self.report.artifacts)
+        same = before == now
+        if fewer and not all_windows and before[1] <= now[1]:  # the first ones of the same
+            same = before[0] == now[0] and before[2] == sum(
+                len(w) - 1 for w in windows[: before[1]]
+            )
+        if same:
+            return {a.format: a.windows or before[1] for a in self.report.artifacts}
         raise UsageError(
             f"{self.name} scored {before[1]} windows ({before[2]} tokens) of {before[0]}, "
             f"this would score {now[1]} windows ({now[2]} tokens) of {now[0]}",
@@ -267,7 +281,8 @@ class Previous:
             notes.append(f"{self.name} is of {was}, this is of {new.model.whole_source}")
         before, now = old.baseline.perplexity, new.baseline.perplexity
         moved = before and now and abs(now / before - 1) > SAME_TEXT
-        if moved and same and self.measures:
+        comparable = old.baseline.windows == new.baseline.windows
+        if moved and comparable and same and self.measures:
             raise UsageError(
                 f"{self.name} has a perplexity of {before:.5g} for the float model, now it is "
                 f"{now:.5g}: another text or another checkpoint of the same name",

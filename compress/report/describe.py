@@ -21,6 +21,7 @@ from compress.verify.agreement import Agreement
 from compress.verify.gates import Limit, judge
 from compress.verify.quality import Series
 from compress.verify.resources import Speed
+from compress.verify.stopping import ALL
 from compress.verify.tasks import TaskScore
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def build_report(
         describe_artifact(artifact, outcome, model.parameters, context, limits, folder, decode)
         for artifact, outcome in artifacts
     ]
-    ran = (outcome for _, outcome in artifacts if isinstance(outcome, Verified))
+    ran = [outcome.quality for _, outcome in artifacts if isinstance(outcome, Verified)]
     measured: dict[str, Any] = speed_of(baseline.speed) if baseline.speed else {}
-    if quality := next((verified.quality for verified in ran), None):
+    if ran:
+        quality = max(ran, key=lambda quality: quality.windows)  # the first of those with most
         perplexity = quality.baseline_perplexity
         measured |= {"windows": quality.windows, "tokens": quality.tokens}
         measured |= {"perplexity": perplexity.value, "perplexity_se": perplexity.se}
@@ -176,6 +178,8 @@ def describe_artifact(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."
         )
+    if verified and verified.stopped != ALL:
+        notes.append(f"Scored on {verified.quality.windows} windows of text: {verified.stopped}.")
     agreed = agreement_of(verified.agreement if verified else None)
     if difference := agreed.get("tokenizer_difference"):
         notes.append(f"Its tokenizer is not the checkpoint's: {tokenizes_otherwise(difference)}.")
@@ -203,7 +207,9 @@ def describe_artifact(
 def figures_of(verified: Verified, decode: Decode | None) -> dict[str, Any]:
     """The report's figures measured by running an artifact."""
     quality, resources, sample = verified.quality, verified.resources, verified.generation
+    fewer = {"windows": quality.windows, "stopped": verified.stopped}
     return {
+        **(fewer if verified.stopped != ALL else {}),
         "perplexity": quality.perplexity.value,
         "perplexity_se": quality.perplexity.se,
         "perplexity_ratio": quality.perplexity_ratio.value,

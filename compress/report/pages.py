@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from compress.console import format_bytes
 from compress.errors import visible
-from compress.formats import get_format
+from compress.formats import get_format, hub_path
 from compress.report import charts, words
 from compress.report.report import ArtifactReport, Report
 from compress.report.words import amount, fenced, gate_failure, label, sentence, short_size
@@ -58,6 +58,8 @@ def render(report: Report) -> str:
             if not gate.passed
         ],
         gates=sum(len(artifact.gates) for artifact in artifacts),
+        harness_headers=words.HARNESS_HEADERS,
+        harness_rows=words.harness_rows(report, parts=True),
         style=Markup(folder.joinpath("report.css").read_text("utf-8")),
         draw_bytes=draw_bytes,
         draw_curves=draw_curves,
@@ -95,11 +97,12 @@ def page_template(text: str, **filters: Callable[..., str]) -> Template:
     return environment.from_string(text)
 
 
-def model_card(report: Report) -> str:
+def model_card(report: Report, repo: str = "") -> str:
     """Render the model card: Markdown with YAML metadata for the Hub, without unknown keys.
 
     Args:
         report: of a build.
+        repo: id of the Hub repository that holds the build; else paths are those of its folder.
     """
     import jinja2
 
@@ -137,6 +140,8 @@ def model_card(report: Report) -> str:
         gates=len(gates),
         failed=[f"{label(artifact)}: {gate.name}" for artifact, gate in gates if not gate.passed],
         get_format=get_format,
+        repo=repo,
+        place=hub_path if repo else str,
     )
     return visible(card)
 

@@ -13,7 +13,8 @@ import numpy as np
 from compress.calibration.statistics import LayerStats, Statistics, input_of
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig, Float32, WeightMap, input_roles
-from compress.decoder.decoder import Block, Decoder, as_tensor, reader
+from compress.decoder.decoder import Block, Decoder, reader
+from compress.decoder.layers import as_tensor
 from compress.errors import UsageError
 from compress.grids import Grid
 from compress.solvers import get_solver
@@ -189,6 +190,7 @@ class HeadTrial(Trial):
         logits = inputs @ weight.T
         if self.source.config.has_bias(HEAD):
             logits += some_rows(self.source, f"{HEAD}.bias", self._grid, HEAD_ROWS)
+        logits *= np.float32(self.source.config.logit_scale)
         logits -= logits.max(axis=1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return logits

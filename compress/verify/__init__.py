@@ -3,15 +3,18 @@
 How a build uses it::
 
     limits = gates.parse(recipe.gates)                         # before any work
-    store = BaselineStore.write(work, windows, decoder.stream_logits(windows))
+    store = BaselineStore.begin(work, windows)
     for artifact in artifacts:
-        found = verify_artifact(artifact.path, artifact.format, store, context=2048)
+        rounds = Rounds(stopping, extend)                      # extends the baseline when needed
+        found = verify_artifact(artifact.path, artifact.format, store, rounds, context=2048)
     # found.quality, found.resources, found.generation → compress.report.describe, → gates.judge
 
 One child process per artifact does everything (``examine``): load, prefill, decode, memory,
-generation with and without the cache, then the logits of every window. A crash of its native code
-does not end the build, the model is loaded once, and memory is read before the scoring buffers
-exist. The scores of every token are returned as a file in the work folder. Requests that
+generation with and without the cache, then the logits of windows, in rounds: after each it asks
+whether to go on (``compress.verify.stopping``). A crash of its native code does not end the build,
+the model is loaded once, and memory is read before the scoring buffers exist. The scores of every
+token are returned as a file in the work folder. Several artifacts may run at a time; while one is
+loaded and timed, the others wait (``compress.verify.turns``). Requests that
 ``packlight verify --task`` wrote there (``compress.verify.tasks``) are scored last.
 """
 
@@ -19,9 +22,10 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +36,7 @@ from compress.plan.shapes import Runtime
 from compress.verify import quality, tasks
 from compress.verify.agreement import Agreement, Encode, Ids, encode_all, load_texts
 from compress.verify.baseline import BaselineStore, Float32
-from compress.verify.child import SILENCE, Emit, Event, run_child
+from compress.verify.child import SILENCE, Ask, Emit, Event, run_child
 from compress.verify.generate import (
     GENERATED_TOKENS,
     PROMPT_TOKENS,
@@ -48,7 +52,9 @@ from compress.verify.resources import (
     Speed,
     measure,
 )
+from compress.verify.stopping import ALL, Stopping
 from compress.verify.tasks import TaskScore, TaskSet
+from compress.verify.turns import turn
 
 __all__ = ["BaselineStore", "Outcome", "Verified", "examine", "verify_artifact"]
 
@@ -64,6 +70,7 @@ class Verified:
     """The measurements of one artifact.
 
     Attributes:
+        stopped: why no more windows were scored.
         token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
             without one.
         agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
@@ -75,6 +82,7 @@ class Verified:
     tasks: tuple[TaskScore, ...] = ()
     token_ids: Ids | None = None
     agreement: Agreement | None = None
+    stopped: str = ALL
 
 
 Outcome = Verified | PacklightError | None
@@ -85,11 +93,14 @@ def verify_artifact(
     path: Path,
     format: str,
     baseline: BaselineStore,
+    rounds: Rounds | None = None,
     *,
     context: int,
     threads: int = 0,
+    scoring_threads: int = 0,
     task_set: TaskSet | None = None,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
     silence: float = SILENCE,
     probe: Sequence[str] = PROBE,
 ) -> Verified:
@@ -99,11 +110,14 @@ def verify_artifact(
         path: the artifact.
         format: ``gguf``, ``onnx``, ``coreml``.
         baseline: the float model's logits.
+        rounds: how many windows are scored; None: all that the baseline has.
         context: positions to make room for; windows and generation must fit.
         threads: 0 for the CPUs that the process may use.
+        scoring_threads: of the windows' logits, where the runtime can change them; 0: the same.
         task_set: tasks after ``ask_baseline``, which wrote their requests to ``baseline.folder``.
         progress: called with tokens scored and in all (of windows and tasks), first with 0 when
             loading, the measurement of speed and the greedy sample are over.
+        stop: ends the child when it is set.
         silence: seconds without an event after which the child is ended.
         probe: the command that opens artifacts; called with ``FORMAT PATH --baseline FOLDER
             --scores FILE --context N --threads N``.
@@ -112,18 +126,26 @@ def verify_artifact(
         ArtifactError: the runtime refuses the artifact, crashes or hangs.
         RuntimeMissingError: there is no runtime for the format.
     """
-    scores = baseline.folder / f"scores-{format}.npz"
+    scores = baseline.folder / f"scores-{format}-{path.name}.npz"
     command = [*probe, format, str(path), "--baseline", str(baseline.folder)]
     command += ["--scores", str(scores), "--context", str(context), "--threads", str(threads)]
-    total = sum(map(len, baseline.windows)) + (sum(task_set.lengths) if task_set else 0)
+    command += ["--scoring-threads", str(scoring_threads)]
+    rounds = rounds or Rounds(Stopping((), baseline.ready), lambda ready: None)
+    asked = sum(task_set.lengths) if task_set else 0
     found: dict[str, Any] = {}
-    with closing(run_child(command, f"{path.name} ({format})", silence=silence)) as events:
-        for event in events:
-            found.update(event)
-            if "tokens" in event and progress:
-                progress(event["tokens"], total)
+    what = f"{path.name} ({format})"
+    with closing(run_child(command, what, silence=silence, stop=stop)) as events:
+        answer: int | None = None
+        with suppress(StopIteration):
+            while True:
+                event = events.send(answer)
+                found.update(event)
+                answer = rounds.next(scores) if "ask" in event else None
+                if "tokens" in event and progress:
+                    total = sum(map(len, baseline.windows[: rounds.wanted])) + asked
+                    progress(event["tokens"], total)
     try:
-        summary = quality.summarize(TokenScores.load(scores))
+        summary = quality.summarize(rounds.scores())
         speed = Speed(**found["resources"].pop("speed"))
         used = Resources(**found["resources"], speed=speed)
         sample = found["generation"]  # JSON has lists for tuples
@@ -133,7 +155,57 @@ def verify_artifact(
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
     finally:
         scores.unlink(missing_ok=True)
-    return Verified(summary, used, generation, judged, found.get("token_ids"))
+    ids = found.get("token_ids")
+    return Verified(summary, used, generation, judged, ids, stopped=rounds.stopped)
+
+
+class Rounds:
+    """The rounds of one artifact: how many windows are scored next, until it is enough.
+
+    Args:
+        stopping: when it is enough.
+        extend: ``extend(ready)``: makes sure that the baseline has so many windows.
+        places: of the baseline's windows in the text, where they are shuffled.
+
+    Attributes:
+        wanted: windows after the round that runs.
+        stopped: why it ended; empty before.
+    """
+
+    def __init__(
+        self,
+        stopping: Stopping,
+        extend: Callable[[int], object],
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self._stopping, self._extend, self._places = stopping, extend, places
+        self._parts: list[TokenScores] = []
+        self.wanted, self.stopped = stopping.first(), ""
+
+    def next(self, scores: Path) -> int:
+        """Take the scores of a finished round, if there are any; windows to have next, or 0."""
+        if not scores.exists():  # before the first round
+            self._extend(self.wanted)
+            return self.wanted
+        self._parts.append(TokenScores.load(scores))
+        scores.unlink()
+        reason = self._stopping.reason(TokenScores.joined(self._parts))
+        if reason is None:
+            self.wanted = self._stopping.after(self.wanted)
+            self._extend(self.wanted)
+        self.stopped = reason or ""
+        return 0 if reason else self.wanted
+
+    def scores(self) -> TokenScores:
+        """All scores, in the order of the text.
+
+        Raises:
+            KeyError: there are none.
+        """
+        if not self._parts or not self.stopped:
+            raise KeyError("scores")
+        scores = TokenScores.joined(self._parts)
+        return scores if self._places is None else scores.in_text_order(self._places)
 
 
 def examine(
@@ -142,7 +214,9 @@ def examine(
     scores: Path,
     context: int,
     emit: Emit,
+    ask: Ask | None = None,
     *,
+    scoring_threads: int = 0,
     seconds: float = SECONDS,
     every: float = EVERY,
 ) -> None:
@@ -150,7 +224,8 @@ def examine(
 
     Emits ``stage`` before each part, then ``resources``, ``token_ids``, ``generation`` and
     ``log_likelihoods``; ``tokens`` (scored so far) during windows and tasks; and empty events
-    before that, so that a large model in a slow runtime is not taken for dead.
+    before that, so that a large model in a slow runtime is not taken for dead. After each round of
+    windows it asks for the number to have after the next; 0 ends them.
 
     Args:
         open_runtime: loads the artifact.
@@ -158,6 +233,8 @@ def examine(
         scores: the file for the scores of every token.
         context: positions that the runtime has room for.
         emit: sends an event to the parent.
+        ask: sends one and waits for the answer; None: one round of the windows that are ready.
+        scoring_threads: of the rounds, where the runtime has ``use_threads``; 0: as opened.
         seconds: time after which no further speed measurement starts.
         every: least seconds between two progress events.
     """
@@ -171,26 +248,36 @@ def examine(
     generated = min(GENERATED_TOKENS, context - len(sample_prompt))
     events = Throttled(emit, every)
     emit({"stage": "loading"})
-    runtime, used = measure(
-        lambda: Observed(open_runtime(), lambda: events.emit({})),
-        prompt,
-        decoded,
-        seconds=seconds,
-    )
+    with turn(baseline.folder, alone=True):
+        runtime, used = measure(
+            lambda: Observed(open_runtime(), lambda: events.emit({})),
+            prompt,
+            decoded,
+            seconds=seconds,
+        )
     try:
         if encode := getattr(runtime, "tokenize", None):  # the tokenizer is in the file
             emit({"stage": "tokenizing"})
             emit({"token_ids": encode_all(encode, texts)})
         emit({"resources": asdict(used), "stage": "generating"})
-        sample = check_generation(runtime, sample_prompt, generated)
+        if scoring_threads and (use_threads := getattr(runtime, "use_threads", None)):
+            use_threads(scoring_threads)
+        with turn(baseline.folder):
+            sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
-        scored = list(accumulate(map(len, baseline.windows)))
-        result = quality.score(
-            runtime, baseline, lambda done, total: events.emit({"tokens": scored[done - 1]})
-        )
-        result.save(scores)
-        emit({"tokens": scored[-1], "stage": "answering tasks"})
-        scored = list(accumulate(asked, initial=scored[-1]))
+        scored = list(accumulate(map(len, baseline.windows), initial=0))
+        done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
+        while wanted > done:
+            ready, parts = BaselineStore(baseline.folder), []
+            while done < wanted:
+                with turn(baseline.folder):
+                    parts.append(quality.score(runtime, ready, range(done, done + 1)))
+                done += 1
+                events.emit({"tokens": scored[done]})
+            TokenScores.joined(parts).save(scores)
+            wanted = ask({"ask": True}) if ask else done
+        emit({"tokens": scored[done], "stage": "answering tasks"})
+        scored = list(accumulate(asked, initial=scored[done]))
         answers = tasks.score(
             requests,
             lambda batch: map(runtime.logits, batch),
@@ -233,6 +320,10 @@ class Observed:
     @property
     def tokenize(self) -> Encode | None:
         return getattr(self._runtime, "tokenize", None)
+
+    def use_threads(self, count: int) -> None:
+        if use_threads := getattr(self._runtime, "use_threads", None):
+            use_threads(count)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         return self._runtime.logits(tokens)

@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -38,7 +38,10 @@ Float64 = NDArray[np.float64]
 STEPS_PER_NAT = 1600
 FILES = ("baseline.npz", "logprobs.u16")
 ZERO = 65535  # the code of "never": p < exp(-65534.5 / 1600) = 1.63e-18
-CHUNK = 1 << 21  # elements of a vocabulary-wide float64 array worked on at once: 16 MiB
+CHUNK = 1 << 18  # elements of a vocabulary-wide float32 array worked on at once: 1 MiB, in cache
+# p of every code.
+PROBABILITIES = np.exp(np.arange(ZERO + 1) * (-1.0 / STEPS_PER_NAT)).astype(np.float32)
+PROBABILITIES[ZERO] = 0.0
 
 
 class BaselineStore:
@@ -49,7 +52,8 @@ class BaselineStore:
 
     Attributes:
         folder: where the two files are.
-        windows: int32 arrays of tokens.
+        windows: int32 arrays of tokens, in the order in which they are scored.
+        ready: the number of windows whose log-probabilities are there.
         vocab_size: columns of the logits.
         nll: float64 ``[scored]``, -log p of the token that follows, from the float32 logits.
         top: int32 ``[scored]``, the most likely token, from the float32 logits.
@@ -69,14 +73,35 @@ class BaselineStore:
                 self.top: NDArray[np.int32] = saved["top"]
                 self.vocab_size = int(saved["vocab_size"])
             self._starts = np.concatenate([[0], np.cumsum(lengths - 1)])
-            shape = (int(self._starts[-1]), self.vocab_size)
-            self._codes = np.memmap(folder / "logprobs.u16", np.uint16, "r", shape=shape)
+            self.ready = int(np.searchsorted(self._starts, len(self.nll)))
+            self._codes: NDArray[np.uint16] = np.empty((0, self.vocab_size), np.uint16)
+            if self.ready:
+                shape = (len(self.nll), self.vocab_size)
+                self._codes = np.memmap(folder / "logprobs.u16", np.uint16, "r", shape=shape)
         except (OSError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"{folder}: the float baseline is missing or damaged: {error}",
                 hint="build again; it is computed from the checkpoint",
             ) from error
         self.windows: list[NDArray[np.int32]] = np.split(tokens, np.cumsum(lengths)[:-1])
+
+    @classmethod
+    def begin(cls, folder: Path, windows: Sequence[Sequence[int]]) -> BaselineStore:
+        """Store windows whose logits will be added (``extend``).
+
+        Args:
+            folder: created if missing.
+            windows: token ids, each window at least two long.
+        """
+        tokens = [np.asarray(window, np.int32) for window in windows]
+        if not tokens or min(map(len, tokens)) < 2:
+            raise ValueError("a baseline needs windows of two tokens or more")
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk_full(folder):
+            (folder / "logprobs.u16").unlink(missing_ok=True)  # it may have other links
+            (folder / "logprobs.u16").touch()
+            save(folder, tokens, np.empty(0), np.empty(0, np.int32), 0)
+        return cls(folder)
 
     @classmethod
     def write(
@@ -86,60 +111,50 @@ class BaselineStore:
         logits: Iterable[Float32],
         progress: Callable[[int, int], None] | None = None,
     ) -> BaselineStore:
-        """Store the logits of a float model, window by window.
+        """Store windows and the logits of all of them; see ``begin`` and ``extend``."""
+        store = cls.begin(folder, windows)
+        (folder / "baseline.npz").unlink()  # its presence means: complete
+        return store.extend(logits, len(windows), progress)
+
+    def extend(
+        self,
+        logits: Iterable[Float32],
+        ready: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> BaselineStore:
+        """Add the logits of a float model, window by window.
 
         Args:
-            folder: created if missing.
-            windows: token ids, each window at least two long.
-            logits: one float32 ``[len(window), vocab]`` per window, in order.
+            logits: one float32 ``[len(window), vocab]`` for each window from ``self.ready`` on.
+            ready: the number of windows that will be there.
             progress: ``progress(done, total)`` in windows.
+
+        Returns:
+            The store with them; this one stays as it is.
 
         Raises:
             CheckpointError: the float model's logits are not finite.
             DiskFullError: no room.
         """
-        tokens = [np.asarray(window, np.int32) for window in windows]
-        if not tokens or min(map(len, tokens)) < 2:
-            raise ValueError("a baseline needs windows of two tokens or more")
-        nll: list[Float64] = []
-        top: list[NDArray[np.int32]] = []
-        vocab = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "baseline.npz").unlink(missing_ok=True)
-        try:
+        folder, vocab = self.folder, self.vocab_size
+        nll, top = [self.nll], [self.top]
+        added = self.windows[self.ready : ready]
+        with disk_full(folder):
+            own_copy(folder / "logprobs.u16")
             # Plain writes, not a writable memmap: a full disk then is an OSError, not a SIGBUS.
-            with open(folder / "logprobs.u16", "wb") as file:
-                for done, (window, rows) in enumerate(zip(tokens, logits, strict=True), start=1):
+            with open(folder / "logprobs.u16", "r+b") as file:
+                file.seek(self.nbytes)  # what an interrupted call wrote behind is overwritten
+                for done, (window, rows) in enumerate(zip(added, logits, strict=True), start=1):
                     vocab = rows.shape[1]
                     for part in chunks(len(window) - 1, vocab):
-                        log_p = log_softmax(rows[part])
-                        if not np.isfinite(log_p.max(axis=1)).all():
-                            raise CheckpointError("the float model's logits are not finite")
-                        codes = np.minimum(np.rint(log_p * -STEPS_PER_NAT), ZERO)
-                        file.write(codes.astype(np.uint16).tobytes())
-                        targets = window[1:][part]
-                        nll.append(-log_p[np.arange(len(targets)), targets])
+                        codes, found = encode(rows[part], window[1:][part])
+                        file.write(codes.data)
+                        nll.append(found)
                         top.append(rows[part].argmax(axis=1).astype(np.int32))
                     if progress:
-                        progress(done, len(tokens))
-            partial = folder / "baseline.partial.npz"
-            np.savez(
-                partial,
-                tokens=np.concatenate(tokens),
-                lengths=np.array([len(window) for window in tokens]),
-                nll=np.concatenate(nll),
-                top=np.concatenate(top),
-                vocab_size=np.array(vocab),
-            )
-            os.replace(partial, folder / "baseline.npz")  # its presence means: complete
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise DiskFullError(
-                f"the disk ran full in {folder.parent}, where the float model's answers are stored",
-                hint="free some space, or score less text (verify.windows)",
-            ) from error
-        return cls(folder)
+                        progress(done, len(added))
+            save(folder, self.windows, np.concatenate(nll), np.concatenate(top), vocab)
+        return BaselineStore(folder)
 
     @property
     def nbytes(self) -> int:
@@ -150,23 +165,84 @@ class BaselineStore:
         """The slice of a window's positions in ``nll`` and ``top``."""
         return slice(int(self._starts[window]), int(self._starts[window + 1]))
 
-    def log_probs(self, window: int, rows: slice) -> tuple[Float64, Float64]:
-        """Log-probabilities and probabilities of some scored positions of a window.
-
-        Returns:
-            ``(log p, p)``, float64 ``[rows, vocab]``, summing to one; where the store has
-            "never", p is 0 and log p is finite, so that their product is 0.
+    def probs(self, window: int, rows: slice) -> tuple[Float32, Float32]:
+        """Probabilities of some scored positions of a window, and their logarithms, float32
+        ``[rows, vocab]``, up to a factor near one for each row: p does not quite sum to one. Where
+        the store has "never", p is 0 and log p is finite, so that their product is 0.
         """
         start = int(self._starts[window])
         codes = self._codes[start + rows.start : start + rows.stop]
-        log_p = codes.astype(np.float64)
-        log_p *= -1.0 / STEPS_PER_NAT
-        p = np.exp(log_p)
-        p[codes == ZERO] = 0.0
-        total = p.sum(axis=1, keepdims=True)
-        p /= total
-        log_p -= np.log(total)
-        return log_p, p
+        # Divided: 1/1600 as a float32 has an error of its own, the same in every sum.
+        logarithms = np.divide(codes, np.float32(-STEPS_PER_NAT), dtype=np.float32)
+        return PROBABILITIES.take(codes), logarithms
+
+
+@contextmanager
+def disk_full(folder: Path) -> Iterator[None]:
+    """Raise ``DiskFullError`` where the disk of a baseline's folder runs full."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"the disk ran full in {folder.parent}, where the float model's answers are stored",
+            hint="free some space, or score less text (verify.windows)",
+        ) from error
+
+
+def encode(logits: Float32, targets: NDArray[np.int32]) -> tuple[NDArray[np.uint16], Float64]:
+    """The codes of some positions, uint16 ``[rows, vocab]``, and -log p of the tokens that follow.
+
+    Raises:
+        CheckpointError: logits that are not finite.
+    """
+    shifted, total = exponentials(logits)
+    if not np.isfinite(total).all():
+        raise CheckpointError("the float model's logits are not finite")
+    logs = np.log(total)
+    nll = logs - shifted[np.arange(len(targets)), targets].astype(np.float64)
+    shifted -= logs[:, None].astype(np.float32)
+    shifted *= -STEPS_PER_NAT
+    np.minimum(np.rint(shifted, out=shifted), ZERO, out=shifted)
+    return shifted.astype(np.uint16), nll
+
+
+def exponentials(logits: Float32) -> tuple[Float32, Float64]:
+    """Logits less their row's largest, float32 ``[rows, vocab]``, and the sums of their
+    exponentials, float64 ``[rows]``, NaN where a row holds NaN or +Inf.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return shifted, np.exp(shifted).sum(axis=1, dtype=np.float64)
+
+
+def save(
+    folder: Path,
+    windows: Sequence[NDArray[np.int32]],
+    nll: Float64,
+    top: NDArray[np.int32],
+    vocab: int,
+) -> None:
+    """Write ``baseline.npz`` atomically."""
+    partial = folder / "baseline.partial.npz"
+    np.savez(
+        partial,
+        tokens=np.concatenate(windows),
+        lengths=np.array([len(window) for window in windows]),
+        nll=nll,
+        top=top,
+        vocab_size=np.array(vocab),
+    )
+    os.replace(partial, folder / "baseline.npz")
+
+
+def own_copy(path: Path) -> None:
+    """Replace a file that has other hard links by a copy: what is added must not be in those."""
+    if path.stat().st_nlink > 1:
+        partial = path.with_suffix(".partial")
+        shutil.copyfile(path, partial)
+        os.replace(partial, path)
 
 
 def log_softmax(logits: NDArray[np.floating]) -> Float64:
@@ -179,7 +255,7 @@ def log_softmax(logits: NDArray[np.floating]) -> Float64:
 
 
 def chunks(rows: int, vocab: int) -> list[slice]:
-    """Slices of rows that keep a ``[rows, vocab]`` float64 array near 16 MiB."""
+    """Slices of rows that keep a ``[rows, vocab]`` float32 array near 1 MiB."""
     step = max(1, CHUNK // vocab)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -234,18 +310,25 @@ class BaselineCache:
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, ArtifactError):
             return None  # damaged: it will be computed again
 
-    def save(self, work: Path, speed: Speed | None) -> None:
-        """Save the baseline in ``work``, atomically; an existing entry is kept."""
+    def save(self, store: BaselineStore, speed: Speed | None) -> None:
+        """Save a baseline, atomically; an entry that has as many windows is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder / self.key
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=f"{self.key}.partial-") as partial:
             whole = Path(partial) / "whole"
             whole.mkdir()
             for name in FILES:
-                link(work / name, whole / name)
+                link(store.folder / name, whole / name)
             facts = {"speed": asdict(speed) if speed else None}
             (whole / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-            if not (self.folder / self.key).exists():
-                whole.rename(self.folder / self.key)
+            try:
+                if BaselineStore(place).ready >= store.ready:
+                    return
+                place.rename(Path(partial) / "before")
+            except (ArtifactError, FileNotFoundError):
+                shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # another build has just saved its own
+                whole.rename(place)
 
 
 def link(source: Path, target: Path) -> None:

@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,18 +30,28 @@ from compress.machine import die_with_parent
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
+Ask = Callable[[Event], int]
+"""``ask(event)``: emits an event and returns the number that the parent answers."""
+POLL = 0.2  # seconds between two looks at ``stop``
 SILENCE = 1800.0  # seconds without an event after which a child counts as hung
 
 
 def run_child(
-    command: Sequence[str], what: str, *, silence: float = SILENCE
-) -> Generator[Event, None, None]:
+    command: Sequence[str],
+    what: str,
+    *,
+    silence: float = SILENCE,
+    stop: threading.Event | None = None,
+) -> Generator[Event, int | None, None]:
     """Run a command and yield its events; the child is ended with the iterator.
+
+    A number that is sent into the generator is the answer to the event before it.
 
     Args:
         command: program and arguments.
         what: names the artifact in error messages.
         silence: seconds without an event after which the child is ended.
+        stop: ends the child when it is set, within ``POLL`` seconds.
 
     Raises:
         ArtifactError: it crashed, was killed, hung, or ended without a result; with its stage and
@@ -66,13 +78,19 @@ def run_child(
     try:
         stdout_reader.start()
         stderr_reader.start()
+        last = time.monotonic()
         while True:
             try:
-                line = lines.get(timeout=silence)
+                line = lines.get(timeout=min(POLL, silence))
             except queue.Empty:
+                if stop is not None and stop.is_set():
+                    raise ArtifactError(f"{what}: ended with the others") from None
+                if time.monotonic() < last + silence:
+                    continue
                 raise ArtifactError(
                     f"{what}: no sign of life for {silence:g} s while {stage}"
                 ) from None
+            last = time.monotonic()
             if line is None:
                 break
             event: Event = json.loads(line)
@@ -80,7 +98,12 @@ def run_child(
                 kind = getattr(errors, event["error"], ArtifactError)
                 raise kind(event["message"], event["hint"])
             stage = event.get("stage", stage)
-            yield event
+            answer = yield event
+            if answer is not None:
+                last = time.monotonic()
+                with suppress(BrokenPipeError):  # how it ended is told below
+                    process.stdin.write(f"{answer}\n")
+                    process.stdin.flush()
         code = process.wait()
         if code:
             stderr_reader.join(timeout=5)
@@ -126,14 +149,15 @@ def environment() -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_as_child(main: Callable[[Emit], None]) -> int:
-    """Run ``main(emit)`` in the child process and end it with its parent; a ``PacklightError`` is
-    sent as an event.
+def run_as_child(main: Callable[[Emit, Ask], None]) -> int:
+    """Run ``main(emit, ask)`` in the child process and end it with its parent; a
+    ``PacklightError`` is sent as an event.
 
     Returns:
         The exit status; other exceptions pass, their traceback's last line is the message.
     """
-    die_with_parent()
+    answers: queue.Queue[bytes] = queue.Queue()
+    die_with_parent(answers.put)
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as events:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -141,8 +165,12 @@ def run_as_child(main: Callable[[Emit], None]) -> int:
             events.write(json.dumps(event) + "\n")
             events.flush()
 
+        def ask(event: Event) -> int:
+            emit(event)
+            return int(answers.get())
+
         try:
-            main(emit)
+            main(emit, ask)
         except PacklightError as error:
             emit({"error": type(error).__name__, "message": error.message, "hint": error.hint})
             return error.exit_code

@@ -24,10 +24,10 @@ from types import TracebackType
 from compress.plan.shapes import Runtime
 
 STATUS = Path("/proc/self/status")
-PREFILL_TOKENS = 256  # of a prefill measurement, at most half the context
-DECODE_TOKENS = 32  # of a decode measurement
+PREFILL_TOKENS = 128  # of a prefill measurement, at most half the context
+DECODE_TOKENS = 8  # of a decode measurement
 WARM_UP_TOKENS = 4  # decoded before anything is timed
-REPEATS = 3  # measurements of speed after the warm-up, at most
+REPEATS = 2  # measurements of speed after the warm-up, at most
 SECONDS = 10.0  # after which no further measurement starts, and decoding stops
 
 

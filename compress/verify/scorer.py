@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from compress.calibration.texts import read_words
 from compress.checkpoint.checkpoint import Stored
-from compress.console import Console, format_bytes
+from compress.console import Console, Update, format_bytes
 from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
 from compress.files import check_unchanged, scratch_folder
 from compress.machine import available_memory, resident_memory
-from compress.plan.job import GENERATED_ROOM, Job, choose_threads, window_count, window_length
+from compress.plan.job import (
+    GENERATED_ROOM,
+    Job,
+    choose_threads,
+    scores_all,
+    window_count,
+    window_length,
+)
 from compress.plan.memory import embedding_bytes
 from compress.plan.shapes import Artifact, Plan
-from compress.verify import Outcome, Verified, verify_artifact
+from compress.verify import Outcome, Rounds, Verified, verify_artifact
 from compress.verify.agreement import (
     Agreement,
     Ids,
@@ -28,8 +39,11 @@ from compress.verify.agreement import (
     tokenizer_beside,
 )
 from compress.verify.baseline import BaselineCache, BaselineStore
-from compress.verify.resources import Speed, measure_speed
+from compress.verify.gates import Limit
+from compress.verify.resources import DECODE_TOKENS, PREFILL_TOKENS, Speed, measure_speed
+from compress.verify.stopping import Stopping, shuffled
 from compress.verify.tasks import Task, TaskSet
+from compress.verify.turns import turn
 
 if TYPE_CHECKING:
     from compress.decoder.decoder import Decoder
@@ -67,6 +81,8 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
     return f"verify the float model, {formats} on {windows} windows of {length} tokens"
 
 
+ARTIFACT_MEMORY = 600_000_000  # bytes of a process that runs one, beside twice its file
+TOGETHER = 4_000_000_000  # bytes of all processes that run at a time, at most
 BUILTIN_TEXT = "built-in"  # name of the held-out text in reports
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
@@ -88,11 +104,13 @@ class Scorer:
         console: Console,
         tasks: Sequence[Task] = (),
         cache: Path | None = None,
+        limits: Sequence[Limit] = (),
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
             cache: folder of cached baselines, or None.
+            limits: the gates; with them, windows are scored until their verdict stands.
 
         Raises:
             UsageError: the text gives fewer than two windows, or a question is too long.
@@ -107,16 +125,29 @@ class Scorer:
         self._texts = texts_for(self.tokenizer)
         count = window_count(job.config, job.recipe.windows)
         self.windows = eval_windows(text, self.tokenizer, self.length, count)
+        self.stopping = Stopping(
+            tuple(limits), len(self.windows), scores_all(job.config, job.recipe.windows)
+        )
+        self._counts: Mapping[str, int] = {}
+        self._places: list[int] | None = None
+        if not self.stopping.exact:
+            self.windows, self._places = shuffled(self.windows)
         room = window_length(job.config, job.plans, job.context)
         self.task_set = TaskSet(tasks, self.tokenizer, room)
         self.speed: Speed | None = None
         self.runtime = ""
         self.notes: list[str] = []
+        self._extending, self._stop = Lock(), Event()
+        self._entry: BaselineCache | None = None
         if len(self.windows) < 2:
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
                 hint="a longer --eval-text, or shorter windows (verify.sequence_length)",
             )
+
+    def repeat(self, counts: Mapping[str, int]) -> None:
+        """Score so many windows of each format, whatever they show; a comparison needs the same."""
+        self._counts = counts
 
     def verify(
         self,
@@ -136,34 +167,75 @@ class Scorer:
             PacklightError: the float model cannot be computed; without ``keep_going`` also an
                 artifact that cannot be run.
         """
-        found: list[Outcome] = []
         with scratch_folder(folder) as scratch:
-            store = self._score_baseline(scratch)
+            store = self._begin(scratch)
             save_texts(scratch, self._texts)
-            for artifact in artifacts:
-                try:
-                    found.append(self._score(artifact, store))
-                except (ArtifactError, RuntimeMissingError) as error:
-                    if not keep_going:
-                        raise
-                    found.append(error)
+            together = self._together(artifacts)
+            names = [f"{a.format} {a.type_name}" for a in artifacts]
+            found: list[Outcome] = []
+            # Several at a time: each computes on its share of the threads, where none waits
+            # for another, and what runs on one thread anyway (imports, loading) overlaps.
+            for first in range(0, len(artifacts), together):
+                some = artifacts[first : first + together]
+                label = ", ".join(names[first : first + together])
+                with self._console.progress(f"verify {label}", "tokens") as update:
+                    found += self._run(some, store, update, keep_going)
+            self._end()
         return found
 
-    def _score(self, artifact: Artifact, store: BaselineStore) -> Verified:
+    def _run(
+        self, artifacts: Sequence[Artifact], store: BaselineStore, update: Update, keep_going: bool
+    ) -> list[Outcome]:
+        """Score some artifacts at a time; an error of one, or an interrupt, ends the others."""
+
+        def outcome(index: int) -> Outcome:
+            try:
+                return self._score(artifacts[index], store, partial(each, index), len(artifacts))
+            except (ArtifactError, RuntimeMissingError) as error:
+                if not keep_going:
+                    raise
+                return error
+
+        each = summed(update, len(artifacts))
+        self._stop.clear()
+        if len(artifacts) == 1:
+            return [outcome(0)]
+        with ThreadPoolExecutor(len(artifacts)) as pool:
+            jobs = [pool.submit(copy_context().run, outcome, i) for i in range(len(artifacts))]
+            try:
+                wait(jobs, return_when=FIRST_EXCEPTION)
+                failed = [job for job in jobs if job.done() and job.exception()]
+                return [job.result() for job in failed or jobs]
+            except BaseException:
+                self._stop.set()
+                raise
+
+    def _together(self, artifacts: Sequence[Artifact]) -> int:
+        """How many artifacts run at a time: all, or one where they would need much memory."""
+        needed = sum(ARTIFACT_MEMORY + 2 * artifact.nbytes for artifact in artifacts)
+        return len(artifacts) if needed < min(available_memory(), TOGETHER) else 1
+
+    def _score(
+        self, artifact: Artifact, store: BaselineStore, update: Update, together: int
+    ) -> Verified:
         """Score one artifact; the time left is estimated from its first window."""
         plan, context = artifact.plan, max(self._job.context, self.length + GENERATED_ROOM)
         context = min(context, plan.max_context or context)
-        label = f"verify {artifact.format} {artifact.type_name}"
-        with self._console.progress(label, "tokens") as update:
-            verified = verify_artifact(
-                artifact.path,
-                artifact.format,
-                store,
-                context=context,
-                threads=self._threads,
-                task_set=self.task_set,
-                progress=update,
-            )
+        stopping = self.stopping
+        if counted := self._counts.get(artifact.format):
+            stopping = replace(stopping, most=counted, exact=True)
+        verified = verify_artifact(
+            artifact.path,
+            artifact.format,
+            store,
+            Rounds(stopping, self._extend, self._places),
+            context=context,
+            threads=self._threads,
+            scoring_threads=max(1, self._threads // together) if together > 1 else 0,
+            task_set=self.task_set,
+            progress=update,
+            stop=self._stop,
+        )
         return replace(verified, agreement=self._agreement(artifact.path, verified.token_ids))
 
     def _agreement(self, path: Path, found: Ids | None) -> Agreement | None:
@@ -178,42 +250,66 @@ class Scorer:
             return None
         return compare(self._texts, encode_all(self.tokenizer.encode, self._texts), found)
 
-    def _score_baseline(self, folder: Path) -> BaselineStore:
+    def _begin(self, folder: Path) -> BaselineStore:
+        """The baseline of the first round's windows, from the cache or computed."""
         from compress.decoder.decoder import Decoder
 
         job = self._job
         stored = Stored(job.checkpoint, job.config)
         decoder = Decoder(job.config, stored.read, threads=self._threads)
-        self.runtime = decoder.name
-        cache = self._baseline_cache(stored.fingerprint())
-        if cache:
+        self.runtime, self._decoder = decoder.name, decoder
+        self._entry = self._baseline_cache(stored.fingerprint())
+        first = max([self.stopping.first(), *self._counts.values()])
+        if self._entry:
             self._console.begin("look for the float model's answers")  # or wait for another build
-        with cache.found(folder) if cache else nullcontext() as found:
+        with self._entry.found(folder) if self._entry else nullcontext() as found:
             if found:
-                store, self.speed = found
+                self._store, self.speed = found
             else:
-                store = self._answers(decoder, folder)
+                self._store = self._answers(decoder, folder, first)
                 self.speed = self._measure_speed(stored)
                 check_unchanged(job.checkpoint.opened)
-                if cache:
-                    cache.save(folder, self.speed)
+                if self._entry:
+                    self._entry.save(self._store, self.speed)
+        self._cached = self._store.ready
         if self.speed is None:
             self.notes.append(
                 f"The float model's speed was not measured: its weights take "
                 f"{format_bytes(4 * job.config.num_parameters)} in memory, more than "
                 f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
             )
-        return store
+        return self._store
 
-    def _answers(self, decoder: Decoder, folder: Path) -> BaselineStore:
-        """Run the float model on the windows and tasks; writes the baseline into ``folder``."""
+    def _answers(self, decoder: Decoder, folder: Path, first: int) -> BaselineStore:
+        """Run the float model on the first windows and tasks; writes the baseline."""
+        store = BaselineStore.begin(folder, self.windows)
         with self._console.progress("score the float model", "steps") as update:
-            logits = decoder.stream_logits(self.windows, progress=update)
-            store = BaselineStore.write(folder, self.windows, logits)
+            logits = decoder.stream_logits(self.windows[:first], progress=update)
+            store = store.extend(logits, first)
         if self.task_set.tasks:
             with self._console.progress("ask the float model", "sequences") as update:
                 self.task_set.ask_baseline(folder, decoder.stream_logits, update)
         return store
+
+    def _extend(self, ready: int) -> None:
+        """Run the float model on further windows, for the first artifact that wants them."""
+        with self._extending:
+            store = self._store
+            if ready > store.ready:
+                with turn(store.folder):
+                    windows = self.windows[store.ready : ready]
+                    logits = self._decoder.stream_logits(windows, progress=self._check_stop)
+                    self._store = store.extend(logits, ready)
+
+    def _check_stop(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise ArtifactError("ended with the others")
+
+    def _end(self) -> None:
+        """Save what was added to the baseline."""
+        check_unchanged(self._job.checkpoint.opened)
+        if self._entry and self._store.ready > self._cached:
+            self._entry.save(self._store, self.speed)
 
     def _measure_speed(self, stored: Stored) -> Speed | None:
         """The float model's speed, for the report's ratio; None where it is too large."""
@@ -225,8 +321,9 @@ class Scorer:
             return None
         with self._console.progress("time the float model", ""):
             resident = Decoder(config, stored.read, threads=self._threads, resident=True)
-            prompt = self.windows[0][: self.length // 2]
-            speed = measure_speed(resident, prompt, min(32, self.length // 4), seconds=10)
+            prompt = self.windows[0][: min(PREFILL_TOKENS, self.length // 2)]
+            decoded = min(DECODE_TOKENS, self.length // 4)
+            speed = measure_speed(resident, prompt, decoded, seconds=10)
             resident.close()
         return speed
 
@@ -236,3 +333,16 @@ class Scorer:
             return None
         asked = f"{self.runtime}, {self._threads} threads"
         return BaselineCache.of(self._cache, fingerprint, self.windows, asked)
+
+
+def summed(update: Update, count: int) -> Callable[[int, int, int], None]:
+    """``update(done, total)`` of ``count`` children that run at a time, from that of each."""
+    each = [(0, 0)] * count
+    lock = Lock()
+
+    def update_one(index: int, done: int, total: int) -> None:
+        with lock:
+            each[index] = done, total
+            update(sum(done for done, _ in each), sum(total for _, total in each))
+
+    return update_one

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from compress.formats import Check, Usage
 
-USAGE = Usage(
-    "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
-    "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
-    "files lie beside the package. iOS 18 or macOS 15 and later.",
-    "xcrun coremlcompiler compile {path} .",
-    "sh",
-    shlex.quote,
+USAGE = (
+    Usage(
+        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
+        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
+        "files lie beside the package. iOS 18 or macOS 15 and later.",
+        "xcrun coremlcompiler compile {path} .",
+        "sh",
+        shlex.quote,
+        "hf download {repo} --include 'coreml/*' --local-dir .\n"
+        "xcrun coremlcompiler compile {path} .",
+    ),
 )
 
 

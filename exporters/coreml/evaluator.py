@@ -69,6 +69,7 @@ class Evaluator:
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
+        threads: of ``predict``; may be changed.
 
     Raises:
         ArtifactError: not a package, damaged, or with an unsupported operation.
@@ -92,7 +93,7 @@ class Evaluator:
         self.states: Mapping[str, TensorSpec] = self._function.states
         self.outputs: Mapping[str, TensorSpec] = self._function.outputs
         self._fp16 = fp16
-        self._threads = threads
+        self.threads = threads
         self._small = small
         for operation in self._function.operations:
             _refuse_unknown(operation)
@@ -130,7 +131,7 @@ class Evaluator:
             if name not in self.inputs:
                 raise ArtifactError(f"the model has no input {name!r}")
         states = self._check_state(state)
-        with torch.no_grad(), _threads(self._threads):
+        with torch.no_grad(), _threads(self.threads):
             for step in self._steps:
                 self._run(step, values, states)
                 for name in step.frees:
@@ -244,7 +245,9 @@ class Evaluator:
         results = (results,) if isinstance(results, Tensor) else tuple(results)
         for (name, declared), result in zip(operation.outputs, results, strict=True):
             _check_type(operation, declared, result)
-            values[name] = self._round(result, declared.dtype)
+            values[name] = rounded = self._round(result, declared.dtype)
+            if rounded is not result and torch.isinf(rounded).any():
+                _check_overflow(operation, result)
 
     def _compute(
         self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]
@@ -290,6 +293,20 @@ class Evaluator:
         if self._fp16 and dtype == "fp16" and value.is_floating_point():
             return value.to(torch.float16)
         return value
+
+
+def _check_overflow(operation: Operation, result: Tensor) -> None:
+    """Refuse a finite result that float16 cannot hold; Core ML would go on with infinity.
+
+    Raises:
+        ArtifactError: with the operation's name.
+    """
+    largest = result[torch.isfinite(result)].abs().max() if result.isfinite().any() else 0
+    if largest >= 65520:  # rounds to infinity
+        raise ArtifactError(
+            f"op {operation.kind!r} {operation.name!r}: {float(largest):,.0f} is more than float16 "
+            "holds (65,504)"
+        )
 
 
 def _is_constant(operation: Operation) -> bool:

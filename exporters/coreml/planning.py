@@ -15,7 +15,7 @@ from compress.grids.affine import Affine
 from compress.grids.dense import DenseGrid
 from compress.grids.palette import Palette
 from compress.grids.sparse import SparseGrid, pattern_of
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
+from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -123,9 +123,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Args:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
-            ``grid``; the head's too where it is tied), ``deployment`` (``iOS18``), ``context``
-            (slots of the KV cache; default 2048 or what the model has), ``sparsity`` of the
-            blocks' linears (``none``).
+            ``grid``; see ``embedding_grid`` where it is the head, too), ``deployment``
+            (``iOS18``), ``context`` (slots of the KV cache; default 2048 or what the model
+            has), ``sparsity`` of the blocks' linears (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms and LayerNorm biases
@@ -141,7 +141,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     if request.context is not None:
         chosen["context"] = request.context
-    chosen.setdefault("embedding", chosen["grid"])
+    chosen.setdefault("embedding", embedding_grid(config, chosen["grid"]))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     folded = config.scalars
     if folded:
@@ -163,6 +163,17 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         max_context=chosen["context"],
         folded=folded,
     )
+
+
+def embedding_grid(config: DecoderConfig, name: str) -> str:
+    """The embedding's default grid: as the blocks', with the bits of ``tied_bits`` where it is the
+    head, too. Palettes become ``int8-channel``, which the Neural Engine runs as well."""
+    if name not in GRIDS or not config.tie_word_embeddings:
+        return name
+    grid = get_grid(name)
+    if not isinstance(grid, (Affine, Palette)) or tied_bits(config, grid.bits) == grid.bits:
+        return name
+    return replace(grid, bits=8).name if isinstance(grid, Affine) else "int8-channel"
 
 
 def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
@@ -310,10 +321,10 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
         "its size costs speed: a smaller context is faster"
     )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
-        yield (
-            f"{config.ropes[0].kind} rotary factors are those for short prompts: the package "
-            f"holds {context} positions, not {config.max_position_embeddings}"
-        )
+        why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
+        if not config.ropes[0].original_context:
+            why = f"attention changes beyond {context} positions"
+        yield f"{why}: the package holds {context} positions, not {config.max_position_embeddings}"
     if config.head_dim % NEURAL_ENGINE_MULTIPLE:
         yield (
             f"heads of {config.head_dim} are not a multiple of 32, which the Neural "

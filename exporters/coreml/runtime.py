@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from compress import __version__
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
 from compress.plan.shapes import Runtime, check_room
 from exporters.coreml.mil import read_package
+
+if TYPE_CHECKING:
+    from exporters.coreml.evaluator import Evaluator
 
 Float32 = NDArray[np.float32]
 Predict = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, NDArray[Any]]]
@@ -49,9 +52,12 @@ def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BAT
     vocab = function.outputs["logits"].shape[-1] or 0
     if _has_core_ml():
         name, predict, make_state = _core_ml(path)
-    else:
-        name, predict, make_state = _evaluator(path, threads)
-    return CoreMLRuntime(name, predict, make_state, slots, vocab, batch)
+        return CoreMLRuntime(name, predict, make_state, slots, vocab, batch)
+    from exporters.coreml.evaluator import Evaluator
+
+    evaluator = Evaluator(path, fp16=True, threads=threads)  # rounds to float16 where Core ML does
+    name = f"MIL evaluator (packlight {__version__})"
+    return EvaluatorRuntime(name, evaluator, slots, vocab, batch)
 
 
 class CoreMLRuntime:
@@ -112,6 +118,15 @@ class CoreMLRuntime:
         """
         return np.array(list(self._append(tokens))[-1][-1])
 
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return np.concatenate(self._append(tokens))
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions; the mask's shape hides the others."""
+        self._length = min(self._length, length)
+        return self._length
+
     def _append(self, tokens: Sequence[int]) -> list[Float32]:
         if self._predict is None:
             raise UsageError("the runtime is closed")
@@ -132,6 +147,18 @@ class CoreMLRuntime:
         """Free the model and its cache."""
         self._predict = None
         self._state = None
+
+
+class EvaluatorRuntime(CoreMLRuntime):
+    """A package in the MIL evaluator, whose threads can be changed."""
+
+    def __init__(self, name: str, evaluator: Evaluator, *sizes: int) -> None:
+        super().__init__(name, evaluator.predict, evaluator.make_state, *sizes)
+        self._evaluator = evaluator
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many threads from now on."""
+        self._evaluator.threads = count
 
 
 def _has_core_ml() -> bool:
@@ -155,11 +182,3 @@ def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
         raise ArtifactError(f"Core ML refuses {path.name}: {first_line(error)}") from error
     version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
     return f"Core ML (macOS {version})", model.predict, model.make_state
-
-
-def _evaluator(path: Path, threads: int) -> tuple[str, Predict, Callable[[], Any]]:
-    """The MIL evaluator, which rounds to float16 where Core ML does."""
-    from exporters.coreml.evaluator import Evaluator
-
-    evaluator = Evaluator(path, fp16=True, threads=threads)
-    return f"MIL evaluator (packlight {__version__})", evaluator.predict, evaluator.make_state

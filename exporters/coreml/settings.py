@@ -27,7 +27,9 @@ class Settings(TargetSettings):
         description="Grid: int4-g32 (GPU), lut4-g8 or lut4-g16 (Neural Engine) …",
     )
     embedding: GridName | None = Field(
-        default=None, description="Grid of embed_tokens; default: the same as `grid`."
+        default=None,
+        description="Grid of embed_tokens; default: the same as `grid`, or 8 bits where it is the "
+        "head, too, and less than two fifths of the weights.",
     )
     deployment: Literal["iOS18"] = Field(
         default="iOS18", description="Oldest system that can load the package."

@@ -53,10 +53,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture("gemma2", _GEMMA, whole_heads=True, windows=True),
     "gemma3_text": Architecture("gemma3", _GEMMA, whole_heads=True, windows=True),
     "granite": Architecture(
-        "granite",
-        ROPES | {"embedding", "residual", "attention", "logits"},
-        whole_heads=True,
-        factors=("llama3",),
+        "granite", ROPES | {"embedding", "residual", "attention", "logits"}, whole_heads=True
     ),
     "granitemoehybrid": Architecture(
         "granite", ROPES | {"embedding", "residual", "attention", "logits"}, whole_heads=True

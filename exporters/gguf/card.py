@@ -8,15 +8,26 @@ from pathlib import Path
 
 from compress.formats import Check, Usage
 
-USAGE = Usage(
-    "With [llama.cpp](https://github.com/ggml-org/llama.cpp), or from a Modelfile with "
-    "[Ollama](https://ollama.com), which takes the chat template from the file:",
-    "llama-cli -m {path} -p 'Once upon a time' -n 64\n\n"
+OLLAMA = (
     "echo FROM ./{path} > Modelfile\n"
     "ollama create my-model -f Modelfile\n"
-    "ollama run my-model",
-    "sh",
-    shlex.quote,
+    "ollama run my-model"
+)  # fmt: skip
+USAGE = (
+    Usage(
+        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):",
+        "llama-cli -m {path} -p 'Once upon a time' -n 64",
+        "sh",
+        shlex.quote,
+        "llama-cli --hf-repo {repo} --hf-file {path} -p 'Once upon a time' -n 64",
+    ),
+    Usage(
+        "With [Ollama](https://ollama.com), from a Modelfile; the chat template is in the file:",
+        OLLAMA,
+        "sh",
+        shlex.quote,
+        "hf download {repo} {path} --local-dir .\n" + OLLAMA,
+    ),
 )
 
 

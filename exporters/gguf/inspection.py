@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from compress.plan.shapes import bits_per_weight
+from exporters.gguf.architectures import ARCHITECTURES
 from exporters.gguf.head import read_head
 from exporters.gguf.metadata import CONTEXT_KEY, TYPE_KEY
 from exporters.gguf.mixes import MIXES
@@ -83,8 +84,12 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
     """
     arch = metadata.get("general.architecture", "")
     shapes = {str(tensor["name"]): tensor["shape"] for tensor in tensors}
-    if arch not in CLASSES or not shapes.get("token_embd.weight"):
+    known = arch in CLASSES or any(row.name == arch for row in ARCHITECTURES.values())
+    if not known or not shapes.get("token_embd.weight"):
         return {}
+    # Of other graphs only the MLP's kind matters: the keys of these two give the same memory.
+    gated = "blk.0.ffn_gate.weight" in shapes or arch in ("phi3", "glm4", "chatglm")
+    kind = CLASSES.get(arch, CLASSES["llama" if gated else "phi2"])
 
     def size(key: str, default: int = 0) -> int:
         text = metadata.get(f"{arch}.{key}", "")
@@ -92,8 +97,8 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
 
     heads = size("attention.head_count")
     config = {
-        "architectures": [CLASSES[arch][0]],
-        "model_type": CLASSES[arch][1],
+        "architectures": [kind[0]],
+        "model_type": kind[1],
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": size("embedding_length"),
         "intermediate_size": size("feed_forward_length"),
@@ -102,7 +107,7 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
         "num_key_value_heads": size("attention.head_count_kv", heads),
         "max_position_embeddings": size("context_length"),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "hidden_act": "gelu_new" if arch == "phi2" else "silu",
+        "hidden_act": "gelu_new" if kind == CLASSES["phi2"] else "silu",
     }
     if size("attention.key_length"):
         config["head_dim"] = size("attention.key_length")

@@ -45,6 +45,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         and LARGEST.get(architecture.name) == config.num_hidden_layers
     ):
         folded -= {"attention"}
+    if architecture.name == "gpt2" and not config.qkv_bias:  # the graph has them
+        folded |= {"bias"}
     if folded:
         config = folded_config(config, folded)
     check_expressible(config)
@@ -134,7 +136,7 @@ def check_expressible(config: DecoderConfig) -> None:
     architecture = ARCHITECTURES[config.family]
     arch = architecture.name
     width = config.num_attention_heads * config.head_dim
-    if arch in ("phi2", "phi3") and width != config.hidden_size:
+    if arch in NARROW_HEADS and width != config.hidden_size:
         raise UnsupportedModelError(
             f"llama.cpp's {arch} needs heads x head_dim ({width}) to equal hidden_size "
             f"({config.hidden_size})",
@@ -165,6 +167,9 @@ def check_expressible(config: DecoderConfig) -> None:
             f"rounds contexts up to {CONTEXT_STEP} and would use the long factors"
         )
 
+
+# Graphs whose o_proj is square.
+NARROW_HEADS = ("phi2", "phi3", "nemotron", "chatglm", "gpt2", "gptneox", "falcon")
 
 # Layers of the largest gemma models, for which llama.cpp scales scores by hidden size / heads.
 LARGEST = {"gemma2": 46, "gemma3": 62}

@@ -19,6 +19,14 @@ from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
 from compress.plan.shapes import Plan
 
+# Model types of onnxruntime-genai 0.18 with the inputs of our graphs; "decoder" is any other one.
+GENAI_TYPES = frozenset(
+    (
+        "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "granitemoehybrid", "llama",
+        "mistral", "nemotron", "phi", "phi3", "qwen2", "qwen3", "smollm3",
+    )
+)  # fmt: skip
+
 # Transformers.js: the `dtype` of a session → the suffix of its file. Four bits are "q4".
 DTYPES = {4: "q4", 8: "int8"}
 
@@ -58,7 +66,7 @@ def genai_config(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
     if padding is None and stops:
         padding = stops[0]
     model: dict[str, Any] = {
-        "type": config.model_type,
+        "type": config.model_type if config.model_type in GENAI_TYPES else "decoder",
         "vocab_size": config.vocab_size,
         "context_length": plan.max_context,
         "bos_token_id": config.bos_token_id,

@@ -40,6 +40,14 @@ CONTEXT_KEY = "packlight.context"
 TYPE_KEY = "packlight.type"  # name of a chosen mix
 # The cache is float32: GroupQueryAttention computes in the type of its cache.
 KV_BYTES = 4
+# Model types whose num_key_value_heads, and whose head_dim, optimum-onnx 0.1.0 reads.
+OPTIMUM_GROUPED = frozenset(
+    (
+        "arcee", "cohere", "falcon", "gemma", "gemma3_text", "glm", "granite", "helium", "llama",
+        "mistral", "nemotron", "qwen2", "qwen3", "smollm3", "stablelm",
+    )
+)  # fmt: skip
+OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -221,20 +229,26 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
             "them smaller"
         )
     if config.max_context < config.max_position_embeddings and context == config.max_context:
+        why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
+        if not config.ropes[0].original_context:
+            why = f"attention changes beyond {config.max_context} positions"
         yield (
-            f"{config.ropes[0].kind} rotary factors are those for short prompts: the artifact "
-            f"holds {config.max_context} positions, not {config.max_position_embeddings}"
+            f"{why}: the artifact holds {config.max_context} positions, not "
+            f"{config.max_position_embeddings}"
         )
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
     if (
-        config.model_type in ("phi3", "phi")
+        config.model_type not in OPTIMUM_GROUPED
         and config.num_key_value_heads != config.num_attention_heads
     ):
         yield (
             f"optimum-onnx 0.1.0 ignores num_key_value_heads for {config.model_type} and "
             "cannot run this folder; onnxruntime and ORT GenAI can"
         )
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
+    if (
+        config.head_dim * config.num_attention_heads != config.hidden_size
+        and config.model_type not in OPTIMUM_WIDE
+    ):
         yield (
             "optimum-onnx 0.1.0 ignores head_dim and cannot run this folder; onnxruntime "
             "and ORT GenAI can"

@@ -54,19 +54,8 @@ class OnnxRuntime:
                 "onnxruntime is not installed", hint="pip install onnxruntime"
             ) from error
         graph = find_graph(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or available_cpus()
-        options.log_severity_level = 4  # its errors are raised as exceptions
-        try:
-            session = onnxruntime.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # pybind11 classes without a common base
-            raise ArtifactError(
-                f"onnxruntime refuses {graph.name}: {first_line(error)}",
-                hint="an interrupted copy? the .onnx_data file must lie beside the .onnx file",
-            ) from error
-        self._session: Any = session
+        self._graph, self._threads = graph, threads or available_cpus()
+        session = self._session = self._open()
         self._version: str = onnxruntime.__version__
         self._vocab: int = session.get_outputs()[0].shape[-1]
         held = session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
@@ -77,6 +66,28 @@ class OnnxRuntime:
                 _, heads, _, size = value.shape
                 self._caches[value.name] = untouched((1, heads, self._context, size))
         self._length, self._batch = 0, batch
+
+    def _open(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 4  # its errors are raised as exceptions
+        try:
+            return onnxruntime.InferenceSession(
+                str(self._graph), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # pybind11 classes without a common base
+            raise ArtifactError(
+                f"onnxruntime refuses {self._graph.name}: {first_line(error)}",
+                hint="an interrupted copy? the .onnx_data file must lie beside the .onnx file",
+            ) from error
+
+    def use_threads(self, count: int) -> None:
+        """Compute on so many threads from now on; loads the graph again, whose session has them."""
+        if count != self._threads:
+            self._threads, self._session = count, None
+            self._session = self._open()
 
     @property
     def name(self) -> str:
@@ -106,6 +117,16 @@ class OnnxRuntime:
         for start in range(0, len(tokens), self._batch):
             last = self._run(tokens[start : start + self._batch])[-1]
         return last.copy()
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        check_room(self._length, len(tokens), self._context)
+        starts = range(0, len(tokens), self._batch)
+        return np.concatenate([self._run(tokens[start : start + self._batch]) for start in starts])
+
+    def rewind(self, length: int) -> int:
+        # The buffers beyond the length are never read.
+        self._length = min(self._length, length)
+        return self._length
 
     def close(self) -> None:
         self._session = None

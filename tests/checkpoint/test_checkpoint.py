@@ -24,6 +24,7 @@ from compress.checkpoint.save import write_checkpoint
 from compress.checkpoint.settle import same_values
 from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, PacklightError, UsageError
+from compress.files import check_unchanged
 from compress.plan.job import describe_model
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -169,7 +170,8 @@ def test_pickled_shards_are_held_one_at_a_time(tmp_path: Path):
     checkpoint = Checkpoint.open(tiny.make("llama", tmp_path, shards=3, safetensors=False))
     for name, info in checkpoint.tensors.items():
         checkpoint.read(name)
-        assert checkpoint._pickle is not None and checkpoint._pickle[0] == info.file
+        last = checkpoint.pickles._last
+        assert last is not None and last[0] == info.file
 
 
 # --- only the requested bytes are read ----------------------------------------------------------
@@ -651,6 +653,34 @@ def with_index(folder: Path, weight_map: Any) -> Path:
 def test_an_index_that_points_outside(shard: str, copy: Path):
     with_index(copy, {NAME: shard})
     refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
+
+
+def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.TempPathFactory):
+    outside = tmp_path_factory.mktemp("outside")
+    names = list(Checkpoint.open(copy).tensors)
+    with_index(copy, dict.fromkeys(names, "a/b/part.safetensors"))
+    (copy / "a" / "b").mkdir(parents=True)
+    shard = (copy / "part.safetensors").rename(copy / "a" / "b" / "part.safetensors")
+    check(copy)
+    opened = Checkpoint.open(copy).opened
+    assert shard in opened
+    check_unchanged(opened)
+    os.utime(shard, (1, 1))
+    refused(lambda: check_unchanged(opened), "part.safetensors has changed since it was opened")
+    elsewhere = shard.rename(outside / "part.safetensors")
+    shard.symlink_to(elsewhere)
+    refused(lambda: Checkpoint.open(copy), "part.safetensors is a link that leads out")
+    shard.unlink()
+    elsewhere.rename(shard)
+    (copy / "a").rename(outside / "a")
+    (copy / "a").symlink_to(outside / "a")
+    refused(lambda: Checkpoint.open(copy), "a is a link that leads out of the checkpoint's folder")
+
+
+def test_options_of_the_hub_with_a_folder_are_told(copy: Path):
+    found = Checkpoint.open(copy, token="hf_secret", cache_dir="x")
+    told = f"--token and --cache-dir of the Hub: not used, {copy} is a local folder"
+    assert found.warnings == [told]
 
 
 def test_an_index_that_does_not_fit(copy: Path):

@@ -13,7 +13,7 @@ from compress.commands import build, verify
 from compress.commands.options import settings_of
 
 # Options that are converted, and options of the console only.
-SHAPED = {"revision", "token", "cache_dir", "junit", "summary", "no_verify"}
+SHAPED = {"revision", "token", "cache_dir", "fetch", "junit", "summary", "no_verify"}
 TOLD = {"as_json", "quiet", "verbose", "progress_file", "checksums"}
 # The converted settings, and settings without an option.
 MADE = {"hub", "ci_files", "verify", "source", "made"}
@@ -31,12 +31,23 @@ def test_every_option_has_its_setting_and_every_setting_its_option(command, kind
 
 def test_settings_have_what_was_typed():
     words = ["MODEL", "-o", "out", "--gate", "bytes=<=1GB", "--seed", "0", "--max-memory", "2GB"]
-    words += ["--revision", "v1", "--junit", "gates.xml", "--context", "64", "--no-verify"]
+    words += [
+        "--fetch",
+        "streaming",
+        "--revision",
+        "v1",
+        "--junit",
+        "gates.xml",
+        "--context",
+        "64",
+        "--no-verify",
+    ]
     context = build.build.make_context("build", words, **CONTEXT)  # as the command line does
     found = settings_of(BuildSettings, context.params, verify=not context.params["no_verify"])
     assert isinstance(found, BuildSettings)
     assert (found.model, found.output, found.gates) == ("MODEL", Path("out"), ("bytes=<=1GB",))
     assert (found.seed, found.max_memory, found.context, found.verify) == (0, 2 * 10**9, 64, False)
-    assert found.hub == {"revision": "v1", "token": None, "cache_dir": None}
+    hub = {"revision": "v1", "token": None, "cache_dir": None, "fetch": "streaming"}
+    assert found.hub == hub
     assert (found.ci_files.junit, found.ci_files.summary) == (Path("gates.xml"), None)
     assert (found.recipe, found.budget, found.plan, found.source) == ("phone-4bit", "", None, "")

@@ -12,8 +12,9 @@ import torch
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import DecoderConfig, WeightMap
-from compress.decoder.decoder import Decoder, reader, visible
+from compress.decoder.decoder import Decoder, reader
 from compress.decoder.kv_cache import Past
+from compress.decoder.layers import visible
 from compress.errors import UsageError
 from compress.plan.shapes import Runtime
 

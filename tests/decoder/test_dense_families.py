@@ -19,6 +19,7 @@ from compress.checkpoint.scalars import ScalarsFolded
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder
 from compress.errors import CheckpointError, UnsupportedModelError
+from compress.plan.job import describe_model
 
 TOLERANCE = 1e-4
 
@@ -120,3 +121,40 @@ def test_what_a_row_does_not_have_is_refused(
     config = Checkpoint.open(exported.checkpoint(row)).config
     with pytest.raises((UnsupportedModelError, CheckpointError), match=reason):
         DecoderConfig.from_hf({**config, **keys})
+
+
+def test_gpt2_may_leave_its_prefix_out(exported: Exports, tmp_path: Path) -> None:
+    """The published gpt2 does, and holds its causal masks."""
+    from safetensors.torch import load_file, save_file
+
+    folder = exported.checkpoint("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+    bare |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(4)}
+    save_file(bare, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    whole, without = Checkpoint.open(folder), Checkpoint.open(tmp_path)
+    config = describe_model(without)
+    name = "blocks.1.q_proj.weight"
+    assert (Stored(without, config).read(name) == Stored(whole, config).read(name)).all()
+
+
+def test_the_text_of_a_gemma_that_sees_pictures(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: the decoder is inside, its config without transformers' defaults."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = ROWS["gemma3_text"].config | {"model_type": "gemma3_text"}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    decoder_config = describe_model(checkpoint)
+    assert any("pictures" in line for line in checkpoint.warnings)
+    decoder = Decoder(decoder_config, Stored(checkpoint, decoder_config).read)
+    ids = tokens(30)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+    assert np.abs(decoder.logits(ids) - expected).max() <= TOLERANCE

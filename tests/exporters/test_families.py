@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve()
 FIGURES = HERE.parents[1] / "golden" / "families.json"
 PAGE = HERE.parents[2] / "docs" / "families.md"
 DIVERGENCE = 0.005  # nats per token, of eight bits from float
+TIE = 0.02  # of logits with a standard deviation of about 2
 SETTINGS: dict[str, dict[str, Any]] = {
     "gguf": {"type": "Q8_0"},
     "onnx": {"bits": 8, "accuracy_level": 0},
@@ -70,7 +71,9 @@ def test_a_cell(request: pytest.FixtureRequest, exported: Exports, row: str, nam
     length = min(16, room - 5)
     sequence = ids[:4]
     for token in greedy(runtime, sequence, length):  # through the cache
-        assert int(runtime.logits(sequence)[-1].argmax()) == token  # without
+        logits = runtime.logits(sequence)[-1]  # without
+        # In float16 sums of other lengths round otherwise, which can turn two equal tokens.
+        assert logits.max() - logits[token] <= TIE
         sequence.append(token)
     runtime.close()
     if request.config.getoption("--update-golden"):

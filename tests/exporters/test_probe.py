@@ -78,7 +78,7 @@ with closing(run_child([sys.executable, "-c", sys.argv[1]], "it")) as events:
 CHILD = """
 import os, time
 from compress.verify.child import run_as_child
-def work(emit):
+def work(emit, ask):
     emit({"pid": os.getpid()})
     time.sleep(600)
 run_as_child(work)
@@ -99,7 +99,7 @@ ABORTING = """
 import ctypes
 from compress.verify.child import run_as_child
 from exporters.gguf.runtime import load_library
-run_as_child(lambda emit: load_library().functions.ggml_abort(
+run_as_child(lambda emit, ask: load_library().functions.ggml_abort(
     b"ggml.c", ctypes.c_int(7), b"GGML_ASSERT(%s) failed", b"n > 0"))
 """
 

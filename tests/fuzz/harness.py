@@ -64,6 +64,23 @@ def load_libraries() -> None:
         importlib.import_module(name)
 
 
+def make_base_in_fork(folder: Path) -> None:
+    """In a process of its own: a fork of one whose libraries have started threads can hang."""
+    child = os.fork()
+    if not child:
+        from compress import __main__ as cli
+
+        code = 1
+        try:
+            make_base(folder, cli.main)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("the good files could not be made")
+
+
 def run_in_fork(arguments: list[str], box: Path) -> Ending:
     """One command in ``box``/cwd, with a home, a cache and a folder for temporary files."""
     before = everything(box)
@@ -225,9 +242,7 @@ def main() -> int:
     work = given.work.resolve()
     load_libraries()
     if not (work / "base").exists():
-        from compress import __main__ as cli
-
-        make_base(work / "base", cli.main)
+        make_base_in_fork(work / "base")
     bad = 0
     for name in given.rows or ROWS:
         result = fuzz(

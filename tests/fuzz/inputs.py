@@ -33,6 +33,8 @@ JOBS = {
 }  # fmt: skip
 LOOP = "{% for i in range(99999) %}"
 CHATS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "One line of text."}]
+QUESTIONS = [{"question": "One and one is", "choices": [" two", " three"], "answer": 0}] * 3
+SETTINGS = "m/tokenizer_config.json"
 SHARD = "m/model-00001-of-00001.safetensors"
 INSPECT = ["inspect", "m"]
 DRY = ["build", "m", "-r", "rec.yaml", "--dry-run", "-o", "made"]
@@ -42,6 +44,7 @@ GPTQ = [
     *GGUF, "--set", "quantize.solver=gptq", "--set", "calibration.tokens=512",
     "--set", "calibration.sequence_length=64",
 ]  # fmt: skip
+ADAPTER = [*GGUF, "--adapter", "a"]
 PUSH = ["push", "out", "a/b", "--dry-run", "--allow-failed"]
 VERIFY = ["--baseline", "m", "--windows", "2", "--sequence-length", "32", "--threads", "1"]
 
@@ -56,6 +59,7 @@ class Row:
         head: bytes that are mutated of a binary file; 0 for all of it.
         given: the good document, where the file is not there yet.
         hand: name → bytes, tried before the mutations.
+        without: good files that would be read in its place.
     """
 
     file: str
@@ -63,6 +67,7 @@ class Row:
     head: int = 0
     given: Any = None
     hand: Callable[[], dict[str, bytes]] = lambda: DOCUMENTS
+    without: tuple[str, ...] = ()
 
 
 def templates() -> dict[str, bytes]:
@@ -161,14 +166,30 @@ ROWS: dict[str, Row] = {
     "safetensors": Row(SHARD, (INSPECT, GGUF), head=4000, hand=headers),
     "config": Row("m/config.json", (INSPECT, DRY, GGUF)),
     "generation": Row("m/generation_config.json", (GGUF,), given={"eos_token_id": [1, 2]}),
-    "added tokens": Row("m/added_tokens.json", (GGUF, DRY), given={"<x>": 500, "<y>": 501}),
+    "added tokens": Row(
+        "m/added_tokens.json", (GGUF, DRY), given={"<x>": 500, "<y>": 501}, without=(SETTINGS,)
+    ),
     "special tokens": Row(
         "m/special_tokens_map.json", (GGUF, DRY),
         given={"bos_token": {"content": "<s>", "lstrip": False}, "unk_token": "<x>"},
+        without=(SETTINGS,),
+    ),
+    "sentencepiece": Row(
+        "m/tokenizer.model", (GGUF, WRITE), without=("m/tokenizer.json",), hand=dict
     ),
     "tokenizer": Row("m/tokenizer.json", (GGUF, WRITE)),
     "tokenizer settings": Row("m/tokenizer_config.json", (GGUF, WRITE)),
     "chat template": Row("m/chat_template.jinja", (GPTQ,), given="{{ messages }}", hand=templates),
+    "pickle": Row(
+        "m/pytorch_model.bin", (INSPECT, GGUF), head=4000,
+        without=(SHARD, "m/model.safetensors.index.json"),
+    ),
+    "adapter": Row("a/adapter_config.json", (ADAPTER,)),
+    "adapter weights": Row("a/adapter_model.safetensors", (ADAPTER,), head=1000, hand=headers),
+    "task": Row(
+        "task.jsonl", (["verify", "out/gguf", *VERIFY, "--task", "task.jsonl"],),
+        given="\n".join(map(json.dumps, QUESTIONS)), hand=text_lines,
+    ),
     "index": Row("m/model.safetensors.index.json", (INSPECT,)),
     "recipe": Row("rec.yaml", (DRY, ["recipes", "check", "rec.yaml"]), hand=yaml_documents),
     "jobs": Row(
@@ -221,14 +242,18 @@ def make_base(folder: Path, run: Callable[[list[str]], int]) -> None:
         run: packlight's command line, in the current folder.
     """
     import tiny
+    import torch
     from safetensors import safe_open
 
     folder.mkdir(parents=True)
     model = tiny.make("llama", folder / "m", num_hidden_layers=1)
     shard = (model / "model.safetensors").rename(folder / SHARD)
-    with safe_open(shard, "np") as tensors:
+    with safe_open(shard, "pt") as tensors:
         index = {"weight_map": dict.fromkeys(tensors.keys(), shard.name)}
+        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(state, model / "pytorch_model.bin")
+    make_adapter(folder / "a")
     (folder / "rec.yaml").write_text(RECIPE)
     before = Path.cwd()
     os.chdir(folder)
@@ -239,6 +264,24 @@ def make_base(folder: Path, run: Callable[[list[str]], int]) -> None:
         shutil.rmtree("made")
     finally:
         os.chdir(before)
+
+
+def make_adapter(folder: Path) -> None:
+    """A LoRA adapter of one matrix, rank 2."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "use_rslora": False,
+        "base_model_name_or_path": "m", "use_dora": False, "bias": "none",
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    ones = np.ones((2, 256), np.float32)
+    tensors = {f"{name}.lora_A.weight": ones, f"{name}.lora_B.weight": ones.T.copy()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def place_input(name: str, number: int, seed: int, base: Path, cwd: Path) -> tuple[str, list[str]]:
@@ -255,14 +298,15 @@ def place_input(name: str, number: int, seed: int, base: Path, cwd: Path) -> tup
     shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
     target = next(iter(cwd.glob(row.file)), cwd / row.file)
     good = target.read_bytes() if target.exists() else b""
-    hand = list(row.hand().items()) if not row.head or name == "safetensors" else []
+    hand = list(row.hand().items()) if not row.head or row.hand is headers else []
     if number == GOOD:
         label, data = "good", good if row.given is None else encoded(row.given)
     elif number < len(hand):
         label, data = hand[number]
     else:
         label, data = "mutated", mutated(rng, row, good, target.suffix)
-    target.unlink(missing_ok=True)  # a link to the good one
+    for other in (target, *(cwd / name for name in row.without)):  # a link to the good one
+        other.unlink(missing_ok=True)
     target.write_bytes(data)
     return label, rng.choice(row.commands)
 

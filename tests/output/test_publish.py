@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,18 @@ import numpy as np
 import pytest
 import sample_report
 from commands import packlight, refused
+from exported import greedy
 from fake_hub import LARGE, TOKEN, Hub
+from loaders import COUNT, TRANSFORMERS, Case, with_node
 
 from compress.output.checksums import write_checksums
 from compress.report.pages import model_card
+from compress.report.report import Report
+from exporters.onnx.runtime import OnnxRuntime
 
 NAME = "someone/SmolThinker-GGUF"
+DATA = "onnx/onnx/model_q4.onnx_data"
+GGUF = "gguf/SmolThinker-1.1B-Q4_K_M.gguf"
 
 
 @pytest.fixture
@@ -32,11 +40,13 @@ def finished(folder: Path, *, passed: bool = True, verified: bool = True) -> Pat
     """A build's folder: its pages from a report, and large files in place of artifacts."""
     gates = {"bytes": "<1TB"} if passed else sample_report.GATES
     report = sample_report.make(gates=gates, verified=verified)
-    (folder / "onnx").mkdir(parents=True)
+    for inside in ("onnx/onnx", "gguf", "coreml"):
+        (folder / inside).mkdir(parents=True)
     random = np.random.default_rng(0)
-    (folder / "onnx" / "model.onnx_data").write_bytes(random.bytes(LARGE + 1))
-    (folder / "onnx" / "config.json").write_text("{}\n")
-    (folder / "SmolThinker-1.1B-Q4_K_M.gguf").write_bytes(random.bytes(1000))
+    (folder / DATA).write_bytes(random.bytes(LARGE + 1))
+    (folder / "onnx" / "config.json").write_text('{"model_type": "llama"}\n')
+    (folder / "coreml" / "config.json").write_text("{}\n")
+    (folder / GGUF).write_bytes(random.bytes(1000))
     (folder / "plan.json").write_text("{}\n")
     (folder / "report.json").write_text(json.dumps(report.to_dict()))
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -52,6 +62,20 @@ def push(hub: Hub, *arguments: object, **environment: str) -> subprocess.Complet
     return packlight("push", *arguments, env=kept | home | token | environment)
 
 
+def published(folder: Path) -> dict[str, bytes]:
+    """What a push of the folder makes of it: files by the places where loaders look for them."""
+    found = files_of(folder)
+    moved = {
+        DATA: "onnx/model_q4.onnx_data",
+        "onnx/config.json": "config.json",
+        GGUF: "SmolThinker-1.1B-Q4_K_M.gguf",
+    }
+    found = {moved.get(name, name): data for name, data in found.items() if name != "SHA256SUMS"}
+    found["README.md"] = model_card(Report.load(folder / "report.json"), NAME).encode()
+    sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(found.items())]
+    return found | {"SHA256SUMS": "".join(sums).encode()}
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -62,7 +86,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_becomes_one_commit_with_its_card(hub, tmp_path):
     folder = finished(tmp_path / "out")
-    wanted = files_of(folder)
+    wanted = published(folder)
     (folder / "notes.txt").write_text("mine")
     done = push(hub, folder, NAME, "--private", "--json")
     assert done.returncode == 0, done.stderr
@@ -86,14 +110,28 @@ def test_a_folder_becomes_one_commit_with_its_card(hub, tmp_path):
     assert len(repository.commits) == 1
 
 
+def test_the_card_names_the_repository(hub, tmp_path):
+    folder = finished(tmp_path / "out")
+    assert push(hub, folder, NAME).returncode == 0
+    card = hub.repositories[NAME].branches["main"]["README.md"].decode()
+    assert f"llama-cli --hf-repo {NAME} --hf-file SmolThinker-1.1B-Q4_K_M.gguf " in card
+    assert f'pipeline("text-generation", "{NAME}")' in card
+    assert f"og.Model(snapshot_download('{NAME}', " in card
+    assert f"ORTModelForCausalLM.from_pretrained('{NAME}')" in card
+    assert f"hf download {NAME} --include 'coreml/*'" in card
+    order = [card.index(name) for name in ("onnxruntime_genai", "@huggingface/", "optimum==2.1.0")]
+    assert order == sorted(order)
+    assert NAME not in (folder / "README.md").read_text()
+
+
 def test_a_failure_in_the_middle_is_told_and_the_next_run_goes_on(hub, tmp_path):
     folder = finished(tmp_path / "out")
-    digest = hashlib.sha256((folder / "onnx" / "model.onnx_data").read_bytes()).hexdigest()
+    digest = hashlib.sha256((folder / DATA).read_bytes()).hexdigest()
     hub.refusals = {f"POST /lfs/verify/{digest}": 500}
     done = push(hub, folder, NAME)
     text = refused(done)
     assert f"cannot push to {NAME}: " in text
-    assert "'onnx/model.onnx_data' to the Hub. (500)" in text
+    assert "'onnx/model_q4.onnx_data' to the Hub. (500)" in text
     assert "hint: run it again" in text
     assert hub.repositories[NAME].branches["main"] == {}  # all or nothing
     del hub.objects[digest]  # nothing was uploaded
@@ -109,7 +147,7 @@ def test_a_failure_in_the_middle_is_told_and_the_next_run_goes_on(hub, tmp_path)
     done = push(hub, folder, NAME)
     assert done.returncode == 0, done.stderr
     assert hub.puts() == []
-    assert hub.repositories[NAME].branches["main"] == files_of(folder)
+    assert hub.repositories[NAME].branches["main"] == published(folder)
 
 
 def test_branches_pull_requests_and_another_card(hub, tmp_path):
@@ -118,7 +156,7 @@ def test_branches_pull_requests_and_another_card(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     branches = hub.repositories[NAME].branches
     assert branches["main"] == {}
-    assert branches["v1"] == files_of(folder)
+    assert branches["v1"] == published(folder)
     card = tmp_path / "card.md"
     card.write_text("---\nlicense: mit\n---\n# Mine\n")
     done = push(hub, folder, NAME, "--create-pr", "--card", card, "-q")
@@ -147,28 +185,28 @@ def test_what_is_not_a_good_build_is_refused_without_a_request(hub, tmp_path):
     assert "it has no SHA256SUMS" in refused(push(hub, folder, NAME))
     (tmp_path / "sums").rename(folder / "SHA256SUMS")
     sums = (folder / "SHA256SUMS").read_text()
-    large = folder / "onnx" / "model.onnx_data"
+    large = folder / DATA
     data = bytearray(large.read_bytes())
     data[LARGE // 2] ^= 1
     large.write_bytes(data)
     text = refused(push(hub, folder, NAME))
-    assert "is damaged: onnx/model.onnx_data is not as SHA256SUMS has it" in text
+    assert "is damaged: onnx/onnx/model_q4.onnx_data is not as SHA256SUMS has it" in text
     (folder / "SHA256SUMS").write_text(
         "".join(f"{line}\n" for line in sums.splitlines() if "report.json" not in line)
     )
     assert "is damaged: report.json is not in SHA256SUMS" in refused(push(hub, folder, NAME))
     (folder / "SHA256SUMS").write_text(sums)
     large.unlink()
-    assert "is damaged: onnx/model.onnx_data is missing" in refused(push(hub, folder, NAME))
+    assert "is damaged: onnx/onnx/model_q4.onnx_data is missing" in refused(push(hub, folder, NAME))
     assert hub.requests == []
 
     done = push(hub, failed, NAME, "--allow-failed", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{NAME}: would get 7 files, 10.0")
+    assert done.stdout.startswith(f"{NAME}: would get 8 files, 10.0")
     assert hub.requests == []
     done = push(hub, failed, NAME, "--allow-failed")
     assert done.returncode == 0, done.stderr
-    assert hub.repositories[NAME].branches["main"] == files_of(failed)
+    assert hub.repositories[NAME].branches["main"] == published(failed)
 
 
 @pytest.mark.parametrize(
@@ -200,3 +238,40 @@ def test_a_link_is_not_pushed(hub, tmp_path, name):
     (folder / name).symlink_to(tmp_path / "elsewhere")
     assert f"{name} is a link" in refused(push(hub, folder, NAME))
     assert hub.requests == []
+
+
+BY_ID = """
+import sys
+from pathlib import Path
+from huggingface_hub import snapshot_download
+from loaders import Case, with_genai, with_optimum
+name, *prompt = sys.argv[1:]
+prompt = [int(token) for token in prompt]
+folder = snapshot_download(name, ignore_patterns=["*.gguf", "coreml/*"])
+print([with_optimum(Case(Path(name), prompt)), with_genai(Case(Path(folder), prompt))])
+"""
+
+
+@pytest.mark.slow
+def test_a_pushed_onnx_folder_is_loaded_by_its_id(hub, tmp_path, exported):
+    made = exported("onnx", "qwen2", accuracy_level=0)
+    folder = finished(tmp_path / "out")
+    shutil.rmtree(folder / "onnx")
+    shutil.copytree(made.path, folder / "onnx")
+    write_checksums(folder)
+    done = push(hub, folder, NAME)
+    assert done.returncode == 0, done.stderr
+    prompt = made.tokens(9)
+    ours = greedy(OnnxRuntime(made.path, context=64, threads=1), prompt, COUNT)
+    cache = {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | cache | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        [sys.executable, "-c", BY_ID, NAME, *map(str, prompt)],
+        env={k: v for k, v in environment.items() if k != "HF_HUB_OFFLINE"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [ours, ours]
+    if (TRANSFORMERS / "package.json").is_file() and shutil.which("node"):
+        assert with_node({NAME: Case(Path(NAME), prompt)}, hub.endpoint) == {NAME: ours}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from typing import Any
@@ -69,10 +70,14 @@ def test_the_table_has_the_reports_figures() -> None:
 def test_how_to_run_is_code_that_parses() -> None:
     card = model_card(sample_report.make())
     kinds = blocks(card)
-    assert [language for language, _ in kinds] == ["sh", "python", "sh", "sh"]
+    languages = [language for language, _ in kinds]
+    assert languages == ["sh", "sh", "python", "js", "python", "sh", "sh"]
     assert shlex.split(kinds[0][1])[:3] == ["llama-cli", "-m", "gguf/SmolThinker-1.1B-Q4_K_M.gguf"]
-    assert "from_pretrained('onnx')" in ast.unparse(ast.parse(kinds[1][1]))
-    assert kinds[3][1] == "packlight build acme/SmolThinker-1.1B -r phone-4bit -o out"
+    assert kinds[1][1].startswith("echo FROM ./gguf/SmolThinker-1.1B-Q4_K_M.gguf > Modelfile\n")
+    assert "og.Model('onnx')" in ast.unparse(ast.parse(kinds[2][1]))
+    assert '"./" + "onnx"' in kinds[3][1] and "{{" not in kinds[3][1]
+    assert "from_pretrained('onnx')" in ast.unparse(ast.parse(kinds[4][1]))
+    assert kinds[6][1] == "packlight build acme/SmolThinker-1.1B -r phone-4bit -o out"
 
 
 def test_verdicts() -> None:
@@ -100,7 +105,8 @@ def test_strings_stay_strings() -> None:
     code = [block for _, block in blocks(body)]
     assert code[-1] == evil
     assert shlex.split(code[0])[2] == evil
-    calls = [node for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Constant)]
+    assert json.dumps(evil) in code[3]
+    calls = [node for node in ast.walk(ast.parse(code[4])) if isinstance(node, ast.Constant)]
     assert sum(node.value == evil for node in calls) == 2
     for block in code:
         body = body.replace(block, "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.formats import Check, Usage
 
-USAGE = Usage("Play with it:", "play {path}", "sh", shlex.quote)
+USAGE = (Usage("Play with it:", "play {path}", "sh", shlex.quote),)
 
 
 def find(path: Path) -> list[Path]:

@@ -40,8 +40,8 @@ def test_saved_and_loaded(tmp_path):
     cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     second.mkdir()
     assert cache.load(second) is None
-    cache.save(first, SPEED)
-    cache.save(first, None)  # another was faster
+    cache.save(BaselineStore(first), SPEED)
+    cache.save(BaselineStore(first), None)  # another was faster
     for path in first.iterdir():
         path.unlink()
     found = cache.load(second)
@@ -68,7 +68,7 @@ def test_what_is_damaged_is_not_loaded(tmp_path):
     written(first)
     second.mkdir()
     cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
-    cache.save(first, None)
+    cache.save(BaselineStore(first), None)
     (tmp_path / "kept" / cache.key / "baseline.npz").write_bytes(b"")
     assert cache.load(second) is None
     (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
@@ -89,7 +89,7 @@ def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
             computed.append(number)
             time.sleep(0.05)  # so that the others are there
             store = written(work)
-            cache.save(work, SPEED)
+            cache.save(store, SPEED)
             return store, SPEED
 
     with ThreadPoolExecutor(6) as pool:
@@ -100,14 +100,36 @@ def test_builds_that_want_the_same_answers_compute_them_once(tmp_path):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [cache.key]
 
 
+def test_what_is_added_is_not_in_the_cache_before_it_is_saved(tmp_path):
+    rng = np.random.default_rng(1)
+    logits = [rng.standard_normal((4, 8)).astype(np.float32) for _ in WINDOWS]
+    cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
+    begun = BaselineStore.begin(tmp_path / "work", WINDOWS)
+    assert begun.ready == 0
+    one = begun.extend(logits[:1], 1)
+    cache.save(one, SPEED)
+    kept = tmp_path / "kept" / cache.key / "logprobs.u16"
+    before = kept.read_bytes()
+    both = one.extend(logits[1:], 2)
+    assert (one.ready, both.ready) == (1, 2) and kept.read_bytes() == before
+    cache.save(both, SPEED)
+    cache.save(one, None)  # fewer windows replace nothing
+    whole = BaselineStore.write(tmp_path / "whole", WINDOWS, logits)
+    (tmp_path / "again").mkdir()
+    found = cache.load(tmp_path / "again")
+    assert found is not None and found[0].ready == 2 and found[1] == SPEED
+    assert kept.read_bytes() == (whole.folder / "logprobs.u16").read_bytes()
+    assert np.array_equal(found[0].nll, whole.nll)
+
+
 def test_what_is_damaged_is_computed_once_again(tmp_path):
     cache = BaselineCache.of(tmp_path / "kept", "model", WINDOWS, "torch")
     written(tmp_path / "first")
-    cache.save(tmp_path / "first", None)
+    cache.save(BaselineStore(tmp_path / "first"), None)
     (tmp_path / "kept" / cache.key / "facts.json").write_text("{")
     with cache.found(tmp_path / "first") as found:
         assert found is None
-        cache.save(tmp_path / "first", SPEED)
+        cache.save(BaselineStore(tmp_path / "first"), SPEED)
     with cache.found(tmp_path / "first") as found:
         assert found is not None and found[1] == SPEED
 

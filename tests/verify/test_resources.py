@@ -17,10 +17,11 @@ from echo_model import EchoModel, text_windows
 
 from compress import verify
 from compress.errors import ArtifactError, RuntimeMissingError
-from compress.verify import BaselineStore, quality, verify_artifact
+from compress.verify import BaselineStore, Rounds, gates, quality, verify_artifact
 from compress.verify.child import Event
 from compress.verify.generate import check_generation, greedy
 from compress.verify.resources import AnonymousPeak, measure_speed, peak_memory, read_status
+from compress.verify.stopping import Stopping, shuffled
 
 PROBE = [sys.executable, str(Path(__file__).parents[1].joinpath("echo_model.py"))]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -51,12 +52,39 @@ def test_one_artifact_in_its_own_process(baseline: BaselineStore) -> None:
     assert found.generation.prompt == tuple(baseline.windows[0][:16].tolist())
     used = found.resources
     assert used.runtime == "numpy echo 1.0"
-    assert used.speed.prefill_tokens == 64 and used.speed.decode_tokens == 32
+    assert used.speed.prefill_tokens == 64 and used.speed.decode_tokens == 8
     assert used.speed.prefill_tokens_per_second > 0 and used.speed.decode_tokens_per_second > 0
     assert not list(baseline.folder.glob("scores-*"))
 
 
 @linux
+def test_rounds_until_the_verdict_stands(tmp_path: Path) -> None:
+    """A child that scores two windows, asks, and scores further ones of a baseline that grows."""
+    model = EchoModel(64)
+    windows = text_windows(64, 9, 128)
+    mixed, places = shuffled(windows)
+    store = BaselineStore.begin(tmp_path, mixed)
+    extended: list[int] = []
+
+    def extend(ready: int) -> None:
+        nonlocal store
+        extended.append(ready)
+        store = store.extend(map(model.logits, mixed[store.ready : ready]), ready)
+
+    def verified(limit: str) -> verify.Verified:
+        stopping = Stopping(tuple(gates.parse({"kl_divergence": limit})), 9, exact=False)
+        rounds = Rounds(stopping, lambda n: extend(n) if n > store.ready else None, places)
+        return verify_artifact(Path("m"), "works", store, rounds, context=128, probe=PROBE)
+
+    certain = verified("<=50")
+    assert extended == [2] and certain.quality.windows == 2
+    assert certain.stopped == "every gate is passed by 3 standard errors"
+    near = verified(f"<={certain.quality.kl_mean.value:.6f}")
+    assert extended[:2] == [2, 4] and near.quality.windows == extended[-1]
+    exact = quality.score(EchoModel(64, noise=0.5), store, range(near.quality.windows))
+    assert near.quality == quality.summarize(exact.in_text_order(places))
+
+
 def test_the_peak_is_the_childs_own(baseline: BaselineStore) -> None:
     """200 MiB held for a moment in the child are seen; 300 MiB held here are not."""
     ballast = np.ones(300 << 17)
@@ -109,7 +137,7 @@ def test_a_slow_runtime_sends_an_event_after_every_run(
     stages = [index for index, event in enumerate(events) if "stage" in event]
     counts = [j - i - 1 for i, j in itertools.pairwise(stages)]
     loading, generating, computing = counts
-    assert loading == 1 + (1 + 4) + 3 * (1 + 32)  # loaded, a warm-up, three measurements
+    assert loading == 1 + (1 + 4) + 2 * (1 + 8)  # loaded, a warm-up, two measurements
     assert generating == 32 and computing == len(baseline.windows)
 
 
@@ -134,7 +162,7 @@ class Calls(EchoModel):
 def test_speed_then_a_sample_then_every_window(baseline: BaselineStore, tmp_path: Path) -> None:
     runtime = Calls()
     events = examine(runtime, baseline, tmp_path, every=0.0)
-    speed = [("feed", 64), *[("feed", 1)] * 4, *[("feed", 64), *[("feed", 1)] * 32] * 3]
+    speed = [("feed", 64), *[("feed", 1)] * 4, *[("feed", 64), *[("feed", 1)] * 8] * 2]
     sample = [("feed", 16), *[("feed", 1)] * 31, ("logits", 16 + 31)]
     assert runtime.calls == [*speed, *sample, *[("logits", 33)] * 4]
     assert events[-1]["log_likelihoods"] == []

@@ -306,7 +306,8 @@ def test_plan_defaults(exported: Exports) -> None:
     plan = plan_for("coreml", exported.config("llama3"), {}, model_name="M")
     assert (plan.format, plan.type_name, plan.max_context) == ("coreml", "int4-g32", 2048)
     grids = {entry.name: entry.grid for entry in plan.entries}
-    assert grids["embed_tokens.weight"] == grids["blocks.1.down_proj.weight"] == "int4-g32"
+    assert grids["embed_tokens.weight"] == "int8-g32"  # the head's, too
+    assert grids["blocks.1.down_proj.weight"] == "int4-g32"
     assert grids["norm.weight"] == "F32"
     assert "lm_head.weight" not in grids
     assert all(type(entry.nbytes) is int for entry in plan.entries)
@@ -316,6 +317,33 @@ def test_plan_defaults(exported: Exports) -> None:
     assert grids["embed_tokens.weight"] == "int8-channel"
     assert grids["lm_head.weight"] == "lut4-g8"
     assert grids["blocks.0.q_proj.bias"] == "F16"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "embedding"),
+    [
+        ("qwen2", {"grid": "int4-g64-asym"}, "int8-g64-asym"),
+        ("qwen2", {"grid": "lut4-g8"}, "int8-channel"),
+        ("qwen2", {"grid": "lut8-g8"}, "lut8-g8"),
+        ("qwen2", {"grid": "F16"}, "F16"),
+        ("qwen2", {"grid": "lut4-g8", "embedding": "lut6-g8"}, "lut6-g8"),
+        ("phi", {"grid": "lut4-g8"}, "lut4-g8"),  # not tied
+    ],
+)
+def test_a_tied_embedding_has_8_bits_unless_the_recipe_says_otherwise(
+    exported: Exports, family: str, settings: dict[str, Any], embedding: str
+) -> None:
+    plan = plan_for("coreml", exported.config(family), settings)
+    grids = {entry.name: entry.grid for entry in plan.entries}
+    assert grids["embed_tokens.weight"] == embedding
+    assert grids["blocks.1.down_proj.weight"] == settings["grid"]
+
+
+def test_a_tied_embedding_that_is_most_of_the_weights_stays_as_the_blocks(
+    exported: Exports,
+) -> None:
+    plan = plan_for("coreml", exported.config("qwen2", vocab_size=8192), {"grid": "int4-g32"})
+    assert plan.entries[2].name == "embed_tokens.weight" and plan.entries[2].grid == "int4-g32"
 
 
 def test_rows_that_do_not_divide_take_smaller_groups_and_say_so(exported: Exports) -> None:

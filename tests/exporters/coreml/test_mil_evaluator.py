@@ -278,6 +278,16 @@ def test_half_mode_rounds_every_value(tmp_path: Path) -> None:
     np.testing.assert_array_equal(next(iter(rounded.values())), expected)
 
 
+def test_an_overflow_of_float16_is_refused_by_name(tmp_path: Path) -> None:
+    """Core ML would go on with infinity; one that is given, as in masks, is none."""
+    path = save(tmp_path / "wide.mlpackage", lambda x: mb.mul(x=x, y=np.float16(4), name="wide"))
+    inputs = {"x": 30000 * ONES}
+    with pytest.raises(ArtifactError, match=r"'wide': 120,000 is more than float16"):
+        Evaluator(path, fp16=True).predict(inputs)
+    infinite = {"x": -np.inf * ONES}
+    assert np.isinf(Evaluator(path, fp16=True).predict(infinite)["wide"]).all()
+
+
 def test_unknown_operation_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "sinh.mlpackage", lambda x: mb.sinh(x=x, name="strange"))
     with pytest.raises(ArtifactError, match=r"unknown op 'sinh' \('strange'\)"):

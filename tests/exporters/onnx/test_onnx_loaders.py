@@ -1,4 +1,8 @@
-"""One folder, three runtimes: onnxruntime, Optimum and ORT GenAI give the same tokens."""
+"""One folder, every loader: each gives the tokens of our own loop, or what docs/loaders.md tells.
+
+The table is made from tests/golden/loaders.json; ``--update-golden`` renews what the installed
+loaders say. Transformers.js is slow and needs ``make loaders``.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +10,102 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from exported import Exported, Exports, greedy
+from loaders import COUNT, LOADERS, Case, told, with_genai, with_optimum
+from tiny_families import ROWS
 from transformers import AutoTokenizer
 
 from exporters.onnx.runtime import OnnxRuntime
 
-COUNT = 16
+ROOT = Path(__file__).resolve().parents[3]
+GOLDEN, PAGE = ROOT / "tests/golden/loaders.json", ROOT / "docs/loaders.md"
+FAMILIES = (
+    "llama", "llama3", "mistral", "phi3", "phi3-window", "phi3-longrope", "phi4-mini", "phi",
+    "qwen2", "qwen3", "mobilellm",
+)  # fmt: skip
+DENSE = tuple(row for row in ROWS if ROWS[row].models and "onnx" not in ROWS[row].refused)
+GROUPS = {"first": FAMILIES, "dense": DENSE}
+RUNS = "runs"
 
 
 def open_runtime(made: Exported) -> OnnxRuntime:
     return OnnxRuntime(made.path, context=made.config.max_context, threads=1)
 
 
-def with_optimum(folder: Path, prompt: list[int]) -> list[int]:
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    model = ORTModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([prompt])
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=COUNT,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    tokens: list[int] = generated[0].tolist()[len(prompt) :]
-    return tokens
-
-
-def with_genai(folder: Path, prompt: list[int]) -> list[int]:
-    import onnxruntime_genai as genai
-
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    length = len(prompt) + COUNT
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(np.array([prompt], np.int32))
-    tokens = []
-    while len(tokens) < COUNT:
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    return tokens
-
-
 # At accuracy_level 0, where a near-tie of two random logits cannot turn on a rounding to int8.
+def made(exported: Exports, family: str) -> Exported:
+    return exported("onnx", family, accuracy_level=0, symmetric=family != "llama")
+
+
+@pytest.mark.parametrize("group", ["first", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "family",
-    ["llama", "llama3", "mistral", "phi3-window", "phi3-longrope", "phi", "qwen2", "mobilellm"],
+    "name",
+    [
+        *("onnxruntime", "genai", "optimum"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("node", "wasm", "webgpu")),
+    ],
 )
-def test_same_tokens_in_every_runtime(exported: Exports, family: str) -> None:
-    case = exported("onnx", family, accuracy_level=0, symmetric=family != "llama")
-    prompt = case.tokens(9)
-    ours = greedy(open_runtime(case), prompt, COUNT)
-    assert with_optimum(case.path, prompt) == ours
-    assert with_genai(case.path, prompt) == ours
+def test_a_loader_gives_our_tokens(exported: Exports, name: str, group: str, request: Any) -> None:
+    loader, families = LOADERS[name], GROUPS[group]
+    version = loader.version()
+    cases = {f: Case(made(exported, f).path, made(exported, f).tokens(9)) for f in families}
+    said: dict[str, str] = {}
+    for family, answer in loader.run(cases).items():
+        if isinstance(answer, str):
+            said[family] = told(answer, cases[family].folder)
+        else:
+            ours = greedy(open_runtime(made(exported, family)), cases[family].prompt, COUNT)
+            said[family] = RUNS if answer == ours else "other tokens"
+    if request.config.getoption("--update-golden"):
+        table = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+        known = table.get(name, {}).get("families", {}) | said
+        row = {"title": loader.title, "version": version}
+        table[name] = row | {"families": {f: known[f] for f in (*FAMILIES, *DENSE) if f in known}}
+        table = {key: table[key] for key in LOADERS if key in table}
+        GOLDEN.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(rendered(table), encoding="utf-8")
+    known = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["families"]
+    assert said == {family: known[family] for family in families}
+    if group == "first":
+        # optimum-onnx 0.1.0 reads some families' cache shape wrongly, which the plan's notes say.
+        warned = [f for f in families if "optimum" in " ".join(made(exported, f).plan.notes)]
+        refused = [f for f in families if said[f] != RUNS]
+        assert refused == (warned if name == "optimum" else [])
 
 
-# optimum-onnx 0.1.0 reads the shape of their cache wrongly, which the plan's notes say.
-@pytest.mark.parametrize("family", ["phi4-mini", "qwen3"])
-def test_same_tokens_in_genai(exported: Exports, family: str) -> None:
-    case = exported("onnx", family, accuracy_level=0)
-    assert "optimum" in " ".join(case.plan.notes)
-    prompt = case.tokens(9)
-    assert with_genai(case.path, prompt) == greedy(open_runtime(case), prompt, COUNT)
+def rendered(table: dict[str, Any]) -> str:
+    """docs/loaders.md from the golden table."""
+    lines = [
+        "# Loaders",
+        "",
+        "One ONNX folder, tried with everything that loads it: 16 greedy tokens of each family's",
+        "small random checkpoint are compared with those of packlight's own loop. Renewed by",
+        "`pytest tests/exporters/onnx/test_onnx_loaders.py -m '' --update-golden` where",
+        "`make loaders` has installed Transformers.js; versions are those of the last renewal.",
+        "",
+    ]
+    lines += [f"- {row['title']}: {row['version']}" for row in table.values()]
+    lines += ["", f"| family | {' | '.join(row['title'] for row in table.values())} |"]
+    lines += [f"| --- |{' --- |' * len(table)}"]
+    for family in (*FAMILIES, *DENSE):
+        cells = [row["families"].get(family, "") for row in table.values()]
+        marks = " | ".join(cell if cell in (RUNS, "") else "no" for cell in cells)
+        lines.append(f"| {family} | {marks} |")
+    refusals = [
+        f"- {row['title']}, {family}: `{cell}`"
+        for row in table.values()
+        for family, cell in row["families"].items()
+        if cell != RUNS
+    ]
+    lines += ["", "What the others say:", "", *refusals] if refusals else []
+    return "\n".join([*lines, ""])
+
+
+def test_the_page_is_the_table() -> None:
+    table = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert list(table) == list(LOADERS)
+    assert PAGE.read_text(encoding="utf-8") == rendered(table)
 
 
 def test_same_tokens_with_the_default_settings(exported: Exports) -> None:
@@ -80,8 +113,8 @@ def test_same_tokens_with_the_default_settings(exported: Exports) -> None:
         case = exported("onnx", "phi3", **settings)
         prompt = case.tokens(9)
         ours = greedy(open_runtime(case), prompt, COUNT)
-        assert with_optimum(case.path, prompt) == ours
-        assert with_genai(case.path, prompt) == ours
+        assert with_optimum(Case(case.path, prompt)) == ours
+        assert with_genai(Case(case.path, prompt)) == ours
 
 
 def read(case: Exported, name: str) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""Checks the files of a tokenizer before the library ``tokenizers`` loads them, which trusts them.
+
+It lays out memory for every id up to the largest, its replacements can double a text forty times,
+and it prints unknown keys of tokens as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress.decoder.config_json import json_or_empty, read_json
+from compress.errors import CheckpointError
+
+MOST_IDS = 1 << 24  # real vocabularies have up to a million
+MOST_GROWTH = 1 << 10  # bytes of text for one given byte; real tokenizers up to about a hundred
+TOKEN_KEYS = {
+    "__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special",
+}  # fmt: skip
+
+
+def check_files(folder: Path) -> bool:
+    """Check the vocabulary's ids and the steps before it.
+
+    Returns:
+        Whether a token has keys that the library would print.
+
+    Raises:
+        CheckpointError: no JSON, an id beyond ``MOST_IDS``, or steps that make more of a text than
+            ``MOST_GROWTH``.
+    """
+    name = "tokenizer.json" if (folder / "tokenizer.json").exists() else "vocab.json"
+    document = read_json(folder / name) if (folder / name).exists() else {}
+    model = document if name == "vocab.json" else document.get("model")
+    vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
+    added = document.get("added_tokens")
+    tokens = added if isinstance(added, list) else []
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in tokens if isinstance(token, dict)]
+    largest = max((index for index in ids if isinstance(index, int)), default=0)
+    if largest >= MOST_IDS:
+        raise CheckpointError(
+            f"{name} has a token with the id {min(largest, 1 << 64):,}: damaged?",
+            hint="ids count from 0; the largest that packlight reads is 16,777,215",
+        )
+    grows = math.prod(growth(document.get(key)) for key in ("normalizer", "pre_tokenizer"))
+    if grows > MOST_GROWTH:
+        raise CheckpointError(
+            f"{name} replaces text by longer text so often that {MOST_GROWTH:,} bytes and more "
+            "become of one"
+        )
+    others = ("tokenizer_config.json", "special_tokens_map.json")
+    return any(map(has_odd_token, [tokens, *(json_or_empty(folder / other) for other in others)]))
+
+
+def has_odd_token(value: Any) -> bool:
+    """Whether a JSON value holds an added token with keys that the library does not know."""
+    if isinstance(value, dict):
+        odd = "content" in value and not value.keys() <= TOKEN_KEYS
+        return odd or any(map(has_odd_token, value.values()))
+    return isinstance(value, list) and any(map(has_odd_token, value))
+
+
+def growth(step: Any) -> int:
+    """The most bytes that a normalizer or pre-tokenizer makes of one byte, about."""
+    if not isinstance(step, Mapping):
+        return 1
+    steps = step.get("normalizers") or step.get("pretokenizers")
+    if isinstance(steps, list):
+        return math.prod(map(growth, steps))
+    kind, pattern = step.get("type"), step.get("pattern")
+    size, content = 0, step.get("prepend" if kind == "Prepend" else "content")
+    if isinstance(content, str):
+        size = len(content.encode("utf-8", "replace"))
+    if kind == "Replace" and isinstance(pattern, Mapping) and (given := pattern.get("String")):
+        return max(1, -(-size // len(str(given).encode("utf-8", "replace"))))
+    if kind in ("Prepend", "Replace"):  # a regular expression may match between any two bytes
+        return 1 + size
+    if kind == "Precompiled":
+        try:
+            table = base64.b64decode(str(step.get("precompiled_charsmap")))
+        except ValueError:
+            return 1
+        texts = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(1, *map(len, texts.split(b"\0")))
+    return 2 if kind == "ByteLevel" else 1
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Discard what is written to standard output, also by libraries that are not Python."""
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
