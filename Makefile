@@ -6,9 +6,10 @@ BIN    := $(VENV)/bin
 USER   := $(VENV)/.installed-user
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
+EVAL   := .venv-eval
 NODE   := .venv-node
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 loaders fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval loaders fuzz test-all lint format type check docs clean
 
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
@@ -63,6 +64,19 @@ $(NODE)/.installed:
 	npm install --silent --ignore-scripts --no-save --prefix $(NODE) @huggingface/transformers@4.3.2
 	touch $@
 
+# lm-evaluation-harness (packlight[eval]) and its data sets, in a layer over .venv of the same form.
+test-eval: $(EVAL)/.installed
+	$(EVAL)/bin/python -m pytest -n 0 tests/harness
+
+$(EVAL)/.installed: $(STAMP) constraints.txt
+	$(PYTHON) -m venv $(EVAL)
+	for site in $(CURDIR)/$(VENV)/lib/python3.*/site-packages; do \
+		printf '%s\n' "$$site" $(CURDIR) > $(EVAL)/lib/$$(basename $${site%/*})/site-packages/below.pth; \
+	done
+	$(EVAL)/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+		-c constraints.txt lm-eval datasets
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,4 +98,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(NODE) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache

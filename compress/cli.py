@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from compress import __version__
-from compress.commands import batch, build, doctor, inspect, push, recipes, verify
+from compress.commands import batch, build, doctor, eval, inspect, push, recipes, verify
 from compress.errors import UsageError, did_you_mean, printable_line
 from compress.formats import FORMATS
 
@@ -50,6 +50,7 @@ cli = click.Group(
         build.demo,
         batch.batch,
         verify.verify,
+        eval.evaluate,
         inspect.inspect,
         inspect.fit,
         push.push,

@@ -373,19 +373,19 @@ def own_process() -> None:
     make_deterministic()  # before anything that computes
 
 
-def die_with_parent(heard: Callable[[bytes], object] = len) -> None:
+def die_with_parent(received: Callable[[bytes], object] = len) -> None:
     """End this process and its session when the process at the other end of its stdin ends, even by
     ``kill -9``. Does nothing where stdin is not a pipe.
 
     Works where Linux's parent-death signal does not exist, and from any thread.
 
     Args:
-        heard: called, in a thread, with what is read from stdin until then.
+        received: called, in a thread, with what is read from stdin until then.
     """
 
     def wait() -> None:
         while data := os.read(0, 4096):
-            heard(data)
+            received(data)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(128 + signal.SIGKILL)

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"solvers"},
     {"pruning"},
     {"verify"},
-    {"allocation", "report"},
+    {"allocation", "harness", "report"},
     {"output"},
     {"build"},
     {"exporters", "batch"},

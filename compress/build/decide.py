@@ -108,6 +108,27 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    """Settings of ``packlight eval``: one field for each option of the same name."""
+
+    artifacts: Sequence[Path]
+    baseline: str
+    tasks: Sequence[str]
+    adapters: Sequence[str] = ()
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+    gates: Sequence[str] = ()
+    context: int | None = None
+    output: Path | None = None
+    threads: int = 0
+    max_memory: int | None = None
+    ci_files: CiFiles | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a build will do, decided before any weight is read.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress.build.pipeline import make_report
-from compress.build.decide import VerifySettings
+from compress.build.decide import EvalSettings, VerifySettings
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.checkpoint.checkpoint import Stored
 from compress.console import Console
@@ -45,7 +46,7 @@ def verify(settings: VerifySettings, console: Console) -> Report:
             previous = Previous.read(settings.against, settings.max_regression)
         text = read_text(settings.eval_text)
         tasks = [read_task(path) for path in settings.tasks]
-        job, artifacts = adopt_all(settings, recipe, console)
+        job, artifacts = adopt_all([settings.artifact], settings, recipe, console)
         check_memory(job, console, limit=settings.max_memory, verify=True, writes=False)
         scorer = Scorer(job, text, settings.threads, console, tasks, limits=limits)
         if previous:
@@ -70,19 +71,25 @@ def verification_recipe(settings: VerifySettings) -> Recipe:
 
 
 def adopt_all(
-    settings: VerifySettings, recipe: Recipe, console: Console
+    paths: Sequence[Path], settings: VerifySettings | EvalSettings, recipe: Recipe, console: Console
 ) -> tuple[Job, list[Artifact]]:
     """Existing artifacts, and a job as if they had been built from the given float model.
 
+    Args:
+        paths: an artifact or the folder of a build each.
+        settings: with the float model.
+        recipe: of the job, without targets.
+        console: gets warnings.
+
     Raises:
-        UsageError: there are none, or one is not of the float model.
+        UsageError: a path has none, or one is not of the float model.
     """
-    found = find_artifacts(settings.artifact)
-    if not found:
-        raise UsageError(
-            f"{settings.artifact} is not an artifact",
-            hint=", ".join([*(row.place for row in FORMATS.values()), "or the folder of a build"]),
-        )
+    found: list[tuple[str, Path]] = []
+    for path in paths:
+        if not (here := find_artifacts(path)):
+            places = [*(row.place for row in FORMATS.values()), "or the folder of a build"]
+            raise UsageError(f"{path} is not an artifact", hint=", ".join(places))
+        found += here
     checkpoint = Checkpoint.open(settings.baseline, adapters=settings.adapters, **settings.hub)
     for line in checkpoint.warnings if settings.adapters else ():
         console.warning(line)

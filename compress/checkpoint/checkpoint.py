@@ -107,7 +107,9 @@ class Checkpoint:
         except CheckpointError:
             find_family(self.config)  # an unknown architecture explains other dtypes and names
             raise
-        self.opened = {file: before.get(file) for file in self.files()}
+        files = self.files()
+        before |= stamps(file for file in files if file.parent != path)  # in subfolders
+        self.opened = {file: before.get(file) for file in files}
         if self.config.get("model_type") == "gemma3" and "text_config" in self.config:
             from compress.checkpoint.text_part import text_part
 
@@ -147,8 +149,10 @@ class Checkpoint:
             from compress.checkpoint.merged import merge
 
             local = os.path.exists(os.path.expanduser(str(model)))
-            access = {} if local else {"token": token, "cache_dir": cache_dir}  # the adapters'
-            base = cls.open(model, revision=revision, fetch=fetch, headers=headers, **access)
+            base = cls.open(  # in a local folder, the Hub's options are those of the adapters
+                model, revision=revision, fetch=fetch, headers=headers,
+                token=None if local else token, cache_dir=None if local else cache_dir,
+            )  # fmt: skip
             return merge(base, adapters, token=token, cache_dir=cache_dir)
         name = str(model)
         if not name:  # an empty path, e.g. from an unset shell variable, is not the current folder
@@ -165,12 +169,14 @@ class Checkpoint:
                 hint="leave it out, or give a Hub id",
             )
         if folder.is_dir():
-            found = cls(folder)
+            checkpoint = cls(folder)
             if idle := [
                 f"--{k}" for k, given in (("token", token), ("cache-dir", cache_dir)) if given
             ]:
-                found.warn(f"{' and '.join(idle)} of the Hub: not used, {name} is a local folder")
-            return found
+                checkpoint.warn(
+                    f"{' and '.join(idle)} of the Hub: not used, {name} is a local folder"
+                )
+            return checkpoint
         if folder.is_file():
             raise other_file(folder)
         if name.startswith(("file://", "local://")):
@@ -190,12 +196,17 @@ class Checkpoint:
                 hint="give a folder that holds config.json and *.safetensors, a Hub id "
                 "such as microsoft/Phi-3-mini-4k-instruct, or a URL such as s3://bucket/model",
             )
-        hub, found = {"revision": revision, "token": token, "cache_dir": cache_dir}, None
+        found = None
         if fetch != "download":
             from compress.checkpoint.streaming import find_hub
 
-            found = find_hub(name, fetch=fetch, headers=headers, **hub)
-        path, remote = found or (download(name, **hub), None)
+            found = find_hub(
+                name, fetch=fetch, headers=headers, revision=revision, token=token,
+                cache_dir=cache_dir,
+            )  # fmt: skip
+        if found is None:
+            path = download(name, revision=revision, token=token, cache_dir=cache_dir)
+        path, remote = found or (path, None)
         # Hub snapshots are in folders named after the commit.
         return cls(path, name, path.name, remote)
 

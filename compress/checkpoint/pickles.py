@@ -44,7 +44,10 @@ class PickleShards:
                 continue
             if dtype is None or str(tensor.layout) != "torch.strided":
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(f"{file.name}: {short(name)} is {kind}, not a float tensor")
+                raise CheckpointError(
+                    f"{file.name}: {short(name)} is {kind}, not a float tensor",
+                    hint="" if dtype else "save the model with transformers: save_pretrained",
+                )
             nbytes = tensor.numel() * BYTES[dtype]
             tensors[str(name)] = TensorInfo(name, dtype, tuple(tensor.shape), file, -1, nbytes)
         return tensors

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from compress import __version__
 from compress.checkpoint.hub import failure
 from compress.checkpoint.remote import version_tag
 from compress.errors import CheckpointError, one_line
@@ -214,14 +215,12 @@ class HubFile(RemoteFile):
 
     def _request(self, link: str, start: int, stop: int) -> urllib.request.Request:
         """A request for a range; with the token only where the Hub itself has the bytes."""
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import get_token
 
-        request = urllib.request.Request(link)
-        for key, value in build_hf_headers(token=self._token).items():
-            if key.lower() != "authorization":
-                request.add_header(key, value)
-            elif urlsplit(link).netloc == urlsplit(self._url).netloc:
-                request.add_unredirected_header(key, value)
+        request = urllib.request.Request(link, headers={"User-Agent": f"packlight/{__version__}"})
+        token = self._token or get_token()
+        if token and urlsplit(link).netloc == urlsplit(self._url).netloc:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         request.add_header("Range", f"bytes={start}-{stop - 1}")
         request.add_header("Accept-Encoding", "identity")
         return request

@@ -38,7 +38,7 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-Opened = Callable[[Path], BinaryIO | io.RawIOBase]
+Opened = Callable[[Path], io.RawIOBase]
 """Opens a shard by its path, for reading, seekable."""
 
 CHUNK = 1 << 16  # values converted at a time: input and output fit in a core's cache
@@ -67,7 +67,9 @@ class TensorInfo:
     nbytes: int
 
 
-def scan_safetensors(file: Path, opened: Opened | None = None) -> dict[str, TensorInfo]:
+def scan_safetensors(
+    file: Path, opened: Callable[[Path], BinaryIO] | None = None
+) -> dict[str, TensorInfo]:
     """The tensors of a file, from its header; known buffers that are not float are left out.
 
     Args:

@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class RemoteShards:
 
     def scan(self, shard: Path) -> dict[str, TensorInfo]:
         """The tensors of a shard: see ``scan_safetensors``."""
-        found = scan_safetensors(shard, lambda file: self.heads.pop(file.name))
+        found = scan_safetensors(shard, lambda file: io.BufferedReader(self.heads.pop(file.name)))
         self._tensors |= found
         return found
 
@@ -114,7 +114,7 @@ class RemoteShards:
         unknown = [file for name, file in self.files.items() if thorough or not found[name]]
         for file in unknown if thorough or self.size <= small else ():
             digest = hashlib.sha256()
-            file.read(0, file.size, lambda _, data, digest=digest: digest.update(data))
+            file.read(0, file.size, partial(hash_piece, digest))
             if file.sha256 and digest.hexdigest() != file.sha256:
                 raise CheckpointError(
                     f"{file.name} of {file.source} is not what the Hub states: SHA-256 "
@@ -135,6 +135,11 @@ class RemoteShards:
             f"in {self.traffic.requests:,} requests, {times:.1f} times the checkpoint; at most "
             f"{format_bytes(held)} of them were on disk at a time."
         )
+
+
+def hash_piece(digest: hashlib._Hash, _offset: int, data: bytes) -> None:
+    """A sink that hashes; pieces come in order."""
+    digest.update(data)
 
 
 class Head(io.RawIOBase):
@@ -195,8 +200,7 @@ def find_hub(
     Raises:
         CheckpointError: the Hub refuses it; or, with ``streaming``, its weights are pickles.
     """
-    given = {"token": token, "cache_dir": cache_dir}
-    path = download(repo_id, revision=revision, **given, weights=False)
+    path = download(repo_id, revision=revision, token=token, cache_dir=cache_dir, weights=False)
     names = weight_files(path, WEIGHTS[0])
     if not names[1:] and (path / names[0]).is_file():
         return None
@@ -260,10 +264,8 @@ def find_all(
     """The shards that exist; the single file where it does, as ``Checkpoint`` reads it."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(find, names))
-    single, *rest = [(file.name, file) for file in found if file is not None] or [None]
-    if single is None:
-        return {}
-    return dict([single] if single[0] == WEIGHTS[0] else [single, *rest])
+    shards = {file.name: file for file in found if file is not None}
+    return {WEIGHTS[0]: shards[WEIGHTS[0]]} if WEIGHTS[0] in shards else shards
 
 
 def decide(

@@ -393,15 +393,26 @@ class Decoder:
         """Empty the KV cache."""
         self._past = []
 
-    def feed(self, tokens: Sequence[int]) -> Float32:
-        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``."""
+    def feed(self, tokens: Sequence[int], *, every: bool = False) -> Float32:
+        """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``, or
+        for ``every`` one, ``[len(tokens), vocab]``."""
         if not self._past:
             self._past = [Past() for _ in range(self.config.num_hidden_layers)]
         rope = self.rope(self._past[0].length + len(tokens))
         (hidden,) = self.embed([tokens], self._past[0].length)
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
-        return self.head()(hidden[-1:])[0].numpy()
+        return self.head()(hidden).numpy() if every else self.head()(hidden[-1:])[0].numpy()
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return self.feed(tokens, every=True)
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions of the KV cache; returns how many were kept."""
+        for past in self._past:
+            past.cut(length)
+        return self._past[0].length if self._past else 0
 
     def close(self) -> None:
         """Drop the resident weights and the cache."""

@@ -28,3 +28,7 @@ class Past:
         self._values[:, self.length : end] = values
         self.length = end
         return self._keys[:, :end], self._values[:, :end]
+
+    def cut(self, length: int) -> None:
+        """Keep the first ``length`` positions."""
+        self.length = min(self.length, length)

@@ -225,6 +225,22 @@ class Runtime(Protocol):
         ...
 
 
+class RewindingRuntime(Runtime, Protocol):
+    """A runtime whose KV cache can be cut back: sequences that begin alike share that beginning."""
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        ...
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions of the KV cache, at most those that it holds.
+
+        Returns:
+            The positions kept: 0 where this model's cache can only be emptied.
+        """
+        ...
+
+
 def check_room(used: int, count: int, room: int) -> None:
     """Raise the error of every runtime for no tokens, or more than its context holds.
 

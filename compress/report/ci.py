@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 from compress.errors import visible
 from compress.files import check_place
 from compress.report.words import (
+    HARNESS_HEADERS,
     HEADERS,
     TASK_HEADERS,
     failures,
     gate_failure,
+    harness_rows,
     label,
     no_verdict,
     pipe_table,
@@ -89,8 +91,12 @@ def markdown_summary(report: Report) -> str:
         name += f", recipe {sentence(report.recipe['name'])}"
     passed = "✅ **passed**" if report.passed else "❌ **failed**"
     parts = [f"### packlight: {name}", no_verdict(report) or passed]
-    rows = [[sentence(cell) for cell in table_row(found)] for found in report.artifacts]
-    parts.append(pipe_table(HEADERS, rows, left=2))
+    if report.harness is None:
+        rows = [[sentence(cell) for cell in table_row(found)] for found in report.artifacts]
+        parts.append(pipe_table(HEADERS, rows, left=2))
+    else:
+        rows = [[sentence(cell) for cell in row] for row in harness_rows(report)]
+        parts.append(pipe_table(HARNESS_HEADERS, rows, left=3))
     if tasks := task_rows(report):
         rows = [[sentence(cell) for cell in row] for row in tasks]
         parts.append(pipe_table(TASK_HEADERS, rows, left=2))
@@ -179,7 +185,7 @@ def answers_case(artifact: ArtifactReport) -> ET.Element:
         ET.SubElement(case, "failure", {"type": "runtime", "message": xml_text(artifact.failure)})
     elif artifact.runtime is None:
         ET.SubElement(case, "skipped", {"message": "not verified"})
-    elif artifact.perplexity_ratio is None:
+    elif artifact.perplexity_ratio is None and not artifact.harness:
         message = f"{artifact.runtime} ran it, and its answers are not numbers"
         ET.SubElement(case, "failure", {"type": "answers", "message": xml_text(message)})
     return case

@@ -58,6 +58,8 @@ def render(report: Report) -> str:
             if not gate.passed
         ],
         gates=sum(len(artifact.gates) for artifact in artifacts),
+        harness_headers=words.HARNESS_HEADERS,
+        harness_rows=words.harness_rows(report, parts=True),
         style=Markup(folder.joinpath("report.css").read_text("utf-8")),
         draw_bytes=draw_bytes,
         draw_curves=draw_curves,

@@ -28,7 +28,8 @@ from compress.recipe.model import OneOfTheFormats
 from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
-    "ArtifactReport", "BaselineReport", "GateReport", "Generation", "KlDivergence", "Machine",
+    "ArtifactReport", "BaselineReport", "GateReport", "Generation", "HarnessFacts",
+    "HarnessFigure", "KlDivergence", "Machine",
     "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "TokenizerDifference", "Tool",
     "report_schema",
 ]  # fmt: skip
@@ -188,6 +189,43 @@ class TaskReport(Part):
     agreement_se: Figure = None
 
 
+class HarnessFigure(Part):
+    """A metric of a task or group of lm-evaluation-harness."""
+
+    task: str
+    metric: str
+    filter: str = Field(default="none", description="The harness's filter of answers.")
+    items: int = Field(ge=1, description="Number of documents.")
+    num_fewshot: Count = 0
+    version: str = Field(default="", description="Version of the task in the harness.")
+    higher_is_better: bool = True
+    group: bool = Field(default=True, description="False for a task that is a part of a group.")
+    value: Figure = Field(description="As the harness computes it.")
+    value_se: Figure = Field(default=None, description="Standard error over documents.")
+    baseline: Figure = Field(default=None, description="The float model's value.")
+    baseline_se: Figure = None
+    difference: Figure = Field(default=None, description="value - baseline.")
+    difference_se: Figure = Field(
+        default=None, description="Standard error from paired differences per document."
+    )
+
+
+class HarnessFacts(Part):
+    """How the tasks of lm-evaluation-harness were run (packlight eval)."""
+
+    version: str = Field(description="Version of lm-evaluation-harness.")
+    tasks: list[str]
+    num_fewshot: int | None = Field(
+        default=None, description="Worked examples in each prompt; null: each task's own number."
+    )
+    limit: Number | None = Field(
+        default=None, description="Documents of each task, or below 1 their share; null: all."
+    )
+    apply_chat_template: bool = False
+    context: Count = Field(description="Number of positions that prompts and answers may take.")
+    figures: list[HarnessFigure] = Field(default=[], description="The float model's.")
+
+
 class TensorReport(Part):
     """One tensor of an artifact; ``block`` is None outside the blocks."""
 
@@ -309,6 +347,11 @@ class ArtifactReport(Part):
         description="Multiple-choice tasks (packlight verify --task); standard errors are over "
         "items.",
     )
+    harness: list[HarnessFigure] = Field(
+        default=[],
+        exclude_if=lambda figures: not figures,
+        description="Tasks of lm-evaluation-harness (packlight eval).",
+    )
     failure: str | None = Field(
         default=None, description="The error, if the artifact could not be run."
     )
@@ -352,6 +395,7 @@ class Report(Part):
     budget_bytes: int | None = Field(default=None, description="Maximum size of one artifact.")
     baseline: BaselineReport
     artifacts: list[ArtifactReport]
+    harness: HarnessFacts | None = Field(default=None, exclude_if=lambda facts: facts is None)
     verdict: Literal["passed", "failed", "not verified"] = "not verified"
     notes: list[str] = Field(default=[])
     asked: str = Field(

@@ -13,7 +13,13 @@ from compress.formats import get_format
 from compress.plan.weights import FALLEN_BACK
 
 if TYPE_CHECKING:
-    from compress.report.report import ArtifactReport, GateReport, Report, TokenizerDifference
+    from compress.report.report import (
+        ArtifactReport,
+        GateReport,
+        HarnessFigure,
+        Report,
+        TokenizerDifference,
+    )
 
 HEADERS = ("format", "type", "size", "bpw", "perplexity", "KL", "top-1", "tok/s", "memory")
 TASK_HEADERS = ("task", "format", "items", "accuracy", "float", "difference", "same choice")
@@ -189,6 +195,42 @@ def task_rows(report: Report) -> list[list[str]]:
     ]
 
 
+HARNESS_HEADERS = ("task", "metric", "format", "items", "value", "float", "difference")
+
+
+def harness_rows(report: Report, *, parts: bool = False) -> list[list[str]]:
+    """Rows of the table of the harness's tasks; ± is one standard error.
+
+    Args:
+        parts: also the tasks that a group consists of.
+    """
+    if report.harness is None:
+        return []
+    rows: list[tuple[str, HarnessFigure]] = [("float", each) for each in report.harness.figures]
+    rows = [] if report.artifacts else rows
+    rows += [(found.format, each) for found in report.artifacts for each in found.harness]
+    return [
+        [
+            each.task,
+            each.metric if each.filter == "none" else f"{each.metric}, {each.filter}",
+            format,
+            str(each.items),
+            with_error(each.value, each.value_se),
+            with_error(each.baseline, each.baseline_se),
+            with_error(each.difference, each.difference_se, "+"),
+        ]
+        for format, each in rows
+        if parts or each.group
+    ]
+
+
+def with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    """``0.688 ± 0.004``; a dash for a figure that was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:{sign}.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
 def finish(report: Report, output: Path | None, console: Console) -> int:
     """Print the table, failed gates, the verdict and the paths; returns the exit code.
 
@@ -199,7 +241,10 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
     if console.mode == "json":
         console.result(report.to_dict())
     if console.mode == "human":
-        console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+        if report.harness is None:
+            console.table(HEADERS, [table_row(artifact) for artifact in report.artifacts])
+        else:
+            console.table(HARNESS_HEADERS, harness_rows(report, parts=console.verbose))
         if any(artifact.tasks for artifact in report.artifacts):
             console.table(TASK_HEADERS, task_rows(report))
     for artifact in report.artifacts:
@@ -219,7 +264,7 @@ def finish(report: Report, output: Path | None, console: Console) -> int:
         console.say(why)
     else:
         console.verdict(report.passed, judged(report))
-    if report.verdict == "failed":
+    if report.verdict == "failed" and report.harness is None:
         from compress.report.advice import what_to_try
 
         for line in what_to_try(report):

@@ -260,8 +260,8 @@ def examine(
             emit({"stage": "tokenizing"})
             emit({"token_ids": encode_all(encode, texts)})
         emit({"resources": asdict(used), "stage": "generating"})
-        if scoring_threads:
-            runtime.use_threads(scoring_threads)
+        if scoring_threads and (use_threads := getattr(runtime, "use_threads", None)):
+            use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})

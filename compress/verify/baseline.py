@@ -173,7 +173,8 @@ class BaselineStore:
         start = int(self._starts[window])
         codes = self._codes[start + rows.start : start + rows.stop]
         # Divided: 1/1600 as a float32 has an error of its own, the same in every sum.
-        return PROBABILITIES.take(codes), codes / np.float32(-STEPS_PER_NAT)
+        logarithms = np.divide(codes, np.float32(-STEPS_PER_NAT), dtype=np.float32)
+        return PROBABILITIES.take(codes), logarithms
 
 
 @contextmanager

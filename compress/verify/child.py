@@ -78,19 +78,19 @@ def run_child(
     try:
         stdout_reader.start()
         stderr_reader.start()
-        heard = time.monotonic()
+        last = time.monotonic()
         while True:
             try:
                 line = lines.get(timeout=min(POLL, silence))
             except queue.Empty:
                 if stop is not None and stop.is_set():
                     raise ArtifactError(f"{what}: ended with the others") from None
-                if time.monotonic() < heard + silence:
+                if time.monotonic() < last + silence:
                     continue
                 raise ArtifactError(
                     f"{what}: no sign of life for {silence:g} s while {stage}"
                 ) from None
-            heard = time.monotonic()
+            last = time.monotonic()
             if line is None:
                 break
             event: Event = json.loads(line)
@@ -100,7 +100,7 @@ def run_child(
             stage = event.get("stage", stage)
             answer = yield event
             if answer is not None:
-                heard = time.monotonic()
+                last = time.monotonic()
                 with suppress(BrokenPipeError):  # how it ended is told below
                     process.stdin.write(f"{answer}\n")
                     process.stdin.flush()

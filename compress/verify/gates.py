@@ -100,6 +100,15 @@ def parse_one(name: str, text: str) -> Limit:
     where = f"verify.gates.{name}"
     if name not in METRICS:
         raise RecipeError(f"{where}: unknown metric", hint=did_you_mean(name, METRICS, "known"))
+    return parse_limit(where, name, text)
+
+
+def parse_limit(where: str, name: str, text: str) -> Limit:
+    """A limit on the figure ``name``; ``where`` is what messages name.
+
+    Raises:
+        RecipeError: not a limit.
+    """
     match = re.fullmatch(r"(<=|>=|<(?!=)|>(?!=))\s*(\S.*)", text.strip())
     if not match:
         raise RecipeError(

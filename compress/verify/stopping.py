@@ -5,8 +5,9 @@ when its figure is ``ERRORS`` standard errors from its limit. The verdict stands
 failed so, or when all are passed so. Scoring also ends when the mean KL divergence is known to
 ``PRECISION``, and at the recipe's number of windows.
 
-After two or three windows their own spread says little. The errors here are therefore over pieces
-of ``PIECE`` positions, and ``ERRORS`` is widened to the quantile of Student's t with the same tail.
+After two or three windows their own spread says little. An error here is therefore the larger one
+of that over windows and that over pieces of ``PIECE`` positions, and ``ERRORS`` is widened to the
+quantile of Student's t with the same tail and as many degrees of freedom as there are pieces.
 """
 
 from __future__ import annotations
@@ -17,18 +18,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress.verify.gates import COMPARE, Limit
-from compress.verify.quality import Estimate, TokenScores, cluster_mean, cluster_quantile
+from compress.verify.quality import (
+    Estimate,
+    TokenScores,
+    cluster_mean,
+    cluster_quantile,
+    exponential,
+)
 
 __all__ = ["ALL", "FIRST", "OF_WINDOWS", "Stopping", "shuffled"]
+
+Integers = NDArray[np.int32]
 
 FIRST = 2  # windows of the first round
 ERRORS = 3.0
 PRECISION = 0.05  # relative standard error of the mean KL divergence
+PRECISE_FROM = 4  # windows before which a KL divergence is not taken for known
 PIECE = 64
 SEED = 0
 ALL = "all windows"
+
+KL = Limit("kl_divergence", "", "<=", 0.0)
 
 OF_WINDOWS = (
     "perplexity", "perplexity_ratio", "kl_divergence", "kl_divergence_p99", "kl_divergence_max",
@@ -66,12 +79,13 @@ class Stopping:
             verdict = self._verdict(scores, pieces)
             if verdict:
                 return verdict
-            kl = cluster_mean(scores.kl, pieces)
-            if kl.se is not None and widened(kl.se, pieces, 1.0) <= PRECISION * kl.value:
+            kl = estimate(KL, scores, pieces)
+            known = kl.se is not None and widened(kl.se, pieces, 1.0) <= PRECISION * kl.value
+            if known and windows >= PRECISE_FROM:
                 return f"the mean KL divergence is known to {PRECISION:.0%}"
         return ALL if windows >= self.most else None
 
-    def _verdict(self, scores: TokenScores, pieces: np.ndarray) -> str | None:
+    def _verdict(self, scores: TokenScores, pieces: Integers) -> str | None:
         limits = [limit for limit in self.limits if limit.name in OF_WINDOWS]
         decided = []
         for limit in limits:
@@ -90,7 +104,7 @@ class Stopping:
         return None
 
 
-def decide(limit: Limit, found: Estimate, pieces: np.ndarray) -> bool | None:
+def decide(limit: Limit, found: Estimate, pieces: Integers) -> bool | None:
     """Whether a gate is passed (True) or failed (False) beyond its error; None: neither."""
     if found.se is None:
         return None
@@ -99,30 +113,34 @@ def decide(limit: Limit, found: Estimate, pieces: np.ndarray) -> bool | None:
     return bool(COMPARE[limit.operator](found.value, limit.number))
 
 
-def estimate(limit: Limit, scores: TokenScores, pieces: np.ndarray) -> Estimate:
-    """The figure of a gate with its error over pieces; perplexities as logarithms' exponentials."""
+def estimate(limit: Limit, scores: TokenScores, pieces: Integers) -> Estimate:
+    """The figure of a gate with its error, the larger one of that over pieces and over windows."""
     if limit.name == "kl_divergence_max":
         return Estimate(float(scores.kl.max()), None)
-    if limit.name == "kl_divergence_p99":
-        return cluster_quantile(scores.kl, pieces, 0.99)
-    if limit.name == "kl_divergence":
-        return cluster_mean(scores.kl, pieces)
-    if limit.name == "top1_agreement":
-        return cluster_mean(scores.agrees.astype(np.float64), pieces)
-    paired = scores.nll - scores.baseline_nll if limit.name == "perplexity_ratio" else scores.nll
-    log = cluster_mean(paired, pieces)
-    with np.errstate(over="ignore"):
-        value = float(np.exp(log.value))
-    return Estimate(value, None if log.se is None else value * log.se)
+    both = [measured(limit.name, scores, clusters) for clusters in (pieces, scores.window)]
+    errors = [found.se for found in both if found.se is not None]
+    return Estimate(both[0].value, max(errors, default=None))
 
 
-def pieces_of(scores: TokenScores) -> np.ndarray:
+def measured(name: str, scores: TokenScores, clusters: Integers) -> Estimate:
+    """A figure of ``OF_WINDOWS`` with its error over clusters of positions."""
+    if name == "kl_divergence_p99":
+        return cluster_quantile(scores.kl, clusters, 0.99)
+    if name == "kl_divergence":
+        return cluster_mean(scores.kl, clusters)
+    if name == "top1_agreement":
+        return cluster_mean(scores.agrees.astype(np.float64), clusters)
+    paired = scores.nll - scores.baseline_nll if name == "perplexity_ratio" else scores.nll
+    return exponential(cluster_mean(paired, clusters))
+
+
+def pieces_of(scores: TokenScores) -> Integers:
     """Which piece of ``PIECE`` positions of its window each position is in, int32."""
     most = int(scores.position.max()) // PIECE + 1
     return (scores.window.astype(np.int64) * most + scores.position // PIECE).astype(np.int32)
 
 
-def widened(se: float, pieces: np.ndarray, errors: float) -> float:
+def widened(se: float, pieces: Integers, errors: float) -> float:
     """``errors`` standard errors, as a quantile of Student's t with one degree of freedom less
     than there are pieces (Cornish and Fisher's expansion, within 2 % from seven on).
     """

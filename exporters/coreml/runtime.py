@@ -118,6 +118,15 @@ class CoreMLRuntime:
         """
         return np.array(list(self._append(tokens))[-1][-1])
 
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return np.concatenate(self._append(tokens))
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions; the mask's shape hides the others."""
+        self._length = min(self._length, length)
+        return self._length
+
     def _append(self, tokens: Sequence[int]) -> list[Float32]:
         if self._predict is None:
             raise UsageError("the runtime is closed")

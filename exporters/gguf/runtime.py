@@ -84,6 +84,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_get_logits_ith": (_FLOATS, _POINTER, c.c_int32),
     "llama_get_memory": (_POINTER, _POINTER),
     "llama_memory_clear": (None, _POINTER, c.c_bool),
+    "llama_memory_seq_rm": (c.c_bool, _POINTER, c.c_int32, c.c_int32, c.c_int32),
 }  # fmt: skip
 
 
@@ -224,15 +225,20 @@ class LlamaCpp:
             raise ArtifactError(f"llama.cpp cannot tokenize {text!r}: {self._library.reason()}")
         return list(tokens[:count])
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], *, fresh: bool = True) -> NDArray[np.float32]:
         """Logits at every position of a fresh sequence, float32 ``[len(tokens), vocab]``.
+
+        Args:
+            tokens: at least one.
+            fresh: empty the KV cache first.
 
         Raises:
             UsageError: no tokens, or more than there is room for.
             ArtifactError: llama.cpp cannot evaluate them.
         """
-        self.reset()
-        check_room(0, len(tokens), self.positions)
+        if fresh:
+            self.reset()
+        check_room(self._used, len(tokens), self.positions)
         result = np.empty((len(tokens), self.vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch_size):
             chunk = tokens[start : start + self._batch_size]
@@ -240,6 +246,19 @@ class LlamaCpp:
             rows = result[start : start + len(chunk)]
             rows[:] = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), rows.shape)
         return result
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
+        return self.logits(tokens, fresh=False)
+
+    def rewind(self, length: int) -> int:
+        """Keep the first ``length`` positions of the KV cache, or none where llama.cpp cannot cut
+        the cache of this model; returns how many were kept."""
+        memory = self._c.llama_get_memory(self._context)
+        if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
+            self.reset()
+        self._used = min(self._used, length)
+        return self._used
 
     def reset(self) -> None:
         """Empty the KV cache."""

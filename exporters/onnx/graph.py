@@ -141,9 +141,10 @@ class _Decoder(GraphBuilder):
 
     def learned(self) -> ir.Value:
         """Learned positions (gpt2), float32 ``[batch, sequence, hidden]``."""
-        table = self.weight(self.entries["embed_positions.weight"].target_name)
-        rows = self.op("Gather", [table, self.positions], "embed_positions/gather", axis=0)
-        return self.op("Cast", [rows], "embed_positions", to=ir.DataType.FLOAT)
+        halves = self.weight(self.entries["embed_positions.weight"].target_name)
+        # Folded by a runtime: WebGPU has no float16 without shader-f16.
+        table = self.op("Cast", [halves], "embed_positions/float", to=ir.DataType.FLOAT)
+        return self.op("Gather", [table, self.positions], "embed_positions", axis=0)
 
     def capped(self, logits: ir.Value) -> ir.Value:
         """``cap * tanh(logits / cap)`` (gemma2)."""

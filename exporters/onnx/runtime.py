@@ -118,6 +118,16 @@ class OnnxRuntime:
             last = self._run(tokens[start : start + self._batch])[-1]
         return last.copy()
 
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        check_room(self._length, len(tokens), self._context)
+        starts = range(0, len(tokens), self._batch)
+        return np.concatenate([self._run(tokens[start : start + self._batch]) for start in starts])
+
+    def rewind(self, length: int) -> int:
+        # The buffers beyond the length are never read.
+        self._length = min(self._length, length)
+        return self._length
+
     def close(self) -> None:
         self._session = None
         self._caches.clear()

@@ -24,6 +24,7 @@ from compress.checkpoint.save import write_checkpoint
 from compress.checkpoint.settle import same_values
 from compress.decoder.config import DecoderConfig
 from compress.errors import CheckpointError, PacklightError, UsageError
+from compress.files import check_unchanged
 from compress.plan.job import describe_model
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -661,7 +662,11 @@ def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.Tem
     (copy / "a" / "b").mkdir(parents=True)
     shard = (copy / "part.safetensors").rename(copy / "a" / "b" / "part.safetensors")
     check(copy)
-    assert shard in Checkpoint.open(copy).files()
+    opened = Checkpoint.open(copy).opened
+    assert shard in opened
+    check_unchanged(opened)
+    os.utime(shard, (1, 1))
+    refused(lambda: check_unchanged(opened), "part.safetensors has changed since it was opened")
     elsewhere = shard.rename(outside / "part.safetensors")
     shard.symlink_to(elsewhere)
     refused(lambda: Checkpoint.open(copy), "part.safetensors is a link that leads out")

@@ -21,6 +21,7 @@ from compress.checkpoint.side_files import write_side_files
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer_texts import texts_for
 from compress.demo import model_path
+from compress.files import check_unchanged
 
 FLAGS = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
 
@@ -97,3 +98,4 @@ def test_named_templates_travel(tmp_path: Path):
     write_side_files(DecoderConfig.from_hf(checkpoint.config), checkpoint, folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template == {"default": "D", "rag": "R"}
     assert (source / "additional_chat_templates" / "rag.jinja") in checkpoint.tokenizer_files()
+    check_unchanged(checkpoint.opened)

@@ -20,10 +20,12 @@ import tiny
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from range_hub import COMMIT, RangeHub, Served
+from safetensors.numpy import save_file
 
 from compress.checkpoint import ranges
 from compress.checkpoint.blocks import Block, BlockCache, cut
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.merged import merge
 from compress.checkpoint.ranges import HubFile, RemoteFile, StoreFile, Traffic
 from compress.checkpoint.remote import open_url
 from compress.checkpoint.safetensors import scan_safetensors
@@ -33,6 +35,7 @@ from compress.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_for_this_test_only"
 MODEL = "someone/phi3"
+NORM = "model.norm.weight"
 BLOCK = 1 << 15
 MOST = 10 * BLOCK
 
@@ -412,6 +415,20 @@ def test_memory_urls_stream_by_name(
         copied = Checkpoint.open("memory://streamed/phi3", fetch="download")
         for name in copied.tensors:
             assert np.array_equal(copied.read(name), streamed.read(name))
+        # With an adapter, whose file is on this disk.
+        lora = tmp_path / "lora"
+        lora.mkdir()
+        config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": ["model.norm"]}
+        (lora / "adapter_config.json").write_text(json.dumps(config))
+        norm = {"base_model.model.model.norm.weight": np.full(copied.tensors[NORM].shape, 3, "f4")}
+        save_file(norm, lora / "adapter_model.safetensors")
+        merged = Checkpoint.open("memory://streamed/phi3", adapters=str(lora), fetch="streaming")
+        assert merged.remote is None  # it has been copied by now
+        merged = merge(streamed, str(lora), token=None, cache_dir=None)
+        assert (merged.read(NORM) == 3).all()
+        assert np.array_equal(merged.read("lm_head.weight"), copied.read("lm_head.weight"))
+        assert merged.fingerprint() != streamed.fingerprint()
+        assert not [file for file in merged.files() if file.suffix == ".safetensors"]
         # What has been copied is used.
         assert Checkpoint.open("memory://streamed/phi3", fetch="streaming").remote is None
     finally:

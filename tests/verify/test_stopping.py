@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from compress.verify.gates import parse
 from compress.verify.quality import TokenScores
@@ -42,13 +41,14 @@ def test_a_gate_that_is_failed_is_enough_and_all_must_be_passed() -> None:
 
 def test_near_a_limit_it_goes_on() -> None:
     found = scores(2, 0.2)
-    assert reason({"kl_divergence": "<=0.2"}, found) is None
-    assert reason({"kl_divergence": "<=0.2"}, found, most=2) == ALL
+    near = {"kl_divergence": f"<={found.kl.mean() * 1.1}"}
+    assert reason(near, found) is None
+    assert reason(near, found, most=2) == ALL
 
 
 def test_only_gates_on_text_count() -> None:
     found = scores(2, 0.2)
-    assert reason({"bytes": "<=1"}, found) is None  # precision alone
+    assert reason({"bytes": "<=1"}, found) is None
     both = {"bytes": "<=1", "tokenizer_agreement": ">=1", "kl_divergence": "<=2"}
     assert reason(both, found) == "every gate is passed by 3 standard errors"
 
@@ -73,7 +73,8 @@ def test_a_stated_number_is_scored_whole() -> None:
 
 def test_precision_is_enough_without_gates() -> None:
     assert "is known to 5%" in str(reason({}, scores(12, 0.2, spread=0.02)))
-    assert reason({}, scores(3, 0.2, spread=0.5, seed=1)) is None
+    assert reason({}, scores(3, 0.2, spread=0.0)) is None  # too few to tell
+    assert reason({}, scores(8, 0.2, spread=0.5, seed=1)) is None
 
 
 def test_rounds_grow_to_the_most() -> None:
@@ -85,11 +86,12 @@ def test_rounds_grow_to_the_most() -> None:
     assert Stopping((), 3, exact=False).after(2) == 3
 
 
-@pytest.mark.parametrize("pieces", [8, 16, 32, 128])
-def test_errors_widen_as_students_t(pieces: int) -> None:
-    tail = stats.norm.sf(3)
-    exact = stats.t.isf(tail, pieces - 1)
-    assert widened(1.0, np.arange(pieces), 3.0) == pytest.approx(exact, rel=0.04)
+@pytest.mark.parametrize(
+    ("free", "exact"), [(7, 4.53), (10, 3.96), (15, 3.59), (20, 3.42), (30, 3.27), (100, 3.077)]
+)
+def test_errors_widen_as_students_t(free: int, exact: float) -> None:
+    """Against table G.2 of JCGM 100:2008 (99.73 %)."""
+    assert widened(1.0, np.arange(free + 1), 3.0) == pytest.approx(exact, rel=0.02)
 
 
 def test_verdicts_are_right_though_it_looks_after_every_round() -> None:
