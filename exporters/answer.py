@@ -16,7 +16,7 @@ from compress.errors import ArtifactError, reading
 from compress.formats import get_format
 from compress.harness.answers import Cursor, Prompt, generate, score
 from compress.verify import EVERY, Throttled
-from compress.verify.child import Emit, run_as_child
+from compress.verify.child import Ask, Emit, run_as_child
 from compress.verify.tasks import Request
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
-    def work(emit: Emit) -> None:
+    def work(emit: Emit, _: Ask) -> None:
         asked = json.loads(options.requests.read_text(encoding="utf-8"))
         events = Throttled(emit, EVERY)
         emit({"stage": "loading"})
