@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-USER   := $(VENV)/.installed-user
+BASE   := $(VENV)/.installed-user
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
 EVAL   := .venv-eval
@@ -16,17 +16,17 @@ INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version
 
 setup: $(STAMP)
 
-$(USER): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
 	$(INSTALL) --editable .
-	touch $(USER)
+	touch $(BASE)
 
-$(STAMP): $(USER)
+$(STAMP): $(BASE)
 	$(INSTALL) --editable ".[dev]"
 	touch $(STAMP)
 
-demo: $(USER)
+demo: $(BASE)
 	$(BIN)/packlight demo --output demo-out --overwrite
 
 test: setup

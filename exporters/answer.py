@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
 
-    def work(emit: Emit, _: Ask) -> None:
+    def work(emit: Emit, ask: Ask) -> None:  # it asks for nothing
         asked = json.loads(options.requests.read_text(encoding="utf-8"))
         events = Throttled(emit, EVERY)
         emit({"stage": "loading"})

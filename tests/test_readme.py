@@ -74,7 +74,7 @@ def session(clone) -> subprocess.CompletedProcess[str]:
     """`make demo` in the clone, with this environment instead of a second installation."""
     stamp = clone / "installed"
     stamp.touch()
-    done = shell(f"make demo VENV={Path(sys.executable).parents[1]} USER={stamp}", clone)
+    done = shell(f"make demo VENV={Path(sys.executable).parents[1]} BASE={stamp}", clone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stderr
     return done

@@ -280,9 +280,9 @@ class Previous:
             was = old.model.whole_source
             notes.append(f"{self.name} is of {was}, this is of {new.model.whole_source}")
         before, now = old.baseline.perplexity, new.baseline.perplexity
-        comparable = before and now and old.baseline.windows == new.baseline.windows
-        moved = comparable and abs(now / before - 1) > SAME_TEXT
-        if moved and same and self.measures:
+        moved = before and now and abs(now / before - 1) > SAME_TEXT
+        comparable = old.baseline.windows == new.baseline.windows
+        if moved and comparable and same and self.measures:
             raise UsageError(
                 f"{self.name} has a perplexity of {before:.5g} for the float model, now it is "
                 f"{now:.5g}: another text or another checkpoint of the same name",

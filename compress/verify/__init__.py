@@ -260,8 +260,8 @@ def examine(
             emit({"stage": "tokenizing"})
             emit({"token_ids": encode_all(encode, texts)})
         emit({"resources": asdict(used), "stage": "generating"})
-        if scoring_threads:
-            runtime.use_threads(scoring_threads)
+        if scoring_threads and (use_threads := getattr(runtime, "use_threads", None)):
+            use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
@@ -321,9 +321,9 @@ class Observed:
     def tokenize(self) -> Encode | None:
         return getattr(self._runtime, "tokenize", None)
 
-    def use_threads(self, count: int) -> None:
-        if use_threads := getattr(self._runtime, "use_threads", None):
-            use_threads(count)
+    @property
+    def use_threads(self) -> Callable[[int], None] | None:
+        return getattr(self._runtime, "use_threads", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         return self._runtime.logits(tokens)

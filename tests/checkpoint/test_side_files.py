@@ -17,7 +17,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.side_files import write_side_files
+from compress.checkpoint.side_files import hf_config, write_side_files
 from compress.decoder.config import DecoderConfig
 from compress.decoder.tokenizer_texts import texts_for
 from compress.demo import model_path
@@ -99,3 +99,11 @@ def test_named_templates_travel(tmp_path: Path):
     assert AutoTokenizer.from_pretrained(folder).chat_template == {"default": "D", "rag": "R"}
     assert (source / "additional_chat_templates" / "rag.jinja") in checkpoint.tokenizer_files()
     check_unchanged(checkpoint.opened)
+
+
+def test_the_config_names_no_place_of_another_machine():
+    keys = json.loads((model_path() / "config.json").read_text())
+    places = {"_name_or_path": "/home/me/model", "_model_name_or_path": "/home/me/base"}
+    written = hf_config(DecoderConfig.from_hf(keys | places))
+    assert "/home/me" not in json.dumps(written)
+    assert written["vocab_size"] == keys["vocab_size"]
