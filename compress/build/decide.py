@@ -267,7 +267,13 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
         return None
     cache = settings.keep_baseline or baseline_folder(output)
     scorer = Scorer(
-        job, decision.text, settings.threads, console, cache=cache, limits=decision.limits
+        job,
+        decision.text,
+        settings.threads,
+        console,
+        cache=cache,
+        limits=decision.limits,
+        shared=not settings.keep_baseline,
     )
     if decision.previous:
         name, every = text_name(settings.eval_text), scorer.stopping.exact

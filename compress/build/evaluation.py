@@ -45,7 +45,7 @@ def evaluate(settings: EvalSettings, console: Console) -> Report:
         if settings.ci_files:
             settings.ci_files.check(settings.output)
         if settings.output:
-            check_place("--output", settings.output / "report.json", None)
+            check_place("--output", settings.output, folder=True)
         recipe = Recipe.verification({}).model_copy(update={"name": "eval"})
         job, artifacts = adopt_all(settings.artifacts, settings, recipe, console)
         length = context_of(job, settings.context)

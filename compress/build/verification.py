@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from compress.build.pipeline import make_report
 from compress.build.decide import EvalSettings, VerifySettings
-from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.checkpoint import Stored
+from compress.build.pipeline import make_report
+from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.console import Console
 from compress.errors import UsageError
 from compress.files import check_unchanged
@@ -20,9 +17,9 @@ from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_
 from compress.plan.memory import check_memory
 from compress.plan.shapes import Artifact
 from compress.recipe import Recipe
-from compress.verify import gates
 from compress.report.against import Previous
 from compress.report.report import Report
+from compress.verify import gates
 from compress.verify.scorer import Scorer, read_text, text_name
 from compress.verify.tasks import read_task
 

@@ -45,7 +45,8 @@ def open_url(url: str) -> tuple[Any, str]:
         protocol = url.split("://")[0]
         hint = f"install fsspec's package for {protocol}://, such as s3fs, gcsfs or adlfs"
         if protocol in ("http", "https"):
-            page = "/".join(url.split("/")[3:5])
+            named = [part for part in url.split("/")[3:] if part != "models"]  # ModelScope's pages
+            page = "/".join(named[:2])
             hint = f"of a page of the Hub give the Hub id: {page or 'OWNER/MODEL'} instead"
         raise UsageError(f"{url}: {one_line(error)}", hint=hint) from error
     return fs, root.rstrip("/")

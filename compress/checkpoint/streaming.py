@@ -158,6 +158,10 @@ class Head(io.RawIOBase):
         """It is."""
         return True
 
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to an offset from the start, or from the end."""
         self._position = offset + (self._file.size if whence == os.SEEK_END else 0)

@@ -58,8 +58,8 @@ class Cursor:
             yield self._runtime.logits(tokens)[first:]
             return
         runtime = cast(RewindingRuntime, self._runtime)
-        if (kept := self._move(tokens, first)) < first:
-            self._feed(tokens[kept:first])
+        if (held := self._move(tokens, first)) < first:
+            self._feed(tokens[held:first])
         step = max(1, NUMBERS // runtime.vocab_size)
         for start in range(first, len(tokens), step):
             piece = tokens[start : start + step]
@@ -84,15 +84,15 @@ class Cursor:
         """Keep what the cache shares with ``tokens``, at most ``most`` positions; returns them."""
         pairs = zip(self._cached, tokens[:most], strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        kept = min(len(self._cached), most) if common is None else common
-        if kept < len(self._cached):
+        held = min(len(self._cached), most) if common is None else common
+        if held < len(self._cached):
             if self._cuts:
-                kept = cast(RewindingRuntime, self._runtime).rewind(kept)
+                held = cast(RewindingRuntime, self._runtime).rewind(held)
             else:
                 self._runtime.reset()
-                kept = 0
-            del self._cached[kept:]
-        return kept
+                held = 0
+            del self._cached[held:]
+        return held
 
 
 def streamed(decoder: Decoder) -> Rows:

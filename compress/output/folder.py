@@ -168,8 +168,8 @@ class Resume:
     wanted: bool
     afresh: bool = False
 
-    def begin(self, partial: Path) -> None:
-        """Continue a work folder, or empty it.
+    def continues(self, partial: Path) -> bool:
+        """Whether this build continues the work folder, which then has only what it can use.
 
         Raises:
             UsageError: another build's is there, or one that should be continued.
@@ -193,10 +193,8 @@ class Resume:
             baseline = partial / STATE / "baseline"
             clear(partial, {record, baseline, partial / NEW, *ledgers, *states})
             clear(partial / NEW, {partial / NEW / path.stem for path in ledgers})
-            return
-        remove(partial)
-        record.parent.mkdir(parents=True)
-        write_whole(record, json.dumps(self.identity))
+            return True
+        return False
 
 
 def clear(folder: Path, exempt: Collection[Path]) -> None:
@@ -243,7 +241,7 @@ def work_folder(
     Raises:
         DiskFullError: the disk became full.
         UsageError: another build writes to the same output, or the place is not writable; see
-            ``check_output`` and ``Resume.begin``.
+            ``check_output`` and ``Resume.continues``.
     """
     place = real_path(output)
     partial = partial_folder(place)
@@ -252,8 +250,12 @@ def work_folder(
     with locked(place):
         bring_back(place)
         check_output(output, overwrite=overwrite)  # another build may have ended since
-        begun.begin(partial)
-        try:
+        continued = begun.continues(partial)
+        try:  # from here on all of it is this build's
+            if not continued:
+                remove(partial)
+                (partial / STATE).mkdir(parents=True)
+                write_whole(partial / STATE / RECORD, json.dumps(begun.identity))
             (partial / NEW).mkdir(parents=True, exist_ok=True)
             yield partial / NEW
             try:

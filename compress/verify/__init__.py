@@ -321,9 +321,9 @@ class Observed:
     def tokenize(self) -> Encode | None:
         return getattr(self._runtime, "tokenize", None)
 
-    def use_threads(self, count: int) -> None:
-        if use_threads := getattr(self._runtime, "use_threads", None):
-            use_threads(count)
+    @property
+    def use_threads(self) -> Callable[[int], None] | None:
+        return getattr(self._runtime, "use_threads", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         return self._runtime.logits(tokens)

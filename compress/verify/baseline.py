@@ -270,10 +270,12 @@ class BaselineCache:
     Attributes:
         folder: of all cached baselines.
         key: hash of the model, the windows and the runtime.
+        limit: bytes of all entries; ``save`` removes those that were used longest ago; 0: none.
     """
 
     folder: Path
     key: str
+    limit: int = 0
 
     @classmethod
     def of(
@@ -306,6 +308,7 @@ class BaselineCache:
             for name in FILES:
                 link(place / name, work / name)
             speed = Speed(**facts["speed"]) if facts["speed"] else None
+            os.utime(place)  # used now, see ``drop_oldest``
             return BaselineStore(work), speed
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, ArtifactError):
             return None  # damaged: it will be computed again
@@ -329,6 +332,19 @@ class BaselineCache:
                 shutil.rmtree(place, ignore_errors=True)
             with suppress(OSError):  # another build has just saved its own
                 whole.rename(place)
+        if self.limit:
+            with suppress(FileNotFoundError):  # another process removes them, too
+                drop_oldest(self.folder, self.limit)
+
+
+def drop_oldest(folder: Path, limit: int) -> None:
+    """Remove the entries of a cache that were used longest ago, until ``limit`` bytes are left."""
+    entries = [place for place in folder.iterdir() if (place / "facts.json").is_file()]
+    left = limit
+    for place in sorted(entries, key=lambda place: place.stat().st_mtime, reverse=True):
+        left -= sum(file.stat().st_size for file in place.iterdir())
+        if left < 0:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:

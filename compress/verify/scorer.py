@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -12,16 +12,18 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
+from compress import __version__
 from compress.calibration.texts import read_words
 from compress.checkpoint.checkpoint import Stored
 from compress.console import Console, Update, format_bytes
 from compress.decoder.tokenizer_texts import texts_for
 from compress.errors import ArtifactError, CheckpointError, RuntimeMissingError, UsageError
-from compress.files import check_unchanged, scratch_folder
+from compress.files import cache_folder, check_unchanged, scratch_folder
 from compress.machine import available_memory, resident_memory
 from compress.plan.job import (
     GENERATED_ROOM,
     Job,
+    baseline_bytes,
     choose_threads,
     scores_all,
     window_count,
@@ -83,6 +85,7 @@ def describe_verification(job: Job, plans: Sequence[Plan]) -> str:
 
 ARTIFACT_MEMORY = 600_000_000  # bytes of a process that runs one, beside twice its file
 TOGETHER = 4_000_000_000  # bytes of all processes that run at a time, at most
+CACHE_LIMIT = 2_000_000_000  # bytes of all baselines that are kept without being asked for
 BUILTIN_TEXT = "built-in"  # name of the held-out text in reports
 FLOAT_MEMORY = 2_500_000_000  # bytes of the process beyond which the float model is not timed
 
@@ -105,11 +108,14 @@ class Scorer:
         tasks: Sequence[Task] = (),
         cache: Path | None = None,
         limits: Sequence[Limit] = (),
+        shared: bool = True,
     ) -> None:
         """Cut the text into windows, and the tasks into requests.
 
         Args:
             cache: folder of cached baselines, or None.
+            shared: rather keep the baseline of a model that is not small in ``cache_folder``, for
+                any build of it, at most ``CACHE_LIMIT`` bytes of all models.
             limits: the gates; with them, windows are scored until their verdict stands.
 
         Raises:
@@ -118,7 +124,11 @@ class Scorer:
         """
         from compress.decoder.tokenizer import eval_windows
 
-        self._job, self._console, self._cache = job, console, cache
+        self._job, self._console, self._cache, self._limit = job, console, cache, 0
+        large = not scores_all(job.config, 0)
+        if shared and large and not tasks and baseline_bytes(job) <= CACHE_LIMIT:
+            with suppress(UsageError):  # a cache that cannot be written
+                self._cache, self._limit = cache_folder("baselines"), CACHE_LIMIT
         self._threads = choose_threads(threads, job.config)
         self.length = window_length(job.config, job.plans, job.recipe.sequence_length)
         self.tokenizer = job.checkpoint.tokenizer
@@ -180,7 +190,9 @@ class Scorer:
                 label = ", ".join(names[first : first + together])
                 with self._console.progress(f"verify {label}", "tokens") as update:
                     found += self._run(some, store, update, keep_going)
-            self._end()
+            check_unchanged(self._job.checkpoint.opened)
+            if self._store.ready > self._cached:
+                self._keep()
         return found
 
     def _run(
@@ -265,12 +277,16 @@ class Scorer:
         with self._entry.found(folder) if self._entry else nullcontext() as found:
             if found:
                 self._store, self.speed = found
+                if self._limit:
+                    self.notes.append(
+                        "The float model's answers are those of an earlier verification, from the "
+                        "cache."
+                    )
             else:
                 self._store = self._answers(decoder, folder, first)
                 self.speed = self._measure_speed(stored)
                 check_unchanged(job.checkpoint.opened)
-                if self._entry:
-                    self._entry.save(self._store, self.speed)
+                self._keep()
         self._cached = self._store.ready
         if self.speed is None:
             self.notes.append(
@@ -279,6 +295,12 @@ class Scorer:
                 f"{format_bytes(FLOAT_MEMORY)} or than there was room for."
             )
         return self._store
+
+    def _keep(self) -> None:
+        """Save the baseline in the cache; where nobody asked for that, a full disk is no error."""
+        with suppress(OSError) if self._limit else nullcontext():
+            if self._entry:
+                self._entry.save(self._store, self.speed)
 
     def _answers(self, decoder: Decoder, folder: Path, first: int) -> BaselineStore:
         """Run the float model on the first windows and tasks; writes the baseline."""
@@ -305,12 +327,6 @@ class Scorer:
         if self._stop.is_set():
             raise ArtifactError("ended with the others")
 
-    def _end(self) -> None:
-        """Save what was added to the baseline."""
-        check_unchanged(self._job.checkpoint.opened)
-        if self._entry and self._store.ready > self._cached:
-            self._entry.save(self._store, self.speed)
-
     def _measure_speed(self, stored: Stored) -> Speed | None:
         """The float model's speed, for the report's ratio; None where it is too large."""
         from compress.decoder.decoder import Decoder
@@ -331,8 +347,9 @@ class Scorer:
         """The cache entry of the baseline; None with tasks, which also need other logits."""
         if not self._cache or self.task_set.tasks:
             return None
-        asked = f"{self.runtime}, {self._threads} threads"
-        return BaselineCache.of(self._cache, fingerprint, self.windows, asked)
+        asked = f"{self.runtime}, {self._threads} threads, packlight {__version__}"
+        entry = BaselineCache.of(self._cache, fingerprint, self.windows, asked)
+        return replace(entry, limit=self._limit)
 
 
 def summed(update: Update, count: int) -> Callable[[int, int, int], None]:

@@ -116,6 +116,12 @@ def test_a_protocol_nobody_knows_names_what_to_install(tmp_path: Path) -> None:
     assert "install" in str(caught.value.hint)
 
 
+def test_a_page_of_another_hub_names_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        fetch("https://modelscope.cn/models/Owner/Model/summary", tmp_path / "cache")
+    assert caught.value.hint == "of a page of the Hub give the Hub id: Owner/Model instead"
+
+
 def make_output(folder: Path, **files: bytes) -> Path:
     for name, data in files.items():
         path = folder / name.replace("__", "/")

@@ -106,14 +106,16 @@ def test_generation_equals_that_without_a_cache() -> None:
     expected = [alone(prompt) for prompt in PROMPTS]
     for runtime in (EchoModel(40), Rewinding(40), Rewinding(40, keeps=False)):
         assert generate(PROMPTS, runtime, (), str) == expected
-    ends = {expected[0][2]}
-    assert generate(PROMPTS[:1], Rewinding(40), ends, str) == [expected[0][:3]]
-    stop = Prompt(STEM, 6, [f", {expected[0][1]}"])  # in the text of the first two tokens
+    tokens, most, _ = PROMPTS[1]
+    made = expected[1]
+    assert len(set(made)) == most
+    assert generate(PROMPTS[1:2], Rewinding(40), {made[2]}, str) == [made[:3]]
+    stop = Prompt(tokens, most, [f", {made[1]}"])  # in the text of the first two tokens
 
-    def decode(tokens: Sequence[int]) -> str:
-        return ", ".join(map(str, tokens))
+    def decode(found: Sequence[int]) -> str:
+        return ", ".join(map(str, found))
 
-    assert generate([stop], Rewinding(40), (), decode) == [expected[0][:2]]
+    assert generate([stop], Rewinding(40), (), decode) == [made[:2]]
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import DiskFullError, OutputExistsError, UsageError
+from compress.output import folder as folder_module
 from compress.output.checksums import write_checksums
 from compress.output.folder import Resume, check_disk, check_output, remove, work_folder
 
@@ -126,6 +127,17 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, failure):
         raise failure
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "plan.json").exists()
+
+
+def test_an_interruption_while_the_work_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(path: Path, text: str) -> None:
+        path.write_text(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_module, "write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt), work_folder(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_removes_the_parents_that_it_made(tmp_path):

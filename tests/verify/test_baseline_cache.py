@@ -6,6 +6,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import numpy as np
@@ -13,10 +14,13 @@ import pytest
 import tiny
 from commands import server, until
 
+import packlight
+from compress import __version__
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.decoder import Decoder
 from compress.decoder.tokenizer import Tokenizer, eval_windows
 from compress.files import file_lock
+from compress.plan import job
 from compress.plan.job import describe_model
 from compress.verify.baseline import BaselineCache, BaselineStore
 from compress.verify.resources import Speed
@@ -144,7 +148,7 @@ def test_one_of_two_builds_scores_the_float_model(tmp_path):
     model = tiny.make("llama", tmp_path / "model")
     checkpoint = Checkpoint.open(str(model))
     windows = eval_windows(read_text(None), Tokenizer(model), 64, 2)
-    asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads"
+    asked = f"{Decoder(describe_model(checkpoint), None).name}, 1 threads, packlight {__version__}"
     cache = BaselineCache.of(tmp_path / "kept", checkpoint.fingerprint(), windows, asked)
     line = ["build", str(model), "-r", "int4-fast", "--threads", "1"]
     line += ["--set", "verify.windows=2", "--set", "verify.sequence_length=64", "-f", "gguf"]
@@ -171,3 +175,39 @@ def test_one_of_two_builds_scores_the_float_model(tmp_path):
     )
     assert first == second and first["perplexity"] > 1
     assert [path.name for path in cache.folder.iterdir()] == [cache.key]
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path):
+    written(tmp_path / "work")
+    store = BaselineStore(tmp_path / "work")
+    entries = [BaselineCache.of(tmp_path / "kept", name, WINDOWS, "torch") for name in "abc"]
+    for age, entry in enumerate(entries):
+        entry.save(store, SPEED)
+        os.utime(entry.folder / entry.key, (1000 + age, 1000 + age))
+    size = sum(file.stat().st_size for file in (tmp_path / "kept" / entries[0].key).iterdir())
+    (tmp_path / "again").mkdir()
+    assert entries[0].load(tmp_path / "again")  # used now
+    last = BaselineCache.of(tmp_path / "kept", "d", WINDOWS, "torch")
+    replace(last, limit=2 * size + size // 2).save(store, SPEED)
+    left = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert left == {entries[0].key, last.key}
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_models_that_are_not_small_keep_their_baseline_unasked(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    if not small:
+        monkeypatch.setattr(job, "FEWER_FROM", 0)
+    model, out = tiny.make("llama", tmp_path / "m"), tmp_path / "out"
+    packlight.build(model, "int4-fast", formats=["onnx"], output=out, verify=False)
+    options = {"sequence_length": 32, "gates": {"kl_divergence": "<=9"}}
+    first = packlight.verify(out, model, **options)
+    again = packlight.verify(out, model, **options)
+    note = "The float model's answers are those of an earlier verification, from the cache."
+    assert note not in first.notes and (note in again.notes) is not small
+    assert (tmp_path / "cache" / "baselines").exists() is not small
+    assert again["onnx"].perplexity == first["onnx"].perplexity
+    assert again["onnx"].windows == first["onnx"].windows == (None if small else 2)
+    assert small or first["onnx"].stopped == "every gate is passed by 3 standard errors"
+    later = packlight.verify(out, model, windows=3, **options)
+    assert later["onnx"].windows is None and later.baseline.windows == 3
