@@ -242,9 +242,9 @@ def test_the_float_logits_lie_beside_the_artifacts_meanwhile(model, tmp_path, mo
     """Where their bytes were reckoned with, and where the next build clears them after kill -9."""
     real, seen = scorer.verify_artifact, []
 
-    def spy(path, format, baseline, **options):
+    def spy(path, format, baseline, *rest, **options):
         seen.append(baseline.folder.parents[1])
-        return real(path, format, baseline, **options)
+        return real(path, format, baseline, *rest, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", spy)
     assert cli.main(["build", str(model), "-f", "gguf", "-o", str(tmp_path / "out"), *FAST]) < 2
@@ -257,10 +257,10 @@ def test_an_artifact_that_its_runtime_refuses_does_not_cost_the_others(
 ):
     real = scorer.verify_artifact
 
-    def damaged_first(path, format, baseline, **options):
+    def damaged_first(path, format, baseline, *rest, **options):
         if format == "gguf":
             path.write_bytes(path.read_bytes()[:5000])
-        return real(path, format, baseline, **options)
+        return real(path, format, baseline, *rest, **options)
 
     monkeypatch.setattr(scorer, "verify_artifact", damaged_first)
     out, junit = tmp_path / "out", tmp_path / "junit.xml"
