@@ -54,10 +54,6 @@ VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
 MINICPM5 = (r"\p{N}{1,3}", rf"{_ENGLISH}|{_EDGE}\p{{L}}+|\p{{N}}+|{_TAIL}")
 TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
 
-# Runs of punctuation, then GPT-2's words, then runs of digits in threes.
-PUNCTUATION, NUMBERS = "Punctuation Contiguous", "Digits"
-FALCON = (PUNCTUATION, GPT2, NUMBERS, "[0-9][0-9][0-9]")
-
 # Split patterns, in order → llama.cpp's name of the pre-tokenizer.
 PATTERNS: dict[tuple[str, ...], str] = {
     (GPT2,): "gpt-2",  # also phi-1, 1.5 and 2
@@ -73,7 +69,6 @@ PATTERNS: dict[tuple[str, ...], str] = {
     (QWEN35,): "qwen35",
     (VIKING, DIGIT): "viking",
     MINICPM5: "minicpm5",
-    FALCON: "falcon",
 }
 
 
@@ -130,10 +125,8 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
             matched = step["behavior"] == "Removed" and step.get("invert")
             pattern = escaped(step["pattern"].get("Regex", ""))
             patterns.append(pattern if isolated or matched else f"{step['behavior']} {pattern}")
-        elif step["type"] == "Digits":
-            patterns.append(DIGIT if step.get("individual_digits") else NUMBERS)
-        elif step["type"] == "Punctuation":
-            patterns.append(f"Punctuation {step.get('behavior', 'Isolated')}")
+        elif step["type"] == "Digits" and step.get("individual_digits"):
+            patterns.append(DIGIT)
         elif step["type"] == "ByteLevel":
             if step.get("add_prefix_space"):
                 patterns.append("a space in front")

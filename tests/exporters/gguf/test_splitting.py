@@ -14,15 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.decoder.tokenizer_texts import TEXTS
 from exporters.gguf.runtime import open_runtime
-from exporters.gguf.splitting import (
-    DEEPSEEK_LLM,
-    DIGIT,
-    IGNORE_MERGES,
-    NUMBERS,
-    PATTERNS,
-    PUNCTUATION,
-    escaped,
-)
+from exporters.gguf.splitting import DEEPSEEK_LLM, DIGIT, IGNORE_MERGES, PATTERNS, escaped
 
 # What llama.cpp's own patterns do not do as the published ones: a vowel sign, and a small letter
 # beside a capital with an accent, end a word; spaces outside ASCII are none.
@@ -43,12 +35,10 @@ def tokenizer_of(patterns: tuple[str, ...], *, ignore_merges: bool) -> Any:
         core.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), last])
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=letters, show_progress=False)
     core.train_from_iterator(TEXTS * 2, trainer)
-    named = {
-        DIGIT: pre.Digits(individual_digits=True),
-        NUMBERS: pre.Digits(individual_digits=False),
-        PUNCTUATION: pre.Punctuation("contiguous"),
-    }
-    splits = [named.get(p) or pre.Split(Regex(p), "isolated") for p in patterns]
+    splits = [
+        pre.Digits(individual_digits=True) if p == DIGIT else pre.Split(Regex(p), "isolated")
+        for p in patterns
+    ]
     core.pre_tokenizer = pre.Sequence([*splits, last])
     core.add_special_tokens(["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
