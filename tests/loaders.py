@@ -337,4 +337,5 @@ LOADERS = {
 def told(error: str, folder: Path) -> str:
     """An error's text for the table: one short line without paths."""
     text = re.sub(r"\s+", " ", error.replace(str(folder), "FOLDER"))
-    return text if len(text) <= 160 else f"{text[:159]}…"
+    text = re.sub(r"past_key_values\.\d+\.\w+", "past_key_values", text)  # whichever comes first
+    return text if len(text) <= 120 else f"{text[:119]}…"
