@@ -18,20 +18,20 @@ from compress.calibration.step import Importance, texts_of
 from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
+from compress.errors import UsageError, without_secrets
+from compress.files import check_place
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
 from compress.plan.memory import check_memory
-from compress.errors import UsageError, without_secrets
-from compress.files import check_place
-from compress.pruning.options import prune_option
-from compress.report.ci import CiFiles
-from compress.verify.gates import parse_option
 from compress.plan.transform import Transforms
+from compress.pruning.options import prune_option
 from compress.recipe import Recipe, load
-from compress.verify import gates
 from compress.report.against import Previous
+from compress.report.ci import CiFiles
+from compress.verify import gates
+from compress.verify.gates import parse_option
 from compress.verify.scorer import Scorer, read_text, text_name
 
 __all__ = [
@@ -46,8 +46,8 @@ class BuildSettings:
     """Settings of ``packlight build``: one field for each option of the same name.
 
     ``source`` overrides the model's name (the bundled demo); ``hub`` has ``revision``, ``token``,
-    ``cache_dir`` and ``fetch``. ``made``: a recipe that a program made, instead of ``recipe``, which is then
-    the name of the file that the build writes it to.
+    ``cache_dir`` and ``fetch``. ``made``: a recipe that a program made, instead of ``recipe``,
+    which is then the name of the file that the build writes it to.
     """
 
     model: str

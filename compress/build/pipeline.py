@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.build.decide import (
     BuildSettings,
@@ -19,7 +19,6 @@ from compress.build.decide import (
 )
 from compress.build.write import write_artifacts
 from compress.console import Console
-from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
 from compress.errors import PacklightError
 from compress.files import check_unchanged, stamps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ from compress.recipe import needs_of
 from compress.solvers import get_solver
 
 if TYPE_CHECKING:
-    from compress.calibration.statistics import Statistics
     from compress.calibration.step import CalibrationStep
 
 __all__ = ["put_tensors", "write_artifacts"]
@@ -66,7 +65,7 @@ def write_artifacts(
 
             with console.progress(label, "bytes") as update:
 
-                def written(nbytes: int) -> None:
+                def written(nbytes: int, total: int = total) -> None:
                     nonlocal done
                     done += nbytes
                     update(min(done, total), total)

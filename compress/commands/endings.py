@@ -6,7 +6,13 @@ import errno
 import shutil
 from pathlib import Path
 
-from compress.errors import DiskFullError, PacklightError, first_line, is_disk_full
+from compress.errors import (
+    DiskFullError,
+    PacklightError,
+    RuntimeMissingError,
+    first_line,
+    is_disk_full,
+)
 from compress.files import full_disk
 
 # Parts of library messages for refused memory or threads.
@@ -14,6 +20,7 @@ NO_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc",
     "failed to map segment", "can't start new thread",
 )  # fmt: skip
+OWN = ("compress", "exporters", "packlight")  # a missing module of these is a bug
 
 
 def in_words(error: Exception) -> PacklightError:
@@ -37,6 +44,11 @@ def in_words(error: Exception) -> PacklightError:
         return PacklightError(f"{where}{error.strerror or error}")
     if isinstance(error, ValueError) and "embedded null" in said:
         return PacklightError("a path or a name has a NUL character")
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package not in OWN:
+            hint = f"pip install {package}; packlight doctor lists what is missing"
+            return RuntimeMissingError(f"{package} is not installed", hint)
     if isinstance(error, UnicodeError):
         return PacklightError(f"a name or a text is not UTF-8: {said}")
     hint = "this is a bug in packlight; PACKLIGHT_DEBUG=1 shows where"

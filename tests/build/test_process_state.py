@@ -218,9 +218,7 @@ assert len(made) == len(threads) + 1
 """
 
 
-def test_builds_of_one_process_give_the_bytes_of_two_processes(
-    model: Path, tmp_path: Path
-) -> None:
+def test_builds_of_one_process_give_the_bytes_of_two_processes(model: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PACKLIGHT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", PAIR, str(model), str(tmp_path / "one"), str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

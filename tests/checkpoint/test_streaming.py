@@ -137,6 +137,7 @@ def artifacts(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}
 
 
+@pytest.mark.slow  # builds of two solvers, each twice
 def test_a_build_of_ranges_has_the_same_bytes_within_the_room_of_a_few_blocks(
     hub: RangeHub, folder: Path, tmp_path: Path
 ) -> None:

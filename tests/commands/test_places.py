@@ -108,16 +108,18 @@ ENDINGS = {
     "no room left": [OSError(errno.ENOSPC, "No space left"), OSError("50 requested and 0 written")],
     "NUL character": [ValueError("embedded null byte")],
     "x: gone": [FileNotFoundError(errno.ENOENT, "gone", "x")],
+    "torch is not installed": [ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")],
+    "No module named": [ModuleNotFoundError("No module named 'compress.x'", name="compress.x")],
     "KeyError: 1": [KeyError(1)],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "errors"), ENDINGS.items())
-def test_an_ending_is_told_for_what_it_is(words: str, errors: list[Exception]) -> None:
+def test_the_error_says_what_was_refused(words: str, errors: list[Exception]) -> None:
     for error in errors:
-        told = in_words(error)
-        assert words in told.message
-        assert ("bug" in told.hint) == (words == "KeyError: 1")
+        found = in_words(error)
+        assert words in found.message
+        assert ("bug" in found.hint) == (words in ("KeyError: 1", "No module named"))
 
 
 def test_a_name_that_no_report_can_hold(model: Path, tmp_path: Path) -> None:
