@@ -117,7 +117,7 @@ class Hub:
                 there = revision in repository.branches
                 repository.branches.setdefault(revision, dict(repository.branches["main"]))
                 return (409 if there else 201), {}
-            if verb == "revision" and revision == "f" * 40:
+            if revision == "f" * 40:
                 revision = "main"
             if revision not in repository.branches:
                 return 404, {"error": "Invalid rev id"}
@@ -127,6 +127,12 @@ class Hub:
             if verb == "commit":
                 pull_request = parse_qs(parts.query).get("create_pr") == ["1"]
                 return self.commit(name, repository, revision, body, pull_request)
+            if verb == "tree":
+                return 200, [
+                    {"type": "file", "path": file, "size": len(data),
+                     "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+                    for file, data in sorted(files.items())
+                ]  # fmt: skip
             siblings = [{"rfilename": file} for file in sorted(repository.branches["main"])]
             return 200, {"id": name, "sha": "f" * 40, "siblings": siblings}
         if url.endswith(".git/info/lfs/objects/batch"):

@@ -47,6 +47,9 @@ def here(command: str) -> str:
     """A command on the model that is here, not on the one of the Hub."""
     if f"{HUB} -f gguf -o out" in command:
         command = command.replace("-o out", "-o out-hub")
+    # For 1,024 positions; this model has 512.
+    command = command.replace("--context 1024", "--context 512")
+    command = command.replace("-r phi3-mini-iphone", "-r phi3-mini-iphone --context 512")
     return command.replace(HUB, "./my-checkpoint")
 
 
