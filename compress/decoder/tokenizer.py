@@ -50,6 +50,8 @@ class Tokenizer:
             prints = check_files(folder)
         with in_words("the tokenizer cannot be loaded"), silence() if prints else nullcontext():
             self.hf: Any = load(folder)
+        if isinstance(self.hf, bool):  # of transformers 4, where a slow tokenizer fails
+            raise CheckpointError("the tokenizer cannot be loaded: its files do not fit together")
         # Not used here, but compared with the length of each text in any case.
         self.hf.model_max_length = 10**30
         self.rows = rows

@@ -23,6 +23,7 @@ MOST_GROWTH = 1 << 10  # bytes of text for one given byte; real tokenizers up to
 TOKEN_KEYS = {
     "__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special",
 }  # fmt: skip
+TOKEN_LISTS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 
 
 def check_files(folder: Path) -> bool:
@@ -56,15 +57,27 @@ def check_files(folder: Path) -> bool:
             "become of one"
         )
     others = ("tokenizer_config.json", "special_tokens_map.json")
-    return any(map(has_odd_token, [tokens, *(json_or_empty(folder / other) for other in others)]))
+    given = [
+        tokens,
+        *(found for other in others for found in stated(json_or_empty(folder / other))),
+    ]
+    return any(map(has_odd_token, given))
+
+
+def stated(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """The tokens in ``tokenizer_config.json`` or ``special_tokens_map.json``: texts, objects, or
+    lists and maps of them."""
+    for key, value in settings.items():
+        if key.endswith("_token"):
+            yield [value]
+        elif key in TOKEN_LISTS:
+            yield list(value.values()) if isinstance(value, dict) else value
 
 
 def has_odd_token(value: Any) -> bool:
-    """Whether a JSON value holds an added token with keys that the library does not know."""
-    if isinstance(value, dict):
-        odd = "content" in value and not value.keys() <= TOKEN_KEYS
-        return odd or any(map(has_odd_token, value.values()))
-    return isinstance(value, list) and any(map(has_odd_token, value))
+    """Whether a list of tokens has an object with keys that the library does not know."""
+    tokens = value if isinstance(value, list) else []
+    return any(isinstance(token, dict) and not token.keys() <= TOKEN_KEYS for token in tokens)
 
 
 def growth(step: Any) -> int:

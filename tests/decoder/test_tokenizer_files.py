@@ -83,10 +83,11 @@ def test_usual_tokenizers_grow_little():
     assert 1 < growth(document["normalizer"]) < MOST_GROWTH / 64
 
 
+@pytest.mark.parametrize("key", ["content", "\0"])
 def test_keys_that_the_library_does_not_know_are_not_printed(
-    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    key: str, llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    token = {"content": "<unk>", "special": True, "lstrip": False, "evil\x1b[31m": 1}
+    token = {key: "<unk>", "special": True, "lstrip": False, "evil\x1b[31m": 1}
     folder = changed(
         llama, tmp_path, lambda settings: settings.update(added_tokens_decoder={"0": token}),
         "tokenizer_config.json",
@@ -96,6 +97,17 @@ def test_keys_that_the_library_does_not_know_are_not_printed(
     print("after")
     assert capfd.readouterr().out == "after\n"
     assert vars(facts_from_child(folder)) == vars(TokenizerFacts.of(here))
+
+
+def test_special_tokens_without_texts(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    folder = changed(llama, tmp_path, dict.clear, "tokenizer_config.json")
+    texts = {"bos_token": {"": ""}, "unk_token": {"": ""}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(texts))
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded: "):
+        Tokenizer(folder)
+    assert capfd.readouterr().out == ""
 
 
 def test_a_panic_of_the_library_is_an_error_of_ours(llama: Path, tmp_path: Path):
