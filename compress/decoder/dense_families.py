@@ -70,21 +70,28 @@ def cap(config: Config, key: str, default: float = 0.0) -> float:
     return number(config, key) if config[key] is not None else 0.0
 
 
+def ropes_of_kinds(config: Config) -> tuple[dict[str, Any], ...]:
+    """The rotary settings of full and of sliding attention where ``rope_parameters`` has each, as
+    transformers 5 writes it; else empty."""
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, dict) or FULL not in nested:
+        return ()
+    plain = {"max_position_embeddings": config["max_position_embeddings"]}
+    return tuple(plain | {"rope_parameters": nested[kind]} for kind in (FULL, SLIDING))
+
+
 def _gemma3(config: Config) -> dict[str, Any]:
     interval = whole(config, "sliding_window_pattern", 6)
     local = AttentionKind(rope=1, window=whole(config, "sliding_window", 4096))
     kinds = {SLIDING: local, FULL: AttentionKind()}
-    nested = config.get("rope_parameters")
-    if isinstance(nested, dict) and FULL in nested:  # as transformers 5 writes them
-        plain = {"max_position_embeddings": config["max_position_embeddings"]}
-        of_full, of_local = (plain | {"rope_parameters": nested[kind]} for kind in (FULL, SLIDING))
-    else:
-        of_full = {"rope_theta": 1e6, **config}
-        of_local = {"rope_theta": config.get("rope_local_base_freq") or 1e4}
+    ropes = ropes_of_kinds(config) or (
+        {"rope_theta": 1e6, **config},
+        {"rope_theta": config.get("rope_local_base_freq") or 1e4},
+    )
     return {
         **_gemma(config),
         **layer_kinds(config, kinds, every(interval, SLIDING, FULL)),
-        "ropes": (of_full, of_local),
+        "ropes": ropes,
         "norms": FOUR_NORMS,
         "qk_norm": "head",
         "attention_scale": number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
@@ -115,7 +122,7 @@ def _granite(config: Config) -> dict[str, Any]:
 
 def _granite_hybrid(config: Config) -> dict[str, Any]:
     types = config.get("layer_types") or ["mamba"]
-    if any(kind != "attention" for kind in types) or config.get("num_local_experts"):
+    if not set(types) <= {"attention", FULL} or config.get("num_local_experts"):
         raise UnsupportedModelError(
             "granite models with mamba layers or experts are not supported",
             hint="granite 4 dense: 350m, 1b, micro",
@@ -167,7 +174,7 @@ def _olmo3(config: Config) -> dict[str, Any]:
     return {
         **_olmo2(config),
         **layer_kinds(config, kinds, every(4, SLIDING, FULL)),
-        "ropes": (config, plain),
+        "ropes": ropes_of_kinds(config) or (config, plain),
     }
 
 
@@ -234,14 +241,15 @@ def _ernie(config: Config) -> dict[str, Any]:
 
 
 def _hunyuan(config: Config) -> dict[str, Any]:
-    scaling = config.get("rope_scaling") or {}
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     changes = attention_biases(config) | {"qk_norm": "head", "qk_norm_after_rope": True}
     changes["mlp_bias"] = False
     if isinstance(scaling, dict) and scaling.get("alpha"):
         heads = whole(config, "num_attention_heads", most=MOST_WIDE)
         hidden = whole(config, "hidden_size", most=MOST_WIDE)
         size = whole(config, "head_dim", hidden // heads, most=MOST_WIDE)
-        theta = number(config, "rope_theta", 1e4) * number(scaling, "alpha") ** (size / (size - 2))
+        base = number({"rope_theta": scaling.get("rope_theta"), **config}, "rope_theta", 1e4)
+        theta = base * number(scaling, "alpha") ** (size / (size - 2))
         changes["ropes"] = ({"rope_theta": theta},)
     return changes
 

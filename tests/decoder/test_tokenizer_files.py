@@ -105,8 +105,10 @@ def test_special_tokens_without_texts(
     folder = changed(llama, tmp_path, dict.clear, "tokenizer_config.json")
     texts = {"bos_token": {"": ""}, "unk_token": {"": ""}}
     (folder / "special_tokens_map.json").write_text(json.dumps(texts))
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded: "):
+    try:  # transformers 5 goes on without them
         Tokenizer(folder)
+    except CheckpointError as error:
+        assert error.message.startswith("the tokenizer cannot be loaded: ")
     assert capfd.readouterr().out == ""
 
 
