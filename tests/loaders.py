@@ -151,13 +151,12 @@ def with_node(cases: Cases, hub: str = "") -> Found:
         for family, case in cases.items()
     ]
     script = ["node", str(ROOT / "tests/loaders_node.mjs")]
-    done = subprocess.run(
-        [*script, str(TRANSFORMERS / "dist/transformers.node.mjs")],
-        input=json.dumps({"cases": listed, "count": COUNT, "hub": hub}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        wanted = {"cases": listed, "count": COUNT, "hub": hub, "cache": cache}
+        done = subprocess.run(
+            [*script, str(TRANSFORMERS / "dist/transformers.node.mjs")],
+            input=json.dumps(wanted), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: Found = json.loads(done.stdout.splitlines()[-1])
     return found
