@@ -128,7 +128,8 @@ def tensor_rows(graph: Any) -> list[dict[str, Any]]:
         shape, _, offset, _ = stored[codes[0]]
         attributes = {a.name: a.i for a in node.attribute}
         bits = attributes.get("bits", 4 if split else 8)
-        group = shape[2] * 8 // bits
+        # In older folders the embedding is [rows, bytes], read by GatherBlockQuantized.
+        group = attributes.get("block_size") or shape[2] * 8 // bits
         asymmetric = f"{base}.zero_points" in stored
         rows.setdefault(
             offset,
