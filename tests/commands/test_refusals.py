@@ -211,6 +211,8 @@ def test_palettes_without_calibration_are_refused(key, sound, tmp_path, capsys):
         assert "hint: --set quantize.solver=gptq" in talk and "--force" in talk
         assert list(tmp_path.iterdir()) == []
     assert run(sound, out, *palettes, "--set", "quantize.solver=gptq", "--dry-run") == 0
+    six = ["-f", "coreml", "--set", f"targets.coreml.{key}=lut6-g8"]
+    assert run(sound, out, *six, "--dry-run") == 0
     assert run(sound, out, *palettes, "--force") == 0
     assert "--force" in json.loads((out / "report.json").read_text())["tool"]["command"]
     # A plan file is no way around it.
