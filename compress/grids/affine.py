@@ -143,7 +143,9 @@ class Affine(BaseGrid):
         over_rows(work, rows)
         if any(beyond):
             raise beyond_float16(self.name)
-        return {"scale": to_half(scale), "zero_point": zero.astype(np.uint8)}
+        middles = np.full(zero.shape, self.middle, np.uint8)
+        zeros = middles if self.symmetric else zero.astype(np.uint8)
+        return {"scale": to_half(scale), "zero_point": zeros}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """uint8 ``[rows, columns]``, 0..2^bits-1."""
