@@ -22,6 +22,7 @@ from compress.console import Console
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
 from compress.formats import get_format
+from compress.grids import get_grid
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
@@ -30,7 +31,6 @@ from compress.plan.job import (
     Job,
     Replan,
     baseline_bytes,
-    check_palettes,
     looks_at_inputs,
     model_name,
     prepare,
@@ -252,7 +252,10 @@ def prepare_job(
 
         job = replace(job, at_most=check_budget(job, replan))
     if needs_of(recipe.solver) is None:
-        if not settings.force:
+        matrices = (e.grid for plan in job.plans for e in plan.entries if len(e.shape) == 2)
+        if not settings.force and any(get_grid(name).group_rows != 1 for name in matrices):
+            from compress.plan.rounding import check_palettes
+
             check_palettes(job)
         if job.config.num_parameters >= FEWER_FROM:
             from compress.plan.rounding import warn_of_rounding

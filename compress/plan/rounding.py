@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from compress.errors import UsageError
+from compress.grids import get_grid
 from compress.plan.job import Job
 from compress.plan.shapes import bits_per_weight
 
-__all__ = ["HURT", "warn_of_rounding"]
+__all__ = ["HURT", "check_palettes", "warn_of_rounding"]
 
 HURT = range(50 * 10**6, 10**9)
 """Parameters of models, trained on trillions of tokens, that lose much by rounding to four bits.
 Below are toys, and larger models bear more (``docs/recipes.md`` has what was measured)."""
 FEW_BITS = 6.0  # per weight, of the whole file: SmolLM2-135M's Q4_K_M has 6.2, and passes
+
+
+def check_palettes(job: Job) -> None:
+    """Refuse palettes of up to four bits where the solver uses no input statistics: rows that share
+    one have no scale for a channel with large inputs. (Six bits on SmolLM2-135M: KL 0.022.)
+
+    Raises:
+        UsageError: a plan has a palette.
+    """
+    for plan in job.plans:
+        for entry in plan.entries:
+            grid = get_grid(entry.grid) if len(entry.shape) == 2 else None
+            if grid and grid.group_rows != 1 and grid.bits <= 4:
+                raise UsageError(
+                    f"{plan.format}: {entry.grid} by {job.recipe.solver}, without calibration, "
+                    "spoils a real model (SmolLM2-135M: KL divergence 2.8, by gptq 0.16)",
+                    hint="--set quantize.solver=gptq, or -r small-4bit; --force builds it anyway",
+                )
 
 
 def warn_of_rounding(job: Job) -> None:
