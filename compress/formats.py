@@ -103,6 +103,7 @@ class Format:
         imatrix: whether its tools have importance files.
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
+        extra: of packlight, that installs what runs it; empty where that is always installed.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Format:
     stores_zeros: bool = False
     imatrix: bool = False
     hub_root: bool = False
+    extra: str = ""
 
     if TYPE_CHECKING:
 
@@ -151,6 +153,9 @@ class Format:
 
         @property
         def USAGE(self) -> Sequence[Usage]: ...
+
+        @property
+        def check_runtime(self) -> Callable[[], object]: ...
 
         @property
         def checks(self) -> Callable[[], list[Check]]: ...
@@ -203,6 +208,8 @@ class Format:
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
 # USAGE             a ``Usage`` for each way to run one, the first to recommend first
+# check_runtime     check_runtime(): raises RuntimeMissingError where what runs it is not here; of
+#                   formats with an ``extra``
 # checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
 #                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
@@ -220,6 +227,7 @@ MEMBERS = {
     "describe": "inspection",
     "find": "card",
     "USAGE": "card",
+    "check_runtime": "card",
     "checks": "card",
     "read_imatrix": "imatrix",
     "write_imatrix": "imatrix",

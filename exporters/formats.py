@@ -29,6 +29,12 @@ ROWS = (
         speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
         stores_zeros=True,
     ),
+    Format(
+        "mlx", "MLX", "exporters.mlx", "an MLX folder with config.json",
+        ProcessCost(400_000_000, 8.0, 17e-9), extra="mlx",
+        speed_note="MLX's quality, speeds and memory are those of packlight's float32 decoder with "
+        "the decoded weights; mlx-lm's own code runs on some tokens.",
+    ),
 )  # fmt: skip
 
 FORMATS.update({row.name: row for row in ROWS})

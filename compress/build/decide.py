@@ -20,6 +20,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
+from compress.formats import FORMATS
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
@@ -265,6 +266,9 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
         check_tokenizer(job.checkpoint)
     if not settings.verify:
         return None
+    for plan in job.plans:
+        if FORMATS[plan.format].extra:
+            FORMATS[plan.format].check_runtime()
     cache = settings.keep_baseline or baseline_folder(output)
     scorer = Scorer(
         job,
