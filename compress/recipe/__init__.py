@@ -152,7 +152,7 @@ def load(
     """
     from compress.recipe.model import Recipe
 
-    shipped = source in recipes.names()
+    shipped = str(source) in recipes.names()
     if isinstance(source, Recipe):
         document, source = source.model_dump(by_alias=True, exclude_none=True), source.name
     else:

@@ -207,8 +207,9 @@ def run_child(python: str, folder: Path, tokens: Sequence[int], stored: int) -> 
     prompt = max(1, min(PROMPT, len(tokens) - 1))
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment = dict(os.environ) if python == sys.executable else own
+    environment["PYTHONSAFEPATH"] = "1"  # this folder's modules are not the runtime's
     with tempfile.TemporaryDirectory(prefix="packlight-") as out:
-        command = [python, "-P", str(CHILD), str(folder.resolve()), out]
+        command = [python, str(CHILD), str(folder.resolve()), out]
         command += [json.dumps(list(tokens)), str(prompt), str(stored)]
         done, errors = communicate(command, environment)
         lines = [json.loads(line) for line in done.splitlines()]
