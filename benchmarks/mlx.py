@@ -151,7 +151,7 @@ def page(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
         "",
         "Every folder is scored by `packlight verify`: mlx-lm's own code computes some tokens, in",
         "one call and cached, and must agree with the reference decoder; the decoded weights are",
-        "scored on windows. KL in nats per token from the float model; *÷ convert*: against that of",
+        "scored on windows. KL in nats per token from the float model; *÷ convert*: over that of",
         "`mlx_lm.convert` with the most bytes that are not more.",
     ]
     for name, rows in figures.items():
