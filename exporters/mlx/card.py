@@ -21,7 +21,7 @@ GENERATE = (
 )
 SWIFT = (
     "import MLXLLM\nimport MLXLMCommon\n\n"
-    "let folder = URL(filePath: {})\n"
+    "let folder = URL(filePath: {path})\n"
     "let model = try await loadModelContainer(directory: folder)\n"
     'print(try await ChatSession(model).respond(to: "Once upon a time"))'
 )

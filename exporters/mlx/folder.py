@@ -51,6 +51,8 @@ def mlx_config(config: DecoderConfig) -> dict[str, Any]:
     """``config.json`` as mlx-lm's classes read it: rotary settings as transformers 4 writes them;
     of longrope the factors of short prompts, since mlx-lm takes the long ones at any length."""
     keys = hf_config(config)
+    if config.family == "granitemoehybrid":  # dense: mlx-lm reads this key, not shared_…
+        keys["intermediate_size"] = config.intermediate_size
     nested = keys.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         keys.setdefault("rope_theta", nested["rope_theta"])
