@@ -47,12 +47,24 @@ def entry_quantization(entry: PlanEntry) -> dict[str, int]:
     return {"bits": grid.bits, "group_size": grid.group_size}
 
 
+def exaone_pattern(config: DecoderConfig) -> str | None:
+    """``LLLG``: which blocks have a window and rotate; None where all blocks are alike."""
+    rotates = [config.kinds[kind].rope is not None for kind in config.layers]
+    return None if all(rotates) else "".join("L" if rotated else "G" for rotated in rotates)
+
+
 def mlx_config(config: DecoderConfig) -> dict[str, Any]:
     """``config.json`` as mlx-lm's classes read it: rotary settings as transformers 4 writes them;
     of longrope the factors of short prompts, since mlx-lm takes the long ones at any length."""
     keys = hf_config(config)
-    if config.family == "granitemoehybrid":  # dense: mlx-lm reads this key, not shared_…
-        keys["intermediate_size"] = config.intermediate_size
+    match config.family:
+        case "granitemoehybrid":  # dense: mlx-lm reads this key, not shared_intermediate_size
+            keys["intermediate_size"] = config.intermediate_size
+        case "gpt2":
+            keys.setdefault("n_ctx", config.max_position_embeddings)
+        case "exaone4":  # mlx-lm has no defaults, and reads the pattern, not layer_types
+            keys |= {"head_dim": config.head_dim, "sliding_window_pattern": exaone_pattern(config)}
+            keys = {"rope_scaling": None, "sliding_window": None} | keys
     nested = keys.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         keys.setdefault("rope_theta", nested["rope_theta"])

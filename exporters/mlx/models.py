@@ -32,6 +32,7 @@ class ModelClass:
         plain_embedding: it reads a tied head from the embedding's floats, so that is not quantized.
         wide: activations exceed float16: bfloat16 by default.
         mlp: the only width of its MLP in hidden sizes; 0: any.
+        whole_heads: it rotates whole heads only.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
@@ -41,6 +42,7 @@ class ModelClass:
     plain_embedding: bool = False
     wide: bool = False
     mlp: int = 0
+    whole_heads: bool = False
 
 
 _PLAIN = ModelClass()
@@ -71,7 +73,7 @@ MODELS: dict[str, ModelClass] = {
     "cohere2": ModelClass(windows=True, tied=True),
     "llama4_text": ModelClass(own={"lm_head": "output"}, plain_embedding=True),
     "exaone4": _WINDOWS,
-    "glm": _PLAIN,
+    "glm": ModelClass(whole_heads=True),
     "glm4": ModelClass(tied=False),
     "ernie4_5": _PLAIN,
     "hunyuan_v1_dense": _PLAIN,
@@ -103,19 +105,23 @@ def model_class(config: DecoderConfig) -> ModelClass:
             f"mlx: mlx-lm has no model class for {config.family}",
             hint=f"it has {', '.join(MODELS)}",
         )
-    found = MODELS[config.family]
+    if why := lacking(config):
+        raise UnsupportedModelError(f"mlx: mlx-lm's class for {config.family} {why}")
+    return MODELS[config.family]
+
+
+def lacking(config: DecoderConfig) -> str:
+    """What mlx-lm's class of the family lacks for this model, for an error; empty for nothing."""
+    found, rotary = MODELS[config.family], config.ropes[0].rotary_dim
     if found.tied not in (None, config.tie_word_embeddings):
-        what = "is the embedding" if config.tie_word_embeddings else "is not the embedding"
-        other = "always is" if found.tied else "never is"
-        raise UnsupportedModelError(
-            f"mlx: the head of this {config.family} model {what}; in mlx-lm's class it {other}"
-        )
+        return f"{'always' if found.tied else 'never'} has the embedding as its head"
     if found.mlp and config.intermediate_size != found.mlp * config.hidden_size:
-        raise UnsupportedModelError(
-            f"mlx: this {config.family} model has an MLP of {config.intermediate_size}; mlx-lm's "
-            f"class has one of {found.mlp} times the hidden size, which is {config.hidden_size}"
-        )
-    return found
+        return f"has an MLP of {found.mlp} hidden sizes, not of {config.intermediate_size}"
+    if found.whole_heads and rotary != config.head_dim:
+        return f"rotates whole heads, not {rotary} of {config.head_dim} dimensions"
+    if config.qk_norm == "unit" and not all(kind.normed for kind in config.kinds):
+        return "has norms of q and k in every layer, this model in those that rotate"
+    return ""
 
 
 def names_of(config: DecoderConfig) -> Mapping[str, str]:
