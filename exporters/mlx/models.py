@@ -136,7 +136,7 @@ def names_of(config: DecoderConfig) -> Mapping[str, str]:
             if name.startswith(old):
                 names[role] = new + name.removeprefix(old)
                 break
-    return names | found.own
+    return {**names, **found.own}
 
 
 def written_names(config: DecoderConfig) -> Iterator[str]:
