@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,8 @@ class Format:
         imatrix: whether its tools have importance files.
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
+        extra_module: module of the extra that it needs; empty where packlight's own dependencies
+            are enough.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Format:
     stores_zeros: bool = False
     imatrix: bool = False
     hub_root: bool = False
+    extra_module: str = ""
 
     if TYPE_CHECKING:
 
@@ -160,6 +163,11 @@ class Format:
 
         @property
         def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
+
+    @property
+    def installed(self) -> bool:
+        """Whether the extra that it needs is here."""
+        return not self.extra_module or importlib.util.find_spec(self.extra_module) is not None
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """``describe`` an untrusted artifact.

@@ -29,6 +29,12 @@ ROWS = (
         speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
         stores_zeros=True,
     ),
+    Format(
+        "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
+        ProcessCost(330_000_000, 4.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
+        speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
+        extra_module="coreai",
+    ),
 )  # fmt: skip
 
 FORMATS.update({row.name: row for row in ROWS})

@@ -34,7 +34,7 @@ from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
 from compress.solvers import rtn
 
-CONTEXT = 64  # of Core ML packages, which have room for no more
+CONTEXT = 64  # of Core ML packages and Core AI bundles, which have room for no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Exports:
 
         Args:
             make: keywords of ``tiny.make``.
-            settings: of the target. Core ML's context is ``CONTEXT`` unless given.
+            settings: of the target. Core ML's and Core AI's context is ``CONTEXT`` unless given.
         """
         make = make or {}
         key = f"{format} {family} {json.dumps([make, settings], sort_keys=True)}"
@@ -119,7 +119,7 @@ class Exports:
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
         keywords: dict[str, Any] = {"model_name": name}
-        if format == "coreml":
+        if format in ("coreml", "coreai"):
             settings = {"context": CONTEXT, **settings}
         if get_format(format).tokenizer_inside:
             keywords["tokenizer"] = opened.tokenizer_facts
