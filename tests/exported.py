@@ -110,15 +110,17 @@ class Exports:
         folder: Path | None = None,
         written: Callable[[int], None] = lambda nbytes: None,
         slab: int | None = None,
+        choices: Mapping[str, str] | None = None,
     ) -> Exported:
         """Plan (changed, if wanted) and write into an empty folder, a new one if none is given.
 
         Args:
             slab: weights in memory at a time.
+            choices: entry name → grid.
         """
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
-        keywords: dict[str, Any] = {"model_name": name}
+        keywords: dict[str, Any] = {"model_name": name, "choices": choices or {}}
         if format in ("coreml", "coreai"):
             settings = {"context": CONTEXT, **settings}
         if get_format(format).tokenizer_inside:

@@ -164,29 +164,34 @@ class CoreAI:
 
 
 class Loaded:
-    """A function of a lowered program in Apple's CPU runtime.
+    """A lowered program in Apple's CPU runtime.
 
     Args:
         folder: of ``CoreAI.lower``, which must stay.
     """
 
-    def __init__(self, folder: Path, function: str = "main") -> None:
+    def __init__(self, folder: Path) -> None:
         from coreai.runtime import AIModel, NDArray
 
         self._array, self._loop = NDArray, asyncio.new_event_loop()
         self._model: Any = self._loop.run_until_complete(AIModel.load(path=folder))
-        self._function: Any = self._model.load_function(function)
+        self._functions: dict[str, Any] = {}
 
     def array(self, values: NDArray[Any]) -> Any:
         """An array of the runtime, which holds a copy."""
         return self._array(values)
 
-    def __call__(self, inputs: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the function; the arrays of ``state`` change in place."""
-        call = self._function(dict(inputs), state=dict(state))
+    def run(
+        self, function: str, inputs: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Run a function; the arrays of ``state`` change in place."""
+        if function not in self._functions:
+            self._functions[function] = self._model.load_function(function)
+        call = self._functions[function](dict(inputs), state=dict(state))
         return dict(self._loop.run_until_complete(call))
 
     def close(self) -> None:
         """Free the program."""
-        self._function = self._model = None
+        self._functions.clear()
+        self._model = None
         self._loop.close()

@@ -21,13 +21,14 @@ from exporters.coreai.bytecode import read_blobs
 from exporters.coreai.graph import STATES
 from exporters.coreai.inspection import Bundle
 from exporters.coreai.library import COREAI, CoreAI, Loaded
-from exporters.coreai.twin import widen
+from exporters.coreai.twin import WEIGHTS, decoded_bytes, split, widen
 
 Float32 = NDArray[np.float32]
 
 # Ids per call of a prompt. Each call decodes every weight, so a window of text is one call.
 BATCH = 512
 SLOTS = 256  # of the caches at first, as in Apple's runner
+KEEP = 1 << 30  # bytes of decoded weights that are kept, instead of decoded in each call
 
 
 def open_runtime(
@@ -69,9 +70,13 @@ class CoreAIRuntime:
                 module = library.read(bundle.program)
                 self._cache = cache_shape(library, module)
                 widen(library, module, read_blobs(bundle.program))
+                apart = decoded_bytes(library, module) <= KEEP
+                if apart:
+                    split(library, module)
                 library.lower(module, folder)
                 del module
             self._program: Loaded | None = Loaded(folder)
+            self._weights = self._program.run(WEIGHTS, {}, {}) if apart else {}
         except BaseException:
             self._closing.close()
             raise
@@ -120,6 +125,7 @@ class CoreAIRuntime:
         """Free the program and its caches."""
         if self._program is not None:
             self.reset()
+            self._weights = {}
             self._program.close()
             self._program = None
             self._closing.close()
@@ -136,7 +142,7 @@ class CoreAIRuntime:
             positions = np.arange(self._length, dtype=np.int32)[None]
             inputs = {"input_ids": ids, "position_ids": positions}
             arrays = {name: self._program.array(values) for name, values in inputs.items()}
-            outputs = self._program(arrays, self._state)
+            outputs = self._program.run("main", {**arrays, **self._weights}, self._state)
             pieces.append(np.array(outputs["logits"].numpy(), np.float32)[0])
         return pieces
 

@@ -5,10 +5,15 @@ Apple's CPU runtime executes float16 as well, but twenty times slower, and it su
 program is changed after it is read: types of arguments and results, constants, and casts between
 the two types, which vanish. Scales and look-up tables are widened, which is exact; codes are not
 touched.
+
+Each call of a program decodes every weight. Where the decoded weights fit in memory, the operations
+that decode are moved to a function of their own, whose results the first one takes (``split``): the
+same operations of Apple's, once instead of in each call.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +26,10 @@ from exporters.coreai.bytecode import Blob
 from exporters.coreai.library import CoreAI
 from exporters.coreai.planning import ALIGNMENT
 
-__all__ = ["widen"]
+__all__ = ["WEIGHTS", "decoded_bytes", "split", "widen"]
+
+DECODING = ("coreai.blockwise_shift_scale", "coreai.lut_to_dense")
+WEIGHTS = "weights"  # name of the function of ``split``
 
 RESOURCE = re.compile(r'dense_resource<"?([^">]+)"?>')
 
@@ -117,3 +125,44 @@ def widened(library: CoreAI, value: Any, blobs: Mapping[str, NDArray[np.uint8]])
         return ir.DenseElementsAttr.get_splat(tensor, ir.FloatAttr.get(ir.F32Type.get(), number))
     array = np.ascontiguousarray(np.array(dense), np.float32)
     return ir.DenseElementsAttr.get(array, type=ir.F32Type.get(), shape=array.shape)
+
+
+def decoding(module: Any) -> list[Any]:
+    """The operations that decode weights."""
+    return [op for op in operations(module.operation) if op.name in DECODING]
+
+
+def decoded_bytes(library: CoreAI, module: Any) -> int:
+    """Bytes of all decoded weights, as float32."""
+    ranked = library.ir.RankedTensorType
+    return sum(4 * math.prod(ranked(op.results[0].type).shape) for op in decoding(module))
+
+
+def split(library: CoreAI, module: Any) -> list[str]:
+    """Move what decodes weights to a function ``weights``; inside the program's context.
+
+    Returns:
+        The names of its results, and of the inputs that ``main`` has now in addition.
+    """
+    ir, found = library.ir, decoding(module)
+    (main,) = [op for op in module.body.operations if op.operation.name == "coreai.graph"]
+    with ir.InsertionPoint(module.body):
+        graph = library.graph_type(WEIGHTS, [], [])
+    results, attributes = [], list(main.arg_attrs)
+    for number, operation in enumerate(found):
+        name = f"weight_{number}"
+        with graph.block:
+            copy = operation.clone()
+            for place, operand in enumerate(operation.operands):
+                copy.operands[place] = operand.owner.clone(ip=ir.InsertionPoint(copy)).results[0]
+        results.append((name, copy.results[0]))
+        argument = main.entry_block.add_argument(operation.results[0].type, ir.Location.unknown())
+        operation.results[0].replace_all_uses_with(argument)
+        operation.erase()
+        attributes.append(ir.DictAttr.get({"coreai.name": ir.StringAttr.get(name)}))
+    graph.outputs_spec = results
+    inputs = [argument.type for argument in main.entry_block.arguments]
+    main.function_type = ir.TypeAttr.get(ir.FunctionType.get(inputs, list(main.type.results)))
+    main.arg_attrs = attributes
+    module.operation.verify()
+    return [name for name, _ in results]

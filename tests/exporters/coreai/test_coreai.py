@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from exported import CONTEXT, Exports, reference
+from exported import CONTEXT, Exported, Exports, decoded, reference
+
+from compress.errors import ArtifactError, GridError, UnsupportedModelError, UsageError
+from compress.formats import get_format
+from compress.plan.shapes import PlanRequest
+from exporters.coreai import runtime as runtime_module
+from exporters.coreai.bytecode import read_blobs
+from exporters.coreai.inspection import Bundle, describe
+from exporters.coreai.library import CoreAI, Loaded
+from exporters.coreai.runtime import open_runtime
+from exporters.coreai.twin import WEIGHTS, split, widen
 
 pytest.importorskip("coreai", reason="needs the extra packlight[coreai]")
-from exporters.coreai.runtime import open_runtime
 
 ROOT = Path(__file__).resolve().parents[3]
 # Every family, on a grid of each kind in turn.
@@ -96,3 +106,131 @@ def test_the_bundle_is_what_apples_runner_reads(exported: Exports) -> None:
     inputs = dict(summary.function_inputs("main"))
     assert list(inputs)[:2] == ["input_ids", "position_ids"]
     assert {"keyCache", "valueCache"} <= set(inputs) | set(summary.function_states("main"))
+
+
+# --- constants ------------------------------------------------------------------------------------
+
+# Every kind of stored tensor in one model of fourteen linears, embedding and head.
+MIXED = (
+    *("int4-g32", "int4-g16-asym", "int4-channel", "int4-channel-asym"),
+    *("int8-g64", "int8-g32-asym", "int8-channel", "F16"),
+    *("lut1-g8", "lut2-g16", "lut3-g32", "lut4-g8", "lut6-g16", "lut8-g32"),
+    *("int2-g16", "int2-channel-asym"),
+)
+
+
+@pytest.fixture(scope="module")
+def mixture(exported: Exports) -> Exported:
+    """A bundle with every kind of grid."""
+    make = {"tie_word_embeddings": False}
+    config = exported.config("qwen2", **make)
+    plan = get_format("coreai").plan(config, PlanRequest({"context": CONTEXT}))
+    names = [e.name for e in plan.entries if len(e.shape) == 2 and not e.name.startswith("rope")]
+    choices = dict(zip(names, MIXED, strict=True))
+    source = exported.checkpoint("qwen2", **make)
+    return exported.write("coreai", source, {}, choices=choices)
+
+
+def test_apples_runtime_decodes_every_grid_as_it_does(mixture: Exported, tmp_path: Path) -> None:
+    """Bit for bit: codes times scales in float32, or entries of tables."""
+    bundle, library = Bundle.open(mixture.path), CoreAI()
+    blobs = read_blobs(bundle.program)
+    with library.context():
+        module = library.read(bundle.program)
+        widen(library, module, blobs)
+        split(library, module)
+        library.lower(module, tmp_path)
+    program = Loaded(tmp_path)
+    found = {name: out.numpy().copy() for name, out in program.run(WEIGHTS, {}, {}).items()}
+    program.close()
+    expected = decoded(mixture)
+    grids = {entry.name: entry.grid for entry in mixture.plan.entries}
+    compressed = [expected[name] for name, grid in grids.items() if grid[0] in "il"]
+    assert len(found) == len(compressed) == len(MIXED) - 1
+    for weight in found.values():
+        same = [one for one in compressed if one.shape == weight.shape]
+        assert any(np.array_equal(one, weight) for one in same)
+
+
+def test_a_mixture_of_grids_runs_and_is_described(mixture: Exported) -> None:
+    facts = describe(mixture.path)
+    assert facts["type"] == mixture.plan.type_name
+    described = {row["name"]: (row["grid"], row["bytes"]) for row in facts["tensors"]}
+    assert described == {e.target_name: (e.grid, e.nbytes) for e in mixture.plan.entries}
+    assert facts["parameters"] == mixture.config.num_parameters
+    runtime = open_runtime(mixture.path, context=CONTEXT)
+    expected = reference(mixture, halves=True).logits(TOKENS)
+    assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
+    runtime.close()
+
+
+def test_weights_that_are_decoded_in_each_call_give_the_same(
+    exported: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("coreai", "llama3", grid="int4-g32")
+    found = []
+    for keep in (0, 1 << 30):
+        monkeypatch.setattr(runtime_module, "KEEP", keep)
+        runtime = open_runtime(made.path, context=CONTEXT)
+        found.append(runtime.logits(TOKENS))
+        runtime.close()
+    assert np.array_equal(*found)
+
+
+# --- the runtime and damaged files ----------------------------------------------------------------
+
+
+def test_the_runtime_says_what_it_is_and_refuses(exported: Exports, tmp_path: Path) -> None:
+    made = exported("coreai", "llama3", grid="int4-g32")
+    with pytest.raises(UsageError, match="64 positions, 65 are asked for"):
+        open_runtime(made.path, context=65)
+    with pytest.raises(ArtifactError, match="not a Core AI bundle"):
+        open_runtime(tmp_path, context=8)
+    runtime = open_runtime(made.path, context=CONTEXT, batch=7)
+    assert runtime.name == "Core AI 1.0.0b3, float32 twin in Apple's CPU runtime"
+    assert runtime.vocab_size == 512
+    whole = runtime.logits(TOKENS)
+    runtime.rewind(40)
+    assert np.array_equal(runtime.extend(TOKENS[40:]), whole[40:])
+    runtime.reset()
+    runtime.feed(TOKENS[:60])
+    with pytest.raises(UsageError, match="65 tokens do not fit: the runtime has room for 64"):
+        runtime.feed(TOKENS[:5])
+    with pytest.raises(UsageError, match="at least one token"):
+        runtime.logits([])
+    runtime.close()
+    runtime.close()
+    with pytest.raises(UsageError, match="closed"):
+        runtime.logits(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "ends too early"),
+        (lambda data: b"ML\xefS" + data[4:], "not MLIR bytecode"),
+        (lambda data: b"", "no program"),
+    ],
+)
+def test_damaged_programs_are_refused(
+    exported: Exports, tmp_path: Path, damage: Any, message: str
+) -> None:
+    made = exported("coreai", "llama3", grid="int4-g32")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(made.path, bundle)
+    program = bundle / "llama3.aimodel" / "main.mlirb"
+    program.write_bytes(damage(program.read_bytes()))
+    with pytest.raises(ArtifactError, match=message):
+        get_format("coreai").inspect(bundle)
+
+
+def test_refusals_of_a_plan(exported: Exports) -> None:
+    config = exported.config("llama3")
+    plan = get_format("coreai").plan
+    for settings, kind, message in (
+        ({"grid": "Q4_K"}, GridError, "not a grid that Core AI stores"),
+        ({"deployment": "iOS18"}, UnsupportedModelError, "iOS27"),
+        ({"context": 4096}, UsageError, "between 2 and the 2048 positions"),
+    ):
+        with pytest.raises(kind, match=message):
+            plan(config, PlanRequest(settings))
