@@ -176,14 +176,15 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
 
 
 @cache
-def reference(made: Exported, *, halves: bool = False) -> Decoder:
+def reference(made: Exported, *, halves: bool = False, half_ropes: bool = False) -> Decoder:
     """The reference decoder with the artifact's own constants, in float32.
 
     Args:
         halves: as of ``decoded``; rotary tables are float16, too.
+        half_ropes: rotary tables are float16.
     """
     config, found = made.config, dict(decoded(made, halves=halves))
-    if halves:
+    if halves or half_ropes:
         config = replace(config, ropes=tuple(HalfRope(**vars(rope)) for rope in config.ropes))
     if "lm_head.weight" in found:  # a tied head on a grid of its own
         config = replace(config, tie_word_embeddings=False)

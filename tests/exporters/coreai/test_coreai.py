@@ -48,7 +48,7 @@ def test_logits_of_every_family(
 ) -> None:
     made = exported("coreai", family, overrides, grid=grid)
     runtime = open_runtime(made.path, context=CONTEXT, slots=16)
-    expected = reference(made, halves=True).logits(TOKENS)
+    expected = reference(made, half_ropes=True).logits(TOKENS)
     found = runtime.logits(TOKENS)
     assert found.shape == (CONTEXT, 512) and found.dtype == np.float32
     assert np.abs(found - expected).max() < 1e-4
@@ -159,7 +159,7 @@ def test_a_mixture_of_grids_runs_and_is_described(mixture: Exported) -> None:
     assert described == {e.target_name: (e.grid, e.nbytes) for e in mixture.plan.entries}
     assert facts["parameters"] == mixture.config.num_parameters
     runtime = open_runtime(mixture.path, context=CONTEXT)
-    expected = reference(mixture, halves=True).logits(TOKENS)
+    expected = reference(mixture, half_ropes=True).logits(TOKENS)
     assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
     runtime.close()
 
