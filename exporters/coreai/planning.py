@@ -41,8 +41,9 @@ DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS27"}
 # Apple's runner doubles the cache as it fills; with more slots than this, wrong values were
 # reported on an iPhone 17 Pro (github.com/apple/coreai-models, issue 124).
 DEFAULT_CONTEXT = 1024
-# Every array of the program starts at a multiple of it, in the program and in the writer's file.
-ALIGNMENT = 64
+# Every array starts at a multiple of it, in the program and in the writer's file. Not more: Apple's
+# own summary of a program reads it to memory that is aligned to 16 bytes, and refuses others.
+ALIGNMENT = 16
 FLOATS = {"F16": "fp16", "F32": "fp32"}  # grid → type of a plain constant
 BITS = {"fp16": 16, "fp32": 32} | {
     f"{sign}int{bits}": bits for bits in (1, 2, 3, 4, 6, 8) for sign in ("", "u")

@@ -24,6 +24,7 @@ from compress.decoder.config_json import write_json
 from compress.errors import DiskFullError
 from compress.files import scratch_folder
 from compress.grids import get_grid
+from compress.plan.job import read_license
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreai.constants import Constants, file_bytes_of, layout, write_entry
@@ -72,7 +73,7 @@ class Writer:
         save_program(self._library, plan, config, self.file, asset / PROGRAM)
         self.file.unlink()
         (asset / HASH).write_bytes(digest_of(asset / PROGRAM))
-        (asset / METADATA).write_text(asset_metadata(plan), encoding="utf-8")
+        (asset / METADATA).write_text(asset_metadata(plan, self.weights), encoding="utf-8")
         write_json(self._folder / METADATA, bundle_metadata(plan, self.weights))
         tokenizer = self._folder / TOKENIZER
         tokenizer.mkdir(exist_ok=True)
@@ -112,10 +113,16 @@ def digest_of(path: Path) -> bytes:
     return digest.digest()
 
 
-def asset_metadata(plan: Plan) -> str:
+def asset_metadata(plan: Plan, weights: Weights | Source) -> str:
     """``metadata.json`` of the program, as coreai-core writes it, without a date."""
-    description = f"{plan.model_name}, {plan.type_name}, up to {plan.max_context} positions"
-    document: dict[str, Any] = {"description": description, "producer": f"coreai-core {COREAI}"}
+    document = {
+        "assetVersion": "2.0",
+        "author": "",
+        "creatorDefinedMetadata": {"packlight.version": __version__},
+        "description": f"{plan.model_name}, {plan.type_name}, up to {plan.max_context} positions",
+        "license": read_license(weights.checkpoint) or "",
+        "producer": f"coreai-core {COREAI}",
+    }
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
@@ -166,4 +173,4 @@ def file_bytes(plan: Plan, source: Source) -> int:
             stream.truncate(file_bytes_of(plan.entries))
         save_program(library, plan, config, packed, program)
         nbytes = program.stat().st_size
-    return nbytes + hashlib.sha256().digest_size + len(asset_metadata(plan).encode())
+    return nbytes + hashlib.sha256().digest_size + len(asset_metadata(plan, source).encode())

@@ -25,7 +25,7 @@ from compress.errors import ArtifactError, GridError, UnsupportedModelError, Usa
 from compress.formats import get_format
 from compress.plan.shapes import PlanRequest
 from exporters.coreai import runtime as runtime_module
-from exporters.coreai.bytecode import read_blobs
+from exporters.coreai.bytecode import Reader, read_blobs
 from exporters.coreai.inspection import Bundle, describe
 from exporters.coreai.library import CoreAI, Loaded
 from exporters.coreai.runtime import open_runtime
@@ -85,6 +85,23 @@ def test_two_processes_write_the_same_bytes(exported: Exports, tmp_path: Path) -
         assert sums(folder) == sums(made.path)
 
 
+def section_alignments(program: Path) -> set[int]:
+    """Alignments that the sections of a program ask for."""
+    reader = Reader(np.frombuffer(program.read_bytes(), np.uint8))
+    reader.take(4)
+    reader.number()
+    reader.text()
+    found = set()
+    while reader.at < len(reader.data):
+        kind, length = int(reader.take(1)[0]), reader.number()
+        if kind & 0x80:
+            found.add(alignment := reader.number())
+            reader.take(-reader.at % alignment)
+        reader.take(length)
+    assert found
+    return found
+
+
 def test_the_bundle_is_what_apples_runner_reads(exported: Exports) -> None:
     made = exported("coreai", "llama3", grid="int4-g32")
     metadata = json.loads((made.path / "metadata.json").read_text())
@@ -103,9 +120,12 @@ def test_the_bundle_is_what_apples_runner_reads(exported: Exports) -> None:
     assert AIModelAsset.is_valid(program.parent)
     summary = AIModelAsset.load(program.parent).summary()
     assert summary is not None and list(summary.function_names) == ["main"]
-    inputs = dict(summary.function_inputs("main"))
-    assert list(inputs)[:2] == ["input_ids", "position_ids"]
-    assert {"keyCache", "valueCache"} <= set(inputs) | set(summary.function_states("main"))
+    names = [name for name, _ in summary.function_inputs("main")]
+    assert names == ["input_ids", "position_ids"]
+    assert [name for name, _ in summary.function_states("main")] == ["keyCache", "valueCache"]
+    assert [name for name, _ in summary.function_outputs("main")] == ["logits"]
+    # Larger files are read to memory that is not aligned to more.
+    assert section_alignments(program) <= {1, 2, 4, 8, 16}
 
 
 # --- constants ------------------------------------------------------------------------------------
@@ -229,7 +249,7 @@ def test_refusals_of_a_plan(exported: Exports) -> None:
     plan = get_format("coreai").plan
     for settings, kind, message in (
         ({"grid": "Q4_K"}, GridError, "not a grid that Core AI stores"),
-        ({"deployment": "iOS18"}, UnsupportedModelError, "iOS27"),
+        ({"deployment": "iOS18"}, UnsupportedModelError, "deployment 'iOS18' is not"),
         ({"context": 4096}, UsageError, "between 2 and the 2048 positions"),
     ):
         with pytest.raises(kind, match=message):
