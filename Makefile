@@ -7,9 +7,10 @@ BASE   := $(VENV)/.installed-user
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
 EVAL   := .venv-eval
+COREAI := .venv-coreai
 NODE   := .venv-node
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval loaders fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval test-coreai loaders fuzz test-all lint format type check docs clean
 
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
@@ -77,6 +78,20 @@ $(EVAL)/.installed: $(STAMP) constraints.txt
 		-c constraints.txt lm-eval datasets
 	touch $@
 
+# Core AI (packlight[coreai]), in a layer over .venv of the same form.
+test-coreai: $(COREAI)/.installed
+	$(COREAI)/bin/python -m pytest -n 0 tests/exporters/coreai tests/exporters/test_families.py \
+		tests/plan/test_file_bytes.py -k coreai -m "slow or not slow"
+
+$(COREAI)/.installed: $(STAMP) constraints.txt
+	$(PYTHON) -m venv $(COREAI)
+	for site in $(CURDIR)/$(VENV)/lib/python3.*/site-packages; do \
+		printf '%s\n' "$$site" $(CURDIR) > $(COREAI)/lib/$$(basename $${site%/*})/site-packages/below.pth; \
+	done
+	$(COREAI)/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+		-c constraints.txt coreai-core==1.0.0b3
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,4 +113,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) $(COREAI) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,9 @@ class Format:
         imatrix: whether its tools have importance files.
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
-        extra: of packlight, that installs what runs it; empty where that is always installed.
+        extra: of packlight, that brings what writes or runs it; empty where its own dependencies
+            are enough.
+        extra_module: a module of that extra.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Format:
     imatrix: bool = False
     hub_root: bool = False
     extra: str = ""
+    extra_module: str = ""
 
     if TYPE_CHECKING:
 
@@ -165,6 +168,11 @@ class Format:
 
         @property
         def write_imatrix(self) -> Callable[[Path, DecoderConfig, Statistics], None]: ...
+
+    @property
+    def installed(self) -> bool:
+        """Whether the extra that it needs is here."""
+        return not self.extra_module or importlib.util.find_spec(self.extra_module) is not None
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """``describe`` an untrusted artifact.

@@ -30,8 +30,14 @@ ROWS = (
         stores_zeros=True,
     ),
     Format(
+        "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
+        ProcessCost(330_000_000, 4.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
+        speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
+        extra="coreai", extra_module="coreai",
+    ),
+    Format(
         "mlx", "MLX", "exporters.mlx", "an MLX folder with config.json",
-        ProcessCost(400_000_000, 8.0, 17e-9), extra="mlx",
+        ProcessCost(400_000_000, 8.0, 17e-9), extra="mlx", extra_module="mlx_lm",
         speed_note="MLX's quality, speeds and memory are those of packlight's float32 decoder with "
         "the decoded weights; mlx-lm's own code runs on some tokens.",
     ),

@@ -34,7 +34,7 @@ from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
 from compress.solvers import rtn
 
-CONTEXT = 64  # of Core ML packages, which have room for no more
+CONTEXT = 64  # of Core ML packages and Core AI bundles, which have room for no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Exports:
 
         Args:
             make: keywords of ``tiny.make``.
-            settings: of the target. Core ML's context is ``CONTEXT`` unless given.
+            settings: of the target. Core ML's and Core AI's context is ``CONTEXT`` unless given.
         """
         make = make or {}
         key = f"{format} {family} {json.dumps([make, settings], sort_keys=True)}"
@@ -110,16 +110,18 @@ class Exports:
         folder: Path | None = None,
         written: Callable[[int], None] = lambda nbytes: None,
         slab: int | None = None,
+        choices: Mapping[str, str] | None = None,
     ) -> Exported:
         """Plan (changed, if wanted) and write into an empty folder, a new one if none is given.
 
         Args:
             slab: weights in memory at a time.
+            choices: entry name → grid.
         """
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
-        keywords: dict[str, Any] = {"model_name": name}
-        if format == "coreml":
+        keywords: dict[str, Any] = {"model_name": name, "choices": choices or {}}
+        if format in ("coreml", "coreai"):
             settings = {"context": CONTEXT, **settings}
         if get_format(format).tokenizer_inside:
             keywords["tokenizer"] = opened.tokenizer_facts
@@ -174,14 +176,15 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
 
 
 @cache
-def reference(made: Exported, *, halves: bool = False) -> Decoder:
+def reference(made: Exported, *, halves: bool = False, half_ropes: bool = False) -> Decoder:
     """The reference decoder with the artifact's own constants, in float32.
 
     Args:
         halves: as of ``decoded``; rotary tables are float16, too.
+        half_ropes: rotary tables are float16.
     """
     config, found = made.config, dict(decoded(made, halves=halves))
-    if halves:
+    if halves or half_ropes:
         config = replace(config, ropes=tuple(HalfRope(**vars(rope)) for rope in config.ropes))
     if "lm_head.weight" in found:  # a tied head on a grid of its own
         config = replace(config, tie_word_embeddings=False)

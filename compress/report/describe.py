@@ -173,7 +173,7 @@ def describe_artifact(
     base = folder.parent if artifact.path == folder else folder
     notes = [f"It could not be run: {failure}"] if failure else []
     notes += [*artifact.plan.notes, *artifact.notes]
-    if verified and "evaluator" in verified.resources.runtime:
+    if verified and any(word in verified.resources.runtime for word in ("evaluator", "twin")):
         notes.append(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."

@@ -15,7 +15,15 @@ from compress.grids.affine import Affine
 from compress.grids.dense import DenseGrid
 from compress.grids.palette import Palette
 from compress.grids.sparse import SparseGrid, pattern_of
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
+from compress.plan.shapes import (
+    Candidate,
+    Plan,
+    PlanEntry,
+    PlanRequest,
+    fitting_grid,
+    mix_name,
+    tied_bits,
+)
 from exporters.coreml.blobs import BITS
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
@@ -270,25 +278,6 @@ def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> Plan
     # MIL allows letters, digits and underscores.
     target = name.replace("blocks.", "block_").replace(".", "_")
     return PlanEntry(name, target, grid, shape, nbytes, note)
-
-
-def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
-    """The wanted grid, or that with the next smaller groups that divide the tensor.
-
-    Where no smaller group does: one scale or palette per row.
-    """
-    grid = get_grid(asked)
-    if isinstance(grid, Palette):
-        size = grid.rows
-        while size and shape[0] % size:
-            size //= 2
-        return replace(grid, rows=size).name
-    if isinstance(grid, Affine):
-        size = grid.group_size
-        while size and shape[1] % size:
-            size = size // 2 if size > 16 else 0
-        return replace(grid, group_size=size).name
-    return asked
 
 
 def dense_name(grid: str) -> str:

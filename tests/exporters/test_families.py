@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gguf": {"type": "Q8_0"},
     "onnx": {"bits": 8, "accuracy_level": 0},
     "coreml": {"grid": "int8-channel"},
+    "coreai": {"grid": "int8-channel"},
 }
 # A row for each kind of thing that differs; the rest is run by `make test-slow`.
 DEFAULT = ("gemma3_text", "gpt_neo")
@@ -50,6 +51,8 @@ def divergence(wanted: NDArray[Any], found: NDArray[Any]) -> float:
     ],
 )
 def test_a_cell(request: pytest.FixtureRequest, exported: Exports, row: str, name: str) -> None:
+    if not get_format(name).installed:
+        pytest.skip(f"needs the extra packlight[{name}]")
     refused = ROWS[row].refused.get(name)
     folder = exported.checkpoint(row)
     if refused:
