@@ -46,7 +46,7 @@ TOKENS = ((1_000_000_000, 8, 4), (200_000_000, 16, 8), (0, 32, 16))
 PROMPT = 4  # of these before the cache is used one token at a time
 # KL from the reference decoder, nats per token. Equal arithmetic in float32 in another order is at
 # 1e-9; mlx-lm's approximations (gelu, embedding scales in bfloat16) are below the limit. In the
-# stored type MLX's CPU kernels also sum in it, as a GPU's do not: that is only checked for overflow.
+# stored type MLX's CPU kernels also sum, as a GPU's do not: only overflow counts there.
 LIMIT = 1e-4
 
 
