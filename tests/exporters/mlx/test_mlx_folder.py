@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import writing
+from commands import packlight
 from exported import Exports, config_of
 from safetensors import safe_open
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.config import WeightMap
 from compress.decoder.decoder import Decoder
+from compress.demo import model_path
 from compress.errors import ArtifactError, GridError, RuntimeMissingError, UnsupportedModelError
 from compress.formats import get_format
 from compress.grids import get_grid
 from compress.plan.weights import Ledger, Weights
+from compress.recipe import load
+from compress.recipe.model import Recipe
 from compress.solvers import rtn
 from exporters.mlx import tensors
 from exporters.mlx.decoded import Decoded
@@ -232,3 +236,43 @@ def test_without_mlx_lm_one_line_says_so(
         row.check_runtime()
     assert "--no-verify" in caught.value.hint and "packlight[mlx]" in caught.value.hint
     assert [check.ok for check in row.checks()] == [True]  # optional
+
+
+def test_commands(tmp_path: Path) -> None:
+    build = ("build", model_path(), "-r", "int4-fast", "-f", "mlx", "-o", "out")
+    without = {"PACKLIGHT_MLX_PYTHON": "no-such-python"}
+    refused = packlight(*build, cwd=tmp_path, env=without)
+    assert refused.returncode == 2
+    assert "error: PACKLIGHT_MLX_PYTHON is 'no-such-python'" in refused.stderr
+    assert "hint: " in refused.stderr and not (tmp_path / "out").exists()  # before any work
+    assert packlight(*build, "--no-verify", cwd=tmp_path, env=without).returncode == 0
+    facts = json.loads(packlight("inspect", "out", "--json", cwd=tmp_path).stdout)
+    assert (facts["format"], facts["metadata"]["quantization"]) == (
+        "mlx",
+        "4 bits, groups of 64, affine",
+    )
+    rows = json.loads(
+        packlight("fit", "out", "--device", "iphone-15", "--json", cwd=tmp_path).stdout
+    )
+    assert rows["rows"][0]["artifact"] == "mlx" and rows["rows"][0]["verdict"] == "fits"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'load("mlx")' in card.replace("'", '"') and "mlx-swift-lm" in card
+
+
+def test_a_budget_spends_on_bits_and_groups(tmp_path: Path) -> None:
+    build = ("build", model_path(), "-r", "int4-fast", "-f", "mlx", "--no-verify", "-o", "out")
+    made = packlight(*build, "--budget", "3.0MB", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    folder = tmp_path / "out" / "mlx"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert 0.97 * 3e6 < size <= 3e6
+    own = json.loads((folder / "config.json").read_text())["quantization"]
+    kinds = {(row["bits"], row["group_size"]) for row in own.values() if isinstance(row, dict)}
+    assert len(kinds) > 1
+
+
+def test_shipped_recipes_build_it_only_when_asked() -> None:
+    assert "mlx" not in load("int4-fast").targets
+    chosen = load("small-4bit", formats=["mlx"]).targets
+    assert list(chosen) == ["mlx"] and chosen["mlx"]["group_size"] == 128
+    assert "mlx" in load(Recipe.from_dict({"schema": 1, "targets": {"mlx": {}}})).targets
