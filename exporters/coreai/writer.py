@@ -164,13 +164,17 @@ def writing_memory(plan: Plan) -> int:
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.formats``: bytes of the program, made over a file of zeros that takes no room
-    on disk."""
+    """See ``compress.formats``: bytes of the program, made over a sparse file in which only the
+    first bytes of each array are not zero: Apple's rewrite joins constants that are equal."""
     library, config = CoreAI(), folded_config(source.config, plan.folded)
     with scratch_folder() as work:
         packed, program = work / "packed", work / PROGRAM
         with packed.open("wb") as stream:
             stream.truncate(file_bytes_of(plan.entries))
+            pieces = [piece for found in layout(plan.entries).values() for piece in found.values()]
+            for number, piece in enumerate(pieces):
+                stream.seek(piece.offset)
+                stream.write(number.to_bytes(8, "little")[: piece.part.nbytes])
         save_program(library, plan, config, packed, program)
         nbytes = program.stat().st_size
     return nbytes + hashlib.sha256().digest_size + len(asset_metadata(plan, source).encode())

@@ -254,3 +254,19 @@ def test_refusals_of_a_plan(exported: Exports) -> None:
     ):
         with pytest.raises(kind, match=message):
             plan(config, PlanRequest(settings))
+
+
+def test_equal_arrays_are_stored_once(tmp_path: Path, exported: Exports) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = tiny.make("llama", tmp_path, dtype="float16")
+    weights = load_file(path / "model.safetensors")
+    norms = [name for name in weights if "layernorm" in name]
+    ones = {name: np.ones_like(weights[name]) for name in norms}
+    save_file(weights | ones, path / "model.safetensors", metadata={"format": "pt"})
+    made = exported.write("coreai", path, {"grid": "int4-g32"})
+    assert len(describe(made.path)["tensors"]) == len(made.plan.entries)
+    runtime = open_runtime(made.path, context=CONTEXT)
+    expected = reference(made, half_ropes=True).logits(TOKENS)
+    assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
+    runtime.close()
