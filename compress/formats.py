@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +172,11 @@ class Format:
     @property
     def installed(self) -> bool:
         """Whether the extra that it needs is here."""
-        return not self.extra_module or importlib.util.find_spec(self.extra_module) is not None
+        if not self.extra_module:
+            return True
+        from importlib.util import find_spec  # loads forty modules
+
+        return find_spec(self.extra_module) is not None
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """``describe`` an untrusted artifact.

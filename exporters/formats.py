@@ -31,7 +31,7 @@ ROWS = (
     ),
     Format(
         "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
-        ProcessCost(330_000_000, 4.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
+        ProcessCost(330_000_000, 9.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
         speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
         extra="coreai", extra_module="coreai",
     ),

@@ -33,10 +33,12 @@ TRIES: dict[tuple[int, bool, str], list[tuple[float, float]]] = {
     (4, False, "channel"): [
         (15, 0), (16.5, -0.5), (18, 0), (19.5, -1), (21, 0), (22.5, -1), (24, 0),
     ],
-    **{(2, True, width): [(level, 0) for level in (-2, -1.6, 1.4, -1.3, 1.1)]
-       for width in ("narrow", "wide", "channel")},
-    **{(2, False, width): [(steps, 0) for steps in (3, 3.6, 4.2, 5)]
-       for width in ("narrow", "wide", "channel")},
+    (2, True, "narrow"): [(level, 0) for level in (-2, -3, -2.4, 2.5, -4)],
+    (2, True, "wide"): [(level, 0) for level in (-2, -3, -4, 3, -2.4)],
+    (2, True, "channel"): [(level, 0) for level in (-2, -4, -3, 4, 3)],
+    (2, False, "narrow"): [(3, 0), (4, 0), (3.5, 0), (4.5, 0), (5, 0)],
+    (2, False, "wide"): [(3, 0), (4, 0), (4.5, 0), (3.5, 0), (5, 0)],
+    (2, False, "channel"): [(3, 0), (4.5, 0), (4, 0), (5, 0), (6, 0)],
     **{(8, True, width): [(level, 0) for level in (-128, -124.8, 121.6, -118.4)]
        for width in ("narrow", "wide", "channel")},
     **{(8, False, width): [(steps, 0) for steps in (255, 252.5, 250, 247.4)]

@@ -112,11 +112,12 @@ def list_tensors(bundle: Bundle) -> list[dict[str, Any]]:
         ArtifactError: a tensor's arrays are not in the program, or of other sizes.
     """
     sizes = {blob.name: blob.raw.size for blob in read_blobs(bundle.program)}
+    joined = set(sizes.values())  # equal arrays are stored once, under one of their names
     tensors = []
     for name, grid, shape in bundle.facts["tensors"]:
         arrays = [(part.array_name(name), part) for part in parts(grid, tuple(shape))]
         for array, part in arrays:
-            if sizes.get(array) != part.nbytes:
+            if sizes.get(array, part.nbytes) != part.nbytes or part.nbytes not in joined:
                 raise ArtifactError(
                     f"{bundle.asset.name}: {array} has {sizes.get(array, 0)} bytes where "
                     f"{part.nbytes} are needed (truncated, or of another model?)"

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import RuntimeMissingError
+from exporters.coreai.planning import INSTALL
 
 __all__ = ["COREAI", "CoreAI", "Dim", "Loaded", "Value"]
 
 COREAI = "1.0.0b3"
 OS_VERSION = "v27"
 BYTECODE = 6  # version of MLIR's bytecode, as coreai-core writes it
-HINT = "pip install 'packlight[coreai]'"
 
 Value = Any  # the bindings' types are not public
 Dim = int | None  # None: known only when the program runs
@@ -46,14 +46,14 @@ class CoreAI:
             from coreai._compiler import ir
             from coreai._compiler.dialects import coreai as ops
         except ImportError as error:
-            raise RuntimeMissingError("a Core AI bundle needs coreai-core", hint=HINT) from error
+            raise RuntimeMissingError("a Core AI bundle needs coreai-core", hint=INSTALL) from error
         from coreai import _version
 
         if _version.__version__ != COREAI:
             raise RuntimeMissingError(
                 f"coreai-core {_version.__version__} is installed, packlight uses {COREAI} (and "
                 "entry points of it that are not public)",
-                hint=HINT,
+                hint=INSTALL,
             )
         self.ops: Any = ops
         self.ir: Any = ir

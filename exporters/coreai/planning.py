@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
-from compress.errors import GridError, UnsupportedModelError, UsageError
+from compress.errors import (
+    GridError,
+    RuntimeMissingError,
+    UnsupportedModelError,
+    UsageError,
+)
 from compress.grids import get_grid
 from compress.grids.affine import Affine
 from compress.grids.palette import Palette
@@ -23,6 +29,7 @@ from compress.plan.shapes import (
     tied_bits,
 )
 
+INSTALL = "pip install 'packlight[coreai]'"
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
 ROW_GROUPS = ("g1", "g2", "g4", "g8", "g16", "g32", "tensor")
 GRIDS = (
@@ -114,9 +121,12 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
 
     Raises:
         GridError: a grid that Core AI cannot store.
+        RuntimeMissingError: coreai-core is not installed: said before any work.
         UnsupportedModelError: a deployment target other than iOS 27.
         UsageError: more context than the model has.
     """
+    if find_spec("coreai") is None:
+        raise RuntimeMissingError("a Core AI bundle needs coreai-core", hint=INSTALL)
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     if request.context is not None:
         chosen["context"] = request.context

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, UsageError
 from compress.files import scratch_folder
+from compress.machine import available_memory
 from compress.plan.shapes import check_room
 from exporters.coreai.bytecode import read_blobs
 from exporters.coreai.graph import STATES
@@ -28,7 +29,8 @@ Float32 = NDArray[np.float32]
 # Ids per call of a prompt. Each call decodes every weight, so a window of text is one call.
 BATCH = 512
 SLOTS = 256  # of the caches at first, as in Apple's runner
-KEEP = 1 << 30  # bytes of decoded weights that are kept, instead of decoded in each call
+# Bytes of decoded weights that are kept at most, instead of decoded in each call; and of memory.
+KEEP, KEEP_SHARE = 3 << 30, 1 / 3
 
 
 def open_runtime(
@@ -70,7 +72,8 @@ class CoreAIRuntime:
                 module = library.read(bundle.program)
                 self._cache = cache_shape(library, module)
                 widen(library, module, read_blobs(bundle.program))
-                apart = decoded_bytes(library, module) <= KEEP
+                most = min(KEEP, available_memory() * KEEP_SHARE)
+                apart = decoded_bytes(library, module) <= most
                 if apart:
                     split(library, module)
                 library.lower(module, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
 from exporters.coreai.constants import Constants, file_bytes_of, layout, write_entry
 from exporters.coreai.graph import build
+from exporters.coreai.inspection import METADATA, PROGRAM, Bundle, list_tensors
 from exporters.coreai.library import COREAI, CoreAI
 from exporters.coreai.planning import FLOATS
 
-PROGRAM, HASH, METADATA = "main.mlirb", "main.hash", "metadata.json"
-TOKENIZER = "tokenizer"
+HASH, TOKENIZER = "main.hash", "tokenizer"
 BLOCK = 1 << 24  # bytes read at a time
 
 
@@ -70,11 +71,14 @@ class Writer:
                 f"{self.file.name} has {found:,} bytes where the plan makes {expected:,}",
                 hint="is the disk full?",
             )
+        if shutil.disk_usage(asset).free < expected:
+            raise DiskFullError(f"{expected:,} more bytes are needed to write {PROGRAM}")
         save_program(self._library, plan, config, self.file, asset / PROGRAM)
         self.file.unlink()
         (asset / HASH).write_bytes(digest_of(asset / PROGRAM))
         (asset / METADATA).write_text(asset_metadata(plan, self.weights), encoding="utf-8")
         write_json(self._folder / METADATA, bundle_metadata(plan, self.weights))
+        list_tensors(Bundle.open(self._folder))  # is every array there?
         tokenizer = self._folder / TOKENIZER
         tokenizer.mkdir(exist_ok=True)
         write_side_files(config, checkpoint, tokenizer)
@@ -164,13 +168,17 @@ def writing_memory(plan: Plan) -> int:
 
 
 def file_bytes(plan: Plan, source: Source) -> int:
-    """See ``compress.formats``: bytes of the program, made over a file of zeros that takes no room
-    on disk."""
+    """See ``compress.formats``: bytes of the program, made over a sparse file in which only the
+    first bytes of each array are not zero: Apple's rewrite joins constants that are equal."""
     library, config = CoreAI(), folded_config(source.config, plan.folded)
     with scratch_folder() as work:
         packed, program = work / "packed", work / PROGRAM
         with packed.open("wb") as stream:
             stream.truncate(file_bytes_of(plan.entries))
+            pieces = [piece for found in layout(plan.entries).values() for piece in found.values()]
+            for number, piece in enumerate(pieces):
+                stream.seek(piece.offset)
+                stream.write(number.to_bytes(8, "little")[: piece.part.nbytes])
         save_program(library, plan, config, packed, program)
         nbytes = program.stat().st_size
     return nbytes + hashlib.sha256().digest_size + len(asset_metadata(plan, source).encode())

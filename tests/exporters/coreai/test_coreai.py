@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from commands import packlight
 from exported import CONTEXT, Exported, Exports, decoded, reference
 
+from compress.demo import model_path
 from compress.errors import ArtifactError, GridError, UnsupportedModelError, UsageError
 from compress.formats import get_format
 from compress.plan.shapes import PlanRequest
@@ -189,7 +191,7 @@ def test_weights_that_are_decoded_in_each_call_give_the_same(
 ) -> None:
     made = exported("coreai", "llama3", grid="int4-g32")
     found = []
-    for keep in (0, 1 << 30):
+    for keep in (0, 1 << 28):
         monkeypatch.setattr(runtime_module, "KEEP", keep)
         runtime = open_runtime(made.path, context=CONTEXT)
         found.append(runtime.logits(TOKENS))
@@ -254,3 +256,45 @@ def test_refusals_of_a_plan(exported: Exports) -> None:
     ):
         with pytest.raises(kind, match=message):
             plan(config, PlanRequest(settings))
+
+
+def test_equal_arrays_are_stored_once(tmp_path: Path, exported: Exports) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = tiny.make("llama", tmp_path, dtype="float16")
+    weights = load_file(path / "model.safetensors")
+    norms = [name for name in weights if "layernorm" in name]
+    ones = {name: np.ones_like(weights[name]) for name in norms}
+    save_file(weights | ones, path / "model.safetensors", metadata={"format": "pt"})
+    made = exported.write("coreai", path, {"grid": "int4-g32"})
+    assert len(describe(made.path)["tensors"]) == len(made.plan.entries)
+    runtime = open_runtime(made.path, context=CONTEXT)
+    expected = reference(made, half_ropes=True).logits(TOKENS)
+    assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
+    runtime.close()
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def test_commands_build_verify_and_describe_it(tmp_path: Path) -> None:
+    done = packlight(
+        "build", model_path(), "-r", "int4-fast", "-f", "coreai", "-o", "out",
+        "--set", "verify.windows=2", "--set", "verify.sequence_length=64",
+        "--set", "verify.gates={kl_divergence: '<=0.2'}", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (artifact,) = json.loads(done.stdout)["artifacts"]
+    assert (artifact["format"], artifact["type"]) == ("coreai", "int4-g32")
+    assert artifact["runtime"] == "Core AI 1.0.0b3, float32 twin in Apple's CPU runtime"
+    assert artifact["generation_consistent"] and artifact["tokenizer_agreement"] == 1
+    assert any("float32 twin" in note for note in artifact["notes"])
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "CoreAILanguageModel(resourcesAt:" in card
+    done = packlight("inspect", "out", "--json", cwd=tmp_path)
+    facts = json.loads(done.stdout)
+    assert facts["format"] == "coreai" and facts["bytes"] == artifact["bytes"]
+    done = packlight("fit", "out", "--device", "iphone-17", "--json", cwd=tmp_path)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["artifact"], row["verdict"]) == ("coreai", "fits")
