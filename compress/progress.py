@@ -201,8 +201,10 @@ class ProgressFile:
         Raises:
             UsageError: it cannot be written.
         """
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try:  # without waiting for a pipe's reader: one without is an error
+            self._file = os.open(path, flags | os.O_NONBLOCK, 0o644)
+            os.set_blocking(self._file, True)
         except OSError as error:
             raise UsageError(
                 f"--progress-file: cannot write to {path}: {error.strerror}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.decoder.config_json import json_or_empty, read_json, short
 from compress.errors import CheckpointError, PacklightError, UsageError
+from compress.files import open_plain
 
 __all__ = ["explain_folder", "not_a_weight", "other_file", "read_config"]
 
@@ -48,10 +49,20 @@ def explain_folder(
         listed: names of all files at the folder's origin.
     """
     name = name or str(folder)
-    there = folder.iterdir() if folder.is_dir() else ()
-    files = sorted({*(file.name for file in there if file.is_file()), *listed})
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    graphs = [f"onnx/{graph.name}" for graph in folder.glob("onnx/*.onnx")]
+    files = sorted({*(file.name for file in there if file.is_file()), *graphs, *listed})
     if any(re.match(r"adapter_(config\.json|model\.)", file) for file in files):
         return adapter_error(name, json_or_empty(folder / "adapter_config.json"))
+    if {"report.json", "plan.json"} <= set(files):
+        return UsageError(
+            f"{name} is a build of packlight: quantized weights, not a checkpoint",
+            hint="give the checkpoint that it was made from; packlight verify FOLDER --baseline "
+            "MODEL runs it",
+        )
+    if folder.suffix == ".mlpackage" or "model_index.json" in files:
+        what = "a Core ML package" if folder.suffix == ".mlpackage" else "a pipeline of diffusers"
+        return CheckpointError(f"{name} is {what}, not a language model's checkpoint")
     configured = (folder / "config.json").is_file()
     if not configured and "params.json" in files:
         return CheckpointError(
@@ -68,7 +79,19 @@ def explain_folder(
         found = [file for file in files if re.search(pattern, file)]
         if found and explain:
             return explain(name, found)
+    if inside := folders_inside(there):
+        return CheckpointError(
+            otherwise.message, hint=f"a checkpoint is in a folder of it: {short(inside[-1])[1:-1]}"
+        )
     return otherwise
+
+
+def folders_inside(there: Iterable[Path]) -> list[str]:
+    """Folders with a ``config.json`` inside those of a Trainer (``checkpoint-500``), of the Hub's
+    cache (``snapshots/COMMIT``) or of the user; of numbered ones the last is last."""
+    below = [inner for path in there if path.name == "snapshots" for inner in path.glob("*")]
+    found = [path for path in (*there, *below) if (path / "config.json").is_file()]
+    return sorted(map(str, found), key=lambda path: [len(path), path])
 
 
 def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
@@ -130,7 +153,7 @@ def gguf_error(what: str) -> PacklightError:
 
 def other_file(path: Path) -> PacklightError:
     """The error for a single file given as MODEL."""
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         head = stream.read(9)
     folder = path.parent
     if head[:4] == b"GGUF":

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, RuntimeMissingError
+from compress.files import open_plain
 from compress.machine import available_cpus
 from compress.plan.shapes import check_room
 from exporters.gguf.planning import CONTEXT_STEP
@@ -324,7 +325,7 @@ def check_head(path: Path) -> None:
         ArtifactError: missing, or another format.
     """
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             magic = stream.read(4)
     except OSError as error:
         raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error

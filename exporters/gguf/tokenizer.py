@@ -152,7 +152,12 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
     if named := list(vocabulary.chat_templates.items()):
         writer.add_chat_template(named[0][1])  # llama.cpp's default
-        names = [re.sub(r"[^A-Za-z0-9]", "_", name) for name, _ in named[1:]]
+        names: list[str] = []
+        for name, _ in named[1:]:
+            key = re.sub(r"[^A-Za-z0-9]", "_", name)
+            while key in names:
+                key += "_"
+            names.append(key)
         for name, (_, template) in zip(names, named[1:], strict=True):
             writer.add_string(f"tokenizer.chat_template.{name}", template)
         if names:

@@ -489,6 +489,32 @@ def test_a_file_given_as_the_model_is_named(copy: Path):
         assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("files", "told", "hint"),
+    [
+        (["report.json", "plan.json", "gguf/a.gguf"], "is a build of packlight", "verify"),
+        (["model_index.json", "unet/config.json"], "a pipeline of diffusers", ""),
+        (["config.json", "onnx/model_q4.onnx"], "its weights in 'onnx/model_q4.onnx'", "from_tf"),
+        (["checkpoint-500/config.json", "checkpoint-1000/config.json", "checkpoint-60/config.json"],
+         "config.json is missing", "/checkpoint-1000"),
+        (["refs/main", "snapshots/abc/config.json"], "config.json is missing", "/snapshots/abc"),
+    ],
+)  # fmt: skip
+def test_folders_that_hold_something_else(
+    files: list[str], told: str, hint: str, copy: Path, tmp_path: Path
+):
+    for name in files:
+        (tmp_path / "z" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "z" / name).write_text((copy / "config.json").read_text())
+    assert hint in refused(lambda: Checkpoint.open(tmp_path / "z"), told).hint
+
+
+def test_a_package_of_core_ml(copy: Path):
+    package = copy.rename(copy.with_suffix(".mlpackage"))
+    (package / "config.json").unlink()
+    refused(lambda: Checkpoint.open(package), "is a Core ML package")
+
+
 # --- the rest of the headers --------------------------------------------------------------------
 
 
@@ -653,6 +679,16 @@ def with_index(folder: Path, weight_map: Any) -> Path:
 def test_an_index_that_points_outside(shard: str, copy: Path):
     with_index(copy, {NAME: shard})
     refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
+
+
+@pytest.mark.parametrize("shard", [".part.safetensors", ".a/part.safetensors"])
+def test_an_index_that_names_hidden_files(shard: str, copy: Path, tmp_path_factory):
+    with_index(copy, {NAME: shard})
+    outside = tmp_path_factory.mktemp("outside") / "part.safetensors"
+    (copy / "part.safetensors").rename(outside)
+    (copy / shard).parent.mkdir(exist_ok=True)
+    (copy / shard).symlink_to(outside)
+    refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json names a hidden file")
 
 
 def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.TempPathFactory):

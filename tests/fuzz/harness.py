@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import os
 import re
@@ -62,6 +63,8 @@ def load_libraries() -> None:
     machine.make_deterministic()
     for name in LOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # pages that are not written to stay shared
 
 
 def make_base_in_fork(folder: Path) -> None:

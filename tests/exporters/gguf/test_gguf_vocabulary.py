@@ -213,6 +213,20 @@ def test_chat_templates_wherever_they_live(exported: Exports, tmp_path: Path, pl
     assert Tokenizer(tmp_path / "m").render_chat(message) == "<|im_start|>Hi<|im_end|>\n"
 
 
+def test_names_of_templates_that_llama_cpp_cannot_tell_apart(
+    exported: Exports, tmp_path: Path
+) -> None:
+    def named(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        rows = {"default": CHAT, "a b": "1", "a_b": "2", "a.b": "3"}
+        settings(chat_template=[{"name": n, "template": t} for n, t in rows.items()])(folder)
+
+    made, _ = made_of(exported, tmp_path / "m", "qwen2", named)
+    fields = gguf.GGUFReader(made.path).fields
+    names = fields["tokenizer.chat_templates"].contents()
+    assert [fields[f"tokenizer.chat_template.{name}"].contents() for name in names] == [*"123"]
+
+
 def test_a_template_that_is_none_is_one_line(exported: Exports, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a template nor a list of named ones"):
         made_of(exported, tmp_path / "m", "qwen2", template_that_is_none)
