@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -823,6 +824,20 @@ def test_damaged_pickles(copy: Path):
     ):
         torch.save(state, file)
         refused(lambda: Checkpoint.open(copy), message)
+
+
+def test_a_compressed_archive_is_not_unpacked(copy: Path):
+    import torch
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.zeros(100_000)}, copy / "stored")
+    with (
+        zipfile.ZipFile(copy / "stored") as stored,
+        zipfile.ZipFile(copy / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    refused(lambda: Checkpoint.open(copy), "pytorch_model.bin is compressed")
 
 
 def test_urls_are_opened_through_fsspec(tmp_path, monkeypatch):
