@@ -23,6 +23,7 @@ from typing import BinaryIO, TypeVar
 from compress.errors import CheckpointError, UsageError
 
 __all__ = [
+    "LARGEST_CORPUS",
     "LARGEST_GRAPH",
     "LARGEST_TEXT",
     "cache_folder",

@@ -259,6 +259,8 @@ def special_ids(
     llama.cpp ends at tokens that it knows by text, and at ``eos``, ``eot`` and ``eom``.
     """
     ends = [index for index in config.eos_token_ids if index < len(tokens)]
+    none = [index for index in config.eos_token_ids if index >= len(tokens)]
+    notes = [f"the end of generation {none[0]} is no token of the model"] if none else []
     defaults = {
         "bos": config.bos_token_id,
         "eos": ends[0] if ends else None,
@@ -278,9 +280,9 @@ def special_ids(
             continue
         slot = next((slot for slot in ("eom", "eot") if slot not in special), None)
         if slot is None or (slot == "eom" and "<|eom_id|>" in by_text):
-            return special, [f"llama.cpp will not stop at {tokens[index]!r} by itself"]
+            return special, [*notes, f"llama.cpp will not stop at {tokens[index]!r} by itself"]
         special[slot] = index
-    return special, []
+    return special, notes
 
 
 def added_around(

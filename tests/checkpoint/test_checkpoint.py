@@ -497,8 +497,10 @@ def test_a_file_given_as_the_model_is_named(copy: Path):
         (["model_index.json", "unet/config.json"], "a pipeline of diffusers", ""),
         (["config.json", "onnx/model_q4.onnx"], "its weights in 'onnx/model_q4.onnx'", "from_tf"),
         (["checkpoint-500/config.json", "checkpoint-1000/config.json", "checkpoint-60/config.json"],
-         "config.json is missing", "/checkpoint-1000"),
-        (["refs/main", "snapshots/abc/config.json"], "config.json is missing", "/snapshots/abc"),
+         "config.json is missing", "'checkpoint-1000'"),
+        (["config.json", "model.safetensors.incomplete"], "no weights in", "unfinished download"),
+        (["config.json", "m.mlpackage/Manifest.json"], "is a Core ML package", ""),
+        (["refs/main", "snapshots/abc/config.json"], "config.json is missing", "'snapshots/abc'"),
     ],
 )  # fmt: skip
 def test_folders_that_hold_something_else(
@@ -508,6 +510,18 @@ def test_folders_that_hold_something_else(
         (tmp_path / "z" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "z" / name).write_text((copy / "config.json").read_text())
     assert hint in refused(lambda: Checkpoint.open(tmp_path / "z"), told).hint
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+     ("\n<!DOCTYPE html><html>", "a web page"), ("{", "")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_often_is_in_the_place_of_json(name: str, text: str, hint: str, copy: Path):
+    (copy / name).write_text(text)
+    found = refused(lambda: Checkpoint.open(copy), f"{name} cannot be read: not valid JSON").hint
+    assert hint in found and bool(hint) == bool(found)
 
 
 def test_a_package_of_core_ml(copy: Path):

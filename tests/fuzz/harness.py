@@ -18,6 +18,7 @@ import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -142,18 +143,19 @@ def be_the_command(arguments: list[str], box: Path) -> None:
 def waited(child: int) -> int | None:
     """The status of a process; None if it took too long and was killed, with its children."""
     idle_since, seen = time.monotonic(), 0.0
-    while True:
-        done, status, _ = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        cpu = cpu_seconds(child)
-        if cpu > seen or others_in(child):
-            idle_since, seen = time.monotonic(), cpu
-        if cpu > CPU_SECONDS or time.monotonic() - idle_since > 60:
-            os.killpg(child, signal.SIGKILL)
-            os.wait4(child, 0)
-            return None
-        time.sleep(0.003)
+    ended = os.pidfd_open(child)
+    try:
+        while not select.select([ended], [], [], 0.2)[0]:
+            cpu = cpu_seconds(child)
+            if cpu > seen or others_in(child):
+                idle_since, seen = time.monotonic(), cpu
+            if cpu > CPU_SECONDS or time.monotonic() - idle_since > 60:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+    finally:
+        os.close(ended)
+    status = os.waitpid(child, 0)[1]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # remaining processes of its session
     return status
