@@ -172,6 +172,16 @@ def test_a_file_that_cannot_be_written(tmp_path):
         ProgressFile(tmp_path / "nowhere" / "progress.jsonl")
 
 
+def test_a_file_of_another_kind_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match="is a file of another kind"):
+        ProgressFile(tmp_path / "config.json")
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    file.write("load", "bytes", Rate(), begun=True)
+    file.close()
+    ProgressFile(tmp_path / "progress.jsonl").close()  # appended to
+
+
 def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="--progress-file: cannot write"):

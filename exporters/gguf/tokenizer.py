@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import short
 from compress.decoder.tokenizer_facts import TokenizerFacts, parse
-from compress.errors import CheckpointError
-from exporters.gguf.splitting import IGNORE_MERGES, classify, normalizer_notes, space_prefix
+from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.splitting import (
+    IGNORE_MERGES,
+    WITHOUT_GGUF,
+    classify,
+    normalizer_notes,
+    space_prefix,
+    splitting_notes,
+)
 
 if TYPE_CHECKING:
     import gguf
@@ -101,12 +109,19 @@ def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
     model = document["model"]
     kind, pre = classify(document)
     tokens, types = token_table(by_text, added, model, kind, config.vocab_size)
+    if cut := next((text for text in tokens if "\0" in text), ""):
+        raise UnsupportedModelError(
+            f"a GGUF file cannot hold the token {short(cut)}: NUL ends a text in llama.cpp",
+            hint=WITHOUT_GGUF,
+        )
     special, eog_notes = special_ids(tokenizer, config, by_text, tokens)
     add_bos, add_eos, around_notes = added_around(tokenizer, special)
     strips, strip_notes = strips_after_special(added, by_text)
     space, space_notes = space_prefix(document) if kind == "llama" else (False, [])
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
     notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *normalizer_notes(document)]
+    if kind == "llama":
+        notes += splitting_notes(document)
     if kind == "llama" and missing_merges(model["vocab"], set(merges)):
         notes.append(
             "the tokenizer lists fewer merges than its vocabulary allows: "

@@ -14,7 +14,7 @@ from exported import Exported, Exports
 
 from compress.decoder.tokenizer import Tokenizer, has_tokenizer
 from compress.decoder.tokenizer_texts import texts_for
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UnsupportedModelError
 from compress.verify.agreement import Agreement, compare, encode_all
 from exporters.gguf.runtime import open_runtime
 
@@ -96,6 +96,7 @@ SAME: dict[str, tuple[str, Edit]] = {
     "normalized": ("llama3", token("<norm>", "tokenizer.json", normalized=True)),
     "letters as a token": ("qwen2", token("river", "tokenizer.json")),
     "two rows of one text": ("qwen2", twice),
+    "a space as a token": ("llama", token(" ", "tokenizer.json")),
     "no space in front": ("demo", settings(add_prefix_space=False)),
     "no BOS": ("demo", settings(add_bos_token=False)),
     "EOS behind": ("llama", settings(add_eos_token=True)),
@@ -112,6 +113,18 @@ SAME: dict[str, tuple[str, Edit]] = {
     "no special_tokens_map.json": ("llama3", without("special_tokens_map.json")),
 }
 
+# Refused before any work: llama.cpp would abort.
+REFUSED: dict[str, tuple[str, Edit, str]] = {
+    "NUL": ("qwen2", token("a\0b", "tokenizer.json"), "cannot hold the token 'a\\x00b'"),
+    "a byte": (
+        "llama",
+        lambda folder: change(
+            folder, "tokenizer.json", lambda t: t["model"]["vocab"].pop("<0x80>") and None
+        ),
+        "has no token <0x80>",
+    ),
+}
+
 # Not expressible in llama.cpp: the note and the comparison report it.
 OTHERWISE: dict[str, tuple[str, Edit, str]] = {
     "lstrip": ("qwen2", token("<l>", "tokenizer.json", lstrip=True), "does not follow lstrip"),
@@ -125,6 +138,27 @@ OTHERWISE: dict[str, tuple[str, Edit, str]] = {
         "qwen2",
         token("<w>", "added_tokens_decoder", single_word=True),
         "does not follow single_word",
+    ),
+    "normalized": (
+        "llama",
+        token("<norm>", "tokenizer.json", normalized=True),
+        "in the text as it is, this tokenizer in the normalized text",
+    ),
+    "digits": (
+        "llama",
+        lambda folder: change(
+            folder,
+            "tokenizer.json",
+            lambda t: t.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+        ),
+        "splits texts (Digits) before it merges",
+    ),
+    "no bytes": (
+        "llama",
+        lambda folder: change(
+            folder, "tokenizer.json", lambda t: t["model"].update(byte_fallback=False)
+        ),
+        "has no byte_fallback",
     ),
     "a space in front once": (
         "mobilellm",
@@ -158,6 +192,16 @@ def test_one_vocabulary_for_everyone(exported: Exports, tmp_path: Path, case: st
     assert len(set(tokens)) == len(tokens) == made.config.vocab_size
     if case.startswith("only in"):
         assert {"<|im_end|>", "<|extra|>"} & set(tokens)
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_llama_cpp_would_abort_at_is_refused(
+    exported: Exports, tmp_path: Path, case: str
+) -> None:
+    family, edit, told = REFUSED[case]
+    with pytest.raises(UnsupportedModelError) as refusal:
+        made_of(exported, tmp_path / "m", family, edit)
+    assert told in refusal.value.message and "-f onnx" in refusal.value.hint
 
 
 @pytest.mark.parametrize("case", list(OTHERWISE))
