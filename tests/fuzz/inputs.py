@@ -313,20 +313,25 @@ def make_adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def place_input(name: str, number: int, seed: int, base: Path, cwd: Path) -> tuple[str, list[str]]:
+def place_input(
+    name: str, number: int, seed: int, base: Path, cwd: Path, *, fresh: bool = True
+) -> tuple[str, list[str]]:
     """Lay out one input.
 
     Args:
         cwd: an empty folder; good files are links to those of ``base``.
+        fresh: else the folder of another input of the row, which has only been read.
 
     Returns:
         What it is, and the command line that reads it.
     """
     row = ROWS[name]
     rng = random.Random(f"{name}-{seed}-{number}")  # the same input in every process
-    shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
-    target = next(iter(cwd.glob(row.file)), cwd / row.file)
-    good = target.read_bytes() if target.exists() else b""
+    if fresh:
+        shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
+    place = next(iter(base.glob(row.file)), base / row.file)
+    target = cwd / place.relative_to(base)
+    good = place.read_bytes() if place.exists() else b""
     hand = list(row.hand().items()) if not row.head or row.hand is headers else []
     if number == GOOD:
         label, data = "good", good if row.given is None else encoded(row.given)
