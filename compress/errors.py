@@ -190,6 +190,11 @@ CREDENTIALS = re.compile(
 )
 CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # Azure's: CONTAINER@ACCOUNT
 QUERY = re.compile(r"(://(?:(?!://)[^\s?#'\"<>])*)[?#](?:[^\s'\"<>=]*=[^\s'\"<>]*|[^\s'\"<>]{20,})")
+# Of a web page all of it; in a store ? may stand for any character of a name.
+OPAQUE = re.compile(
+    r"(https?://(?:(?!://)[^\s?#'\"<>])*[?#]|://(?:(?!://)[^\s?#'\"<>])*#)[^\s'\"<>]+",
+    re.IGNORECASE,
+)
 PARAMETER = re.compile(
     r"([?&;][\w.-]{0,60}(?:sig|token|passw|secret|credential|delegation|session|key)[\w.-]{0,60}=)"
     r"[^&;\s'\"<>]+",
@@ -219,6 +224,7 @@ def without_secrets(text: str) -> str:
     if "://" in text:
         text = STORES.sub(r"\1", text)
         text = QUERY.sub(r"\1", CREDENTIALS.sub(_without_user, text))
+        text = OPAQUE.sub(lambda found: found[1][:-1], text)
     if "@" in text:
         text = MISTYPED.sub(_without_user, text)
     if "hf_" in text:

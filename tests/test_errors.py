@@ -18,6 +18,9 @@ TOLD = {
     "abfs://box:SECRET@account/m": "abfs://account/m",
     "no route to 'https://me:SECRET@h/x?sig=SECRET': 404": "no route to 'https://h/x': 404",
     "url: /v1/m?op=LIST&delegation=SECRET": "url: /v1/m?op=LIST&delegation=…",
+    "https://host/m?SECRET is not there": "https://host/m is not there",
+    "HTTP://host/m#SECRET": "HTTP://host/m",
+    "gs://b/m#SECRET": "gs://b/m",
     "s3://KEY:8080/SECRET@bucket/model": "s3://bucket/model",
     "https:/me:SECRET@host/model": "https:/host/model",  # mistyped
     "//me:SECRET@host/model": "//host/model",

@@ -144,14 +144,14 @@ OTHERWISE: dict[str, tuple[str, Edit, str]] = {
         token("<norm>", "tokenizer.json", normalized=True),
         "in the text as it is, this tokenizer in the normalized text",
     ),
-    "digits": (
+    "punctuation": (
         "llama",
         lambda folder: change(
             folder,
             "tokenizer.json",
-            lambda t: t.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+            lambda t: t.update(pre_tokenizer={"type": "Punctuation", "behavior": "Isolated"}),
         ),
-        "splits texts (Digits) before it merges",
+        "splits texts (Punctuation) before it merges",
     ),
     "no bytes": (
         "llama",
