@@ -119,9 +119,12 @@ def open_plain(path: Path) -> BinaryIO:
         OSError: it cannot be opened, or is not regular.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
-    if stat.S_ISREG(os.fstat(handle).st_mode):
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
         return open(handle, "rb")
     os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 

@@ -118,9 +118,10 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to("elsewhere")
     for text in ("first", "second"):
         with work_folder(tmp_path / "link", overwrite=True) as folder:
-            (folder / "plan.json").write_text(text)
+            (folder / "plan.json").write_text(PLAN)
+            (folder / "text").write_text(text)
             write_checksums(folder)
-        assert (tmp_path / "elsewhere" / "plan.json").read_text() == text
+        assert (tmp_path / "elsewhere" / "text").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
     assert (tmp_path / "link").is_symlink()
 
