@@ -259,7 +259,7 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     if settings.ci_files:
         settings.ci_files.check(output)
     if settings.save_imatrix:
-        check_place("--save-imatrix", settings.save_imatrix, output)
+        check_place("--save-imatrix", settings.save_imatrix, output, begins=b"GGUF")
     if settings.keep_baseline:
         check_place("--keep-baseline", settings.keep_baseline, output, folder=True)
     if settings.save_checkpoint:

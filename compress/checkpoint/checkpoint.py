@@ -245,6 +245,8 @@ class Checkpoint:
             path = PurePosixPath(shard)
             if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
+            if any(part.startswith(".") for part in path.parts):  # ``check_folder`` skips them
+                raise CheckpointError(f"{index.name} names a hidden file: {short(shard)}")
             for above in list(path.parents)[-2::-1]:  # folders of the checkpoint, not itself
                 check_folder(self.path / above, within=self.path)
             if not ((self.path / shard).is_file() or shard in elsewhere):

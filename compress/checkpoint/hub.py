@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from logging import ERROR
 from pathlib import Path
+from urllib.parse import unquote
 
 from compress.checkpoint.not_a_checkpoint import explain_folder, read_config
 from compress.decoder.config_json import json_or_empty
@@ -167,16 +168,20 @@ def page_of(name: str) -> tuple[str, str] | None:
         return match[1], match[2] or ""
     mirror = re.sub("^https?://", "", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
     hosts = "|".join(map(re.escape, filter(None, ("huggingface.co", "hf.co", mirror))))
-    match = re.match(rf"(?:https?://)?(?:www\.)?(?:{hosts})/([^?#]*)", name)
+    match = re.match(
+        rf"(?:(?:https?|ssh|git)://)?(?:[^/@\s]*@)?(?:www\.)?(?:{hosts})[/:]([^?#]*)", name
+    )
     if match is None:
         return None
-    path: str = match[1]
+    path = unquote(match[1])
     owner, model, *rest = [*path.strip("/").split("/"), ""]
     if not model or owner in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
         said = without_secrets(name)
         raise UsageError(f"{said} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
     revision = rest[1] if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve", "raw") else ""
-    return f"{owner}/{model}", revision
+    if revision == "refs":  # refs/pr/1
+        revision = "/".join(rest[1:4])
+    return f"{owner}/{model.removesuffix('.git')}", revision
 
 
 def weight_files(folder: Path, single: str) -> list[str]:

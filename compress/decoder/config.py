@@ -19,7 +19,7 @@ from compress.decoder.families import FAMILIES, describe, find_family
 from compress.decoder.grammar import AttentionKind
 from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
-from compress.errors import CheckpointError, UnsupportedModelError
+from compress.errors import CheckpointError, UnsupportedModelError, one_line
 
 if TYPE_CHECKING:
     from compress.checkpoint.checkpoint import Checkpoint
@@ -147,6 +147,10 @@ class DecoderConfig:
         except (KeyError, ValueError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"config.json: {what}") from error
+        except (ArithmeticError, AttributeError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"config.json: a value is impossible: {one_line(error)}"
+            ) from error
         expected = FAMILIES[family].activation
         if config.activation != expected:
             raise UnsupportedModelError(

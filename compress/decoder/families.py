@@ -224,7 +224,7 @@ def find_family(config: Config) -> str:
                 hint=supported,
             )
         raise UnsupportedModelError(f"unknown architecture: {label}", hint=supported)
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or config.get("quantization")  # MLX
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedModelError(

@@ -15,6 +15,7 @@ import yaml
 
 import recipes
 from compress.errors import RecipeError, UsageError, did_you_mean, one_line
+from compress.files import read_bounded
 from compress.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def read(source: str) -> str:
             hint=did_you_mean(source, recipes.names(), "shipped"),
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"{source} cannot be read: {why}") from error

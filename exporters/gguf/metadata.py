@@ -147,8 +147,8 @@ def write_general(
     facts.size_label = facts.size_label or gguf.size_label(parameters, 0, 0, 0)
     for key, (field, kind) in SAMPLING.items():
         number = checkpoint.generation_config.get(key)
-        # gguf-py has these fields since 0.18.
-        if type(number) in (int, float) and hasattr(facts, field):
+        # gguf-py has these fields since 0.18; in the file they have 32 bits.
+        if type(number) in (int, float) and abs(number) < 2**31 and hasattr(facts, field):
             setattr(facts, field, kind(number))
     facts.set_gguf_meta_model(writer)
 

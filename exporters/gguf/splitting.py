@@ -111,6 +111,12 @@ def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
     if whole and model.get("type") == "BPE" and any(step["type"] == "ByteLevel" for step in splits):
         return "gpt2", splitting(splits, ignore_merges=bool(model.get("ignore_merges")))
     if whole and model.get("type") == "BPE" and "<0x0A>" in model["vocab"]:
+        every = (f"<0x{byte:02X}>" for byte in range(256))
+        if missing := next((text for text in every if text not in model["vocab"]), ""):
+            raise UnsupportedModelError(
+                f"the tokenizer has no token {missing}, and llama.cpp needs one for every byte",
+                hint=WITHOUT_GGUF,
+            )
         return "llama", "default"
     raise UnsupportedModelError(
         f"packlight does not know how llama.cpp would take this {model.get('type')} tokenizer: "
@@ -185,6 +191,32 @@ def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
         f"the tokenizer normalizes ({', '.join(found)}), llama.cpp does not: text in another "
         "form can tokenize differently"
     ]
+
+
+def splitting_notes(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Notes on what llama.cpp's ``llama`` tokenizer, which merges whole texts, does not do."""
+    notes, model = [], tokenizer["model"]
+    splits = [
+        step["type"]
+        for step in steps(tokenizer.get("pre_tokenizer"))
+        if step["type"] != "Metaspace" and (step.get("pattern") or {}).get("String") != " "
+    ]
+    if splits:
+        notes.append(
+            f"the tokenizer splits texts ({', '.join(splits)}) before it merges, llama.cpp does "
+            "not: text can tokenize differently"
+        )
+    if not model.get("byte_fallback"):
+        notes.append(
+            "the tokenizer has no byte_fallback: characters without a token are unknown to it, and "
+            "bytes to llama.cpp"
+        )
+    if found := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
+        notes.append(
+            f"llama.cpp looks for {len(found)} added token(s), such as {found[0]!r}, in the text "
+            "as it is, this tokenizer in the normalized text"
+        )
+    return notes
 
 
 def is_space_mark(step: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.decoder.config_json import json_or_empty
 from compress.errors import ArtifactError
+from compress.files import LARGEST_GRAPH, read_bounded
 from compress.plan.shapes import bits_per_weight
 from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
@@ -41,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
 
     graph = find_graph(path)
     try:
-        model = onnx.load(graph, load_external_data=False)
+        model = onnx.load_model_from_string(read_bounded(graph, LARGEST_GRAPH))
     except DecodeError as error:
         raise ArtifactError(f"{graph.name} is not an ONNX file, or is truncated") from error
     if not model.graph.node:
