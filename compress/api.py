@@ -50,6 +50,7 @@ def build(
     save_imatrix: PathLike | None = None,
     save_checkpoint: PathLike | None = None,
     plan: PathLike | None = None,
+    force: bool = False,
     locked: bool = False,
     provenance: bool = False,
     verify: bool = True,
@@ -91,6 +92,7 @@ def build(
         save_imatrix: write the importance to this file.
         save_checkpoint: write the pruned model to this folder, too.
         plan: grids as in an earlier build's ``plan.json``.
+        force: build palettes without calibration, which are refused otherwise.
         locked: refuse unless versions, checkpoint and recipe are those of the plan.
         provenance: hash every file of the checkpoint, however large.
         verify: run the artifacts; False: write only.
@@ -135,8 +137,8 @@ def build(
         overrides=overrides, budget=budget, budget_memory=budget_memory, device=device,
         prune=prune, calibration=calibration,
         imatrix=imatrix, save_imatrix=save_imatrix, save_checkpoint=save_checkpoint, plan=plan,
-        locked=locked, provenance=provenance, verify=verify, eval_text=eval_text, gates=gates,
-        against=against, max_regression=max_regression, keep_baseline=keep_baseline,
+        force=force, locked=locked, provenance=provenance, verify=verify, eval_text=eval_text,
+        gates=gates, against=against, max_regression=max_regression, keep_baseline=keep_baseline,
         context=context, threads=threads, max_memory=max_memory, overwrite=overwrite,
         resume=resume, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
@@ -155,6 +157,7 @@ def plan(
     device: str | None = None,
     prune: str | None = None,
     plan: PathLike | None = None,
+    force: bool = False,
     context: int | None = None,
     threads: int = 0,
     max_memory: str | int | None = None,
@@ -171,7 +174,7 @@ def plan(
 
     Args:
         model, recipe, adapters, formats, overrides, budget, budget_memory, device, prune, plan,
-            context, …: as for ``build``.
+            force, context, …: as for ``build``.
 
     Returns:
         Format → Plan: ``entries`` (name, shape, grid and ``nbytes`` of each tensor),
@@ -193,8 +196,8 @@ def plan(
 
     settings = build_settings(
         model, recipe, adapters=adapters, formats=formats, overrides=overrides, budget=budget,
-        budget_memory=budget_memory, device=device, prune=prune, plan=plan, context=context,
-        threads=threads, max_memory=max_memory, verify=False, dry_run=True,
+        budget_memory=budget_memory, device=device, prune=prune, plan=plan, force=force,
+        context=context, threads=threads, max_memory=max_memory, verify=False, dry_run=True,
         revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     decision, ready = pipeline.rehearse(settings, quiet_console(progress, console))

@@ -78,6 +78,7 @@ class BatchJob:
             formats=self.formats,
             calibration=tuple(map(Path, options.calibration or ())),
             allow_dense=options.allow_dense or False,
+            force=options.force or False,
             verify=options.verify is not False,
             hub=self.hub,
             **words,
@@ -116,6 +117,8 @@ def arguments(settings: BuildSettings) -> list[str]:
             words += [f"--{key.replace('_', '-')}", str(value)]
     if settings.allow_dense:
         words.append("--allow-dense")
+    if settings.force:
+        words.append("--force")
     if not settings.verify:
         words.append("--no-verify")
     if revision := settings.hub.get("revision"):

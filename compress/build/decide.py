@@ -25,11 +25,19 @@ from compress.formats import FORMATS, get_format
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
-from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
+from compress.plan.job import (
+    Job,
+    Replan,
+    baseline_bytes,
+    check_palettes,
+    looks_at_inputs,
+    model_name,
+    prepare,
+)
 from compress.plan.memory import check_memory
 from compress.plan.transform import Transforms
 from compress.pruning.options import prune_option
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe, load, needs_of
 from compress.report.against import Previous
 from compress.report.ci import CiFiles
 from compress.verify import gates
@@ -75,6 +83,7 @@ class BuildSettings:
     prune: str = ""
     save_checkpoint: Path | None = None
     allow_dense: bool = False
+    force: bool = False
     context: int | None = None
     threads: int = 0
     max_memory: int | None = None
@@ -221,7 +230,7 @@ def prepare_job(
         The job; and ``compress.plan.job.prepare`` with this command's arguments bound.
 
     Raises:
-        UsageError: a budget that cannot be met.
+        UsageError: a budget that cannot be met; palettes without calibration.
     """
     transforms: Transforms = {}
     if recipe.folds or any("sparsity" in target for target in recipe.targets.values()):
@@ -241,6 +250,8 @@ def prepare_job(
         from compress.allocation.feasible import check_budget
 
         job = replace(job, at_most=check_budget(job, replan))
+    if not (settings.force or needs_of(recipe.solver)):
+        check_palettes(job)
     return job, replan
 
 
@@ -473,6 +484,8 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--prune", settings.prune]
     if settings.allow_dense:
         words.append("--allow-dense")
+    if settings.force:
+        words.append("--force")
     if settings.context:
         words += ["--context", str(settings.context)]
     return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

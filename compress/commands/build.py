@@ -59,6 +59,9 @@ if TYPE_CHECKING:
               help="Also write the pruned model as a Hugging Face checkpoint.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
               help="Allow sparsity in formats that store zeros like other weights.")  # fmt: skip
+@click.option("--force", is_flag=True,
+              help="Build palettes of up to four bits whose codes are chosen without calibration, "
+                   "which are refused otherwise.")  # fmt: skip
 @eval_option
 @gate_option
 @click.option("--budget", default="", metavar="SIZE",

@@ -11,7 +11,15 @@ from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
+from compress.plan.shapes import (
+    Candidate,
+    Plan,
+    PlanEntry,
+    PlanRequest,
+    mix_name,
+    tied_bits,
+    value_bits,
+)
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -61,13 +69,14 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
             default to ``bits``; where they are one matrix, each to the other, else to
-            ``tied_bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to
-            int8), ``context`` (positions of the tables; default: the model's).
+            ``tied_bits``), ``value_bits`` 4|8 (of v_proj; default: ``value_bits``),
+            ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to int8), ``context``
+            (positions of the tables; default: the model's).
 
     Returns:
         Entries in the order of writing, with two computed tables, ``rope.cos`` and ``rope.sin``. A
         tied head has an entry only if its grid differs from the embedding's; else both nodes read
-        the same bytes.
+        the same bytes. q, k and v are one entry, except where v has other bits.
 
     Raises:
         GridError: the group size does not divide the rows; the hint names one that does.
@@ -89,6 +98,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         if chosen["embedding_bits"] != 16:
             chosen.setdefault("head_bits", chosen["embedding_bits"])
     chosen = {"embedding_bits": bits, "head_bits": bits} | chosen
+    chosen.setdefault("value_bits", value_bits(config, chosen["bits"]))
     context = int(chosen.get("context") or config.max_context)
     if context > config.max_context:
         raise UsageError(
@@ -174,8 +184,8 @@ def _entries(
     shapes = WeightMap(config)
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
-    body = _grid_name(settings, settings["bits"])
-    for name in shapes.names(repeats=False, fused=("qkv_proj",)):
+    body, value = (_grid_name(settings, settings[key]) for key in ("bits", "value_bits"))
+    for name in shapes.names(repeats=False, fused=("qkv_proj",) if value == body else ()):
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32", shape)
@@ -186,7 +196,7 @@ def _entries(
         elif name == "embed_tokens.weight":
             yield _entry(name, embedding, shape)
         elif name != "lm_head.weight":
-            yield _entry(name, body, shape)
+            yield _entry(name, value if name.endswith(".v_proj.weight") else body, shape)
         elif not (config.tie_word_embeddings and head == embedding):
             yield _entry(name, head, shape)
     table = (settings.get("context") or config.max_context, config.ropes[0].rotary_dim // 2)
