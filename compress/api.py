@@ -59,6 +59,7 @@ def build(
     max_regression: Sequence[str] = (),
     keep_baseline: PathLike | None = None,
     context: int | None = None,
+    hub_id: str | None = None,
     threads: int = 0,
     max_memory: str | int | None = None,
     overwrite: bool = False,
@@ -100,6 +101,7 @@ def build(
         max_regression: allowed regressions from it: ``kl=5%``, ``bytes=10MB``.
         keep_baseline: folder for the float model's logits, for other builds of the same model.
         context: positions of the KV cache that memory sizes assume.
+        hub_id: name of a local model on the Hub, for apps.
         threads: CPU threads; 0: what the process may use.
         max_memory: memory limit of this process: bytes, or a size.
         overwrite: replace an output that packlight made.
@@ -137,7 +139,7 @@ def build(
         imatrix=imatrix, save_imatrix=save_imatrix, save_checkpoint=save_checkpoint, plan=plan,
         locked=locked, provenance=provenance, verify=verify, eval_text=eval_text, gates=gates,
         against=against, max_regression=max_regression, keep_baseline=keep_baseline,
-        context=context, threads=threads, max_memory=max_memory, overwrite=overwrite,
+        context=context, hub_id=hub_id, threads=threads, max_memory=max_memory, overwrite=overwrite,
         resume=resume, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     return pipeline.build(settings, quiet_console(progress, console)).report

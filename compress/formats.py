@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.checkpoint.sources import Source
     from compress.decoder.config import DecoderConfig
-    from compress.plan.shapes import Candidate, Plan, PlanRequest, Runtime, Written
+    from compress.plan.job import Job
+    from compress.plan.shapes import Artifact, Candidate, Plan, PlanRequest, Runtime, Written
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
@@ -103,6 +104,7 @@ class Format:
         imatrix: whether its tools have importance files.
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
+        app: whether it is for an app, whose files lie beside it (``write_app_files``).
     """
 
     name: str
@@ -116,6 +118,7 @@ class Format:
     stores_zeros: bool = False
     imatrix: bool = False
     hub_root: bool = False
+    app: bool = False
 
     if TYPE_CHECKING:
 
@@ -139,6 +142,11 @@ class Format:
 
         @property
         def writing_memory(self) -> Callable[[Plan], int]: ...
+
+        @property
+        def write_app_files(
+            self,
+        ) -> Callable[[Artifact, Job, Mapping[str, Any] | None], None]: ...
 
         @property
         def open_runtime(self) -> Callable[..., Runtime]: ...
@@ -192,6 +200,8 @@ class Format:
 #                   header and tokenizer are made as for writing, without a weight being read
 # writing_memory    writing_memory(plan) -> bytes that a writer holds at most, libraries included,
 #                   beside what ``Weights`` does
+# write_app_files   write_app_files(artifact, job, parity): files of an app beside an artifact
+#                   (``exporters.app``), after verification, which gave ``parity``; where ``app``
 # open_runtime      open_runtime(path, *, context, threads=0) -> Runtime: a written artifact in the
 #                   runtime that will execute it. Raises ArtifactError, RuntimeMissingError
 # describe          describe(path) -> what ``packlight inspect`` shows, no weights read. Keys:
@@ -216,6 +226,7 @@ MEMBERS = {
     "Writer": "writer",
     "file_bytes": "writer",
     "writing_memory": "writer",
+    "write_app_files": "app",
     "open_runtime": "runtime",
     "describe": "inspection",
     "find": "card",

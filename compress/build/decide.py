@@ -84,6 +84,7 @@ class BuildSettings:
     verify: bool = True
     keep_baseline: Path | None = None
     ci_files: CiFiles | None = None
+    hub_id: str = ""
     source: str = ""
     made: Recipe | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
@@ -171,7 +172,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates) if settings.verify or settings.dry_run else []
     unread = not settings.verify and (settings.eval_text or settings.keep_baseline)
-    if unread or settings.dry_run or settings.allow_dense or settings.seed is not None:
+    asked = settings.dry_run or settings.allow_dense or settings.seed is not None
+    if unread or asked or settings.hub_id:
         for line in idle_options(settings, recipe):
             console.warning(line)
     previous = None
@@ -186,6 +188,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     )
     if settings.source:  # its name in reports
         checkpoint.source = settings.source
+    if settings.hub_id:
+        checkpoint.hub_id = check_hub_id(settings.hub_id)
     for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
@@ -311,6 +315,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
         "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
         "texts": files_digest(texts_of(job.recipe)) if looks and not settings.imatrix else None,
         "context": settings.context,
+        **({"hub_id": settings.hub_id} if settings.hub_id else {}),
         "plan": files_digest([settings.plan]) if settings.plan else None,
         "imatrix": files_digest([settings.imatrix]) if settings.imatrix else None,
     }
@@ -357,6 +362,21 @@ def lock_of(decision: Decision, console: Console) -> Lock:
     return lock
 
 
+def check_hub_id(text: str) -> str:
+    """The option's text.
+
+    Raises:
+        UsageError: not a model's name on the Hub.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) or len(text) > 96:
+        raise UsageError(
+            f"--hub-id {text!r} is not the name of a model on the Hub",
+            hint="as in huggingface.co/microsoft/Phi-3-mini-4k-instruct: "
+            "--hub-id microsoft/Phi-3-mini-4k-instruct",
+        )
+    return text
+
+
 # --- options --------------------------------------------------------------------------------
 
 # Folders of absolute paths in an override, which name this machine.
@@ -381,6 +401,10 @@ def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
         "nothing here looks at calibration texts": {
             "--seed": settings.seed is not None
             and not (looks_at_inputs(recipe) or settings.save_imatrix),
+        },
+        "no target is for an app": {
+            "--hub-id": settings.hub_id
+            and not any(get_format(name).app for name in recipe.targets),
         },
         "no target has sparsity": {
             "--allow-dense": settings.allow_dense
@@ -472,4 +496,6 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words.append("--allow-dense")
     if settings.context:
         words += ["--context", str(settings.context)]
+    if settings.hub_id:
+        words += ["--hub-id", settings.hub_id]
     return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])
