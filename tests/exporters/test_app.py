@@ -185,10 +185,8 @@ def test_only_a_hub_id_is_the_name_that_swift_transformers_looks_up(exported: Ex
 
     built = exported("coreml", "llama3", grid="int4-g32")
     key, hub = "co.huggingface.exporters.name", Checkpoint(built.checkpoint.path, "org/x", "abc")
-    assert (Checkpoint(built.checkpoint.path, "https://x.org/m").hub_id, hub.hub_id) == (
-        "",
-        "org/x",
-    )
+    url = Checkpoint(built.checkpoint.path, "https://x.org/m")
+    assert (url.hub_id, hub.hub_id) == ("", "org/x")
     spec = coremltools.models.MLModel(str(built.artifact.path), skip_model_load=True).get_spec()
     assert key not in spec.description.metadata.userDefined
     add_metadata(spec, built.plan, Stored(hub, built.config))

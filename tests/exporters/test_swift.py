@@ -7,14 +7,21 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exported import Exports
 
+from compress.checkpoint.checkpoint import Stored
+from compress.plan.job import Job
+from compress.recipe import load
+from compress.verify.parity import vectors
 from exporters import app
+from exporters.coreml.app import write_app_files
 from exporters.coreml.mil import read_package
+from exporters.coreml.runtime import open_runtime
 
 tree_sitter = pytest.importorskip("tree_sitter", reason="pip install tree-sitter")
 tree_sitter_swift = pytest.importorskip("tree_sitter_swift", reason="pip install tree-sitter-swift")
@@ -64,8 +71,9 @@ def members(path: Path) -> set[str]:
     """Names after a dot."""
     found = set()
     for each in nodes(parse(path.read_bytes())):
-        if each.type in ("navigation_suffix", "prefix_expression"):
-            found.add(each.text.decode().lstrip(".").split("(")[0].split(".")[0])
+        text = each.text.decode()
+        if each.type in ("navigation_suffix", "prefix_expression") and text.startswith("."):
+            found.add(text[1:].split("(")[0].split(".")[0])
     return found
 
 
@@ -83,10 +91,8 @@ def test_damage_is_seen() -> None:
     text = (FOLDER / "Sources/PacklightModel/Decoder.swift").read_text(encoding="utf-8")
     for whole in ("public func append(_", "let end = length", "-> [[Float]] {"):
         assert whole in text
-        broken = text.replace(whole, whole[: len(whole) // 2], 1)
-        assert any(
-            node.type == "ERROR" or node.is_missing for node in nodes(parse(broken.encode()))
-        )
+        tree = parse(text.replace(whole, whole[: len(whole) // 2], 1).encode())
+        assert any(node.type == "ERROR" or node.is_missing for node in nodes(tree))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -140,13 +146,6 @@ def test_tokenizers_are_loaded_from_the_folder() -> None:
 
 
 def test_json_keys_are_those_that_are_written(exported: Exports, tmp_path: Path) -> None:
-    from compress.checkpoint.checkpoint import Stored
-    from compress.plan.job import Job
-    from compress.recipe import load
-    from compress.verify.parity import vectors
-    from exporters.coreml.app import write_app_files
-    from exporters.coreml.runtime import open_runtime
-
     built = exported("coreml", "llama3", grid="int4-g32")
     runtime = open_runtime(built.path, context=64)
     tokens = built.tokens(32)
@@ -154,8 +153,6 @@ def test_json_keys_are_those_that_are_written(exported: Exports, tmp_path: Path)
     runtime.close()
     for file in built.path.parent.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    from dataclasses import replace
-
     job = Job(Stored(built.checkpoint, built.config), built.config, load("int4-fast"),
               (built.plan,), 64)  # fmt: skip
     write_app_files(replace(built.artifact, path=tmp_path / "x.mlpackage"), job, parity)
