@@ -351,7 +351,8 @@ def fit(
         One dict for each artifact and device: ``artifact``, ``device``, ``context``,
         ``weights_bytes``, ``kv_cache_bytes``, ``activation_bytes``, ``total_bytes``,
         ``limit_bytes``, ``largest_context`` (positions that would fit), ``verdict`` (``fits``,
-        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth).
+        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth),
+        ``tokens_per_second_realistic`` (from, to), ``limits_measured`` and ``limits_source``.
 
     Raises:
         PacklightError: no such device, or a target that cannot be read.

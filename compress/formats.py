@@ -105,6 +105,8 @@ class Format:
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
         app: whether it is for an app, whose files lie beside it (``write_app_files``).
+        whole_prompt: whether apps give a prompt in one call and get the logits of all its
+            positions, which counts among activations.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Format:
     imatrix: bool = False
     hub_root: bool = False
     app: bool = False
+    whole_prompt: bool = False
 
     if TYPE_CHECKING:
 

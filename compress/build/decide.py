@@ -18,6 +18,7 @@ from typing import Any
 from compress.calibration.step import Importance, texts_of
 from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.hub import check_hub_id
 from compress.console import Console
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
@@ -360,21 +361,6 @@ def lock_of(decision: Decision, console: Console) -> Lock:
         before = PlanDocument.load(settings.plan)
         check_lock(settings.plan.name, before, plan_document(job, lock))
     return lock
-
-
-def check_hub_id(text: str) -> str:
-    """The option's text.
-
-    Raises:
-        UsageError: not a model's name on the Hub.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) or len(text) > 96:
-        raise UsageError(
-            f"--hub-id {text!r} is not the name of a model on the Hub",
-            hint="as in huggingface.co/microsoft/Phi-3-mini-4k-instruct: "
-            "--hub-id microsoft/Phi-3-mini-4k-instruct",
-        )
-    return text
 
 
 # --- options --------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import tiny
 import yaml
 from exported import Exports
 
-from compress.build.decide import check_hub_id
 from compress.checkpoint.checkpoint import Checkpoint, Stored
+from compress.checkpoint.hub import check_hub_id
 from compress.demo import model_path
 from compress.errors import UsageError
 from compress.plan.job import Job
