@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.checkpoint.sources import Source
     from compress.decoder.config import DecoderConfig
-    from compress.plan.shapes import Candidate, Plan, PlanRequest, Runtime, Written
+    from compress.plan.job import Job
+    from compress.plan.shapes import Artifact, Candidate, Plan, PlanRequest, Runtime, Written
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
@@ -106,6 +107,9 @@ class Format:
         extra: of packlight, that brings what writes or runs it; empty where its own dependencies
             are enough.
         extra_module: a module of that extra.
+        app: whether it is for an app, whose files lie beside it (``write_app_files``).
+        whole_prompt: whether apps give a prompt in one call and get the logits of all its
+            positions, which counts among activations.
     """
 
     name: str
@@ -121,6 +125,8 @@ class Format:
     hub_root: bool = False
     extra: str = ""
     extra_module: str = ""
+    app: bool = False
+    whole_prompt: bool = False
 
     if TYPE_CHECKING:
 
@@ -144,6 +150,11 @@ class Format:
 
         @property
         def writing_memory(self) -> Callable[[Plan], int]: ...
+
+        @property
+        def write_app_files(
+            self,
+        ) -> Callable[[Artifact, Job, Mapping[str, Any] | None], None]: ...
 
         @property
         def open_runtime(self) -> Callable[..., Runtime]: ...
@@ -209,6 +220,8 @@ class Format:
 #                   header and tokenizer are made as for writing, without a weight being read
 # writing_memory    writing_memory(plan) -> bytes that a writer holds at most, libraries included,
 #                   beside what ``Weights`` does
+# write_app_files   write_app_files(artifact, job, parity): files of an app beside an artifact
+#                   (``exporters.app``), after verification, which gave ``parity``; where ``app``
 # open_runtime      open_runtime(path, *, context, threads=0) -> Runtime: a written artifact in the
 #                   runtime that will execute it. Raises ArtifactError, RuntimeMissingError
 # describe          describe(path) -> what ``packlight inspect`` shows, no weights read. Keys:
@@ -235,6 +248,7 @@ MEMBERS = {
     "Writer": "writer",
     "file_bytes": "writer",
     "writing_memory": "writer",
+    "write_app_files": "app",
     "open_runtime": "runtime",
     "describe": "inspection",
     "find": "card",

@@ -27,7 +27,7 @@ ROWS = (
         ProcessCost(290_000_000, 1.15, 11e-9, palette_seconds=26e-9, library_bytes=280_000_000),
         libraries=("coremltools", "protobuf"),
         speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
-        stores_zeros=True,
+        stores_zeros=True, app=True, whole_prompt=True,
     ),
     Format(
         "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",

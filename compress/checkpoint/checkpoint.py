@@ -68,6 +68,7 @@ class Checkpoint:
         path: the folder.
         source: a Hub id, a URL without secrets, or the folder's name, as given by the user.
         revision: commit of a Hub checkpoint, or ``""``.
+        hub_id: the Hub's name of the model, or ``""``: a folder's name is not one.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
@@ -92,7 +93,7 @@ class Checkpoint:
     ) -> None:
         self.path, self.remote = path, remote
         self.source = without_secrets(source) or path.resolve().name
-        self.revision = revision
+        self.revision, self.hub_id = revision, source if revision else ""
         self.warnings: list[str] = [remote.notice] if remote and remote.notice else []
         check_folder(path)
         before = stamps(path.iterdir())

@@ -27,7 +27,10 @@ from compress.machine import change_setting
 # The files that a build needs, without other formats in the same repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). Small files come first: a model that
 # packlight does not support is refused before its gigabytes are downloaded.
-SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
+SMALL_FILES = (
+    "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "README.md", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
 # The only subfolder that is read.
 CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
@@ -212,3 +215,18 @@ def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}", "check --revision"
     return one_line(error), "check the name, --revision and --token (or HF_TOKEN)"
+
+
+def check_hub_id(text: str) -> str:
+    """The option's text.
+
+    Raises:
+        UsageError: not a model's name on the Hub.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) or len(text) > 96:
+        raise UsageError(
+            f"--hub-id {text!r} is not the name of a model on the Hub",
+            hint="as in huggingface.co/microsoft/Phi-3-mini-4k-instruct: "
+            "--hub-id microsoft/Phi-3-mini-4k-instruct",
+        )
+    return text

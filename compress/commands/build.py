@@ -82,6 +82,9 @@ if TYPE_CHECKING:
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache for memory figures and budgets.")  # fmt: skip
+@click.option("--hub-id", default="", metavar="ID",
+              help="Name of a local model on the Hub, for apps: swift-transformers gets the "
+                   "tokenizer by it.")  # fmt: skip
 @regression_options
 @threads_option
 @max_memory_option

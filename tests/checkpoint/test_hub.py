@@ -180,7 +180,7 @@ def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
     source, revision, norm, files, warnings = found
     assert (source, revision, warnings) == ("someone/phi3", COMMIT, [])
     assert norm == float(Checkpoint.open(folder).read("model.norm.weight").sum())
-    needed = {file.name for file in folder.iterdir()} | {"LICENSE"}
+    needed = {file.name for file in folder.iterdir()} | {"LICENSE", "README.md"}
     assert set(files) == needed
     assert sorted(hub.fetched) == sorted(needed)  # each once
 
