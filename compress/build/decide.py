@@ -255,7 +255,8 @@ def prepare_job(
         from compress.allocation.feasible import check_budget
 
         job = replace(job, at_most=check_budget(job, replan))
-    if not (settings.force or needs_of(recipe.solver)):
+    palettes = any("lut" in entry.grid for plan in job.plans for entry in plan.entries)
+    if palettes and not (settings.force or needs_of(recipe.solver)):
         check_palettes(job)
     return job, replan
 

@@ -182,20 +182,31 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return False, []
 
 
-def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on normalizers that llama.cpp does not run."""
-    found = [step["type"] for step in steps(tokenizer.get("normalizer")) if not is_space_mark(step)]
-    if not found:
-        return []
-    return [
-        f"the tokenizer normalizes ({', '.join(found)}), llama.cpp does not: text in another "
-        "form can tokenize differently"
-    ]
+# SentencePiece's ``▁`` before a text or in place of spaces: prepend, replaced string, content.
+SPACE_MARKS = (("▁", None, None), (None, " ", "▁"))
 
 
-def splitting_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on what llama.cpp's ``llama`` tokenizer, which merges whole texts, does not do."""
+def step_notes(tokenizer: Mapping[str, Any], kind: str) -> list[str]:
+    """Notes on what llama.cpp does not do: normalizers; and by ``llama``, which merges whole texts,
+    splits and fall-backs.
+
+    Args:
+        kind: ``tokenizer.ggml.model``.
+    """
     notes, model = [], tokenizer["model"]
+    normalizers = [
+        step["type"]
+        for step in steps(tokenizer.get("normalizer"))
+        if (step.get("prepend"), (step.get("pattern") or {}).get("String"), step.get("content"))
+        not in SPACE_MARKS
+    ]
+    if normalizers:
+        notes.append(
+            f"the tokenizer normalizes ({', '.join(normalizers)}), llama.cpp does not: text in "
+            "another form can tokenize differently"
+        )
+    if kind != "llama":
+        return notes
     splits = [
         step["type"]
         for step in steps(tokenizer.get("pre_tokenizer"))
@@ -217,12 +228,3 @@ def splitting_notes(tokenizer: Mapping[str, Any]) -> list[str]:
             "as it is, this tokenizer in the normalized text"
         )
     return notes
-
-
-def is_space_mark(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer puts SentencePiece's ``▁`` before a text or in place of spaces."""
-    if step["type"] == "Prepend":
-        return bool(step["prepend"] == "▁")
-    return bool(
-        step["type"] == "Replace" and (step["pattern"].get("String"), step["content"]) == (" ", "▁")
-    )
