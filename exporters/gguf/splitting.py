@@ -182,20 +182,20 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return False, []
 
 
-def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on normalizers that llama.cpp does not run."""
+def unlike_notes(tokenizer: Mapping[str, Any], kind: str) -> list[str]:
+    """Notes on steps of a tokenizer that llama.cpp does not run.
+
+    Args:
+        tokenizer: ``tokenizer.json``.
+        kind: llama.cpp's; ``llama`` merges whole texts.
+    """
     found = [step["type"] for step in steps(tokenizer.get("normalizer")) if not is_space_mark(step)]
-    if not found:
-        return []
-    return [
+    notes = [
         f"the tokenizer normalizes ({', '.join(found)}), llama.cpp does not: text in another "
         "form can tokenize differently"
-    ]
-
-
-def splitting_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on what llama.cpp's ``llama`` tokenizer, which merges whole texts, does not do."""
-    notes, model = [], tokenizer["model"]
+    ] if found else []  # fmt: skip
+    if kind != "llama":
+        return notes
     splits = [
         step["type"]
         for step in steps(tokenizer.get("pre_tokenizer"))
@@ -206,14 +206,14 @@ def splitting_notes(tokenizer: Mapping[str, Any]) -> list[str]:
             f"the tokenizer splits texts ({', '.join(splits)}) before it merges, llama.cpp does "
             "not: text can tokenize differently"
         )
-    if not model.get("byte_fallback"):
+    if not tokenizer["model"].get("byte_fallback"):
         notes.append(
             "the tokenizer has no byte_fallback: characters without a token are unknown to it, and "
             "bytes to llama.cpp"
         )
-    if found := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
+    if added := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
         notes.append(
-            f"llama.cpp looks for {len(found)} added token(s), such as {found[0]!r}, in the text "
+            f"llama.cpp looks for {len(added)} added token(s), such as {added[0]!r}, in the text "
             "as it is, this tokenizer in the normalized text"
         )
     return notes

@@ -23,9 +23,8 @@ from exporters.gguf.splitting import (
     IGNORE_MERGES,
     WITHOUT_GGUF,
     classify,
-    normalizer_notes,
     space_prefix,
-    splitting_notes,
+    unlike_notes,
 )
 
 if TYPE_CHECKING:
@@ -119,9 +118,7 @@ def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
     strips, strip_notes = strips_after_special(added, by_text)
     space, space_notes = space_prefix(document) if kind == "llama" else (False, [])
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
-    notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *normalizer_notes(document)]
-    if kind == "llama":
-        notes += splitting_notes(document)
+    notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *unlike_notes(document, kind)]
     if kind == "llama" and missing_merges(model["vocab"], set(merges)):
         notes.append(
             "the tokenizer lists fewer merges than its vocabulary allows: "
