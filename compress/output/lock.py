@@ -107,7 +107,12 @@ def lock_document(
     for path in inputs:
         count = sum(name.partition("#")[0] == path.name for name in named)
         named[f"{path.name}#{count + 1}" if count else path.name] = path
-    hashes = {place_in(checkpoint, path): digest for path, digest in digests.items() if digest}
+    home = checkpoint.path  # shards may lie in folders of it
+    hashes = {
+        path.relative_to(home).as_posix() if home in path.parents else path.name: digest
+        for path, digest in digests.items()
+        if digest
+    }
     if checkpoint.remote:
         shards = checkpoint.remote.digests(thorough, progress, small)
         known = known and None not in shards.values()
@@ -124,12 +129,6 @@ def lock_document(
             for number, adapter in enumerate(checkpoint.adapters, 1)
         },
     )
-
-
-def place_in(checkpoint: Checkpoint, file: Path) -> str:
-    """The name of a file of a checkpoint, with its folder where that is not the checkpoint's."""
-    inside = file.is_relative_to(checkpoint.path)
-    return file.relative_to(checkpoint.path).as_posix() if inside else file.name
 
 
 def files_digest(files: Sequence[Path]) -> str | None:

@@ -217,14 +217,14 @@ def step_notes(tokenizer: Mapping[str, Any], kind: str) -> list[str]:
             f"the tokenizer splits texts ({', '.join(splits)}) before it merges, llama.cpp does "
             "not: text can tokenize differently"
         )
-    if not model.get("byte_fallback"):
+    if not tokenizer["model"].get("byte_fallback"):
         notes.append(
             "the tokenizer has no byte_fallback: characters without a token are unknown to it, and "
             "bytes to llama.cpp"
         )
-    if found := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
+    if added := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
         notes.append(
-            f"llama.cpp looks for {len(found)} added token(s), such as {found[0]!r}, in the text "
+            f"llama.cpp looks for {len(added)} added token(s), such as {added[0]!r}, in the text "
             "as it is, this tokenizer in the normalized text"
         )
     return notes
