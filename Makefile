@@ -7,9 +7,10 @@ BASE   := $(VENV)/.installed-user
 STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
 EVAL   := .venv-eval
+MLX    := .venv-mlx
 NODE   := .venv-node
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval loaders fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval test-mlx loaders fuzz test-all lint format type check docs clean
 
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
@@ -77,6 +78,17 @@ $(EVAL)/.installed: $(STAMP) constraints.txt
 		-c constraints.txt lm-eval datasets
 	touch $@
 
+# mlx-lm (packlight[mlx]) wants transformers 5: an environment of its own, which verification runs.
+test-mlx: $(STAMP) $(MLX)/.installed
+	PACKLIGHT_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python \
+		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx
+
+$(MLX)/.installed:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/pip install --quiet --disable-pip-version-check mlx-lm \
+		$$(test "$$(uname)" = Linux && echo "mlx[cpu]" || echo mlx)
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,4 +110,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) $(MLX) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
