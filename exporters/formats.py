@@ -37,7 +37,7 @@ ROWS = (
     ),
     Format(
         "mlx", "MLX", "exporters.mlx", "an MLX folder with config.json",
-        ProcessCost(400_000_000, 8.0, 17e-9), extra="mlx", extra_module="mlx_lm",
+        ProcessCost(600_000_000, 4.0, 17e-9), extra="mlx", extra_module="mlx_lm",
         speed_note="MLX's quality, speeds and memory are those of packlight's float32 decoder with "
         "the decoded weights; mlx-lm's own code runs on some tokens.",
     ),

@@ -163,7 +163,8 @@ def read_headers(folder: Path) -> tuple[dict[str, Piece], dict[str, str]]:
                 )
             pieces[name] = Piece(name, dtype, shape, file.name, 8 + length + begin, nbytes)
         stated = json.loads(header).get("__metadata__")
-        metadata = metadata or {str(k): str(v) for k, v in (stated or {}).items()}
+        if isinstance(stated, dict) and not metadata:
+            metadata = {str(key): str(value) for key, value in stated.items()}
     if not pieces:
         raise ArtifactError(f"no model*.safetensors in {folder.name}")
     return pieces, metadata
