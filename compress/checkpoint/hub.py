@@ -223,7 +223,7 @@ def check_hub_id(text: str) -> str:
     Raises:
         UsageError: not a model's name on the Hub.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) or len(text) > 96:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) or len(text) > 96:
         raise UsageError(
             f"--hub-id {text!r} is not the name of a model on the Hub",
             hint="as in huggingface.co/microsoft/Phi-3-mini-4k-instruct: "

@@ -171,7 +171,7 @@ CARDS: list[tuple[dict[str, Any], tuple[str, str, str]]] = [
 def test_xcode_shows_what_the_card_says(
     tmp_path: Path, card: dict[str, Any], shown: tuple[str, str, str]
 ) -> None:
-    tiny.make(tmp_path, "llama")
+    tiny.make("llama", tmp_path)
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
     checkpoint = Checkpoint(tmp_path)
     assert checkpoint.hub_id == ""

@@ -84,7 +84,7 @@ public final class Decoder {
         let end = length + ids.count
         let mask = try MLMultiArray(shape: [1, 1, 1, NSNumber(value: end)], dataType: .float16)
         mask.withUnsafeMutableBytes { bytes, _ in
-            bytes.initializeMemory(as: UInt8.self, repeating: 0)
+            _ = bytes.initializeMemory(as: UInt8.self, repeating: 0)
         }
         let inputs = try MLDictionaryFeatureProvider(
             dictionary: ["inputIds": tokens, "causalMask": mask])

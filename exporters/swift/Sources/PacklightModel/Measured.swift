@@ -17,27 +17,29 @@ public struct Measured: Sendable {
     }
 }
 
-/// Times a prompt and single tokens, after a first run of both that is not counted.
-public func measure(_ decoder: Decoder, prompt: Int = 128, decoded: Int = 64) throws -> Measured {
-    let count = max(1, min(prompt, decoder.file.context - decoded))
-    let ids = (0..<count).map { 3 + $0 % max(1, decoder.file.vocabSize - 3) }
-    let clock = ContinuousClock()
-    var times: [Duration] = []
-    for _ in 0..<2 {
-        decoder.reset()
-        var logits: [[Float]] = []
-        let first = try clock.measure { logits = try decoder.append(ids) }
-        let others = try clock.measure {
-            for _ in 0..<decoded {
-                logits = try decoder.append([greedy(logits[0])])
+extension Decoder {
+    /// Times a prompt and single tokens, after a first run of both that is not counted.
+    public func measure(prompt: Int = 128, decoded: Int = 64) throws -> Measured {
+        let count = max(1, min(prompt, file.context - decoded))
+        let ids = (0..<count).map { 3 + $0 % max(1, file.vocabSize - 3) }
+        let clock = ContinuousClock()
+        var times: [Duration] = []
+        for _ in 0..<2 {
+            reset()
+            var logits: [[Float]] = []
+            let first = try clock.measure { logits = try append(ids) }
+            let others = try clock.measure {
+                for _ in 0..<decoded {
+                    logits = try append([greedy(logits[0])])
+                }
             }
+            times = [first, others]
         }
-        times = [first, others]
+        return Measured(
+            prefillTokensPerSecond: Double(count) / seconds(times[0]),
+            decodeTokensPerSecond: Double(decoded) / seconds(times[1]),
+            footprint: footprint())
     }
-    return Measured(
-        prefillTokensPerSecond: Double(count) / seconds(times[0]),
-        decodeTokensPerSecond: Double(decoded) / seconds(times[1]),
-        footprint: footprint())
 }
 
 func seconds(_ time: Duration) -> Double {

@@ -37,7 +37,7 @@ final class ParityTests: XCTestCase {
                 XCTFail(problem)
             }
         }
-        print(try measure(decoder).description)
+        print(try decoder.measure().description)
     }
 
     func testTokenizer() async throws {
