@@ -79,9 +79,14 @@ class BatchJob:
             calibration=tuple(map(Path, options.calibration or ())),
             allow_dense=options.allow_dense or False,
             verify=options.verify is not False,
-            hub={"revision": self.revision or None},
+            hub=self.hub,
             **words,
         )
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Where the checkpoint comes from: ``revision`` and ``fetch``."""
+        return {"revision": self.revision or None, "fetch": self.options.fetch or "auto"}
 
     @property
     def memory(self) -> int | None:
@@ -115,6 +120,8 @@ def arguments(settings: BuildSettings) -> list[str]:
         words.append("--no-verify")
     if revision := settings.hub.get("revision"):
         words += ["--revision", revision]
+    if (fetch := settings.hub.get("fetch", "auto")) != "auto":
+        words += ["--fetch", fetch]
     return words
 
 

@@ -72,6 +72,9 @@ class Options(Section):
         default=None, description="false: write artifacts without running them."
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of a job.")
+    fetch: Literal["auto", "download", "streaming"] | None = Field(
+        default=None, description="Weights of a Hub id or URL: downloaded, or read in ranges."
+    )
     memory: Annotated[str, AfterValidator(a_size)] | None = Field(
         default=None, description="Peak memory of a job, to replace a wrong prediction."
     )

@@ -106,11 +106,11 @@ class Planner:
 
     def _open(self, job: BatchJob) -> Checkpoint:
         adapters = job.options.adapter or ()
-        key = (job.model, job.revision, *adapters)
+        key = (job.model, job.revision, job.hub["fetch"], *adapters)
         if key not in self._opened:
             try:
                 opened: Checkpoint | PacklightError = Checkpoint.open(
-                    job.model, adapters=adapters, revision=job.revision or None
+                    job.model, adapters=adapters, **job.hub
                 )
             except PacklightError as error:
                 opened = error

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import Console
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
+from compress.formats import get_format
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
@@ -190,6 +192,11 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     reads = (settings.verify or looks_at_inputs(recipe)) and not settings.dry_run
     if reads and checkpoint.has_tokenizer:
         _ = checkpoint.tokenizer  # loaded here, so that no child process loads it again
+    elif checkpoint.has_tokenizer and not settings.dry_run:
+        with ThreadPoolExecutor(1) as pool:  # that process loads it; meanwhile, this one the rest
+            pool.submit(lambda: checkpoint.tokenizer_facts)
+            for name in recipe.targets:
+                _ = get_format(name).Writer
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)

@@ -43,7 +43,7 @@ Opened = Callable[[Path], io.RawIOBase]
 
 CHUNK = 1 << 16  # values converted at a time: input and output fit in a core's cache
 PIECE = 1 << 20  # least values for a thread
-NEGATIVE, INFINITE = 0x8000, 0x7F80  # bits of bfloat16: the sign, an exponent of ones
+INFINITE = 0x7F80  # of bfloat16: an exponent of ones
 MAX_HEADER = 8 << 20  # bytes: some 60,000 tensors; the reference implementation takes 100 MB
 MAX_DIMENSIONS = 8
 
@@ -183,6 +183,9 @@ def _read_into(
         CheckpointError: a short read.
         OSError: a failed read.
     """
+    if info.dtype == "BF16":
+        from compress.grids.lanes import widen_bfloat16  # compiles: imported only when needed
+
     kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
     values = whole[begin:end]
     raw = np.empty(min(CHUNK, values.size), kind)
@@ -200,13 +203,7 @@ def _read_into(
                     raise CheckpointError(f"{info.file.name} is truncated inside {info.name}")
                 read += got
             if info.dtype == "BF16":
-                # As integers, positive NaN and Inf are the largest signed values, and negative ones
-                # the largest unsigned values: two SIMD maxima find both.
-                fine &= int(stored.view("<i2").max()) < INFINITE
-                fine &= int(stored.max()) < NEGATIVE | INFINITE
-                bits = part.view(np.uint32)
-                bits[:] = stored
-                bits <<= 16
+                fine &= bool(widen_bfloat16(stored, part.view(np.uint32)) < INFINITE)
             else:
                 part[:] = stored
                 # A finite sum means finite values (it may also overflow); a quarter of the cost of

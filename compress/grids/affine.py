@@ -119,7 +119,7 @@ class Affine(BaseGrid):
             GridError: the groups do not divide the row, or a weight that is NaN or beyond float16.
         """
         from compress.grids import affine_kernels as kernels
-        from compress.grids.lanes import beyond_float16, normalized, over_rows
+        from compress.grids.lanes import beyond_float16, normalized, over_rows, to_half
 
         rows, columns = weight.shape
         self.check((rows, columns))
@@ -143,16 +143,18 @@ class Affine(BaseGrid):
         over_rows(work, rows)
         if any(beyond):
             raise beyond_float16(self.name)
-        return {"scale": scale.astype(np.float16), "zero_point": zero.astype(np.uint8)}
+        middles = np.full(zero.shape, self.middle, np.uint8)
+        zeros = middles if self.symmetric else zero.astype(np.uint8)
+        return {"scale": to_half(scale), "zero_point": zeros}
 
     def encode(self, weight: Float32, params: Params) -> Array:
         """uint8 ``[rows, columns]``, 0..2^bits-1."""
         from compress.grids import affine_kernels as kernels
-        from compress.grids.lanes import over_rows
+        from compress.grids.lanes import from_half, over_rows
 
         codes = np.empty(weight.shape, np.uint8)
         weight = np.ascontiguousarray(weight, np.float32)
-        scale, zero = (params[key].astype(np.float32) for key in ("scale", "zero_point"))
+        scale, zero = from_half(params["scale"]), params["zero_point"].astype(np.float32)
         size = weight.shape[1] // scale.shape[1]
 
         def work(begin: int, end: int) -> None:

@@ -84,17 +84,9 @@ class Child:
     """
 
     def __init__(self, hub: RangeHub, home: Path, **environment: str) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        environment = (
-            kept
-            | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-            | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-            | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PACKLIGHT_CACHE": str(home / "cache")}
-            | environment
-        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD], env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", CHILD], env=environment_of(hub, home) | environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._home, self.largest, self.blocks = home, 0, 0
         hub.on_range = self._measure
@@ -130,6 +122,17 @@ class Child:
                 unnamed += handle.stat().st_blocks * 512 if deleted else 0
         self.blocks = max(self.blocks, unnamed)
         self.largest = max(self.largest, self.named() + unnamed)
+
+
+def environment_of(hub: RangeHub, home: Path) -> dict[str, str]:
+    """Environment of a process that uses the hub, with its caches in ``home``."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return (
+        kept
+        | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+        | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PACKLIGHT_CACHE": str(home / "cache")}
+    )
 
 
 def artifacts(folder: Path) -> dict[str, bytes]:
@@ -234,6 +237,29 @@ def test_plans_need_headers_only_and_auto_downloads_where_there_is_room(
     )
     assert refused[2] == "--fetch download"
     child.close()
+
+
+@pytest.mark.slow  # builds in a process for each job
+def test_a_batch_reads_ranges_where_its_options_say_so(hub: RangeHub, tmp_path: Path) -> None:
+    entries = {"a": {"fetch": "streaming"}, "b": {"fetch": "download"}}
+    jobs = {
+        "schema": 1,
+        "models": [{"model": MODEL, "name": n, "options": o} for n, o in entries.items()],
+        "recipes": ["int4-fast"],
+        "formats": ["gguf"],
+        "options": {"verify": False},
+    }
+    (tmp_path / "jobs.yaml").write_text(json.dumps(jobs))
+    for name, streams in (("a", True), ("b", False)):
+        hub.ranges.clear()
+        subprocess.run(
+            [sys.executable, "-P", "-m", "compress", "batch", "jobs.yaml", "--only", name],
+            env=environment_of(hub, tmp_path), cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+        assert bool(hub.ranges) == streams
+        assert bool(list(tmp_path.rglob("*.safetensors"))) != streams
+    tree = tmp_path / "jobs"
+    assert artifacts(tree / "a/int4-fast") == artifacts(tree / "b/int4-fast")
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------
