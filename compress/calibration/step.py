@@ -136,6 +136,7 @@ class CalibrationStep:
         keep: bool = False,
     ) -> None:
         self.job, self._keep = job, keep
+        self._experts = ""  # how many tokens they saw
         self._importance = importance
         self.console, self.threads = console, threads
 
@@ -163,7 +164,12 @@ class CalibrationStep:
         needs = {change.needs for change in self.job.transforms.get(plan.format, ())}
         if not needs_of(self.job.recipe.solver) and not any(needs):
             return None
-        return self._collect(source, self.texts, hessian="hessian" in needs)
+        found = self._collect(source, self.texts, hessian="hessian" in needs)
+        if source.config.experts is not None:
+            from compress.calibration.experts import describe_experts
+
+            self._experts = describe_experts(source.config, found)
+        return found
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
         """The data to measure a cost table with, for any solver: input statistics of the model,
@@ -211,7 +217,8 @@ class CalibrationStep:
             return []
         seen = f"{self.texts.tokens} tokens of {', '.join(self.texts.sources)}"
         through = " through the quantized blocks before each" if self.propagates else ""
-        return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
+        lines = [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
+        return [*lines, self._experts] if self._experts else lines
 
     def save_imatrix(self) -> None:
         """``--save-imatrix``: write the common source's input importance as an imatrix file."""

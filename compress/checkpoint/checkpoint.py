@@ -384,7 +384,10 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                if part.transposed:
+                if part.expert is not None:
+                    one = slice(part.expert, part.expert + 1)
+                    pieces.append(self.checkpoint.read(part.source, one)[0, window])
+                elif part.transposed:
                     pieces.append(self.checkpoint.read(part.source)[:, window].T)
                 else:
                     pieces.append(self.checkpoint.read(part.source, window))

@@ -99,6 +99,9 @@ def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
     """
     wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
     values = wide * config.intermediate_size + narrow * config.hidden_size
+    if config.experts is not None:  # a row for each chosen expert
+        chosen, width = config.experts.chosen, config.experts.width
+        values = chosen * (wide * width + config.hidden_size) + narrow * config.hidden_size
     return tokens * (4 * values + 2 * context)
 
 
@@ -147,10 +150,15 @@ def footprint(
 
 
 def embedding_bytes(config: DecoderConfig, entries: Sequence[PlanEntry]) -> int:
-    """Bytes of the embedding table, of which decoding reads one row: 0 when it is also the head."""
+    """Bytes that decoding a token does not read: the embedding table's, of which it reads one row,
+    unless it is also the head; and those of the experts that are not chosen."""
+    unread = 0
+    if config.experts is not None:
+        experts = sum(entry.nbytes for entry in entries if ".experts." in entry.name)
+        unread = experts * (config.experts.count - config.experts.chosen) // config.experts.count
     if config.tie_word_embeddings:
-        return 0
-    return sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
+        return unread
+    return unread + sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
 
 
 @dataclass(frozen=True)

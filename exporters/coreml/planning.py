@@ -156,6 +156,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("value", with_bits(chosen["grid"], partial(value_bits, config)))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     folded = config.scalars
+    if config.experts is not None:
+        raise UnsupportedModelError(
+            "coreml: experts are not supported: the Neural Engine cannot choose weights by token, "
+            "so that it would have to run all experts for every token",
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
