@@ -193,7 +193,7 @@ def step_notes(tokenizer: Mapping[str, Any], kind: str) -> list[str]:
     Args:
         kind: ``tokenizer.ggml.model``.
     """
-    notes, model = [], tokenizer["model"]
+    notes = []
     normalizers = [
         step["type"]
         for step in steps(tokenizer.get("normalizer"))
