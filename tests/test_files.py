@@ -201,11 +201,14 @@ def readers() -> dict[str, Callable[[Path], object]]:
     from exporters.gguf.runtime import check_head
     from exporters.onnx.inspection import describe
 
+    def raise_other(path: Path) -> None:
+        raise other_file(path)
+
     return {
         "JSON": read_json,
         "jobs": read_jobs,
         "text": lambda path: read_words(path, "", ""),
-        "a file as MODEL": other_file,
+        "a file as MODEL": raise_other,
         "checksums": read_checksums,
         "a digest": sha256_of,
         "task": read_task,
