@@ -52,6 +52,9 @@ QWEN35 = (
 )
 VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
 MINICPM5 = (r"\p{N}{1,3}", rf"{_ENGLISH}|{_EDGE}\p{{L}}+|\p{{N}}+|{_TAIL}")
+# Its digits are split after bytes have become letters, some of which are digits (½, ²); no merge
+# crosses them, so that llama.cpp, which splits before, has the same tokens.
+FALCON = ("Contiguous punctuation", GPT2, "runs of digits", "[0-9][0-9][0-9]")
 TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
 
 # Split patterns, in order → llama.cpp's name of the pre-tokenizer.
@@ -69,6 +72,7 @@ PATTERNS: dict[tuple[str, ...], str] = {
     (QWEN35,): "qwen35",
     (VIKING, DIGIT): "viking",
     MINICPM5: "minicpm5",
+    FALCON: "falcon",
 }
 
 
@@ -125,8 +129,10 @@ def splitting(splits: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> st
             matched = step["behavior"] == "Removed" and step.get("invert")
             pattern = escaped(step["pattern"].get("Regex", ""))
             patterns.append(pattern if isolated or matched else f"{step['behavior']} {pattern}")
-        elif step["type"] == "Digits" and step.get("individual_digits"):
-            patterns.append(DIGIT)
+        elif step["type"] == "Digits":
+            patterns.append(DIGIT if step.get("individual_digits") else "runs of digits")
+        elif step["type"] == "Punctuation":
+            patterns.append(f"{step.get('behavior', 'Isolated')} punctuation")
         elif step["type"] == "ByteLevel":
             if step.get("add_prefix_space"):
                 patterns.append("a space in front")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.decoder.tokenizer_texts import TEXTS
 from exporters.gguf.runtime import open_runtime
-from exporters.gguf.splitting import DEEPSEEK_LLM, DIGIT, IGNORE_MERGES, PATTERNS, escaped
+from exporters.gguf.splitting import DEEPSEEK_LLM, DIGIT, FALCON, IGNORE_MERGES, PATTERNS, escaped
 
 # What llama.cpp's own patterns do not do as the published ones: a vowel sign, and a small letter
 # beside a capital with an accent, end a word; spaces outside ASCII are none.
@@ -33,6 +33,9 @@ def tokenizer_of(patterns: tuple[str, ...], *, ignore_merges: bool) -> Any:
     letters = pre.ByteLevel.alphabet()
     if patterns == DEEPSEEK_LLM:  # its numbers have no merges, and llama.cpp relies on that
         core.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), last])
+    digits = [pre.Digits(individual_digits=False), pre.Split(Regex(FALCON[-1]), "isolated")]
+    if patterns == FALCON:  # as its own: no merges across them
+        core.pre_tokenizer = pre.Sequence([last, *digits])
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=letters, show_progress=False)
     core.train_from_iterator(TEXTS * 2, trainer)
     splits = [
@@ -40,6 +43,9 @@ def tokenizer_of(patterns: tuple[str, ...], *, ignore_merges: bool) -> Any:
         for p in patterns
     ]
     core.pre_tokenizer = pre.Sequence([*splits, last])
+    if patterns == FALCON:  # of tiiuae/falcon-7b
+        words = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+        core.pre_tokenizer = pre.Sequence([pre.Punctuation("contiguous"), words, *digits])
     core.add_special_tokens(["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
 
