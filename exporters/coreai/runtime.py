@@ -113,7 +113,7 @@ class CoreAIRuntime:
         Raises:
             UsageError: no tokens, or more than there is room for.
         """
-        return self._append(tokens)[-1][-1].copy()
+        return np.array(self._append(tokens)[-1][-1])
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
