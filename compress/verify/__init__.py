@@ -269,8 +269,8 @@ def examine(
             use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
-        if runtime.kept:
-            emit({"parity": vectors(runtime.name, *runtime.kept)})
+        if runtime.first:
+            emit({"parity": vectors(runtime.name, *runtime.first)})
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows), initial=0))
         done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
@@ -313,12 +313,12 @@ class Observed:
     """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``.
 
     Attributes:
-        kept: tokens of the first ``logits`` and its first ``keep`` rows; None with ``keep`` 0.
+        first: tokens of the first ``logits`` and its first ``rows`` rows; None with ``rows`` 0.
     """
 
-    def __init__(self, runtime: Runtime, seen: Callable[[], None], keep: int = 0) -> None:
-        self._runtime, self._seen, self._keep = runtime, seen, keep
-        self.kept: tuple[Sequence[int], Float32] | None = None
+    def __init__(self, runtime: Runtime, seen: Callable[[], None], rows: int = 0) -> None:
+        self._runtime, self._seen, self._rows = runtime, seen, rows
+        self.first: tuple[Sequence[int], Float32] | None = None
         seen()
 
     @property
@@ -339,8 +339,8 @@ class Observed:
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         found = self._runtime.logits(tokens)
-        if self._keep and self.kept is None:
-            self.kept = tokens, found[: self._keep].copy()
+        if self._rows and self.first is None:
+            self.first = tokens, found[: self._rows].copy()
         return found
 
     def reset(self) -> None:
