@@ -164,15 +164,17 @@ def parity_document(tokenizer: Path, parity: Mapping[str, Any] | None) -> dict[s
     if parity is None:
         document |= {
             "logits": None,
-            "why_no_logits": "the artifact was not run by this build: leave --no-verify out",
+            "why_no_logits": "no runtime gave logits in this build: --no-verify, or see report.json",
         }
     else:
         document["logits"] = dict(parity)
     if tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        encode = Tokenizer.from_file(str(tokenizer)).encode
+        fast = Tokenizer.from_file(str(tokenizer))
+        fast.no_padding()  # which transformers and swift-transformers do not take from the file
+        fast.no_truncation()
         document["texts"] = [
-            {"text": text, "ids": encode(text, add_special_tokens=True).ids} for text in PAIRS
+            {"text": text, "ids": fast.encode(text, add_special_tokens=True).ids} for text in PAIRS
         ]
     return document
