@@ -164,7 +164,7 @@ def parity_document(tokenizer: Path, parity: Mapping[str, Any] | None) -> dict[s
     if parity is None:
         document |= {
             "logits": None,
-            "why_no_logits": "no runtime gave logits in this build: --no-verify, or see report.json",
+            "why_no_logits": "no runtime gave logits: --no-verify, or see report.json",
         }
     else:
         document["logits"] = dict(parity)
