@@ -61,7 +61,7 @@ def read_shown(checkpoint: Checkpoint) -> Shown:
             found = card.get(key)
             parts = found if isinstance(found, list) else [found]
             if parts and all(isinstance(part, str) and part.isprintable() for part in parts):
-                return ", ".join(parts)[:LONGEST]
+                return ", ".join(map(str, parts))[:LONGEST]
         return ""
 
     name = text("license")
@@ -164,15 +164,17 @@ def parity_document(tokenizer: Path, parity: Mapping[str, Any] | None) -> dict[s
     if parity is None:
         document |= {
             "logits": None,
-            "why_no_logits": "the artifact was not run by this build: leave --no-verify out",
+            "why_no_logits": "no runtime gave logits: --no-verify, or see report.json",
         }
     else:
         document["logits"] = dict(parity)
     if tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        encode = Tokenizer.from_file(str(tokenizer)).encode
+        fast = Tokenizer.from_file(str(tokenizer))
+        fast.no_padding()  # which transformers and swift-transformers do not take from the file
+        fast.no_truncation()
         document["texts"] = [
-            {"text": text, "ids": encode(text, add_special_tokens=True).ids} for text in PAIRS
+            {"text": text, "ids": fast.encode(text, add_special_tokens=True).ids} for text in PAIRS
         ]
     return document

@@ -313,11 +313,11 @@ class Observed:
     """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``.
 
     Attributes:
-        first: tokens of the first ``logits`` and its first ``keep`` rows; None with ``keep`` 0.
+        first: tokens of the first ``logits`` and its first ``rows`` rows; None with ``rows`` 0.
     """
 
-    def __init__(self, runtime: Runtime, seen: Callable[[], None], keep: int = 0) -> None:
-        self._runtime, self._seen, self._keep = runtime, seen, keep
+    def __init__(self, runtime: Runtime, seen: Callable[[], None], rows: int = 0) -> None:
+        self._runtime, self._seen, self._rows = runtime, seen, rows
         self.first: tuple[Sequence[int], Float32] | None = None
         seen()
 
@@ -339,8 +339,8 @@ class Observed:
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         found = self._runtime.logits(tokens)
-        if self._keep and self.first is None:
-            self.first = tokens, found[: self._keep].copy()
+        if self._rows and self.first is None:
+            self.first = tokens, found[: self._rows].copy()
         return found
 
     def reset(self) -> None:
