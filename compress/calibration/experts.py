@@ -95,7 +95,9 @@ def experts_walk(
         factors[rows, 0] = weights[rows, place]
         held = rows // length % listener.every == listener.every - 1
         free = rows[~held]
-        parts = [part for half in (free, rows[held]) for part in half.split(ROWS) if len(part)]
+        parts = [
+            part for half in (free, rows[held]) for part in torch.split(half, ROWS) if len(part)
+        ]
         last = math.ceil(len(free) / ROWS)  # the first part that is held back
         enough = len(free) >= floor_of(config)
         listener.hessian = hessian and enough

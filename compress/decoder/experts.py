@@ -77,7 +77,7 @@ class ExpertBlock(Block):
             stream[part], normed[part] = self.attended(hidden, rope, None, on_input)
             start += length
         stream += self.mlp(normed, on_input) * self.config.residual_scale
-        return list(stream.split(lengths))
+        return list(torch.split(stream, lengths))
 
     def attended(
         self, hidden: Tensor, rope: RopeTables, past: Past | None, on_input: OnInput | None
@@ -101,8 +101,8 @@ class ExpertBlock(Block):
             rows, place = torch.where(chosen == expert)
             if not len(rows):
                 continue
-            factors = weights[rows, place, None].split(ROWS)
-            outputs = self.expert(expert, x.__getitem__, rows.split(ROWS), listen)
+            factors = torch.split(weights[rows, place, None], ROWS)
+            outputs = self.expert(expert, x.__getitem__, torch.split(rows, ROWS), listen)
             for factor, (part, output) in zip(factors, outputs, strict=True):
                 mixed.index_add_(0, part, output.mul_(factor))
         return mixed
@@ -151,7 +151,9 @@ class ExpertBlock(Block):
         """
         stem = f"{self._stem}experts.{expert}."
         activate = ACTIVATIONS[self.config.activation]
-        inner = self._empty(sum(map(len, parts)), self.experts.width).split([*map(len, parts)])
+        inner = torch.split(
+            self._empty(sum(map(len, parts)), self.experts.width), [*map(len, parts)]
+        )
 
         def product(role: str, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
             name = f"{stem}{role}.weight"
