@@ -161,8 +161,9 @@ def write_general(
     for key, (field, kind) in SAMPLING.items():
         number = checkpoint.generation_config.get(key)
         # gguf-py has these fields since 0.18; in the file they have 32 bits.
-        plain = type(number) in (int, float)
-        if plain and abs(number or 0) < 2**31 and hasattr(facts, field):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if abs(number) < 2**31 and hasattr(facts, field):
             setattr(facts, field, kind(number))
     facts.set_gguf_meta_model(writer)
 
