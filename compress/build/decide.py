@@ -27,6 +27,7 @@ from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
 from compress.plan.job import (
+    FEWER_FROM,
     Job,
     Replan,
     baseline_bytes,
@@ -255,9 +256,14 @@ def prepare_job(
         from compress.allocation.feasible import check_budget
 
         job = replace(job, at_most=check_budget(job, replan))
-    palettes = any("lut" in entry.grid for plan in job.plans for entry in plan.entries)
-    if palettes and not (settings.force or needs_of(recipe.solver)):
-        check_palettes(job)
+    if needs_of(recipe.solver) is None:
+        palettes = any("lut" in entry.grid for plan in job.plans for entry in plan.entries)
+        if palettes and not settings.force:
+            check_palettes(job)
+        if job.config.num_parameters >= FEWER_FROM:
+            from compress.plan.rounding import warn_of_rounding
+
+            warn_of_rounding(job)
     return job, replan
 
 
