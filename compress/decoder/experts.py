@@ -50,7 +50,7 @@ class ExpertBlock(Block):
         assert config.experts is not None
         self.experts: Experts = config.experts
         self._read, self._resident, self._empty = read, resident, empty
-        self._kept: dict[str, Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
 
     def __call__(
         self,
@@ -168,9 +168,9 @@ class ExpertBlock(Block):
         yield from zip(parts, product("down_proj", inner), strict=True)
 
     def _matrix(self, name: str) -> Tensor:
-        if name in self._kept:
-            return self._kept[name]
+        if name in self._matrices:
+            return self._matrices[name]
         matrix = as_tensor(self._read(name))
         if self._resident:
-            self._kept[name] = matrix
+            self._matrices[name] = matrix
         return matrix
