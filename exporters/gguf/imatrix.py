@@ -60,8 +60,7 @@ def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
                 hint="an imatrix of another model?",
             )
         for expert, entry in enumerate(found):
-            key = input_of(config, of_expert(name, expert))
-            runs.setdefault(str(key), [entry])
+            runs.setdefault(str(input_of(config, of_expert(name, expert))), [entry])
     return Statistics.of(config, {key: pooled(entries) for key, entries in runs.items()})
 
 

@@ -73,7 +73,7 @@ def _arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     grid = affine(entry.grid)
     *many, columns = entry.shape
     groups = grid.groups((many[-1], columns))
-    packed = (groups, columns // groups * grid.bits // 8)
+    packed: tuple[int, ...] = (groups, columns // groups * grid.bits // 8)
     if len(many) > 1:  # experts, as QMoE reads them
         packed = (columns * grid.bits // 8,)
     yield f"{name}.codes", "|u1", (*many, *packed)
