@@ -24,7 +24,7 @@ import torch
 
 from compress.calibration.statistics import LayerStats, Statistics
 from compress.decoder.config import DecoderConfig, Float32
-from compress.decoder.experts import ROWS, ExpertBlock
+from compress.decoder.experts import ExpertBlock, in_parts
 from compress.decoder.layers import RopeTables
 
 if TYPE_CHECKING:
@@ -95,10 +95,8 @@ def experts_walk(
         factors[rows, 0] = weights[rows, place]
         held = rows // length % listener.every == listener.every - 1
         free = rows[~held]
-        parts = [
-            part for half in (free, rows[held]) for part in torch.split(half, ROWS) if len(part)
-        ]
-        last = math.ceil(len(free) / ROWS)  # the first part that is held back
+        parts = [*in_parts(free), *in_parts(rows[held])]
+        last = len(in_parts(free))  # the first part that is held back
         enough = len(free) >= floor_of(config)
         listener.hessian = hessian and enough
 

@@ -256,12 +256,12 @@ def walk(
         if config.experts is not None:
             from compress.calibration.experts import experts_walk
 
-            def told(share: float, index: int = index) -> None:
+            def report(share: float, index: int = index) -> None:
                 progress(int((index + share) * len(windows)), total)
 
             yield from experts_walk(
                 config, index, read, states, rope, listener,
-                hessian=hessian, work=work, progress=told,
+                hessian=hessian, work=work, progress=report,
             )  # fmt: skip
             continue
         block = Block(config, index, read)

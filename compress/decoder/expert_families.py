@@ -88,8 +88,8 @@ def _granitemoe(config: Config) -> dict[str, Any]:
 
 def names(base: dict[str, str], mlp: str, own: dict[str, str]) -> dict[str, str]:
     """Tensor names of a family: the attention's of ``base``, and those below ``mlp``."""
-    attention = {role: name for role, name in base.items() if ".mlp." not in name}
-    return attention | {role: BLOCK + mlp + name for role, name in own.items()}
+    rest = {role: name for role, name in base.items() if ".mlp." not in name}
+    return rest | {role: BLOCK + mlp + name for role, name in own.items()}
 
 
 MIXTRAL_NAMES = names(LLAMA_NAMES, "block_sparse_moe.", {

@@ -11,6 +11,7 @@ independent, so many windows go through the experts together (``run``) and each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,17 @@ ROWS = 1024  # tokens that an expert computes at a time
 
 Empty = Callable[[int, int], Tensor]
 """``empty(rows, columns)``: an uninitialized float32 tensor for an expert's activations."""
+
+
+def cut(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The rows of a tensor in parts of these lengths; views."""
+    ends = list(accumulate(lengths))
+    return [x[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def in_parts(x: Tensor) -> list[Tensor]:
+    """The rows of a tensor in parts of at most ``ROWS``; views."""
+    return [x[start : start + ROWS] for start in range(0, len(x), ROWS)]
 
 
 class ExpertBlock(Block):
@@ -50,7 +62,7 @@ class ExpertBlock(Block):
         assert config.experts is not None
         self.experts: Experts = config.experts
         self._read, self._resident, self._empty = read, resident, empty
-        self._loaded: dict[str, Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
 
     def __call__(
         self,
@@ -77,7 +89,7 @@ class ExpertBlock(Block):
             stream[part], normed[part] = self.attended(hidden, rope, None, on_input)
             start += length
         stream += self.mlp(normed, on_input) * self.config.residual_scale
-        return list(torch.split(stream, lengths))
+        return cut(stream, lengths)
 
     def attended(
         self, hidden: Tensor, rope: RopeTables, past: Past | None, on_input: OnInput | None
@@ -101,10 +113,9 @@ class ExpertBlock(Block):
             rows, place = torch.where(chosen == expert)
             if not len(rows):
                 continue
-            factors = torch.split(weights[rows, place, None], ROWS)
-            outputs = self.expert(expert, x.__getitem__, torch.split(rows, ROWS), listen)
-            for factor, (part, output) in zip(factors, outputs, strict=True):
-                mixed.index_add_(0, part, output.mul_(factor))
+            factors = iter(in_parts(weights[rows, place, None]))
+            for part, output in self.expert(expert, x.__getitem__, in_parts(rows), listen):
+                mixed.index_add_(0, part, output.mul_(next(factors)))
         return mixed
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +162,7 @@ class ExpertBlock(Block):
         """
         stem = f"{self._stem}experts.{expert}."
         activate = ACTIVATIONS[self.config.activation]
-        inner = torch.split(
-            self._empty(sum(map(len, parts)), self.experts.width), [*map(len, parts)]
-        )
+        inner = cut(self._empty(sum(map(len, parts)), self.experts.width), [*map(len, parts)])
 
         def product(role: str, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
             name = f"{stem}{role}.weight"
@@ -170,9 +179,9 @@ class ExpertBlock(Block):
         yield from zip(parts, product("down_proj", inner), strict=True)
 
     def _matrix(self, name: str) -> Tensor:
-        if name in self._loaded:
-            return self._loaded[name]
+        if name in self._matrices:
+            return self._matrices[name]
         matrix = as_tensor(self._read(name))
         if self._resident:
-            self._loaded[name] = matrix
+            self._matrices[name] = matrix
         return matrix

@@ -12,6 +12,7 @@ from hooked import Model, distance, draw_windows, hooked
 from compress.calibration import experts
 from compress.calibration.statistics import LayerStats, Statistics, file_name, input_names, save
 from compress.calibration.walk import Boundary, walk
+from compress.decoder import experts as decoding
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_they_are_those_of_a_plain_hooked_model(model, monkeypatch, tmp_path):
     monkeypatch.setattr(experts, "LEAST", 1)
     monkeypatch.setattr(experts, "COLUMNS", 1 << 20)
     monkeypatch.setattr(experts, "IN_MEMORY", 0)  # activations in files
-    monkeypatch.setattr(experts, "ROWS", 16)
+    monkeypatch.setattr(decoding, "ROWS", 16)
     windows = draw_windows(count=33, length=16)
     stats = gathered(model, windows, hessian=True, work=tmp_path)
     expected = hooked(model, tiny.reference(model.folder), windows)
