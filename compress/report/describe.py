@@ -178,6 +178,7 @@ def describe_artifact(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."
         )
+    notes += verified.remarks if verified else ()
     if verified and verified.stopped != ALL:
         notes.append(f"Scored on {verified.quality.windows} windows of text: {verified.stopped}.")
     agreed = agreement_of(verified.agreement if verified else None)

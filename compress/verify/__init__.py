@@ -71,6 +71,7 @@ class Verified:
 
     Attributes:
         stopped: why no more windows were scored.
+        remarks: of the runtime, on what it computed.
         token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
             without one.
         agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
@@ -83,6 +84,7 @@ class Verified:
     token_ids: Ids | None = None
     agreement: Agreement | None = None
     stopped: str = ALL
+    remarks: tuple[str, ...] = ()
 
 
 Outcome = Verified | PacklightError | None
@@ -156,7 +158,8 @@ def verify_artifact(
     finally:
         scores.unlink(missing_ok=True)
     ids = found.get("token_ids")
-    return Verified(summary, used, generation, judged, ids, stopped=rounds.stopped)
+    remarks = tuple(found.get("remarks", ()))
+    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, remarks)
 
 
 class Rounds:
@@ -283,7 +286,8 @@ def examine(
             lambda batch: map(runtime.logits, batch),
             lambda done, total: events.emit({"tokens": scored[done]}),
         )
-        emit({"tokens": scored[-1], "log_likelihoods": answers})
+        remarks = list(getattr(runtime, "remarks", ()))
+        emit({"tokens": scored[-1], "log_likelihoods": answers, "remarks": remarks})
     finally:
         runtime.close()
 
@@ -320,6 +324,11 @@ class Observed:
     @property
     def tokenize(self) -> Encode | None:
         return getattr(self._runtime, "tokenize", None)
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        found: Sequence[str] = getattr(self._runtime, "remarks", ())
+        return found
 
     @property
     def use_threads(self) -> Callable[[int], None] | None:
