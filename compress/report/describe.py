@@ -183,6 +183,7 @@ def describe_artifact(
             f"Run by {verified.resources.runtime}: quality is of the file's weights, speed and "
             "memory are not a device's."
         )
+    notes += verified.remarks if verified else ()
     if verified and verified.stopped != ALL:
         notes.append(f"Scored on {verified.quality.windows} windows of text: {verified.stopped}.")
     agreed = agreement_of(verified.agreement if verified else None)

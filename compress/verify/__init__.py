@@ -72,6 +72,7 @@ class Verified:
 
     Attributes:
         stopped: why no more windows were scored.
+        remarks: of the runtime, on what it computed.
         token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
             without one.
         agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
@@ -86,6 +87,7 @@ class Verified:
     agreement: Agreement | None = None
     stopped: str = ALL
     parity: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 Outcome = Verified | PacklightError | None
@@ -159,7 +161,8 @@ def verify_artifact(
     finally:
         scores.unlink(missing_ok=True)
     ids, parity = found.get("token_ids"), found.get("parity")
-    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, parity)
+    remarks = tuple(found.get("remarks", ()))
+    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, parity, remarks)
 
 
 class Rounds:
@@ -290,7 +293,8 @@ def examine(
             lambda batch: map(runtime.logits, batch),
             lambda done, total: events.emit({"tokens": scored[done]}),
         )
-        emit({"tokens": scored[-1], "log_likelihoods": answers})
+        remarks = list(getattr(runtime, "remarks", ()))
+        emit({"tokens": scored[-1], "log_likelihoods": answers, "remarks": remarks})
     finally:
         runtime.close()
 
@@ -332,6 +336,11 @@ class Observed:
     @property
     def tokenize(self) -> Encode | None:
         return getattr(self._runtime, "tokenize", None)
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        found: Sequence[str] = getattr(self._runtime, "remarks", ())
+        return found
 
     @property
     def use_threads(self) -> Callable[[int], None] | None:

@@ -22,7 +22,8 @@ from exporters.coreai.bytecode import read_blobs
 from exporters.coreai.graph import STATES
 from exporters.coreai.inspection import Bundle
 from exporters.coreai.library import COREAI, CoreAI, Loaded
-from exporters.coreai.twin import WEIGHTS, decoded_bytes, split, widen
+from exporters.coreai.magnitudes import LARGEST, largest_by_label, measure, remark
+from exporters.coreai.twin import WEIGHTS, decoded_bytes, main_of, split, widen
 
 Float32 = NDArray[np.float32]
 
@@ -71,6 +72,7 @@ class CoreAIRuntime:
             with library.context():
                 module = library.read(bundle.program)
                 self._cache = cache_shape(library, module)
+                self._labels = measure(library, main_of(module))
                 widen(library, module, read_blobs(bundle.program))
                 most = min(KEEP, available_memory() * KEEP_SHARE)
                 apart = decoded_bytes(library, module) <= most
@@ -83,7 +85,18 @@ class CoreAIRuntime:
         except BaseException:
             self._closing.close()
             raise
+        self._largest = np.zeros(len(self._labels), np.float32)
         self.reset()
+
+    @property
+    def magnitudes(self) -> dict[str, float]:
+        """The largest magnitudes so far, by what they are of."""
+        return largest_by_label(self._labels, self._largest)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the values so far mean for a device's float16."""
+        return [remark(self.magnitudes)]
 
     @property
     def name(self) -> str:
@@ -146,6 +159,7 @@ class CoreAIRuntime:
             inputs = {"input_ids": ids, "position_ids": positions}
             arrays = {name: self._program.array(values) for name, values in inputs.items()}
             outputs = self._program.run("main", {**arrays, **self._weights}, self._state)
+            self._largest = np.maximum(self._largest, outputs[LARGEST].numpy())
             pieces.append(np.array(outputs["logits"].numpy(), np.float32)[0])
         return pieces
 

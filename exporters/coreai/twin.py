@@ -26,7 +26,7 @@ from exporters.coreai.bytecode import Blob
 from exporters.coreai.library import CoreAI
 from exporters.coreai.planning import ALIGNMENT
 
-__all__ = ["WEIGHTS", "decoded_bytes", "split", "widen"]
+__all__ = ["WEIGHTS", "decoded_bytes", "main_of", "split", "widen"]
 
 DECODING = ("coreai.blockwise_shift_scale", "coreai.lut_to_dense")
 WEIGHTS = "weights"  # name of the function of ``split``
@@ -127,6 +127,12 @@ def widened(library: CoreAI, value: Any, blobs: Mapping[str, NDArray[np.uint8]])
     return ir.DenseElementsAttr.get(array, type=ir.F32Type.get(), shape=array.shape)
 
 
+def main_of(module: Any) -> Any:
+    """The function of a program as read."""
+    (main,) = [op for op in module.body.operations if op.operation.name == "coreai.graph"]
+    return main
+
+
 def decoding(module: Any) -> list[Any]:
     """The operations that decode weights."""
     return [op for op in operations(module.operation) if op.name in DECODING]
@@ -145,7 +151,7 @@ def split(library: CoreAI, module: Any) -> list[str]:
         The names of its results, and of the inputs that ``main`` has now in addition.
     """
     ir, found = library.ir, decoding(module)
-    (main,) = [op for op in module.body.operations if op.operation.name == "coreai.graph"]
+    main = main_of(module)
     with ir.InsertionPoint(module.body):
         graph = library.graph_type(WEIGHTS, [], [])
     results, attributes = [], list(main.arg_attrs)

@@ -274,6 +274,32 @@ def test_equal_arrays_are_stored_once(tmp_path: Path, exported: Exports) -> None
     runtime.close()
 
 
+def test_the_largest_values_are_those_of_the_residual_stream(
+    exported: Exports, tmp_path: Path
+) -> None:
+    made = exported("coreai", "llama3", grid="int4-g32")
+    runtime = open_runtime(made.path, context=CONTEXT)
+    runtime.logits(TOKENS)
+    states = list(reference(made, half_ropes=True).walk([TOKENS]))
+    found = runtime.magnitudes["add after block_0_down_proj_weight"]
+    assert found == pytest.approx(float(states[1][0].abs().max()), rel=1e-4)
+    assert "; float16 holds 65,504." in runtime.remarks[0]
+    runtime.close()
+
+    from safetensors.numpy import load_file, save_file
+
+    path = tiny.make("llama", tmp_path, dtype="float16")
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 20000
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    loud = exported.write("coreai", path, {"grid": "int8-channel"})
+    runtime = open_runtime(loud.path, context=CONTEXT)
+    runtime.logits(TOKENS)
+    (said,) = runtime.remarks
+    assert "block_1_down_proj_weight), beyond float16's 65,504" in said
+    runtime.close()
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -289,6 +315,7 @@ def test_commands_build_verify_and_describe_it(tmp_path: Path) -> None:
     assert artifact["runtime"] == "Core AI 1.0.0b3, float32 twin in Apple's CPU runtime"
     assert artifact["generation_consistent"] and artifact["tokenizer_agreement"] == 1
     assert any("float32 twin" in note for note in artifact["notes"])
+    assert any("largest value between operations" in note for note in artifact["notes"])
     assert not list((tmp_path / "out").rglob("*.partial"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "CoreAILanguageModel(resourcesAt:" in card
