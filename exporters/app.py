@@ -59,7 +59,7 @@ def read_shown(checkpoint: Checkpoint) -> Shown:
     def text(*keys: str) -> str:
         for key in keys:
             found = card.get(key)
-            parts = found if isinstance(found, list) else [found]
+            parts: list[Any] = found if isinstance(found, list) else [found]
             if parts and all(isinstance(part, str) and part.isprintable() for part in parts):
                 return ", ".join(map(str, parts))[:LONGEST]
         return ""

@@ -272,8 +272,8 @@ def examine(
             use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
-        if runtime.first:
-            emit({"parity": vectors(runtime.name, *runtime.first)})
+        if first := getattr(runtime, "first", None):
+            emit({"parity": vectors(runtime.name, *first)})
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows), initial=0))
         done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
