@@ -60,6 +60,7 @@ def build(
     max_regression: Sequence[str] = (),
     keep_baseline: PathLike | None = None,
     context: int | None = None,
+    hub_id: str | None = None,
     threads: int = 0,
     max_memory: str | int | None = None,
     overwrite: bool = False,
@@ -102,6 +103,7 @@ def build(
         max_regression: allowed regressions from it: ``kl=5%``, ``bytes=10MB``.
         keep_baseline: folder for the float model's logits, for other builds of the same model.
         context: positions of the KV cache that memory sizes assume.
+        hub_id: name of a local model on the Hub, for apps.
         threads: CPU threads; 0: what the process may use.
         max_memory: memory limit of this process: bytes, or a size.
         overwrite: replace an output that packlight made.
@@ -139,7 +141,8 @@ def build(
         imatrix=imatrix, save_imatrix=save_imatrix, save_checkpoint=save_checkpoint, plan=plan,
         force=force, locked=locked, provenance=provenance, verify=verify, eval_text=eval_text,
         gates=gates, against=against, max_regression=max_regression, keep_baseline=keep_baseline,
-        context=context, threads=threads, max_memory=max_memory, overwrite=overwrite,
+        context=context, hub_id=hub_id, threads=threads, max_memory=max_memory,
+        overwrite=overwrite,
         resume=resume, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     return pipeline.build(settings, quiet_console(progress, console)).report
@@ -352,7 +355,8 @@ def fit(
         One dict for each artifact and device: ``artifact``, ``device``, ``context``,
         ``weights_bytes``, ``kv_cache_bytes``, ``activation_bytes``, ``total_bytes``,
         ``limit_bytes``, ``largest_context`` (positions that would fit), ``verdict`` (``fits``,
-        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth).
+        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth),
+        ``tokens_per_second_realistic`` (from, to), ``limits_measured`` and ``limits_source``.
 
     Raises:
         PacklightError: no such device, or a target that cannot be read.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.scalars import ScalarsFolded
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import FUSED, DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
 from compress.demo import model_path
@@ -34,7 +34,7 @@ from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
 from compress.solvers import rtn
 
-CONTEXT = 64  # of Core ML packages, which have room for no more
+CONTEXT = 64  # of Core ML packages and Core AI bundles, which have room for no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Exports:
 
         Args:
             make: keywords of ``tiny.make``.
-            settings: of the target. Core ML's context is ``CONTEXT`` unless given.
+            settings: of the target. Core ML's and Core AI's context is ``CONTEXT`` unless given.
         """
         make = make or {}
         key = f"{format} {family} {json.dumps([make, settings], sort_keys=True)}"
@@ -110,16 +110,18 @@ class Exports:
         folder: Path | None = None,
         written: Callable[[int], None] = lambda nbytes: None,
         slab: int | None = None,
+        choices: Mapping[str, str] | None = None,
     ) -> Exported:
         """Plan (changed, if wanted) and write into an empty folder, a new one if none is given.
 
         Args:
             slab: weights in memory at a time.
+            choices: entry name → grid.
         """
         opened = Checkpoint.open(checkpoint)
         config = config_of(opened)
-        keywords: dict[str, Any] = {"model_name": name}
-        if format == "coreml":
+        keywords: dict[str, Any] = {"model_name": name, "choices": choices or {}}
+        if format in ("coreml", "coreai"):
             settings = {"context": CONTEXT, **settings}
         if get_format(format).tokenizer_inside:
             keywords["tokenizer"] = opened.tokenizer_facts
@@ -148,6 +150,18 @@ class HalfRope(Rope):
         return half(cos), half(sin)
 
 
+def of_experts(made: Exported, name: str, grid: str) -> dict[str, Float32]:
+    """The decoded matrices of all experts in one tensor."""
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    assert made.config.experts is not None
+    names = [
+        f"{stem}.{expert}.{role}.weight"
+        for expert in range(made.config.experts.count)
+        for role in FUSED.get(last, (last,))
+    ]
+    return {one: rtn(made.weights.read(one), get_grid(grid)).decode() for one in names}
+
+
 def half(values: NDArray[Any]) -> Float32:
     return values.astype(np.float16).astype(np.float32)
 
@@ -163,6 +177,9 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
     for entry in made.plan.entries:
         if entry.name.startswith("rope."):
             continue
+        if len(entry.shape) == 3:  # experts
+            found |= of_experts(made, entry.name, entry.grid)
+            continue
         weight = made.weights.read(entry.name)
         if entry.grid == "F16":
             weight = half(weight)
@@ -174,14 +191,15 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
 
 
 @cache
-def reference(made: Exported, *, halves: bool = False) -> Decoder:
+def reference(made: Exported, *, halves: bool = False, half_ropes: bool = False) -> Decoder:
     """The reference decoder with the artifact's own constants, in float32.
 
     Args:
         halves: as of ``decoded``; rotary tables are float16, too.
+        half_ropes: rotary tables are float16.
     """
     config, found = made.config, dict(decoded(made, halves=halves))
-    if halves:
+    if halves or half_ropes:
         config = replace(config, ropes=tuple(HalfRope(**vars(rope)) for rope in config.ropes))
     if "lm_head.weight" in found:  # a tied head on a grid of its own
         config = replace(config, tie_word_embeddings=False)

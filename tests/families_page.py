@@ -9,7 +9,7 @@ from tiny_families import ROWS
 from compress.decoder.families import ARCHITECTURES
 from exporters.gguf.architectures import ARCHITECTURES as GRAPHS
 
-FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML"}
+FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "coreai": "Core AI"}
 USUAL = {
     "llama": "Llama 2, 3, 3.2, SmolLM2, TinyLlama, Falcon 3, DeepSeek-R1 distills",
     "mistral": "Mistral 7B",
@@ -23,7 +23,9 @@ WHY = {
     "smollm3-interval-2": "llama.cpp's graph has the interval 4 compiled in",
     "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
+    "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
+WHY_OF_FORMAT = {"coreml": "no choice of weights by token on the Neural Engine"}
 
 HEAD = """\
 # Families
@@ -40,13 +42,17 @@ say *builds* are compared in the same way in tests of their own (`tests/tiny.py`
   tokens, uncached and cached; each of the row's features switched off changes them by more than
   1e-2.
 - **GGUF** is run by llama.cpp, **ONNX** by onnxruntime, **Core ML** by packlight's evaluator of
-  Core ML programs (not on a device). The figure is the KL divergence of the next token's
-  probabilities from the float model at eight bits, in nats per token, over 59 tokens; at most 0.005
-  passes. Greedy tokens through the cache are the same as without (but for ties in float16).
+  Core ML programs (not on a device), **Core AI** by Apple's CPU runtime, as a float32 twin. The
+  figure is the KL divergence of the next token's probabilities from the float model at eight bits,
+  in nats per token, over 59 tokens; at most 0.005 passes. Of experts in ONNX it is that from the
+  decoded weights at four bits: of eight bits onnxruntime rounds their inputs to int8, too. Greedy
+  tokens through the cache are the same as without (but for ties in float16).
 - A target that cannot express a model refuses by name, the others build. *≤ window* means that
   llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
 
-Mixtures of experts, state-space and convolution layers are not supported.
+Of a mixture of experts the router stays float. GGUF has llama.cpp's tensors of all experts, ONNX
+onnxruntime's `QMoE`; pruning, sparsity, AWQ's folds, budgets and `propagate: quantized` are refused
+with experts. State-space and convolution layers are not supported.
 
 """
 
@@ -69,8 +75,8 @@ A family whose features are known is 30 to 50 lines in four files. Granite as th
        }
    ```
 
-   The decoder computes them as they are. For ONNX and Core ML they are folded into the weights
-   (`compress/checkpoint/scalars.py`), so that neither exporter knows of them.
+   The decoder computes them as they are. For ONNX, Core ML and Core AI they are folded into the
+   weights (`compress/checkpoint/scalars.py`), so that those exporters know nothing of them.
 2. `exporters/gguf/architectures.py`: llama.cpp's graph, and which scalars it has itself; the others
    are folded. New keys of a graph go to `write_extras` in `exporters/gguf/metadata.py`.
 3. `tests/tiny_families.py`: a tiny config with every feature on, and the features to switch off.
@@ -88,17 +94,20 @@ def page(figures: Mapping[str, Mapping[str, float]]) -> str:
 def lines(figures: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """The table, and what is refused."""
     classes = {family: name for name, family in ARCHITECTURES.items()}
-    yield "| family | class | models | llama.cpp's graph | GGUF | ONNX | Core ML | refused |"
-    yield "|---|---|---|---|---|---|---|---|"
+    titles = " | ".join(FORMATS.values())
+    yield f"| family | class | models | llama.cpp's graph | {titles} | refused |"
+    yield "|---" * (len(FORMATS) + 5) + "|"
     for family, models in USUAL.items():
-        cells = ["builds"] * 3
+        cells = ["builds"] * len(FORMATS)
         graph = GRAPHS[family].name
         yield f"| {family} | {classes[family]} | {models} | {graph} | {' | '.join(cells)} | |"
     for name, row in ROWS.items():
         family = family_of(name)
         graph = GRAPHS[family].name if family in GRAPHS else "–"
         cells = [cell(name, key, figures) for key in FORMATS]
-        why = "; ".join(f"{FORMATS[key]}: {WHY[name]}" for key in row.refused)
+        why = "; ".join(
+            f"{FORMATS[key]}: {WHY_OF_FORMAT.get(key) or WHY[name]}" for key in row.refused
+        )
         label = f"`{classes[family]}`" if row.models else ""
         yield (f"| {name} | {label} | {row.models} | {graph} | {' | '.join(cells)} | {why} |")
 

@@ -24,6 +24,7 @@ PLAN_AND_WRITE = (
     "compress/calibration/", "compress/solvers/", "compress/pruning/", "compress/allocation/",
     "compress/build/write.py", "exporters/",
 )  # fmt: skip
+TIMED = "Ledger.sync"  # runs every five seconds, so in slow builds only
 INSIDE = tuple(f"{ROOT}/{place}" for place in PLAN_AND_WRITE)
 
 
@@ -44,6 +45,8 @@ class Trace:
             code = caller.f_code
             if code.co_name == "<module>" and code.co_filename.startswith(OURS):
                 return  # an import is under way
+            if is_ours(code) and code.co_qualname == TIMED:
+                return
             if is_ours(code):
                 above.append(code)
             caller = caller.f_back

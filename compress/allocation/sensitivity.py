@@ -175,7 +175,7 @@ class _Measurement:
         total, found = 0.0, []
         for piece in states:
             gradients: list[list[Tensor]] = [[] for _ in range(self.samples)]
-            for some in piece.split(POSITIONS):
+            for some in torch.split(piece, POSITIONS):
                 hidden = some.detach().requires_grad_()
                 normed = normalize(c, hidden, scale, shift, c.norm_eps)
                 raw = F.linear(normed, matrix, bias)
@@ -229,7 +229,8 @@ class _Measurement:
             self.sums[name] += float((squares_by_group(leaf.grad) * variances).sum())
             leaf.grad = None
 
-        weight.requires_grad_().register_post_accumulate_grad_hook(count)
+        hook = weight.requires_grad_().register_post_accumulate_grad_hook
+        hook(count)  # type: ignore[no-untyped-call]
 
     def back_through_embedding(self, gradients: Sequence[list[Tensor]]) -> None:
         """Add up the gradients of the embedding's rows."""

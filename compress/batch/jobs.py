@@ -24,7 +24,7 @@ from compress.build.decide import BuildSettings
 from compress.checkpoint.remote import find
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
-from compress.files import is_url
+from compress.files import is_url, read_bounded
 from compress.formats import FORMATS
 from compress.recipe import parse
 from compress.recipe.model import hint_of
@@ -146,7 +146,7 @@ def read_jobs(path: Path) -> BatchFile:
         RecipeError: it is not valid; the message names the key's path.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"{path} cannot be read: {why}", hint="docs/batch.md shows one") from error

@@ -26,6 +26,7 @@ from compress.commands.options import (
     threads_option,
 )
 from compress.console import Console
+from compress.formats import FORMATS
 
 if TYPE_CHECKING:
     from compress.build.decide import Decision
@@ -81,6 +82,9 @@ if TYPE_CHECKING:
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache for memory figures and budgets.")  # fmt: skip
+@click.option("--hub-id", default="", metavar="ID",
+              help="Name of a local model on the Hub, for apps: swift-transformers gets the "
+                   "tokenizer by it.")  # fmt: skip
 @regression_options
 @threads_option
 @max_memory_option
@@ -139,7 +143,7 @@ def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> 
         console.data(describe_verification(decision.job, job.plans))
 
 
-@click.command(short_help="Build and verify all three formats from the bundled checkpoint.")
+@click.command(short_help="Build and verify every format from the bundled checkpoint.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("packlight-demo"),
               show_default=True, metavar="DIR", help="Output folder.")  # fmt: skip
 @format_option
@@ -147,7 +151,8 @@ def print_dry_run(decision: Decision, ready: Ready | None, console: Console) -> 
 @click.option("--overwrite", is_flag=True, help="Replace the output folder of an earlier demo.")
 @output_options
 def demo(output: Path, **options: Any) -> int:
-    """Build and verify all three formats from the small bundled checkpoint."""
+    """Build and verify every format whose libraries are installed, from the small bundled
+    checkpoint."""
     console = make_console(options)
     console.begin("load libraries")  # takes seconds
     from compress.build.decide import BuildSettings
@@ -158,7 +163,7 @@ def demo(output: Path, **options: Any) -> int:
         model=str(model_path()),
         source="packlight-demo",
         output=output,
-        formats=options["formats"],
+        formats=options["formats"] or tuple(n for n, row in FORMATS.items() if row.installed),
         threads=options["threads"],
         overwrite=options["overwrite"],
     )

@@ -27,7 +27,7 @@ Params = Mapping[str, Array]
 
 __all__ = [
     "Array", "BaseGrid", "BlockedGrid", "Codebook", "CodebookGrid", "Float32", "Grid", "Lattice",
-    "LatticeGrid", "Params", "Quantized", "get_grid", "register_grid",
+    "LatticeGrid", "Params", "Quantized", "get_grid", "pack_bits", "register_grid",
 ]  # fmt: skip
 
 
@@ -285,6 +285,23 @@ class Quantized:
         return self.grid.pack(self.codes, self.params)
 
 
+def pack_bits(values: Array, bits: int) -> Array:
+    """Pack numbers to bytes: sub-byte integers (one per byte here) without gaps, low bits first.
+
+    An incomplete last byte is padded with zeros.
+    """
+    flat = np.ascontiguousarray(values).reshape(-1)
+    raw = flat.view(np.uint8)
+    if bits >= 8:
+        return raw
+    if bits == 4 and raw.size % 2 == 0:
+        from compress.grids.lanes import join_pairs  # compiles: imported only when needed
+
+        return join_pairs(raw)
+    fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(fields.reshape(-1), bitorder="little")
+
+
 # Rows of the table of grids: a pattern that the whole name matches → the function ``make(name)``
 # that returns the Grid, or the name of a module that has one. Modules are loaded at first use:
 # numba takes a second to import. The first pattern that matches counts.
@@ -293,7 +310,8 @@ GRIDS: dict[str, str | Callable[[str], Grid]] = {
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
     r"IQ3_(?:S|XXS)": "compress.grids.codebook",
     r"MXFP4": "compress.grids.mxfp4",
-    r"int[48]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
+    r"int[248]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
+    r"affine[234568]-g(?:32|64|128)(?:-bf16)?": "compress.grids.biased",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
     r"(?:\d+of\d+|s\d+)-(?:int[48]-.+|lut\d-.+|F16)": "compress.grids.sparse",
 }

@@ -1,4 +1,4 @@
-"""Uniform integer grids: int4 and int8 with one scale per group of columns.
+"""Uniform integer grids: int2, int4 and int8 with one scale per group of columns.
 
 ``int4-g32`` is symmetric: ``w ≈ scale * q``, ``q`` in -8..7. ``int4-g32-asym`` has a zero point:
 ``w ≈ scale * (q - zero_point)``, ``q`` in 0..15. ``int8-channel`` has one scale per row.
@@ -33,6 +33,12 @@ TRIES: dict[tuple[int, bool, str], list[tuple[float, float]]] = {
     (4, False, "channel"): [
         (15, 0), (16.5, -0.5), (18, 0), (19.5, -1), (21, 0), (22.5, -1), (24, 0),
     ],
+    (2, True, "narrow"): [(level, 0) for level in (-2, -3, -2.4, 2.5, -4)],
+    (2, True, "wide"): [(level, 0) for level in (-2, -3, -4, 3, -2.4)],
+    (2, True, "channel"): [(level, 0) for level in (-2, -4, -3, 4, 3)],
+    (2, False, "narrow"): [(3, 0), (4, 0), (3.5, 0), (4.5, 0), (5, 0)],
+    (2, False, "wide"): [(3, 0), (4, 0), (4.5, 0), (3.5, 0), (5, 0)],
+    (2, False, "channel"): [(3, 0), (4.5, 0), (4, 0), (5, 0), (6, 0)],
     **{(8, True, width): [(level, 0) for level in (-128, -124.8, 121.6, -118.4)]
        for width in ("narrow", "wide", "channel")},
     **{(8, False, width): [(steps, 0) for steps in (255, 252.5, 250, 247.4)]
@@ -42,7 +48,7 @@ TRIES: dict[tuple[int, bool, str], list[tuple[float, float]]] = {
 
 def make(name: str) -> Affine:
     """``int4-g32``, ``int8-g128-asym``, ``int8-channel`` …"""
-    found = re.fullmatch(r"int([48])-(?:g(\d+)|channel)(-asym)?", name)
+    found = re.fullmatch(r"int([248])-(?:g(\d+)|channel)(-asym)?", name)
     if found is None:
         raise GridError(f"there is no grid {name!r}")
     bits, group, asym = found.groups()
@@ -60,7 +66,7 @@ class Affine(BaseGrid):
     """See the module.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         group_size: columns that share a scale; 0 for the whole row.
         symmetric: no zero point.
     """
@@ -82,7 +88,7 @@ class Affine(BaseGrid):
 
     @property
     def middle(self) -> int:
-        """The code of zero in the symmetric case: 8 or 128."""
+        """The code of zero in the symmetric case: 2, 8 or 128."""
         return 1 << (self.bits - 1)
 
     def check(self, shape: tuple[int, int]) -> None:

@@ -146,6 +146,8 @@ def prepare(
         PacklightError: the build is impossible.
     """
     config = describe_model(checkpoint)
+    if config.experts is not None:
+        check_experts(recipe)
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
     rows, ends = config.vocab_size, config.eos_token_ids
@@ -169,6 +171,27 @@ def prepare(
     source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     return Job(source, config, recipe, plans, positions, command, transforms, cut)
+
+
+def check_experts(recipe: Recipe) -> None:
+    """Refuse what is not supported for a mixture of experts.
+
+    Raises:
+        UnsupportedModelError: with the setting's name.
+    """
+    settings = {
+        "prune": recipe.prunes,
+        "quantize.fold": recipe.folds,
+        "budget": bool(recipe.budget),
+        "calibration.propagate": recipe.calibration.propagate == "quantized",
+        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
+    }
+    for name, used in settings.items():
+        if used:
+            raise UnsupportedModelError(
+                f"{name} is not supported for mixtures of experts",
+                hint="leave it out: rtn, scale_search and gptq are supported",
+            )
 
 
 def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:

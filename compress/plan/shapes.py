@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import UsageError
+from compress.grids import get_grid
+from compress.grids.affine import Affine
+from compress.grids.palette import Palette
 
 if TYPE_CHECKING:
     from compress.decoder.tokenizer_facts import TokenizerFacts
@@ -136,6 +139,25 @@ def tied_bits(config: DecoderConfig, bits: int) -> int:
     """
     share = config.vocab_size * config.hidden_size / config.num_parameters
     return max(bits, 8) if config.tie_word_embeddings and share < TIED_ERROR else bits
+
+
+def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
+    """The wanted grid, or that with the next smaller groups that divide the tensor.
+
+    Where no smaller group does: one scale or palette per row.
+    """
+    grid = get_grid(asked)
+    if isinstance(grid, Palette):
+        size = grid.rows
+        while size and shape[0] % size:
+            size //= 2
+        return replace(grid, rows=size).name
+    if isinstance(grid, Affine):
+        size = grid.group_size
+        while size and shape[1] % size:
+            size = size // 2 if size > 16 else 0
+        return replace(grid, group_size=size).name
+    return asked
 
 
 def value_bits(config: DecoderConfig, bits: int) -> int:

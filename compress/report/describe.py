@@ -173,11 +173,17 @@ def describe_artifact(
     base = folder.parent if artifact.path == folder else folder
     notes = [f"It could not be run: {failure}"] if failure else []
     notes += [*artifact.plan.notes, *artifact.notes]
-    if verified and "evaluator" in verified.resources.runtime:
+    if verified and any(word in verified.resources.runtime for word in ("evaluator", "twin")):
         notes.append(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."
         )
+    if verified and "decoded weights" in verified.resources.runtime:
+        notes.append(
+            f"Run by {verified.resources.runtime}: quality is of the file's weights, speed and "
+            "memory are not a device's."
+        )
+    notes += verified.remarks if verified else ()
     if verified and verified.stopped != ALL:
         notes.append(f"Scored on {verified.quality.windows} windows of text: {verified.stopped}.")
     agreed = agreement_of(verified.agreement if verified else None)

@@ -24,7 +24,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -43,6 +43,7 @@ from compress.verify.generate import (
     Generation,
     check_generation,
 )
+from compress.verify.parity import POSITIONS, vectors
 from compress.verify.quality import Quality, TokenScores
 from compress.verify.resources import (
     DECODE_TOKENS,
@@ -71,9 +72,11 @@ class Verified:
 
     Attributes:
         stopped: why no more windows were scored.
+        remarks: of the runtime, on what it computed.
         token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
             without one.
         agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
+        parity: some of its logits (``compress.verify.parity``), of a format for apps.
     """
 
     quality: Quality
@@ -83,6 +86,8 @@ class Verified:
     token_ids: Ids | None = None
     agreement: Agreement | None = None
     stopped: str = ALL
+    parity: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 Outcome = Verified | PacklightError | None
@@ -155,8 +160,9 @@ def verify_artifact(
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
     finally:
         scores.unlink(missing_ok=True)
-    ids = found.get("token_ids")
-    return Verified(summary, used, generation, judged, ids, stopped=rounds.stopped)
+    ids, parity = found.get("token_ids"), found.get("parity")
+    remarks = tuple(found.get("remarks", ()))
+    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, parity, remarks)
 
 
 class Rounds:
@@ -219,6 +225,7 @@ def examine(
     scoring_threads: int = 0,
     seconds: float = SECONDS,
     every: float = EVERY,
+    parity: bool = False,
 ) -> None:
     """Run in the child: load an artifact, measure it, and score every token and task choice.
 
@@ -237,6 +244,7 @@ def examine(
         scoring_threads: of the rounds, where the runtime has ``use_threads``; 0: as opened.
         seconds: time after which no further speed measurement starts.
         every: least seconds between two progress events.
+        parity: also emit ``parity``, some of the logits.
     """
     requests = tasks.load_requests(baseline.folder)
     asked = tasks.lengths(requests)
@@ -250,7 +258,7 @@ def examine(
     emit({"stage": "loading"})
     with turn(baseline.folder, alone=True):
         runtime, used = measure(
-            lambda: Observed(open_runtime(), lambda: events.emit({})),
+            lambda: Observed(open_runtime(), lambda: events.emit({}), POSITIONS * parity),
             prompt,
             decoded,
             seconds=seconds,
@@ -264,6 +272,8 @@ def examine(
             use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
+        if first := getattr(runtime, "first", None):
+            emit({"parity": vectors(runtime.name, *first)})
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows), initial=0))
         done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
@@ -283,7 +293,8 @@ def examine(
             lambda batch: map(runtime.logits, batch),
             lambda done, total: events.emit({"tokens": scored[done]}),
         )
-        emit({"tokens": scored[-1], "log_likelihoods": answers})
+        remarks = list(getattr(runtime, "remarks", ()))
+        emit({"tokens": scored[-1], "log_likelihoods": answers, "remarks": remarks})
     finally:
         runtime.close()
 
@@ -303,10 +314,15 @@ class Throttled:
 
 
 class Observed:
-    """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``."""
+    """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``.
 
-    def __init__(self, runtime: Runtime, seen: Callable[[], None]) -> None:
-        self._runtime, self._seen = runtime, seen
+    Attributes:
+        first: tokens of the first ``logits`` and its first ``rows`` rows; None with ``rows`` 0.
+    """
+
+    def __init__(self, runtime: Runtime, seen: Callable[[], None], rows: int = 0) -> None:
+        self._runtime, self._seen, self._rows = runtime, seen, rows
+        self.first: tuple[Sequence[int], Float32] | None = None
         seen()
 
     @property
@@ -322,11 +338,19 @@ class Observed:
         return getattr(self._runtime, "tokenize", None)
 
     @property
+    def remarks(self) -> Sequence[str]:
+        found: Sequence[str] = getattr(self._runtime, "remarks", ())
+        return found
+
+    @property
     def use_threads(self) -> Callable[[int], None] | None:
         return getattr(self._runtime, "use_threads", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
-        return self._runtime.logits(tokens)
+        found = self._runtime.logits(tokens)
+        if self._rows and self.first is None:
+            self.first = tokens, found[: self._rows].copy()
+        return found
 
     def reset(self) -> None:
         self._runtime.reset()

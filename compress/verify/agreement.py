@@ -90,10 +90,11 @@ def load_texts(folder: Path) -> list[str]:
 
 
 def tokenizer_beside(artifact: Path, rows: int | None) -> Tokenizer | None:
-    """The tokenizer in an artifact's folder or in its parent folder.
+    """The tokenizer in an artifact's folder, in its ``tokenizer`` folder or in its parent folder.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    folder = next((f for f in (artifact, artifact.parent) if has_tokenizer(f)), None)
+    places = (artifact, artifact / "tokenizer", artifact.parent)
+    folder = next((place for place in places if has_tokenizer(place)), None)
     return Tokenizer(folder, rows) if folder else None

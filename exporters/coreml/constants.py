@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig, split_name
 from compress.errors import DiskFullError, is_disk_full
-from compress.grids import Array, Quantized, get_grid
+from compress.grids import Array, Quantized, get_grid, pack_bits
 from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
 from compress.plan.weights import Weights
@@ -241,20 +241,3 @@ def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
         if not is_disk_full(error):
             raise
         raise DiskFullError(f"weight.bin could not be written: {error.strerror}") from error
-
-
-def pack_bits(values: Array, bits: int) -> Array:
-    """Pack numbers to bytes: sub-byte integers (one per byte here) without gaps, low bits first.
-
-    An incomplete last byte is padded with zeros.
-    """
-    flat = np.ascontiguousarray(values).reshape(-1)
-    raw = flat.view(np.uint8)
-    if bits >= 8:
-        return raw
-    if bits == 4 and raw.size % 2 == 0:
-        from compress.grids.lanes import join_pairs  # compiles: imported only when needed
-
-        return join_pairs(raw)
-    fields = np.unpackbits(raw[:, None], axis=1, count=bits, bitorder="little")
-    return np.packbits(fields.reshape(-1), bitorder="little")

@@ -21,6 +21,7 @@ from compress.plan.shapes import (
     Plan,
     PlanEntry,
     PlanRequest,
+    fitting_grid,
     mix_name,
     tied_bits,
     value_bits,
@@ -155,6 +156,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("value", with_bits(chosen["grid"], partial(value_bits, config)))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     folded = config.scalars
+    if config.experts is not None:
+        raise UnsupportedModelError(
+            "coreml: experts are not supported: the Neural Engine cannot choose weights by token, "
+            "so that it would have to run all experts for every token",
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
@@ -279,25 +285,6 @@ def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> Plan
     # MIL allows letters, digits and underscores.
     target = name.replace("blocks.", "block_").replace(".", "_")
     return PlanEntry(name, target, grid, shape, nbytes, note)
-
-
-def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
-    """The wanted grid, or that with the next smaller groups that divide the tensor.
-
-    Where no smaller group does: one scale or palette per row.
-    """
-    grid = get_grid(asked)
-    if isinstance(grid, Palette):
-        size = grid.rows
-        while size and shape[0] % size:
-            size //= 2
-        return replace(grid, rows=size).name
-    if isinstance(grid, Affine):
-        size = grid.group_size
-        while size and shape[1] % size:
-            size = size // 2 if size > 16 else 0
-        return replace(grid, group_size=size).name
-    return asked
 
 
 def dense_name(grid: str) -> str:

@@ -31,10 +31,10 @@ def build(
     Outputs: ``logits`` float32 ``[batch_size, sequence_length, vocab]`` and
     ``present.{i}.key/.value``.
     """
-    return _Decoder(config, plan, pieces, data_name).build()
+    return DecoderGraph(config, plan, pieces, data_name).build()
 
 
-class _Decoder(GraphBuilder):
+class DecoderGraph(GraphBuilder):
     """Builds the decoder, block by block."""
 
     def __init__(
@@ -273,6 +273,13 @@ class _Decoder(GraphBuilder):
         )
 
     def mlp(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
+        if self.config.experts is not None:
+            from exporters.onnx.experts import experts
+
+            return experts(self, hidden, stem, name)
+        return self.gated(hidden, stem, name)
+
+    def gated(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
         up = self.linear(hidden, f"{stem}.up_proj", f"{name}/up_proj")
         if self.config.gated_mlp:  # SwiGLU: gate * sigmoid(gate) * up
             gate = self.linear(hidden, f"{stem}.gate_proj", f"{name}/gate_proj")

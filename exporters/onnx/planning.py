@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint.scalars import folded_config
-from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
 from compress.plan.shapes import (
@@ -56,6 +56,7 @@ OPTIMUM_GROUPED = frozenset(
     )
 )  # fmt: skip
 OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
+FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -131,6 +132,9 @@ def _check_group_size(config: DecoderConfig, group_size: int) -> None:
         "intermediate_size": config.intermediate_size,
         "attention heads x head_dim": config.num_attention_heads * config.head_dim,
     }
+    if config.experts is not None:
+        columns["intermediate_size"] = config.experts.width
+        columns["the shared expert's width"] = config.experts.shared_width
     for what, size in columns.items():
         if size % group_size:
             fitting = [g for g in GROUP_SIZES if not any(n % g for n in columns.values())]
@@ -148,7 +152,7 @@ def candidates(
     """See ``compress.formats``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
-    if entry.name == "embed_positions.weight":
+    if split_name(entry.name)[1] in FLOAT:
         return []
     embedding = entry.name == "embed_tokens.weight"
     grids = [
@@ -185,9 +189,13 @@ def _entries(
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
     body, value = (_grid_name(settings, settings[key]) for key in ("bits", "value_bits"))
-    for name in shapes.names(repeats=False, fused=("qkv_proj",) if value == body else ()):
+    fused = ("qkv_proj", "experts") if value == body else ("experts",)
+    for name in shapes.names(repeats=False, fused=fused):
+        if ".experts.up_proj" in name:  # its rows are among those of the gate
+            continue
+        name = name.replace(".experts.gate_proj", ".experts.gate_up_proj")
         shape = shapes.shape(name)
-        if len(shape) == 1:
+        if len(shape) == 1 or split_name(name)[1] in ("router", "shared_gate"):
             yield _entry(name, "F32", shape)
         elif name == "embed_positions.weight":
             yield _entry(name, "F16", shape)
@@ -219,7 +227,8 @@ def entry_bytes(grid: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor on a grid."""
     if grid in FLOAT_BYTES:
         return math.prod(shape) * FLOAT_BYTES[grid]
-    return get_grid(grid).nbytes((shape[0], shape[1]))
+    *many, columns = shape  # rows, or experts and rows
+    return get_grid(grid).nbytes((math.prod(many), columns))
 
 
 def _grid_name(settings: Mapping[str, Any], bits: int) -> str:
@@ -246,6 +255,10 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
             f"{why}: the artifact holds {config.max_context} positions, not "
             f"{config.max_position_embeddings}"
         )
+    if config.experts is not None and any(
+        ".experts." in entry.name and entry.grid.startswith("int8") for entry in entries
+    ):
+        yield "onnxruntime rounds the inputs of experts of 8 bits to int8; of 4 bits it need not"
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
     if (
         config.model_type not in OPTIMUM_GROUPED

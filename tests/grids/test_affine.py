@@ -13,8 +13,8 @@ from compress.grids.affine import Affine
 
 NAMES = [
     f"int{bits}-{group}{kind}"
-    for bits, group, kind in itertools.product((4, 8), ("g16", "g32", "g128"), ("", "-asym"))
-] + ["int4-channel", "int8-channel"]
+    for bits, group, kind in itertools.product((2, 4, 8), ("g16", "g32", "g128"), ("", "-asym"))
+] + ["int2-channel", "int4-channel", "int8-channel"]
 
 
 def grid_of(name: str) -> Affine:

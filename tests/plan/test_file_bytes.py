@@ -17,6 +17,7 @@ from compress.allocation.choices import Choice, Rules, choices_of
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.demo import model_path
 from compress.errors import GridError
+from compress.formats import FORMATS as REGISTERED
 from compress.formats import Format, get_format
 from compress.grids import get_grid
 from compress.plan.job import describe_model
@@ -24,7 +25,7 @@ from compress.plan.shapes import Artifact, Plan
 from compress.plan.weights import Weights
 from compress.solvers import rtn
 
-FORMATS = ("gguf", "onnx", "coreml")
+FORMATS = tuple(name for name, row in REGISTERED.items() if row.installed)
 ROOM = tempfile.TemporaryDirectory(prefix="packlight-sizes-")  # gone when the process is
 # A shared embedding, biases and LayerNorm, fused tensors, shared blocks, wide heads.
 MODELS = ("demo", "llama3", "phi", "phi3", "shared", "qwen3")
@@ -103,7 +104,7 @@ def test_bytes_of_candidates_add_up(model: str, format: str) -> None:
 
 
 def test_choices_know_what_a_runtime_ties_together() -> None:
-    gguf, onnx, coreml = map(get_format, FORMATS)
+    gguf, onnx, coreml = map(get_format, ("gguf", "onnx", "coreml"))
     demo = choices("demo", gguf, plan_for("gguf", source("demo").config))
     fused = {c.name: c.roles for c in demo}
     assert fused["blocks.0.qkv_proj.weight"] == ("q_proj", "k_proj", "v_proj")

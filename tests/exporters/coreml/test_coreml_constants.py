@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from coremltools.libmilstoragepython import _BlobStorageWriter
 
-from compress.grids import Array
-from exporters.coreml.constants import HEADER, VERSION, Blob, Layout, pack_bits
+from compress.grids import Array, pack_bits
+from exporters.coreml.constants import HEADER, VERSION, Blob, Layout
 from exporters.coreml.planning import ALIGNMENT, Part
 
 # MIL's types → lowest and highest value.
