@@ -8,9 +8,10 @@ STAMP  := $(VENV)/.installed
 NEXT   := .venv-transformers5
 EVAL   := .venv-eval
 COREAI := .venv-coreai
+MLX    := .venv-mlx
 NODE   := .venv-node
 
-.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval test-coreai loaders fuzz test-all lint format type check docs clean
+.PHONY: setup demo screenshot test test-slow test-transformers5 test-eval test-coreai test-mlx loaders fuzz test-all lint format type check docs clean
 
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check \
 	-c constraints.txt
@@ -92,6 +93,17 @@ $(COREAI)/.installed: $(STAMP) constraints.txt
 		-c constraints.txt coreai-core==1.0.0b3
 	touch $@
 
+# mlx-lm (packlight[mlx]) wants transformers 5: an environment of its own, which verification runs.
+test-mlx: $(STAMP) $(MLX)/.installed
+	PACKLIGHT_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python \
+		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx
+
+$(MLX)/.installed:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/pip install --quiet --disable-pip-version-check mlx-lm==0.32.2 \
+		$$(test "$$(uname)" = Linux && echo "mlx[cpu]==0.32.4" || echo mlx==0.32.4)
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -113,4 +125,4 @@ screenshot: setup
 check: lint type test
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) $(COREAI) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEXT) $(NODE) $(EVAL) $(COREAI) $(MLX) build dist demo-out compress/grids/__pycache__ *.egg-info .pytest_cache .mypy_cache .ruff_cache

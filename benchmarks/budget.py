@@ -140,7 +140,7 @@ class Bench:
         recipe = step.job.recipe
         settled = step.settle(
             budgeted,
-            partial(prepare, self.checkpoint, recipe=recipe),
+            partial(prepare, self.checkpoint, recipe=recipe, transforms={}),
         )
         name = settled.plans[0].type_name
         self.add(group, name, kind, settled, budget=budget)

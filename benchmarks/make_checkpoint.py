@@ -48,7 +48,7 @@ SLAB = 1 << 22  # weights made at once by a thread: 16 MB as float32
 OUTLIERS = 6  # channels of the residual stream with large values
 THREADS = 2
 # Parts of the names of linears that write into the residual stream.
-RESIDUAL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2")
+RESIDUAL = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "output_linear")
 
 
 def make(
@@ -198,7 +198,7 @@ def spread(
     """Standard deviation of each column of a tensor, float32 ``[columns]``."""
     if len(shape) == 1:
         return 0.1
-    columns = shape[1]
+    columns = shape[-1]
     sizes = np.random.default_rng([seed, zlib.crc32(name.encode())]).lognormal(0, 0.25, columns)
     if columns == config.hidden_size:
         loud = np.random.default_rng([seed, 1]).choice(columns, OUTLIERS, replace=False)

@@ -244,4 +244,42 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "multi_query": True, "parallel_attn": True, "layer_norm_epsilon": 1e-5,
         },
     ),
+    "mixtral-8x7b": (
+        "llama",
+        32000,
+        _llama(4096, 32, 32, 8, 14336, 32000)
+        | _kind("Mixtral", rope_theta=1e6, max_position_embeddings=32768, sliding_window=None)
+        | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3",
+        151643,
+        _llama(2048, 48, 32, 4, 6144, 151936)
+        | _kind("Qwen3Moe", model_type="qwen3_moe", head_dim=128, moe_intermediate_size=768)
+        | {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
+    ),
+    "qwen1.5-moe-a2.7b": (
+        "qwen2",
+        151643,
+        _llama(2048, 24, 16, 16, 5632, 151936)
+        | _kind("Qwen2Moe", model_type="qwen2_moe", moe_intermediate_size=1408)
+        | {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "shared_expert_intermediate_size": 5632}
+        | {"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False},
+    ),
+    "olmoe-1b-7b": (
+        "phi",
+        50254,
+        _llama(2048, 16, 16, 16, 1024, 50304)
+        | _kind("Olmoe", num_experts=64, num_experts_per_tok=8, norm_topk_prob=False),
+    ),
+    "granite-3.1-1b-a400m": (
+        "granite",
+        49152,
+        _llama(1024, 24, 16, 8, 512, 49155)
+        | _GRANITE
+        | _TIED
+        | _kind("GraniteMoe", attention_multiplier=0.015625, logits_scaling=6.0)
+        | {"num_local_experts": 32, "num_experts_per_tok": 8},
+    ),
 }  # fmt: skip

@@ -50,6 +50,7 @@ def build(
     save_imatrix: PathLike | None = None,
     save_checkpoint: PathLike | None = None,
     plan: PathLike | None = None,
+    force: bool = False,
     locked: bool = False,
     provenance: bool = False,
     verify: bool = True,
@@ -59,6 +60,7 @@ def build(
     max_regression: Sequence[str] = (),
     keep_baseline: PathLike | None = None,
     context: int | None = None,
+    hub_id: str | None = None,
     threads: int = 0,
     max_memory: str | int | None = None,
     overwrite: bool = False,
@@ -91,6 +93,7 @@ def build(
         save_imatrix: write the importance to this file.
         save_checkpoint: write the pruned model to this folder, too.
         plan: grids as in an earlier build's ``plan.json``.
+        force: build palettes without calibration, which are refused otherwise.
         locked: refuse unless versions, checkpoint and recipe are those of the plan.
         provenance: hash every file of the checkpoint, however large.
         verify: run the artifacts; False: write only.
@@ -100,6 +103,7 @@ def build(
         max_regression: allowed regressions from it: ``kl=5%``, ``bytes=10MB``.
         keep_baseline: folder for the float model's logits, for other builds of the same model.
         context: positions of the KV cache that memory sizes assume.
+        hub_id: name of a local model on the Hub, for apps.
         threads: CPU threads; 0: what the process may use.
         max_memory: memory limit of this process: bytes, or a size.
         overwrite: replace an output that packlight made.
@@ -135,9 +139,10 @@ def build(
         overrides=overrides, budget=budget, budget_memory=budget_memory, device=device,
         prune=prune, calibration=calibration,
         imatrix=imatrix, save_imatrix=save_imatrix, save_checkpoint=save_checkpoint, plan=plan,
-        locked=locked, provenance=provenance, verify=verify, eval_text=eval_text, gates=gates,
-        against=against, max_regression=max_regression, keep_baseline=keep_baseline,
-        context=context, threads=threads, max_memory=max_memory, overwrite=overwrite,
+        force=force, locked=locked, provenance=provenance, verify=verify, eval_text=eval_text,
+        gates=gates, against=against, max_regression=max_regression, keep_baseline=keep_baseline,
+        context=context, hub_id=hub_id, threads=threads, max_memory=max_memory,
+        overwrite=overwrite,
         resume=resume, revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     return pipeline.build(settings, quiet_console(progress, console)).report
@@ -155,6 +160,7 @@ def plan(
     device: str | None = None,
     prune: str | None = None,
     plan: PathLike | None = None,
+    force: bool = False,
     context: int | None = None,
     threads: int = 0,
     max_memory: str | int | None = None,
@@ -171,7 +177,7 @@ def plan(
 
     Args:
         model, recipe, adapters, formats, overrides, budget, budget_memory, device, prune, plan,
-            context, …: as for ``build``.
+            force, context, …: as for ``build``.
 
     Returns:
         Format → Plan: ``entries`` (name, shape, grid and ``nbytes`` of each tensor),
@@ -193,8 +199,8 @@ def plan(
 
     settings = build_settings(
         model, recipe, adapters=adapters, formats=formats, overrides=overrides, budget=budget,
-        budget_memory=budget_memory, device=device, prune=prune, plan=plan, context=context,
-        threads=threads, max_memory=max_memory, verify=False, dry_run=True,
+        budget_memory=budget_memory, device=device, prune=prune, plan=plan, force=force,
+        context=context, threads=threads, max_memory=max_memory, verify=False, dry_run=True,
         revision=revision, token=token, cache_dir=cache_dir, fetch=fetch,
     )  # fmt: skip
     decision, ready = pipeline.rehearse(settings, quiet_console(progress, console))
@@ -349,7 +355,8 @@ def fit(
         One dict for each artifact and device: ``artifact``, ``device``, ``context``,
         ``weights_bytes``, ``kv_cache_bytes``, ``activation_bytes``, ``total_bytes``,
         ``limit_bytes``, ``largest_context`` (positions that would fit), ``verdict`` (``fits``,
-        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth).
+        ``too large`` …) and, for devices, ``tokens_per_second_bound`` (by memory bandwidth),
+        ``tokens_per_second_realistic`` (from, to), ``limits_measured`` and ``limits_source``.
 
     Raises:
         PacklightError: no such device, or a target that cannot be read.

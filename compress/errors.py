@@ -184,16 +184,31 @@ LINE = 400  # most characters of a printed line
 # The part of a URL before the host. A secret may have slashes and spaces in it; digits between a
 # colon and a slash are a port.
 CREDENTIALS = re.compile(
-    r"([a-z][a-z0-9+.-]*://)(?!\[)(?:[^/?#\s@:]*:(?!\d{1,5}(?:[/?#\s:'\",)]|$))(?=\S)[^\n@]{0,300}@)?"
-    r"(?:[^/?#\s@]*@)*",
+    r"([a-z][a-z0-9+.-]{0,30}://)(?!\[)(?:[^/?#\s@:]{0,300}:(?!\d{1,5}(?:[/?#\s:'\",)]|$))(?=\S)[^\n@]{0,300}@)?"
+    r"(?:[^/?#\s@]{0,300}@)*",
     re.IGNORECASE,
 )
 CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # Azure's: CONTAINER@ACCOUNT
-QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#](?:[^\s'\"<>=]*=[^\s'\"<>]*|[^\s'\"<>]{20,})")
-PARAMETER = re.compile(
-    r"([?&][\w.-]*(?:sig|token|passw|secret|credential|delegation|key)[\w.-]*=)[^&\s'\"<>]+",
+QUERY = re.compile(r"(://(?:(?!://)[^\s?#'\"<>])*)[?#](?:[^\s'\"<>=]*=[^\s'\"<>]*|[^\s'\"<>]{20,})")
+# Of a web page all of it; in a store ? may stand for any character of a name.
+OPAQUE = re.compile(
+    r"(https?://(?:(?!://)[^\s?#'\"<>])*[?#]|://(?:(?!://)[^\s?#'\"<>])*#)[^\s'\"<>]+",
     re.IGNORECASE,
 )
+PARAMETER = re.compile(
+    r"([?&;][\w.-]{0,60}(?:sig|token|passw|secret|credential|delegation|session|key)[\w.-]{0,60}=)"
+    r"[^&;\s'\"<>]+",
+    re.IGNORECASE,
+)
+# Stores without ports, so that digits and a slash begin a secret; locations with a typing error in
+# the scheme, or without one; tokens of the Hub.
+STORES = re.compile(r"\b(s3[an]?://|gs://)[^/?#\s@:]{0,300}:[^\n@]{0,300}@", re.IGNORECASE)
+MISTYPED = re.compile(
+    r"((?:^|(?<=[\s'\"(=]))(?:[a-z][a-z0-9+.-]{0,30}:[/\\]{1,2}|//)?)[^/\\?#\s@:'\"]{1,300}:[^\s@/]{1,300}@"
+    r"(?=[\w-]+\.|\[|localhost|[\w-]+[/\\]|[\w-]+:\d)",
+    re.IGNORECASE,
+)
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def without_secrets(text: str) -> str:
@@ -207,7 +222,13 @@ def without_secrets(text: str) -> str:
         's3://bucket/model'
     """
     if "://" in text:
+        text = STORES.sub(r"\1", text)
         text = QUERY.sub(r"\1", CREDENTIALS.sub(_without_user, text))
+        text = OPAQUE.sub(lambda found: found[1][:-1], text)
+    if "@" in text:
+        text = MISTYPED.sub(_without_user, text)
+    if "hf_" in text:
+        text = HUB_TOKEN.sub("hf_\N{HORIZONTAL ELLIPSIS}", text)
     return PARAMETER.sub("\\1\N{HORIZONTAL ELLIPSIS}", text) if "=" in text else text
 
 

@@ -17,12 +17,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
 from compress.errors import CheckpointError, UsageError
 
 __all__ = [
+    "LARGEST_CORPUS",
+    "LARGEST_GRAPH",
     "LARGEST_TEXT",
     "cache_folder",
     "check_folder",
@@ -31,8 +34,11 @@ __all__ = [
     "computed_once",
     "file_lock",
     "full_disk",
+    "is_inside",
     "is_url",
+    "open_plain",
     "read_bounded",
+    "read_corpus",
     "real_path",
     "scratch_folder",
     "stamps",
@@ -44,6 +50,8 @@ T = TypeVar("T")
 
 LOCK = "lock"
 LARGEST_TEXT = 100_000_000  # most bytes of a file that is read whole
+LARGEST_CORPUS = 2_000_000_000  # of a text to calibrate or to score on
+LARGEST_GRAPH = 2**31 - 1  # of a message of protobuf, which is its own limit
 
 Stamp = tuple[int, int, int]
 """Size in bytes, time of the last change in nanoseconds, inode."""
@@ -87,14 +95,38 @@ def read_bounded(path: Path, most: int = LARGEST_TEXT) -> bytes:
     Raises:
         OSError: it cannot be read, is not regular, or is too large.
     """
+    with open_plain(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size <= most:
+            return stream.read(size)
+    raise OSError(errno.EFBIG, f"{size:,} bytes are more than {most:,}", str(path))
+
+
+def read_corpus(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a file of the user's; see ``read_bounded``. Line ends become ``\\n``.
+
+    Raises:
+        OSError: see ``read_bounded``.
+        UnicodeDecodeError: another encoding.
+    """
+    text = read_bounded(path, LARGEST_CORPUS).decode(encoding)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Open a regular file for reading: no device, no pipe.
+
+    Raises:
+        OSError: it cannot be opened, or is not regular.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
-    with open(handle, "rb") as stream:
-        found = os.fstat(handle)
-        if stat.S_ISREG(found.st_mode) and found.st_size <= most:
-            return stream.read(found.st_size)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    raise OSError(errno.EFBIG, f"{found.st_size:,} bytes are more than {most:,}", str(path))
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return open(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 
 def stamps(files: Iterable[Path]) -> dict[Path, Stamp | None]:
@@ -123,7 +155,12 @@ def check_unchanged(before: Mapping[Path, Stamp | None]) -> None:
 
 
 def check_place(
-    option: str, path: Path, output: Path | None = None, *, folder: bool = False
+    option: str,
+    path: Path,
+    output: Path | None = None,
+    *,
+    folder: bool = False,
+    begins: bytes = b"",
 ) -> None:
     """Check, before a long build, that a path can be written at its end.
 
@@ -131,12 +168,15 @@ def check_place(
         option: that named it.
         path: of a file, or of a ``folder`` that is created if missing.
         output: of the build, which may not hold other files than its own.
+        begins: first bytes of a file of its kind; one that begins otherwise is not replaced.
 
     Raises:
         UsageError: a folder that is missing or not writable, a folder in place of a file or the
-            reverse, or a path inside the output.
+            reverse, a pipe, a file of another kind, or a path inside the output.
     """
     place = real_path(path)
+    if place.is_fifo() or place.is_socket():
+        raise UsageError(f"{option} {path} is a pipe, and would wait for a reader")
     if output is not None and place.is_relative_to(real_path(output)):
         raise UsageError(
             f"{option} {path} is inside the output {output}",
@@ -145,6 +185,11 @@ def check_place(
     if place.exists() and place.is_dir() != folder:
         what = "a folder, not a file" if place.is_dir() else "a file, not a folder"
         raise UsageError(f"{option} {path} is {what}")
+    if begins and place.is_file() and read_start(place, len(begins)) not in (b"", begins):
+        raise UsageError(
+            f"{option} {path} exists and is a file of another kind, which would be lost",
+            hint="another name, or move that file",
+        )
     if not folder and not place.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}")
     near = place if folder else place.parent
@@ -158,6 +203,15 @@ def check_place(
         writable = False
     if not writable:
         raise UsageError(f"{option} {path} is not writable")
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """The first bytes of a regular file; ``b""`` where it cannot be read."""
+    try:
+        with open_plain(path) as stream:
+            return stream.read(count)
+    except OSError:
+        return b""
 
 
 def full_disk(folder: Path) -> tuple[Path, str]:
@@ -339,7 +393,7 @@ def check_folder(folder: Path, within: Path | None = None) -> None:
         is_folder = stat.S_ISDIR(found.st_mode)
         if name.startswith(".") or (is_folder and name != TEMPLATES):
             continue
-        if entry.is_symlink() and not (place.startswith(f"{home}/") or is_blob(home, place)):
+        if entry.is_symlink() and not is_inside(home, entry.path):
             raise CheckpointError(
                 f"{name} is a link that leads out of the checkpoint's folder",
                 hint="packlight would publish what it leads to; put the file itself there",
@@ -352,6 +406,17 @@ def check_folder(folder: Path, within: Path | None = None) -> None:
             raise CheckpointError(
                 f"{name} has {found.st_size:,} bytes, more than the {LARGEST_TEXT:,} that it may"
             )
+
+
+def is_inside(home: str, path: str) -> bool:
+    """Whether a path, its links resolved, is in a folder or among the blobs of its Hub cache.
+
+    Args:
+        home: real path of the folder.
+        path: existing.
+    """
+    place = os.path.realpath(path)
+    return place.startswith(f"{home}/") or is_blob(home, place)
 
 
 def is_blob(home: str, place: str) -> bool:

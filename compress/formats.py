@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from compress.calibration.statistics import Statistics
     from compress.checkpoint.sources import Source
     from compress.decoder.config import DecoderConfig
-    from compress.plan.shapes import Candidate, Plan, PlanRequest, Runtime, Written
+    from compress.plan.job import Job
+    from compress.plan.shapes import Artifact, Candidate, Plan, PlanRequest, Runtime, Written
     from compress.plan.shapes import Writer as WriterShape
     from compress.plan.weights import Weights
     from compress.recipe.model import TargetSettings
@@ -103,8 +104,12 @@ class Format:
         imatrix: whether its tools have importance files.
         hub_root: whether its files are at the root of a Hub repository, where loaders look for
             them by the repository's id.
-        extra_module: module of the extra that it needs; empty where packlight's own dependencies
+        extra: of packlight, that brings what writes or runs it; empty where its own dependencies
             are enough.
+        extra_module: a module of that extra.
+        app: whether it is for an app, whose files lie beside it (``write_app_files``).
+        whole_prompt: whether apps give a prompt in one call and get the logits of all its
+            positions, which counts among activations.
     """
 
     name: str
@@ -118,7 +123,10 @@ class Format:
     stores_zeros: bool = False
     imatrix: bool = False
     hub_root: bool = False
+    extra: str = ""
     extra_module: str = ""
+    app: bool = False
+    whole_prompt: bool = False
 
     if TYPE_CHECKING:
 
@@ -144,6 +152,11 @@ class Format:
         def writing_memory(self) -> Callable[[Plan], int]: ...
 
         @property
+        def write_app_files(
+            self,
+        ) -> Callable[[Artifact, Job, Mapping[str, Any] | None], None]: ...
+
+        @property
         def open_runtime(self) -> Callable[..., Runtime]: ...
 
         @property
@@ -154,6 +167,9 @@ class Format:
 
         @property
         def USAGE(self) -> Sequence[Usage]: ...
+
+        @property
+        def check_runtime(self) -> Callable[[], object]: ...
 
         @property
         def checks(self) -> Callable[[], list[Check]]: ...
@@ -204,6 +220,8 @@ class Format:
 #                   header and tokenizer are made as for writing, without a weight being read
 # writing_memory    writing_memory(plan) -> bytes that a writer holds at most, libraries included,
 #                   beside what ``Weights`` does
+# write_app_files   write_app_files(artifact, job, parity): files of an app beside an artifact
+#                   (``exporters.app``), after verification, which gave ``parity``; where ``app``
 # open_runtime      open_runtime(path, *, context, threads=0) -> Runtime: a written artifact in the
 #                   runtime that will execute it. Raises ArtifactError, RuntimeMissingError
 # describe          describe(path) -> what ``packlight inspect`` shows, no weights read. Keys:
@@ -215,6 +233,8 @@ class Format:
 #                   printable), ``tensors`` (list of name, shape, grid, bytes)
 # find              find(path) -> its artifacts at a place: one, or those in the folder of a build
 # USAGE             a ``Usage`` for each way to run one, the first to recommend first
+# check_runtime     check_runtime(): raises RuntimeMissingError where what runs it is not here; of
+#                   formats with an ``extra``
 # checks            checks() -> rows of ``packlight doctor``: whether what runs it is here; loads
 #                   nothing
 # read_imatrix      read_imatrix(path, config) -> Statistics, and write_imatrix(path, config,
@@ -228,10 +248,12 @@ MEMBERS = {
     "Writer": "writer",
     "file_bytes": "writer",
     "writing_memory": "writer",
+    "write_app_files": "app",
     "open_runtime": "runtime",
     "describe": "inspection",
     "find": "card",
     "USAGE": "card",
+    "check_runtime": "card",
     "checks": "card",
     "read_imatrix": "imatrix",
     "write_imatrix": "imatrix",

@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 EVERY = 0.4  # seconds between two lines of a progress file, and between two samples of a rate
+BEGINNING = b'{"phase": '  # of a progress file
 LINE_EVERY = 60.0  # seconds between two lines of a phase without a terminal
 
 
@@ -201,8 +202,14 @@ class ProgressFile:
         Raises:
             UsageError: it cannot be written.
         """
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if path.is_file() and not str(path).startswith("/dev/"):
+            with path.open("rb") as there:
+                if there.read(len(BEGINNING)) not in (b"", BEGINNING):
+                    raise UsageError(f"--progress-file {path} is a file of another kind")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try:  # without waiting for a pipe's reader: one without is an error
+            self._file = os.open(path, flags | os.O_NONBLOCK, 0o644)
+            os.set_blocking(self._file, True)
         except OSError as error:
             raise UsageError(
                 f"--progress-file: cannot write to {path}: {error.strerror}"

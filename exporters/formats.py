@@ -27,13 +27,19 @@ ROWS = (
         ProcessCost(290_000_000, 1.15, 11e-9, palette_seconds=26e-9, library_bytes=280_000_000),
         libraries=("coremltools", "protobuf"),
         speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
-        stores_zeros=True,
+        stores_zeros=True, app=True, whole_prompt=True,
     ),
     Format(
         "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
         ProcessCost(330_000_000, 9.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
         speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
-        extra_module="coreai",
+        extra="coreai", extra_module="coreai",
+    ),
+    Format(
+        "mlx", "MLX", "exporters.mlx", "an MLX folder with config.json",
+        ProcessCost(600_000_000, 4.0, 17e-9), extra="mlx", extra_module="mlx_lm",
+        speed_note="MLX's quality, speeds and memory are those of packlight's float32 decoder with "
+        "the decoded weights; mlx-lm's own code runs on some tokens.",
     ),
 )  # fmt: skip
 

@@ -45,6 +45,7 @@ def main() -> int:
             emit,
             ask,
             scoring_threads=options.scoring_threads,
+            parity=get_format(options.format).app,
         )
 
     return run_as_child(work)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.scalars import ScalarsFolded
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig
+from compress.decoder.config import FUSED, DecoderConfig
 from compress.decoder.decoder import Decoder, reader
 from compress.decoder.rope import Rope
 from compress.demo import model_path
@@ -150,6 +150,18 @@ class HalfRope(Rope):
         return half(cos), half(sin)
 
 
+def of_experts(made: Exported, name: str, grid: str) -> dict[str, Float32]:
+    """The decoded matrices of all experts in one tensor."""
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    assert made.config.experts is not None
+    names = [
+        f"{stem}.{expert}.{role}.weight"
+        for expert in range(made.config.experts.count)
+        for role in FUSED.get(last, (last,))
+    ]
+    return {one: rtn(made.weights.read(one), get_grid(grid)).decode() for one in names}
+
+
 def half(values: NDArray[Any]) -> Float32:
     return values.astype(np.float16).astype(np.float32)
 
@@ -164,6 +176,9 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
     found = {}
     for entry in made.plan.entries:
         if entry.name.startswith("rope."):
+            continue
+        if len(entry.shape) == 3:  # experts
+            found |= of_experts(made, entry.name, entry.grid)
             continue
         weight = made.weights.read(entry.name)
         if entry.grid == "F16":

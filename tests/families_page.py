@@ -23,7 +23,9 @@ WHY = {
     "smollm3-interval-2": "llama.cpp's graph has the interval 4 compiled in",
     "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
+    "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
+WHY_OF_FORMAT = {"coreml": "no choice of weights by token on the Neural Engine"}
 
 HEAD = """\
 # Families
@@ -42,12 +44,15 @@ say *builds* are compared in the same way in tests of their own (`tests/tiny.py`
 - **GGUF** is run by llama.cpp, **ONNX** by onnxruntime, **Core ML** by packlight's evaluator of
   Core ML programs (not on a device), **Core AI** by Apple's CPU runtime, as a float32 twin. The
   figure is the KL divergence of the next token's probabilities from the float model at eight bits,
-  in nats per token, over 59 tokens; at most 0.005 passes. Greedy tokens through the cache are the
-  same as without (but for ties in float16).
+  in nats per token, over 59 tokens; at most 0.005 passes. Of experts in ONNX it is that from the
+  decoded weights at four bits: of eight bits onnxruntime rounds their inputs to int8, too. Greedy
+  tokens through the cache are the same as without (but for ties in float16).
 - A target that cannot express a model refuses by name, the others build. *≤ window* means that
   llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
 
-Mixtures of experts, state-space and convolution layers are not supported.
+Of a mixture of experts the router stays float. GGUF has llama.cpp's tensors of all experts, ONNX
+onnxruntime's `QMoE`; pruning, sparsity, AWQ's folds, budgets and `propagate: quantized` are refused
+with experts. State-space and convolution layers are not supported.
 
 """
 
@@ -100,7 +105,9 @@ def lines(figures: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         family = family_of(name)
         graph = GRAPHS[family].name if family in GRAPHS else "–"
         cells = [cell(name, key, figures) for key in FORMATS]
-        why = "; ".join(f"{FORMATS[key]}: {WHY[name]}" for key in row.refused)
+        why = "; ".join(
+            f"{FORMATS[key]}: {WHY_OF_FORMAT.get(key) or WHY[name]}" for key in row.refused
+        )
         label = f"`{classes[family]}`" if row.models else ""
         yield (f"| {name} | {label} | {row.models} | {graph} | {' | '.join(cells)} | {why} |")
 

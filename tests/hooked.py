@@ -64,7 +64,7 @@ def hooked(model: Model, reference: Any, windows: list[list[int]]) -> dict[str, 
         if key == "lm_head":
             paths = ["lm_head"]
         else:
-            _, first, role = key.split(".")
+            _, first, role = key.split(".", 2)
             runs = range(int(first), int(first) + model.config.block_repeat)
             names = [f"blocks.{run}.{role}.weight" for run in runs]
             paths = [parameter_rows(model, name)[0].removesuffix(".weight") for name in names]

@@ -18,6 +18,18 @@ TOLD = {
     "abfs://box:SECRET@account/m": "abfs://account/m",
     "no route to 'https://me:SECRET@h/x?sig=SECRET': 404": "no route to 'https://h/x': 404",
     "url: /v1/m?op=LIST&delegation=SECRET": "url: /v1/m?op=LIST&delegation=…",
+    "https://host/m?SECRET is not there": "https://host/m is not there",
+    "HTTP://host/m#SECRET": "HTTP://host/m",
+    "gs://b/m#SECRET": "gs://b/m",
+    "s3://KEY:8080/SECRET@bucket/model": "s3://bucket/model",
+    "https:/me:SECRET@host/model": "https:/host/model",  # mistyped
+    "//me:SECRET@host/model": "//host/model",
+    "me:SECRET@host/model": "host/model",
+    "no me:SECRET@localhost here": "no localhost here",
+    r"https:\\me:SECRET@host\m": r"https:\\host\m",
+    "https://host/m;jsessionid=SECRET": "https://host/m;jsessionid=…",
+    "a=b;AccountKey=SECRET==;c": "a=b;AccountKey=…;c",
+    "token hf_SECRETsecretSECRET is no good": "token hf_… is no good",
 }
 
 
@@ -39,6 +51,13 @@ def test_a_location_is_told_without_its_secrets(location, expected):
         "s3://bucket/llama-?b",
         "http://host: nothing there; ask a@b",
         "--set a=b",
+        "llama3:8b",
+        "git@host.example:a/b",
+        "mail me@example.org: a@b",
+        "/tmp/a:b@c/out",
+        "https://host:8080/a:b@c",
+        "12:30@7 a:b@c",
+        "model hf_small",
     ],
 )
 def test_what_is_no_secret_is_told(location):

@@ -9,13 +9,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from compress.errors import UsageError
-from compress.files import cache_folder, computed_once, file_lock, scratch_folder, write_whole
+from compress.errors import PacklightError, UsageError
+from compress.files import (
+    cache_folder,
+    check_place,
+    computed_once,
+    file_lock,
+    read_corpus,
+    scratch_folder,
+    write_whole,
+)
 
 
 def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
@@ -178,3 +187,73 @@ def test_a_folder_that_only_has_a_scratch_folders_name_stays(tmp_path: Path, kin
     with scratch_folder(tmp_path):
         assert (mine / "work" / "thesis").exists()
     assert (mine / "work" / "thesis").exists()
+
+
+def readers() -> dict[str, Callable[[Path], object]]:
+    from compress.batch.jobs import read_jobs
+    from compress.calibration.texts import read_words
+    from compress.checkpoint.not_a_checkpoint import other_file
+    from compress.decoder.config_json import read_json
+    from compress.output.checksums import read_checksums, sha256_of
+    from compress.verify.tasks import read_task
+    from exporters.coreml.mil import read_package
+    from exporters.gguf.head import read_head
+    from exporters.gguf.runtime import check_head
+    from exporters.onnx.inspection import describe
+
+    def raise_other(path: Path) -> None:
+        raise other_file(path)
+
+    return {
+        "JSON": read_json,
+        "jobs": read_jobs,
+        "text": lambda path: read_words(path, "", ""),
+        "a file as MODEL": raise_other,
+        "checksums": read_checksums,
+        "a digest": sha256_of,
+        "task": read_task,
+        "Manifest.json": lambda path: read_package(path.parent),
+        "GGUF head": read_head,
+        "GGUF in llama.cpp": check_head,
+        "ONNX": lambda path: describe(path.parent),
+    }
+
+
+@pytest.mark.parametrize("reader", list(readers()))
+def test_nobody_waits_for_a_pipe(tmp_path: Path, reader: str) -> None:
+    name = {"Manifest.json": "Manifest.json", "ONNX": "a.onnx"}.get(reader, "pipe")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((PacklightError, OSError), match=r"plain file|it has no Manifest\.json"):
+        readers()[reader](tmp_path / name)
+
+
+@pytest.mark.parametrize("reader", ["JSON", "jobs", "text", "checksums", "task", "ONNX"])
+def test_nobody_reads_twenty_gigabytes_of_holes(tmp_path: Path, reader: str) -> None:
+    file = tmp_path / "a.onnx"
+    file.touch()
+    os.truncate(file, 20 * 10**9)
+    with pytest.raises((PacklightError, OSError), match="20,000,000,000 bytes are more than"):
+        readers()[reader](file)
+
+
+def test_a_place_that_would_wait_for_a_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"--junit .*pipe is a pipe"):
+        check_place("--junit", tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", ["a\nb\n", "a\r\nb\r\n", "a\rb\r"])
+def test_a_corpus_has_the_line_ends_of_python(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    assert read_corpus(file) == file.read_text(encoding="utf-8") == "a\nb\n"
+
+
+@pytest.mark.parametrize(("there", "kept"), [(b"", False), (b"<?xml", False), (b"{}", True)])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, there: bytes, kept: bool) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(there)
+    if not kept:
+        return check_place("--junit", file, begins=b"<")
+    with pytest.raises(UsageError, match="is a file of another kind"):
+        check_place("--junit", file, begins=b"<")

@@ -129,7 +129,7 @@ def test_arrows_point_down(name):
 
 
 def test_formats_never_see_each_other():
-    formats = ("gguf", "onnx", "coreml", "coreai")
+    formats = ("gguf", "onnx", "coreml", "coreai", "mlx")
     for name, tree in modules().items():
         for mine in formats:
             if name.startswith(f"exporters.{mine}"):

@@ -53,6 +53,11 @@ PARAMETERS = {
     "command-r7b": 8_028_033_024,
     "ernie-4.5-0.3b": 360_748_032,
     "falcon-7b": 6_921_720_704,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "olmoe-1b-7b": 6_919_161_856,
+    "granite-3.1-1b-a400m": 1_334_628_352,
 }
 
 SIZES = {"shard": 20_000_000, "slab": 100_000}  # so small that there are several

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-# Functions, files and frames of ours at most: of the whole build, of plan and write alone. A build
-# that takes more than five seconds syncs its ledger: two functions, one of them of plan and write.
-# On one thread (as here) a slab is read a frame deeper than in a pool.
+# Functions, files and frames of ours at most: of the whole build, of plan and write alone. On one
+# thread (as here) a slab is read a frame deeper than in a pool.
 BARS = {
-    ("gguf", "rtn"): ([266, 45, 13], [131, 25, 10]),
-    ("coreml", "rtn"): ([289, 43, 14], [151, 23, 10]),
+    ("gguf", "rtn"): ([266, 45, 13], [130, 25, 10]),
+    ("coreml", "rtn"): ([303, 46, 14], [166, 26, 10]),  # twelve of them write an app's files
     ("gguf", "gptq"): ([360, 54, 13], [217, 34, 10]),  # calibrated before
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
@@ -169,6 +170,28 @@ def test_a_phase_that_fails_has_no_end(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(UsageError, match="--progress-file: cannot write"):
         ProgressFile(tmp_path / "nowhere" / "progress.jsonl")
+
+
+def test_a_file_of_another_kind_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match="is a file of another kind"):
+        ProgressFile(tmp_path / "config.json")
+    file = ProgressFile(tmp_path / "progress.jsonl")
+    file.write("load", "bytes", Rate(), begun=True)
+    file.close()
+    ProgressFile(tmp_path / "progress.jsonl").close()  # appended to
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="--progress-file: cannot write"):
+        ProgressFile(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    file = ProgressFile(tmp_path / "pipe")
+    file.write("load", "bytes", Rate(), begun=True)
+    assert json.loads(os.read(reader, 1000))["phase"] == "load"
+    file.close()
+    os.close(reader)
 
 
 def test_phases_with_their_duration_in_verbose_talk(capsys):

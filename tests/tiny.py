@@ -221,18 +221,28 @@ def _fill(model: Any, seed: int, loud: float = 1.0) -> None:
         elif "embed" in name and "out" not in name:
             values *= 2.0 / math.sqrt(parameter.shape[1]) if tied else 0.5
         else:
-            columns = random.lognormal(0.0, 0.25, parameter.shape[1])
+            columns = random.lognormal(0.0, 0.25, parameter.shape[-1])
             gain = 2.0 if any(part in name for part in WIDE) else 1.4
             gain *= 1.0 if "head" in name or "embed_out" in name else loud
-            values *= columns * gain / math.sqrt(parameter.shape[1])
+            if name.endswith(ROUTERS):  # so that few tokens are near a tie, where rounding decides
+                gain *= ROUTER
+            if name.endswith(OF_EXPERTS):
+                gain *= DOWN
+            values *= columns * gain / math.sqrt(parameter.shape[-1])
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "router.layer.weight")
+ROUTER = 4
+OF_EXPERTS = ("w2.weight", "moe.output_linear.weight", *(f"{e}.down_proj.weight" for e in range(8)))
+DOWN = 0.4
 # Families whose norms multiply by their weight plus one.
 OFFSET = ("gemma", "gemma2", "gemma3_text", "nemotron")
 # The linears that write into the residual, and the head.
-WIDE = ("o_proj", "dense", "down_proj", "fc2", "lm_head")
+WIDE = (
+    "o_proj", "dense", "down_proj", "fc2", "lm_head", "w2", "block_sparse_moe.output_linear",
+)  # fmt: skip
 
 
 def _as_mobilellm(folder: Path, layer_sharing: bool) -> None:

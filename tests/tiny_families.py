@@ -59,6 +59,10 @@ _NEOX: dict[str, Any] = {
 }
 
 
+_MOE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+_LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the matrix.
@@ -79,6 +83,7 @@ class Row:
     without: dict[str, Any] = field(default_factory=dict)
 
 
+_EXPERTS = {"coreml": "experts are not supported"}
 _IGNORED = {"gguf": "llama.cpp ignores the sliding window"}
 
 ROWS: dict[str, Row] = {
@@ -292,5 +297,40 @@ ROWS: dict[str, Row] = {
         },
         told=_IGNORED,
         without={"layers": (0, 0, 0, 0)},
+    ),
+    "mixtral": Row(
+        "Mixtral 8x7B, 8x22B", _COMMON | _LOCAL | {"model_type": "mixtral"},
+        refused=_EXPERTS, without={"experts": {"renormalize": False}},
+    ),
+    "qwen3_moe": Row(
+        "Qwen3 30B-A3B, 235B-A22B",
+        _WIDE | _MOE | {"model_type": "qwen3_moe", "norm_topk_prob": True},
+        refused=_EXPERTS, without={"experts": {"renormalize": False}, "qk_norm": ""},
+    ),
+    "qwen3_moe-plain": Row(
+        "", _WIDE | _MOE | {"model_type": "qwen3_moe", "norm_topk_prob": False},
+        refused=_EXPERTS | {"gguf": "norm_topk_prob is false"},
+        without={"experts": {"renormalize": True}},
+    ),
+    "qwen2_moe": Row(
+        "Qwen1.5-MoE A2.7B, Qwen2 57B-A14B",
+        _COMMON | _MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64},
+        refused=_EXPERTS, without={"experts": {"shared_gate": False}},
+    ),
+    "olmoe": Row(
+        "OLMoE 1B-7B",
+        _COMMON | _MOE | {"model_type": "olmoe", "num_key_value_heads": 4},
+        refused=_EXPERTS, without={"experts": {"renormalize": True}, "qk_norm": ""},
+    ),
+    "granitemoe": Row(
+        "Granite 3 1B-A400M, 3B-A800M",
+        _COMMON | _GRANITE | _LOCAL | {"model_type": "granitemoe"},
+        refused=_EXPERTS, without={"residual_scale": 1.0, "experts": {"renormalize": False}},
+    ),
+    "granitemoeshared": Row(
+        "Granite 3 with a shared expert",
+        _COMMON | _GRANITE | _LOCAL
+        | {"model_type": "granitemoeshared", "shared_intermediate_size": 64},
+        refused=_EXPERTS, without={"residual_scale": 1.0},
     ),
 }  # fmt: skip

@@ -3,7 +3,7 @@ divergence from the float model.
 
     choices.py      the candidate grids of each tensor, with exact bytes; the recipe's floors
     effort.py       how much is measured: a sample of a large model
-    sensitivity.py  KL divergence per unit of error in each tensor, measured with noise
+    sensitivity.py  KL divergence per unit of error in each tensor, to second order
     costs.py        error of each tensor on each grid times its sensitivity; cached on disk
     solver.py       the least cost within the bytes
     budget.py       from a budget to a plan

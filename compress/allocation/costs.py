@@ -30,7 +30,7 @@ from compress.plan.weights import Solver
 
 __all__ = ["CostTable", "measured", "members"]
 
-LAYOUT = 2  # of the file; part of its key
+LAYOUT = 3  # of the file; part of its key
 
 Progress = Callable[[int, int], None]
 
@@ -130,7 +130,7 @@ def measured(
         if not table.sensitivities:
             with console.progress("measure sensitivities", "blocks") as progress:
                 table.sensitivities = measure(
-                    source, calibration.windows, statistics, progress, most=effort.noisy
+                    source, calibration.windows, statistics, progress, most=effort.scored
                 )
             check_unchanged(source.checkpoint.opened)
             table.save(path)

@@ -17,7 +17,8 @@ from compress.recipe import BUILTIN_SOLVERS, needs_of
 __all__ = ["Effort", "effort_for"]
 
 GPTQ_LEAVES = 0.28  # of scale_search's output error: median of all tensors and grids of the demo
-LARGE = 300_000_000  # parameters from which on only a sample is measured
+LARGE = 50_000_000  # parameters from which on only a sample is measured
+HUGE = 1_000_000_000  # ... and a smaller one
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Effort:
     Attributes:
         solver: that chooses the codes.
         tokens: of the calibration texts for input statistics; 0: all.
-        noisy: most tokens of the sensitivity measurement.
+        scored: most tokens for sensitivities.
         sample: weights of a tensor that are quantized on every grid.
         left: factor of the errors.
     """
 
     solver: str
     tokens: int
-    noisy: int
+    scored: int
     sample: int
     left: float
 
@@ -51,7 +52,8 @@ def effort_for(config: DecoderConfig, solver: str, large: int = LARGE) -> Effort
     if solver not in BUILTIN_SOLVERS:
         solver = "scale_search" if needs_of(solver) else "rtn"
     if config.num_parameters < large:
-        return Effort(solver, tokens=0, noisy=1024, sample=1 << 19, left=1.0)
+        return Effort(solver, tokens=0, scored=1024, sample=1 << 19, left=1.0)
     second = needs_of(solver) == "hessian"
     light, left = ("scale_search", GPTQ_LEAVES) if second else (solver, 1.0)
-    return Effort(light, tokens=1024, noisy=256, sample=1 << 18, left=left)
+    tokens, scored = (2048, 512) if config.num_parameters < HUGE else (1024, 256)
+    return Effort(light, tokens=tokens, scored=scored, sample=1 << 18, left=left)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from compress.console import format_bytes, parse_bytes
 from compress.decoder.footprint import activation_bytes, get_device
 from compress.errors import UsageError
+from compress.formats import get_format
 from compress.plan.job import Job
 from compress.plan.shapes import Plan
 
@@ -60,7 +61,8 @@ def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
     """The memory left for weights while running, at the job's context."""
     config, context = job.source.config, job.context
     cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
-    activations = activation_bytes(config, context)
+    whole_prompt = get_format(plan.format).whole_prompt
+    activations = activation_bytes(config, context, whole_prompt=whole_prompt)
     description = (
         f"{format_bytes(memory)} of memory{where}: {format_bytes(cache)} KV cache at {context} "
         f"positions, {format_bytes(activations)} activations and runtime"

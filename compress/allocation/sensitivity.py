@@ -1,57 +1,56 @@
-"""Measures, with noise, the KL divergence that an error in a tensor adds to the model's output.
+"""The KL divergence that an error in a tensor adds to the model's output, to second order.
 
-Each tensor alone gets noise of a known relative error, and the KL divergence of the output is
-measured. To second order the divergences of several tensors add up, and each is proportional to
-its tensor's relative squared error (the linearity of HIGGS, arXiv 2411.17525), so one measurement
-per tensor serves every grid.
+For a change ``δ`` of the weights it is ``½ δᵀ F δ`` nats, where ``F`` is the Fisher information of
+the output. Rounding errors are nearly independent, so that its mean needs the diagonal of ``F``
+alone: ``½ Σ σᵢ² Fᵢᵢ``. The diagonal is the mean square of a gradient: of a Gaussian vector with the
+covariance of the output, ``diag(p) - p pᵀ``, passed backwards through the model. So a few backward
+passes serve all tensors, where a measurement with noise takes a forward pass for each; and one
+figure of a tensor serves all grids, as divergences are proportional to its relative squared error
+and add up (the linearity of HIGGS, arXiv 2411.17525).
 
-All variants run through the model together, block by block: a variant branches off the float states
-at the block of its tensor, so weights are read once. Where one variant per tensor would be too much
-work, the tensors of a block share one, and its divergence is divided among them in proportion to
-the change of the block's output by each.
-
-Noise is Gaussian, scaled like a grid's error: by the root mean square of every group of 32 columns.
+``σ`` is that of a grid's error: proportional to the root mean square of every group of 32 columns.
+One block's weights are in memory at a time, and the states before every block.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.allocation.tensor_error import relative_error, sample_rows
-from compress.calibration.statistics import Statistics
+from compress.allocation.tensor_error import sample_rows, squares
+from compress.calibration.statistics import LayerStats, Statistics
 from compress.checkpoint.sources import Source
-from compress.decoder.config import DecoderConfig, Float32, WeightMap, split_name
+from compress.decoder.config import Float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.decoder.layers import RopeTables
+    from compress.decoder.decoder import Block
 
 __all__ = ["Sensitivity", "measure"]
 
-LEVEL = 0.1  # of the noise, relative to the weights: a squared error of 1 %, as with four bits
+LEVEL = 0.1  # of the error, relative to the weights: a squared error of 1 %, as with four bits
 GROUP = 32
-FEWEST_TOKENS, MOST_TOKENS = 128, 1024
-WORK = 3e13  # most multiplications and additions of a measurement: some minutes
-HEAD = "lm_head.weight"
-SLAB = 1 << 20  # weights that get noise at a time
-HEAD_ROWS = 1 << 13  # rows of the head that get noise at a time
+MOST_TOKENS = 1024
+SHORTEST, PIECES = 128, 4  # tokens of a piece of text, and number of pieces at least
+SAMPLES = 2  # backward passes of each piece
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+POSITIONS = 64  # whose logits are in memory at a time
+HEAD_ROWS = 1 << 13
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The measured sensitivity of one tensor.
+    """The sensitivity of one tensor.
 
     Attributes:
-        divergence: mean KL(float ‖ with noise), nats per token.
-        error: relative squared error of the noise, weighted as in ``relative_error``.
+        divergence: mean KL(float ‖ with an error of ``LEVEL``), nats per token.
+        error: relative squared error of the outputs at ``LEVEL``, as of ``relative_error``.
     """
 
     divergence: float
@@ -70,179 +69,94 @@ def measure(
     progress: Progress = lambda done, total: None,
     *,
     most: int = MOST_TOKENS,
-    work: float = WORK,
+    samples: int = SAMPLES,
 ) -> dict[str, Sensitivity]:
     """The sensitivity of every linear and of the embedding, by unfused name, stored blocks once.
 
     Args:
         source: the weights.
-        windows: token ids; as many are used as ``work`` allows.
-        statistics: of the inputs, to weight the noise's error.
-        progress: ``progress(done, total)`` in blocks.
+        windows: token ids.
+        statistics: of the inputs, to weight the error.
+        progress: ``progress(done, total)`` in blocks, of which each is run twice.
         most: most tokens used.
-        work: most multiplications and additions.
+        samples: backward passes of each piece of text; the estimate's variance is inverse to it.
     """
-    import torch
-
-    with torch.inference_mode():
-        return _Measurement(source, windows, statistics, most, work).run(progress)
+    return _Measurement(source, pieces_of(windows, most), statistics, samples).run(progress)
 
 
-def partition(
-    config: DecoderConfig, tokens: int, work: float = WORK
-) -> tuple[tuple[tuple[str, ...], ...], int]:
-    """Groups of a block's roles that share a variant, and the number of tokens used.
-
-    The finest that ``work`` allows: each role alone; attention and MLP; the whole block.
-    """
-    roles = config.linear_roles
-    attention = tuple(role for role in roles if role in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    mlp = tuple(role for role in roles if role not in attention)
-    finest = tuple((role,) for role in roles)
-    blocks = config.num_hidden_layers // config.block_repeat
-    forward = 2 * config.num_parameters * config.block_repeat
-    parts: tuple[tuple[str, ...], ...] = finest
-    for parts in (finest, (attention, mlp), (roles,)):
-        # A variant runs through half of the blocks on average; a shared role runs its block once.
-        shared = len(roles) if len(parts) < len(roles) else 0
-        passes = 1 + len(parts) * blocks / 2 + shared
-        affordable = int(work / (forward * passes))
-        if affordable >= min(FEWEST_TOKENS, tokens):
-            break
-    return parts, max(min(tokens, affordable), min(FEWEST_TOKENS, tokens))
-
-
-def noise_like(weight: Float32, name: str, first_row: int = 0) -> Float32:
-    """Gaussian noise for a weight or some of its rows, seeded by name and row."""
-    digest = hashlib.sha256(f"{name} {first_row}".encode()).digest()
-    random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-    rows, columns = weight.shape
-    noise = np.empty((rows, columns), np.float32)
-    starts = range(0, columns, GROUP)
-    widths = np.minimum(GROUP, columns - np.array(starts))
-    slab = max(1, SLAB // columns)
-    for start in range(0, rows, slab):
-        some = weight[start : start + slab]
-        part = random.standard_normal(out=noise[start : start + slab], dtype=np.float32)
-        squares = np.add.reduceat(some * some, starts, axis=1)
-        scale = LEVEL * np.sqrt(squares / widths).astype(np.float32)
-        part *= np.repeat(scale, widths, axis=1)
-    return noise
+def pieces_of(windows: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Pieces of the windows with ``most`` tokens together, at least ``PIECES`` if they are long."""
+    length = min(len(windows[0]), max(SHORTEST, most // PIECES))
+    starts = range(0, len(windows[0]) - length + 1, length)
+    pieces = [list(w[start : start + length]) for start in starts for w in windows]
+    return pieces[: max(1, most // length)]
 
 
 class _Measurement:
-    """One measurement; states are lists of ``[length, hidden]``, one tensor per window."""
+    """One measurement; states are lists of ``[length, hidden]``, a tensor per piece of text."""
 
     def __init__(
         self,
         source: Source,
-        windows: Sequence[Sequence[int]],
+        pieces: Sequence[Sequence[int]],
         statistics: Statistics,
-        most: int,
-        work: float,
+        samples: int,
     ) -> None:
+        import torch
+
         from compress.decoder.decoder import Decoder
 
         self.source, self.config, self.statistics = source, source.config, statistics
-        self.parts, tokens = partition(source.config, min(most, sum(map(len, windows))), work)
-        count = max(1, tokens // len(windows[0]))
-        self.windows = [list(window[:tokens]) for window in windows[:count]]
+        self.pieces, self.samples = pieces, samples
         self.decoder = Decoder(self.config, source.read)
-        self.rope: RopeTables = self.decoder.rope(len(self.windows[0]))
-        self.names = WeightMap(self.config)
+        self.rope = self.decoder.rope(max(map(len, pieces)))
+        self.random = torch.Generator().manual_seed(0)
+        self.sums: dict[str, float] = {}  # Σ σ² g² of each tensor
         self.errors: dict[str, float] = {}
-        self.shares: dict[tuple[str, ...], dict[str, float]] = {}
-        self.variants: dict[tuple[str, ...], list[Tensor]] = {}
 
     def run(self, progress: Progress) -> dict[str, Sensitivity]:
-        clean = self.embed()
-        stored = range(0, self.config.num_hidden_layers, self.config.block_repeat)
-        for done, index in enumerate(stored):
-            clean = self.pass_block(index, clean)
-            progress(done + 1, len(stored) + 1)
-        divergences = self.judge(clean)
-        progress(len(stored) + 1, len(stored) + 1)
-        found = {}
-        for names, divergence in divergences.items():
-            shares = self.shares.get(names, {names[0]: 1.0})
-            total = sum(shares.values()) or 1.0
-            for name in names:
-                part = divergence * shares[name] / total
-                found[name] = Sensitivity(part, self.errors[name])
-        return found
-
-    def embed(self) -> list[Tensor]:
-        """Clean states before the first block, and a variant with noise in the embedding."""
         import torch
 
-        name = "embed_tokens.weight"
-        clean = self.decoder.embed(self.windows)
-        tokens, where = np.unique(np.concatenate(self.windows), return_inverse=True)
-        flat = torch.cat(clean).numpy()
-        rows = np.empty((len(tokens), flat.shape[1]), np.float32)
-        rows[where] = flat
-        noise = noise_like(rows, name)
-        self.errors[name] = relative_error(rows, noise, None)
-        noisy = torch.from_numpy(flat + noise[where])
-        lengths = [len(window) for window in self.windows]
-        self.variants[(name,)] = list(torch.split(noisy, lengths))
-        return clean
-
-    def pass_block(self, index: int, clean: list[Tensor]) -> list[Tensor]:
-        """Run all states through a stored block; the variants of its tensors branch off here."""
-        weights = {
-            name.partition(".")[2].partition(".")[2]: self.source.read(name)
-            for name in self.names.names()
-            if split_name(name)[0] == index
+        stored = range(0, self.config.num_hidden_layers, self.config.block_repeat)
+        total = 2 * len(stored)
+        with torch.no_grad():
+            states = self.decoder.embed(self.pieces)
+            before = []
+            for done, index in enumerate(stored):
+                before.append(states)
+                blocks = self.blocks(index)
+                states = [self.through(blocks, hidden) for hidden in states]
+                progress(done + 1, total)
+        gradients = self.back_through_head(states)
+        for done, index in enumerate(reversed(stored), len(stored)):
+            self.back_through_block(index, before.pop(), gradients)
+            progress(done + 1, total)
+        self.back_through_embedding(gradients)
+        count = self.samples * sum(map(len, self.pieces))
+        return {
+            name: Sensitivity(total / (2 * count), self.errors[name])
+            for name, total in self.sums.items()
         }
 
-        def run(states: list[Tensor], noisy: Mapping[str, Float32]) -> list[Tensor]:
-            return self.through(index, {**weights, **noisy}, states)
-
-        after = run(clean, {})
-        for label, states in self.variants.items():
-            self.variants[label] = run(states, {})
-        for roles in self.parts:
-            names = tuple(f"blocks.{index}.{role}.weight" for role in roles)
-            noisy: dict[str, Float32] = {}  # one group at a time: as large as its weights
-            for role, name in zip(roles, names, strict=True):
-                key = f"{role}.weight"
-                noisy[key] = self.with_noise(name, weights[key])
-                if len(roles) > 1:
-                    alone = run(clean, {key: noisy[key]})
-                    self.shares.setdefault(names, {})[name] = distance(alone, after)
-            self.variants[names] = run(clean, noisy)
-        return after
-
-    def with_noise(self, name: str, weight: Float32) -> Float32:
-        """A weight with noise; records the noise's error."""
-        noise = noise_like(weight, name)
-        self.note_error(name, weight, noise)
-        noise += weight
-        return noise
-
-    def through(
-        self, index: int, weights: Mapping[str, Float32], states: list[Tensor]
-    ) -> list[Tensor]:
-        """Run states through a block with these weights, with its repeats."""
+    def blocks(self, index: int) -> list[Block]:
+        """A stored block and its repeats, with one set of weights."""
         from compress.decoder.decoder import Block
 
-        def read(name: str) -> Float32:
-            return weights[name.partition(".")[2].partition(".")[2]]
+        first = Block(self.config, index, self.source.read)
+        blocks = [first]
+        for repeat in range(1, self.config.block_repeat):
+            blocks.append(Block(self.config, index + repeat, self.source.read, roles=()))
+            blocks[-1].weights = first.weights
+        return blocks
 
-        for repeat in range(self.config.block_repeat):
-            block = Block(self.config, index + repeat, read)
-            states = [block(hidden, self.rope) for hidden in states]
-        return states
+    def through(self, blocks: Sequence[Block], hidden: Tensor) -> Tensor:
+        """Run a stored block with its repeats."""
+        for block in blocks:
+            hidden = block(hidden, self.rope)
+        return hidden
 
-    def note_error(self, name: str, weight: Float32, noise: Float32) -> None:
-        """Record the relative error of a tensor's noise, from some of its rows."""
-        runs = sample_rows(*weight.shape)
-        some, change = (np.concatenate([m[run] for run in runs]) for m in (weight, noise))
-        self.errors[name] = relative_error(some, change, self.statistics.for_weight(name))
-
-    def judge(self, clean: list[Tensor]) -> dict[tuple[str, ...], float]:
-        """Mean divergence of every variant, including one with noise in the head."""
+    def back_through_head(self, states: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradients at the last block's output, by piece and sample; adds up the head's."""
         import torch
         import torch.nn.functional as F
 
@@ -255,47 +169,119 @@ class _Measurement:
         shift = vector("norm.bias", c.has_bias("norm"))
         head, bias = self.source.read(HEAD), vector("lm_head.bias", c.has_bias("lm_head"))
         matrix = as_tensor(head)
+        runs = [slice(s, s + HEAD_ROWS) for s in range(0, len(head), HEAD_ROWS)]
+        variances = [variances_of(matrix[run]) for run in runs]
+        self.errors[HEAD] = self.expected_error(HEAD, head)
+        total, found = 0.0, []
+        for piece in states:
+            gradients: list[list[Tensor]] = [[] for _ in range(self.samples)]
+            for some in torch.split(piece, POSITIONS):
+                hidden = some.detach().requires_grad_()
+                normed = normalize(c, hidden, scale, shift, c.norm_eps)
+                raw = F.linear(normed, matrix, bias)
+                logits = finished(c, raw)
+                with torch.no_grad():
+                    chances = logits.softmax(dim=-1)
+                    roots = chances.sqrt()
+                for gradient in gradients:
+                    drawn = roots * torch.randn(roots.shape, generator=self.random)
+                    drawn -= chances * drawn.sum(dim=-1, keepdim=True)
+                    gradient += torch.autograd.grad(logits, hidden, drawn, retain_graph=True)
+                # A row of the head changes its own logit alone.
+                spread = chances - chances.square()
+                if logits is not raw:
+                    slopes = torch.autograd.grad(logits.sum(), raw)[0]
+                    spread *= slopes.square()
+                inputs = squares_by_group(normed.detach())
+                for run, variance in zip(runs, variances, strict=True):
+                    total += float(((inputs @ variance.T) * spread[:, run]).sum())
+            found.append([torch.cat(gradient) for gradient in gradients])
+        self.sums[HEAD] = self.samples * total
+        return found
 
-        def final(hidden: Tensor) -> Tensor:
-            return normalize(c, hidden, scale, shift, c.norm_eps)
-
-        moved = self.through_noisy_head(head, torch.cat([final(hidden) for hidden in clean]))
-        sums: dict[tuple[str, ...], float] = dict.fromkeys([*self.variants, (HEAD,)], 0.0)
-        start = 0
-        for window, hidden in enumerate(clean):
-            logits = F.linear(final(hidden), matrix, bias)
-            expected = F.log_softmax(finished(c, logits).double(), dim=-1)
-            for label, states in self.variants.items():
-                other = F.linear(final(states[window]), matrix, bias)
-                sums[label] += divergence(expected, finished(c, other))
-            noisy = logits + moved[start : start + len(hidden)]
-            sums[(HEAD,)] += divergence(expected, finished(c, noisy))
-            start += len(hidden)
-        return {label: total / start for label, total in sums.items()}
-
-    def through_noisy_head(self, head: Float32, hidden: Tensor) -> Tensor:
-        """The change of the logits by noise in the head, ``[positions, vocabulary]``."""
+    def back_through_block(
+        self, index: int, before: Sequence[Tensor], gradients: Sequence[list[Tensor]]
+    ) -> None:
+        """Replace the gradients at a stored block's output by those at its input; adds up those of
+        its linears."""
         import torch
 
-        added = torch.empty(hidden.shape[0], head.shape[0])
-        for start in range(0, head.shape[0], HEAD_ROWS):
-            rows = head[start : start + HEAD_ROWS]
-            noise = noise_like(rows, HEAD, start)
-            added[:, start : start + len(rows)] = hidden @ torch.from_numpy(noise).T
-            if start == 0:
-                self.note_error(HEAD, rows, noise)
-        return added
+        blocks = self.blocks(index)
+        for role in self.config.linear_roles:
+            name, weight = f"blocks.{index}.{role}.weight", blocks[0].weights[f"{role}.weight"]
+            self.errors[name] = self.expected_error(name, weight.numpy())
+            self.sums[name] = 0.0
+            self.count_gradients(name, weight)
+        for hidden, mine in zip(before, gradients, strict=True):
+            hidden = hidden.detach().requires_grad_()
+            after = self.through(blocks, hidden)
+            for sample, gradient in enumerate(mine):
+                torch.autograd.backward(after, gradient, retain_graph=True)
+                assert hidden.grad is not None
+                mine[sample], hidden.grad = hidden.grad, None
+
+    def count_gradients(self, name: str, weight: Tensor) -> None:
+        """Add up the gradients of a weight, each deleted at once."""
+        variances = variances_of(weight)
+
+        def count(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            self.sums[name] += float((squares_by_group(leaf.grad) * variances).sum())
+            leaf.grad = None
+
+        hook = weight.requires_grad_().register_post_accumulate_grad_hook
+        hook(count)  # type: ignore[no-untyped-call]
+
+    def back_through_embedding(self, gradients: Sequence[list[Tensor]]) -> None:
+        """Add up the gradients of the embedding's rows."""
+        import torch
+
+        rows = self.source.read(EMBEDDING)
+        total = 0.0
+        for tokens, mine in zip(self.pieces, gradients, strict=True):
+            used, where = np.unique(np.array(tokens), return_inverse=True)
+            variances = variances_of(torch.from_numpy(np.ascontiguousarray(rows[used])))
+            for gradient in mine:
+                summed = torch.zeros(len(used), gradient.shape[1])
+                summed.index_add_(0, torch.from_numpy(where), gradient * self.config.embed_scale)
+                total += float((squares_by_group(summed) * variances).sum())
+        self.sums[EMBEDDING], self.errors[EMBEDDING] = total, LEVEL**2
+
+    def expected_error(self, name: str, weight: Float32) -> float:
+        """The relative error of a tensor at ``LEVEL``, from some of its rows."""
+        import torch
+
+        some = np.concatenate([weight[run] for run in sample_rows(*weight.shape)])
+        stats = self.statistics.for_weight(name)
+        roots = torch.from_numpy(np.sqrt(importance_of(stats, some.shape[1])))
+        by_group = squares_by_group(roots[None])[0]
+        variances = variances_of(torch.from_numpy(some)).sum(dim=0)
+        total = squares(some, stats)
+        return float(variances @ by_group) / total if total > 0 else 0.0
 
 
-def distance(states: list[Tensor], others: list[Tensor]) -> float:
-    """Sum of squared differences."""
-    pairs = zip(states, others, strict=True)
-    return sum(float((a - b).double().square().sum()) for a, b in pairs)
+def importance_of(stats: LayerStats | None, columns: int) -> Float32:
+    """What ``relative_error`` weights a column's squared error by where errors are independent."""
+    if stats is not None and stats.hessian is not None:
+        return np.concatenate([np.diagonal(block) for block in stats.hessian])
+    if stats is None or not stats.importance.any():
+        return np.ones(columns, np.float32)
+    return stats.importance
 
 
-def divergence(expected: Tensor, logits: Tensor) -> float:
-    """Sum over positions of KL; ``expected``: float64 log-probabilities, ``logits``: float32."""
+def squares_by_group(values: Tensor) -> Tensor:
+    """Sums of squares of every ``GROUP`` columns, ``[rows, groups]``."""
     import torch.nn.functional as F
 
-    found = F.log_softmax(logits.double(), dim=-1)
-    return float((expected.exp() * (expected - found)).sum())
+    padded = F.pad(values.square(), (0, -values.shape[1] % GROUP))
+    return padded.view(len(values), -1, GROUP).sum(dim=-1)
+
+
+def variances_of(weight: Tensor) -> Tensor:
+    """The variance of each weight's error at ``LEVEL``, alike in a group: ``[rows, groups]``."""
+    import torch
+
+    columns = weight.shape[1]
+    starts = torch.arange(0, columns, GROUP)
+    widths = (columns - starts).clamp(max=GROUP)
+    return squares_by_group(weight.detach()) * (LEVEL**2 / widths)

@@ -24,7 +24,7 @@ from compress.build.decide import BuildSettings
 from compress.checkpoint.remote import find
 from compress.console import parse_bytes
 from compress.errors import RecipeError, UsageError, did_you_mean
-from compress.files import is_url
+from compress.files import is_url, read_bounded
 from compress.formats import FORMATS
 from compress.recipe import parse
 from compress.recipe.model import hint_of
@@ -78,6 +78,7 @@ class BatchJob:
             formats=self.formats,
             calibration=tuple(map(Path, options.calibration or ())),
             allow_dense=options.allow_dense or False,
+            force=options.force or False,
             verify=options.verify is not False,
             hub=self.hub,
             **words,
@@ -116,6 +117,8 @@ def arguments(settings: BuildSettings) -> list[str]:
             words += [f"--{key.replace('_', '-')}", str(value)]
     if settings.allow_dense:
         words.append("--allow-dense")
+    if settings.force:
+        words.append("--force")
     if not settings.verify:
         words.append("--no-verify")
     if revision := settings.hub.get("revision"):
@@ -143,7 +146,7 @@ def read_jobs(path: Path) -> BatchFile:
         RecipeError: it is not valid; the message names the key's path.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"{path} cannot be read: {why}", hint="docs/batch.md shows one") from error

@@ -64,6 +64,9 @@ class Options(Section):
     allow_dense: bool | None = Field(
         default=None, description="Allow sparsity in formats that store zeros like other weights."
     )
+    force: bool | None = Field(
+        default=None, description="Build palettes whose codes are chosen without calibration."
+    )
     context: int | None = Field(default=None, ge=32, description="Positions of the KV cache.")
     seed: int | None = Field(
         default=None, ge=0, description="Seed of the choice of calibration passages."

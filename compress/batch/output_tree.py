@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from compress.batch.engine import Engine, Outcome, Watch, Work, run_work
 from compress.batch.state import stamp
-from compress.checkpoint.remote import fingerprint_text, open_url, read_text
-from compress.errors import ArtifactError, PacklightError, UsageError, one_line
+from compress.checkpoint.remote import at_store, fingerprint_text, open_url, read_text
+from compress.errors import ArtifactError, PacklightError, UsageError
 from compress.files import cache_folder, is_url
 from compress.output.checksums import NAME as SUMS
 from compress.output.checksums import parse_checksums, read_checksums, refuse_links
@@ -130,7 +130,7 @@ def publish(folder: Path, url: str) -> None:
     fs, root = open_url(url)
     sums = read_checksums(folder / SUMS)
     refuse_links(folder, [*sums, SUMS])
-    try:
+    with at_store(f"write to {url}", UsageError):
         old = read_sums(url)
         if old == sums:
             return
@@ -144,10 +144,6 @@ def publish(folder: Path, url: str) -> None:
         for name in set(old or ()) - set(sums):
             with suppress(FileNotFoundError):
                 fs.rm_file(f"{root}/{name}")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
 
 
 def read_sums(url: str) -> dict[str, str] | None:

@@ -18,18 +18,28 @@ from typing import Any
 from compress.calibration.step import Importance, texts_of
 from compress.calibration.texts import check_tokenizer
 from compress.checkpoint.checkpoint import Checkpoint
+from compress.checkpoint.hub import check_hub_id
 from compress.console import Console
 from compress.errors import UsageError, without_secrets
 from compress.files import check_place
-from compress.formats import get_format
+from compress.formats import FORMATS, get_format
 from compress.output.folder import baseline_folder, check_disk, check_output
 from compress.output.lock import check_lock, files_digest, lock_document, versions
 from compress.plan.document import Lock, PlanDocument, plan_document
-from compress.plan.job import Job, Replan, baseline_bytes, looks_at_inputs, model_name, prepare
+from compress.plan.job import (
+    FEWER_FROM,
+    Job,
+    Replan,
+    baseline_bytes,
+    check_palettes,
+    looks_at_inputs,
+    model_name,
+    prepare,
+)
 from compress.plan.memory import check_memory
 from compress.plan.transform import Transforms
 from compress.pruning.options import prune_option
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe, load, needs_of
 from compress.report.against import Previous
 from compress.report.ci import CiFiles
 from compress.verify import gates
@@ -75,6 +85,7 @@ class BuildSettings:
     prune: str = ""
     save_checkpoint: Path | None = None
     allow_dense: bool = False
+    force: bool = False
     context: int | None = None
     threads: int = 0
     max_memory: int | None = None
@@ -84,6 +95,7 @@ class BuildSettings:
     verify: bool = True
     keep_baseline: Path | None = None
     ci_files: CiFiles | None = None
+    hub_id: str = ""
     source: str = ""
     made: Recipe | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
@@ -171,7 +183,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
         importance.check(recipe, settings.calibration, measures=measures)
     limits = gates.parse(recipe.gates) if settings.verify or settings.dry_run else []
     unread = not settings.verify and (settings.eval_text or settings.keep_baseline)
-    if unread or settings.dry_run or settings.allow_dense or settings.seed is not None:
+    asked = settings.dry_run or settings.allow_dense or settings.seed is not None
+    if unread or asked or settings.hub_id:
         for line in idle_options(settings, recipe):
             console.warning(line)
     previous = None
@@ -186,6 +199,8 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
     )
     if settings.source:  # its name in reports
         checkpoint.source = settings.source
+    if settings.hub_id:
+        checkpoint.hub_id = check_hub_id(settings.hub_id)
     for line in (opening := list(checkpoint.warnings)):
         console.warning(line)
     names = [checkpoint.source, *(adapter.source for adapter in checkpoint.adapters), recipe.name]
@@ -221,7 +236,7 @@ def prepare_job(
         The job; and ``compress.plan.job.prepare`` with this command's arguments bound.
 
     Raises:
-        UsageError: a budget that cannot be met.
+        UsageError: a budget that cannot be met; palettes without calibration.
     """
     transforms: Transforms = {}
     if recipe.folds or any("sparsity" in target for target in recipe.targets.values()):
@@ -241,6 +256,14 @@ def prepare_job(
         from compress.allocation.feasible import check_budget
 
         job = replace(job, at_most=check_budget(job, replan))
+    if needs_of(recipe.solver) is None:
+        palettes = any("lut" in entry.grid for plan in job.plans for entry in plan.entries)
+        if palettes and not settings.force:
+            check_palettes(job)
+        if job.config.num_parameters >= FEWER_FROM:
+            from compress.plan.rounding import warn_of_rounding
+
+            warn_of_rounding(job)
     return job, replan
 
 
@@ -259,7 +282,7 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
     if settings.ci_files:
         settings.ci_files.check(output)
     if settings.save_imatrix:
-        check_place("--save-imatrix", settings.save_imatrix, output)
+        check_place("--save-imatrix", settings.save_imatrix, output, begins=b"GGUF")
     if settings.keep_baseline:
         check_place("--keep-baseline", settings.keep_baseline, output, folder=True)
     if settings.save_checkpoint:
@@ -272,6 +295,9 @@ def check_places(decision: Decision, console: Console) -> Scorer | None:
         check_tokenizer(job.checkpoint)
     if not settings.verify:
         return None
+    for plan in job.plans:
+        if FORMATS[plan.format].extra:
+            FORMATS[plan.format].check_runtime()
     cache = settings.keep_baseline or baseline_folder(output)
     scorer = Scorer(
         job,
@@ -311,6 +337,7 @@ def identity_of(job: Job, settings: BuildSettings) -> dict[str, Any]:
         "recipe": {key: value for key, value in job.recipe.to_dict().items() if key != "verify"},
         "texts": files_digest(texts_of(job.recipe)) if looks and not settings.imatrix else None,
         "context": settings.context,
+        **({"hub_id": settings.hub_id} if settings.hub_id else {}),
         "plan": files_digest([settings.plan]) if settings.plan else None,
         "imatrix": files_digest([settings.imatrix]) if settings.imatrix else None,
     }
@@ -381,6 +408,10 @@ def idle_options(settings: BuildSettings, recipe: Recipe) -> list[str]:
         "nothing here looks at calibration texts": {
             "--seed": settings.seed is not None
             and not (looks_at_inputs(recipe) or settings.save_imatrix),
+        },
+        "no target is for an app": {
+            "--hub-id": settings.hub_id
+            and not any(get_format(name).app for name in recipe.targets),
         },
         "no target has sparsity": {
             "--allow-dense": settings.allow_dense
@@ -470,6 +501,10 @@ def command_line(checkpoint: Checkpoint, settings: BuildSettings, output: Path) 
         words += ["--prune", settings.prune]
     if settings.allow_dense:
         words.append("--allow-dense")
+    if settings.force:
+        words.append("--force")
     if settings.context:
         words += ["--context", str(settings.context)]
+    if settings.hub_id:
+        words += ["--hub-id", settings.hub_id]
     return shlex.join([without_secrets(word) for word in (*words, "-o", output.name)])

@@ -22,6 +22,7 @@ from compress.console import Console
 from compress.decoder.config_json import write_json
 from compress.errors import PacklightError
 from compress.files import check_unchanged, stamps
+from compress.formats import get_format
 from compress.machine import bounded
 from compress.output.checksums import NAME, folder_digests, read_checksums, write_checksums
 from compress.output.folder import Resume, work_folder
@@ -32,7 +33,7 @@ from compress.plan.shapes import Artifact
 from compress.report.describe import Baseline, build_report, model_facts
 from compress.report.pages import model_card, render
 from compress.report.report import Report
-from compress.verify import Outcome, gates
+from compress.verify import Outcome, Verified, gates
 from compress.verify.scorer import BUILTIN_TEXT, Scorer
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ def build(settings: BuildSettings, console: Console) -> Built:
             verified: list[Outcome] = [None] * len(artifacts)
             if scorer:
                 verified = scorer.verify(artifacts, folder, keep_going=True)
+            for artifact, outcome in zip(artifacts, verified, strict=True):
+                if (row := get_format(artifact.format)).app:
+                    parity = outcome.parity if isinstance(outcome, Verified) else None
+                    row.write_app_files(artifact, job, parity)
             console.begin("write the report")  # and checksums of all that was written
             text = settings.eval_text
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)

@@ -3,12 +3,14 @@
 Linears that multiply the same input share its statistics: q, k and v; gate and up; in a parallel
 block (phi) also up and q. An input is named after its first linear: ``blocks.3.q_proj``,
 ``blocks.3.o_proj``, ``blocks.3.gate_proj`` (``up_proj`` without a gate), ``blocks.3.down_proj``,
-``lm_head``. A stored block that runs several times (MobileLLM-LS) has pooled statistics.
+``lm_head``; those of an expert, over the tokens that were sent to it,
+``blocks.3.experts.17.gate_proj`` and ``….down_proj``. A stored block that runs several times
+(MobileLLM-LS) has pooled statistics.
 
-On disk: one ``.npz`` per stored block and one for the head. A Hessian is stored as the square roots
-of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5 of the geometric
-mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for Phi-3-mini. Held-back
-inputs are stored in float16, each row divided by its largest magnitude.
+On disk: one ``.npz`` per stored block, one per expert and one for the head. A Hessian is stored as
+the square roots of its diagonal and the upper triangle of the correlations in int16 (error 1.5e-5
+of the geometric mean of the two diagonal entries), a quarter of float32's bytes: 3.1 GB for
+Phi-3-mini. Held-back inputs are stored in float16, each row divided by its largest magnitude.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class Statistics:
     def __init__(self, config: DecoderConfig, load: Callable[[str], LayerStats | None]) -> None:
         self._config = config
         self.load = load
+        self._folder: Path | None = None
         self._last: tuple[str, LayerStats | None] = ("", None)
         self._lock = threading.Lock()  # slabs of one weight are solved at a time
 
@@ -113,7 +116,17 @@ class Statistics:
         Args:
             hessian: False does not load Hessians.
         """
-        return cls(config, lambda key: load(folder / file_name(key), key, hessian=hessian))
+        made = cls(config, lambda key: load(folder / file_name(key), key, hessian=hessian))
+        made._folder = folder
+        return made
+
+    def count(self, key: str) -> int:
+        """The tokens that an input has seen; no Hessian is loaded."""
+        if self._folder is None:
+            found = self.load(key)
+        else:
+            found = load(self._folder / file_name(key), key, hessian=False)
+        return found.count if found else 0
 
 
 def input_of(config: DecoderConfig, name: str) -> str | None:
@@ -126,15 +139,17 @@ def input_of(config: DecoderConfig, name: str) -> str | None:
         return None
     if role == "lm_head":
         return role
-    leader = input_roles(config).get(role)
-    if block is None or leader is None:
+    group, dot, last = role.rpartition(".")  # of an expert: experts.17
+    leader = input_roles(config).get(last)
+    if block is None or leader is None or group == "experts":  # all of them together
         return None
-    return f"blocks.{stored_block(config, block)}.{leader}"
+    return f"blocks.{stored_block(config, block)}.{group}{dot}{leader}"
 
 
 def input_names(config: DecoderConfig) -> Iterator[str]:
     """Every input once, in order of execution."""
-    roles = dict.fromkeys(input_roles(config)[role] for role in config.linear_roles)
+    first = [input_of(config, f"blocks.0.{role}.weight") for role in config.linear_roles]
+    roles = [key.removeprefix("blocks.0.") for key in dict.fromkeys(first) if key]
     for block in range(0, config.num_hidden_layers, config.block_repeat):
         for role in roles:
             yield f"blocks.{block}.{role}"
@@ -145,8 +160,9 @@ def input_names(config: DecoderConfig) -> Iterator[str]:
 
 
 def file_name(key: str) -> str:
-    """The file that holds an input's statistics: ``blocks.3.npz``, ``lm_head.npz``."""
-    return ".".join(key.split(".")[:2]) + ".npz"
+    """The file that holds an input's statistics: ``blocks.3.npz``, ``blocks.3.experts.17.npz``,
+    ``lm_head.npz``."""
+    return ".".join(key.split(".")[: 4 if ".experts." in key else 2]) + ".npz"
 
 
 def save(path: Path, stats: Mapping[str, LayerStats]) -> None:

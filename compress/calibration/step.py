@@ -26,7 +26,13 @@ from compress.calibration.walk import Boundary, walk
 from compress.checkpoint.sources import Source
 from compress.console import Console
 from compress.errors import UsageError
-from compress.files import cache_folder, check_unchanged, computed_once, sync
+from compress.files import (
+    LARGEST_CORPUS,
+    cache_folder,
+    check_unchanged,
+    computed_once,
+    sync,
+)
 from compress.formats import FORMATS, Format
 from compress.machine import set_threads
 from compress.plan.job import Job, choose_threads, looks_at_inputs
@@ -87,12 +93,23 @@ class Importance:
             )
         if not looks and calibration:
             raise UsageError(f"--calibration has no effect: the solver is {solver}", hint=use)
-        for path in texts_of(recipe) if looks else []:
-            if not path.is_file() and not self.imatrix:
-                what = "is not a file" if path.exists() else "does not exist"
-                raise UsageError(f"{path} {what}", hint="a calibration text: .txt or .jsonl")
-        if self.imatrix and not self.imatrix.is_file():
-            raise UsageError(f"{self.imatrix} does not exist", hint="an imatrix file")
+        for path in texts_of(recipe) if looks and not self.imatrix else []:
+            check_input(path, "a calibration text: .txt or .jsonl")
+        if self.imatrix:
+            check_input(self.imatrix, "an imatrix file")
+
+
+def check_input(path: Path, hint: str) -> None:
+    """Refuse a file that cannot be an input of a build, before it is hashed and read.
+
+    Raises:
+        UsageError: missing, not a regular file, or of more than ``LARGEST_CORPUS`` bytes.
+    """
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UsageError(f"{path} {what}", hint=hint)
+    if (size := path.stat().st_size) > LARGEST_CORPUS:
+        raise UsageError(f"{path} has {size:,} bytes, more than {LARGEST_CORPUS:,}", hint=hint)
 
 
 def imatrix_format() -> Format:
@@ -119,6 +136,7 @@ class CalibrationStep:
         keep: bool = False,
     ) -> None:
         self.job, self._keep = job, keep
+        self._experts = ""  # how many tokens they saw
         self._importance = importance
         self.console, self.threads = console, threads
 
@@ -146,7 +164,12 @@ class CalibrationStep:
         needs = {change.needs for change in self.job.transforms.get(plan.format, ())}
         if not needs_of(self.job.recipe.solver) and not any(needs):
             return None
-        return self._collect(source, self.texts, hessian="hessian" in needs)
+        found = self._collect(source, self.texts, hessian="hessian" in needs)
+        if source.config.experts is not None:
+            from compress.calibration.experts import describe_experts
+
+            self._experts = describe_experts(source.config, found)
+        return found
 
     def for_costs(self, source: Source, tokens: int = 0) -> tuple[Statistics, CalibrationSet, str]:
         """The data to measure a cost table with, for any solver: input statistics of the model,
@@ -194,7 +217,8 @@ class CalibrationStep:
             return []
         seen = f"{self.texts.tokens} tokens of {', '.join(self.texts.sources)}"
         through = " through the quantized blocks before each" if self.propagates else ""
-        return [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
+        lines = [f"Codes chosen by {solver}, calibrated on {seen}{through}"]
+        return [*lines, self._experts] if self._experts else lines
 
     def save_imatrix(self) -> None:
         """``--save-imatrix``: write the common source's input importance as an imatrix file."""

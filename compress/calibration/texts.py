@@ -14,6 +14,7 @@ from typing import Any
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.tokenizer import VOCABULARIES, Tokenizer
 from compress.errors import CheckpointError, UsageError
+from compress.files import read_corpus
 from compress.formats import FORMATS
 
 __all__ = ["BUILTIN", "BUILTIN_PATHS", "CalibrationSet"]
@@ -152,7 +153,7 @@ def read_words(path: Path, missing: str, empty: str) -> str:
         UsageError: missing, not UTF-8, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_corpus(path)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint=missing) from error
     except OSError as error:

@@ -144,7 +144,7 @@ class Listener:
     Args:
         config: the model.
         windows: token ids, all of the same length.
-        hessian: also the means of ``x xᵀ``.
+        hessian: also the means of ``x xᵀ``; it may change between inputs.
         roles: of the inputs to record (``calibration.statistics.input_roles``); all where empty.
     """
 
@@ -156,8 +156,8 @@ class Listener:
         hessian: bool,
         roles: Collection[str] = (),
     ) -> None:
-        self._config, self._hessian, self._roles = config, hessian, roles
-        self._every = spacing(windows)
+        self._config, self.hessian, self._roles = config, hessian, roles
+        self.every = spacing(windows)
         self._sums: dict[str, Accumulator] = {}
 
     def key(self, name: str) -> str | None:
@@ -165,7 +165,7 @@ class Listener:
         key, role = input_of(self._config, name), split_name(name)[1]
         if (
             key is None
-            or key.rpartition(".")[2] != role
+            or not f".{key}".endswith(f".{role}")
             or (self._roles and role not in self._roles)
         ):
             return None
@@ -184,9 +184,9 @@ class Listener:
         if key is None:
             return
         if key not in self._sums:
-            self._sums[key] = Accumulator(x.shape[1], hessian=self._hessian)
+            self._sums[key] = Accumulator(x.shape[1], hessian=self.hessian)
         beside = floats.pop(0) if floats is not None else None
-        held = position % self._every == self._every - 1
+        held = position % self.every == self.every - 1
         self._sums[key].add(x, hold_back=held, beside=beside)
 
     def remember(self, name: str, x: Tensor, seen: list[Tensor]) -> None:
@@ -228,7 +228,7 @@ def walk(
         progress: ``progress(done, total)`` in windows times blocks.
 
     Yields the statistics of each stored block by input name, last those of ``lm_head``; only of
-    blocks after the boundary.
+    blocks after the boundary. Those of experts come one expert at a time.
     """
     import torch
 
@@ -249,9 +249,21 @@ def walk(
     progress(first * len(windows), total)  # the texts are embedded
     for index in range(first, config.num_hidden_layers):
         if index > first and stored_block(config, index) == index:
-            yield listener.finish()
+            if config.experts is None:
+                yield listener.finish()
             if boundary:
                 boundary.keep(index, states)
+        if config.experts is not None:
+            from compress.calibration.experts import experts_walk
+
+            def report(share: float, index: int = index) -> None:
+                progress(int((index + share) * len(windows)), total)
+
+            yield from experts_walk(
+                config, index, read, states, rope, listener,
+                hessian=hessian, work=work, progress=report,
+            )  # fmt: skip
+            continue
         block = Block(config, index, read)
         for position in range(len(windows)):
             record = partial(listener.record, position=position)
@@ -259,7 +271,8 @@ def walk(
             progress(index * len(windows) + position + 1, total)
         del block
     if first < config.num_hidden_layers:
-        yield listener.finish()
+        if config.experts is None:
+            yield listener.finish()
         if boundary:
             boundary.keep(config.num_hidden_layers, states)
     normed = final_norm(config, read)

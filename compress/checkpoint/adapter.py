@@ -125,9 +125,10 @@ class Adapter:
         folder = Path(os.path.expanduser(name))
         if folder.is_dir():
             return cls(folder, folder.resolve().name, weight=weight)
-        name, _, revision = name.partition("@")
         hub_id, linked = page_of(name) or (name, "")
-        revision = revision or linked
+        revision = linked
+        if not linked and not is_url(hub_id):  # in a URL, what is before the @ is a secret
+            hub_id, _, revision = hub_id.partition("@")
         looks_local = hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1
         if is_url(hub_id) or looks_local or folder.exists():
             raise UsageError(

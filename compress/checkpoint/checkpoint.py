@@ -68,6 +68,7 @@ class Checkpoint:
         path: the folder.
         source: a Hub id, a URL without secrets, or the folder's name, as given by the user.
         revision: commit of a Hub checkpoint, or ``""``.
+        hub_id: the Hub's name of the model, or ``""``: a folder's name is not one.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or empty.
         tensors: name → TensorInfo, of all shards.
@@ -92,7 +93,7 @@ class Checkpoint:
     ) -> None:
         self.path, self.remote = path, remote
         self.source = without_secrets(source) or path.resolve().name
-        self.revision = revision
+        self.revision, self.hub_id = revision, source if revision else ""
         self.warnings: list[str] = [remote.notice] if remote and remote.notice else []
         check_folder(path)
         before = stamps(path.iterdir())
@@ -245,6 +246,8 @@ class Checkpoint:
             path = PurePosixPath(shard)
             if path.is_absolute() or path.name in ("", "..") or ".." in path.parts:
                 raise CheckpointError(f"{index.name} points outside the folder: {short(shard)}")
+            if any(part.startswith(".") for part in path.parts):  # ``check_folder`` skips them
+                raise CheckpointError(f"{index.name} names a hidden file: {short(shard)}")
             for above in list(path.parents)[-2::-1]:  # folders of the checkpoint, not itself
                 check_folder(self.path / above, within=self.path)
             if not ((self.path / shard).is_file() or shard in elsewhere):
@@ -381,7 +384,10 @@ class Stored:
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
                 window = slice(part.start + first, part.start + last)
-                if part.transposed:
+                if part.expert is not None:
+                    one = slice(part.expert, part.expert + 1)
+                    pieces.append(self.checkpoint.read(part.source, one)[0, window])
+                elif part.transposed:
                     pieces.append(self.checkpoint.read(part.source)[:, window].T)
                 else:
                     pieces.append(self.checkpoint.read(part.source, window))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from logging import ERROR
 from pathlib import Path
+from urllib.parse import unquote
 
 from compress.checkpoint.not_a_checkpoint import explain_folder, read_config
 from compress.decoder.config_json import json_or_empty
@@ -26,7 +27,10 @@ from compress.machine import change_setting
 # The files that a build needs, without other formats in the same repository
 # (consolidated.safetensors, onnx/, original/, GGUF files). Small files come first: a model that
 # packlight does not support is refused before its gigabytes are downloaded.
-SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE*")
+SMALL_FILES = (
+    "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "README.md", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
 # The only subfolder that is read.
 CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
@@ -167,16 +171,20 @@ def page_of(name: str) -> tuple[str, str] | None:
         return match[1], match[2] or ""
     mirror = re.sub("^https?://", "", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
     hosts = "|".join(map(re.escape, filter(None, ("huggingface.co", "hf.co", mirror))))
-    match = re.match(rf"(?:https?://)?(?:www\.)?(?:{hosts})/([^?#]*)", name)
+    match = re.match(
+        rf"(?:(?:https?|ssh|git)://)?(?:[^/@\s]*@)?(?:www\.)?(?:{hosts})[/:]([^?#]*)", name
+    )
     if match is None:
         return None
-    path: str = match[1]
+    path = unquote(match[1])
     owner, model, *rest = [*path.strip("/").split("/"), ""]
     if not model or owner in ("datasets", "spaces", "collections", "papers", "docs", "blog"):
         said = without_secrets(name)
         raise UsageError(f"{said} is not the page of a model", hint="give a Hub id: OWNER/MODEL")
     revision = rest[1] if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve", "raw") else ""
-    return f"{owner}/{model}", revision
+    if revision == "refs":  # refs/pr/1
+        revision = "/".join(rest[1:4])
+    return f"{owner}/{model.removesuffix('.git')}", revision
 
 
 def weight_files(folder: Path, single: str) -> list[str]:
@@ -207,3 +215,18 @@ def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}", "check --revision"
     return one_line(error), "check the name, --revision and --token (or HF_TOKEN)"
+
+
+def check_hub_id(text: str) -> str:
+    """The option's text.
+
+    Raises:
+        UsageError: not a model's name on the Hub.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) or len(text) > 96:
+        raise UsageError(
+            f"--hub-id {text!r} is not the name of a model on the Hub",
+            hint="as in huggingface.co/microsoft/Phi-3-mini-4k-instruct: "
+            "--hub-id microsoft/Phi-3-mini-4k-instruct",
+        )
+    return text

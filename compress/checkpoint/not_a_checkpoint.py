@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.decoder.config_json import json_or_empty, read_json, short
 from compress.errors import CheckpointError, PacklightError, UsageError
+from compress.files import open_plain
 
 __all__ = ["explain_folder", "not_a_weight", "other_file", "read_config"]
 
 
+UNFINISHED = (".incomplete", ".aria2", ".part", ".partial", ".crdownload", ".download")
 # Files that trainers write beside weights.
 OTHERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
@@ -48,10 +50,25 @@ def explain_folder(
         listed: names of all files at the folder's origin.
     """
     name = name or str(folder)
-    there = folder.iterdir() if folder.is_dir() else ()
-    files = sorted({*(file.name for file in there if file.is_file()), *listed})
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    graphs = [f"onnx/{graph.name}" for graph in folder.glob("onnx/*.onnx")]
+    files = sorted({*(file.name for file in there if file.is_file()), *graphs, *listed})
     if any(re.match(r"adapter_(config\.json|model\.)", file) for file in files):
         return adapter_error(name, json_or_empty(folder / "adapter_config.json"))
+    if {"report.json", "plan.json"} <= set(files):
+        return CheckpointError(
+            f"{name} is a build of packlight: quantized weights, not a checkpoint",
+            hint="give the checkpoint that it was made from; packlight verify FOLDER --baseline "
+            "MODEL runs it",
+        )
+    package = any(path.suffix == ".mlpackage" for path in (folder, *there))
+    if package or "model_index.json" in files:
+        what = "a Core ML package" if package else "a pipeline of diffusers"
+        return CheckpointError(f"{name} is {what}, not a language model's checkpoint")
+    if parts := [file for file in files if file.endswith(UNFINISHED)]:
+        return CheckpointError(
+            otherwise.message, hint=f"{short(parts[0])} is an unfinished download: finish it"
+        )
     configured = (folder / "config.json").is_file()
     if not configured and "params.json" in files:
         return CheckpointError(
@@ -68,7 +85,18 @@ def explain_folder(
         found = [file for file in files if re.search(pattern, file)]
         if found and explain:
             return explain(name, found)
+    if inside := folders_inside(there):
+        last = short(inside[-1].relative_to(folder).as_posix())
+        return CheckpointError(otherwise.message, hint=f"it holds a checkpoint's folder: {last}")
     return otherwise
+
+
+def folders_inside(there: Iterable[Path]) -> list[Path]:
+    """Folders with a ``config.json`` inside those of a Trainer (``checkpoint-500``), of the Hub's
+    cache (``snapshots/COMMIT``) or of the user; of numbered ones the last is last."""
+    below = [inner for path in there if path.name == "snapshots" for inner in path.glob("*")]
+    found = [path for path in (*there, *below) if (path / "config.json").is_file()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def pickle_error(name: str, files: Sequence[str]) -> PacklightError:
@@ -130,8 +158,11 @@ def gguf_error(what: str) -> PacklightError:
 
 def other_file(path: Path) -> PacklightError:
     """The error for a single file given as MODEL."""
-    with path.open("rb") as stream:
-        head = stream.read(9)
+    try:
+        with open_plain(path) as stream:
+            head = stream.read(9)
+    except OSError as error:
+        return UsageError(f"{path} cannot be read: {error.strerror}")
     folder = path.parent
     if head[:4] == b"GGUF":
         return gguf_error(str(path))

@@ -66,17 +66,33 @@ class PickleShards:
         try:
             # mmap: tensors stay on disk until touched. Files older than torch 1.6 are no zips
             # and cannot be mapped.
-            state = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
+            zipped = zipfile.is_zipfile(file)
+            if zipped:
+                check_stored(file)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{file.name} holds more than weights, and unpickling code is never run",
                 hint="convert it to safetensors where you trust it",
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{file.name} cannot be read: damaged or truncated") from error
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{file.name} holds no table of tensors")
         self._last = (file, state)
         return state
+
+
+def check_stored(file: Path) -> None:
+    """Refuse an archive with compressed entries, a few of whose bytes can become gigabytes.
+
+    Raises:
+        CheckpointError: it is not one of ``torch.save``, which stores all entries as they are.
+        zipfile.BadZipFile: damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(
+                f"{file.name} is compressed, and could become of any size",
+                hint="save it again with torch.save, or as safetensors",
+            )

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from compress import __version__
 from compress.checkpoint.hub import failure
 from compress.checkpoint.remote import version_tag
-from compress.errors import CheckpointError, one_line
+from compress.errors import CheckpointError, PacklightError, one_line
 
 __all__ = ["HubFile", "Interrupted", "RemoteFile", "StoreFile", "Traffic"]
 
@@ -306,7 +306,9 @@ class StoreFile(RemoteFile):
             self.changed("it is gone")
         except (ValueError, NotImplementedError):  # fsspec's HTTP file system, without ranges
             self.without_ranges()
-        except OSError as error:
+        except PacklightError:
+            raise
+        except Exception as error:  # clients of stores have exceptions of their own
             raise Interrupted(one_line(error)) from None
         if size != self.size:
             self.changed(f"{self.size:,} bytes, now {size:,}")

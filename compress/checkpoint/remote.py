@@ -21,6 +21,7 @@ from compress.decoder.families import find_family
 from compress.errors import (
     CheckpointError,
     DiskFullError,
+    PacklightError,
     UsageError,
     is_disk_full,
     one_line,
@@ -49,7 +50,29 @@ def open_url(url: str) -> tuple[Any, str]:
             page = "/".join(named[:2])
             hint = f"of a page of the Hub give the Hub id: {page or 'OWNER/MODEL'} instead"
         raise UsageError(f"{url}: {one_line(error)}", hint=hint) from error
+    except Exception as error:  # of what a chained URL opens: a damaged archive, a folder
+        raise UsageError(f"{url} cannot be opened: {one_line(error)}") from error
     return fs, root.rstrip("/")
+
+
+@contextmanager
+def at_store(what: str, kind: type[PacklightError] = CheckpointError) -> Iterator[None]:
+    """Convert what the clients of stores raise, many of which have exceptions of their own.
+
+    Raises:
+        kind: ``cannot WHAT``, with the client's reason.
+        DiskFullError: the disk is full.
+    """
+    try:
+        yield
+    except PacklightError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise DiskFullError(f"no room left to {what}") from error
+        raise kind(
+            f"cannot {what}: {one_line(error)}", hint="check the URL and its credentials"
+        ) from error
 
 
 def fingerprint_text(text: str) -> str:
@@ -65,13 +88,9 @@ def find(pattern: str) -> list[str]:
         UsageError: see ``open_url``.
     """
     fs, root = open_url(pattern)
-    try:
+    with at_store(f"list {pattern}"):
         fs.invalidate_cache()
         found = [path for path in fs.glob(root) if fs.isfile(f"{path}/config.json")]
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot list {pattern}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
     return [str(fs.unstrip_protocol(path)) for path in sorted(found)]
 
 
@@ -130,15 +149,8 @@ def folder_of(url: str, root: str, cache: Path) -> Path:
 def copying(url: str, folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, and convert errors of the store and of the disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(folder.parent / ".lock"):
-            yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFullError(f"no room left to fetch {url}") from error
-        raise CheckpointError(
-            f"cannot fetch {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
+    with at_store(f"fetch {url}"), file_lock(folder.parent / ".lock"):
+        yield
 
 
 def copy_small(url: str, fs: Any, found: dict[str, Any], folder: Path) -> None:
@@ -165,12 +177,8 @@ def fingerprint(url: str) -> str:
         UsageError: see ``open_url``.
     """
     fs, root = open_url(url)
-    try:
+    with at_store(f"list {url}"):
         rows = sorted((name, version_tag(row)) for name, row in listing(fs, root).items())
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot list {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
     return fingerprint_text(json.dumps(rows))
 
 
@@ -219,24 +227,21 @@ def write_text(url: str, name: str, text: str) -> None:
         UsageError: cannot be written; the reason in one line.
     """
     fs, root = open_url(url)
-    try:
+    with at_store(f"write to {url}", UsageError):
         fs.makedirs(root, exist_ok=True)
         fs.pipe_file(f"{root}/{name}", text.encode())
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
 
 
 def read_text(url: str, name: str) -> str | None:
     """A small UTF-8 file of a folder behind a URL, or None where there is none.
 
     Raises:
-        UsageError: see ``open_url``.
+        UsageError: not readable; or see ``open_url``.
     """
     fs, root = open_url(url)
-    fs.invalidate_cache()
-    try:
-        return bytes(fs.cat_file(f"{root}/{name}")).decode("utf-8")
-    except FileNotFoundError:
-        return None
+    with at_store(f"read {name} at {url}", UsageError):
+        fs.invalidate_cache()
+        try:
+            return bytes(fs.cat_file(f"{root}/{name}")).decode("utf-8")
+        except FileNotFoundError:
+            return None

@@ -29,6 +29,7 @@ __all__ = [
     "BYTES",
     "TensorInfo",
     "check_finite",
+    "header_rows",
     "read_range",
     "round_to",
     "scan_safetensors",
@@ -94,7 +95,7 @@ def scan_safetensors(
             raise CheckpointError(
                 f"{file.name} has a header of {length:,} bytes, more than {MAX_HEADER:,}"
             )
-        rows = _header_rows(file, stream.read(length))
+        rows = header_rows(file, stream.read(length))
     start = 8 + length
     tensors = {}
     for name, dtype, shape, begin, end in rows:
@@ -212,7 +213,7 @@ def _read_into(
     finite.append(fine)
 
 
-def _header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+def header_rows(file: Path, header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
     """Name, dtype, shape, first and last byte of each tensor of a safetensors header."""
     try:
         entries = json.loads(header)

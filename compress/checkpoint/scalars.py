@@ -110,6 +110,7 @@ class ScalarsFolded(Change):
         """The factor of a weight and of its bias."""
         raw, scalars = self.source.config, self._scalars
         factor = 1.0
+        _, _, role = role.rpartition(".")  # of each expert
         scaled = "q_norm" if self.config.qk_norm else "q_proj"
         if role == scaled and "attention" in scalars and raw.attention_scale is not None:
             factor *= raw.attention_scale * raw.head_dim**0.5

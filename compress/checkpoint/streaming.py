@@ -22,11 +22,11 @@ from typing import Any
 from compress.checkpoint.blocks import BLOCK, MOST, BlockCache, cut
 from compress.checkpoint.hub import WEIGHTS, download, weight_files
 from compress.checkpoint.ranges import HubFile, RemoteFile, StoreFile, Traffic
-from compress.checkpoint.remote import fetch_small, is_copied
+from compress.checkpoint.remote import at_store, fetch_small, is_copied
 from compress.checkpoint.safetensors import TensorInfo, scan_safetensors
 from compress.console import format_bytes
 from compress.decoder.config_json import json_or_empty
-from compress.errors import CheckpointError, one_line, without_secrets
+from compress.errors import CheckpointError, without_secrets
 from compress.files import cache_folder
 
 __all__ = ["RemoteShards", "find_hub", "find_url"]
@@ -253,12 +253,8 @@ def find_url(url: str, cache: Path, *, fetch: str, headers: bool) -> Found | Non
     def find(name: str) -> RemoteFile | None:
         return StoreFile(name, source, fs, found[name]["name"], traffic) if name in found else None
 
-    try:
+    with at_store(f"fetch {url}"):
         shards = find_all(names, find)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot fetch {url}: {one_line(error)}", hint="check the URL and its credentials"
-        ) from error
     return decide(fetch, headers, path, url, shards)
 
 

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
               help="Also write the pruned model as a Hugging Face checkpoint.")  # fmt: skip
 @click.option("--allow-dense", is_flag=True,
               help="Allow sparsity in formats that store zeros like other weights.")  # fmt: skip
+@click.option("--force", is_flag=True,
+              help="Build palettes of few bits whose codes are chosen without calibration, which "
+                   "are refused otherwise.")  # fmt: skip
 @eval_option
 @gate_option
 @click.option("--budget", default="", metavar="SIZE",
@@ -79,6 +82,9 @@ if TYPE_CHECKING:
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
               help="Positions of the KV cache for memory figures and budgets.")  # fmt: skip
+@click.option("--hub-id", default="", metavar="ID",
+              help="Name of a local model on the Hub, for apps: swift-transformers gets the "
+                   "tokenizer by it.")  # fmt: skip
 @regression_options
 @threads_option
 @max_memory_option

@@ -50,8 +50,8 @@ def inspect(target: str, **options: Any) -> int:
 def fit(target: str, device: str | None, memory: str | None, **options: Any) -> int:
     """Estimate memory and maximum speed on phones; runs nothing.
 
-    Memory is the sum of weights, KV cache and an allowance for activations; the speed is the
-    upper bound given by memory bandwidth. Exit code 1 if nothing fits.
+    Memory is the sum of weights, KV cache and an allowance for activations; the speeds are the
+    upper bound given by memory bandwidth, and what is likely. Exit code 1 if nothing fits.
     """
     from compress.commands.inspection import print_fit
     from compress.plan.fit import fit_rows

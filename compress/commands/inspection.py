@@ -74,13 +74,17 @@ def print_fit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         cells = [
             [
                 row["device"],
-                format_bytes(row["limit_bytes"]).split(" (")[0],
+                format_bytes(row["limit_bytes"]).split(" (")[0]
+                + ("" if row.get("limits_measured", True) else " ~"),
                 str(row["largest_context"]),
                 f"{row['tokens_per_second_bound']}" if "tokens_per_second_bound" in row else "-",
+                " to ".join(f"{s:.0f}" for s in row.get("tokens_per_second_realistic", ())) or "-",
                 row["verdict"],
             ]
             for row in mine
         ]
-        headers = ["device", "limit", "context that fits", "tokens/s at most", "verdict"]
+        headers = ["device", "limit", "context that fits", "tokens/s at most", "likely", "verdict"]
         console.table(headers, cells)
+        if not all(row.get("limits_measured", True) for row in mine):
+            console.data("~ estimated: measured on another device of the same memory, or on none")
         console.data("")

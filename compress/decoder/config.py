@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 
 from compress.decoder.config_json import short, token_ids
 from compress.decoder.families import FAMILIES, describe, find_family
-from compress.decoder.grammar import AttentionKind
+from compress.decoder.grammar import ATTENTION, GATED, AttentionKind, Experts, expert_roles
 from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
-from compress.errors import CheckpointError, UnsupportedModelError
+from compress.errors import CheckpointError, UnsupportedModelError, one_line
 
 if TYPE_CHECKING:
     from compress.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["FUSED", "AttentionKind", "DecoderConfig", "Part", "Rope", "WeightMap", "split_name"]
+__all__ = [
+    "FUSED", "AttentionKind", "DecoderConfig", "Experts", "Part", "Rope", "WeightMap", "split_name",
+]  # fmt: skip
 
 Float32 = NDArray[np.float32]
 
@@ -71,6 +73,7 @@ class DecoderConfig:
         max_context: positions up to which artifacts are exported and verified (``longrope``:
             the original context; else ``max_position_embeddings``).
         block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
+        experts: the mixture of experts in place of every block's MLP, or None.
         raw: the ``config.json`` as read.
     """
 
@@ -119,6 +122,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     logit_scale: float = 1.0
     scalars: frozenset[str] = frozenset()
+    experts: Experts | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -147,6 +151,10 @@ class DecoderConfig:
         except (KeyError, ValueError) as error:
             what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"config.json: {what}") from error
+        except (ArithmeticError, AttributeError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"config.json: a value is impossible: {one_line(error)}"
+            ) from error
         expected = FAMILIES[family].activation
         if config.activation != expected:
             raise UnsupportedModelError(
@@ -158,8 +166,9 @@ class DecoderConfig:
     @property
     def linear_roles(self) -> tuple[str, ...]:
         """Roles of a block's linears, unfused, in order of execution."""
-        mlp = ("gate_proj", "up_proj", "down_proj") if self.gated_mlp else ("up_proj", "down_proj")
-        return ("q_proj", "k_proj", "v_proj", "o_proj", *mlp)
+        if self.experts is not None:
+            return expert_roles(self.experts)
+        return (*ATTENTION, *(GATED if self.gated_mlp else GATED[1:]))
 
     @property
     def norm_roles(self) -> tuple[str, ...]:
@@ -180,9 +189,20 @@ class DecoderConfig:
         return self.norm_bias and (role == "norm" or role in self.norms)
 
     def weight_shape(self, role: str) -> tuple[int, ...]:
-        """``[rows, columns]`` of a linear or embedding, ``[n]`` of a norm."""
+        """``[rows, columns]`` of a linear or embedding, ``[n]`` of a norm; of all experts together
+        (``experts.up_proj``) ``[experts, rows, columns]``."""
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         hidden, ffn, head = self.hidden_size, self.intermediate_size, self.head_dim
+        if self.experts is not None:
+            mixture = {"router": (self.experts.count, hidden), "shared_gate": (1, hidden)}
+            if role in mixture:
+                return mixture[role]
+            group, _, role = role.rpartition(".")
+            ffn = self.experts.shared_width if group == "shared" else self.experts.width
+            if group == "experts":
+                shape = (2 * ffn, hidden) if role == "gate_up_proj" else (ffn, hidden)
+                shape = (hidden, ffn) if role == "down_proj" else shape
+                return (self.experts.count, *shape)
         return {
             "embed_tokens": (self.vocab_size, hidden),
             "embed_positions": (self.learned_positions, hidden),
@@ -218,12 +238,14 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start:stop`` of the tensor ``source`` on disk, or columns where it is transposed."""
+    """Rows ``start:stop`` of the tensor ``source`` on disk, or columns where it is transposed; of
+    the matrix of one expert where it has those of all, ``[experts, rows, columns]``."""
 
     source: str
     start: int
     stop: int
     transposed: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +254,9 @@ class WeightMap:
 
     Packlight's names: ``embed_tokens.weight``, ``norm.weight``, ``lm_head.weight`` and, per block,
     ``blocks.{i}.{role}.weight``; biases end in ``.bias``. A fused role (``qkv_proj``,
-    ``gate_up_proj``) and its parts are both available, however the checkpoint stores them.
+    ``gate_up_proj``) and its parts are both available, however the checkpoint stores them. With
+    experts there are the roles ``router``, ``experts.{e}.up_proj``, ``shared.up_proj`` and
+    ``shared_gate``.
     """
 
     config: DecoderConfig
@@ -249,10 +273,14 @@ class WeightMap:
         Args:
             tied_head: also ``lm_head.weight`` where it is the embedding.
             repeats: also the blocks that repeat the stored block before them (MobileLLM-LS).
-            fused: the roles of ``FUSED`` to yield instead of their parts.
+            fused: the roles of ``FUSED`` to yield instead of their parts; ``experts``: a name
+                for each matrix of all experts together (``blocks.3.experts.up_proj.weight``).
         """
         c = self.config
-        whole = {part: role for role in fused for part in FUSED[role]}
+        whole = {part: role for role in fused for part in FUSED.get(role, ())}
+        if c.experts is not None and "experts" in fused:
+            for e in range(c.experts.count):
+                whole |= {f"experts.{e}.{last}": f"experts.{last}" for last in GATED}
         linears = dict.fromkeys(whole.get(role, role) for role in c.linear_roles)
         roles = [(role, c.has_bias(role)) for role in (*c.norm_roles, *linears)]
         yield "embed_tokens.weight"
@@ -288,6 +316,8 @@ class WeightMap:
             role = "embed_tokens"
         family = FAMILIES[self.config.family]
         rows, disk = self.config.weight_shape(role)[0], family.names
+        if "." in role:
+            return self._of_experts(block, role, kind)
         stored, first, pieces = 0 if block is None else block // self.config.block_repeat, 0, [role]
         if role not in disk or role in family.by_group:
             whole = [f for f, members in FUSED.items() if role in (f, *members) and f in disk]
@@ -311,6 +341,19 @@ class WeightMap:
             parts.append(Part(source, first, first + rows, transposed))
         return tuple(parts)
 
+    def _of_experts(self, block: int | None, role: str, kind: str) -> tuple[Part, ...]:
+        """``parts`` of ``experts.5.up_proj`` or ``shared.up_proj``: in a tensor of its own, or in
+        one with the gate's rows first; of one expert or of all."""
+        group, _, last = role.rpartition(".")
+        group, _, expert = group.partition(".")
+        disk, rows = FAMILIES[self.config.family].names, self.config.weight_shape(role)[0]
+        own, first = disk.get(f"{group}.{last}"), 0
+        if own is None:
+            own, first = disk[f"{group}.gate_up_proj"], rows if last == "up_proj" else 0
+        source = f"{own.format(i=block, e=expert)}.{kind}"
+        axis = int(expert) if expert and "{e}" not in own else None
+        return (Part(source, first, first + rows, expert=axis),)
+
     def _by_group(self, role: str, source: str) -> Iterator[Part]:
         """Parts of a tensor with the rows of each key-value head together: its query heads, its
         key, its value (gpt_neox: a group of one; falcon)."""
@@ -330,6 +373,11 @@ class WeightMap:
             columns = self.shape(name)[1:]
             for part in self.parts(name):
                 known = tensors.get(part.source, (0, 0))[-1 if part.transposed else 0]
+                if part.expert is not None and self.config.experts is not None:
+                    known = tensors.get(part.source, (0, 0))[1]
+                    rows = max(part.stop, known)
+                    tensors[part.source] = (self.config.experts.count, rows, *columns)
+                    continue
                 rows = max(part.stop, known)
                 tensors[part.source] = (*columns, rows) if part.transposed else (rows, *columns)
         return tensors
@@ -373,10 +421,11 @@ class WeightMap:
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:
-    """``blocks.3.q_proj.weight`` → ``(3, "q_proj", "weight")``; ``norm.weight`` → ``(None, …)``."""
+    """``blocks.3.q_proj.weight`` → ``(3, "q_proj", "weight")``; ``norm.weight`` → ``(None, …)``;
+    of an expert ``(3, "experts.17.up_proj", "weight")``."""
     *stem, kind = name.split(".")
     if stem[0] == "blocks":
-        return int(stem[1]), stem[2], kind
+        return int(stem[1]), ".".join(stem[2:]), kind
     return None, stem[0], kind
 
 
@@ -386,7 +435,8 @@ def stored_block(config: DecoderConfig, block: int) -> int:
 
 
 def input_roles(config: DecoderConfig) -> dict[str, str]:
-    """Role of a linear, fused or not → role that names its input."""
+    """Role of a linear, fused or not, and without an expert's number → role that names its
+    input. A router has none: it stays float."""
     mlp = "gate_proj" if config.gated_mlp else "up_proj"
     if config.parallel_residual and "post_attention_layernorm" not in config.norms:
         mlp = "q_proj"

@@ -26,8 +26,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, not JSON, or not an object.
     """
+    data = b""
     try:
-        value = json.loads(read_bounded(file).decode("utf-8"))
+        data = read_bounded(file)
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file.name} is missing in {file.parent}",
@@ -36,10 +38,18 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         io = error.strerror if isinstance(error, OSError) else None
         what = f"not valid JSON, {error}" if isinstance(error, ValueError) else io or error
-        raise CheckpointError(f"{file.name} cannot be read: {what}") from error
+        raise CheckpointError(f"{file.name} cannot be read: {what}", instead(data)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.name} is not a JSON object")
     return value
+
+
+def instead(data: bytes) -> str:
+    """A hint for what often is in the place of a JSON file; empty for anything else."""
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: run git lfs pull"
+    page = data[:100].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+    return "it is a web page: download the file itself" if page else ""
 
 
 def json_or_empty(file: Path) -> dict[str, Any]:

@@ -138,6 +138,12 @@ class Block:
             branch = self._norm("mlp_post_norm", branch, c.branch_eps)
         return attended + (branch if c.residual_scale == 1.0 else branch * c.residual_scale)
 
+    def run(
+        self, states: Sequence[Tensor], rope: RopeTables, on_input: OnInput | None = None
+    ) -> list[Tensor]:
+        """Run many sequences, ``[n, hidden]`` each."""
+        return [self(hidden, rope, on_input=on_input) for hidden in states]
+
     def _linear(self, role: str, x: Tensor, on_input: OnInput | None) -> Tensor:
         if on_input is not None:
             on_input(f"{self._stem}{role}.weight", x)
@@ -245,7 +251,12 @@ class Decoder:
         """Block ``index`` with its weights read."""
         if index in self._blocks:
             return self._blocks[index]
-        block = Block(self.config, index, self._read)
+        if self.config.experts is not None:
+            from compress.decoder.experts import ExpertBlock
+
+            block: Block = ExpertBlock(self.config, index, self._read, resident=self.resident)
+        else:
+            block = Block(self.config, index, self._read)
         if self.resident:
             self._blocks[index] = block
         return block
@@ -330,7 +341,7 @@ class Decoder:
         yield states
         for index in range(self.config.num_hidden_layers):
             block = self.block(index)
-            states = [block(hidden, rope, on_input=on_input) for hidden in states]
+            states = block.run(states, rope, on_input)
             del block
             yield states
 
@@ -369,6 +380,8 @@ class Decoder:
         one window each."""
         room = int(available_memory() * STATES_SHARE)
         longest = max([1, *map(len, windows)])
+        if self.config.experts is not None:  # the stream, its norm, the experts' sum
+            room //= 4
         count = max(room // (4 * self.config.hidden_size * longest), 1)
         return [windows[start : start + count] for start in range(0, len(windows), count)]
 

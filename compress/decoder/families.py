@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.decoder.config_json import Config, flag, number, short, token_ids, whole
 from compress.decoder.dense_families import DENSE
+from compress.decoder.expert_families import EXPERTS
 from compress.decoder.family import (
     LLAMA_NAMES,
     MOST_LAYERS,
@@ -182,6 +183,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(QWEN3_NAMES, _qwen3, "qwen3", "Qwen3ForCausalLM", head_dim=128),
     "mobilellm": Family(LLAMA_NAMES, _mobilellm, "llama", "LlamaForCausalLM"),
     **DENSE,
+    **EXPERTS,
 }
 
 ARCHITECTURES: dict[str, str] = {
@@ -192,7 +194,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MobileLLMForCausalLM": "mobilellm",
-    **{row.architecture: name for name, row in DENSE.items()},
+    **{row.architecture: name for name, row in (DENSE | EXPERTS).items()},
 }
 
 
@@ -224,7 +226,7 @@ def find_family(config: Config) -> str:
                 hint=supported,
             )
         raise UnsupportedModelError(f"unknown architecture: {label}", hint=supported)
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or config.get("quantization")  # MLX
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UnsupportedModelError(

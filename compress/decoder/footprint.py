@@ -20,6 +20,14 @@ from compress.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from compress.plan.shapes import PlanEntry
 
+# Of memory bandwidth that decoding reaches, and seconds of a step beside reading, at least and at
+# most: an iPhone 17 Pro took 5.5 to 8.9 ms for 0.6 billion parameters, of which its bandwidth
+# explains 4.4, and 33.8 for 3.8 billion (27), by github.com/john-rocky/apple-silicon-llm-bench.
+EFFICIENCY = 0.85
+STEP_SECONDS = (0.001, 0.004)
+
+LIMITS = ("app_limit", "entitled")
+
 # Prompt tokens that are computed at a time: llama.cpp's n_ubatch.
 PREFILL = 512
 
@@ -42,6 +50,7 @@ class Footprint:
         read_per_token: weights (one row of the embedding, not all) and KV cache that one
             generated token reads at ``context``.
         context: positions.
+        whole_prompt: see ``activation_bytes``.
     """
 
     weights: int
@@ -49,13 +58,16 @@ class Footprint:
     activations: int
     read_per_token: int
     context: int
+    whole_prompt: bool = False
 
     @property
     def total(self) -> int:
         return self.weights + self.kv_cache + self.activations
 
 
-def activation_bytes(config: DecoderConfig, context: int, chunk: int = PREFILL) -> int:
+def activation_bytes(
+    config: DecoderConfig, context: int, chunk: int = PREFILL, *, whole_prompt: bool = False
+) -> int:
     """Allowance for the runtime: tokenizer, logits of one position, and the buffer of a chunk.
 
     Against the peaks measured in llama.cpp for eight models from 6 million to 8 billion weights
@@ -68,8 +80,11 @@ def activation_bytes(config: DecoderConfig, context: int, chunk: int = PREFILL) 
         config: the model.
         context: positions in the cache.
         chunk: prompt tokens that are computed at a time.
+        whole_prompt: instead, a prompt of ``context`` ids is given in one call (``prompt_bytes``).
     """
     fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
+    if whole_prompt:
+        return fixed + prompt_bytes(config, context)
     return fixed + chunk_bytes(config, min(chunk, context), context)
 
 
@@ -84,7 +99,24 @@ def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
     """
     wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
     values = wide * config.intermediate_size + narrow * config.hidden_size
+    if config.experts is not None:  # a row for each chosen expert
+        chosen, width = config.experts.chosen, config.experts.width
+        values = chosen * (wide * width + config.hidden_size) + narrow * config.hidden_size
     return tokens * (4 * values + 2 * context)
+
+
+def prompt_bytes(config: DecoderConfig, tokens: int) -> int:
+    """Core ML's buffers for a prompt of ``tokens`` ids in one call; estimated, not measured.
+
+    In float16: the values of ``chunk_bytes``, the mask, the logits of every position, which the
+    program returns, and keys and values repeated for each query head where heads share them.
+    Attention scores are not among them: a fused kernel does not store them.
+    """
+    wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
+    values = wide * config.intermediate_size + narrow * config.hidden_size
+    if config.num_key_value_heads < config.num_attention_heads:
+        values += 2 * config.num_attention_heads * config.head_dim
+    return 2 * tokens * (values + tokens + config.vocab_size)
 
 
 def footprint(
@@ -93,6 +125,8 @@ def footprint(
     embedding_bytes: int,
     context: int,
     bytes_per_kv_value: int = 2,
+    *,
+    whole_prompt: bool = False,
 ) -> Footprint:
     """The memory of a running model, and the bytes that one token reads.
 
@@ -102,27 +136,39 @@ def footprint(
         embedding_bytes: of ``embed_tokens`` among them when it is not also the head, else 0.
         context: positions in the cache.
         bytes_per_kv_value: 2 for float16 caches.
+        whole_prompt: see ``activation_bytes``.
     """
     cache = context * config.kv_cache_bytes_per_token(bytes_per_kv_value)
     return Footprint(
         weights=weights_bytes,
         kv_cache=cache,
-        activations=activation_bytes(config, context),
+        activations=activation_bytes(config, context, whole_prompt=whole_prompt),
         read_per_token=weights_bytes - embedding_bytes + cache,
         context=context,
+        whole_prompt=whole_prompt,
     )
 
 
 def embedding_bytes(config: DecoderConfig, entries: Sequence[PlanEntry]) -> int:
-    """Bytes of the embedding table, of which decoding reads one row: 0 when it is also the head."""
+    """Bytes that decoding a token does not read: the embedding table's, of which it reads one row,
+    unless it is also the head; and those of the experts that are not chosen."""
+    unread = 0
+    if config.experts is not None:
+        experts = sum(entry.nbytes for entry in entries if ".experts." in entry.name)
+        unread = experts * (config.experts.count - config.experts.chosen) // config.experts.count
     if config.tie_word_embeddings:
-        return 0
-    return sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
+        return unread
+    return unread + sum(entry.nbytes for entry in entries if entry.name == "embed_tokens.weight")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One row of ``devices.yaml``; bytes and bytes per second."""
+    """One row of ``devices.yaml``; bytes and bytes per second.
+
+    Attributes:
+        estimated: names of values that nobody has measured on this device.
+        source: of the limits.
+    """
 
     name: str
     label: str
@@ -132,28 +178,37 @@ class Device:
     entitled: int
     bandwidth: int
     estimated: tuple[str, ...]
+    source: str
+
+    @property
+    def limits_measured(self) -> bool:
+        """Whether the limits were measured on this very device."""
+        return "app_limit" not in self.estimated
 
 
 def devices() -> dict[str, Device]:
     """The table of devices, from package data."""
     import yaml
 
-    rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
+    tables: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
         (files("compress.decoder") / "devices.yaml").read_text(encoding="utf-8")
     )
-    return {
-        name: Device(
+    found = {}
+    for name, row in tables["devices"].items():
+        limits = tables["limits"][row["limits"]]
+        measured = "app_limit" in row or name in limits["measured"]
+        found[name] = Device(
             name=name,
             label=row["label"],
             chip=row["chip"],
             memory=parse_bytes(row["memory"]),
-            app_limit=parse_bytes(row["app_limit"]),
-            entitled=parse_bytes(row["entitled"]),
+            app_limit=parse_bytes(row.get("app_limit", limits["app_limit"])),
+            entitled=parse_bytes(row.get("entitled", limits["entitled"])),
             bandwidth=parse_bytes(row["bandwidth"]),
-            estimated=tuple(row.get("estimated", ())),
+            estimated=(*(() if measured else LIMITS), *row.get("estimated", ())),
+            source=limits["source"],
         )
-        for name, row in rows.items()
-    }
+    return found
 
 
 def get_device(name: str) -> Device:
@@ -180,12 +235,20 @@ def tokens_per_second(need: Footprint, device: Device) -> float:
     return device.bandwidth / need.read_per_token
 
 
+def realistic_tokens_per_second(need: Footprint, device: Device) -> tuple[float, float]:
+    """Decode speed to expect, from and to: reading at ``EFFICIENCY`` and ``STEP_SECONDS``."""
+    reading = need.read_per_token / (EFFICIENCY * device.bandwidth)
+    fastest, slowest = STEP_SECONDS
+    return 1 / (reading + slowest), 1 / (reading + fastest)
+
+
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
     """The largest context whose weights, KV cache and activations fit in ``memory`` bytes."""
     per_token = need.kv_cache // max(need.context, 1)
 
     def total(context: int) -> int:
-        return need.weights + context * per_token + activation_bytes(config, context)
+        activations = activation_bytes(config, context, whole_prompt=need.whole_prompt)
+        return need.weights + context * per_token + activations
 
     # It grows with the context: the last one that does not exceed the memory.
     return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

@@ -19,3 +19,38 @@ class AttentionKind:
     rope: int | None = 0
     window: int | None = None
     normed: bool = True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that is every block's MLP: a linear router without a bias scores the
+    experts of each token, and the outputs of the best are added, each times its probability.
+
+    Attributes:
+        count: of a block's experts.
+        chosen: of them, for each token.
+        width: of an expert's MLP, which is gated.
+        renormalize: the chosen ones' probabilities are divided by their sum. The same as a softmax
+            over the chosen ones alone (granitemoe).
+        shared_width: of one more MLP, which every token passes; 0 for none.
+        shared_gate: its output is multiplied by the sigmoid of one more linear (qwen2_moe).
+    """
+
+    count: int
+    chosen: int
+    width: int
+    renormalize: bool = True
+    shared_width: int = 0
+    shared_gate: bool = False
+
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def expert_roles(experts: Experts) -> tuple[str, ...]:
+    """``DecoderConfig.linear_roles`` of a block with a mixture of experts."""
+    roles = [*ATTENTION, "router"]
+    roles += ["shared_gate"] * experts.shared_gate
+    roles += [f"shared.{last}" for last in GATED if experts.shared_width]
+    return (*roles, *(f"experts.{e}.{last}" for e in range(experts.count) for last in GATED))

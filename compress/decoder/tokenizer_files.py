@@ -9,14 +9,16 @@ from __future__ import annotations
 import base64
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compress.decoder.config_json import json_or_empty, read_json
+from compress.decoder.config_json import json_or_empty, read_json, short
 from compress.errors import CheckpointError
+from compress.files import is_inside
 
 MOST_IDS = 1 << 24  # real vocabularies have up to a million
 MOST_GROWTH = 1 << 10  # bytes of text for one given byte; real tokenizers up to about a hundred
@@ -24,17 +26,21 @@ TOKEN_KEYS = {
     "__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special",
 }  # fmt: skip
 TOKEN_LISTS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+# Settings that transformers' classes open as files, relative to the current folder, such as
+# vocab_file; and those of such a name that nothing opens.
+PATHS = re.compile(r".*(file|path|spm|vocab|inputs|kwargs).*")
+NO_PATHS = ("special_tokens_map_file", "name_or_path")
 
 
 def check_files(folder: Path) -> bool:
-    """Check the vocabulary's ids and the steps before it.
+    """Check the vocabulary's ids, the steps before it, and the files that settings name.
 
     Returns:
         Whether a token has keys that the library would print.
 
     Raises:
-        CheckpointError: no JSON, an id beyond ``MOST_IDS``, or steps that make more of a text than
-            ``MOST_GROWTH``.
+        CheckpointError: no JSON, an id beyond ``MOST_IDS``, steps that make more of a text than
+            ``MOST_GROWTH``, merges that are left out at random, or a file outside the folder.
     """
     name = "tokenizer.json" if (folder / "tokenizer.json").exists() else "vocab.json"
     document = read_json(folder / name) if (folder / name).exists() else {}
@@ -56,12 +62,35 @@ def check_files(folder: Path) -> bool:
             f"{name} replaces text by longer text so often that {MOST_GROWTH:,} bytes and more "
             "become of one"
         )
-    others = ("tokenizer_config.json", "special_tokens_map.json")
-    given = [
-        tokens,
-        *(found for other in others for found in stated(json_or_empty(folder / other))),
-    ]
+    dropout = model.get("dropout") if isinstance(model, dict) and name != "vocab.json" else None
+    if dropout:
+        raise CheckpointError(
+            f"{name} leaves out merges at random (dropout {short(dropout)}): no text has the same "
+            "ids twice",
+            hint="that is for training: set dropout to null",
+        )
+    settings = json_or_empty(folder / "tokenizer_config.json")
+    for key, path in files_named(settings):
+        if os.path.exists(path) and not is_inside(os.path.realpath(folder), path):
+            raise CheckpointError(
+                f"tokenizer_config.json: {short(key)} is {short(path)}, a file outside of the "
+                "checkpoint",
+                hint="it would be read and published; remove the key",
+            )
+    others = [settings, json_or_empty(folder / "special_tokens_map.json")]
+    given = [tokens, *(found for other in others for found in stated(other))]
     return any(map(has_odd_token, given))
+
+
+def files_named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and value of the settings that may be paths of files."""
+    for key, value in settings.items():
+        if not PATHS.fullmatch(key) or key in NO_PATHS:
+            continue
+        inside = value.values() if isinstance(value, dict) else value
+        for path in inside if isinstance(value, dict | list) else [value]:
+            if isinstance(path, str) and "\0" not in path:
+                yield key, path
 
 
 def stated(settings: Mapping[str, Any]) -> Iterator[Any]:

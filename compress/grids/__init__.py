@@ -311,6 +311,7 @@ GRIDS: dict[str, str | Callable[[str], Grid]] = {
     r"IQ3_(?:S|XXS)": "compress.grids.codebook",
     r"MXFP4": "compress.grids.mxfp4",
     r"int[248]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
+    r"affine[234568]-g(?:32|64|128)(?:-bf16)?": "compress.grids.biased",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",
     r"(?:\d+of\d+|s\d+)-(?:int[48]-.+|lut\d-.+|F16)": "compress.grids.sparse",
 }

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from compress.console import Console
 from compress.errors import ArtifactError, UsageError
+from compress.files import open_plain, read_bounded
 from compress.machine import worker_threads
 
 __all__ = [
@@ -74,7 +75,7 @@ class Findings:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits; reads it in pieces."""
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -158,7 +159,7 @@ def read_checksums(file: Path) -> dict[str, str]:
         ArtifactError: see ``parse_checksums``.
     """
     try:
-        return parse_checksums(file.read_bytes(), str(file))
+        return parse_checksums(read_bounded(file), str(file))
     except OSError as error:
         raise UsageError(
             f"{file}: {error.strerror}", hint="--checksums takes the folder of a build"

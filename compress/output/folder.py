@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,11 +34,12 @@ from compress.errors import (
     is_disk_full,
 )
 from compress.files import file_lock, full_disk, real_path, write_whole
-from compress.output.checksums import NAME, read_checksums, unlisted
+from compress.output.checksums import NAME, read_checksums, sha256_of, unlisted
 from compress.plan import weights
 
 STATE, NEW, OLD = "state", "new", "old"
 RECORD = "build.json"
+CARD = "README.md"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -50,6 +52,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             of the current folder or a mount point, which cannot be replaced; or a foreign
             ``OUTPUT.partial``.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):  # a Path has one slash of s3://
+        raise UsageError(
+            f"the output {output} is a URL: a build writes a folder of this machine",
+            hint="packlight batch copies its jobs' folders to a URL",
+        )
     place = real_path(output)
     if Path.cwd().is_relative_to(place):
         raise UsageError(
@@ -77,7 +84,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{output} exists", hint="--overwrite, or another --output")
-    if not all((place / name).is_file() for name in ("plan.json", NAME)):
+    made = json_or_empty(place / "plan.json").get("tool")
+    ours = isinstance(made, dict) and made.get("name") == "packlight"
+    if not ours or not (place / NAME).is_file():
         raise UsageError(
             f"{output} was not made by packlight, so it is not overwritten",
             hint="choose another --output",
@@ -90,9 +99,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def find_foreign_file(folder: Path) -> str:
-    """The first file of a build's folder that its ``SHA256SUMS`` does not list, or ``""``."""
+    """The first file of a build's folder that its ``SHA256SUMS`` does not list, or a changed model
+    card; ``""`` for none."""
     try:
-        return next(iter(unlisted(folder, read_checksums(folder / NAME))), "")
+        listed = read_checksums(folder / NAME)
+        found = next(iter(unlisted(folder, listed)), "")
+        card = folder / CARD  # people write in it, and the rest is hashed by `verify --checksums`
+        if not found and CARD in listed and card.is_file() and sha256_of(card) != listed[CARD]:
+            return f"a {CARD} that was changed"
+        return found
     except ArtifactError:
         return f"a {NAME} that is damaged"
 

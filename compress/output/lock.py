@@ -90,7 +90,9 @@ def lock_document(
         small: total size in bytes up to which files are always hashed.
     """
     files = checkpoint.files()
-    linked = [] if thorough else [path for path in files if path.is_symlink()]
+    # Of a local folder anybody may have made the links, and the names of what they lead to.
+    believed = bool(checkpoint.revision) and not thorough
+    linked = [path for path in files if believed and path.is_symlink()]
     digests = {path: hub_digest(path) if path in linked else None for path in files}
     unknown = [path for path, digest in digests.items() if digest is None]
     total = sum(path.stat().st_size for path in unknown)
@@ -105,7 +107,12 @@ def lock_document(
     for path in inputs:
         count = sum(name.partition("#")[0] == path.name for name in named)
         named[f"{path.name}#{count + 1}" if count else path.name] = path
-    hashes = {path.name: digest for path, digest in digests.items() if digest}
+    home = checkpoint.path  # shards may lie in folders of it
+    hashes = {
+        path.relative_to(home).as_posix() if home in path.parents else path.name: digest
+        for path, digest in digests.items()
+        if digest
+    }
     if checkpoint.remote:
         shards = checkpoint.remote.digests(thorough, progress, small)
         known = known and None not in shards.values()

@@ -16,6 +16,7 @@ from compress.files import check_place, check_unchanged
 from compress.output.folder import check_disk, check_output, work_folder
 from compress.plan.job import Job, read_license
 from compress.pruning.step import RECORD
+from compress.report.words import sentence
 
 __all__ = ["check_save", "save_checkpoint", "save_pruned"]
 
@@ -83,7 +84,7 @@ def card(job: Job) -> str:
     steps = json.dumps(job.source.config.raw[RECORD], indent=2)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
-        f"# Pruned: {job.checkpoint.source}\n\n"
+        f"# Pruned: {sentence(job.checkpoint.source)}\n\n"
         f"Without {what}: {after:,} of {before:,} parameters. {trained} "
         f"`config.json` has the record under `{RECORD}`:\n\n```json\n{steps}\n```\n"
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from compress.console import Console, format_bytes
 from compress.errors import ArtifactError, PublishError, UsageError, one_line, without_secrets
+from compress.files import read_bounded
 from compress.formats import hub_path
 from compress.output.checksums import NAME, checksum_line, files_in, read_checksums, refuse_links
 
@@ -187,7 +188,7 @@ def card_text(settings: PushSettings, report: Report) -> bytes:
     if settings.card is None:
         return model_card(report, settings.repo_id).encode()
     try:
-        return settings.card.read_bytes()
+        return read_bounded(settings.card)
     except OSError as error:
         raise UsageError(f"--card {settings.card}: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.console import format_bytes
+from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError
 from compress.formats import get_format
 from compress.plan.job import describe_model, find_artifacts
@@ -35,6 +36,15 @@ def describe(target: str | Path, hub: Mapping[str, Any]) -> list[dict[str, Any]]
     return [describe_checkpoint(Checkpoint.open(str(target), headers=True, **hub))]
 
 
+def described_experts(config: DecoderConfig) -> dict[str, str]:
+    """A line on the mixture of experts, if there is one."""
+    e = config.experts
+    if e is None:
+        return {}
+    shared = f", and one of width {e.shared_width} for every token" if e.shared_width else ""
+    return {"experts": f"{e.count} of width {e.width}, {e.chosen} for each token{shared}"}
+
+
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint with the keys that exporters use for artifacts."""
     config = describe_model(checkpoint)
@@ -47,6 +57,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "heads": f"{config.num_attention_heads} ({config.num_key_value_heads} for keys and values)",
         "head size": config.head_dim,
         "feed-forward size": config.intermediate_size,
+        **described_experts(config),
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "exported up to": config.max_context,

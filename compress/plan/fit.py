@@ -17,6 +17,7 @@ from compress.decoder.footprint import (
     get_device,
     judge,
     largest_context,
+    realistic_tokens_per_second,
     tokens_per_second,
 )
 from compress.errors import UsageError
@@ -88,7 +89,12 @@ def planned_needs(
     for plan in job.plans:
         embedding = embedding_bytes(job.shape, plan.entries)
         need = footprint(
-            job.shape, plan.weights_bytes, embedding, job.context, plan.kv_bytes_per_value
+            job.shape,
+            plan.weights_bytes,
+            embedding,
+            job.context,
+            plan.kv_bytes_per_value,
+            whole_prompt=get_format(plan.format).whole_prompt,
         )
         needs.append((f"{plan.format} {plan.type_name}", job.shape, need))
     return needs
@@ -115,7 +121,14 @@ def artifact_needs(
         # Some runtimes allocate the cache for the number of positions given at build time.
         room = min(config.max_context, facts["context"] or config.max_context)
         positions = context or min(DEFAULT_CONTEXT, room)
-        need = footprint(config, weights, table, positions, facts["kv_bytes_per_value"])
+        need = footprint(
+            config,
+            weights,
+            table,
+            positions,
+            facts["kv_bytes_per_value"],
+            whole_prompt=get_format(name).whole_prompt,
+        )
         label = name if path.name == name else f"{name} {path.name}"  # a folder of that name
         needs.append((label, config, need))
     return needs
@@ -154,5 +167,10 @@ def device_row(label: str, config: DecoderConfig, need: Footprint, row: Device) 
         "app_limit_bytes": row.app_limit,
         "verdict": judge(need, row),
         "tokens_per_second_bound": round(tokens_per_second(need, row), 1),
+        "tokens_per_second_realistic": [
+            round(speed, 1) for speed in realistic_tokens_per_second(need, row)
+        ],
         "estimated": list(row.estimated),
+        "limits_measured": row.limits_measured,
+        "limits_source": row.source,
     }

@@ -25,6 +25,7 @@ from compress.errors import (
 )
 from compress.files import read_bounded
 from compress.formats import FORMATS, get_format
+from compress.grids import get_grid
 from compress.machine import available_cpus
 from compress.plan.cut import Cut, plan_cut
 from compress.plan.shapes import Artifact, Plan, PlanEntry, PlanRequest, mix_name
@@ -146,6 +147,8 @@ def prepare(
         PacklightError: the build is impossible.
     """
     config = describe_model(checkpoint)
+    if config.experts is not None:
+        check_experts(recipe)
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
     rows, ends = config.vocab_size, config.eos_token_ids
@@ -169,6 +172,27 @@ def prepare(
     source = Stored(checkpoint, config)
     positions = context or min(DEFAULT_CONTEXT, config.max_context)
     return Job(source, config, recipe, plans, positions, command, transforms, cut)
+
+
+def check_experts(recipe: Recipe) -> None:
+    """Refuse what is not supported for a mixture of experts.
+
+    Raises:
+        UnsupportedModelError: with the setting's name.
+    """
+    settings = {
+        "prune": recipe.prunes,
+        "quantize.fold": recipe.folds,
+        "budget": bool(recipe.budget),
+        "calibration.propagate": recipe.calibration.propagate == "quantized",
+        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
+    }
+    for name, used in settings.items():
+        if used:
+            raise UnsupportedModelError(
+                f"{name} is not supported for mixtures of experts",
+                hint="leave it out: rtn, scale_search and gptq are supported",
+            )
 
 
 def tokenizer_of(checkpoint: Checkpoint, recipe: Recipe) -> TokenizerFacts | None:
@@ -251,6 +275,24 @@ def looks_at_inputs(recipe: Recipe) -> bool:
     methods = {method_of(settings) for settings in recipe.targets.values()}
     masks = bool(methods & set(MASK_NEEDS))
     return bool(needs_of(recipe.solver)) or recipe.prunes or bool(recipe.budget) or masks
+
+
+def check_palettes(job: Job) -> None:
+    """Refuse palettes of up to four bits where the solver uses no input statistics: rows that share
+    one have no scale for a channel with large inputs. (Six bits on SmolLM2-135M: KL 0.022.)
+
+    Raises:
+        UsageError: a plan has a palette.
+    """
+    for plan in job.plans:
+        for entry in plan.entries:
+            grid = get_grid(entry.grid) if len(entry.shape) == 2 else None
+            if grid and grid.group_rows != 1 and grid.bits <= 4:
+                raise UsageError(
+                    f"{plan.format}: {entry.grid} by {job.recipe.solver}, without calibration, "
+                    "spoils a real model (SmolLM2-135M: KL divergence 2.8, by gptq 0.16)",
+                    hint="--set quantize.solver=gptq, or -r small-4bit; --force builds it anyway",
+                )
 
 
 def window_length(config: DecoderConfig, plans: Sequence[Plan], wanted: int) -> int:

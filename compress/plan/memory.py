@@ -7,6 +7,8 @@ Runtimes that verify an artifact run in processes of their own and are not bound
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compress.console import Console, format_bytes
 from compress.decoder.config import DecoderConfig, hessian_spans, input_roles
 from compress.errors import UsageError
@@ -67,15 +69,20 @@ def smallest_memory(job: Job, *, verify: bool, writes: bool = True, measures: bo
         needs.append(alone + WAITING * (len(job.plans) - 1))
     # A block's linears in float32, and one of them at the checkpoint's dtype; and a token's
     # activations inside a block, float32.
-    sizes = [rows * columns for rows, columns in map(config.weight_shape, config.linear_roles)]
+    # Of the experts one matrix is in memory at a time.
+    one = "experts.0.down_proj"
+    roles = [r for r in config.linear_roles if not r.startswith("experts.") or r == one]
+    sizes = [rows * columns for rows, columns in map(config.weight_shape, roles)]
     block = 4 * sum(sizes) + 2 * max(sizes)
-    heads = config.num_attention_heads * config.head_dim
-    token = 4 * (3 * config.intermediate_size + 4 * heads + 4 * config.hidden_size)
+    heads, width = config.num_attention_heads * config.head_dim, config.intermediate_size
+    if config.experts is not None:
+        width = max(config.experts.width, config.experts.shared_width)
+    token = 4 * (3 * width + 4 * heads + 4 * config.hidden_size)
     if writes and (measures or looks_at_inputs(recipe)):
         length = min(recipe.calibration.sequence_length, config.max_context)
         masks = {MASK_NEEDS.get(method_of(plan.settings) or "") for plan in job.plans}
         hessian = needs_of(recipe.solver) == "hessian" or recipe.folds or "hessian" in masks
-        inputs, widest = hessian_bytes(config)
+        inputs, widest = hessian_bytes(config, roles)
         held = inputs if hessian else 0
         if recipe.calibration.propagate == "quantized" and needs_of(recipe.solver):
             held = 2 * inputs + block // 2  # drifts, codes
@@ -95,9 +102,14 @@ def embedding_bytes(config: DecoderConfig) -> int:
     return 6 * config.vocab_size * config.hidden_size
 
 
-def hessian_bytes(config: DecoderConfig) -> tuple[int, int]:
-    """Bytes of the Hessians of all inputs of a block, and of the widest diagonal block, float32."""
-    inputs = {input_roles(config)[role]: role for role in config.linear_roles}
+def hessian_bytes(config: DecoderConfig, roles: Sequence[str]) -> tuple[int, int]:
+    """Bytes of the Hessians of all inputs of some linears, and of the widest diagonal block,
+    float32."""
+    leaders, inputs = input_roles(config), {}
+    for role in roles:
+        group, dot, last = role.rpartition(".")
+        if last in leaders:  # a router has none
+            inputs[f"{group}{dot}{leaders[last]}"] = role
     columns = [config.weight_shape(role)[1] for role in inputs.values()]
     spans = [4 * (s.stop - s.start) ** 2 for width in columns for s in hessian_spans(width)]
     return sum(spans), max(spans)

@@ -160,6 +160,17 @@ def fitting_grid(asked: str, shape: tuple[int, int]) -> str:
     return asked
 
 
+def value_bits(config: DecoderConfig, bits: int) -> int:
+    """Bits of ``v_proj`` where the recipe names none: 8 instead of ``bits`` where several query
+    heads share a value head.
+
+    The matrix is small there, and all of them have its error. SmolLM2-135M (9 query heads, 3 of
+    keys and values; weights moved off the grid of their source), int4-g32: 0.10 more bits per
+    weight take a quarter off the KL divergence (0.269, 0.201).
+    """
+    return max(bits, 8) if config.num_key_value_heads < config.num_attention_heads else bits
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A written artifact.

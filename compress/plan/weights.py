@@ -218,14 +218,18 @@ class Ledger(dict[str, Row]):
             self._append({"synced": True})
             self._unsynced, self._synced_at = None, time.monotonic()
 
-    def cut(self, file: Path) -> bool:
+    def cut(self, file: Path, end: int | None = None) -> bool:
         """Truncate a file to the end of its last finished tensor.
+
+        Args:
+            end: where that is, of a writer with several files.
 
         Returns:
             False where the file must be written from its start: nothing is finished, or it is
             shorter than the ledger says; then the ledger is emptied.
         """
-        end = max((row["end"] for row in self.values()), default=0)
+        if end is None:
+            end = max((row["end"] for row in self.values()), default=0)
         if end and file.is_file() and file.stat().st_size >= end:
             os.truncate(file, end)
             return True

@@ -15,6 +15,8 @@ import yaml
 
 import recipes
 from compress.errors import RecipeError, UsageError, did_you_mean, one_line
+from compress.files import read_bounded
+from compress.formats import FORMATS
 
 if TYPE_CHECKING:
     from compress.recipe.model import Recipe as Recipe
@@ -144,12 +146,14 @@ def load(
         source: ``phone-4bit``, ``./mine.yaml``, or a recipe.
         overrides: ``targets.gguf.type=Q5_K_M`` …; values are YAML.
         formats: use only these targets; one that the recipe lacks is added with its defaults.
+            Without them a shipped recipe has no target whose runtime is an extra.
 
     Raises:
         RecipeError: not found, not YAML, or not valid; the message names the key's path.
     """
     from compress.recipe.model import Recipe
 
+    shipped = str(source) in recipes.names()
     if isinstance(source, Recipe):
         document, source = source.model_dump(by_alias=True, exclude_none=True), source.name
     else:
@@ -157,8 +161,9 @@ def load(
         document = parse(read(source), source)
     targets = document.setdefault("targets", {}) if isinstance(document, dict) else {}
     chosen = list(formats)
-    if chosen and isinstance(targets, dict):
-        document["targets"] = {name: targets.get(name) or {} for name in chosen}
+    if isinstance(targets, dict) and (chosen or shipped):
+        own = [name for name in targets if name not in FORMATS or not FORMATS[name].extra]
+        document["targets"] = {name: targets.get(name) or {} for name in chosen or own}
     for override in overrides:
         apply_override(document, override)
         if chosen and (left_out := set(document.get("targets") or ()) - set(chosen)):
@@ -181,7 +186,7 @@ def read(source: str) -> str:
             hint=did_you_mean(source, recipes.names(), "shipped"),
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"{source} cannot be read: {why}") from error

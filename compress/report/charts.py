@@ -30,6 +30,14 @@ ROLES = [  # rows of the depth picture, in order of execution
     "up_proj",
     "gate_up_proj",
     "down_proj",
+    "router",
+    "shared.gate_proj",
+    "shared.up_proj",
+    "shared.down_proj",
+    "experts.gate_proj",
+    "experts.up_proj",
+    "experts.gate_up_proj",
+    "experts.down_proj",
     "lm_head",
 ]
 CHARACTER = 8.8  # width to allow for a character; phones show text at 14.5 units

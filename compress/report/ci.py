@@ -59,9 +59,10 @@ class CiFiles:
 
     def check(self, output: Path | None = None) -> None:
         """Refuse paths that cannot be written (``compress.files.check_place``)."""
-        for option, path in (("--junit", self.junit), ("--summary", self.summary)):
-            if path is not None:
-                check_place(option, path, output)
+        if self.junit is not None:
+            check_place("--junit", self.junit, output, begins=b"<")
+        if self.summary is not None:
+            check_place("--summary", self.summary, output)
 
     def write(self, report: Report) -> None:
         """Write the files for one report, whatever the verdict."""

@@ -178,6 +178,11 @@ def describe_artifact(
             f"Run by the {verified.resources.runtime}, not by the device's own runtime: quality is "
             "the file's, speed and memory are not a device's."
         )
+    if verified and "decoded weights" in verified.resources.runtime:
+        notes.append(
+            f"Run by {verified.resources.runtime}: quality is of the file's weights, speed and "
+            "memory are not a device's."
+        )
     notes += verified.remarks if verified else ()
     if verified and verified.stopped != ALL:
         notes.append(f"Scored on {verified.quality.windows} windows of text: {verified.stopped}.")

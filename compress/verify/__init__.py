@@ -24,7 +24,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -43,6 +43,7 @@ from compress.verify.generate import (
     Generation,
     check_generation,
 )
+from compress.verify.parity import POSITIONS, vectors
 from compress.verify.quality import Quality, TokenScores
 from compress.verify.resources import (
     DECODE_TOKENS,
@@ -75,6 +76,7 @@ class Verified:
         token_ids: of the texts in ``agreement.TEXTS_FILE``, by the tokenizer in the file; None
             without one.
         agreement: of its tokenizer with the checkpoint's; None without a tokenizer.
+        parity: some of its logits (``compress.verify.parity``), of a format for apps.
     """
 
     quality: Quality
@@ -84,6 +86,7 @@ class Verified:
     token_ids: Ids | None = None
     agreement: Agreement | None = None
     stopped: str = ALL
+    parity: Mapping[str, Any] | None = None
     remarks: tuple[str, ...] = ()
 
 
@@ -157,9 +160,9 @@ def verify_artifact(
         raise ArtifactError(f"{path.name} ({format}): the child gave no result: {error}") from error
     finally:
         scores.unlink(missing_ok=True)
-    ids = found.get("token_ids")
+    ids, parity = found.get("token_ids"), found.get("parity")
     remarks = tuple(found.get("remarks", ()))
-    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, remarks)
+    return Verified(summary, used, generation, judged, ids, None, rounds.stopped, parity, remarks)
 
 
 class Rounds:
@@ -222,6 +225,7 @@ def examine(
     scoring_threads: int = 0,
     seconds: float = SECONDS,
     every: float = EVERY,
+    parity: bool = False,
 ) -> None:
     """Run in the child: load an artifact, measure it, and score every token and task choice.
 
@@ -240,6 +244,7 @@ def examine(
         scoring_threads: of the rounds, where the runtime has ``use_threads``; 0: as opened.
         seconds: time after which no further speed measurement starts.
         every: least seconds between two progress events.
+        parity: also emit ``parity``, some of the logits.
     """
     requests = tasks.load_requests(baseline.folder)
     asked = tasks.lengths(requests)
@@ -253,7 +258,7 @@ def examine(
     emit({"stage": "loading"})
     with turn(baseline.folder, alone=True):
         runtime, used = measure(
-            lambda: Observed(open_runtime(), lambda: events.emit({})),
+            lambda: Observed(open_runtime(), lambda: events.emit({}), POSITIONS * parity),
             prompt,
             decoded,
             seconds=seconds,
@@ -267,6 +272,8 @@ def examine(
             use_threads(scoring_threads)
         with turn(baseline.folder):
             sample = check_generation(runtime, sample_prompt, generated)
+        if first := getattr(runtime, "first", None):
+            emit({"parity": vectors(runtime.name, *first)})
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows), initial=0))
         done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
@@ -307,10 +314,15 @@ class Throttled:
 
 
 class Observed:
-    """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``."""
+    """Wraps a runtime and calls ``seen()`` when it is loaded and after each ``feed``.
 
-    def __init__(self, runtime: Runtime, seen: Callable[[], None]) -> None:
-        self._runtime, self._seen = runtime, seen
+    Attributes:
+        first: tokens of the first ``logits`` and its first ``rows`` rows; None with ``rows`` 0.
+    """
+
+    def __init__(self, runtime: Runtime, seen: Callable[[], None], rows: int = 0) -> None:
+        self._runtime, self._seen, self._rows = runtime, seen, rows
+        self.first: tuple[Sequence[int], Float32] | None = None
         seen()
 
     @property
@@ -335,7 +347,10 @@ class Observed:
         return getattr(self._runtime, "use_threads", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
-        return self._runtime.logits(tokens)
+        found = self._runtime.logits(tokens)
+        if self._rows and self.first is None:
+            self.first = tokens, found[: self._rows].copy()
+        return found
 
     def reset(self) -> None:
         self._runtime.reset()

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from compress.plan.shapes import Runtime
 
+Opened = TypeVar("Opened", bound=Runtime)
 STATUS = Path("/proc/self/status")
 PREFILL_TOKENS = 128  # of a prefill measurement, at most half the context
 DECODE_TOKENS = 8  # of a decode measurement
@@ -71,13 +73,13 @@ class Resources:
 
 
 def measure(
-    open_runtime: Callable[[], Runtime],
+    open_runtime: Callable[[], Opened],
     prompt: Sequence[int],
     decode_tokens: int,
     *,
     repeats: int = REPEATS,
     seconds: float = SECONDS,
-) -> tuple[Runtime, Resources]:
+) -> tuple[Opened, Resources]:
     """Load an artifact in this process, run it, and measure memory, time and speed.
 
     Args:

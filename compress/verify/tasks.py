@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from compress.decoder.tokenizer import Tokenizer
 from compress.errors import UsageError
+from compress.files import read_corpus
 from compress.verify.baseline import Float32, Float64, chunks, log_softmax
 from compress.verify.quality import Estimate, cluster_mean
 
@@ -102,7 +103,7 @@ def read_task(path: Path) -> Task:
         UsageError: missing, not UTF-8, empty, or a line that is no item.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_corpus(path, "utf-8-sig")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint="--task takes a .jsonl file") from error
     except (OSError, UnicodeDecodeError) as error:

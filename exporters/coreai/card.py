@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from compress.decoder.config_json import json_or_empty
+from compress.errors import RuntimeMissingError
 from compress.formats import Check, Usage
 
 SWIFT = """\
@@ -39,6 +40,18 @@ def is_bundle(folder: Path) -> bool:
     """Whether a folder is the bundle of a language model."""
     file = folder / "metadata.json"
     return file.is_file() and "metadata_version" in json_or_empty(file)
+
+
+def check_runtime() -> None:
+    """Check that coreai-core is here, which writes bundles, too.
+
+    Raises:
+        RuntimeMissingError: it is not.
+    """
+    if find_spec("coreai") is None:
+        raise RuntimeMissingError(
+            "a Core AI bundle needs coreai-core", hint="pip install 'packlight[coreai]'"
+        )
 
 
 def checks() -> list[Check]:

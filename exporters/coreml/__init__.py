@@ -5,6 +5,7 @@
     constants.py  its constants: placeholders, and weight.bin, written slab by slab
     writer.py     the package, streamed; all that is private of coremltools
     runtime.py    Core ML on macOS, the MIL evaluator elsewhere
+    app.py        what an app needs beside it
     card.py       finds packages, and how to run them
     inspection.py describes a package from its own metadata
     evaluator.py  runs a package on any machine; mil*.py, constexpr.py, blobs.py are its parts

@@ -10,9 +10,11 @@ from compress.formats import Check, Usage
 
 USAGE = (
     Usage(
-        "Compile it (or add the package to an Xcode project), and load it with `LanguageModel` of "
-        "[swift-transformers](https://github.com/huggingface/swift-transformers); the tokenizer's "
-        "files lie beside the package. iOS 18 or macOS 15 and later.",
+        "Compile it (or add the package to an Xcode project), and load it with the Swift package "
+        "in `Swift/` beside it, or with `LanguageModel` of "
+        "[swift-transformers](https://github.com/huggingface/swift-transformers); for its "
+        "`tokenizer:`, `AutoTokenizer.from(modelFolder:)` reads the files beside the package. "
+        "iOS 18 or macOS 15 and later.",
         "xcrun coremlcompiler compile {path} .",
         "sh",
         shlex.quote,

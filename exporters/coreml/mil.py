@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import ArtifactError, RuntimeMissingError
+from compress.files import LARGEST_GRAPH, read_bounded
 from compress.grids import Array
 from exporters.coreml.blobs import BITS, DATA_TYPES, Blobs, Packed
 
@@ -148,7 +149,7 @@ def read_package(path: Path) -> Program:
     model_path = _model_file(path)
     model = _proto("Model_pb2").Model()
     try:
-        model.ParseFromString(model_path.read_bytes())
+        model.ParseFromString(read_bounded(model_path, LARGEST_GRAPH))
     except Exception as error:  # DecodeError; its class depends on the protobuf build
         raise ArtifactError(f"{model_path} is not a Core ML model: {error}") from error
     if not model.HasField("mlProgram"):
@@ -175,7 +176,7 @@ def _model_file(package: Path) -> Path:
     if not manifest_path.is_file():
         raise ArtifactError(f"{package} is not an .mlpackage (it has no Manifest.json)")
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bounded(manifest_path).decode("utf-8"))
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
         relative = PurePosixPath(root["path"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:

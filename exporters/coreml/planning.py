@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from compress.checkpoint.scalars import folded_config
@@ -23,6 +24,7 @@ from compress.plan.shapes import (
     fitting_grid,
     mix_name,
     tied_bits,
+    value_bits,
 )
 from exporters.coreml.blobs import BITS
 
@@ -131,7 +133,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Args:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
-            ``grid``; see ``embedding_grid`` where it is the head, too), ``deployment``
+            ``grid``, with the bits of ``tied_bits``), ``value`` (of v_proj;
+            default: as ``grid``, with the bits of ``value_bits``), ``deployment``
             (``iOS18``), ``context`` (slots of the KV cache; default 2048 or what the model
             has), ``sparsity`` of the blocks' linears (``none``).
 
@@ -149,9 +152,15 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     if request.context is not None:
         chosen["context"] = request.context
-    chosen.setdefault("embedding", embedding_grid(config, chosen["grid"]))
+    chosen.setdefault("embedding", with_bits(chosen["grid"], partial(tied_bits, config)))
+    chosen.setdefault("value", with_bits(chosen["grid"], partial(value_bits, config)))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     folded = config.scalars
+    if config.experts is not None:
+        raise UnsupportedModelError(
+            "coreml: experts are not supported: the Neural Engine cannot choose weights by token, "
+            "so that it would have to run all experts for every token",
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
@@ -173,19 +182,17 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     )
 
 
-def embedding_grid(config: DecoderConfig, name: str) -> str:
-    """The embedding's default grid: as the blocks', with the bits of ``tied_bits`` where it is the
-    head, too. Palettes become ``int8-channel``, which the Neural Engine runs as well."""
-    if name not in GRIDS or not config.tie_word_embeddings:
+def with_bits(name: str, wanted: Callable[[int], int]) -> str:
+    """A grid's name with the bits that are wanted instead of its own. Palettes with other bits
+    become ``int8-channel``, which the Neural Engine runs as well."""
+    grid = get_grid(name) if name in GRIDS else None
+    if not isinstance(grid, (Affine, Palette)) or (bits := wanted(grid.bits)) == grid.bits:
         return name
-    grid = get_grid(name)
-    if not isinstance(grid, (Affine, Palette)) or tied_bits(config, grid.bits) == grid.bits:
-        return name
-    return replace(grid, bits=8).name if isinstance(grid, Affine) else "int8-channel"
+    return replace(grid, bits=bits).name if isinstance(grid, Affine) else "int8-channel"
 
 
 def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
-    for key in ("grid", "embedding"):
+    for key in ("grid", "embedding", "value"):
         if settings[key] not in GRIDS:
             raise GridError(
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
@@ -265,7 +272,7 @@ def _entries(
         if name in choices:
             yield _entry(name, checked(name, choices[name], (shape[0], shape[1])), shape)
             continue
-        asked = settings["embedding" if role == "embed_tokens" else "grid"]
+        asked = settings[{"embed_tokens": "embedding", "v_proj": "value"}.get(role, "grid")]
         grid = fitting_grid(asked, (shape[0], shape[1]))
         note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
         if block is not None and prefix:  # not embeddings and head

@@ -31,6 +31,11 @@ class Settings(TargetSettings):
         description="Grid of embed_tokens; default: the same as `grid`, or 8 bits where it is the "
         "head, too, and less than two fifths of the weights.",
     )
+    value: GridName | None = Field(
+        default=None,
+        description="Grid of v_proj; default: the same as `grid`, or 8 bits where several query "
+        "heads share a value head.",
+    )
     deployment: Literal["iOS18"] = Field(
         default="iOS18", description="Oldest system that can load the package."
     )

@@ -40,6 +40,7 @@ from compress.grids import get_grid
 from compress.machine import change_setting, is_own_process
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
+from exporters.app import read_shown
 from exporters.coreml.constants import HEADER, VERSION, Blob, Constants, Layout, stored
 from exporters.coreml.graph import Decoder
 from exporters.coreml.planning import ALIGNMENT, FLOATS, parts
@@ -199,7 +200,8 @@ def build_program(
 
 
 def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
-    """Set the metadata that Xcode shows, and swift-transformers' keys for the tokenizer."""
+    """Set the metadata that Xcode shows, and swift-transformers' keys for the tokenizer: its Hub id
+    only where the model has one."""
     config, context = weights.config, plan.settings["context"]
     floating = DecoderConfig.from_hf(weights.checkpoint.config)  # of the unpruned float model
     described = model.description
@@ -215,10 +217,16 @@ def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
         "stateful KV cache, for iOS 18 and macOS 15"
     )
     details.versionString = __version__
+    shown = read_shown(weights.checkpoint)
+    details.author, details.license = shown.author, shown.license
+    if shown.description:
+        details.shortDescription += f". {shown.description}"
     prefix = "co.huggingface.exporters"
+    # swift-transformers asks the Hub for the tokenizer of `name`: a folder's name makes it fail.
+    if weights.checkpoint.hub_id:
+        details.userDefined[f"{prefix}.name"] = weights.checkpoint.hub_id
     details.userDefined.update(
         {
-            f"{prefix}.name": weights.checkpoint.source,
             f"{prefix}.task": "text-generation",
             f"{prefix}.architecture": config.architecture,
             f"{prefix}.framework": "pytorch",

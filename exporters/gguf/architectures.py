@@ -4,7 +4,7 @@ compared with the float model through llama.cpp (docs/families.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ROPES = frozenset(("pairs",))
 
@@ -17,7 +17,8 @@ class Architecture:
         name: ``general.architecture``.
         own: scalars that the graph multiplies by itself (``compress.checkpoint.scalars``), from a
             key or its code; ``pairs`` where it rotates neighbours. The others are folded.
-        fused: roles that are written as one tensor.
+        fused: roles that are written as one tensor; ``experts``: each matrix of all of them.
+        renormalizes: what its mixture of experts does with the chosen ones' probabilities.
         whole_heads: it rotates whole heads only.
         windows: it has the windows of the family's layers; else files are capped at the window.
         factors: kinds of rope scaling that it reads from tensors.
@@ -29,10 +30,13 @@ class Architecture:
     whole_heads: bool = False
     windows: bool = False
     factors: tuple[str, ...] = ()
+    renormalizes: bool = True
 
 
 _LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
 _QKV = ("qkv_proj",)
+_EXPERTS = ("experts",)
+_GRANITE = ROPES | {"embedding", "residual", "attention", "logits"}
 _GEMMA = frozenset(("embedding",))
 
 # Family → architecture.
@@ -52,12 +56,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("gemma", _GEMMA, whole_heads=True),
     "gemma2": Architecture("gemma2", _GEMMA, whole_heads=True, windows=True),
     "gemma3_text": Architecture("gemma3", _GEMMA, whole_heads=True, windows=True),
-    "granite": Architecture(
-        "granite", ROPES | {"embedding", "residual", "attention", "logits"}, whole_heads=True
-    ),
-    "granitemoehybrid": Architecture(
-        "granite", ROPES | {"embedding", "residual", "attention", "logits"}, whole_heads=True
-    ),
+    "granite": Architecture("granite", _GRANITE, whole_heads=True),
+    "granitemoehybrid": Architecture("granite", _GRANITE, whole_heads=True),
     "smollm3": Architecture("smollm3", ROPES, whole_heads=True),
     "olmo2": Architecture("olmo2", whole_heads=True),
     "olmo3": Architecture("olmo2", whole_heads=True, windows=True),
@@ -76,4 +76,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron": Architecture("nemotron"),
     "arcee": Architecture("arcee", ROPES, whole_heads=True),
     "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
+    "mixtral": replace(_LLAMA, fused=_EXPERTS),
+    "qwen2_moe": Architecture("qwen2moe", fused=_EXPERTS, whole_heads=True, renormalizes=False),
+    "qwen3_moe": Architecture("qwen3moe", fused=_EXPERTS, whole_heads=True),
+    "olmoe": Architecture("olmoe", fused=_EXPERTS, whole_heads=True, renormalizes=False),
+    "granitemoe": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),
+    "granitemoeshared": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),
 }

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from compress.errors import ArtifactError
+from compress.files import open_plain
 
 SHOWN = 8  # entries of a list that are shown
+LARGEST = 64_000_000  # bytes of a header: those of the largest vocabularies have some 20 MB
 STRING, ARRAY, BOOL = 8, 9, 7
 # gguf_metadata_value_type → struct format.
 NUMBERS = {
@@ -67,7 +69,7 @@ def read_head(path: Path) -> tuple[dict[str, Any], list[TensorRow]]:
         ArtifactError: not a GGUF file of version 2 or 3, or a damaged one.
     """
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             return _Head(stream, path.name).read()
     except OSError as error:
         raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error
@@ -131,7 +133,7 @@ class _Head:
     def count(self) -> int:
         """A count of items of at least a byte each: checked against the file's size."""
         count = int(self.number("Q"))
-        if count > self.size:
+        if count > min(self.size, LARGEST) or self.stream.tell() > LARGEST:
             raise self.damaged()
         return count
 

@@ -2,8 +2,9 @@
 
 A GGUF file with ``general.type = imatrix`` and, for each matrix, ``<tensor>.in_sum2`` (sums of the
 squared inputs, float32 ``[1, columns]``) and ``<tensor>.counts`` (tokens, float32 ``[1, 1]``); the
-importance is their quotient. Sources: ``common/imatrix-loader.cpp`` and
-``tools/imatrix/imatrix.cpp`` of llama.cpp; the older ``.dat`` layout is not supported.
+importance is their quotient. A tensor of experts has a row for each. Sources:
+``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama.cpp; the older ``.dat``
+layout is not supported.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
             raise ArtifactError(
                 f"{path.name} has no {target_name(names[0])}", hint="an imatrix of another model?"
             )
-        entry = entries[target_name(stored[0])]
+        entry = entries[target_name(stored[0])][0]
         columns = config.weight_shape(split_name(stored[0])[1])[1]
         if entry.importance.size != columns:
             raise ArtifactError(
@@ -49,6 +50,17 @@ def read_imatrix(path: Path, config: DecoderConfig) -> Statistics:
                 hint="an imatrix of another model?",
             )
         runs.setdefault(key, []).append(entry)
+    for name in expert_names(config):
+        found = entries.get(target_name(name), [])
+        _, role, _ = split_name(name)
+        count, _, columns = config.weight_shape(role)
+        if len(found) != count or found[0].importance.size != columns:
+            raise ArtifactError(
+                f"{path.name} has no {target_name(name)} of {count} experts with {columns} columns",
+                hint="an imatrix of another model?",
+            )
+        for expert, entry in enumerate(found):
+            runs.setdefault(str(input_of(config, of_expert(name, expert))), [entry])
     return Statistics.of(config, {key: pooled(entries) for key, entries in runs.items()})
 
 
@@ -75,6 +87,17 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
         sums = (stats.importance * np.float32(tokens)).reshape(1, -1)
         writer.add_tensor(target_name(name) + SUMS, sums)
         writer.add_tensor(target_name(name) + COUNTS, np.full((1, 1), tokens, np.float32))
+    for name in expert_names(config):
+        each = [
+            statistics.for_weight(of_expert(name, e))
+            for e in range(config.weight_shape(split_name(name)[1])[0])
+        ]
+        if any(stats is None for stats in each):
+            continue
+        counts = np.array([[stats.count] for stats in each if stats], np.float32)
+        means = np.stack([stats.importance for stats in each if stats])
+        writer.add_tensor(target_name(name) + SUMS, means * counts)
+        writer.add_tensor(target_name(name) + COUNTS, counts)
     # llama.cpp requires the number of chunks; everything is written as one chunk.
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", tokens)
@@ -84,8 +107,8 @@ def write_imatrix(path: Path, config: DecoderConfig, statistics: Statistics) -> 
     writer.close()
 
 
-def read_entries(path: Path) -> dict[str, LayerStats]:
-    """GGUF tensor name → count and importance.
+def read_entries(path: Path) -> dict[str, list[LayerStats]]:
+    """GGUF tensor name → count and importance; of experts, one for each.
 
     Raises:
         ArtifactError: missing, not an imatrix file, or damaged.
@@ -110,21 +133,27 @@ def read_entries(path: Path) -> dict[str, LayerStats]:
         for name, tensor in tensors.items():
             if name.endswith(SUMS):
                 stem = name.removesuffix(SUMS)
-                entries[stem] = entry_of(tensor.data, tensors[stem + COUNTS].data)
+                entries[stem] = entries_of(tensor.data, tensors[stem + COUNTS].data)
     return entries
 
 
-def entry_of(sums: Any, counts: Any) -> LayerStats:
-    """The statistics of one matrix of the file.
+def entries_of(sums: Any, counts: Any) -> list[LayerStats]:
+    """The statistics of one matrix of the file, or of each expert's.
 
     Raises:
-        ValueError: experts, no tokens, or invalid sums of squares.
+        ValueError: no tokens, or invalid sums of squares.
     """
-    count = int(np.rint(np.asarray(counts, np.float32).reshape(1)[0]))
-    values = np.asarray(sums, np.float32).reshape(-1)
-    if count < 1 or not np.isfinite(values).all() or values.min() < 0:
+    seen = np.rint(np.asarray(counts, np.float32).reshape(-1))
+    values = np.asarray(sums, np.float32).reshape(len(seen), -1)
+    least = 1 if len(seen) == 1 else 0  # an expert may have seen no token
+    if not np.isfinite(seen).all() or seen.min() < least or seen.max() < 1:
+        raise ValueError("no tokens")
+    if not np.isfinite(values).all() or values.min() < 0:
         raise ValueError("not sums of squares")
-    return LayerStats(count, values / np.float32(count))
+    return [
+        LayerStats(int(count), row / np.float32(max(count, 1)))
+        for count, row in zip(seen, values, strict=True)
+    ]
 
 
 def pooled(runs: Sequence[LayerStats]) -> LayerStats:
@@ -144,6 +173,18 @@ def linear_names(config: DecoderConfig) -> Iterator[str]:
             yield name
     if config.tie_word_embeddings:
         yield "lm_head.weight"
+
+
+def expert_names(config: DecoderConfig) -> list[str]:
+    """Packlight's names of the tensors with the matrices of all experts."""
+    fused = ARCHITECTURES[config.family].fused
+    names = WeightMap(config).names(tied_head=False, fused=fused)
+    return [name for name in names if ".experts." in name]
+
+
+def of_expert(name: str, expert: int) -> str:
+    """The name of one expert's matrix in such a tensor."""
+    return name.replace(".experts.", f".experts.{expert}.")
 
 
 def inputs(config: DecoderConfig) -> dict[tuple[str, int | None], list[str]]:

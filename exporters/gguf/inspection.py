@@ -88,7 +88,8 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
     if not known or not shapes.get("token_embd.weight"):
         return {}
     # Of other graphs only the MLP's kind matters: the keys of these two give the same memory.
-    gated = "blk.0.ffn_gate.weight" in shapes or arch in ("phi3", "glm4", "chatglm")
+    gated = "blk.0.ffn_gate.weight" in shapes or "blk.0.ffn_gate_exps.weight" in shapes
+    gated = gated or arch in ("phi3", "glm4", "chatglm")
     kind = CLASSES.get(arch, CLASSES["llama" if gated else "phi2"])
 
     def size(key: str, default: int = 0) -> int:

@@ -50,6 +50,14 @@ _BLOCK = {
     "up_proj": "ffn_up",
     "gate_up_proj": "ffn_up",  # gate first, then up, in one tensor
     "down_proj": "ffn_down",
+    "router": "ffn_gate_inp",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps",
+    "shared_gate": "ffn_gate_inp_shexp",
+    "shared.gate_proj": "ffn_gate_shexp",
+    "shared.up_proj": "ffn_up_shexp",
+    "shared.down_proj": "ffn_down_shexp",
 }
 
 # Tables that llama.cpp reads as tensors: packlight's name → GGUF name.
@@ -115,7 +123,11 @@ SAMPLING = {
 
 
 def write_general(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, folder: str, name: str, parameters: int
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    folder: str,
+    name: str,
+    parameters: tuple[int, int, int, int],
 ) -> None:
     """Write the ``general.*`` keys: licence, base models, tags, languages, parts of the name.
 
@@ -126,7 +138,8 @@ def write_general(
     Args:
         folder: the model's name.
         name: ``general.name``; see ``display_name``.
-        parameters: of the model, for its size where its name has none.
+        parameters: of the model, for its size where its name has none: of all, of those outside
+            the experts, and of an expert; and the number of experts.
     """
     import gguf
 
@@ -141,14 +154,16 @@ def write_general(
             card[key] = value
     facts = gguf.Metadata.apply_metadata_heuristic(
         gguf.Metadata(), card, {"_name_or_path": card.pop("_name_or_path", None)}, Path(folder),
-        parameters,
+        parameters[0],
     )  # fmt: skip
     facts.name, facts.quantized_by = name, "packlight"
-    facts.size_label = facts.size_label or gguf.size_label(parameters, 0, 0, 0)
+    facts.size_label = facts.size_label or gguf.size_label(*parameters)
     for key, (field, kind) in SAMPLING.items():
         number = checkpoint.generation_config.get(key)
-        # gguf-py has these fields since 0.18.
-        if type(number) in (int, float) and hasattr(facts, field):
+        # gguf-py has these fields since 0.18; in the file they have 32 bits.
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if abs(number) < 2**31 and hasattr(facts, field):
             setattr(facts, field, kind(number))
     facts.set_gguf_meta_model(writer)
 
@@ -191,6 +206,13 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_sliding_window(config.sliding_window or 0)
     elif architecture.own or architecture.windows or architecture.name == "gptneox":
         write_extras(writer, config, architecture)
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.chosen)
+        if architecture.name in ("qwen2moe", "qwen3moe"):
+            writer.add_expert_feed_forward_length(config.experts.width)
+        if config.experts.shared_width:
+            writer.add_expert_shared_feed_forward_length(config.experts.shared_width)
 
 
 def write_extras(
@@ -202,7 +224,7 @@ def write_extras(
         config: with the scalars that are not folded.
     """
     name, layers = architecture.name, config.num_hidden_layers
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embed_scale)
         writer.add_residual_scale(config.residual_scale)
         writer.add_attention_scale(config.attention_scale or config.head_dim**-0.5)

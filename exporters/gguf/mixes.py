@@ -95,6 +95,12 @@ DOWN_FIRST: dict[str, str] = {"Q4_K_S": "Q5_K", "IQ3_M": "Q4_K"}
 DOWN_FIRST_PLAIN: dict[str, str] = {"IQ3_XXS": "Q4_K", "IQ4_XS": "Q5_K", "IQ4_NL": "Q5_K"}
 DOWN_FIRST_WEIGHTED: dict[str, str] = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
 
+# Presets that raise o_proj to Q5_K where there are eight experts.
+OUTPUT_OF_EIGHT = (
+    "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M",
+    "IQ4_XS",
+)  # fmt: skip
+
 # Role → preset → type, where all blocks have the same.
 OTHERS: dict[str, dict[str, str]] = {
     "q_proj": {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"},
@@ -155,6 +161,12 @@ class Mix:
         """
         if self.pure or self.base in ("F16", "BF16"):
             return self.base
+        if config.experts is not None:
+            _, _, last = role.rpartition(".")
+            found = self._beside_experts(role, config.experts.count)
+            if found:
+                return found
+            role = last
         if role == "lm_head" or (role == "embed_tokens" and config.tie_word_embeddings):
             if self.base == "Q8_0":
                 return "Q8_0"
@@ -165,11 +177,25 @@ class Mix:
         if role in ("v_proj", "qkv_proj"):
             return self._value(block, config)
         if role == "down_proj":
+            eight = config.experts is not None and config.experts.count == 8
+            if eight and self.name == "IQ3_M" and more_bits(block, config.num_hidden_layers):
+                return "Q4_K"
             return self._down(block, config.num_hidden_layers)
         if role in ("up_proj", "gate_proj", "gate_up_proj"):
             middle = config.num_hidden_layers // 8 <= block < 7 * config.num_hidden_layers // 8
             return "IQ3_XXS" if self.name == "IQ3_XS" and middle else self.base
         return OTHERS.get(role, {}).get(self.name, self.base)
+
+    def _beside_experts(self, role: str, count: int) -> str:
+        """The type of a matrix in a model with experts where that differs from other models', else
+        an empty text: llama.cpp raises attention in models of eight experts."""
+        if self.name == "MXFP4":
+            return "MXFP4" if role.startswith("experts.") else "Q8_0"
+        if count == 8 and role in ("k_proj", "v_proj"):
+            return "Q8_0"
+        if count == 8 and role == "o_proj":
+            return "Q5_K" if self.name in OUTPUT_OF_EIGHT else self.base
+        return ""
 
     def _value(self, block: int, config: DecoderConfig) -> str:
         """The value projection's type; it is small with grouped heads, and the most sensitive."""

@@ -10,12 +10,14 @@ from compress.checkpoint.scalars import folded_config
 from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, did_you_mean
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name
-from exporters.gguf.architectures import ARCHITECTURES
+from exporters.gguf.architectures import ARCHITECTURES, Architecture
 from exporters.gguf.metadata import ROPE_TENSORS, rope_tensors, target_name
 from exporters.gguf.mixes import BLOCKS, Mix, fitting, tensor_bytes
 from exporters.gguf.tokenizer import read_vocabulary
 
 GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
+
+FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that stay float32
 
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
@@ -84,11 +86,13 @@ def plan_entries(
         block, role, kind = split_name(name)
         shape = weights.shape(name)
         grid, note = "F32", ""  # norms and biases
-        if kind == "weight" and len(shape) == 2 and role != "embed_positions":
-            grid, note = fitting(mix.wish(role, block or 0, config), shape[1])
+        if role == "shared_gate":
+            shape = shape[1:]
+        if kind == "weight" and len(shape) > 1 and role not in FLOAT:
+            grid, note = fitting(mix.wish(role, block or 0, config), shape[-1])
             if name in choices:
                 grid, note = choices[name], ""
-                check_choice(name, grid, shape[1])
+                check_choice(name, grid, shape[-1])
         yield PlanEntry(name, target_name(name), grid, shape, tensor_bytes(grid, shape), note)
     for name, values in rope_tensors(config).items():
         shape = (len(values),)
@@ -115,7 +119,7 @@ def candidates(
     """See ``compress.formats``: llama.cpp loads any type for any matrix."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
-    if entry.name == "embed_positions.weight":
+    if split_name(entry.name)[1] in FLOAT:
         return []
     columns = entry.shape[1]
     grids = list(WIDE if columns % 256 == 0 else NARROW if columns % 32 == 0 else ("F16",))
@@ -161,11 +165,31 @@ def check_expressible(config: DecoderConfig) -> None:
         raise UnsupportedModelError(f"llama.cpp's {arch} has no place for these attention biases")
     if len(config.kinds) > 1:
         check_layers(config, arch)
+    if config.experts is not None:
+        check_experts(config, architecture)
     if config.ropes[0].kind == "longrope" and config.ropes[0].original_context < CONTEXT_STEP:
         raise UnsupportedModelError(
             f"longrope with an original context of {config.ropes[0].original_context}: llama.cpp "
             f"rounds contexts up to {CONTEXT_STEP} and would use the long factors"
         )
+
+
+def check_experts(config: DecoderConfig, architecture: Architecture) -> None:
+    """Refuse mixtures of experts that differ from the one that llama.cpp's graph has compiled in.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    arch = architecture.name
+    assert config.experts is not None
+    if config.experts.renormalize != architecture.renormalizes:
+        does = "divides" if architecture.renormalizes else "does not divide"
+        raise UnsupportedModelError(
+            f"llama.cpp's {arch} {does} the chosen experts' probabilities by their sum, and this "
+            f"model's norm_topk_prob is {str(config.experts.renormalize).lower()}"
+        )
+    if arch == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        raise UnsupportedModelError("llama.cpp's olmoe has no grouped key-value heads")
 
 
 # Graphs whose o_proj is square.

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ArtifactError, RuntimeMissingError
+from compress.files import open_plain
 from compress.machine import available_cpus
 from compress.plan.shapes import check_room
 from exporters.gguf.planning import CONTEXT_STEP
@@ -216,11 +217,16 @@ class LlamaCpp:
 
     def _tokenize(self, text: str, add_special: bool = True) -> list[int]:
         data = text.encode()
-        # At most as many tokens as bytes, with a space in front, and one special token at each end.
-        tokens = (c.c_int32 * (len(data) + 8))()
-        count = self._c.llama_tokenize(
-            self._vocab, data, len(data), tokens, len(tokens), add_special, True
-        )
+        # As many tokens as bytes and one at each end; more where a space is put after each of many
+        # added tokens: then the negative number of them is returned.
+        count = -(len(data) + 8)
+        for _ in range(2):
+            tokens = (c.c_int32 * -count)()
+            count = self._c.llama_tokenize(
+                self._vocab, data, len(data), tokens, len(tokens), add_special, True
+            )
+            if count >= 0:
+                break
         if count < 0:
             raise ArtifactError(f"llama.cpp cannot tokenize {text!r}: {self._library.reason()}")
         return list(tokens[:count])
@@ -324,7 +330,7 @@ def check_head(path: Path) -> None:
         ArtifactError: missing, or another format.
     """
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             magic = stream.read(4)
     except OSError as error:
         raise ArtifactError(f"{path.name} cannot be read: {error.strerror}") from error

@@ -111,6 +111,12 @@ def classify(tokenizer: Mapping[str, Any]) -> tuple[str, str]:
     if whole and model.get("type") == "BPE" and any(step["type"] == "ByteLevel" for step in splits):
         return "gpt2", splitting(splits, ignore_merges=bool(model.get("ignore_merges")))
     if whole and model.get("type") == "BPE" and "<0x0A>" in model["vocab"]:
+        every = (f"<0x{byte:02X}>" for byte in range(256))
+        if missing := next((text for text in every if text not in model["vocab"]), ""):
+            raise UnsupportedModelError(
+                f"the tokenizer has no token {missing}, and llama.cpp needs one for every byte",
+                hint=WITHOUT_GGUF,
+            )
         return "llama", "default"
     raise UnsupportedModelError(
         f"packlight does not know how llama.cpp would take this {model.get('type')} tokenizer: "
@@ -176,21 +182,49 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return False, []
 
 
-def normalizer_notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Notes on normalizers that llama.cpp does not run."""
-    found = [step["type"] for step in steps(tokenizer.get("normalizer")) if not is_space_mark(step)]
-    if not found:
-        return []
-    return [
-        f"the tokenizer normalizes ({', '.join(found)}), llama.cpp does not: text in another "
-        "form can tokenize differently"
+# SentencePiece's ``▁`` before a text or in place of spaces: prepend, replaced string, content.
+SPACE_MARKS = (("▁", None, None), (None, " ", "▁"))
+
+
+def step_notes(tokenizer: Mapping[str, Any], kind: str) -> list[str]:
+    """Notes on what llama.cpp does not do: normalizers; and by ``llama``, which merges whole texts,
+    splits and fall-backs.
+
+    Args:
+        kind: ``tokenizer.ggml.model``.
+    """
+    notes = []
+    normalizers = [
+        step["type"]
+        for step in steps(tokenizer.get("normalizer"))
+        if (step.get("prepend"), (step.get("pattern") or {}).get("String"), step.get("content"))
+        not in SPACE_MARKS
     ]
-
-
-def is_space_mark(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer puts SentencePiece's ``▁`` before a text or in place of spaces."""
-    if step["type"] == "Prepend":
-        return bool(step["prepend"] == "▁")
-    return bool(
-        step["type"] == "Replace" and (step["pattern"].get("String"), step["content"]) == (" ", "▁")
-    )
+    if normalizers:
+        notes.append(
+            f"the tokenizer normalizes ({', '.join(normalizers)}), llama.cpp does not: text in "
+            "another form can tokenize differently"
+        )
+    if kind != "llama":
+        return notes
+    splits = [
+        step["type"]
+        for step in steps(tokenizer.get("pre_tokenizer"))
+        if step["type"] != "Metaspace" and (step.get("pattern") or {}).get("String") != " "
+    ]
+    if splits:
+        notes.append(
+            f"the tokenizer splits texts ({', '.join(splits)}) before it merges, llama.cpp does "
+            "not: text can tokenize differently"
+        )
+    if not tokenizer["model"].get("byte_fallback"):
+        notes.append(
+            "the tokenizer has no byte_fallback: characters without a token are unknown to it, and "
+            "bytes to llama.cpp"
+        )
+    if added := [t["content"] for t in tokenizer.get("added_tokens") or [] if t.get("normalized")]:
+        notes.append(
+            f"llama.cpp looks for {len(added)} added token(s), such as {added[0]!r}, in the text "
+            "as it is, this tokenizer in the normalized text"
+        )
+    return notes

@@ -16,9 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.decoder.config import DecoderConfig
+from compress.decoder.config_json import short
 from compress.decoder.tokenizer_facts import TokenizerFacts, parse
-from compress.errors import CheckpointError
-from exporters.gguf.splitting import IGNORE_MERGES, classify, normalizer_notes, space_prefix
+from compress.errors import CheckpointError, UnsupportedModelError
+from exporters.gguf.splitting import (
+    IGNORE_MERGES,
+    WITHOUT_GGUF,
+    classify,
+    space_prefix,
+    step_notes,
+)
 
 if TYPE_CHECKING:
     import gguf
@@ -101,12 +108,17 @@ def make_vocabulary(tokenizer: TokenizerFacts, config: DecoderConfig) -> Vocabul
     model = document["model"]
     kind, pre = classify(document)
     tokens, types = token_table(by_text, added, model, kind, config.vocab_size)
+    if cut := next((text for text in tokens if "\0" in text), ""):
+        raise UnsupportedModelError(
+            f"a GGUF file cannot hold the token {short(cut)}: NUL ends a text in llama.cpp",
+            hint=WITHOUT_GGUF,
+        )
     special, eog_notes = special_ids(tokenizer, config, by_text, tokens)
     add_bos, add_eos, around_notes = added_around(tokenizer, special)
     strips, strip_notes = strips_after_special(added, by_text)
     space, space_notes = space_prefix(document) if kind == "llama" else (False, [])
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
-    notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *normalizer_notes(document)]
+    notes = [*eog_notes, *around_notes, *strip_notes, *space_notes, *step_notes(document, kind)]
     if kind == "llama" and missing_merges(model["vocab"], set(merges)):
         notes.append(
             "the tokenizer lists fewer merges than its vocabulary allows: "
@@ -152,7 +164,12 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
     if named := list(vocabulary.chat_templates.items()):
         writer.add_chat_template(named[0][1])  # llama.cpp's default
-        names = [re.sub(r"[^A-Za-z0-9]", "_", name) for name, _ in named[1:]]
+        names: list[str] = []
+        for name, _ in named[1:]:
+            key = re.sub(r"[^A-Za-z0-9]", "_", name)
+            while key in names:
+                key += "_"
+            names.append(key)
         for name, (_, template) in zip(names, named[1:], strict=True):
             writer.add_string(f"tokenizer.chat_template.{name}", template)
         if names:
@@ -254,6 +271,8 @@ def special_ids(
     llama.cpp ends at tokens that it knows by text, and at ``eos``, ``eot`` and ``eom``.
     """
     ends = [index for index in config.eos_token_ids if index < len(tokens)]
+    none = [index for index in config.eos_token_ids if index >= len(tokens)]
+    notes = [f"the end of generation {none[0]} is no token of the model"] if none else []
     defaults = {
         "bos": config.bos_token_id,
         "eos": ends[0] if ends else None,
@@ -273,9 +292,9 @@ def special_ids(
             continue
         slot = next((slot for slot in ("eom", "eot") if slot not in special), None)
         if slot is None or (slot == "eom" and "<|eom_id|>" in by_text):
-            return special, [f"llama.cpp will not stop at {tokens[index]!r} by itself"]
+            return special, [*notes, f"llama.cpp will not stop at {tokens[index]!r} by itself"]
         special[slot] = index
-    return special, []
+    return special, notes
 
 
 def added_around(

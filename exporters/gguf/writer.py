@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Writer:
         elif len(entry.shape) == 1:
             values = weights.read(entry.name).astype("<f4", copy=False)
             blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if reorders else values]
+        elif len(entry.shape) == 3:
+            blocks = self._of_experts(entry, pack)
         else:
             slabs = weights.slabs(entry.shape, SLABS, **({"step": head_dim} if reorders else {}))
             blocks = weights.in_slabs(entry.name, get_grid(entry.grid), slabs, pack)
@@ -86,6 +88,18 @@ class Writer:
                 self._written(block.nbytes)
             stream.write(bytes(-stream.tell() % ALIGNMENT))
             return stream.tell()
+
+    def _of_experts(
+        self, entry: PlanEntry, pack: Callable[[Quantized], NDArray[Any]]
+    ) -> Iterator[NDArray[Any]]:
+        """The matrices of all experts, one after the other, in slabs of rows."""
+        weights, fallen = self.weights, 0
+        slabs = weights.slabs(entry.shape[1:], SLABS)
+        for expert in range(entry.shape[0]):
+            name = entry.name.replace(".experts.", f".experts.{expert}.")
+            yield from weights.in_slabs(name, get_grid(entry.grid), slabs, pack)
+            fallen += weights.fallen.pop(name, 0)
+        weights.fallen[entry.name] = fallen
 
     def close(self) -> Artifact:
         """See ``compress.plan.shapes.Writer.close``."""
@@ -132,7 +146,13 @@ def write_head(
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.family].name)
     name = display_name(plan.model_name, strips_after_special=vocabulary.strips_after_special)
     writer.add_type(gguf.GGUFType.MODEL)
-    write_general(writer, checkpoint, plan.model_name, name, config.num_parameters)
+    total, own, count = config.num_parameters, 0, 0
+    if config.experts is not None:
+        count = config.experts.count
+        own = config.num_hidden_layers * 3 * config.experts.width * config.hidden_size
+    write_general(
+        writer, checkpoint, plan.model_name, name, (total, total - count * own, own, count)
+    )
     writer.add_uint64("packlight.parameter_count", config.num_parameters)
     if plan.max_context and plan.max_context < config.max_position_embeddings:
         writer.add_uint32(CONTEXT_KEY, plan.max_context)

@@ -31,10 +31,10 @@ def build(
     Outputs: ``logits`` float32 ``[batch_size, sequence_length, vocab]`` and
     ``present.{i}.key/.value``.
     """
-    return _Decoder(config, plan, pieces, data_name).build()
+    return DecoderGraph(config, plan, pieces, data_name).build()
 
 
-class _Decoder(GraphBuilder):
+class DecoderGraph(GraphBuilder):
     """Builds the decoder, block by block."""
 
     def __init__(
@@ -184,14 +184,9 @@ class _Decoder(GraphBuilder):
     def attention(self, hidden: ir.Value, stem: str, name: str, block: int) -> ir.Value:
         c, kind = self.config, self.config.kinds[self.config.layers[block]]
         rotates = kind.rope is not None
-        query: ir.Value = self.linear(hidden, f"{stem}.qkv_proj", f"{name}/qkv_proj")
-        key = value = None  # packed into the query
-        if c.qk_norm and kind.normed:
-            sizes = np.array([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
-            split = self.constant("qkv_sizes", (sizes * c.head_dim).astype(np.int64))
-            query, key, value = self.node(
-                "Split", [query, split], name, [f"{name}/{part}" for part in "qkv"], axis=-1
-            )
+        normed = c.qk_norm and kind.normed
+        query, key, value = self.projections(hidden, stem, name, packed=not normed)
+        if normed and key is not None:
             if rotates and c.qk_norm_after_rope:  # else inside GroupQueryAttention
                 query = self.rotated(query, kind, f"{name}/q_rotated", c.num_attention_heads)
                 key = self.rotated(key, kind, f"{name}/k_rotated", c.num_key_value_heads)
@@ -228,6 +223,27 @@ class _Decoder(GraphBuilder):
             self.output(cached, grown)
         return self.linear(attended, f"{stem}.o_proj", f"{name}/o_proj")
 
+    def projections(
+        self, hidden: ir.Value, stem: str, name: str, *, packed: bool
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """Query, key and value; where they are one matrix and may stay ``packed``, all in the
+        first."""
+        c = self.config
+        if f"{stem}.qkv_proj.weight" not in self.entries:
+            query, key, value = (
+                self.linear(hidden, f"{stem}.{part}_proj", f"{name}/{part}_proj") for part in "qkv"
+            )
+            return query, key, value
+        query = self.linear(hidden, f"{stem}.qkv_proj", f"{name}/qkv_proj")
+        if packed:
+            return query, None, None
+        sizes = np.array([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
+        split = self.constant("qkv_sizes", (sizes * c.head_dim).astype(np.int64))
+        query, key, value = self.node(
+            "Split", [query, split], name, [f"{name}/{part}" for part in "qkv"], axis=-1
+        )
+        return query, key, value
+
     def head_norm(self, x: ir.Value, weight: str, name: str, kind: str) -> ir.Value:
         """RMSNorm of each head of ``[batch, sequence, heads * head_dim]`` (qwen3), or of all heads
         together (olmo2)."""
@@ -257,6 +273,13 @@ class _Decoder(GraphBuilder):
         )
 
     def mlp(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
+        if self.config.experts is not None:
+            from exporters.onnx.experts import experts
+
+            return experts(self, hidden, stem, name)
+        return self.gated(hidden, stem, name)
+
+    def gated(self, hidden: ir.Value, stem: str, name: str) -> ir.Value:
         up = self.linear(hidden, f"{stem}.up_proj", f"{name}/up_proj")
         if self.config.gated_mlp:  # SwiGLU: gate * sigmoid(gate) * up
             gate = self.linear(hidden, f"{stem}.gate_proj", f"{name}/gate_proj")

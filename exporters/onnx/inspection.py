@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.decoder.config_json import json_or_empty
 from compress.errors import ArtifactError
+from compress.files import LARGEST_GRAPH, read_bounded
 from compress.plan.shapes import bits_per_weight
 from exporters.onnx.planning import CONTEXT_KEY, KV_BYTES, TYPE_KEY
 
@@ -41,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
 
     graph = find_graph(path)
     try:
-        model = onnx.load(graph, load_external_data=False)
+        model = onnx.load_model_from_string(read_bounded(graph, LARGEST_GRAPH))
     except DecodeError as error:
         raise ArtifactError(f"{graph.name} is not an ONNX file, or is truncated") from error
     if not model.graph.node:
@@ -120,22 +121,24 @@ def tensor_rows(graph: Any) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}  # by offset
     # The embedding's codes are gathered: standard nodes split bytes into codes of 4 bits.
     split = {node.input[0] for node in graph.node if node.op_type == "BitShift"}
-    for node in graph.node:
-        codes = [name for name in node.input if name.endswith(".codes") and name in stored]
-        if not codes:
+    uses = [(node, name) for node in graph.node for name in node.input]
+    for node, codes in uses:
+        if not codes.endswith(".codes") or codes not in stored:
             continue
-        base = codes[0].removesuffix(".codes")
-        shape, _, offset, _ = stored[codes[0]]
+        base = codes.removesuffix(".codes")
+        shape, _, offset, _ = stored[codes]
         attributes = {a.name: a.i for a in node.attribute}
-        bits = attributes.get("bits", 4 if split else 8)
+        experts = attributes.get("expert_weight_bits", 0)
+        bits = experts or attributes.get("bits", 4 if split else 8)
         # In older folders the embedding is [rows, bytes], read by GatherBlockQuantized.
         group = attributes.get("block_size") or shape[2] * 8 // bits
+        lead = 2 if experts else 1  # experts and rows
         asymmetric = f"{base}.zero_points" in stored
         rows.setdefault(
             offset,
             {
                 "name": base,
-                "shape": [shape[0], math.prod(shape[1:]) * 8 // bits],
+                "shape": [*shape[:lead], math.prod(shape[lead:]) * 8 // bits],
                 "grid": f"int{bits}-g{group}" + ("-asym" if asymmetric else ""),
                 "bytes": sum(stored[name][3] for name in stored if name.rpartition(".")[0] == base),
             },

@@ -7,6 +7,9 @@ first; the embedding's, too, which a tied head shares:
     .codes        uint8    [rows, groups, group_size * bits / 8]
     .scales       float16  [rows, groups]
     .zero_points  uint8    [rows, ceil(groups * bits / 8)], asymmetric grids only
+
+Those of experts have one more dimension in front, and no dimension for groups in the codes, as
+``com.microsoft::QMoE`` reads them.
 """
 
 from __future__ import annotations
@@ -68,12 +71,15 @@ def _arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield name, FLOATS[entry.grid], entry.shape
         return
     grid = affine(entry.grid)
-    rows, columns = entry.shape
-    groups = grid.groups((rows, columns))
-    yield f"{name}.codes", "|u1", (rows, groups, columns // groups * grid.bits // 8)
-    yield f"{name}.scales", "<f2", (rows, groups)
+    *many, columns = entry.shape
+    groups = grid.groups((many[-1], columns))
+    packed: tuple[int, ...] = (groups, columns // groups * grid.bits // 8)
+    if len(many) > 1:  # experts, as QMoE reads them
+        packed = (columns * grid.bits // 8,)
+    yield f"{name}.codes", "|u1", (*many, *packed)
+    yield f"{name}.scales", "<f2", (*many, groups)
     if not grid.symmetric:
-        yield f"{name}.zero_points", "|u1", (rows, -(-groups * grid.bits // 8))
+        yield f"{name}.zero_points", "|u1", (*many, -(-groups * grid.bits // 8))
 
 
 def pack(quantized: Quantized) -> dict[str, Array]:

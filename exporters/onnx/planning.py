@@ -8,10 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint.scalars import folded_config
-from compress.decoder.config import DecoderConfig, WeightMap
+from compress.decoder.config import DecoderConfig, WeightMap, split_name
 from compress.errors import GridError, UnsupportedModelError, UsageError
 from compress.grids import get_grid
-from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
+from compress.plan.shapes import (
+    Candidate,
+    Plan,
+    PlanEntry,
+    PlanRequest,
+    mix_name,
+    tied_bits,
+    value_bits,
+)
 from exporters.onnx.packing import ALIGNMENT, layout
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -48,6 +56,7 @@ OPTIMUM_GROUPED = frozenset(
     )
 )  # fmt: skip
 OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
+FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -61,13 +70,14 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         request: its settings are ``bits`` 4|8 (default 4), ``group_size`` 16…256 (32),
             ``symmetric`` (true), ``embedding_bits`` 4|8|16 and ``head_bits`` 4|8 (both
             default to ``bits``; where they are one matrix, each to the other, else to
-            ``tied_bits``), ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to
-            int8), ``context`` (positions of the tables; default: the model's).
+            ``tied_bits``), ``value_bits`` 4|8 (of v_proj; default: ``value_bits``),
+            ``accuracy_level`` 0|4 (4: MatMulNBits may round activations to int8), ``context``
+            (positions of the tables; default: the model's).
 
     Returns:
         Entries in the order of writing, with two computed tables, ``rope.cos`` and ``rope.sin``. A
         tied head has an entry only if its grid differs from the embedding's; else both nodes read
-        the same bytes.
+        the same bytes. q, k and v are one entry, except where v has other bits.
 
     Raises:
         GridError: the group size does not divide the rows; the hint names one that does.
@@ -89,6 +99,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         if chosen["embedding_bits"] != 16:
             chosen.setdefault("head_bits", chosen["embedding_bits"])
     chosen = {"embedding_bits": bits, "head_bits": bits} | chosen
+    chosen.setdefault("value_bits", value_bits(config, chosen["bits"]))
     context = int(chosen.get("context") or config.max_context)
     if context > config.max_context:
         raise UsageError(
@@ -121,6 +132,9 @@ def _check_group_size(config: DecoderConfig, group_size: int) -> None:
         "intermediate_size": config.intermediate_size,
         "attention heads x head_dim": config.num_attention_heads * config.head_dim,
     }
+    if config.experts is not None:
+        columns["intermediate_size"] = config.experts.width
+        columns["the shared expert's width"] = config.experts.shared_width
     for what, size in columns.items():
         if size % group_size:
             fitting = [g for g in GROUP_SIZES if not any(n % g for n in columns.values())]
@@ -138,7 +152,7 @@ def candidates(
     """See ``compress.formats``."""
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return []
-    if entry.name == "embed_positions.weight":
+    if split_name(entry.name)[1] in FLOAT:
         return []
     embedding = entry.name == "embed_tokens.weight"
     grids = [
@@ -174,10 +188,14 @@ def _entries(
     shapes = WeightMap(config)
     embedding = _grid_name(settings, settings["embedding_bits"])
     head = _grid_name(settings, settings["head_bits"])
-    body = _grid_name(settings, settings["bits"])
-    for name in shapes.names(repeats=False, fused=("qkv_proj",)):
+    body, value = (_grid_name(settings, settings[key]) for key in ("bits", "value_bits"))
+    fused = ("qkv_proj", "experts") if value == body else ("experts",)
+    for name in shapes.names(repeats=False, fused=fused):
+        if ".experts.up_proj" in name:  # its rows are among those of the gate
+            continue
+        name = name.replace(".experts.gate_proj", ".experts.gate_up_proj")
         shape = shapes.shape(name)
-        if len(shape) == 1:
+        if len(shape) == 1 or split_name(name)[1] in ("router", "shared_gate"):
             yield _entry(name, "F32", shape)
         elif name == "embed_positions.weight":
             yield _entry(name, "F16", shape)
@@ -186,7 +204,7 @@ def _entries(
         elif name == "embed_tokens.weight":
             yield _entry(name, embedding, shape)
         elif name != "lm_head.weight":
-            yield _entry(name, body, shape)
+            yield _entry(name, value if name.endswith(".v_proj.weight") else body, shape)
         elif not (config.tie_word_embeddings and head == embedding):
             yield _entry(name, head, shape)
     table = (settings.get("context") or config.max_context, config.ropes[0].rotary_dim // 2)
@@ -209,7 +227,8 @@ def entry_bytes(grid: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor on a grid."""
     if grid in FLOAT_BYTES:
         return math.prod(shape) * FLOAT_BYTES[grid]
-    return get_grid(grid).nbytes((shape[0], shape[1]))
+    *many, columns = shape  # rows, or experts and rows
+    return get_grid(grid).nbytes((math.prod(many), columns))
 
 
 def _grid_name(settings: Mapping[str, Any], bits: int) -> str:
@@ -236,6 +255,10 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
             f"{why}: the artifact holds {config.max_context} positions, not "
             f"{config.max_position_embeddings}"
         )
+    if config.experts is not None and any(
+        ".experts." in entry.name and entry.grid.startswith("int8") for entry in entries
+    ):
+        yield "onnxruntime rounds the inputs of experts of 8 bits to int8; of 4 bits it need not"
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
     if (
         config.model_type not in OPTIMUM_GROUPED

@@ -27,6 +27,11 @@ class Settings(TargetSettings):
     head_bits: Literal[4, 8] | None = Field(
         default=None, description="Bits of lm_head; default: `bits`; where tied: `embedding_bits`."
     )
+    value_bits: Literal[4, 8] | None = Field(
+        default=None,
+        description="Bits of v_proj; default: `bits`, but 8 where several query heads share a "
+        "value head.",
+    )
     accuracy_level: Literal[0, 4] = Field(
         default=4, description="MatMulNBits: 4 computes in int8 (fast), 0 in float32."
     )

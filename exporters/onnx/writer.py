@@ -6,9 +6,13 @@ every weight is read and quantized exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from compress.checkpoint.sources import Source
+from compress.decoder.config import FUSED, split_name
 from compress.files import sync
 from compress.grids import Array, get_grid
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
@@ -42,7 +46,7 @@ class Writer:
                 piece = self._pieces[part]
                 assert values.dtype.str == piece.dtype, (piece, values.dtype)
                 # .scales [rows, groups] and flat .codes have the same bytes per row as the piece.
-                file.seek(piece.offset + row * (piece.nbytes // piece.shape[0]))
+                file.seek(piece.offset + row * (values.nbytes // len(values)))
                 file.write(values.data if values.flags.c_contiguous else values.tobytes())
                 self._written(values.nbytes)
 
@@ -50,6 +54,10 @@ class Writer:
                 number = int(entry.name.partition("_")[2] or 0)
                 cos, sin = weights.config.ropes[number].cos_sin(entry.shape[0])
                 put(name, 0, cos if entry.name.startswith("rope.cos") else sin)
+                return file.tell()
+            if len(entry.shape) == 3:
+                for part, row, values in self._of_experts(entry):
+                    put(f"{name}.{part}", row, values)
                 return file.tell()
             rows, *columns = entry.shape
             slabs = weights.slabs(entry.shape, SLABS) if columns else [slice(0, rows)]
@@ -63,6 +71,30 @@ class Writer:
                 for part, values in arrays.items():
                     put(f"{name}.{part}", slab.start, values)
             return file.tell()
+
+    def _of_experts(self, entry: PlanEntry) -> Iterator[tuple[str, int, Array]]:
+        """The arrays of all experts, in slabs: name, first row, values.
+
+        Of ``gate_up_proj`` the rows of gate and up alternate, as QMoE's SwiGLU reads them.
+        """
+        weights, grid = self.weights, get_grid(entry.grid)
+        count, rows, columns = entry.shape
+        role = split_name(entry.name)[1].rpartition(".")[2]
+        members = FUSED.get(role, (role,))
+        step = len(members)
+        slabs = weights.slabs((rows // step, columns), SLABS // step)
+        for expert in range(count):
+            stem = entry.name.removesuffix(f"{role}.weight") + f"{expert}"
+            names = [f"{stem}.{member}.weight" for member in members]
+            packed = [weights.in_slabs(name, grid, slabs, pack) for name in names]
+            for slab, *arrays in zip(slabs, *packed, strict=True):
+                for part in arrays[0]:
+                    both = np.stack([values[part] for values in arrays], axis=1)
+                    row = expert * rows + step * slab.start
+                    yield part, row, both.reshape(-1, both.shape[-1])
+            for name in names:
+                lost = weights.fallen.pop(name, 0)
+                weights.fallen[entry.name] = weights.fallen.get(entry.name, 0) + lost
 
     def close(self) -> Artifact:
         """See ``compress.plan.shapes.Writer.close``."""

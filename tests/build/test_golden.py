@@ -25,6 +25,7 @@ def test_the_demo_has_the_bytes_that_it_had(tmp_path, threads, request):
     command = ["build", str(model_path()), "-r", "int4-fast", "--no-verify", "-o", str(out)]
     assert cli.main([*command, "--threads", str(threads)]) == 0
     files = sorted(path for name in FORMATS for path in (out / name).rglob("*") if path.is_file())
+    files = [path for path in files if "Swift" not in path.parts]  # copies of exporters/swift
     found = {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files

@@ -107,7 +107,9 @@ def test_second_moments_count_once_for_each_input(model):
     config = job_of(model).config
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
-    assert hessian_bytes(config)[0] == 4 * (2 * hidden**2 + heads**2 + inner**2)
+    assert hessian_bytes(config, config.linear_roles)[0] == 4 * (
+        2 * hidden**2 + heads**2 + inner**2
+    )
 
 
 def test_little_memory_makes_batches_with_the_same_logits(model, monkeypatch):

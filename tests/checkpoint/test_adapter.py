@@ -123,6 +123,13 @@ def test_what_cannot_be_merged_is_refused(case, model, tmp_path):
     assert len(refusal.value.message) < 300
 
 
+@pytest.mark.parametrize("url", ["https://me:SECRET@host/lora", "s3://me:SECRET@b/lora=0.5"])
+def test_an_adapters_url_is_told_without_its_secrets(url, model):
+    with pytest.raises(PacklightError, match="is not a folder with an adapter") as refusal:
+        Checkpoint.open(model, adapters=[url])
+    assert "SECRET" not in refusal.value.message + refusal.value.hint
+
+
 def test_a_refusal_is_one_line_and_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "lora", use_dora=True)
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -489,6 +490,46 @@ def test_a_file_given_as_the_model_is_named(copy: Path):
         assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("files", "told", "hint"),
+    [
+        (["report.json", "plan.json", "gguf/a.gguf"], "is a build of packlight", "verify"),
+        (["model_index.json", "unet/config.json"], "a pipeline of diffusers", ""),
+        (["config.json", "onnx/model_q4.onnx"], "its weights in 'onnx/model_q4.onnx'", "from_tf"),
+        (["checkpoint-500/config.json", "checkpoint-1000/config.json", "checkpoint-60/config.json"],
+         "config.json is missing", "'checkpoint-1000'"),
+        (["config.json", "model.safetensors.incomplete"], "no weights in", "unfinished download"),
+        (["config.json", "m.mlpackage/Manifest.json"], "is a Core ML package", ""),
+        (["refs/main", "snapshots/abc/config.json"], "config.json is missing", "'snapshots/abc'"),
+    ],
+)  # fmt: skip
+def test_folders_that_hold_something_else(
+    files: list[str], told: str, hint: str, copy: Path, tmp_path: Path
+):
+    for name in files:
+        (tmp_path / "z" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "z" / name).write_text((copy / "config.json").read_text())
+    assert hint in refused(lambda: Checkpoint.open(tmp_path / "z"), told).hint
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+     ("\n<!DOCTYPE html><html>", "a web page"), ("{", "")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_often_is_in_the_place_of_json(name: str, text: str, hint: str, copy: Path):
+    (copy / name).write_text(text)
+    found = refused(lambda: Checkpoint.open(copy), f"{name} cannot be read: not valid JSON").hint
+    assert hint in found and bool(hint) == bool(found)
+
+
+def test_a_package_of_core_ml(copy: Path):
+    package = copy.rename(copy.with_suffix(".mlpackage"))
+    (package / "config.json").unlink()
+    refused(lambda: Checkpoint.open(package), "is a Core ML package")
+
+
 # --- the rest of the headers --------------------------------------------------------------------
 
 
@@ -655,6 +696,16 @@ def test_an_index_that_points_outside(shard: str, copy: Path):
     refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json points outside the folder")
 
 
+@pytest.mark.parametrize("shard", [".part.safetensors", ".a/part.safetensors"])
+def test_an_index_that_names_hidden_files(shard: str, copy: Path, tmp_path_factory):
+    with_index(copy, {NAME: shard})
+    outside = tmp_path_factory.mktemp("outside") / "part.safetensors"
+    (copy / "part.safetensors").rename(outside)
+    (copy / shard).parent.mkdir(exist_ok=True)
+    (copy / shard).symlink_to(outside)
+    refused(lambda: Checkpoint.open(copy), "model.safetensors.index.json names a hidden file")
+
+
 def test_an_index_that_names_subfolders(copy: Path, tmp_path_factory: pytest.TempPathFactory):
     outside = tmp_path_factory.mktemp("outside")
     names = list(Checkpoint.open(copy).tensors)
@@ -787,6 +838,20 @@ def test_damaged_pickles(copy: Path):
     ):
         torch.save(state, file)
         refused(lambda: Checkpoint.open(copy), message)
+
+
+def test_a_compressed_archive_is_not_unpacked(copy: Path):
+    import torch
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.zeros(100_000)}, copy / "stored")
+    with (
+        zipfile.ZipFile(copy / "stored") as stored,
+        zipfile.ZipFile(copy / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    refused(lambda: Checkpoint.open(copy), "pytorch_model.bin is compressed")
 
 
 def test_urls_are_opened_through_fsspec(tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_only_what_a_build_needs_is_fetched_and_then_the_cache_serves(
     source, revision, norm, files, warnings = found
     assert (source, revision, warnings) == ("someone/phi3", COMMIT, [])
     assert norm == float(Checkpoint.open(folder).read("model.norm.weight").sum())
-    needed = {file.name for file in folder.iterdir()} | {"LICENSE"}
+    needed = {file.name for file in folder.iterdir()} | {"LICENSE", "README.md"}
     assert set(files) == needed
     assert sorted(hub.fetched) == sorted(needed)  # each once
 
@@ -307,6 +307,11 @@ def test_shards_go_by_the_names_of_the_index(hub: Hub, folder: Path, tmp_path: P
         ("http://hf.co/some/one/tree/v1.0", ("some/one", "v1.0")),
         ("https://www.huggingface.co/some/one/resolve/main/a.safetensors", ("some/one", "main")),
         ("hf://some/one@v1", ("some/one", "v1")),
+        ("https://huggingface.co/some/one.git", ("some/one", "")),
+        ("git@hf.co:some/one.git", ("some/one", "")),
+        ("https://me:secret@huggingface.co/some/one", ("some/one", "")),
+        ("https://huggingface.co/some/one/tree/refs%2Fpr%2F1", ("some/one", "refs/pr/1")),
+        ("https://huggingface.co/some/one/blob/refs/pr/1/x.json", ("some/one", "refs/pr/1")),
         ("https://hub.example/some/one", None),
         ("some/one", None),
         ("s3://huggingface.co/some", None),

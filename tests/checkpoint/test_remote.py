@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,15 @@ import tiny
 
 from compress.batch.output_tree import publish, read_sums
 from compress.checkpoint.checkpoint import Checkpoint
-from compress.checkpoint.remote import fetch, fingerprint, open_url, read_text
-from compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from compress.checkpoint.remote import (
+    fetch,
+    find,
+    fingerprint,
+    open_url,
+    read_text,
+    write_text,
+)
+from compress.errors import CheckpointError, PacklightError, UnsupportedModelError, UsageError
 from compress.files import is_url
 from compress.output.checksums import read_checksums, write_checksums
 
@@ -107,6 +114,46 @@ def test_nothing_there_is_one_clear_line(store: str, tmp_path: Path) -> None:
         fetch(f"{store}/nothing", tmp_path / "cache")
     assert caught.value.message.startswith(f"cannot fetch {store}/nothing")
     assert "\n" not in caught.value.message
+
+
+class OfItsOwn(Exception):
+    """As those of botocore, which are no OSErrors."""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda url, folder: fetch(url, folder / "cache"),
+        lambda url, folder: find(f"{url}/*"),
+        lambda url, folder: fingerprint(url),
+        lambda url, folder: read_text(url, "x.txt"),
+        lambda url, folder: write_text(url, "x.txt", "x"),
+        lambda url, folder: publish(make_output(folder / "out", a=b"1"), url),
+    ],
+)
+def test_errors_of_a_stores_client_are_one_line(
+    use: Callable[[str, Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, _ = open_url("memory://bucket/store")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OfItsOwn("no credentials\nat all")
+
+    for name in ("ls", "glob", "cat_file", "makedirs", "pipe_file"):
+        monkeypatch.setattr(type(fs), name, fail)
+    with pytest.raises(PacklightError, match=r"^cannot .*: no credentials at all$") as caught:
+        use("memory://bucket/store", tmp_path)
+    assert "credentials" in caught.value.hint
+
+
+@pytest.mark.parametrize("archive", [b"no archive", None])
+def test_a_chained_url_that_cannot_be_opened(archive: bytes | None, tmp_path: Path) -> None:
+    if archive is None:
+        (tmp_path / "a.zip").mkdir()
+    else:
+        (tmp_path / "a.zip").write_bytes(archive)
+    with pytest.raises(UsageError, match="cannot be opened"):
+        fetch(f"zip://m::file://{tmp_path}/a.zip", tmp_path / "cache")
 
 
 def test_a_protocol_nobody_knows_names_what_to_install(tmp_path: Path) -> None:

@@ -301,7 +301,20 @@ def test_fit_adds_up(built, model):
             parts = row["weights_bytes"] + row["kv_cache_bytes"] + row["activation_bytes"]
             assert row["total_bytes"] == parts
             assert row["verdict"] == "fits"
+            slow, fast = row["tokens_per_second_realistic"]
+            assert slow < fast < row["tokens_per_second_bound"]
+            assert not row["limits_measured"] and row["limits_source"]
     assert packlight("fit", model, "--memory", "1MB").returncode == 1
+
+
+def test_fit_counts_a_whole_prompt_where_an_app_gives_it_in_one_call(model):
+    done = packlight("fit", model, "-r", "int4-fast", "--context", 128, "--device", "iphone-14")
+    assert "~ estimated" in done.stdout
+    done = packlight(
+        "fit", model, "-r", "int4-fast", "--context", 128, "--device", "iphone-14", "--json"
+    )
+    gguf, onnx, coreml = (row["activation_bytes"] for row in json.loads(done.stdout)["rows"])
+    assert gguf == onnx != coreml
 
 
 def test_doctor_and_recipes():

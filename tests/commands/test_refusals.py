@@ -199,6 +199,28 @@ def test_a_weight_beyond_float16_is_named(sound, tmp_path, capsys):
     assert "error: blocks.1.up_proj.weight: Q8_0: a weight is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["grid", "embedding"])
+def test_palettes_without_calibration_are_refused(key, sound, tmp_path, capsys):
+    out = tmp_path / "out"
+    palettes = ["-f", "coreml", "--set", f"targets.coreml.{key}=lut4-g8"]
+    for more in ([], ["--dry-run"]):
+        assert run(sound, out, *palettes, *more) == 2
+        talk = capsys.readouterr().err
+        assert_one_line(talk)
+        assert "error: coreml: lut4-g8 by rtn, without calibration," in talk
+        assert "hint: --set quantize.solver=gptq" in talk and "--force" in talk
+        assert list(tmp_path.iterdir()) == []
+    assert run(sound, out, *palettes, "--set", "quantize.solver=gptq", "--dry-run") == 0
+    six = ["-f", "coreml", "--set", f"targets.coreml.{key}=lut6-g8"]
+    assert run(sound, out, *six, "--dry-run") == 0
+    assert run(sound, out, *palettes, "--force") == 0
+    assert "--force" in json.loads((out / "report.json").read_text())["tool"]["command"]
+    # A plan file is no way around it.
+    plan = ["-f", "coreml", "--plan", str(out / "plan.json")]
+    assert run(sound, tmp_path / "again", *plan) == 2
+    assert "without calibration" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -41,6 +41,8 @@ def without(config: DecoderConfig, name: str, value: Any) -> DecoderConfig:
         return replace(config, kinds=tuple(replace(k, window=None) for k in config.kinds))
     if value == "sequential":  # a block whose MLP reads the stream after attention
         return replace(config, parallel_residual=False)
+    if name == "experts":
+        return replace(config, experts=replace(config.experts, **value))
     return replace(config, **{name: value})
 
 

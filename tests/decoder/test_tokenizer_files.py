@@ -14,7 +14,7 @@ import tiny
 
 from compress.decoder.tokenizer import Tokenizer
 from compress.decoder.tokenizer_facts import TokenizerFacts, facts_from_child
-from compress.decoder.tokenizer_files import MOST_GROWTH, growth
+from compress.decoder.tokenizer_files import MOST_GROWTH, check_files, growth
 from compress.demo import model_path
 from compress.errors import CheckpointError
 
@@ -122,3 +122,53 @@ def test_a_panic_of_the_library_is_an_error_of_ours(llama: Path, tmp_path: Path)
     assert tokenizer.encode("short")
     with pytest.raises(CheckpointError, match=r"the tokenizer fails on a text: .*retry-limit"):
         tokenizer.encode("x" * 60)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 1, "x"])
+def test_merges_that_are_left_out_at_random(dropout: object, llama: Path, tmp_path: Path):
+    folder = changed(llama, tmp_path, lambda document: document["model"].update(dropout=dropout))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json leaves out merges at random"):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda secret: {"vocab_file": secret},
+        lambda secret: {"init_inputs": [secret]},
+        lambda secret: {"tokenizer_file": secret},
+        lambda secret: {"merges_file": secret},
+        lambda secret: {"mecab_kwargs": {"mecab_dic": secret}},
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_settings_name_no_file_of_the_users(
+    named: Callable[[str], dict[str, object]], relative: bool, llama: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """transformers opens them: with ``BertTokenizer`` every line of a text becomes a token."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("TOPSECRET\n[UNK]\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {"tokenizer_class": "BertTokenizer"} | named("id_rsa" if relative else str(secret))
+    (folder := tmp_path / "m").mkdir()
+    changed(llama, folder, lambda found: found.update(settings), "tokenizer_config.json")
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    with pytest.raises(CheckpointError, match="a file outside of the checkpoint"):
+        Tokenizer(folder)
+
+
+def test_settings_may_name_files_of_the_checkpoint(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    named = {"vocab_file": "tokenizer.json", "special_tokens_map_file": str(tmp_path / "x.json")}
+    (tmp_path / "x.json").write_text("{}")
+    (folder := tmp_path / "m").mkdir()
+    changed(llama, folder, lambda found: found.update(named), "tokenizer_config.json")
+    monkeypatch.chdir(folder)
+    assert Tokenizer(folder).encode("a") == Tokenizer(llama).encode("a")
+
+
+def test_a_token_may_read_dropout(tmp_path: Path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"dropout": 5}))
+    assert not check_files(tmp_path)

@@ -135,7 +135,7 @@ def test_a_program_builds_it(tree: Path) -> None:
 # --- compress/ names no format ----------------------------------------------------------------
 
 NAMES = re.compile(
-    r"gguf|onnx|core_?ml|core ml|core_?ai|core ai|llama\.?_?cpp|mlpackage|\btoy\b", re.I
+    r"gguf|onnx|core_?ml|core ml|core_?ai|core ai|\bmlx|llama\.?_?cpp|mlpackage|\btoy\b", re.I
 )
 ALLOWED = {  # the library that has the tables of the codebook grids
     ("compress/grids/codebook.py", "gguf"),

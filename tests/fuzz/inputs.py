@@ -32,6 +32,24 @@ JOBS = {
     "options": {"verify": False},
 }  # fmt: skip
 LOOP = "{% for i in range(99999) %}"
+SAMPLING = {
+    "bos_token_id": 1, "eos_token_id": [1, 2], "pad_token_id": None, "do_sample": True, "top_k": 50,
+    "top_p": 0.9, "min_p": 0.05, "temperature": 0.7, "transformers_version": "4.57.6",
+}  # fmt: skip
+CARD = """\
+---
+license: mit
+license_name: some-license
+license_link: https://example.org/LICENSE
+base_model: [org/base-7B, org/other]
+datasets: [org/data]
+tags: [text-generation, x]
+language: [en, no]
+model_name: Some Model
+pipeline_tag: text-generation
+---
+# Some Model
+"""
 CHATS = [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "One line of text."}]
 QUESTIONS = [{"question": "One and one is", "choices": [" two", " three"], "answer": 0}] * 3
 SETTINGS = "m/tokenizer_config.json"
@@ -124,6 +142,16 @@ def yaml_documents() -> dict[str, bytes]:
     }
 
 
+def cards() -> dict[str, bytes]:
+    """Model cards whose head is one of these documents."""
+    heads = {name: b"---\n" + text + b"\n---\n# x\n" for name, text in yaml_documents().items()}
+    return heads | {
+        key: f"---\n{key}: {value}\n---\n".encode()
+        for key in ("license", "base_model", "tags", "language", "model_name", "author")
+        for value in ("5", "[[x]]", "{a: b}", "'\x7f'", "a/" * 400, "[null, 1.5]", "b:a:c@d/../e")
+    }
+
+
 def headers() -> dict[str, bytes]:
     """safetensors headers."""
 
@@ -165,7 +193,8 @@ def text_lines() -> dict[str, bytes]:
 ROWS: dict[str, Row] = {
     "safetensors": Row(SHARD, (INSPECT, GGUF), head=4000, hand=headers),
     "config": Row("m/config.json", (INSPECT, DRY, GGUF)),
-    "generation": Row("m/generation_config.json", (GGUF,), given={"eos_token_id": [1, 2]}),
+    "generation": Row("m/generation_config.json", (GGUF, WRITE), given=SAMPLING),
+    "card": Row("m/README.md", (GGUF, WRITE), given=CARD, hand=cards),
     "added tokens": Row(
         "m/added_tokens.json", (GGUF, DRY), given={"<x>": 500, "<y>": 501}, without=(SETTINGS,)
     ),
@@ -284,20 +313,25 @@ def make_adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def place_input(name: str, number: int, seed: int, base: Path, cwd: Path) -> tuple[str, list[str]]:
+def place_input(
+    name: str, number: int, seed: int, base: Path, cwd: Path, *, fresh: bool = True
+) -> tuple[str, list[str]]:
     """Lay out one input.
 
     Args:
         cwd: an empty folder; good files are links to those of ``base``.
+        fresh: else the folder of another input of the row, which has only been read.
 
     Returns:
         What it is, and the command line that reads it.
     """
     row = ROWS[name]
     rng = random.Random(f"{name}-{seed}-{number}")  # the same input in every process
-    shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
-    target = next(iter(cwd.glob(row.file)), cwd / row.file)
-    good = target.read_bytes() if target.exists() else b""
+    if fresh:
+        shutil.copytree(base, cwd, copy_function=os.link, dirs_exist_ok=True, symlinks=True)
+    place = next(iter(base.glob(row.file)), base / row.file)
+    target = cwd / place.relative_to(base)
+    good = place.read_bytes() if place.exists() else b""
     hand = list(row.hand().items()) if not row.head or row.hand is headers else []
     if number == GOOD:
         label, data = "good", good if row.given is None else encoded(row.given)

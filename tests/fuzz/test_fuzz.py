@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from tiny_families import ROWS as ROWS_OF_FAMILIES
+
+from compress.decoder.config import DecoderConfig, WeightMap
+from compress.errors import PacklightError
 
 HARNESS = Path(__file__).with_name("harness.py")
 sys.path.insert(0, str(HARNESS.parent))
 
 from harness import judged  # noqa: E402
 from inputs import ROWS  # noqa: E402
+from mutations import json_bytes  # noqa: E402
 
 
 def fuzzed(work: Path, rows: list[str], *options: str) -> list[dict[str, object]]:
@@ -30,6 +37,36 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
     counts = fuzzed(tmp_path, rows, "--start", "40", "--count", "1", "--seed", "1")
     assert [row["row"] for row in counts] == rows
     assert sum(int(str(row.get("refusal", 0))) for row in counts) > len(rows) // 3
+
+
+FAMILIES = {**tiny.CONFIGS, **{name: row.config for name, row in ROWS_OF_FAMILIES.items()}}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_no_config_of_any_family_is_a_bug(family):
+    """What ``config.json`` describes is decided by its family, before any file of weights."""
+    refused = configs(family, range(60))
+    assert refused > 5
+
+
+def configs(family: str, numbers: range) -> int:
+    """How many changed configs of a family are refused; the others are described."""
+    model = str(FAMILIES[family]["model_type"])
+    refused = 0
+    for number in numbers:
+        rng = random.Random(f"{family}-{number}")
+        try:
+            config = json.loads(json_bytes(rng, {**FAMILIES[family], "model_type": model}))
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(config, dict):
+            continue
+        try:
+            WeightMap(DecoderConfig.from_hf(config, {})).expected()
+        except PacklightError as error:
+            assert error.message.count("\n") == 0 and len(error.message) < 600
+            refused += 1
+    return refused
 
 
 @pytest.mark.slow

@@ -16,10 +16,12 @@ from compress.output import folder as folder_module
 from compress.output.checksums import write_checksums
 from compress.output.folder import Resume, check_disk, check_output, remove, work_folder
 
+PLAN = '{"tool": {"name": "packlight"}}'
+
 
 def ours(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "plan.json").write_text("{}")
+    (folder / "plan.json").write_text(PLAN)
     write_checksums(folder)
     return folder
 
@@ -59,10 +61,27 @@ def test_overwrite_never_deletes_what_lies_between_our_files(tmp_path, name):
         check_output(output, overwrite=True)
 
 
+def test_overwrite_leaves_a_card_that_somebody_wrote_in(tmp_path):
+    output = ours(tmp_path / "out")
+    (output / "README.md").write_text("made")
+    write_checksums(output)
+    check_output(output, overwrite=True)
+    (output / "README.md").write_text("my own words")
+    with pytest.raises(UsageError, match=r"holds a README\.md that was changed"):
+        check_output(output, overwrite=True)
+
+
+@pytest.mark.parametrize("url", ["s3://me:secret@bucket/out", "https://host/out"])
+def test_an_output_at_a_url_is_refused(url):
+    with pytest.raises(UsageError, match="is a URL") as caught:
+        check_output(Path(url), overwrite=False)
+    assert "secret" not in caught.value.message and "batch" in caught.value.hint
+
+
 def test_overwrite_leaves_a_folder_whose_list_of_files_is_damaged(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "plan.json").write_text("{}")
+    (output / "plan.json").write_text(PLAN)
     (output / "a\nb").write_text("ours")  # a name that the list escapes
     write_checksums(output)
     check_output(output, overwrite=True)
@@ -72,8 +91,11 @@ def test_overwrite_leaves_a_folder_whose_list_of_files_is_damaged(tmp_path):
         check_output(output, overwrite=True)
 
 
-def test_a_plan_of_somebody_else_is_not_ours(tmp_path):
-    (tmp_path / "plan.json").write_text("{}")
+@pytest.mark.parametrize("plan", ["{}", "[]", "x", '{"tool": "packlight"}'])
+def test_a_plan_of_somebody_else_is_not_ours(tmp_path, plan):
+    (tmp_path / "plan.json").write_text(plan)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    write_checksums(tmp_path)
     with pytest.raises(UsageError, match="not made by packlight"):
         check_output(tmp_path, overwrite=True)
 
@@ -96,9 +118,10 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to("elsewhere")
     for text in ("first", "second"):
         with work_folder(tmp_path / "link", overwrite=True) as folder:
-            (folder / "plan.json").write_text(text)
+            (folder / "plan.json").write_text(PLAN)
+            (folder / "text").write_text(text)
             write_checksums(folder)
-        assert (tmp_path / "elsewhere" / "plan.json").read_text() == text
+        assert (tmp_path / "elsewhere" / "text").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
     assert (tmp_path / "link").is_symlink()
 

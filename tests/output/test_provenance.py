@@ -259,6 +259,32 @@ def test_the_hubs_cache_knows_the_hashes(
     assert len(hashed) == len(files) - 1
 
 
+def test_names_of_a_local_folders_blobs_prove_nothing(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "snapshots" / ("c" * 40)
+    shutil.copytree(model, copy)
+    (tmp_path / "blobs").mkdir()
+    blob = (copy / "model.safetensors").rename(tmp_path / "blobs" / ("0" * 64))
+    (copy / "model.safetensors").symlink_to(blob)
+    files = lock_document(Checkpoint.open(copy), [], thorough=False).checkpoint.files
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert files and files["model.safetensors"] == digest
+
+
+def test_files_of_one_name_in_two_folders_are_both_vouched_for(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    names = list(Checkpoint.open(copy).tensors)
+    for folder in "ab":
+        (copy / folder).mkdir()
+        shutil.copy(copy / "model.safetensors", copy / folder / "x.safetensors")
+    (copy / "model.safetensors").unlink()
+    half = len(names) // 2
+    places = dict.fromkeys(names[:half], "a/x.safetensors")
+    places |= dict.fromkeys(names[half:], "b/x.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    files = lock_document(Checkpoint.open(copy), [], thorough=False).checkpoint.files
+    assert files and {"a/x.safetensors", "b/x.safetensors"} <= files.keys()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "text.txt"])
 def test_nothing_is_vouched_for_that_changed_meanwhile(
     model: Path, tmp_path: Path, name: str

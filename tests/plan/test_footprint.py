@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from compress.decoder.footprint import (
     get_device,
     judge,
     largest_context,
+    prompt_bytes,
+    realistic_tokens_per_second,
     tokens_per_second,
 )
 from compress.errors import UsageError
@@ -124,8 +127,51 @@ def test_number_of_blocks_does_not_change_the_compute_buffer():
 def test_every_device_is_plausible():
     for device in devices().values():
         assert device.app_limit <= device.entitled < device.memory
-        assert 30e9 < device.bandwidth < 100e9
-        assert set(device.estimated) <= {"app_limit", "entitled", "bandwidth"}
+        assert 30e9 < device.bandwidth <= 100e9
+        assert set(device.estimated) <= {"app_limit", "entitled", "bandwidth", "memory"}
+        assert device.source and device.limits_measured == ("entitled" not in device.estimated)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "measured"),
+    [
+        ("iphone-12-mini", (2.1e9, 2.4e9), True),
+        ("iphone-12-pro", (3e9, 4e9), True),  # measured to be less than other phones of 6 GB
+        ("iphone-13-pro", (3.12e9, 4.2e9), True),
+        ("iphone-14", (3.12e9, 4.2e9), False),
+        ("iphone-17", (3e9, 6e9), True),
+        ("iphone-17e", (3e9, 6e9), False),
+        ("iphone-18-pro", (4.4e9, 9e9), False),
+        ("iphone-duo", (4.4e9, 9e9), False),
+        ("ipad-16gb", (5e9, 12e9), True),
+    ],
+)
+def test_limits_are_those_of_the_memory_and_say_whether_they_were_measured(name, limits, measured):
+    device = get_device(name)
+    assert (device.app_limit, device.entitled) == limits
+    assert device.limits_measured == measured
+
+
+def test_a_prompt_in_one_call_has_the_logits_of_all_positions(phi3):
+    logits, mask, block = 131_334_144, 8_388_608, 163_577_856
+    assert prompt_bytes(phi3, 2048) == logits + mask + block
+    shared = replace(phi3, num_key_value_heads=8)  # keys and values are repeated for 32 heads
+    assert prompt_bytes(shared, 2048) - prompt_bytes(phi3, 2048) == 2 * 2 * 2048 * 32 * 96
+    whole = footprint(phi3, 1_911_000_000, 0, 2048, whole_prompt=True)
+    chunk = footprint(phi3, 1_911_000_000, 0, 2048)
+    assert whole.activations - prompt_bytes(phi3, 2048) == pytest.approx(
+        chunk.activations - chunk_bytes(phi3, 512, 2048)
+    )
+    context = largest_context(phi3, whole, whole.total)
+    assert context == 2048 < largest_context(phi3, chunk, whole.total)
+
+
+@pytest.mark.parametrize(("nbytes", "milliseconds"), [(338_000_000, 8.9), (2_076_000_000, 33.8)])
+def test_likely_speeds_include_measured_ones(nbytes, milliseconds):
+    # iPhone 17 Pro, MLX, 4 bits, 0.6 and 3.8 billion parameters: apple-silicon-llm-bench.
+    device, need = get_device("iphone-17-pro"), Footprint(nbytes, 0, 0, nbytes, 1)
+    slow, fast = realistic_tokens_per_second(need, device)
+    assert slow < 1000 / milliseconds < fast < tokens_per_second(need, device)
 
 
 def test_unknown_device_offers_the_nearest():

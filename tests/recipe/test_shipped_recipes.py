@@ -148,7 +148,7 @@ def weight_bytes(recipe: str, model: str, form: str, *overrides: str) -> int:
         ("phi2-laptop", "phi-2", "gguf", "1.74 GB"),
         ("phi2-laptop", "phi-2", "onnx", "1.63 GB"),
         ("llama3-8b-16gb", "llama-3-8b", "gguf", "5.73 GB"),
-        ("llama3-8b-16gb", "llama-3-8b", "onnx", "5.05 GB"),
+        ("llama3-8b-16gb", "llama-3-8b", "onnx", "5.11 GB"),
         ("int4-balanced", "phi-3-mini-4k", "gguf", "2.40 GB"),
         ("int4-balanced", "phi-3-mini-4k", "onnx", "2.15 GB"),
     ],

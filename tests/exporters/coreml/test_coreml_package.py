@@ -136,7 +136,7 @@ def test_interface_is_that_of_swift_transformers(exported: Exports) -> None:
     assert [feature.name for feature in described.output] == ["logits"]
     assert described.output[0].type.multiArrayType.dataType == kinds.FLOAT16
     keys = described.metadata.userDefined
-    assert keys["co.huggingface.exporters.name"] == built.checkpoint.source
+    assert "co.huggingface.exporters.name" not in keys  # of a folder, which is not on the Hub
     assert keys["packlight.context"] == str(CONTEXT)
 
 
@@ -337,6 +337,25 @@ def test_a_tied_embedding_has_8_bits_unless_the_recipe_says_otherwise(
     grids = {entry.name: entry.grid for entry in plan.entries}
     assert grids["embed_tokens.weight"] == embedding
     assert grids["blocks.1.down_proj.weight"] == settings["grid"]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "value"),
+    [
+        ("qwen2", {"grid": "int4-g64-asym"}, "int8-g64-asym"),
+        ("qwen2", {"grid": "lut4-g8"}, "int8-channel"),
+        ("qwen2", {"grid": "F16"}, "F16"),
+        ("qwen2", {"grid": "int4-g32", "value": "int4-g32"}, "int4-g32"),
+        ("llama", {"grid": "int4-g32"}, "int4-g32"),  # no query heads share one
+    ],
+)
+def test_shared_values_have_8_bits_unless_the_recipe_says_otherwise(
+    exported: Exports, family: str, settings: dict[str, Any], value: str
+) -> None:
+    plan = plan_for("coreml", exported.config(family), settings)
+    grids = {entry.name: entry.grid for entry in plan.entries}
+    assert grids["blocks.1.v_proj.weight"] == value
+    assert grids["blocks.1.k_proj.weight"] == settings["grid"]
 
 
 def test_a_tied_embedding_that_is_most_of_the_weights_stays_as_the_blocks(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -383,6 +385,22 @@ def test_head_reads_what_gguf_py_reads(exported: Exports) -> None:
     assert [(r.name, list(r.shape[::-1]), r.kind) for r in rows] == [
         (t.name, t.shape.tolist(), int(t.tensor_type)) for t in reader.tensors
     ]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 10**10),  # a key of 10 GB
+        struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 10**9),  # a list of empty texts
+        struct.pack("<IQQ", 3, 0, 10**9),  # keys without names
+    ],
+)
+def test_a_head_without_end_is_not_read(head: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF" + head)
+    os.truncate(file, 20 * 10**9)
+    with pytest.raises(ArtifactError, match="damaged or truncated"):
+        read_head(file)
 
 
 def test_damaged_heads_are_refused(exported: Exports, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from exported import Exported, Exports
 
 from compress.decoder.tokenizer import Tokenizer, has_tokenizer
 from compress.decoder.tokenizer_texts import texts_for
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UnsupportedModelError
 from compress.verify.agreement import Agreement, compare, encode_all
 from exporters.gguf.runtime import open_runtime
 
@@ -96,6 +96,7 @@ SAME: dict[str, tuple[str, Edit]] = {
     "normalized": ("llama3", token("<norm>", "tokenizer.json", normalized=True)),
     "letters as a token": ("qwen2", token("river", "tokenizer.json")),
     "two rows of one text": ("qwen2", twice),
+    "a space as a token": ("llama", token(" ", "tokenizer.json")),
     "no space in front": ("demo", settings(add_prefix_space=False)),
     "no BOS": ("demo", settings(add_bos_token=False)),
     "EOS behind": ("llama", settings(add_eos_token=True)),
@@ -112,6 +113,18 @@ SAME: dict[str, tuple[str, Edit]] = {
     "no special_tokens_map.json": ("llama3", without("special_tokens_map.json")),
 }
 
+# Refused before any work: llama.cpp would abort.
+REFUSED: dict[str, tuple[str, Edit, str]] = {
+    "NUL": ("qwen2", token("a\0b", "tokenizer.json"), "cannot hold the token 'a\\x00b'"),
+    "a byte": (
+        "llama",
+        lambda folder: change(
+            folder, "tokenizer.json", lambda t: t["model"]["vocab"].pop("<0x80>") and None
+        ),
+        "has no token <0x80>",
+    ),
+}
+
 # Not expressible in llama.cpp: the note and the comparison report it.
 OTHERWISE: dict[str, tuple[str, Edit, str]] = {
     "lstrip": ("qwen2", token("<l>", "tokenizer.json", lstrip=True), "does not follow lstrip"),
@@ -125,6 +138,27 @@ OTHERWISE: dict[str, tuple[str, Edit, str]] = {
         "qwen2",
         token("<w>", "added_tokens_decoder", single_word=True),
         "does not follow single_word",
+    ),
+    "normalized": (
+        "llama",
+        token("<norm>", "tokenizer.json", normalized=True),
+        "in the text as it is, this tokenizer in the normalized text",
+    ),
+    "punctuation": (
+        "llama",
+        lambda folder: change(
+            folder,
+            "tokenizer.json",
+            lambda t: t.update(pre_tokenizer={"type": "Punctuation", "behavior": "Isolated"}),
+        ),
+        "splits texts (Punctuation) before it merges",
+    ),
+    "no bytes": (
+        "llama",
+        lambda folder: change(
+            folder, "tokenizer.json", lambda t: t["model"].update(byte_fallback=False)
+        ),
+        "has no byte_fallback",
     ),
     "a space in front once": (
         "mobilellm",
@@ -158,6 +192,16 @@ def test_one_vocabulary_for_everyone(exported: Exports, tmp_path: Path, case: st
     assert len(set(tokens)) == len(tokens) == made.config.vocab_size
     if case.startswith("only in"):
         assert {"<|im_end|>", "<|extra|>"} & set(tokens)
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_llama_cpp_would_abort_at_is_refused(
+    exported: Exports, tmp_path: Path, case: str
+) -> None:
+    family, edit, told = REFUSED[case]
+    with pytest.raises(UnsupportedModelError) as refusal:
+        made_of(exported, tmp_path / "m", family, edit)
+    assert told in refusal.value.message and "-f onnx" in refusal.value.hint
 
 
 @pytest.mark.parametrize("case", list(OTHERWISE))
@@ -211,6 +255,20 @@ def test_chat_templates_wherever_they_live(exported: Exports, tmp_path: Path, pl
         assert fields["tokenizer.chat_template.tool_use"].contents() == "T"
     message = [{"role": "user", "content": "Hi"}]
     assert Tokenizer(tmp_path / "m").render_chat(message) == "<|im_start|>Hi<|im_end|>\n"
+
+
+def test_names_of_templates_that_llama_cpp_cannot_tell_apart(
+    exported: Exports, tmp_path: Path
+) -> None:
+    def named(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        rows = {"default": CHAT, "a b": "1", "a_b": "2", "a.b": "3"}
+        settings(chat_template=[{"name": n, "template": t} for n, t in rows.items()])(folder)
+
+    made, _ = made_of(exported, tmp_path / "m", "qwen2", named)
+    fields = gguf.GGUFReader(made.path).fields
+    names = fields["tokenizer.chat_templates"].contents()
+    assert [fields[f"tokenizer.chat_template.{name}"].contents() for name in names] == [*"123"]
 
 
 def test_a_template_that_is_none_is_one_line(exported: Exports, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ PROOFS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"embedding_bits": 4, "symmetric": False}),
     ("qwen3", {}),
+    ("qwen3", {"value_bits": 4}),
+    ("llama3", {"value_bits": 4}),
     ("mobilellm", {"embedding_bits": 16}),
 ]
 
@@ -351,7 +353,7 @@ def test_a_tied_matrix_has_8_bits_and_is_stored_once(exported: Exports) -> None:
     def grids(config: DecoderConfig, **settings: Any) -> list[str]:
         plan = plan_for("onnx", config, settings)
         found = {entry.name: entry.grid for entry in plan.entries}
-        assert found["blocks.1.qkv_proj.weight"] == f"int{settings.get('bits', 4)}-g32"
+        assert found["blocks.1.down_proj.weight"] == f"int{settings.get('bits', 4)}-g32"
         return [found[n] for n in ("embed_tokens.weight", "lm_head.weight") if n in found]
 
     assert grids(config) == grids(config, bits=8) == ["int8-g32"]
@@ -362,6 +364,23 @@ def test_a_tied_matrix_has_8_bits_and_is_stored_once(exported: Exports) -> None:
     # Where it is most of the weights, 8 bits cost more bytes there than they would elsewhere.
     assert grids(exported.config("qwen2", vocab_size=8192)) == ["int4-g32"]
     assert tied_bits(config, 4) == 8 and tied_bits(exported.config("llama"), 4) == 4
+
+
+def test_shared_values_have_8_bits_in_a_matrix_of_their_own(exported: Exports) -> None:
+    def grids(family: str, **settings: Any) -> dict[str, str]:
+        plan = plan_for("onnx", exported.config(family), settings)
+        return {
+            e.name.split(".")[2]: e.grid
+            for e in plan.entries
+            if ".1." in e.name and len(e.shape) == 2
+        }
+
+    shared = grids("qwen2", symmetric=False)
+    assert "qkv_proj" not in shared and shared["v_proj"] == "int8-g32-asym"
+    assert shared["q_proj"] == shared["k_proj"] == shared["o_proj"] == "int4-g32-asym"
+    for packed in (grids("qwen2", value_bits=4), grids("llama"), grids("qwen2", bits=8)):
+        assert "v_proj" not in packed and packed["qkv_proj"] == packed["o_proj"]
+    assert grids("llama", value_bits=8)["v_proj"] == "int8-g32"
 
 
 @pytest.mark.parametrize("settings", [{}, {"embedding_bits": 4, "symmetric": False}])

@@ -1,0 +1,156 @@
+"""Every shipped recipe on a real checkpoint, format by format: bytes, quality, CPU seconds.
+
+    python benchmarks/real.py CHECKPOINT [--recipe NAME ...] [--bits N ...] [-f FORMAT ...]
+                              [--windows N] [--work DIR] [--out FILE]
+
+CHECKPOINT is a folder, e.g. of SmolLM2-135M-Instruct. A row is ``packlight build --no-verify`` and
+then ``packlight verify`` of its artifact, each in a process of its own on one thread; input
+statistics and the float model's answers are cached in DIR, so that the first row that needs them
+pays. ``--bits 4.5``: rows with a budget of so many bits per weight. Rows that are in FILE
+(default: benchmarks/real.json) are not built again, so that an interrupted run continues; FILE's
+sibling ``.md`` has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("gguf", "onnx", "coreml")
+RECIPES = ("int4-fast", "int4-balanced", "phone-4bit", "small-4bit", "near-lossless-8bit")
+
+
+def run(words: Sequence[str], work: Path) -> tuple[dict[str, Any], float]:
+    """The JSON that a ``packlight`` command prints, and its CPU seconds.
+
+    Raises:
+        SystemExit: it could not run; a failed gate is no reason to stop.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PACKLIGHT_CACHE": str(work / "cache")}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "compress", *words, "--threads", "1", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode > 1:
+        raise SystemExit(f"{' '.join(words)}: {done.stderr.strip()[-800:]}")
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout), seconds
+
+
+def measure(
+    model: Path, recipe: str, form: str, bits: float, chosen: argparse.Namespace
+) -> dict[str, Any]:
+    """One row.
+
+    Args:
+        bits: per weight, of a budget; 0: the recipe's own grids.
+    """
+    budget = []
+    if bits:
+        budget = ["--budget", f"{int(bits * parameters(model, chosen.work) / 8)}B"]
+    with tempfile.TemporaryDirectory(prefix="packlight-", dir=chosen.work) as folder:
+        out = str(Path(folder) / "out")
+        words = ["build", str(model), "-r", recipe, "-f", form, "-o", out, "--no-verify", *budget]
+        built, writing = run(words, chosen.work)
+        (artifact,) = built["artifacts"]
+        words = ["verify", out, "--baseline", str(model), "--windows", str(chosen.windows)]
+        verified, verifying = run(words, chosen.work)
+    (found,) = verified["artifacts"]
+    return {
+        "recipe": f"{recipe}, {bits:g} bits" if bits else recipe,
+        "format": form,
+        "type": artifact["type"],
+        "bytes": artifact["bytes"],
+        "bits_per_weight": round(8 * artifact["bytes"] / built["model"]["parameters"], 3),
+        "perplexity_ratio": round(found["perplexity_ratio"], 4),
+        "kl_mean": found["kl_divergence"]["mean"],
+        "kl_mean_se": found["kl_divergence"]["se"],
+        "top1_agreement": found["top1_agreement"],
+        "writing_cpu_seconds": round(writing, 1),
+        "verifying_cpu_seconds": round(verifying, 1),
+        "baseline_perplexity": verified["baseline"]["perplexity"],
+        "scored_tokens": verified["baseline"]["tokens"],
+        "gates": recipe_gates(built, found),
+    }
+
+
+def parameters(model: Path, work: Path) -> int:
+    """The checkpoint's number of parameters."""
+    planned, _ = run(["build", str(model), "-r", "int4-fast", "-f", "gguf", "--dry-run"], work)
+    return int(planned["model"]["parameters"])
+
+
+def recipe_gates(built: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The recipe's own gates that the artifact fails, by metric."""
+    values = {
+        "perplexity_ratio": found["perplexity_ratio"],
+        "kl_divergence": found["kl_divergence"]["mean"],
+        "top1_agreement": found["top1_agreement"],
+    }
+    failed = []
+    for name, limit in built["recipe"]["verify"]["gates"].items():
+        bound = float(limit[2:])
+        if name in values and (values[name] > bound if limit[0] == "<" else values[name] < bound):
+            failed.append(name)
+    return failed
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line per row."""
+    titles = (
+        "recipe", "format", "type", "bytes", "bits per weight", "mean KL", "perplexity ratio",
+        "top-1", "CPU s: writing", "verifying", "own gates",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [
+            row["recipe"], row["format"], row["type"], f"{row['bytes']:,}",
+            f"{row['bits_per_weight']:.2f}", f"{row['kl_mean']:.4f} ± {row['kl_mean_se']:.4f}",
+            f"{row['perplexity_ratio']:.3f}", f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['writing_cpu_seconds']:.0f}", f"{row['verifying_cpu_seconds']:.0f}",
+            "fails " + ", ".join(row["gates"]) if row["gates"] else "pass",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--recipe", action="append", default=[])
+    parser.add_argument("--bits", action="append", type=float, default=[])
+    parser.add_argument("-f", "--format", action="append", default=[])
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, scored")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {}
+    if chosen.out.exists():
+        document = json.loads(chosen.out.read_text())
+    rows = document.setdefault(chosen.model.resolve().name, [])
+    known = {(row["recipe"], row["format"]) for row in rows}
+    recipes = chosen.recipe or ([] if chosen.bits else list(RECIPES))
+    wanted = [(recipe, 0.0) for recipe in recipes]
+    wanted += [("phone-4bit", bits) for bits in chosen.bits]
+    for recipe, bits in wanted:
+        for form in chosen.format or FORMATS:
+            if (f"{recipe}, {bits:g} bits" if bits else recipe, form) in known:
+                continue
+            rows.append(measure(chosen.model, recipe, form, bits, chosen))
+            chosen.out.write_text(json.dumps(document, indent=1) + "\n")
+            page = "\n".join(f"## {name}\n\n{table(some)}" for name, some in document.items())
+            chosen.out.with_suffix(".md").write_text(page)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

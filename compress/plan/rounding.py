@@ -1,0 +1,29 @@
+"""What rounding to nearest costs a model, as far as it is known before any weight is read."""
+
+from __future__ import annotations
+
+from compress.plan.job import Job
+from compress.plan.shapes import bits_per_weight
+
+__all__ = ["HURT", "warn_of_rounding"]
+
+HURT = range(50 * 10**6, 10**9)
+"""Parameters of models, trained on trillions of tokens, that lose much by rounding to four bits.
+Below are toys, and larger models bear more (``docs/recipes.md`` has what was measured)."""
+FEW_BITS = 6.0  # per weight, of the whole file: SmolLM2-135M's Q4_K_M has 6.2, and passes
+
+
+def warn_of_rounding(job: Job) -> None:
+    """Warn where the job's solver uses no calibration, for models and sizes that it does not suit.
+
+    Args:
+        job: its checkpoint gets the warning.
+    """
+    size = job.config.num_parameters
+    few = [p.format for p in job.plans if bits_per_weight(p.weights_bytes, size) < FEW_BITS]
+    if size in HURT and few:
+        job.checkpoint.warn(
+            f"{', '.join(few)}: {job.recipe.solver} without calibration is not enough for many "
+            f"models of {size / 1e6:,.0f} million parameters (SmolLM2-135M by int4-g32: KL "
+            "divergence 0.20, top-1 79 %); -r phone-4bit chooses codes by calibration"
+        )

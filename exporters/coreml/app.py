@@ -1,0 +1,29 @@
+"""What an app needs beside a Core ML package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.plan.job import Job
+from compress.plan.shapes import Artifact
+from exporters import app
+
+
+def write_app_files(artifact: Artifact, job: Job, parity: Mapping[str, Any] | None) -> None:
+    """Write the files of ``exporters.app`` beside the package: see ``compress.formats``."""
+    config, context = job.shape, artifact.plan.settings["context"]
+    ids = f"1...{context}"
+    cache = [config.num_hidden_layers, 1, config.num_key_value_heads, context, config.head_dim]
+    states = ("keyCache", "valueCache")
+    interface = app.Interface(
+        inputs=(
+            {"name": "inputIds", "dtype": "int32", "shape": [1, ids]},
+            {"name": "causalMask", "dtype": "float16", "shape": [1, 1, ids, ids]},
+        ),
+        states=[{"name": name, "dtype": "float16", "shape": cache} for name in states],
+        outputs=({"name": "logits", "dtype": "float16", "shape": [1, ids, config.vocab_size]},),
+        deployment={"iOS": "18.0", "macOS": "15.0"},
+        context=context,
+    )
+    app.write_app_files(artifact, job, interface, parity)
