@@ -187,7 +187,8 @@ class Format:
             return True
         from importlib.util import find_spec  # loads forty modules
 
-        return find_spec(self.extra_module) is not None
+        found = find_spec(self.extra_module)
+        return found is not None and found.origin is not None  # not any folder of that name
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """``describe`` an untrusted artifact.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from compress.decoder.config_json import json_or_empty
 from compress.errors import RuntimeMissingError
-from compress.formats import Check, Usage
+from compress.formats import Check, Usage, get_format
 
 SWIFT = """\
 import CoreAILanguageModels
@@ -48,7 +47,7 @@ def check_runtime() -> None:
     Raises:
         RuntimeMissingError: it is not.
     """
-    if find_spec("coreai") is None:
+    if not get_format("coreai").installed:
         raise RuntimeMissingError(
             "a Core AI bundle needs coreai-core", hint="pip install 'packlight[coreai]'"
         )
@@ -56,7 +55,7 @@ def check_runtime() -> None:
 
 def checks() -> list[Check]:
     """Whether coreai-core is here."""
-    here = find_spec("coreai") is not None
+    here = get_format("coreai").installed
     found = (
         "coreai-core is installed" if here else "not installed (pip install 'packlight[coreai]')"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from compress.checkpoint.scalars import folded_config
@@ -16,6 +15,7 @@ from compress.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from compress.formats import get_format
 from compress.grids import get_grid
 from compress.grids.affine import Affine
 from compress.grids.palette import Palette
@@ -125,7 +125,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         UnsupportedModelError: a deployment target other than iOS 27.
         UsageError: more context than the model has.
     """
-    if find_spec("coreai") is None:
+    if not get_format("coreai").installed:
         raise RuntimeMissingError("a Core AI bundle needs coreai-core", hint=INSTALL)
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     if request.context is not None:
