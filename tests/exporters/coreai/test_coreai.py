@@ -33,7 +33,7 @@ from exporters.coreai.library import CoreAI, Loaded
 from exporters.coreai.runtime import open_runtime
 from exporters.coreai.twin import WEIGHTS, split, widen
 
-pytest.importorskip("coreai", reason="needs the extra packlight[coreai]")
+pytest.importorskip("coreai.authoring", reason="needs the extra packlight[coreai]")
 
 ROOT = Path(__file__).resolve().parents[3]
 # Every family, on a grid of each kind in turn.
