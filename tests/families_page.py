@@ -25,7 +25,10 @@ WHY = {
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
     "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
-WHY_OF_FORMAT = {"coreml": "no choice of weights by token on the Neural Engine"}
+WHY_OF_FORMAT = {
+    "coreml": "no choice of weights by token on the Neural Engine",
+    "coreai": "no graph of experts",
+}
 
 HEAD = """\
 # Families

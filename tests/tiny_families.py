@@ -83,7 +83,7 @@ class Row:
     without: dict[str, Any] = field(default_factory=dict)
 
 
-_EXPERTS = {"coreml": "experts are not supported"}
+_EXPERTS = dict.fromkeys(("coreml", "coreai"), "experts are not supported")
 _IGNORED = {"gguf": "llama.cpp ignores the sliding window"}
 
 ROWS: dict[str, Row] = {

@@ -122,7 +122,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Raises:
         GridError: a grid that Core AI cannot store.
         RuntimeMissingError: coreai-core is not installed: said before any work.
-        UnsupportedModelError: a deployment target other than iOS 27.
+        UnsupportedModelError: experts; a deployment target other than iOS 27.
         UsageError: more context than the model has.
     """
     if not get_format("coreai").installed:
@@ -133,6 +133,10 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("embedding", embedding_grid(config, chosen["grid"]))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
     folded = config.scalars
+    if config.experts is not None:
+        raise UnsupportedModelError(
+            "coreai: experts are not supported: packlight has no graph of them"
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
