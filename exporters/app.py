@@ -23,7 +23,6 @@ from compress import __version__
 from compress.checkpoint.checkpoint import Checkpoint
 from compress.decoder.config_json import write_json
 from compress.decoder.footprint import embedding_bytes, footprint
-from compress.decoder.tokenizer_texts import TEXTS
 from compress.plan.job import Job, read_card
 from compress.plan.shapes import Artifact
 
@@ -32,7 +31,6 @@ __all__ = ["Interface", "Shown", "read_shown", "write_app_files"]
 VERSION = 1  # of model.json and parity.json
 LONGEST = 500  # characters of a text of the card that Xcode shows
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-PAIRS = (*TEXTS[:2], *TEXTS[7:25])  # 20 texts of many kinds
 ADDRESSES = 4 << 30  # bytes that fit in an app's address space without an entitlement
 
 MEMORY = "com.apple.developer.kernel.increased-memory-limit"
@@ -147,17 +145,20 @@ def write_app_files(
         for terms in sorted(checkpoint.path.glob(pattern)):
             if terms.is_file():
                 shutil.copyfile(terms, folder / terms.name)
-    document = parity_document(folder / "tokenizer.json", parity)
+    samples = checkpoint.tokenizer_facts.samples if checkpoint.has_tokenizer else {}
+    document = parity_document(samples, parity)
     text = json.dumps(document, ensure_ascii=False)
     (folder / "parity.json").write_text(f"{text}\n", encoding="utf-8")
     shutil.copytree(Path(__file__).with_name("swift"), folder / "Swift", dirs_exist_ok=True)
 
 
-def parity_document(tokenizer: Path, parity: Mapping[str, Any] | None) -> dict[str, Any]:
+def parity_document(
+    samples: Mapping[str, Sequence[int]], parity: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """``parity.json``: logits of the runtime here, and token ids of texts.
 
     Args:
-        tokenizer: ``tokenizer.json``; where it is missing, no texts.
+        samples: text → its ids; empty without a tokenizer.
         parity: of ``compress.verify.parity``.
     """
     document: dict[str, Any] = {"format_version": VERSION, "texts": []}
@@ -168,13 +169,5 @@ def parity_document(tokenizer: Path, parity: Mapping[str, Any] | None) -> dict[s
         }
     else:
         document["logits"] = dict(parity)
-    if tokenizer.is_file():
-        from tokenizers import Tokenizer
-
-        fast = Tokenizer.from_file(str(tokenizer))
-        fast.no_padding()  # which transformers and swift-transformers do not take from the file
-        fast.no_truncation()
-        document["texts"] = [
-            {"text": text, "ids": fast.encode(text, add_special_tokens=True).ids} for text in PAIRS
-        ]
+    document["texts"] = [{"text": text, "ids": ids} for text, ids in samples.items()]
     return document

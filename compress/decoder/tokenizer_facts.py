@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class TokenizerFacts:
         others: additional special tokens.
         chat_templates: by name, the default one first.
         before, behind: ids that it adds before and after a text.
+        samples: text → its ids with special tokens, of some ordinary texts.
     """
 
     text: bytes
@@ -60,6 +62,7 @@ class TokenizerFacts:
     chat_templates: dict[str, str]
     before: list[int]
     behind: list[int]
+    samples: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
@@ -84,7 +87,19 @@ class TokenizerFacts:
             chat_templates=tokenizer.chat_templates,
             before=whole[:at],
             behind=whole[at + len(bare) :],
+            samples=encoded_samples(tokenizer),
         )
+
+
+def encoded_samples(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Twenty texts of many kinds and their ids; without those that the tokenizer fails on."""
+    from compress.decoder.tokenizer_texts import TEXTS  # which imports this module
+
+    found = {}
+    for text in (*TEXTS[:2], *TEXTS[7:25]):
+        with suppress(CheckpointError):
+            found[text] = tokenizer.encode_all(text, add_special=True)
+    return found
 
 
 def parse(text: bytes) -> Parsed:

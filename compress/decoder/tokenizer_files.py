@@ -70,27 +70,22 @@ def check_files(folder: Path) -> bool:
             hint="that is for training: set dropout to null",
         )
     settings = json_or_empty(folder / "tokenizer_config.json")
-    for key, path in files_named(settings):
-        if os.path.exists(path) and not is_inside(os.path.realpath(folder), path):
-            raise CheckpointError(
-                f"tokenizer_config.json: {short(key)} is {short(path)}, a file outside of the "
-                "checkpoint",
-                hint="it would be read and published; remove the key",
-            )
-    others = [settings, json_or_empty(folder / "special_tokens_map.json")]
-    given = [tokens, *(found for other in others for found in stated(other))]
-    return any(map(has_odd_token, given))
-
-
-def files_named(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Key and value of the settings that may be paths of files."""
     for key, value in settings.items():
         if not PATHS.fullmatch(key) or key in NO_PATHS:
             continue
         inside = value.values() if isinstance(value, dict) else value
         for path in inside if isinstance(value, dict | list) else [value]:
-            if isinstance(path, str) and "\0" not in path:
-                yield key, path
+            if not isinstance(path, str) or "\0" in path or not os.path.exists(path):
+                continue
+            if not is_inside(os.path.realpath(folder), path):
+                raise CheckpointError(
+                    f"tokenizer_config.json: {short(key)} is {short(path)}, a file outside of the "
+                    "checkpoint",
+                    hint="it would be read and published; remove the key",
+                )
+    others = [settings, json_or_empty(folder / "special_tokens_map.json")]
+    given = [tokens, *(found for other in others for found in stated(other))]
+    return any(map(has_odd_token, given))
 
 
 def stated(settings: Mapping[str, Any]) -> Iterator[Any]:
