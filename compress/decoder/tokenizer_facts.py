@@ -71,7 +71,12 @@ class TokenizerFacts:
         Raises:
             CheckpointError: it cannot be written as ``tokenizer.json``, or has an invalid template.
         """
-        hf = tokenizer.hf
+        from compress.decoder.tokenizer_texts import TEXTS  # which imports this module
+
+        hf, samples = tokenizer.hf, {}
+        for sample in (*TEXTS[:2], *TEXTS[7:25]):
+            with suppress(CheckpointError):  # the tokenizer fails on it
+                samples[sample] = tokenizer.encode_all(sample, add_special=True)
         special = {key: str(hf_token) for key in SPECIAL if (hf_token := getattr(hf, key, None))}
         bare = tokenizer.encode_all("a")
         whole = tokenizer.encode_all("a", add_special=True)
@@ -87,19 +92,8 @@ class TokenizerFacts:
             chat_templates=tokenizer.chat_templates,
             before=whole[:at],
             behind=whole[at + len(bare) :],
-            samples=encoded_samples(tokenizer),
+            samples=samples,
         )
-
-
-def encoded_samples(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Twenty texts of many kinds and their ids; without those that the tokenizer fails on."""
-    from compress.decoder.tokenizer_texts import TEXTS  # which imports this module
-
-    found = {}
-    for text in (*TEXTS[:2], *TEXTS[7:25]):
-        with suppress(CheckpointError):
-            found[text] = tokenizer.encode_all(text, add_special=True)
-    return found
 
 
 def parse(text: bytes) -> Parsed:
