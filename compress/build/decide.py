@@ -211,6 +211,7 @@ def decide(settings: BuildSettings, console: Console) -> Decision:
             pool.submit(lambda: checkpoint.tokenizer_facts)
             for name in recipe.targets:
                 _ = get_format(name).Writer
+            import compress.grids.lanes  # noqa: F401 -- and numba
     output = settings.output or Path("-".join(map(model_name, names)))
     command = command_line(checkpoint, settings, output)
     job, replan = prepare_job(checkpoint, recipe, settings, command)
