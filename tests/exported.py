@@ -111,15 +111,17 @@ class Exports:
         written: Callable[[int], None] = lambda nbytes: None,
         slab: int | None = None,
         choices: Mapping[str, str] | None = None,
+        context: int = 0,
     ) -> Exported:
         """Plan (changed, if wanted) and write into an empty folder, a new one if none is given.
 
         Args:
             slab: weights in memory at a time.
             choices: entry name → grid.
+            context: positions that are wanted (``DecoderConfig.from_hf``).
         """
         opened = Checkpoint.open(checkpoint)
-        config = config_of(opened)
+        config = config_of(opened, context)
         keywords: dict[str, Any] = {"model_name": name, "choices": choices or {}}
         if format in ("coreml", "coreai"):
             settings = {"context": CONTEXT, **settings}
@@ -138,15 +140,15 @@ class Exports:
         return Path(tempfile.mkdtemp(dir=self._root))
 
 
-def config_of(checkpoint: Checkpoint) -> DecoderConfig:
-    return DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+def config_of(checkpoint: Checkpoint, context: int = 0) -> DecoderConfig:
+    return DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config, context)
 
 
 class HalfRope(Rope):
     """Rotary tables rounded to float16."""
 
-    def cos_sin(self, positions: int) -> tuple[Float32, Float32]:
-        cos, sin = super().cos_sin(positions)
+    def cos_sin(self, positions: int, switch: int = 0) -> tuple[Float32, Float32]:
+        cos, sin = super().cos_sin(positions, switch)
         return half(cos), half(sin)
 
 

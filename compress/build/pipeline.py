@@ -208,9 +208,10 @@ def make_report(
     """The report of a build or verification, with its gates evaluated."""
     config, notes = job.config, list(job.checkpoint.warnings)
     if config.max_context < config.max_position_embeddings:
+        why = ": beyond them its rope changes to other factors." if not config.rope_switch else "."
         notes.append(
             f"Artifacts hold up to {config.max_context} positions of the model's "
-            f"{config.max_position_embeddings}: beyond them its rope changes to other factors."
+            f"{config.max_position_embeddings}{why}"
         )
     if job.checkpoint.remote:
         notes.append(job.checkpoint.remote.describe_traffic())

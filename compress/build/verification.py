@@ -91,6 +91,9 @@ def adopt_all(
     for line in checkpoint.warnings if settings.adapters else ():
         console.warning(line)
     config = describe_model(checkpoint)
+    if config.ropes[0].original_context:  # an artifact may have been built for more positions
+        contexts = [get_format(name).inspect(path)["context"] for name, path in found]
+        config = describe_model(checkpoint, max(contexts))
     for line in checkpoint.warnings:
         console.warning(line)
     artifacts = [adopt(name, path, config, console) for name, path in found]

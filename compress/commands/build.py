@@ -81,7 +81,8 @@ if TYPE_CHECKING:
               help="Hash all files of the checkpoint, also large ones, for provenance.json and "
                    "--locked.")  # fmt: skip
 @click.option("--context", type=click.IntRange(32), metavar="N",
-              help="Positions of the KV cache for memory figures and budgets.")  # fmt: skip
+              help="Positions of the KV cache for memory figures and budgets; of longrope models, "
+                   "for which artifacts are made.")  # fmt: skip
 @click.option("--hub-id", default="", metavar="ID",
               help="Name of a local model on the Hub, for apps: swift-transformers gets the "
                    "tokenizer by it.")  # fmt: skip

@@ -71,7 +71,9 @@ class DecoderConfig:
         attention_scale: factor of the scores; None for ``head_dim ** -0.5``.
         scalars: names of the scalars that llama does not have (``compress.checkpoint.scalars``).
         max_context: positions up to which artifacts are exported and verified (``longrope``:
-            the original context; else ``max_position_embeddings``).
+            the original context, or more where it is wanted; else ``max_position_embeddings``).
+        rope_switch: a text of more positions rotates by the ``long_factors`` from its first token
+            on (``longrope`` with a larger ``max_context``); 0 for never.
         block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
         experts: the mixture of experts in place of every block's MLP, or None.
         raw: the ``config.json`` as read.
@@ -107,6 +109,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     block_repeat: int = 1
+    rope_switch: int = 0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norm: str = "rmsnorm"
     norm_bias: bool = False
@@ -127,9 +130,16 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(
-        cls, keys: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+        cls,
+        keys: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        context: int = 0,
     ) -> DecoderConfig:
         """Read ``config.json`` (and ``generation_config.json`` for the end-of-text ids).
+
+        Args:
+            context: positions that are wanted; more than ``longrope``'s original context make
+                ``max_context`` larger.
 
         Raises:
             UnsupportedModelError: an architecture or a setting that is not in ``FAMILIES``.
@@ -141,7 +151,7 @@ class DecoderConfig:
         except ValueError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
         try:
-            fields = describe(FAMILIES[family], keys, generation or {})
+            fields = describe(FAMILIES[family], keys, generation or {}, context)
             config = cls(family=family, **fields)
             if config.num_attention_heads % config.num_key_value_heads:
                 raise ValueError(

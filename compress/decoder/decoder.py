@@ -38,6 +38,7 @@ from compress.decoder.layers import (
     capped_attention,
     finished,
     normalize,
+    switching,
     visible,
 )
 from compress.errors import UsageError
@@ -242,6 +243,7 @@ class Decoder:
         self._loaded: dict[str, Tensor] = {}
         self._blocks: dict[int, Block] = {}
         self._past: list[Past] = []
+        self._fed: list[int] = []  # the tokens of the cache
         self._rope: RopeTables = ()
         self._positions = 0  # of the tables
 
@@ -274,6 +276,8 @@ class Decoder:
             self._positions = min(limit, max(256, 2 * positions))
             tables = (rope.cos_sin(self._positions) for rope in self.config.ropes)
             self._rope = [RopeTable(*map(torch.from_numpy, table)) for table in tables]
+            if self.config.rope_switch:
+                self._rope = switching(self.config, self._rope)
         return self._rope
 
     def embed(self, windows: Sequence[Sequence[int]], start: int = 0) -> list[Tensor]:
@@ -404,18 +408,28 @@ class Decoder:
 
     def reset(self) -> None:
         """Empty the KV cache."""
-        self._past = []
+        self._past, self._fed = [], []
 
     def feed(self, tokens: Sequence[int], *, every: bool = False) -> Float32:
         """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``, or
-        for ``every`` one, ``[len(tokens), vocab]``."""
+        for ``every`` one, ``[len(tokens), vocab]``.
+
+        A text that grows beyond ``rope_switch`` is computed again, as by transformers' generate.
+        """
+        count, start = len(tokens), self._past[0].length if self._past else 0
+        rope = self.rope(start + count)
+        fed = [*self._fed, *tokens]
+        if 0 < start <= self.config.rope_switch < start + count:
+            self._past, tokens, start = [], fed, 0
+        (hidden,) = self.embed([tokens], start)
         if not self._past:
             self._past = [Past() for _ in range(self.config.num_hidden_layers)]
-        rope = self.rope(self._past[0].length + len(tokens))
-        (hidden,) = self.embed([tokens], self._past[0].length)
+        self._fed = fed
         for index, past in enumerate(self._past):
             hidden = self.block(index)(hidden, rope, past)
-        return self.head()(hidden).numpy() if every else self.head()(hidden[-1:])[0].numpy()
+        if every:
+            return self.head()(hidden[-count:]).numpy()
+        return self.head()(hidden[-1:])[0].numpy()
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
@@ -423,6 +437,9 @@ class Decoder:
 
     def rewind(self, length: int) -> int:
         """Keep the first ``length`` positions of the KV cache; returns how many were kept."""
+        if length <= self.config.rope_switch < len(self._fed):
+            self.reset()  # its keys have the other rotation
+        del self._fed[length:]
         for past in self._past:
             past.cut(length)
         return self._past[0].length if self._past else 0

@@ -34,8 +34,13 @@ SAME = {
 }
 
 
-def describe(family: Family, config: Config, generation: Config) -> dict[str, Any]:
+def describe(
+    family: Family, config: Config, generation: Config, context: int = 0
+) -> dict[str, Any]:
     """Fields of a ``DecoderConfig``: llama's reading of the keys, then the family's changes.
+
+    Args:
+        context: see ``DecoderConfig.from_hf``.
 
     Raises:
         KeyError, ValueError: a key is missing or its value impossible.
@@ -51,6 +56,8 @@ def describe(family: Family, config: Config, generation: Config) -> dict[str, An
     changes = family.changes(config)
     settings = changes.pop("ropes", (config,))
     ropes = [read_rope(keys, head_dim, family.partial_rotary) for keys in settings]
+    original = ropes[0].original_context or positions
+    most = min(positions, max(original, context))
     layers = whole(config, "num_hidden_layers", most=MOST_LAYERS)
     bos = token_ids(config, "bos_token_id", most=1)
     pad = token_ids(config, "pad_token_id", most=1)
@@ -77,7 +84,8 @@ def describe(family: Family, config: Config, generation: Config) -> dict[str, An
         "ropes": tuple(ropes),
         "kinds": (AttentionKind(),),
         "max_position_embeddings": positions,
-        "max_context": min(positions, ropes[0].original_context or positions),
+        "max_context": most,
+        "rope_switch": original if most > original else 0,
         "bos_token_id": bos[0] if bos else None,
         # Both files, generation_config first: Phi-3's config alone never stops a chat.
         "eos_token_ids": tuple(

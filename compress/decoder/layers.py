@@ -42,8 +42,33 @@ class RopeTable:
         return torch.cat(rotated, dim=-1)
 
 
+@dataclass(frozen=True)
+class SwitchingTable(RopeTable):
+    """The tables of ``longrope``: a text beyond ``switch`` positions rotates by other factors from
+    its first token on, as in transformers."""
+
+    long: RopeTable
+    switch: int
+
+    def rotate(self, x: Tensor, start: int, *, pairs: bool = False) -> Tensor:
+        """See ``RopeTable``; ``x`` are the last positions of the text."""
+        if start + x.shape[1] > self.switch:
+            return self.long.rotate(x, start, pairs=pairs)
+        return super().rotate(x, start, pairs=pairs)
+
+
 RopeTables = Sequence[RopeTable]
 """A table for each of ``DecoderConfig.ropes``."""
+
+
+def switching(config: DecoderConfig, tables: RopeTables) -> RopeTables:
+    """The tables, with those of ``long_factors`` beside them (``DecoderConfig.rope_switch``)."""
+    found = []
+    for rope, table in zip(config.ropes, tables, strict=True):
+        cos, sin = map(torch.from_numpy, rope.by_long_factors().cos_sin(len(table.cos)))
+        found.append(SwitchingTable(table.cos, table.sin, RopeTable(cos, sin), config.rope_switch))
+    return found
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

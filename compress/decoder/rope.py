@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ class Rope:
         rotary_dim: leading dimensions of a head that rotate (halves: NEOX layout).
         factors: float, ``[rotary_dim / 2]``: inverse frequencies are divided by these
             (1.0 for ``default``; the *short* list for ``longrope``).
-        long_factors: the other list of ``longrope``, for metadata only; empty otherwise.
+        long_factors: the other list of ``longrope``, of texts beyond ``original_context``; empty
+            otherwise.
         attention_factor: multiplied into cos and sin, also for short prompts (``longrope``,
             ``yarn``).
         original_context: positions up to which ``factors`` hold (``longrope``), else 0.
@@ -74,11 +75,24 @@ class Rope:
         factors = np.asarray(self.factors, np.float32)
         return np.asarray(np.float32(1.0) / (factors * base), np.float32)
 
-    def cos_sin(self, positions: int) -> tuple[Float32, Float32]:
-        """cos and sin times ``attention_factor``, each float32 ``[positions, rotary_dim / 2]``."""
+    def cos_sin(self, positions: int, switch: int = 0) -> tuple[Float32, Float32]:
+        """cos and sin times ``attention_factor``, each float32 ``[positions, rotary_dim / 2]``.
+
+        Args:
+            switch: of ``longrope``: so many rows by ``factors``, and after them ``positions`` rows,
+                from position 0 on, by ``long_factors``.
+        """
+        if switch:
+            tables = (self.cos_sin(switch), self.by_long_factors().cos_sin(positions))
+            cos, sin = (np.concatenate(both) for both in zip(*tables, strict=True))
+            return cos, sin
         angle = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
         scale = np.float32(self.attention_factor)
         return np.cos(angle) * scale, np.sin(angle) * scale
+
+    def by_long_factors(self) -> Rope:
+        """This embedding for texts beyond ``original_context`` (``longrope``)."""
+        return replace(self, factors=self.long_factors)
 
 
 def powers(theta: float, rotary: int) -> Float32:

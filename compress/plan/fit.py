@@ -112,7 +112,7 @@ def artifact_needs(
                 f"{path} does not say what model it holds",
                 hint="keep config.json beside it, or give the checkpoint instead",
             )
-        config = DecoderConfig.from_hf(facts["config"])
+        config = DecoderConfig.from_hf(facts["config"], context=facts["context"])
         weights = sum(row["bytes"] for row in facts["tensors"])
         table = 0 if config.tie_word_embeddings else largest_embedding(facts["tensors"])
         if context is not None and context > config.max_context:

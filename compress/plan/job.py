@@ -101,14 +101,17 @@ class Replan(Protocol):
         ...
 
 
-def describe_model(checkpoint: Checkpoint) -> DecoderConfig:
+def describe_model(checkpoint: Checkpoint, context: int = 0) -> DecoderConfig:
     """The checkpoint's config, checked against the shard headers. A stored head beside a config
     that ties it is compared with the embedding (``settle_head``).
+
+    Args:
+        context: positions that are wanted (``DecoderConfig.from_hf``).
 
     Raises:
         UnsupportedModelError, CheckpointError: see ``DecoderConfig.from_hf``, ``WeightMap.check``.
     """
-    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config, context)
     if FAMILIES[config.family].prefix:
         from compress.checkpoint.settle import settle_names
 
@@ -137,7 +140,8 @@ def prepare(
     Args:
         checkpoint: opened.
         recipe: validated.
-        context: positions of KV caches, over the recipe's.
+        context: positions of KV caches, over the recipe's; ``longrope`` models get more than their
+            original context where this, or a target's own, is larger.
         transforms: of the recipe's targets (``compress.pruning.transforms``).
         command: for the report.
         choices: format → entry name → grid, over the recipe's.
@@ -145,7 +149,8 @@ def prepare(
     Raises:
         PacklightError: the build is impossible.
     """
-    config = describe_model(checkpoint)
+    contexts = (settings.get("context") for settings in recipe.targets.values())
+    config = describe_model(checkpoint, max(context or 0, *(n or 0 for n in contexts), 0))
     if config.experts is not None:
         check_experts(recipe)
     tokenizer = tokenizer_of(checkpoint, recipe)

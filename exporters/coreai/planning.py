@@ -128,10 +128,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     if not get_format("coreai").installed:
         raise RuntimeMissingError("a Core AI bundle needs coreai-core", hint=INSTALL)
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
+    most = config.rope_switch or config.max_context
     if request.context is not None:
-        chosen["context"] = request.context
+        chosen["context"] = min(request.context, most)
     chosen.setdefault("embedding", embedding_grid(config, chosen["grid"]))
-    chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
+    chosen.setdefault("context", min(DEFAULT_CONTEXT, most))
     folded = config.scalars
     if config.experts is not None:
         raise UnsupportedModelError(
@@ -177,11 +178,11 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             hint="iOS27 (also macOS 27): the first with Core AI",
         )
     context = settings["context"]
-    if not 2 <= context <= config.max_context:
+    most = config.rope_switch or config.max_context
+    if not 2 <= context <= most:
         raise UsageError(
-            f"coreai: context {context} is not between 2 and the {config.max_context} positions "
-            "of this model",
-            hint=f"--context {config.max_context}, or targets.coreai.context in the recipe",
+            f"coreai: context {context} is not between 2 and the {most} positions of this model",
+            hint=f"--context {most}, or targets.coreai.context in the recipe",
         )
 
 
@@ -262,7 +263,8 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
             "were reported on an iPhone 17 Pro with a beta of iOS 27 (apple/coreai-models, issue "
             "124)"
         )
-    if config.max_context < config.max_position_embeddings and context == config.max_context:
+    most = config.rope_switch or config.max_context
+    if most < config.max_position_embeddings and context == most:
         why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
         if not config.ropes[0].original_context:
             why = f"attention changes beyond {context} positions"

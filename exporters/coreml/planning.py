@@ -150,11 +150,12 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         UsageError: more context than the model has.
     """
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
+    most = config.rope_switch or config.max_context
     if request.context is not None:
-        chosen["context"] = request.context
+        chosen["context"] = min(request.context, most)
     chosen.setdefault("embedding", with_bits(chosen["grid"], partial(tied_bits, config)))
     chosen.setdefault("value", with_bits(chosen["grid"], partial(value_bits, config)))
-    chosen.setdefault("context", min(DEFAULT_CONTEXT, config.max_context))
+    chosen.setdefault("context", min(DEFAULT_CONTEXT, most))
     folded = config.scalars
     if config.experts is not None:
         raise UnsupportedModelError(
@@ -204,11 +205,11 @@ def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
             hint="iOS18 (also macOS 15): the first with states and 4-bit weights",
         )
     context = settings["context"]
-    if not 2 <= context <= config.max_context:
+    most = config.rope_switch or config.max_context
+    if not 2 <= context <= most:
         raise UsageError(
-            f"coreml: context {context} is not between 2 and the {config.max_context} positions "
-            "of this model",
-            hint=f"--context {config.max_context}, or targets.coreml.context in the recipe",
+            f"coreml: context {context} is not between 2 and the {most} positions of this model",
+            hint=f"--context {most}, or targets.coreml.context in the recipe",
         )
 
 
@@ -316,7 +317,8 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
         f"the KV cache is allocated whole, {cache:,} bytes for {context} positions, and "
         "its size costs speed: a smaller context is faster"
     )
-    if config.max_context < config.max_position_embeddings and context == config.max_context:
+    most = config.rope_switch or config.max_context
+    if most < config.max_position_embeddings and context == most:
         why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
         if not config.ropes[0].original_context:
             why = f"attention changes beyond {context} positions"

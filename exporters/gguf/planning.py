@@ -172,6 +172,12 @@ def check_expressible(config: DecoderConfig) -> None:
             f"longrope with an original context of {config.ropes[0].original_context}: llama.cpp "
             f"rounds contexts up to {CONTEXT_STEP} and would use the long factors"
         )
+    if config.rope_switch % CONTEXT_STEP:
+        raise UnsupportedModelError(
+            f"longrope beyond an original context of {config.rope_switch}: llama.cpp rounds "
+            f"contexts up to {CONTEXT_STEP}, so that texts near it would have the long factors",
+            hint=f"--context {config.rope_switch // CONTEXT_STEP * CONTEXT_STEP}",
+        )
 
 
 def check_experts(config: DecoderConfig, architecture: Architecture) -> None:
@@ -235,7 +241,13 @@ def check_layers(config: DecoderConfig, arch: str) -> None:
 def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
     """Positions up to which llama.cpp agrees with the float model, and notes why no further."""
     context, notes = config.max_context, []
-    if config.ropes[0].kind == "longrope":
+    if config.rope_switch:
+        notes.append(
+            f"longrope: llama.cpp uses the long factors in every context (-c) of more than "
+            f"{config.rope_switch} tokens, for shorter texts, too, where the float model does not: "
+            f"run texts of up to {config.rope_switch} tokens in a context of that size"
+        )
+    elif config.ropes[0].kind == "longrope":
         context = config.ropes[0].original_context // CONTEXT_STEP * CONTEXT_STEP
         notes.append(
             f"longrope: run with a context of at most {context} tokens (llama.cpp's -c); "

@@ -159,8 +159,8 @@ class LlamaCpp:
     def __init__(self, path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> None:
         """Load the model and make room for ``context`` positions.
 
-        A model with longrope gets at most its original context; beyond it llama.cpp would use the
-        long factors for all positions.
+        llama.cpp chooses longrope's factors by the size of the context: up to the original one
+        texts get a context of that size, longer ones a larger one.
 
         Raises:
             ArtifactError: llama.cpp refuses the file; the message has its reason.
@@ -178,23 +178,32 @@ class LlamaCpp:
         if not self._model:
             raise ArtifactError(f"llama.cpp refuses {path.name}: {self._library.reason()}")
         self._vocab = self._c.llama_model_get_vocab(self._model)
-        self.positions = self._room(context)
-        self._batch_size = min(batch, self.positions)
+        self.positions, short = context, self._room(context)
+        self._switch = short if short < context else 0
+        self._fed: list[int] = []  # the tokens of the cache, where there is a switch
+        self._batch_size, self._threads = min(batch, short), threads or available_cpus()
+        self._open(short, path.name)
+        self._batch = self._c.llama_batch_init(self._batch_size, 0, 1)
+
+    def _open(self, positions: int, name: str) -> None:
+        """Make a context of that size, in place of the one there was."""
+        if self._context:
+            self._c.llama_free(self._context)
         params = self._c.llama_context_default_params()
         numbers = c.cast(c.byref(params), c.POINTER(c.c_uint32))
         # n_ctx, n_batch, n_ubatch: first in the struct in every version so far.
-        numbers[0], numbers[1], numbers[2] = self.positions, self._batch_size, self._batch_size
+        numbers[0], numbers[1], numbers[2] = positions, self._batch_size, self._batch_size
         self._context = self._c.llama_init_from_model(self._model, params)
         if not self._context:
             reason = self._library.reason()
             self.close()
-            raise ArtifactError(f"llama.cpp cannot run {path.name}: {reason}")
-        self.use_threads(threads or available_cpus())
-        self._batch = self._c.llama_batch_init(self._batch_size, 0, 1)
-        self._used = 0
+            raise ArtifactError(f"llama.cpp cannot run {name}: {reason}")
+        self.use_threads(self._threads)
+        self._held, self._used = positions, 0
 
     def use_threads(self, count: int) -> None:
         """Compute on so many threads from now on."""
+        self._threads = count
         self._c.llama_set_n_threads(self._context, count, count)
 
     @property
@@ -245,13 +254,14 @@ class LlamaCpp:
         if fresh:
             self.reset()
         check_room(self._used, len(tokens), self.positions)
+        count, tokens = len(tokens), self._grown(tokens) if self._switch else tokens
         result = np.empty((len(tokens), self.vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch_size):
             chunk = tokens[start : start + self._batch_size]
             self._decode(chunk, every=True)
             rows = result[start : start + len(chunk)]
             rows[:] = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), rows.shape)
-        return result
+        return result[-count:]
 
     def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """``feed`` with the logits at every new position, float32 ``[len(tokens), vocab]``."""
@@ -261,7 +271,8 @@ class LlamaCpp:
         """Keep the first ``length`` positions of the KV cache, or none where llama.cpp cannot cut
         the cache of this model; returns how many were kept."""
         memory = self._c.llama_get_memory(self._context)
-        if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
+        across = length <= self._switch < self._used and self._switch
+        if across or not self._c.llama_memory_seq_rm(memory, 0, length, -1):
             self.reset()
         self._used = min(self._used, length)
         return self._used
@@ -279,6 +290,7 @@ class LlamaCpp:
             ArtifactError: llama.cpp cannot evaluate them.
         """
         check_room(self._used, len(tokens), self.positions)
+        tokens = self._grown(tokens) if self._switch else tokens
         for start in range(0, len(tokens), self._batch_size):
             self._decode(tokens[start : start + self._batch_size], every=False)
         last = self._c.llama_get_logits_ith(self._context, -1)
@@ -293,8 +305,18 @@ class LlamaCpp:
             self._c.llama_model_free(self._model)
         self._context = self._model = None
 
+    def _grown(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens to evaluate next, in a context whose size gives them the model's factors: where
+        a text grows beyond the original context, all of it from its start."""
+        self._fed = [*self._fed[: self._used], *tokens]
+        held = self.positions if len(self._fed) > self._switch else self._switch
+        if held != self._held:
+            self._open(held, "a longer text")
+            return self._fed
+        return tokens
+
     def _room(self, context: int) -> int:
-        """The context to request: at most longrope's original one."""
+        """The first context: at most longrope's original one."""
         arch = self._metadata("general.architecture")
         original = self._metadata(f"{arch}.rope.scaling.original_context_length")
         yarn = self._metadata(f"{arch}.rope.scaling.type") == "yarn"  # also has both keys

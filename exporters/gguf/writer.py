@@ -154,7 +154,7 @@ def write_head(
         writer, checkpoint, plan.model_name, name, (total, total - count * own, own, count)
     )
     writer.add_uint64("packlight.parameter_count", config.num_parameters)
-    if plan.max_context and plan.max_context < config.max_position_embeddings:
+    if plan.max_context and (plan.max_context < config.max_position_embeddings or config.rope_switch):
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
     if plan.type_name.startswith("mix-"):  # file type of the grid with most bytes

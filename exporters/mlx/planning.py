@@ -49,7 +49,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen.setdefault("dtype", "bfloat16" if found.wide else "float16")
     plain = found.plain_embedding and config.tie_word_embeddings
     entries = tuple(_entries(config, chosen, choices, plain=plain))
-    context, notes = config.max_context, []
+    context, notes = config.rope_switch or config.max_context, []
     if config.sliding_window is not None and config.sliding_window < context and not found.windows:
         context = config.sliding_window
         notes.append(

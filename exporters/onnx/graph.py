@@ -18,7 +18,7 @@ from compress.decoder.config import AttentionKind, DecoderConfig
 from compress.plan.shapes import Plan, PlanEntry
 from exporters.onnx.builder import MICROSOFT, Dims, GraphBuilder
 from exporters.onnx.packing import Piece, affine
-from exporters.onnx.planning import CONTEXT_KEY, TYPE_KEY, rope_names
+from exporters.onnx.planning import CONTEXT_KEY, SWITCH_KEY, TYPE_KEY, rope_names
 
 
 def build(
@@ -44,7 +44,9 @@ class DecoderGraph(GraphBuilder):
         self.config = folded_config(config, plan.folded) if plan.folded else config
         self.entries: dict[str, PlanEntry] = {entry.name: entry for entry in plan.entries}
         mixed = plan.type_name.startswith("mix-")
+        self.switch = config.rope_switch if plan.max_context > config.rope_switch else 0
         self.properties = {CONTEXT_KEY: str(plan.max_context)}
+        self.properties |= {SWITCH_KEY: str(self.switch)} if self.switch else {}
         self.properties |= {TYPE_KEY: plan.type_name} if mixed else {}
         self.accuracy_level = int(plan.settings["accuracy_level"])
         self.pieces = pieces
@@ -59,6 +61,8 @@ class DecoderGraph(GraphBuilder):
         )
         self.positions = self.input("position_ids", ir.DataType.INT64, sequence)
         self.lengths(mask)
+        if self.switch:
+            self.positions = self.switched()
         residual = self.embedding(ids)
         if c.learned_positions:
             residual = self.op("Add", [residual, self.learned()], "embed_tokens/placed")
@@ -85,6 +89,16 @@ class DecoderGraph(GraphBuilder):
         index = self.constant("index_1", np.array(1, np.int64))
         total = self.op("Gather", [shape, index], "mask/total", axis=0)
         self.total = self.op("Cast", [total], "mask/total_length", to=ir.DataType.INT32)
+
+    def switched(self) -> ir.Value:
+        """Rows of the tables of cos and sin: positions, and for a long text those after the rows of
+        shorter ones (``longrope``)."""
+        switch = self.constant("rope_switch", np.array(self.switch, np.int32))
+        long = self.op("Greater", [self.total, switch], "position_ids/long")
+        wide = self.op("Cast", [long], "position_ids/long/number", to=ir.DataType.INT64)
+        rows = self.constant("rope_switch_rows", np.array(self.switch, np.int64))
+        first = self.op("Mul", [wide, rows], "position_ids/first")
+        return self.op("Add", [self.positions, first], "position_ids/rows")
 
     def embedding(self, ids: ir.Value) -> ir.Value:
         """Rows of the embedding, by standard operators only: ``(code - zero) * scale``.

@@ -43,8 +43,10 @@ DEFAULTS: dict[str, Any] = {
     "symmetric": True,
     "accuracy_level": 4,
 }
-# Key of the model's metadata: positions of the tables of cos and sin.
+# Keys of the model's metadata: positions of the tables of cos and sin; those after which a text has
+# other rotary factors.
 CONTEXT_KEY = "packlight.context"
+SWITCH_KEY = "packlight.rope_switch"
 TYPE_KEY = "packlight.type"  # name of a chosen mix
 # The cache is float32: GroupQueryAttention computes in the type of its cache.
 KV_BYTES = 4
@@ -207,7 +209,9 @@ def _entries(
             yield _entry(name, value if name.endswith(".v_proj.weight") else body, shape)
         elif not (config.tie_word_embeddings and head == embedding):
             yield _entry(name, head, shape)
-    table = (settings.get("context") or config.max_context, config.ropes[0].rotary_dim // 2)
+    context = settings.get("context") or config.max_context
+    short = config.rope_switch if context > config.rope_switch else 0  # rows before the others
+    table = (short + context, config.ropes[0].rotary_dim // 2)
     for rope in sorted({kind.rope for kind in config.kinds if kind.rope is not None}):
         for name in rope_names(rope):
             yield _entry(name, "F32", table)
@@ -247,7 +251,13 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
             f"{100 * tables / nbytes:.1f} % of the file; a smaller targets.onnx.context makes "
             "them smaller"
         )
-    if config.max_context < config.max_position_embeddings and context == config.max_context:
+    if context > config.rope_switch > 0:
+        yield (
+            f"longrope: texts of more than {config.rope_switch} tokens have other rotary factors, "
+            "from their first token on; a text that grows beyond them must be run again from its "
+            "start (ORT GenAI does; Optimum and Transformers.js do not)"
+        )
+    elif config.max_context < config.max_position_embeddings and context == config.max_context:
         why = f"{config.ropes[0].kind} rotary factors are those for short prompts"
         if not config.ropes[0].original_context:
             why = f"attention changes beyond {config.max_context} positions"

@@ -21,7 +21,7 @@ from compress.errors import ArtifactError, RuntimeMissingError, first_line
 from compress.machine import available_cpus
 from compress.plan.shapes import check_room
 from exporters.onnx.inspection import find_graph
-from exporters.onnx.planning import CONTEXT_KEY
+from exporters.onnx.planning import CONTEXT_KEY, SWITCH_KEY
 
 Float32 = NDArray[np.float32]
 
@@ -58,8 +58,12 @@ class OnnxRuntime:
         session = self._session = self._open()
         self._version: str = onnxruntime.__version__
         self._vocab: int = session.get_outputs()[0].shape[-1]
-        held = session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
+        metadata = session.get_modelmeta().custom_metadata_map
+        held = metadata.get(CONTEXT_KEY)
         self._context = min(context, int(held)) if held else context
+        self._switch = int(metadata.get(SWITCH_KEY) or 0)  # of longrope, see ``_grown``
+        self._fed: list[int] = []  # the tokens of the cache, where there is a switch
+        self._ahead = 0  # positions that ``_grown`` adds
         self._caches: dict[str, Float32] = {}
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
@@ -100,6 +104,7 @@ class OnnxRuntime:
     def logits(self, tokens: Sequence[int]) -> Float32:
         self.reset()
         check_room(0, len(tokens), self._context)
+        tokens = self._grown(tokens) if self._switch else tokens
         result = np.empty((len(tokens), self._vocab), np.float32)
         for start in range(0, len(tokens), self._batch):
             chunk = tokens[start : start + self._batch]
@@ -113,6 +118,7 @@ class OnnxRuntime:
 
     def feed(self, tokens: Sequence[int]) -> Float32:
         check_room(self._length, len(tokens), self._context)
+        tokens = self._grown(tokens) if self._switch else tokens
         last: Float32
         for start in range(0, len(tokens), self._batch):
             last = self._run(tokens[start : start + self._batch])[-1]
@@ -120,25 +126,43 @@ class OnnxRuntime:
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         check_room(self._length, len(tokens), self._context)
+        count, tokens = len(tokens), self._grown(tokens) if self._switch else tokens
         starts = range(0, len(tokens), self._batch)
-        return np.concatenate([self._run(tokens[start : start + self._batch]) for start in starts])
+        rows = [self._run(tokens[start : start + self._batch]) for start in starts]
+        return np.concatenate(rows)[-count:]
 
     def rewind(self, length: int) -> int:
-        # The buffers beyond the length are never read.
-        self._length = min(self._length, length)
+        # The buffers beyond the length are never read. Across the switch their keys are useless.
+        across = length <= self._switch < self._length and self._switch
+        self._length = 0 if across else min(self._length, length)
         return self._length
 
     def close(self) -> None:
         self._session = None
         self._caches.clear()
 
+    def _grown(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The tokens to run next: where a text grows beyond the switch, all of it from its start.
+
+        The graph takes the long factors from the length so far; the first batches of a longer text
+        get them by positions that are ahead of those rows of its tables.
+        """
+        end = self._length + len(tokens)
+        self._fed = [*self._fed[: self._length], *tokens]
+        if self._length <= self._switch < end:
+            self._length, tokens = 0, self._fed
+        self._ahead = self._switch if end > self._switch else 0
+        return tokens
+
     def _run(self, tokens: Sequence[int]) -> Float32:
         """Append to the cache; logits ``[len(tokens), vocab]``."""
         end = self._length + len(tokens)
+        first = self._length + (self._ahead if end <= self._switch else 0)
+        positions = np.arange(first, first + len(tokens), dtype=np.int64)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
-        binding.bind_cpu_input("position_ids", np.arange(self._length, end, dtype=np.int64)[None])
+        binding.bind_cpu_input("position_ids", positions[None])
         binding.bind_output("logits", "cpu")
         for name, cache in self._caches.items():
             place = ("cpu", 0, np.float32, cache.shape, cache.ctypes.data)

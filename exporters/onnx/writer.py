@@ -52,7 +52,9 @@ class Writer:
 
             if entry.name.startswith("rope."):
                 number = int(entry.name.partition("_")[2] or 0)
-                cos, sin = weights.config.ropes[number].cos_sin(entry.shape[0])
+                context = self.plan.max_context
+                switch = entry.shape[0] - context
+                cos, sin = weights.config.ropes[number].cos_sin(context, switch)
                 put(name, 0, cos if entry.name.startswith("rope.cos") else sin)
                 return file.tell()
             if len(entry.shape) == 3:

@@ -52,9 +52,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[De
     return open_
 
 
-def decoder_of(folder: Path, *, resident: bool = False) -> Decoder:
+def decoder_of(folder: Path, *, resident: bool = False, context: int = 0) -> Decoder:
     checkpoint = Checkpoint.open(folder)
-    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config)
+    config = DecoderConfig.from_hf(checkpoint.config, checkpoint.generation_config, context)
     WeightMap(config).check(checkpoint)
     return Decoder(config, Stored(checkpoint, config).read, resident=resident)
 
@@ -90,6 +90,47 @@ def test_the_window_and_the_longrope_factors_matter(tmp_path: Path):
     assert np.abs(windowed[WINDOW:] - whole[WINDOW:]).max() > 0.1
     scaled = decoder_of(tiny.make("phi3-longrope", tmp_path / "long", tokenizer=False))
     assert np.abs(scaled.logits(ids) - whole).max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["phi3-longrope", "phi3-longrope-window", "phi4-mini"])
+def test_beyond_longropes_original_context(
+    variant: str, opened: Callable[..., tuple[Decoder, Path]]
+):
+    folder = opened(variant)[1]
+    decoder, model = decoder_of(folder, context=400), tiny.reference(folder)
+    texts = [tokens(length, seed=length) for length in (255, 256, 257, 40, 400)]
+    # Together, so that texts of both kinds go through one walk.
+    for ids, found in zip(texts, decoder.stream_logits(texts), strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        assert np.abs(found - expected).max() <= TOLERANCE, len(ids)
+    short = decoder_of(folder)
+    assert np.abs(decoder.logits(texts[1]) - short.logits(texts[1])).max() == 0
+    with pytest.raises(UsageError, match="401 tokens, but the model is verified up to 400"):
+        decoder.logits(tokens(401))
+
+
+def test_generation_across_longropes_switch(opened: Callable[..., tuple[Decoder, Path]]):
+    folder = opened("phi3-longrope")[1]
+    decoder, model = decoder_of(folder, context=400), tiny.reference(folder)
+    prompt = tokens(250, seed=5)
+    with torch.inference_mode():
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )[0].tolist()[250:]
+    last, found = decoder.feed(prompt), []
+    for _ in range(20):
+        found.append(int(last.argmax()))
+        last = decoder.feed(found[-1:])
+    assert found == made
+    whole = decoder_of(folder, context=400).logits([*prompt, *found])
+    assert np.abs(last - whole[-1]).max() <= TOLERANCE
+    assert decoder.rewind(260) == 260
+    assert np.abs(decoder.extend(found[10:]) - whole[260:]).max() <= TOLERANCE
+    assert decoder.rewind(100) == 0  # its keys have the long factors
+    again = decoder.feed([*prompt, *found][:256])
+    expected = decoder_of(folder).logits([*prompt, *found][:256])[-1]
+    assert np.abs(again - expected).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
