@@ -55,7 +55,11 @@ _LONG = {
 _SMOL = _TIED | {"rope_theta": 100000.0}
 _QWEN = _TIED | {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
 _PHI = _kind("Phi", max_position_embeddings=2048, layer_norm_eps=1e-5, hidden_act="gelu_new")
+# Sizes: github.com/facebookresearch/MobileLLM, configs/*/config.json at 1e67bf6, where the class is
+# llama's; the Hub's config.json have their own class, and say what is shared. MobileLLM-Pro needs
+# code of its own.
 _MOBILE = _kind("MobileLLM", share_embedding=True, max_position_embeddings=2048)
+_SHARED = _MOBILE | {"layer_sharing": True}
 
 _GEMMA: dict[str, Any] = {"head_dim": 256, "max_position_embeddings": 8192}
 _GEMMA3 = _kind("Gemma3", model_type="gemma3_text", query_pre_attn_scalar=256, rope_theta=1e6)
@@ -92,6 +96,11 @@ def _gpt_neo(hidden: int, layers: int) -> dict[str, Any]:
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mobilellm-125m": ("mobilellm", 32000, _llama(576, 30, 9, 3, 1536, 32000) | _MOBILE),
     "mobilellm-350m": ("mobilellm", 32000, _llama(960, 32, 15, 5, 2560, 32000) | _MOBILE),
+    "mobilellm-600m": ("mobilellm", 32000, _llama(1152, 40, 18, 6, 3072, 32000) | _MOBILE),
+    "mobilellm-1b": ("mobilellm", 32000, _llama(1280, 54, 20, 5, 3584, 32000) | _MOBILE),
+    "mobilellm-1.5b": ("mobilellm", 32000, _llama(1600, 54, 25, 5, 4352, 32000) | _MOBILE),
+    "mobilellm-ls-125m": ("mobilellm", 32000, _llama(576, 30, 9, 3, 1536, 32000) | _SHARED),
+    "mobilellm-ls-350m": ("mobilellm", 32000, _llama(960, 32, 15, 5, 2560, 32000) | _SHARED),
     "smollm2-135m": ("qwen2", 49149, _llama(576, 30, 9, 3, 1536, 49152) | _SMOL),
     "smollm2-360m": ("qwen2", 49149, _llama(960, 32, 15, 5, 2560, 49152) | _SMOL),
     "qwen2.5-0.5b": (
@@ -250,6 +259,34 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
         _llama(4096, 32, 32, 8, 14336, 32000)
         | _kind("Mixtral", rope_theta=1e6, max_position_embeddings=32768, sliding_window=None)
         | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "phi-3.5-moe": (
+        "phi3-longrope",
+        32000,
+        _llama(4096, 32, 32, 8, 6400, 32064)
+        | _kind("PhiMoE", attention_bias=True, lm_head_bias=True, max_position_embeddings=131072)
+        | {"num_local_experts": 16, "num_experts_per_tok": 2, "router_jitter_noise": 0.01},
+    ),
+    "gpt-oss-20b": (
+        "phi4-mini",
+        199998,
+        _llama(2880, 24, 64, 8, 2880, 201088)
+        | _kind("GptOss", model_type="gpt_oss", head_dim=64, sliding_window=128)
+        | {"rope_theta": 150000.0, "max_position_embeddings": 131072}
+        | {"num_local_experts": 32, "num_experts_per_tok": 4}
+        | {"rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        }},
+    ),
+    "falcon-40b": (
+        "phi",
+        65023,
+        {
+            "architectures": ["FalconForCausalLM"], "model_type": "falcon", "vocab_size": 65024,
+            "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
+            "num_kv_heads": 8, "new_decoder_architecture": True, "layer_norm_epsilon": 1e-5,
+        },
     ),
     "qwen3-30b-a3b": (
         "qwen3",

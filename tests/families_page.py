@@ -23,6 +23,8 @@ WHY = {
     "smollm3-interval-2": "llama.cpp's graph has the interval 4 compiled in",
     "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
+    "phimoe": "llama.cpp's graph has RMSNorm for LayerNorm, and another choice of experts",
+    "gpt_oss": "no graph of attention sinks and experts with biases",
     "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
 WHY_OF_FORMAT = {

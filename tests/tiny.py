@@ -233,7 +233,9 @@ def _fill(model: Any, seed: int, loud: float = 1.0) -> None:
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
-ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "router.layer.weight")
+ROUTERS = (
+    "block_sparse_moe.gate.weight", "mlp.gate.weight", "router.layer.weight", "mlp.router.weight",
+)  # fmt: skip
 ROUTER = 4
 OF_EXPERTS = ("w2.weight", "moe.output_linear.weight", *(f"{e}.down_proj.weight" for e in range(8)))
 DOWN = 0.4

@@ -271,6 +271,15 @@ ROWS: dict[str, Row] = {
         },
         without={"parallel_residual": "sequential"},
     ),
+    "falcon-40b": Row(
+        "Falcon 40B, 180B",
+        {
+            "model_type": "falcon", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "layer_norm_epsilon": 0.02, "max_position_embeddings": 128,
+            "new_decoder_architecture": True, "num_kv_heads": 2, **_TIED,
+        },
+        without={"parallel_residual": "sequential"},
+    ),
     "ministral": Row(
         "Ministral 8B 2410",
         _COMMON | {
@@ -302,6 +311,15 @@ ROWS: dict[str, Row] = {
         "Mixtral 8x7B, 8x22B", _COMMON | _LOCAL | {"model_type": "mixtral"},
         refused=_EXPERTS, without={"experts": {"renormalize": False}},
     ),
+    "phimoe": Row(
+        "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE",
+        _COMMON | _LOCAL | {
+            "model_type": "phimoe", "num_experts_per_tok": 2, "router_jitter_noise": 0.3,
+            "attention_bias": True, "lm_head_bias": True,
+        },
+        refused=_EXPERTS | {"gguf": "RMSNorm in place of LayerNorm"},
+        without={"experts": {"jitter": 0.1}},
+    ),
     "qwen3_moe": Row(
         "Qwen3 30B-A3B, 235B-A22B",
         _WIDE | _MOE | {"model_type": "qwen3_moe", "norm_topk_prob": True},
@@ -321,6 +339,19 @@ ROWS: dict[str, Row] = {
         "OLMoE 1B-7B",
         _COMMON | _MOE | {"model_type": "olmoe", "num_key_value_heads": 4},
         refused=_EXPERTS, without={"experts": {"renormalize": True}, "qk_norm": ""},
+    ),
+    "gpt_oss": Row(
+        "gpt-oss 20B, 120B",
+        _WIDE | _LOCAL | {
+            "model_type": "gpt_oss", "sliding_window": WINDOW, "num_experts_per_tok": 3,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+            },
+        },
+        refused=_EXPERTS | {"onnx": "attention sinks"},
+        without={
+            "sinks": False, "layers": (1, 1, 1, 1), "experts": {"clamp": 0.0, "biased": False},
+        },
     ),
     "granitemoe": Row(
         "Granite 3 1B-A400M, 3B-A800M",

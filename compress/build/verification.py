@@ -11,7 +11,7 @@ from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.console import Console
 from compress.errors import UsageError
 from compress.files import check_unchanged
-from compress.formats import FORMATS
+from compress.formats import FORMATS, get_format
 from compress.machine import bounded
 from compress.plan.job import DEFAULT_CONTEXT, Job, adopt, describe_model, find_artifacts
 from compress.plan.memory import check_memory

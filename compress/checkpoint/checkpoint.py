@@ -380,13 +380,19 @@ class Stored:
         start, stop, _ = (rows or slice(None)).indices(shape[0])
         offset = 0  # of the part's first row within the weight
         for part in weights.parts(name):
-            length = part.stop - part.start
+            length = len(range(part.start, part.stop, part.step))
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                window = slice(part.start + first, part.start + last)
-                if part.expert is not None:
+                window = slice(*(part.start + n * part.step for n in (first, last)), part.step)
+                if part.expert is not None and f"{part.source}_blocks" in self.checkpoint.tensors:
+                    from compress.checkpoint.packed import read_packed, unpacked
+
+                    packed = read_packed(self.checkpoint, part.source, part.expert, window)
+                    pieces.append(unpacked(*packed))
+                elif part.expert is not None:
                     one = slice(part.expert, part.expert + 1)
-                    pieces.append(self.checkpoint.read(part.source, one)[0, window])
+                    values = self.checkpoint.read(part.source, one)[0]
+                    pieces.append(values[:, window].T if part.transposed else values[window])
                 elif part.transposed:
                     pieces.append(self.checkpoint.read(part.source)[:, window].T)
                 else:

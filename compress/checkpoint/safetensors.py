@@ -39,6 +39,7 @@ __all__ = [
 Float32 = NDArray[np.float32]
 
 BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+PACKED = ("_blocks", "_scales")  # of names of MXFP4 (``compress.checkpoint.packed``), dtype U8
 Opened = Callable[[Path], io.RawIOBase]
 """Opens a shard by its path, for reading, seekable."""
 
@@ -54,7 +55,7 @@ class TensorInfo:
     """A tensor as a shard header describes it.
 
     Attributes:
-        dtype: ``F32``, ``F16`` or ``BF16``.
+        dtype: ``F32``, ``F16`` or ``BF16``; ``U8`` of ``PACKED``.
         file: the shard.
         offset: of the first byte in the file; -1 in a pickle.
         nbytes: length.
@@ -99,11 +100,13 @@ def scan_safetensors(
     start = 8 + length
     tensors = {}
     for name, dtype, shape, begin, end in rows:
-        if dtype not in BYTES:
+        packed = dtype == "U8" and name.endswith(PACKED)
+        if dtype not in BYTES and not packed:
             if BUFFERS.search(name):
                 continue
             raise not_a_weight(file.name, name, dtype)
-        whole = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * BYTES[dtype]
+        size = math.prod(shape) * (1 if packed else BYTES[dtype])
+        whole = min(shape, default=0) >= 0 and end - begin == size
         if not whole or begin < 0:
             raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
         if start + end > size:

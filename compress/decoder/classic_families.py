@@ -104,9 +104,7 @@ def _falcon(config: Config) -> dict[str, Any]:
     heads = whole(config, "num_attention_heads", most=MOST_WIDE)
     if not new and not flag(config, "multi_query", True):
         raise UnsupportedModelError("falcon without multi_query (falcon-rw) is not supported")
-    norms = int(config.get("num_ln_in_parallel_attn") or (2 if new else 1))
-    if new and norms == 2:
-        raise UnsupportedModelError("falcon with two norms before a block (40B) is not supported")
+    two = not parallel or two_norms(config)
     kv = whole(config, "num_kv_heads", heads, most=MOST_WIDE) if new else 1
     hidden = whole(config, "hidden_size", most=MOST_WIDE)
     return {
@@ -117,10 +115,14 @@ def _falcon(config: Config) -> dict[str, Any]:
         "activation": config.get("activation") or "gelu",
         "gated_mlp": False,
         "parallel_residual": parallel,
-        "norms": ("input_layernorm",)
-        if parallel
-        else ("input_layernorm", "post_attention_layernorm"),
+        "norms": ("input_layernorm", "post_attention_layernorm")[: 1 + two],
     }
+
+
+def two_norms(config: Config) -> bool:
+    """Whether a falcon's attention and MLP have a norm each, before the block (40B)."""
+    new = flag(config, "new_decoder_architecture")
+    return new and whole(config, "num_ln_in_parallel_attn", 2) == 2
 
 
 _H = "transformer.h.{i}."
@@ -134,6 +136,10 @@ FALCON_NAMES = {
     "o_proj": _H + "self_attention.dense",
     "up_proj": _H + "mlp.dense_h_to_4h",
     "down_proj": _H + "mlp.dense_4h_to_h",
+}
+FALCON_TWO_NAMES = FALCON_NAMES | {
+    "input_layernorm": _H + "ln_attn",
+    "post_attention_layernorm": _H + "ln_mlp",
 }
 
 
@@ -241,10 +247,14 @@ CLASSIC: dict[str, Family] = {
     "arcee": Family(
         UNGATED_NAMES, _arcee, "arcee", "ArceeForCausalLM", norm_eps=1e-5, activation="relu2"
     ),
+    "falcon-40b": Family(
+        FALCON_TWO_NAMES, _falcon, "falcon", "FalconForCausalLM",
+        activation="gelu", tied=True, positions=2048, by_group=frozenset(("qkv_proj",)),
+    ),
     "falcon": Family(
         FALCON_NAMES, _falcon, "falcon", "FalconForCausalLM",
         activation="gelu", tied=True, positions=2048, by_group=frozenset(("qkv_proj",)),
     ),
     "ministral": Family(LLAMA_NAMES, _ministral, "ministral", "MinistralForCausalLM"),
 }  # fmt: skip
-"""Rows by model type."""
+"""Rows by model type; of two with one class the last is the class's own."""

@@ -75,6 +75,8 @@ class DecoderConfig:
         rope_switch: a text of more positions rotates by the ``long_factors`` from its first token
             on (``longrope`` with a larger ``max_context``); 0 for never.
         block_repeat: each stored block runs this many times in a row (MobileLLM-LS).
+        sinks: each head's softmax has one more score, a weight of its own, whose probability is
+            dropped (gpt_oss).
         experts: the mixture of experts in place of every block's MLP, or None.
         raw: the ``config.json`` as read.
     """
@@ -125,6 +127,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     logit_scale: float = 1.0
     scalars: frozenset[str] = frozenset()
+    sinks: bool = False
     experts: Experts | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -182,9 +185,10 @@ class DecoderConfig:
 
     @property
     def norm_roles(self) -> tuple[str, ...]:
-        """Roles of a block's norms."""
+        """Roles of a block's norms, and of the sinks of attention."""
         own = self.qk_norm in ("head", "projection")
-        return (*self.norms, *(("q_norm", "k_norm") if own else ()))
+        sinks = ("sinks",) if self.sinks else ()
+        return (*self.norms, *(("q_norm", "k_norm") if own else ()), *sinks)
 
     def has_bias(self, role: str) -> bool:
         """Whether the weight of ``role`` (fused or not) has a bias."""
@@ -196,6 +200,8 @@ class DecoderConfig:
             return self.mlp_bias
         if role == "lm_head":
             return self.lm_head_bias
+        if self.experts is not None and (role == "router" or role.startswith("experts.")):
+            return self.experts.biased
         return self.norm_bias and (role == "norm" or role in self.norms)
 
     def weight_shape(self, role: str) -> tuple[int, ...]:
@@ -229,6 +235,7 @@ class DecoderConfig:
             "q_norm": (heads * head if self.qk_norm == "projection" else head,),
             "k_norm": (kv * head if self.qk_norm == "projection" else head,),
             "norm": (hidden,),
+            "sinks": (heads,),
             **dict.fromkeys(self.norms, (hidden,)),
         }[role]
 
@@ -249,13 +256,15 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class Part:
     """Rows ``start:stop`` of the tensor ``source`` on disk, or columns where it is transposed; of
-    the matrix of one expert where it has those of all, ``[experts, rows, columns]``."""
+    the matrix of one expert where it has those of all, ``[experts, rows, columns]``; every
+    ``step``-th."""
 
     source: str
     start: int
     stop: int
     transposed: bool = False
     expert: int | None = None
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -313,7 +322,7 @@ class WeightMap:
         """Shape of a weight (``[rows, columns]`` or ``[n]``) or of a bias (``[rows]``)."""
         _, role, kind = split_name(name)
         shape = self.config.weight_shape(role)
-        return shape if kind == "weight" else shape[:1]
+        return shape if kind == "weight" or len(shape) == 1 else shape[:-1]
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """The row ranges on disk that, concatenated, make the weight.
@@ -346,7 +355,8 @@ class WeightMap:
         for piece in pieces:
             if len(pieces) > 1:
                 rows = self.config.weight_shape(piece)[0]
-            source = f"{disk[piece].format(i=stored)}.{kind}"
+            source = disk[piece].format(i=stored)
+            source += "" if piece in family.bare else f".{kind}"
             transposed = kind == "weight" and piece in family.transposed
             parts.append(Part(source, first, first + rows, transposed))
         return tuple(parts)
@@ -360,8 +370,15 @@ class WeightMap:
         own, first = disk.get(f"{group}.{last}"), 0
         if own is None:
             own, first = disk[f"{group}.gate_up_proj"], rows if last == "up_proj" else 0
-        source = f"{own.format(i=block, e=expert)}.{kind}"
+        family, source = FAMILIES[self.config.family], own.format(i=block, e=expert)
         axis = int(expert) if expert and "{e}" not in own else None
+        if f"{group}.{last}" in family.bare or f"{group}.gate_up_proj" in family.bare:
+            source += "_bias" if kind == "bias" else ""
+            assert self.config.experts is not None
+            step = 1 if last == "down_proj" else 2  # gate and up by turns
+            across = kind == "weight" and not self.config.experts.packed
+            return (Part(source, int(last == "up_proj"), step * rows, across, axis, step),)
+        source += f".{kind}"
         return (Part(source, first, first + rows, expert=axis),)
 
     def _by_group(self, role: str, source: str) -> Iterator[Part]:
@@ -383,13 +400,18 @@ class WeightMap:
             columns = self.shape(name)[1:]
             for part in self.parts(name):
                 known = tensors.get(part.source, (0, 0))[-1 if part.transposed else 0]
+                many: tuple[int, ...] = ()
                 if part.expert is not None and self.config.experts is not None:
-                    known = tensors.get(part.source, (0, 0))[1]
-                    rows = max(part.stop, known)
-                    tensors[part.source] = (self.config.experts.count, rows, *columns)
-                    continue
+                    many = (self.config.experts.count,)
+                    known = tensors.get(part.source, (0, 0))[-1 if part.transposed else 1]
+                    if self.config.experts.packed and columns:
+                        shape = (*many, part.stop, columns[0] // 32)
+                        tensors[f"{part.source}_scales"] = shape
+                        tensors[f"{part.source}_blocks"] = (*shape, 16)
+                        continue
                 rows = max(part.stop, known)
-                tensors[part.source] = (*columns, rows) if part.transposed else (rows, *columns)
+                shape = (*columns, rows) if part.transposed else (rows, *columns)
+                tensors[part.source] = (*many, *shape)
         return tensors
 
     def check(self, checkpoint: Checkpoint) -> None:

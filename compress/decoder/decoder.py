@@ -196,8 +196,9 @@ class Block:
         mask = visible(count, start, self.kind.window)
         keys = key.unsqueeze(1).expand(-1, group, -1, -1)
         values = value.unsqueeze(1).expand(-1, group, -1, -1)
-        if c.score_cap:
-            mixed = capped_attention(grouped, keys, values, mask, c.attention_scale, c.score_cap)
+        if c.score_cap or c.sinks:
+            sinks, scale = self.weights.get("sinks.weight"), c.attention_scale
+            mixed = capped_attention(grouped, keys, values, mask, scale, c.score_cap, sinks)
         else:
             mixed = F.scaled_dot_product_attention(
                 grouped,

@@ -9,11 +9,15 @@ from typing import Any
 from compress.decoder.config_json import Config, flag, number, whole
 from compress.decoder.family import (
     BLOCK,
+    FULL,
     LLAMA_NAMES,
     MOST_WIDE,
     QWEN3_NAMES,
+    SLIDING,
     Family,
     attention_biases,
+    layer_kinds,
+    window_of,
 )
 from compress.decoder.grammar import AttentionKind, Experts
 from compress.errors import UnsupportedModelError
@@ -71,6 +75,21 @@ def _olmoe(config: Config) -> dict[str, Any]:
     return attention_biases(config) | found | {"mlp_bias": False, "qk_norm": "projection"}
 
 
+def _phimoe(config: Config) -> dict[str, Any]:
+    if whole(config, "num_experts_per_tok", 2) != 2:
+        raise UnsupportedModelError("phimoe has two experts for each token")
+    window, bias = whole(config, "sliding_window", 0) or None, flag(config, "attention_bias")
+    jitter = number(config, "router_jitter_noise", 0.01)
+    return experts(config | {"num_experts_per_tok": 2}, renormalize=False, jitter=jitter) | {
+        "norm": "layernorm",
+        "norm_bias": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "lm_head_bias": flag(config, "lm_head_bias"),
+        "kinds": (AttentionKind(window=window),),
+    }
+
+
 def _granitemoe(config: Config) -> dict[str, Any]:
     bias = flag(config, "attention_bias")
     shared = config.get("shared_intermediate_size") or 0  # 0: none
@@ -83,6 +102,20 @@ def _granitemoe(config: Config) -> dict[str, Any]:
         "residual_scale": number(config, "residual_multiplier", 1.0),
         "attention_scale": number(config, "attention_multiplier", 1.0),
         "logit_scale": 1.0 / number(config, "logits_scaling", 1.0),
+    }
+
+
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    kinds = {SLIDING: AttentionKind(window=window_of({"sliding_window": 128, **config}))}
+    kinds[FULL] = AttentionKind()
+    stored = config.get("quantization_config") or {}
+    packed = stored.get("quant_method") == "mxfp4"
+    return {
+        **experts(config, biased=True, clamp=number(config, "swiglu_limit", 7.0), packed=packed),
+        **layer_kinds(config, kinds, lambda block: FULL if block % 2 else SLIDING),
+        "qkv_bias": True,
+        "o_bias": True,
+        "sinks": True,
     }
 
 
@@ -118,8 +151,24 @@ GRANITEMOE_SHARED_NAMES = GRANITEMOE_NAMES | {
     "shared.down_proj": BLOCK + "shared_mlp.output_linear",
 }
 
+GPT_OSS_NAMES = names(LLAMA_NAMES, "mlp.", {
+    "router": "router",
+    "experts.gate_up_proj": "experts.gate_up_proj",
+    "experts.down_proj": "experts.down_proj",
+}) | {"sinks": BLOCK + "self_attn.sinks"}  # fmt: skip
+
 EXPERTS: dict[str, Family] = {
+    "gpt_oss": Family(
+        GPT_OSS_NAMES,
+        _gpt_oss,
+        "gpt_oss",
+        "GptOssForCausalLM",
+        norm_eps=1e-5,
+        head_dim=64,
+        bare=frozenset(("sinks", "experts.gate_up_proj", "experts.down_proj")),
+    ),
     "mixtral": Family(MIXTRAL_NAMES, _mixtral, "mixtral", "MixtralForCausalLM", norm_eps=1e-5),
+    "phimoe": Family(MIXTRAL_NAMES, _phimoe, "phimoe", "PhimoeForCausalLM", norm_eps=1e-5),
     "qwen2_moe": Family(QWEN2_MOE_NAMES, _qwen2_moe, "qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3_moe": Family(OLMOE_NAMES, _qwen3_moe, "qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmoe": Family(OLMOE_NAMES, _olmoe, "olmoe", "OlmoeForCausalLM", norm_eps=1e-5),

@@ -39,6 +39,30 @@ def in_parts(x: Tensor) -> list[Tensor]:
     return [x[start : start + ROWS] for start in range(0, len(x), ROWS)]
 
 
+def sparsemixer(scores: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """The two experts of each token, ``[n, 2]``, and the weights of their outputs.
+
+    Args:
+        scores: of the router, ``[n, experts]``.
+        jitter: see ``Experts``; arXiv 2409.12136.
+    """
+    chosen, weights, left = [], [], scores
+    for _ in range(2):
+        best, expert = left.max(dim=-1, keepdim=True)
+        far = (best - left) / torch.maximum(scores.abs(), best) > 2 * jitter
+        probabilities = left.masked_fill(far, -torch.inf).softmax(dim=-1)
+        chosen.append(expert)
+        weights.append(probabilities.gather(-1, expert))
+        left = left.scatter(-1, expert, -torch.inf)
+    return torch.cat(chosen, dim=-1), torch.cat(weights, dim=-1)
+
+
+def clamped(gate: Tensor, most: float) -> Tensor:
+    """The activation of gpt_oss's gate."""
+    gate = gate.clamp(max=most)
+    return gate * torch.sigmoid(1.702 * gate)
+
+
 class ExpertBlock(Block):
     """One decoder block with a mixture of experts, whose matrices are read when they are used.
 
@@ -120,8 +144,10 @@ class ExpertBlock(Block):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts, ``[n, chosen]``, and the weights of their outputs."""
-        scores = F.linear(x, self.weights["router.weight"]).softmax(dim=-1)
-        weights, chosen = scores.topk(self.experts.chosen, dim=-1)
+        scores = F.linear(x, self.weights["router.weight"], self.weights.get("router.bias"))
+        if self.experts.jitter:
+            return sparsemixer(scores, self.experts.jitter)
+        weights, chosen = scores.softmax(dim=-1).topk(self.experts.chosen, dim=-1)
         if self.experts.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return chosen, weights
@@ -161,21 +187,22 @@ class ExpertBlock(Block):
         Yields the row numbers of each part, and the output, ``[rows, hidden]``.
         """
         stem = f"{self._stem}experts.{expert}."
-        activate = ACTIVATIONS[self.config.activation]
+        activate, most = ACTIVATIONS[self.config.activation], self.experts.clamp
         inner = cut(self._empty(sum(map(len, parts)), self.experts.width), [*map(len, parts)])
 
         def product(role: str, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
             name = f"{stem}{role}.weight"
             matrix = self._matrix(name)
+            bias = self._matrix(f"{stem}{role}.bias") if self.experts.biased else None
             for part, x in enumerate(inputs):
                 if on_input is not None:
                     on_input(name, x, part)
-                yield F.linear(x, matrix)
+                yield F.linear(x, matrix, bias)
 
         for values, gate in zip(inner, product("gate_proj", map(take, parts)), strict=True):
-            values[:] = activate(gate)
+            values[:] = clamped(gate, most) if most else activate(gate)
         for values, up in zip(inner, product("up_proj", map(take, parts)), strict=True):
-            values *= up
+            values *= up.clamp_(-most, most).add_(1) if most else up
         yield from zip(parts, product("down_proj", inner), strict=True)
 
     def _matrix(self, name: str) -> Tensor:

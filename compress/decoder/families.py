@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from compress.decoder.classic_families import two_norms
 from compress.decoder.config_json import Config, flag, number, short, token_ids, whole
 from compress.decoder.dense_families import DENSE
 from compress.decoder.expert_families import EXPERTS
@@ -202,6 +203,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MobileLLMForCausalLM": "mobilellm",
+    "PhiMoEForCausalLM": "phimoe",  # the Hub's spelling
     **{row.architecture: name for name, row in (DENSE | EXPERTS).items()},
 }
 
@@ -235,14 +237,16 @@ def find_family(config: Config) -> str:
             )
         raise UnsupportedModelError(f"unknown architecture: {label}", hint=supported)
     quantization = config.get("quantization_config") or config.get("quantization")  # MLX
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization and not (family == "gpt_oss" and method == "mxfp4"):
         raise UnsupportedModelError(
             f"the checkpoint is quantized already ({short(method or 'quantization_config')})",
             hint="start from the float checkpoint it was made of",
         )
     if family == "llama" and (config.get("share_embedding") or config.get("layer_sharing")):
         return "mobilellm"  # spelling of Meta's GitHub configs
+    if family == "falcon" and two_norms(config):
+        return "falcon-40b"
     return family
 
 

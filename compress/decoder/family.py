@@ -80,6 +80,8 @@ class Family:
         prefix: of tensor names, which some checkpoints leave out (gpt2).
         transposed: roles that are stored as ``[columns, rows]`` (gpt2).
         by_group: fused roles that are stored by key-value head (``WeightMap``).
+        bare: roles whose weights are stored without ``.weight``, and biases with ``_bias``
+            (gpt_oss); those of all experts as ``[experts, columns, rows]``, gate and up by turns.
     """
 
     names: Mapping[str, str]
@@ -96,6 +98,7 @@ class Family:
     prefix: str = ""
     transposed: frozenset[str] = frozenset()
     by_group: frozenset[str] = frozenset()
+    bare: frozenset[str] = frozenset()
 
 
 def layer_kinds(

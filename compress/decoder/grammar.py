@@ -23,8 +23,8 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts that is every block's MLP: a linear router without a bias scores the
-    experts of each token, and the outputs of the best are added, each times its probability.
+    """The mixture of experts that is every block's MLP: a linear router scores the experts of each
+    token, and the outputs of the best are added, each times its probability.
 
     Attributes:
         count: of a block's experts.
@@ -32,16 +32,27 @@ class Experts:
         width: of an expert's MLP, which is gated.
         renormalize: the chosen ones' probabilities are divided by their sum. The same as a softmax
             over the chosen ones alone (granitemoe).
+        jitter: above 0 the two experts are those of sparsemixer (phimoe): the weight of each is its
+            probability among the scores within 2 * jitter of the best, the second's without the
+            first.
         shared_width: of one more MLP, which every token passes; 0 for none.
         shared_gate: its output is multiplied by the sigmoid of one more linear (qwen2_moe).
+        biased: the router and the experts' linears have biases (gpt_oss).
+        clamp: the activation is that of gpt_oss, ``(up + 1) * gate * sigmoid(1.702 * gate)`` with
+            gate at most this, and up between minus and plus this; 0 for the family's own.
+        packed: stored as MXFP4 (``compress.checkpoint.packed``).
     """
 
     count: int
     chosen: int
     width: int
     renormalize: bool = True
+    jitter: float = 0.0
     shared_width: int = 0
     shared_gate: bool = False
+    biased: bool = False
+    clamp: float = 0.0
+    packed: bool = False
 
 
 GATED = ("gate_proj", "up_proj", "down_proj")

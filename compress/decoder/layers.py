@@ -97,15 +97,32 @@ def visible(count: int, start: int, window: int | None) -> Tensor | None:
 
 
 def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, cap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    cap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention whose scores pass ``cap * tanh(score / cap)`` before the mask (gemma2)."""
+    """Attention whose scores pass ``cap * tanh(score / cap)`` before the mask (gemma2), or with one
+    more score for each head whose probability is dropped (gpt_oss).
+
+    Args:
+        query: ``[kv heads, group, n, head_dim]``.
+        cap: 0 for none.
+        sinks: ``[heads]``.
+    """
     count, end = query.shape[-2], key.shape[-2]
     if mask is None:
         mask = torch.ones(count, end, dtype=torch.bool).tril(end - count)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = cap * torch.tanh(scores / cap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        more = sinks.view(*scores.shape[:2], 1, 1).expand(-1, -1, count, -1)
+        return torch.cat((scores, more), dim=-1).softmax(dim=-1)[..., :-1] @ value
+    return scores.softmax(dim=-1) @ value
 
 
 def normalize(

@@ -48,6 +48,7 @@ class Rope:
             otherwise.
         attention_factor: multiplied into cos and sin, also for short prompts (``longrope``,
             ``yarn``).
+        long_attention_factor: with ``long_factors``; the same but in phimoe.
         original_context: positions up to which ``factors`` hold (``longrope``), else 0.
         yarn: settings behind ``factors``, for metadata; None for other kinds.
         caveat: a line for the user, or ``""``.
@@ -59,6 +60,7 @@ class Rope:
     factors: tuple[float, ...]
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
+    long_attention_factor: float = 1.0
     original_context: int = 0
     yarn: Yarn | None = None
     caveat: str = ""
@@ -92,7 +94,8 @@ class Rope:
 
     def by_long_factors(self) -> Rope:
         """This embedding for texts beyond ``original_context`` (``longrope``)."""
-        return replace(self, factors=self.long_factors)
+        factor = self.long_attention_factor
+        return replace(self, factors=self.long_factors, attention_factor=factor)
 
 
 def powers(theta: float, rotary: int) -> Float32:
@@ -116,7 +119,8 @@ def longrope(theta: float, rotary: int, keys: Config) -> Rope:
     if stretch > 1 and original > 1:
         attention = math.sqrt(1 + math.log(stretch) / math.log(original))
     attention = number(keys, "attention_factor", attention)
-    return Rope(theta, "longrope", rotary, short, long, attention, original)
+    factors = [number(keys, key, attention) for key in ("short_mscale", "long_mscale")]  # phimoe
+    return Rope(theta, "longrope", rotary, short, long, *factors, original)
 
 
 def yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:

@@ -18,6 +18,8 @@ class Architecture:
         own: scalars that the graph multiplies by itself (``compress.checkpoint.scalars``), from a
             key or its code; ``pairs`` where it rotates neighbours. The others are folded.
         fused: roles that are written as one tensor; ``experts``: each matrix of all of them.
+        renamed: parts of tensor names that differ from those of ``metadata.target_name``; the first
+            that is found counts.
         renormalizes: what its mixture of experts does with the chosen ones' probabilities.
         whole_heads: it rotates whole heads only.
         windows: it has the windows of the family's layers; else files are capped at the window.
@@ -31,6 +33,7 @@ class Architecture:
     windows: bool = False
     factors: tuple[str, ...] = ()
     renormalizes: bool = True
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 _LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
@@ -76,10 +79,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron": Architecture("nemotron"),
     "arcee": Architecture("arcee", ROPES, whole_heads=True),
     "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
+    "falcon-40b": Architecture(
+        "falcon",
+        fused=_QKV,
+        whole_heads=True,
+        renamed=((".attn_norm.", ".attn_norm_2."), (".ffn_norm.", ".attn_norm.")),
+    ),
     "mixtral": replace(_LLAMA, fused=_EXPERTS),
+    "phimoe": Architecture("phimoe", fused=_EXPERTS, whole_heads=True),
     "qwen2_moe": Architecture("qwen2moe", fused=_EXPERTS, whole_heads=True, renormalizes=False),
     "qwen3_moe": Architecture("qwen3moe", fused=_EXPERTS, whole_heads=True),
     "olmoe": Architecture("olmoe", fused=_EXPERTS, whole_heads=True, renormalizes=False),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        fused=_EXPERTS,
+        whole_heads=True,
+        windows=True,
+        renamed=((".ffn_norm.", ".post_attention_norm."),),
+    ),
     "granitemoe": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),
     "granitemoeshared": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),
 }

@@ -50,6 +50,7 @@ _BLOCK = {
     "up_proj": "ffn_up",
     "gate_up_proj": "ffn_up",  # gate first, then up, in one tensor
     "down_proj": "ffn_down",
+    "sinks": "attn_sinks",
     "router": "ffn_gate_inp",
     "experts.gate_proj": "ffn_gate_exps",
     "experts.up_proj": "ffn_up_exps",
@@ -192,12 +193,12 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factors[0])
-    usual = rope.yarn is not None and rope.yarn.usual
+    architecture = ARCHITECTURES[config.family]
+    usual = rope.yarn is not None and (rope.yarn.usual or architecture.name == "gpt-oss")
     if rope.kind == "longrope" or (rope.yarn is not None and not usual):
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
     if rope.yarn is not None and usual:
         write_yarn(writer, rope.yarn, rope.attention_factor)
-    architecture = ARCHITECTURES[config.family]
     if architecture.name == "phi3":
         if rope.yarn is None:
             original = rope.original_context or config.max_position_embeddings
@@ -209,7 +210,7 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if config.experts is not None:
         writer.add_expert_count(config.experts.count)
         writer.add_expert_used_count(config.experts.chosen)
-        if architecture.name in ("qwen2moe", "qwen3moe"):
+        if architecture.name in ("qwen2moe", "qwen3moe", "gpt-oss"):
             writer.add_expert_feed_forward_length(config.experts.width)
         if config.experts.shared_width:
             writer.add_expert_shared_feed_forward_length(config.experts.shared_width)

@@ -81,19 +81,27 @@ def plan_entries(
         GridError: a choice that the tensor's rows cannot hold.
     """
     weights = WeightMap(config)
-    fused = ARCHITECTURES[config.family].fused
-    for name in weights.names(tied_head=False, fused=fused):  # llama.cpp reuses token_embd
+    architecture = ARCHITECTURES[config.family]
+    # llama.cpp reuses token_embd.
+    for name in weights.names(tied_head=False, fused=architecture.fused):
         block, role, kind = split_name(name)
         shape = weights.shape(name)
         grid, note = "F32", ""  # norms and biases
         if role == "shared_gate":
             shape = shape[1:]
-        if kind == "weight" and len(shape) > 1 and role not in FLOAT:
+        target = target_name(name)
+        for before, after in architecture.renamed:
+            if before in target:
+                target = target.replace(before, after)
+                break
+        if role.startswith("experts.") and config.experts and config.experts.packed:
+            grid = "MXFP4" if kind == "weight" else grid
+        elif kind == "weight" and len(shape) > 1 and role not in FLOAT:
             grid, note = fitting(mix.wish(role, block or 0, config), shape[-1])
             if name in choices:
                 grid, note = choices[name], ""
                 check_choice(name, grid, shape[-1])
-        yield PlanEntry(name, target_name(name), grid, shape, tensor_bytes(grid, shape), note)
+        yield PlanEntry(name, target, grid, shape, tensor_bytes(grid, shape), note)
     for name, values in rope_tensors(config).items():
         shape = (len(values),)
         yield PlanEntry(name, ROPE_TENSORS[name], "F32", shape, tensor_bytes("F32", shape))
@@ -156,7 +164,11 @@ def check_expressible(config: DecoderConfig) -> None:
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has no {config.ropes[0].kind} rope scaling",
         )
-    if config.ropes[0].yarn is not None and not config.ropes[0].yarn.usual and arch != "llama":
+    if (
+        config.ropes[0].yarn is not None
+        and not config.ropes[0].yarn.usual
+        and arch not in EXACT_YARN
+    ):
         raise UnsupportedModelError(
             f"llama.cpp's {arch} has yarn with its usual bounds only, not this model's beta_fast, "
             "beta_slow or truncate"
@@ -188,6 +200,11 @@ def check_experts(config: DecoderConfig, architecture: Architecture) -> None:
     """
     arch = architecture.name
     assert config.experts is not None
+    if arch == "phimoe":
+        raise UnsupportedModelError(
+            "llama.cpp's phimoe computes another model: RMSNorm in place of LayerNorm, and a "
+            "softmax over the two best experts in place of sparsemixer"
+        )
     if config.experts.renormalize != architecture.renormalizes:
         does = "divides" if architecture.renormalizes else "does not divide"
         raise UnsupportedModelError(
@@ -197,6 +214,9 @@ def check_experts(config: DecoderConfig, architecture: Architecture) -> None:
     if arch == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
         raise UnsupportedModelError("llama.cpp's olmoe has no grouped key-value heads")
 
+
+# Graphs that read YaRN's factors from a tensor, and gpt-oss, for which there is a note.
+EXACT_YARN = ("llama", "gpt-oss")
 
 # Graphs whose o_proj is square.
 NARROW_HEADS = ("phi2", "phi3", "nemotron", "chatglm", "gpt2", "gptneox", "falcon")
@@ -219,6 +239,11 @@ def check_layers(config: DecoderConfig, arch: str) -> None:
     every_fourth = [bool((block + 1) % 4) for block in range(len(kinds))]
     expected = {
         "smollm3": ("rotate", every_fourth, [kind.rope is not None for kind in kinds]),
+        "gpt-oss": (
+            "have a window",
+            [block % 2 == 0 for block in range(len(kinds))],
+            [kind.window is not None for kind in kinds],
+        ),
         "cohere2": ("have a window", every_fourth, [kind.window is not None for kind in kinds]),
         "gemma2": (
             "have a window",
@@ -253,6 +278,13 @@ def context_limit(config: DecoderConfig) -> tuple[int, list[str]]:
             f"longrope: run with a context of at most {context} tokens (llama.cpp's -c); "
             "above it llama.cpp uses the long factors from the first token on"
         )
+    if config.sinks and config.ropes[0].yarn is not None and not config.ropes[0].yarn.usual:
+        notes.append(
+            "llama.cpp rounds the bounds of YaRN to whole pairs, which this model does not "
+            "(truncate: false): its rotations differ a little from the float model's"
+        )
+    if config.experts is not None and config.experts.packed:
+        notes.append("the experts are the checkpoint's MXFP4 blocks, bit for bit")
     windows = ARCHITECTURES[config.family].windows
     if config.sliding_window is not None and config.sliding_window < context and not windows:
         context = config.sliding_window

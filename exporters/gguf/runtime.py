@@ -306,8 +306,8 @@ class LlamaCpp:
         self._context = self._model = None
 
     def _grown(self, tokens: Sequence[int]) -> Sequence[int]:
-        """The tokens to evaluate next, in a context whose size gives them the model's factors: where
-        a text grows beyond the original context, all of it from its start."""
+        """The tokens to evaluate next, in a context whose size gives them the model's factors: of a
+        text that grows beyond the original context all, from its start."""
         self._fed = [*self._fed[: self._used], *tokens]
         held = self.positions if len(self._fed) > self._switch else self._switch
         if held != self._held:

@@ -76,6 +76,9 @@ class Writer:
         elif len(entry.shape) == 1:
             values = weights.read(entry.name).astype("<f4", copy=False)
             blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if reorders else values]
+        elif len(entry.shape) == 2 and entry.name.endswith(".bias"):  # of all experts
+            names = (of_expert(entry.name, expert) for expert in range(entry.shape[0]))
+            blocks = (weights.read(name).astype("<f4", copy=False) for name in names)
         elif len(entry.shape) == 3:
             blocks = self._of_experts(entry, pack)
         else:
@@ -95,8 +98,14 @@ class Writer:
         """The matrices of all experts, one after the other, in slabs of rows."""
         weights, fallen = self.weights, 0
         slabs = weights.slabs(entry.shape[1:], SLABS)
+        experts = weights.config.experts
         for expert in range(entry.shape[0]):
-            name = entry.name.replace(".experts.", f".experts.{expert}.")
+            name = of_expert(entry.name, expert)
+            if experts and experts.packed:
+                from compress.checkpoint.packed import packed_rows
+
+                yield from (packed_rows(weights.source, name, slab) for slab in slabs)
+                continue
             yield from weights.in_slabs(name, get_grid(entry.grid), slabs, pack)
             fallen += weights.fallen.pop(name, 0)
         weights.fallen[entry.name] = fallen
@@ -114,6 +123,11 @@ class Writer:
             plan=plan,
             notes=plan.notes,
         )
+
+
+def of_expert(name: str, expert: int) -> str:
+    """The name of an expert's part of a tensor of all experts."""
+    return name.replace(".experts.", f".experts.{expert}.")
 
 
 def writing_memory(plan: Plan) -> int:
@@ -154,7 +168,9 @@ def write_head(
         writer, checkpoint, plan.model_name, name, (total, total - count * own, own, count)
     )
     writer.add_uint64("packlight.parameter_count", config.num_parameters)
-    if plan.max_context and (plan.max_context < config.max_position_embeddings or config.rope_switch):
+    if plan.max_context and (
+        plan.max_context < config.max_position_embeddings or config.rope_switch
+    ):
         writer.add_uint32(CONTEXT_KEY, plan.max_context)
     write_architecture(writer, config)
     if plan.type_name.startswith("mix-"):  # file type of the grid with most bytes

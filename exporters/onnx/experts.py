@@ -14,6 +14,32 @@ if TYPE_CHECKING:
     from exporters.onnx.graph import DecoderGraph
 
 
+def sparsemixer(graph: DecoderGraph, scores: ir.Value, jitter: float, name: str) -> ir.Value:
+    """Weights of the experts' outputs, ``[tokens, experts]``, of which QMoE takes those of the two
+    best scores (``compress.decoder.experts.sparsemixer``)."""
+    axis = graph.constant("axis_last", np.array([-1], np.int64))
+    least = graph.constant("router_least", np.array(-np.inf, np.float32))
+    limit = graph.constant("router_limit", np.array(2 * jitter, np.float32))
+    size = graph.op("Abs", [scores], f"{name}/size")
+
+    def round_of(left: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        best = graph.op("ReduceMax", [left, axis], f"{name}/best", keepdims=1)
+        below = graph.op("Sub", [best, left], f"{name}/below")
+        scale = graph.op("Max", [size, best], f"{name}/scale")
+        far = graph.op(
+            "Greater", [graph.op("Div", [below, scale], f"{name}/far"), limit], f"{name}/is_far"
+        )
+        near = graph.op("Where", [far, least, left], f"{name}/near")
+        return best, graph.op("Softmax", [near], f"{name}/weights", axis=-1)
+
+    best, first = round_of(scores, f"{name}/first")
+    is_first = graph.op("Equal", [scores, best], f"{name}/is_first")
+    _, second = round_of(
+        graph.op("Where", [is_first, least, scores], f"{name}/left"), f"{name}/second"
+    )
+    return graph.op("Where", [is_first, first, second], f"{name}/weights")
+
+
 def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.Value:
     """A mixture of experts: one node for all of them, and the shared expert beside it."""
     e = graph.config.experts
@@ -37,7 +63,9 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
     if not grid.symmetric:
         zeros = [graph.weight(f"{entry.target_name}.zero_points") for entry in entries]
     inputs += [*zeros, None]
-    if not e.renormalize:  # else QMoE takes the softmax of the chosen scores alone
+    if e.jitter:
+        inputs.append(sparsemixer(graph, scores, e.jitter, f"{name}/router"))
+    elif not e.renormalize:  # else QMoE takes the softmax of the chosen scores alone
         inputs.append(graph.op("Softmax", [scores], f"{name}/router/weights", axis=-1))
     mixed = graph.op(
         "QMoE",

@@ -23,7 +23,7 @@ from compress.plan.shapes import Plan
 GENAI_TYPES = frozenset(
     (
         "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "granitemoehybrid", "llama",
-        "mistral", "nemotron", "phi", "phi3", "qwen2", "qwen3", "smollm3",
+        "mistral", "nemotron", "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
     )
 )  # fmt: skip
 

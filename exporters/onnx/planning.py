@@ -107,6 +107,10 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         raise UsageError(
             f"targets.onnx.context is {context}, the model has {config.max_context} positions"
         )
+    if config.sinks:
+        raise UnsupportedModelError(
+            "onnx: attention sinks and experts with biases are not supported"
+        )
     _check_group_size(config, chosen["group_size"])
     entries = tuple(_entries(config, chosen, choices))
     if choices:  # the graph's name has the bits of its linears

@@ -109,7 +109,6 @@ def test_layouts_on_disk_are_read_by_rows(exported: Exports) -> None:
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("stablelm", {"qk_layernorm": True}, "stablelm 12B"),
         ("falcon", {"alibi": True}, "alibi"),
-        ("falcon", {"new_decoder_architecture": True}, "two norms"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         ("llama4_text", {"num_local_experts": 4, "moe_layers": [1]}, "experts"),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
