@@ -153,15 +153,18 @@ class HalfRope(Rope):
 
 
 def of_experts(made: Exported, name: str, grid: str) -> dict[str, Float32]:
-    """The decoded matrices of all experts in one tensor."""
-    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    """The decoded matrices, or the biases, of all experts in one tensor."""
+    stem, last, kind = name.rsplit(".", 2)
     assert made.config.experts is not None
     names = [
-        f"{stem}.{expert}.{role}.weight"
+        f"{stem}.{expert}.{role}.{kind}"
         for expert in range(made.config.experts.count)
         for role in FUSED.get(last, (last,))
     ]
-    return {one: rtn(made.weights.read(one), get_grid(grid)).decode() for one in names}
+    values = {one: made.weights.read(one) for one in names}
+    if kind == "bias":
+        return values
+    return {one: rtn(matrix, get_grid(grid)).decode() for one, matrix in values.items()}
 
 
 def half(values: NDArray[Any]) -> Float32:
@@ -179,7 +182,7 @@ def decoded(made: Exported, *, halves: bool = False) -> dict[str, Float32]:
     for entry in made.plan.entries:
         if entry.name.startswith("rope."):
             continue
-        if len(entry.shape) == 3:  # experts
+        if len(entry.shape) == 3 or (".experts." in entry.name and len(entry.shape) == 2):
             found |= of_experts(made, entry.name, entry.grid)
             continue
         weight = made.weights.read(entry.name)

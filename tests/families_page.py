@@ -24,7 +24,6 @@ WHY = {
     "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
     "phimoe": "llama.cpp's graph has RMSNorm for LayerNorm, and another choice of experts",
-    "gpt_oss": "no graph of attention sinks and experts with biases",
     "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
 WHY_OF_FORMAT = {
@@ -56,8 +55,9 @@ say *builds* are compared in the same way in tests of their own (`tests/tiny.py`
   llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
 
 Of a mixture of experts the router stays float. GGUF has llama.cpp's tensors of all experts, ONNX
-onnxruntime's `QMoE`; pruning, sparsity, AWQ's folds, budgets and `propagate: quantized` are refused
-with experts. State-space and convolution layers are not supported.
+onnxruntime's `QMoE`; gpt-oss's MXFP4 blocks go to GGUF bit for bit, whatever the type; pruning,
+sparsity, AWQ's folds, budgets and `propagate: quantized` are refused with experts. State-space and
+convolution layers are not supported.
 
 """
 

@@ -348,7 +348,7 @@ ROWS: dict[str, Row] = {
                 "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
             },
         },
-        refused=_EXPERTS | {"onnx": "attention sinks"},
+        refused=_EXPERTS,
         without={
             "sinks": False, "layers": (1, 1, 1, 1), "experts": {"clamp": 0.0, "biased": False},
         },

@@ -48,7 +48,7 @@ def read_packed(checkpoint: Checkpoint, name: str, expert: int, rows: slice) -> 
 def _read(checkpoint: Checkpoint, info: TensorInfo, expert: int, rows: slice) -> Bytes:
     step = rows.step or 1
     each = math.prod(info.shape[2:])
-    count = max(rows.stop - rows.start, 0)
+    count = max(min(rows.stop, info.shape[1]) - rows.start, 0)
     whole = np.empty((count, *info.shape[2:]), np.uint8)
     remote = checkpoint.remote
     elsewhere = remote is not None and info.file.name in remote.files

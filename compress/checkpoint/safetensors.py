@@ -105,8 +105,8 @@ def scan_safetensors(
             if BUFFERS.search(name):
                 continue
             raise not_a_weight(file.name, name, dtype)
-        size = math.prod(shape) * (1 if packed else BYTES[dtype])
-        whole = min(shape, default=0) >= 0 and end - begin == size
+        expected = math.prod(shape) * (1 if packed else BYTES[dtype])
+        whole = min(shape, default=0) >= 0 and end - begin == expected
         if not whole or begin < 0:
             raise CheckpointError(f"{file.name}: {short(name)} has a wrong byte range")
         if start + end > size:

@@ -22,7 +22,7 @@ from compress.decoder.tokenizer_facts import SPECIAL
 # Keys that are valid only in the checkpoint's folder, or that name remote code.
 FOREIGN = (
     "_name_or_path", "_model_name_or_path", "auto_map", "share_embedding", "layer_sharing",
-    "transformers_version",
+    "quantization_config", "transformers_version",
 )  # fmt: skip
 
 # Settings of tokenizer_config.json from which some classes rebuild the tokenizer of

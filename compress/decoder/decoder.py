@@ -415,7 +415,7 @@ class Decoder:
         """Append tokens to the cached sequence; logits after the last one, float32 ``[vocab]``, or
         for ``every`` one, ``[len(tokens), vocab]``.
 
-        A text that grows beyond ``rope_switch`` is computed again, as by transformers' generate.
+        A text that grows beyond ``rope_switch`` is computed again: its keys rotate otherwise.
         """
         count, start = len(tokens), self._past[0].length if self._past else 0
         rope = self.rope(start + count)

@@ -152,7 +152,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     most = config.rope_switch or config.max_context
     if request.context is not None:
-        chosen["context"] = min(request.context, most)
+        chosen["context"] = min(request.context, config.rope_switch or request.context)
     chosen.setdefault("embedding", with_bits(chosen["grid"], partial(tied_bits, config)))
     chosen.setdefault("value", with_bits(chosen["grid"], partial(value_bits, config)))
     chosen.setdefault("context", min(DEFAULT_CONTEXT, most))

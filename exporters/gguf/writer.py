@@ -78,7 +78,7 @@ class Writer:
             blocks = [interleave(values[:, None], head_dim)[:, 0].copy() if reorders else values]
         elif len(entry.shape) == 2 and entry.name.endswith(".bias"):  # of all experts
             names = (of_expert(entry.name, expert) for expert in range(entry.shape[0]))
-            blocks = (weights.read(name).astype("<f4", copy=False) for name in names)
+            blocks = (weights.read(name).astype("<f4") for name in names)
         elif len(entry.shape) == 3:
             blocks = self._of_experts(entry, pack)
         else:

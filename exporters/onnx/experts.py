@@ -50,6 +50,9 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         "Transpose", [graph.stored(f"{stem}.router.weight")], f"{name}/router/by_column"
     )
     scores = graph.op("MatMul", [tokens, router], f"{name}/router")
+    if e.biased:
+        bias = graph.stored(f"{stem}.router.bias")
+        scores = graph.op("Add", [scores, bias], f"{name}/router/biased")
     entries = [
         graph.entries[f"{stem}.experts.{role}.weight"] for role in ("gate_up_proj", "down_proj")
     ]
@@ -57,7 +60,8 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
     inputs: list[ir.Value | None] = [hidden, scores]
     for entry in entries:
         target = entry.target_name
-        inputs += [graph.weight(f"{target}.codes"), graph.scales(target), None]
+        bias = graph.stored(entry.name.replace(".weight", ".bias")) if e.biased else None
+        inputs += [graph.weight(f"{target}.codes"), graph.scales(target), bias]
     inputs += [None] * 3  # a third matrix, where gate and up are apart
     zeros: list[ir.Value | None] = [None, None]
     if not grid.symmetric:
@@ -74,8 +78,9 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         domain=MICROSOFT,
         k=e.chosen,
         activation_type="swiglu",
-        activation_alpha=1.0,
-        activation_beta=0.0,
+        activation_alpha=1.702 if e.clamp else 1.0,
+        activation_beta=1.0 if e.clamp else 0.0,
+        **({"swiglu_limit": e.clamp} if e.clamp else {}),
         swiglu_fusion=1,  # rows of gate and up alternate
         normalize_routing_weights=int(e.renormalize),
         accuracy_level=graph.accuracy_level,

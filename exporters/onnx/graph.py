@@ -222,6 +222,7 @@ class DecoderGraph(GraphBuilder):
             [
                 *(query, key, value, *past, self.last, self.total),
                 *((*self.tables(kind), self.positions) if rotates else ()),
+                *((None, self.stored(f"{stem}.sinks.weight")) if c.sinks else ()),
             ],
             f"{name}/attention",
             [f"{name}/attention", f"present.{block}.key", f"present.{block}.value"],

@@ -107,10 +107,6 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         raise UsageError(
             f"targets.onnx.context is {context}, the model has {config.max_context} positions"
         )
-    if config.sinks:
-        raise UnsupportedModelError(
-            "onnx: attention sinks and experts with biases are not supported"
-        )
     _check_group_size(config, chosen["group_size"])
     entries = tuple(_entries(config, chosen, choices))
     if choices:  # the graph's name has the bits of its linears
@@ -201,7 +197,8 @@ def _entries(
             continue
         name = name.replace(".experts.gate_proj", ".experts.gate_up_proj")
         shape = shapes.shape(name)
-        if len(shape) == 1 or split_name(name)[1] in ("router", "shared_gate"):
+        floats = name.endswith(".bias") or split_name(name)[1] in ("router", "shared_gate")
+        if len(shape) == 1 or floats:
             yield _entry(name, "F32", shape)
         elif name == "embed_positions.weight":
             yield _entry(name, "F16", shape)

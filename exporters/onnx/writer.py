@@ -61,6 +61,9 @@ class Writer:
                 for part, row, values in self._of_experts(entry):
                     put(f"{name}.{part}", row, values)
                 return file.tell()
+            if len(entry.shape) == 2 and entry.name.endswith(".bias"):  # of all experts
+                put(name, 0, np.stack([*self._biases(entry)]))
+                return file.tell()
             rows, *columns = entry.shape
             slabs = weights.slabs(entry.shape, SLABS) if columns else [slice(0, rows)]
             if entry.grid in FLOATS:
@@ -97,6 +100,14 @@ class Writer:
             for name in names:
                 lost = weights.fallen.pop(name, 0)
                 weights.fallen[entry.name] = weights.fallen.get(entry.name, 0) + lost
+
+    def _biases(self, entry: PlanEntry) -> Iterator[Array]:
+        """The bias of each expert, of ``gate_up_proj`` alternating as the rows of its weight."""
+        role = split_name(entry.name)[1].rpartition(".")[2]
+        for expert in range(entry.shape[0]):
+            stem = entry.name.removesuffix(f"{role}.bias") + f"{expert}"
+            members = [self.weights.read(f"{stem}.{m}.bias") for m in FUSED.get(role, (role,))]
+            yield np.stack(members, axis=1).reshape(-1).astype("<f4")
 
     def close(self) -> Artifact:
         """See ``compress.plan.shapes.Writer.close``."""
