@@ -237,7 +237,10 @@ ROUTERS = (
     "block_sparse_moe.gate.weight", "mlp.gate.weight", "router.layer.weight", "mlp.router.weight",
 )  # fmt: skip
 ROUTER = 4
-OF_EXPERTS = ("w2.weight", "moe.output_linear.weight", *(f"{e}.down_proj.weight" for e in range(8)))
+OF_EXPERTS = (
+    "w2.weight", "moe.output_linear.weight", "experts.down_proj",
+    *(f"{e}.down_proj.weight" for e in range(8)),
+)  # fmt: skip
 DOWN = 0.4
 # Families whose norms multiply by their weight plus one.
 OFFSET = ("gemma", "gemma2", "gemma3_text", "nemotron")

@@ -343,7 +343,7 @@ ROWS: dict[str, Row] = {
     "gpt_oss": Row(
         "gpt-oss 20B, 120B",
         _WIDE | _LOCAL | {
-            "model_type": "gpt_oss", "sliding_window": WINDOW, "num_experts_per_tok": 3,
+            "model_type": "gpt_oss", "sliding_window": WINDOW,
             "rope_scaling": {
                 "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
             },

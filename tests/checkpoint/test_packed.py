@@ -75,13 +75,13 @@ def test_what_is_wrong_is_refused(exported: Exports, tmp_path: Path) -> None:
         stored.read("blocks.2.experts.3.down_proj.weight")
     del tensors[scales]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 tensor.* missing.*down_proj_scales"):
+    with pytest.raises(CheckpointError, match=r"1 tensor.* missing.*down_proj_scales"):
         describe_model(Checkpoint.open(folder))
     keys = json.loads((folder / "config.json").read_text())
     for method in ("gptq", None):  # of which packlight knows nothing
         keys["quantization_config"] = {"quant_method": method} if method else None
         (folder / "config.json").write_text(json.dumps(keys))
-        with pytest.raises((UnsupportedModelError, CheckpointError), match="quantized|missing"):
+        with pytest.raises((UnsupportedModelError, CheckpointError), match=r"quantized|missing"):
             describe_model(Checkpoint.open(folder))
 
 
