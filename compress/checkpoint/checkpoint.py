@@ -383,7 +383,8 @@ class Stored:
             length = len(range(part.start, part.stop, part.step))
             first, last = max(start - offset, 0), min(stop - offset, length)
             if first < last:
-                window = slice(*(part.start + n * part.step for n in (first, last)), part.step)
+                begin, end = (part.start + n * part.step for n in (first, last))
+                window = slice(begin, end, part.step)
                 if part.expert is not None and f"{part.source}_blocks" in self.checkpoint.tensors:
                     from compress.checkpoint.packed import read_packed, unpacked
 
@@ -391,8 +392,8 @@ class Stored:
                     pieces.append(unpacked(*packed))
                 elif part.expert is not None:
                     one = slice(part.expert, part.expert + 1)
-                    values = self.checkpoint.read(part.source, one)[0]
-                    pieces.append(values[:, window].T if part.transposed else values[window])
+                    matrix = self.checkpoint.read(part.source, one)[0]
+                    pieces.append(matrix[:, window].T if part.transposed else matrix[window])
                 elif part.transposed:
                     pieces.append(self.checkpoint.read(part.source)[:, window].T)
                 else:

@@ -73,7 +73,8 @@ def packed_rows(source: Source, name: str, rows: slice) -> Bytes:
     """
     (part,) = WeightMap(source.config).parts(name)
     assert part.expert is not None
-    window = slice(*(part.start + n * part.step for n in (rows.start, rows.stop)), part.step)
+    begin, end = (part.start + n * part.step for n in (rows.start, rows.stop))
+    window = slice(begin, end, part.step)
     return ggml_rows(*read_packed(source.checkpoint, part.source, part.expert, window))
 
 
@@ -95,4 +96,5 @@ def ggml_rows(blocks: Bytes, scales: Bytes) -> Bytes:
     codes of columns i and i + 16; uint8 ``[rows, columns / 32 * 17]``."""
     codes = _codes(blocks)
     joined = codes[..., :16] | (codes[..., 16:] << 4)
-    return np.concatenate([scales[..., None], joined], axis=-1).reshape(len(blocks), -1)
+    found: Bytes = np.concatenate([scales[..., None], joined], axis=-1)
+    return found.reshape(len(blocks), -1)

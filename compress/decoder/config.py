@@ -405,9 +405,9 @@ class WeightMap:
                     many = (self.config.experts.count,)
                     known = tensors.get(part.source, (0, 0))[-1 if part.transposed else 1]
                     if self.config.experts.packed and columns:
-                        shape = (*many, part.stop, columns[0] // 32)
-                        tensors[f"{part.source}_scales"] = shape
-                        tensors[f"{part.source}_blocks"] = (*shape, 16)
+                        scales = (*many, part.stop, columns[0] // 32)
+                        tensors[f"{part.source}_scales"] = scales
+                        tensors[f"{part.source}_blocks"] = (*scales, 16)
                         continue
                 rows = max(part.stop, known)
                 shape = (*columns, rows) if part.transposed else (rows, *columns)

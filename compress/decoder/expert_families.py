@@ -80,7 +80,7 @@ def _phimoe(config: Config) -> dict[str, Any]:
         raise UnsupportedModelError("phimoe has two experts for each token")
     window, bias = whole(config, "sliding_window", 0) or None, flag(config, "attention_bias")
     jitter = number(config, "router_jitter_noise", 0.01)
-    return experts(config | {"num_experts_per_tok": 2}, renormalize=False, jitter=jitter) | {
+    return experts({**config, "num_experts_per_tok": 2}, renormalize=False, jitter=jitter) | {
         "norm": "layernorm",
         "norm_bias": True,
         "qkv_bias": bias,

@@ -119,8 +119,9 @@ def longrope(theta: float, rotary: int, keys: Config) -> Rope:
     if stretch > 1 and original > 1:
         attention = math.sqrt(1 + math.log(stretch) / math.log(original))
     attention = number(keys, "attention_factor", attention)
-    factors = [number(keys, key, attention) for key in ("short_mscale", "long_mscale")]  # phimoe
-    return Rope(theta, "longrope", rotary, short, long, *factors, original)
+    # Of phimoe the two differ.
+    below, beyond = (number(keys, key, attention) for key in ("short_mscale", "long_mscale"))
+    return Rope(theta, "longrope", rotary, short, long, below, beyond, original)
 
 
 def yarn(theta: float, rotary: int, scaling: Mapping[str, Any], positions: int) -> Rope:

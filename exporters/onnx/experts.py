@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -51,8 +51,8 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
     )
     scores = graph.op("MatMul", [tokens, router], f"{name}/router")
     if e.biased:
-        bias = graph.stored(f"{stem}.router.bias")
-        scores = graph.op("Add", [scores, bias], f"{name}/router/biased")
+        biases = graph.stored(f"{stem}.router.bias")
+        scores = graph.op("Add", [scores, biases], f"{name}/router/biased")
     entries = [
         graph.entries[f"{stem}.experts.{role}.weight"] for role in ("gate_up_proj", "down_proj")
     ]
@@ -71,6 +71,7 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         inputs.append(sparsemixer(graph, scores, e.jitter, f"{name}/router"))
     elif not e.renormalize:  # else QMoE takes the softmax of the chosen scores alone
         inputs.append(graph.op("Softmax", [scores], f"{name}/router/weights", axis=-1))
+    limits: dict[str, Any] = {"swiglu_limit": e.clamp} if e.clamp else {}
     mixed = graph.op(
         "QMoE",
         inputs,
@@ -80,7 +81,7 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         activation_type="swiglu",
         activation_alpha=1.702 if e.clamp else 1.0,
         activation_beta=1.0 if e.clamp else 0.0,
-        **({"swiglu_limit": e.clamp} if e.clamp else {}),
+        **limits,
         swiglu_fusion=1,  # rows of gate and up alternate
         normalize_routing_weights=int(e.renormalize),
         accuracy_level=graph.accuracy_level,

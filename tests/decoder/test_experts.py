@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from exported import Exports, config_of
 
@@ -87,3 +88,22 @@ def test_what_is_not_supported_is_refused(
     config = Checkpoint.open(exported.checkpoint(row)).config
     with pytest.raises((UnsupportedModelError, CheckpointError), match=reason):
         DecoderConfig.from_hf({**config, **keys})
+
+
+def test_phimoes_longrope_has_a_factor_for_each_side(exported: Exports) -> None:
+    """``short_mscale`` and ``long_mscale`` multiply cos and sin."""
+    scaling = {
+        "type": "longrope", "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.05 * i for i in range(16)], "short_mscale": 1.1,
+        "long_factor": [1.2**i for i in range(16)], "long_mscale": 1.4,
+    }  # fmt: skip
+    folder = exported.checkpoint("phimoe", rope_scaling=scaling)
+    checkpoint = Checkpoint.open(folder)
+    config = config_of(checkpoint, 128)
+    decoder = Decoder(config, Stored(checkpoint, config).read, resident=True)
+    model = tiny.reference(folder)
+    for length in (40, 64, 65, 100):
+        ids = np.random.default_rng(length).integers(0, 512, length).tolist()
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        assert np.abs(decoder.logits(ids) - expected).max() <= 1e-4, length
