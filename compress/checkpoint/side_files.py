@@ -71,6 +71,10 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """``config.json``: the checkpoint's, with the class that the graph implements."""
     raw = {key: value for key, value in config.raw.items() if key not in FOREIGN}
+    if any(kind.taps for kind in config.kinds):  # some name the layers that attend by number
+        from compress.decoder.states import layer_types
+
+        raw["layer_types"] = layer_types(config)
     return raw | {
         "architectures": [config.architecture],
         "model_type": config.model_type,

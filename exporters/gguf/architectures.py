@@ -4,7 +4,8 @@ compared with the float model through llama.cpp (docs/families.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 ROPES = frozenset(("pairs",))
 
@@ -22,6 +23,7 @@ class Architecture:
         whole_heads: it rotates whole heads only.
         windows: it has the windows of the family's layers; else files are capped at the window.
         factors: kinds of rope scaling that it reads from tensors.
+        renamed: packlight's name of a weight → its tensor, where that differs from other graphs'.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Architecture:
     windows: bool = False
     factors: tuple[str, ...] = ()
     renormalizes: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
@@ -76,6 +79,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron": Architecture("nemotron"),
     "arcee": Architecture("arcee", ROPES, whole_heads=True),
     "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
+    "lfm2": Architecture(
+        "lfm2", whole_heads=True, renamed={"norm.weight": "token_embd_norm.weight"}
+    ),
     "mixtral": replace(_LLAMA, fused=_EXPERTS),
     "qwen2_moe": Architecture("qwen2moe", fused=_EXPERTS, whole_heads=True, renormalizes=False),
     "qwen3_moe": Architecture("qwen3moe", fused=_EXPERTS, whole_heads=True),

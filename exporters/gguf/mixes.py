@@ -200,6 +200,9 @@ class Mix:
     def _value(self, block: int, config: DecoderConfig) -> str:
         """The value projection's type; it is small with grouped heads, and the most sensitive."""
         layers = config.num_hidden_layers
+        if any(kind.taps for kind in config.kinds):  # llama.cpp counts the layers that attend
+            attends = [not config.kinds[kind].taps for kind in config.layers]
+            block, layers = sum(attends[:block]), sum(attends)
         shared = config.num_attention_heads // config.num_key_value_heads
         grid = self.base
         if self.name in VALUES_OF_FOUR and shared >= 4:

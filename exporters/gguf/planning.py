@@ -17,7 +17,7 @@ from exporters.gguf.tokenizer import read_vocabulary
 
 GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 
-FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that stay float32
+FLOAT = ("embed_positions", "router", "shared_gate", "conv")  # matrices that stay float32
 
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
@@ -81,7 +81,7 @@ def plan_entries(
         GridError: a choice that the tensor's rows cannot hold.
     """
     weights = WeightMap(config)
-    fused = ARCHITECTURES[config.family].fused
+    fused, renamed = ARCHITECTURES[config.family].fused, ARCHITECTURES[config.family].renamed
     for name in weights.names(tied_head=False, fused=fused):  # llama.cpp reuses token_embd
         block, role, kind = split_name(name)
         shape = weights.shape(name)
@@ -93,7 +93,8 @@ def plan_entries(
             if name in choices:
                 grid, note = choices[name], ""
                 check_choice(name, grid, shape[-1])
-        yield PlanEntry(name, target_name(name), grid, shape, tensor_bytes(grid, shape), note)
+        target = renamed.get(name) or target_name(name)
+        yield PlanEntry(name, target, grid, shape, tensor_bytes(grid, shape), note)
     for name, values in rope_tensors(config).items():
         shape = (len(values),)
         yield PlanEntry(name, ROPE_TENSORS[name], "F32", shape, tensor_bytes("F32", shape))

@@ -56,7 +56,7 @@ OPTIMUM_GROUPED = frozenset(
     )
 )  # fmt: skip
 OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
-FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
+FLOAT = ("embed_positions", "router", "shared_gate", "conv")  # matrices that are not quantized
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -195,7 +195,7 @@ def _entries(
             continue
         name = name.replace(".experts.gate_proj", ".experts.gate_up_proj")
         shape = shapes.shape(name)
-        if len(shape) == 1 or split_name(name)[1] in ("router", "shared_gate"):
+        if len(shape) == 1 or split_name(name)[1] in ("router", "shared_gate", "conv"):
             yield _entry(name, "F32", shape)
         elif name == "embed_positions.weight":
             yield _entry(name, "F16", shape)
