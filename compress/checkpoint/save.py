@@ -100,7 +100,10 @@ def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str])
     for name, tensor in disk_tensors(config):
         _, role, kind = split_name(name)
         shape = shapes.shape(name)
-        headers[tensor] = (dtypes[role, kind], (shape[0], 1, *shape[1:]) if role == "conv" else shape)
+        headers[tensor] = (
+            dtypes[role, kind],
+            (shape[0], 1, *shape[1:]) if role == "conv" else shape,
+        )
     return headers
 
 

@@ -303,7 +303,9 @@ class WeightMap:
         for block in range(0, c.num_hidden_layers, 1 if repeats else c.block_repeat):
             for role, biased in roles:
                 kind = c.kinds[c.layers[block]]
-                if role in kind.absent or (role in ("q_norm", "k_norm") and not kind.normed):
+                if role in ("q_norm", "k_norm") and not kind.normed:
+                    continue
+                if FUSED.get(role, (role,))[0] in kind.absent:
                     continue
                 yield f"blocks.{block}.{role}.weight"
                 if biased:

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from exporters.onnx.graph import DecoderGraph
 
 
-def convolved(
-    graph: DecoderGraph, hidden: ir.Value, stem: str, name: str, block: int
-) -> ir.Value:
+def convolved(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str, block: int) -> ir.Value:
     """A layer's output, of the shape of ``hidden``; adds the input ``past_conv.{block}`` and the
     output ``present_conv.{block}``, float32 ``[batch_size, hidden, taps]``: the last columns."""
     c = graph.config

@@ -158,7 +158,9 @@ class OnnxRuntime:
         self._session.run_with_iobinding(binding)
         self._length = end
         outputs = binding.get_outputs()
-        for name, value in zip(self._states, outputs[len(outputs) - len(self._states) :], strict=True):
+        for name, value in zip(
+            self._states, outputs[len(outputs) - len(self._states) :], strict=True
+        ):
             self._states[name] = value.numpy()
         logits: Float32 = outputs[0].numpy()[0]
         return logits
