@@ -260,7 +260,12 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
     ):
         yield "onnxruntime rounds the inputs of experts of 8 bits to int8; of 4 bits it need not"
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
-    if (
+    if any(kind.taps for kind in config.kinds):
+        yield (
+            "optimum-onnx 0.1.0 has no states of convolutions and cannot run this folder; "
+            "onnxruntime, ORT GenAI and Transformers.js can"
+        )
+    elif (
         config.model_type not in OPTIMUM_GROUPED
         and config.num_key_value_heads != config.num_attention_heads
     ):
