@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.checkpoint.save import write_checkpoint
+from compress.checkpoint.side_files import hf_config
 from compress.decoder.config import DecoderConfig, WeightMap
 from compress.decoder.decoder import Decoder
 from compress.decoder.footprint import footprint, largest_context
@@ -48,6 +50,8 @@ def test_a_config_is_read_as_by_transformers(keys: dict[str, Any]) -> None:
     assert ours.ropes[0].theta == theirs.rope_theta
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert layer_types(ours) == theirs.layer_types
+    assert DecoderConfig.from_hf(hf_config(ours)) == replace(ours, raw={})
+    assert Lfm2MLP(Lfm2Config(**hf_config(ours))).w1.out_features == ours.intermediate_size
     assert ours.kinds[0].taps == 0 or ours.kinds[0].taps == theirs.conv_L_cache
 
 
