@@ -70,6 +70,18 @@ _R1 |= {"no_rope_layer_interval": 4, "attention_chunk_size": 32768, "rope_theta"
 _NORM = {"layer_norm_eps": 1e-5}
 
 
+def _lfm2(hidden: int, heads: int, ffn: int) -> dict[str, Any]:
+    """Of LFM2: six of sixteen layers attend; the MLP has two thirds of ``ffn``."""
+    keys = _llama(hidden, 16, heads, 8, ffn, 65536) | _TIED | _kind("Lfm2", norm_eps=1e-5)
+    attending = (2, 5, 8, 10, 12, 14)
+    types = ["full_attention" if i in attending else "conv" for i in range(16)]
+    own = {"block_ff_dim": ffn, "block_multiple_of": 256, "block_auto_adjust_ff_dim": True}
+    return keys | own | {
+        "layer_types": types, "conv_L_cache": 3, "rope_theta": 1e6,
+        "max_position_embeddings": 128_000,
+    }  # fmt: skip
+
+
 def _r1(hidden: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, Any]:
     keys = _llama(hidden, layers, heads, kv, 8192, 128256) | _R1 | _TIED
     return keys | {"intermediate_size_mlp": mlp, "no_rope_layers": [1] * layers}
@@ -304,6 +316,9 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
         | {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "shared_expert_intermediate_size": 5632}
         | {"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False},
     ),
+    "lfm2-350m": ("llama3", 64400, _lfm2(1024, 16, 6656)),
+    "lfm2-700m": ("llama3", 64400, _lfm2(1536, 24, 10240)),
+    "lfm2-1.2b": ("llama3", 64400, _lfm2(2048, 32, 12288)),
     "olmoe-1b-7b": (
         "phi",
         50254,

@@ -24,8 +24,10 @@ WHY = {
     "llama4_text-nope": "no graph of llama.cpp has its mixture of layers",
     "exaone4-window": "llama.cpp's graph has windows in models of 64 layers only",
     "phimoe": "llama.cpp's graph has RMSNorm for LayerNorm, and another choice of experts",
+    "lfm2": "no state of a convolution",
     "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
+EXPERTS = "experts are not supported"
 WHY_OF_FORMAT = {
     "coreml": "no choice of weights by token on the Neural Engine",
     "coreai": "no graph of experts",
@@ -56,8 +58,9 @@ say *builds* are compared in the same way in tests of their own (`tests/tiny.py`
 
 Of a mixture of experts the router stays float. GGUF has llama.cpp's tensors of all experts, ONNX
 onnxruntime's `QMoE`; gpt-oss's MXFP4 blocks go to GGUF bit for bit, whatever the type; pruning,
-sparsity, AWQ's folds, budgets and `propagate: quantized` are refused with experts. State-space and
-convolution layers are not supported.
+sparsity, AWQ's folds, budgets and `propagate: quantized` are refused with experts. Layers that
+convolve in place of attention (LFM2) keep their last columns in place of keys and values; pruning,
+sparsity and AWQ's folds are refused with them. State-space layers are not supported.
 
 """
 
@@ -111,7 +114,8 @@ def lines(figures: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         graph = GRAPHS[family].name if family in GRAPHS else "–"
         cells = [cell(name, key, figures) for key in FORMATS]
         why = "; ".join(
-            f"{FORMATS[key]}: {WHY_OF_FORMAT.get(key) or WHY[name]}" for key in row.refused
+            f"{FORMATS[key]}: {WHY_OF_FORMAT[key] if part == EXPERTS else WHY[name]}"
+            for key, part in row.refused.items()
         )
         label = f"`{classes[family]}`" if row.models else ""
         yield (f"| {name} | {label} | {row.models} | {graph} | {' | '.join(cells)} | {why} |")

@@ -66,6 +66,9 @@ PARAMETERS = {
     "qwen1.5-moe-a2.7b": 14_315_784_192,
     "olmoe-1b-7b": 6_919_161_856,
     "granite-3.1-1b-a400m": 1_334_628_352,
+    "lfm2-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
 }
 
 SIZES = {"shard": 20_000_000, "slab": 100_000}  # so small that there are several

@@ -228,6 +228,8 @@ def _fill(model: Any, seed: int, loud: float = 1.0) -> None:
                 gain *= ROUTER
             if name.endswith(OF_EXPERTS):
                 gain *= DOWN
+            if name.endswith("conv.out_proj.weight"):  # a product of three: few are very large
+                gain *= CONVOLVED
             values *= columns * gain / math.sqrt(parameter.shape[-1])
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
@@ -242,6 +244,7 @@ OF_EXPERTS = (
     *(f"{e}.down_proj.weight" for e in range(8)),
 )  # fmt: skip
 DOWN = 0.4
+CONVOLVED = 0.15
 # Families whose norms multiply by their weight plus one.
 OFFSET = ("gemma", "gemma2", "gemma3_text", "nemotron")
 # The linears that write into the residual, and the head.

@@ -83,6 +83,7 @@ class Row:
     without: dict[str, Any] = field(default_factory=dict)
 
 
+_CONV = dict.fromkeys(("coreml", "coreai"), "convolve in place of attention")
 _EXPERTS = dict.fromkeys(("coreml", "coreai"), "experts are not supported")
 _IGNORED = {"gguf": "llama.cpp ignores the sliding window"}
 
@@ -363,5 +364,14 @@ ROWS: dict[str, Row] = {
         _COMMON | _GRANITE | _LOCAL
         | {"model_type": "granitemoeshared", "shared_intermediate_size": 64},
         refused=_EXPERTS, without={"residual_scale": 1.0},
+    ),
+    "lfm2": Row(
+        "LFM2 and LFM2.5 350M, 700M, 1.2B, 2.6B",
+        _COMMON | _TIED | {
+            "model_type": "lfm2", "norm_eps": 0.02, "intermediate_size": 100,
+            "block_multiple_of": 32, "conv_L_cache": 3, "rope_theta": 1e6,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+        },
+        refused=_CONV, without={"taps": 1, "qk_norm": "", "norm_eps": 1e-6, "branch_eps": 1e-6},
     ),
 }  # fmt: skip

@@ -208,6 +208,8 @@ class _Measurement:
 
         blocks = self.blocks(index)
         for role in self.config.linear_roles:
+            if role in blocks[0].kind.absent:
+                continue
             name, weight = f"blocks.{index}.{role}.weight", blocks[0].weights[f"{role}.weight"]
             self.errors[name] = self.expected_error(name, weight.numpy())
             self.sums[name] = 0.0

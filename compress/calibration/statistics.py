@@ -151,8 +151,10 @@ def input_names(config: DecoderConfig) -> Iterator[str]:
     first = [input_of(config, f"blocks.0.{role}.weight") for role in config.linear_roles]
     roles = [key.removeprefix("blocks.0.") for key in dict.fromkeys(first) if key]
     for block in range(0, config.num_hidden_layers, config.block_repeat):
+        absent = config.kinds[config.layers[block]].absent
         for role in roles:
-            yield f"blocks.{block}.{role}"
+            if role not in absent:
+                yield f"blocks.{block}.{role}"
     yield "lm_head"
 
 

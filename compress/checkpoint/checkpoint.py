@@ -402,6 +402,8 @@ class Stored:
         if not pieces:
             return np.empty((0, *shape[1:]), np.float32)
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if values.ndim > len(shape):  # a convolution's [rows, 1, taps]
+            values = values.reshape(-1, *shape[1:])
         if self.config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):
             values = values + np.float32(self.config.norm_offset)
         return values

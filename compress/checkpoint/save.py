@@ -99,7 +99,11 @@ def tensor_headers(config: DecoderConfig, dtypes: Mapping[tuple[str, str], str])
     headers: Shapes = {}
     for name, tensor in disk_tensors(config):
         _, role, kind = split_name(name)
-        headers[tensor] = (dtypes[role, kind], shapes.shape(name))
+        shape = shapes.shape(name)
+        headers[tensor] = (
+            dtypes[role, kind],
+            (shape[0], 1, *shape[1:]) if role == "conv" else shape,
+        )
     return headers
 
 

@@ -71,6 +71,13 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """``config.json``: the checkpoint's, with the class that the graph implements."""
     raw = {key: value for key, value in config.raw.items() if key not in FOREIGN}
+    if config.family == "lfm2":  # plainly what some say by number, or in need of arithmetic
+        from compress.decoder.states import layer_types
+
+        raw["layer_types"] = layer_types(config)
+        width = config.intermediate_size
+        raw |= {"block_ff_dim": width, "intermediate_size": width}
+        raw["block_auto_adjust_ff_dim"] = False
     return raw | {
         "architectures": [config.architecture],
         "model_type": config.model_type,

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from compress.decoder.config_json import short, token_ids
 from compress.decoder.families import FAMILIES, describe, find_family
-from compress.decoder.grammar import ATTENTION, GATED, AttentionKind, Experts, expert_roles
+from compress.decoder.grammar import (
+    ATTENTION,
+    CONVOLUTION,
+    GATED,
+    AttentionKind,
+    Experts,
+    expert_roles,
+)
 from compress.decoder.names import BUFFERS, compare_tables, explain_names
 from compress.decoder.rope import Rope
 from compress.errors import CheckpointError, UnsupportedModelError, one_line
@@ -178,17 +185,20 @@ class DecoderConfig:
 
     @property
     def linear_roles(self) -> tuple[str, ...]:
-        """Roles of a block's linears, unfused, in order of execution."""
+        """Roles of a block's linears, unfused, in order of execution; a block lacks those that are
+        ``absent`` of its kind."""
         if self.experts is not None:
             return expert_roles(self.experts)
-        return (*ATTENTION, *(GATED if self.gated_mlp else GATED[1:]))
+        mixers = (*CONVOLUTION, *ATTENTION) if any(kind.taps for kind in self.kinds) else ATTENTION
+        return (*mixers, *(GATED if self.gated_mlp else GATED[1:]))
 
     @property
     def norm_roles(self) -> tuple[str, ...]:
-        """Roles of a block's norms, and of the sinks of attention."""
+        """Roles of a block's norms, of sinks and of a convolution's taps: all stay float."""
         own = self.qk_norm in ("head", "projection")
-        sinks = ("sinks",) if self.sinks else ()
-        return (*self.norms, *(("q_norm", "k_norm") if own else ()), *sinks)
+        others = ("conv",) if any(kind.taps for kind in self.kinds) else ()
+        others += ("sinks",) if self.sinks else ()
+        return (*self.norms, *(("q_norm", "k_norm") if own else ()), *others)
 
     def has_bias(self, role: str) -> bool:
         """Whether the weight of ``role`` (fused or not) has a bias."""
@@ -220,6 +230,9 @@ class DecoderConfig:
                 shape = (hidden, ffn) if role == "down_proj" else shape
                 return (self.experts.count, *shape)
         return {
+            "in_proj": (3 * hidden, hidden),
+            "conv": (hidden, max(kind.taps for kind in self.kinds)),
+            "out_proj": (hidden, hidden),
             "embed_tokens": (self.vocab_size, hidden),
             "embed_positions": (self.learned_positions, hidden),
             "lm_head": (self.vocab_size, hidden),
@@ -248,9 +261,10 @@ class DecoderConfig:
         )
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of one cached position: keys and values of every layer."""
+        """Bytes of one cached position: keys and values of every layer that attends."""
         per_layer = 2 * self.num_key_value_heads * self.head_dim
-        return self.num_hidden_layers * per_layer * bytes_per_value
+        layers = self.num_hidden_layers - sum(self.kinds[kind].taps > 0 for kind in self.layers)
+        return layers * per_layer * bytes_per_value
 
 
 @dataclass(frozen=True)
@@ -307,7 +321,10 @@ class WeightMap:
             yield "embed_positions.weight"
         for block in range(0, c.num_hidden_layers, 1 if repeats else c.block_repeat):
             for role, biased in roles:
-                if role in ("q_norm", "k_norm") and not c.kinds[c.layers[block]].normed:
+                kind = c.kinds[c.layers[block]]
+                if role in ("q_norm", "k_norm") and not kind.normed:
+                    continue
+                if FUSED.get(role, (role,))[0] in kind.absent:
                     continue
                 yield f"blocks.{block}.{role}.weight"
                 if biased:
@@ -411,6 +428,8 @@ class WeightMap:
                         continue
                 rows = max(part.stop, known)
                 shape = (*columns, rows) if part.transposed else (rows, *columns)
+                if split_name(name)[1] == "conv":  # stored as torch's Conv1d has it
+                    shape = (rows, 1, *columns)
                 tensors[part.source] = (*many, *shape)
         return tensors
 
@@ -474,7 +493,8 @@ def input_roles(config: DecoderConfig) -> dict[str, str]:
         mlp = "q_proj"
     attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "q_proj")
     mlps = dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), mlp)
-    return {**attention, "o_proj": "o_proj", **mlps, "down_proj": "down_proj"}
+    own = {role: role for role in ("o_proj", "down_proj", *CONVOLUTION)}
+    return {**attention, **mlps, **own}
 
 
 WIDEST_HESSIAN = 8192  # columns; wider inputs are split into diagonal blocks (268 MB each)

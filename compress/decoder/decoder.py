@@ -106,6 +106,8 @@ class Block:
         self._stem = f"blocks.{index}."
         self.weights: dict[str, Tensor] = {}
         for role in (*config.norm_roles, *config.linear_roles) if roles is None else roles:
+            if role in self.kind.absent:
+                continue
             if role in ("q_norm", "k_norm") and not self.kind.normed:
                 continue
             kinds = ("weight", "bias") if config.has_bias(role) else ("weight",)
@@ -169,8 +171,14 @@ class Block:
         past: Past | None = None,
         on_input: OnInput | None = None,
     ) -> Tensor:
-        """The attention output for one normed sequence ``x``, ``[n, hidden]``, without residual."""
+        """The attention output for one normed sequence ``x``, ``[n, hidden]``, without residual; or
+        the convolution's, in a layer that has one."""
         c = self.config
+        if self.kind.taps:
+            from compress.decoder.convolution import convolved
+
+            taps = self.weights["conv.weight"]
+            return convolved(self._linear, taps, x, past, on_input)
         count, start = x.shape[0], past.length if past is not None else 0
         flat = [self._linear(role, x, on_input) for role in ("q_proj", "k_proj", "v_proj")]
         if c.qk_norm == "projection":

@@ -25,6 +25,7 @@ from compress.decoder.family import (
 )
 from compress.decoder.grammar import AttentionKind
 from compress.decoder.rope import Rope, llama3_factors, longrope, yarn
+from compress.decoder.state_families import STATES
 from compress.errors import UnsupportedModelError
 
 # Other names of the same activation.
@@ -193,6 +194,7 @@ FAMILIES: dict[str, Family] = {
     "mobilellm": Family(LLAMA_NAMES, _mobilellm, "llama", "LlamaForCausalLM"),
     **DENSE,
     **EXPERTS,
+    **STATES,
 }
 
 ARCHITECTURES: dict[str, str] = {
@@ -204,7 +206,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen3ForCausalLM": "qwen3",
     "MobileLLMForCausalLM": "mobilellm",
     "PhiMoEForCausalLM": "phimoe",  # the Hub's spelling
-    **{row.architecture: name for name, row in (DENSE | EXPERTS).items()},
+    **{row.architecture: name for name, row in (DENSE | EXPERTS | STATES).items()},
 }
 
 

@@ -45,12 +45,13 @@ class Footprint:
 
     Attributes:
         weights: packed weights, all resident.
-        kv_cache: keys and values at ``context``.
+        kv_cache: keys and values at ``context``, and the states of layers that do not grow.
         activations: allowance for a prompt chunk and the runtime itself.
         read_per_token: weights (one row of the embedding, not all) and KV cache that one
             generated token reads at ``context``.
         context: positions.
         whole_prompt: see ``activation_bytes``.
+        fixed: bytes of ``kv_cache`` that do not depend on the context.
     """
 
     weights: int
@@ -59,6 +60,7 @@ class Footprint:
     read_per_token: int
     context: int
     whole_prompt: bool = False
+    fixed: int = 0
 
     @property
     def total(self) -> int:
@@ -138,7 +140,12 @@ def footprint(
         bytes_per_kv_value: 2 for float16 caches.
         whole_prompt: see ``activation_bytes``.
     """
-    cache = context * config.kv_cache_bytes_per_token(bytes_per_kv_value)
+    fixed = 0
+    if any(kind.taps for kind in config.kinds):
+        from compress.decoder.states import fixed_bytes
+
+        fixed = fixed_bytes(config)
+    cache = fixed + context * config.kv_cache_bytes_per_token(bytes_per_kv_value)
     return Footprint(
         weights=weights_bytes,
         kv_cache=cache,
@@ -146,6 +153,7 @@ def footprint(
         read_per_token=weights_bytes - embedding_bytes + cache,
         context=context,
         whole_prompt=whole_prompt,
+        fixed=fixed,
     )
 
 
@@ -244,11 +252,11 @@ def realistic_tokens_per_second(need: Footprint, device: Device) -> tuple[float,
 
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
     """The largest context whose weights, KV cache and activations fit in ``memory`` bytes."""
-    per_token = need.kv_cache // max(need.context, 1)
+    per_token = (need.kv_cache - need.fixed) // max(need.context, 1)
 
     def total(context: int) -> int:
         activations = activation_bytes(config, context, whole_prompt=need.whole_prompt)
-        return need.weights + context * per_token + activations
+        return need.weights + need.fixed + context * per_token + activations
 
     # It grows with the context: the last one that does not exceed the memory.
     return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

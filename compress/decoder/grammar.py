@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """One kind of attention layer; a model has one to three.
+    """One kind of layer; a model has one to three. It attends, or convolves in place of attention.
 
     Attributes:
         rope: index into ``DecoderConfig.ropes``; None: no rotation (NoPE).
         window: attention sees this many last positions; None where there is no window or it is
             never reached within ``max_context``.
         normed: False where q and k of these layers are not normed in spite of ``qk_norm``.
+        taps: of the gated causal convolution that these layers have in place of attention
+            (``compress.decoder.convolution``); 0: they attend.
+        absent: roles of weights that other layers have and these do not.
     """
 
     rope: int | None = 0
     window: int | None = None
     normed: bool = True
+    taps: int = 0
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Experts:
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+CONVOLUTION = ("in_proj", "out_proj")  # and ``conv``, which stays float
 
 
 def expert_roles(experts: Experts) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ class Past:
         self._keys = self._values = torch.empty(0, 0, 0)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions; returns views of all of them."""
-        heads, count, size = keys.shape
+        """Add positions, ``[heads, n, size]``, of sizes that may differ; returns views of all."""
+        heads, count, _ = keys.shape
         end = self.length + count
         if end > self._keys.shape[1]:
             room = max(64, 2 * end)
-            grown = [torch.empty(heads, room, size) for _ in range(2)]
+            grown = [torch.empty(heads, room, one.shape[2]) for one in (keys, values)]
             if self.length:
                 grown[0][:, : self.length] = self._keys[:, : self.length]
                 grown[1][:, : self.length] = self._values[:, : self.length]

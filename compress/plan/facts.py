@@ -45,6 +45,16 @@ def described_experts(config: DecoderConfig) -> dict[str, str]:
     return {"experts": f"{e.count} of width {e.width}, {e.chosen} for each token{shared}"}
 
 
+def described_layers(config: DecoderConfig) -> dict[str, str]:
+    """A line on layers that convolve in place of attention, if there are any."""
+    taps = [config.kinds[kind].taps for kind in config.layers]
+    if not any(taps):
+        return {}
+    attending = taps.count(0)
+    line = f"{attending} attend, {len(taps) - attending} convolve over {max(taps)} positions"
+    return {"layers": line}
+
+
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint with the keys that exporters use for artifacts."""
     config = describe_model(checkpoint)
@@ -58,6 +68,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "head size": config.head_dim,
         "feed-forward size": config.intermediate_size,
         **described_experts(config),
+        **described_layers(config),
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "exported up to": config.max_context,

@@ -153,6 +153,8 @@ def prepare(
     config = describe_model(checkpoint, max(context or 0, *(n or 0 for n in contexts), 0))
     if config.experts is not None:
         check_experts(recipe)
+    if any(kind.taps for kind in config.kinds):
+        check_states(recipe)
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
     rows, ends = config.vocab_size, config.eos_token_ids
@@ -196,6 +198,25 @@ def check_experts(recipe: Recipe) -> None:
             raise UnsupportedModelError(
                 f"{name} is not supported for mixtures of experts",
                 hint="leave it out: rtn, scale_search and gptq are supported",
+            )
+
+
+def check_states(recipe: Recipe) -> None:
+    """Refuse what is not supported for layers that convolve in place of attention.
+
+    Raises:
+        UnsupportedModelError: with the setting's name.
+    """
+    settings = {
+        "prune": recipe.prunes,
+        "quantize.fold": recipe.folds,
+        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
+    }
+    for name, used in settings.items():
+        if used:
+            raise UnsupportedModelError(
+                f"{name} is not supported for models with layers of convolution",
+                hint="leave it out: every solver and budgets are supported",
             )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WIDTH = 400.0
 ROLES = [  # rows of the depth picture, in order of execution
     "embed_tokens",
+    "in_proj",
+    "out_proj",
     "q_proj",
     "k_proj",
     "v_proj",

@@ -138,6 +138,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         raise UnsupportedModelError(
             "coreai: experts are not supported: packlight has no graph of them"
         )
+    if any(kind.taps for kind in config.kinds):
+        raise UnsupportedModelError(
+            "coreai: layers that convolve in place of attention are not supported: packlight has "
+            "no graph of them"
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)

@@ -162,6 +162,11 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
             "coreml: experts are not supported: the Neural Engine cannot choose weights by token, "
             "so that it would have to run all experts for every token",
         )
+    if any(kind.taps for kind in config.kinds):
+        raise UnsupportedModelError(
+            "coreml: layers that convolve in place of attention are not supported: packlight has "
+            "no Core ML state for them"
+        )
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)

@@ -4,7 +4,8 @@ compared with the float model through llama.cpp (docs/families.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 ROPES = frozenset(("pairs",))
 
@@ -18,12 +19,11 @@ class Architecture:
         own: scalars that the graph multiplies by itself (``compress.checkpoint.scalars``), from a
             key or its code; ``pairs`` where it rotates neighbours. The others are folded.
         fused: roles that are written as one tensor; ``experts``: each matrix of all of them.
-        renamed: parts of tensor names that differ from those of ``metadata.target_name``; the first
-            that is found counts.
         renormalizes: what its mixture of experts does with the chosen ones' probabilities.
         whole_heads: it rotates whole heads only.
         windows: it has the windows of the family's layers; else files are capped at the window.
         factors: kinds of rope scaling that it reads from tensors.
+        renamed: role → name of its tensor, where that differs from other graphs'.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Architecture:
     windows: bool = False
     factors: tuple[str, ...] = ()
     renormalizes: bool = True
-    renamed: tuple[tuple[str, str], ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA = Architecture("llama", ROPES, whole_heads=True, factors=("llama3", "longrope", "yarn"))
@@ -79,11 +79,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron": Architecture("nemotron"),
     "arcee": Architecture("arcee", ROPES, whole_heads=True),
     "falcon": Architecture("falcon", fused=_QKV, whole_heads=True),
+    "lfm2": Architecture("lfm2", whole_heads=True, renamed={"norm": "token_embd_norm"}),
     "falcon-40b": Architecture(
         "falcon",
         fused=_QKV,
         whole_heads=True,
-        renamed=((".attn_norm.", ".attn_norm_2."), (".ffn_norm.", ".attn_norm.")),
+        renamed={"input_layernorm": "attn_norm_2", "post_attention_layernorm": "attn_norm"},
     ),
     "mixtral": replace(_LLAMA, fused=_EXPERTS),
     "phimoe": Architecture("phimoe", fused=_EXPERTS, whole_heads=True),
@@ -95,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         fused=_EXPERTS,
         whole_heads=True,
         windows=True,
-        renamed=((".ffn_norm.", ".post_attention_norm."),),
+        renamed={"post_attention_layernorm": "post_attention_norm"},
     ),
     "granitemoe": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),
     "granitemoeshared": Architecture("granitemoe", _GRANITE, _EXPERTS, whole_heads=True),

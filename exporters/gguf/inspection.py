@@ -74,6 +74,7 @@ CLASSES: dict[str, tuple[str, str]] = {
     "phi3": ("Phi3ForCausalLM", "phi3"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "lfm2": ("Lfm2ForCausalLM", "lfm2"),
 }
 
 
@@ -110,6 +111,17 @@ def hf_config(metadata: Mapping[str, str], tensors: Sequence[Mapping[str, Any]])
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "gelu_new" if kind == CLASSES["phi2"] else "silu",
     }
+    if arch == "lfm2":  # a list says how many key-value heads each layer has
+        layers = range(config["num_hidden_layers"])
+        conv = [f"blk.{i}.shortconv.conv.weight" in shapes for i in layers]
+        keys = [shapes[name] for i in layers if (name := f"blk.{i}.attn_k.weight") in shapes]
+        width = config["hidden_size"] // max(heads, 1)
+        config |= {
+            "layer_types": ["conv" if one else "full_attention" for one in conv],
+            "conv_L_cache": size("shortconv.l_cache"),
+            "num_key_value_heads": keys[0][0] // max(width, 1) if keys else heads,
+            "block_auto_adjust_ff_dim": False,
+        }
     if size("attention.key_length"):
         config["head_dim"] = size("attention.key_length")
     return config

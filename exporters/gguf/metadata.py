@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,9 @@ _BLOCK = {
     "v_proj": "attn_v",
     "qkv_proj": "attn_qkv",
     "o_proj": "attn_output",
+    "in_proj": "shortconv.in_proj",
+    "conv": "shortconv.conv",
+    "out_proj": "shortconv.out_proj",
     "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm",
     "gate_proj": "ffn_gate",
@@ -69,12 +73,11 @@ ROPE_TENSORS: dict[str, str] = {
 }
 
 
-def target_name(name: str) -> str:
-    """``blocks.3.q_proj.weight`` → ``blk.3.attn_q.weight``."""
+def target_name(name: str, renamed: Mapping[str, str] | None = None) -> str:
+    """``blocks.3.q_proj.weight`` → ``blk.3.attn_q.weight``; ``renamed``: of ``Architecture``."""
     block, role, kind = split_name(name)
-    if block is None:
-        return f"{_TOP[role]}.{kind}"
-    return f"blk.{block}.{_BLOCK[role]}.{kind}"
+    stem = (renamed or {}).get(role) or (_TOP if block is None else _BLOCK)[role]
+    return f"{stem}.{kind}" if block is None else f"blk.{block}.{stem}.{kind}"
 
 
 def rope_tensors(config: DecoderConfig) -> dict[str, tuple[float, ...]]:
@@ -179,7 +182,12 @@ def write_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    taps = [config.kinds[kind].taps for kind in config.layers]
+    if any(taps):
+        writer.add_shortconv_l_cache(max(taps))
+        writer.add_head_count_kv([0 if n else config.num_key_value_heads for n in taps])
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)

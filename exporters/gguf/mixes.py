@@ -200,7 +200,12 @@ class Mix:
     def _value(self, block: int, config: DecoderConfig) -> str:
         """The value projection's type; it is small with grouped heads, and the most sensitive."""
         layers = config.num_hidden_layers
+        if any(kind.taps for kind in config.kinds):  # llama.cpp counts the layers that attend
+            attends = [not config.kinds[kind].taps for kind in config.layers]
+            block, layers = sum(attends[:block]), sum(attends)
         shared = config.num_attention_heads // config.num_key_value_heads
+        if config.kinds[config.layers[0]].taps:  # it looks at the first layer, which has no heads
+            shared = 0
         grid = self.base
         if self.name in VALUES_OF_FOUR and shared >= 4:
             grid = VALUES_OF_FOUR[self.name]

@@ -17,7 +17,7 @@ from exporters.gguf.tokenizer import read_vocabulary
 
 GRIDS = tuple(BLOCKS)  # ggml's types, of which presets are mixed
 
-FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that stay float32
+FLOAT = ("embed_positions", "router", "shared_gate", "conv")  # matrices that stay float32
 
 # llama.cpp rounds a context up to a multiple of this (GGML_PAD in llama-context.cpp).
 CONTEXT_STEP = 256
@@ -89,11 +89,7 @@ def plan_entries(
         grid, note = "F32", ""  # norms and biases
         if role == "shared_gate":
             shape = shape[1:]
-        target = target_name(name)
-        for before, after in architecture.renamed:
-            if before in target:
-                target = target.replace(before, after)
-                break
+        target = target_name(name, architecture.renamed)
         if role.startswith("experts.") and config.experts and config.experts.packed:
             grid = "MXFP4" if kind == "weight" else grid
         elif kind == "weight" and len(shape) > 1 and role not in FLOAT:

@@ -61,7 +61,7 @@ TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_
 PATTERNS: dict[tuple[str, ...], str] = {
     (GPT2,): "gpt-2",  # also phi-1, 1.5 and 2
     (DIGIT, GPT2): "smollm",
-    (LLAMA3,): "llama-bpe",
+    (LLAMA3,): "llama-bpe",  # the same as llama.cpp's "lfm2" and "falcon3"
     (QWEN2,): "qwen2",
     (O200K,): "gpt-4o",
     (TEKKEN,): "tekken",

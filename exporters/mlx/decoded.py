@@ -50,6 +50,8 @@ class Decoded:
         values = self.tensor(target)
         if rows is not None and values.shape[0] > int(rows.max(initial=0)):
             values = values[rows]
+        if values.shape == (*shape, 1):  # a convolution's taps
+            values = values[..., 0]
         if values.shape != shape:
             raise ArtifactError(f"{target} is {list(values.shape)}, config.json says {list(shape)}")
         if self._config.norm_offset and len(shape) == 1 and name.endswith("norm.weight"):

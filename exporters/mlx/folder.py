@@ -65,6 +65,16 @@ def mlx_config(config: DecoderConfig) -> dict[str, Any]:
         case "exaone4":  # mlx-lm has no defaults, and reads the pattern, not layer_types
             keys |= {"head_dim": config.head_dim, "sliding_window_pattern": exaone_pattern(config)}
             keys = {"rope_scaling": None, "sliding_window": None} | keys
+        case "lfm2":  # mlx-lm has no defaults
+            keys |= {
+                "block_dim": config.hidden_size,
+                "block_multiple_of": 1,
+                "block_ffn_dim_multiplier": 1.0,
+                "conv_bias": False,
+                "conv_L_cache": max(kind.taps for kind in config.kinds),
+                "norm_eps": config.norm_eps,
+                "rope_theta": config.ropes[0].theta,
+            }
     nested = keys.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         keys.setdefault("rope_theta", nested["rope_theta"])

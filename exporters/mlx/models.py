@@ -91,6 +91,7 @@ MODELS: dict[str, ModelClass] = {
     "stablelm": ModelClass(tied=False),
     "starcoder2": _PLAIN,
     "nemotron": _PLAIN,
+    "lfm2": ModelClass(tied=True),
 }
 
 
@@ -119,6 +120,8 @@ def lacking(config: DecoderConfig) -> str:
         return f"has an MLP of {found.mlp} hidden sizes, not of {config.intermediate_size}"
     if found.whole_heads and rotary != config.head_dim:
         return f"rotates whole heads, not {rotary} of {config.head_dim} dimensions"
+    if config.family == "lfm2" and config.ropes[0].kind != "default":
+        return f"has no {config.ropes[0].kind} rope scaling"
     if config.qk_norm == "unit" and not all(kind.normed for kind in config.kinds):
         return "has norms of q and k in every layer, this model in those that rotate"
     return ""

@@ -92,7 +92,7 @@ def _entries(
 ) -> Iterator[PlanEntry]:
     shapes, floats = WeightMap(config), FLOATS[settings["dtype"]]
     bits = {"embed_tokens": settings["embedding_bits"], "lm_head": settings["head_bits"]}
-    stays = ("embed_positions", "embed_tokens" if plain else "")
+    stays = ("embed_positions", "conv", "embed_tokens" if plain else "")
     for name in written_names(config):
         _, role, _ = split_name(name)
         shape, note, grid = shapes.shape(name), "", floats
@@ -102,6 +102,8 @@ def _entries(
             asked = grid_name(settings, bits.get(role, settings["bits"]))
             grid = fitting_grid(asked, shape[1]) or floats
             note = "" if grid == asked else f"{shape[1]} columns do not divide into {asked}"
+        if role == "conv":  # mlx's Conv1d has [channels, taps, 1]
+            shape = (*shape, 1)
         nbytes = entry_bytes(grid, shape)
         yield PlanEntry(name, target_name(config, name), grid, shape, nbytes, note)
 

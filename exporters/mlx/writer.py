@@ -61,7 +61,7 @@ class Writer:
         order: Array | None = None
         if split_name(entry.name)[1] in FAMILIES[config.family].by_group:
             order = np.argsort(stored_rows(config, entry.name))  # of all rows at once
-        whole = order is not None or not columns
+        whole = order is not None or len(columns) != 1
         slabs = [slice(0, rows)] if whole else weights.slabs(entry.shape, SLABS)
         found: Iterable[dict[str, Array]]
         names = [name for name, _, _ in arrays(entry)]

@@ -17,7 +17,7 @@ DTYPES = {"<f4": ir.DataType.FLOAT, "<f2": ir.DataType.FLOAT16, "|u1": ir.DataTy
 
 Inputs = Sequence[ir.Value | None]
 Dims = Sequence[int | str]
-Attribute = int | float | str | ir.DataType
+Attribute = int | float | str | ir.DataType | Sequence[int]
 
 
 class GraphBuilder:

@@ -22,8 +22,8 @@ from compress.plan.shapes import Plan
 # Model types of onnxruntime-genai 0.18 with the inputs of our graphs; "decoder" is any other one.
 GENAI_TYPES = frozenset(
     (
-        "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "granitemoehybrid", "llama",
-        "mistral", "nemotron", "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
+        "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "granitemoehybrid", "lfm2",
+        "llama", "mistral", "nemotron", "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
     )
 )  # fmt: skip
 
@@ -94,6 +94,14 @@ def genai_config(plan: Plan, config: DecoderConfig) -> dict[str, Any]:
             },
         },
     }
+    if any(kind.taps for kind in config.kinds):
+        from compress.decoder.states import layer_types
+
+        decoder = model["decoder"]
+        decoder["layer_types"] = layer_types(config)
+        decoder["conv_cache_size"] = max(kind.taps for kind in config.kinds)
+        decoder["inputs"]["past_conv_names"] = "past_conv.%d"
+        decoder["outputs"]["present_conv_names"] = "present_conv.%d"
     search = {
         "do_sample": False,
         "max_length": plan.max_context,

@@ -27,7 +27,8 @@ def build(
     """Build the model, with its weights in the external file ``data_name``.
 
     Inputs: ``input_ids``, ``attention_mask``, ``position_ids`` int64 and
-    ``past_key_values.{i}.key/.value`` float32 ``[batch_size, kv_heads, past, head_dim]``.
+    ``past_key_values.{i}.key/.value`` float32 ``[batch_size, kv_heads, past, head_dim]``, or
+    ``past_conv.{i}`` (``exporters.onnx.convolution``).
     Outputs: ``logits`` float32 ``[batch_size, sequence_length, vocab]`` and
     ``present.{i}.key/.value``.
     """
@@ -197,6 +198,10 @@ class DecoderGraph(GraphBuilder):
 
     def attention(self, hidden: ir.Value, stem: str, name: str, block: int) -> ir.Value:
         c, kind = self.config, self.config.kinds[self.config.layers[block]]
+        if kind.taps:
+            from exporters.onnx.convolution import convolved
+
+            return convolved(self, hidden, stem, name, block)
         rotates = kind.rope is not None
         normed = c.qk_norm and kind.normed
         query, key, value = self.projections(hidden, stem, name, packed=not normed)

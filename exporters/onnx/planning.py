@@ -58,7 +58,7 @@ OPTIMUM_GROUPED = frozenset(
     )
 )  # fmt: skip
 OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
-FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
+FLOAT = ("embed_positions", "router", "shared_gate", "conv")  # matrices that are not quantized
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
 BROWSER_LIMIT = 2**31
@@ -197,7 +197,7 @@ def _entries(
             continue
         name = name.replace(".experts.gate_proj", ".experts.gate_up_proj")
         shape = shapes.shape(name)
-        floats = name.endswith(".bias") or split_name(name)[1] in ("router", "shared_gate")
+        floats = name.endswith(".bias") or split_name(name)[1] in ("router", "shared_gate", "conv")
         if len(shape) == 1 or floats:
             yield _entry(name, "F32", shape)
         elif name == "embed_positions.weight":
@@ -271,7 +271,12 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
     ):
         yield "onnxruntime rounds the inputs of experts of 8 bits to int8; of 4 bits it need not"
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
-    if (
+    if any(kind.taps for kind in config.kinds):
+        yield (
+            "optimum-onnx 0.1.0 has no states of convolutions and cannot run this folder; "
+            "onnxruntime, ORT GenAI and Transformers.js can"
+        )
+    elif (
         config.model_type not in OPTIMUM_GROUPED
         and config.num_key_value_heads != config.num_attention_heads
     ):

@@ -65,10 +65,13 @@ class OnnxRuntime:
         self._fed: list[int] = []  # the tokens of the cache, where there is a switch
         self._ahead = 0  # positions that ``_grown`` adds
         self._caches: dict[str, Float32] = {}
+        self._states: dict[str, Float32] = {}  # which do not grow
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
                 self._caches[value.name] = untouched((1, heads, self._context, size))
+            elif value.name.startswith("past_"):
+                self._states[value.name] = np.zeros((1, *value.shape[1:]), np.float32)
         self._length, self._batch = 0, batch
 
     def _open(self) -> Any:
@@ -115,6 +118,8 @@ class OnnxRuntime:
     def reset(self) -> None:
         # The buffers beyond the length are never read.
         self._length = 0
+        for state in self._states.values():
+            state[:] = 0
 
     def feed(self, tokens: Sequence[int]) -> Float32:
         check_room(self._length, len(tokens), self._context)
@@ -134,12 +139,15 @@ class OnnxRuntime:
     def rewind(self, length: int) -> int:
         # The buffers beyond the length are never read. Across the switch their keys are useless.
         across = length <= self._switch < self._length and self._switch
-        self._length = 0 if across else min(self._length, length)
+        if across or (self._states and length < self._length):  # earlier states are gone
+            self.reset()
+        self._length = min(self._length, length)
         return self._length
 
     def close(self) -> None:
         self._session = None
         self._caches.clear()
+        self._states.clear()
 
     def _grown(self, tokens: Sequence[int]) -> Sequence[int]:
         """The tokens to run next: where a text grows beyond the switch, all of it from its start.
@@ -168,9 +176,17 @@ class OnnxRuntime:
             place = ("cpu", 0, np.float32, cache.shape, cache.ctypes.data)
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values", "present"), *place)
+        for name, state in self._states.items():
+            binding.bind_cpu_input(name, state)
+            binding.bind_output(name.replace("past", "present"), "cpu")
         self._session.run_with_iobinding(binding)
         self._length = end
-        logits: Float32 = binding.get_outputs()[0].numpy()[0]
+        outputs = binding.get_outputs()
+        for name, value in zip(
+            self._states, outputs[len(outputs) - len(self._states) :], strict=True
+        ):
+            self._states[name] = value.numpy()
+        logits: Float32 = outputs[0].numpy()[0]
         return logits
 
 

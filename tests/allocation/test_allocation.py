@@ -72,7 +72,10 @@ def noise_like(weight: Float32, seed: int) -> Float32:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("phi", {}), ("qwen3", {}), ("gemma2", {}), ("mobilellm", {"layer_sharing": True})],
+    [
+        *(("phi", {}), ("qwen3", {}), ("gemma2", {}), ("mobilellm", {"layer_sharing": True})),
+        ("lfm2", {}),
+    ],
 )
 def test_sensitivity_is_the_divergence_of_the_model_with_noise(
     family: str, options: dict[str, Any]
@@ -82,8 +85,9 @@ def test_sensitivity_is_the_divergence_of_the_model_with_noise(
     found = measure(weights, WINDOWS, Statistics.of(config, {}), samples=100)
     assert all(entry.divergence > 0 for entry in found.values())
     last = config.num_hidden_layers - config.block_repeat
+    first = "in_proj" if family == "lfm2" else "q_proj"
     for name in (
-        "embed_tokens.weight", "blocks.0.q_proj.weight", f"blocks.{last}.down_proj.weight",
+        "embed_tokens.weight", f"blocks.0.{first}.weight", f"blocks.{last}.down_proj.weight",
         "lm_head.weight",
     ):  # fmt: skip
         measured = []

@@ -53,7 +53,7 @@ def gathered(model: Model, windows: list[list[int]], **settings: object) -> dict
     return stats
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "phi", "qwen3", "mobilellm"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi", "qwen3", "mobilellm", "lfm2"])
 def test_statistics_are_those_of_a_plain_hooked_model(models, family):
     model, windows = models(family), draw_windows()
     stats, expected = (

@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "coreai": {"grid": "int8-channel"},
 }
 # A row for each kind of thing that differs; the rest is run by `make test-slow`.
-DEFAULT = ("gemma3_text", "gpt_neo", "mixtral")
+DEFAULT = ("gemma3_text", "gpt_neo", "mixtral", "lfm2")
 
 
 def divergence(wanted: NDArray[Any], found: NDArray[Any]) -> float:

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.decoder.tokenizer_texts import TEXTS
 from exporters.gguf.runtime import open_runtime
-from exporters.gguf.splitting import DEEPSEEK_LLM, DIGIT, FALCON, IGNORE_MERGES, PATTERNS, escaped
+from exporters.gguf.splitting import (
+    DEEPSEEK_LLM,
+    DIGIT,
+    FALCON,
+    IGNORE_MERGES,
+    LLAMA3,
+    PATTERNS,
+    escaped,
+)
 
 # What llama.cpp's own patterns do not do as the published ones: a vowel sign, and a small letter
 # beside a capital with an accent, end a word; spaces outside ASCII are none.
@@ -69,6 +77,17 @@ def test_a_row_is_llama_cpps_splitting(
         if runtime.tokenize(text, False) != tokenizer.encode(text, add_special_tokens=False)
     }
     assert differing == OTHERWISE.get(name, set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "falcon3"])
+def test_names_of_llama_3s_splitting(
+    exported: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Their converters write another name for the same pattern."""
+    monkeypatch.setitem(PATTERNS, (LLAMA3,), name)
+    monkeypatch.setitem(globals(), "IGNORE_MERGES", (name,))  # both imply it
+    test_a_row_is_llama_cpps_splitting(exported, tmp_path, (LLAMA3,))
 
 
 def test_line_ends_in_a_pattern_may_be_written_out_or_not() -> None:
