@@ -53,16 +53,16 @@ KV_BYTES = 4
 # Model types whose num_key_value_heads, and whose head_dim, optimum-onnx 0.1.0 reads.
 OPTIMUM_GROUPED = frozenset(
     (
-        "arcee", "cohere", "falcon", "gemma", "gemma3_text", "glm", "granite", "helium", "llama",
-        "mistral", "nemotron", "qwen2", "qwen3", "smollm3", "stablelm",
+        "arcee", "cohere", "falcon", "gemma", "gemma3_text", "glm", "gpt_oss", "granite", "helium",
+        "llama", "mistral", "nemotron", "qwen2", "qwen3", "smollm3", "stablelm",
     )
 )  # fmt: skip
-OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
+OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "gpt_oss", "nemotron"))
 # Model types that Transformers.js 4.3 does not load; of falcon, it wants keys and values in one.
 NOT_IN_TRANSFORMERS_JS = frozenset(
     (
         "exaone4", "falcon", "glm4", "granitemoe", "granitemoeshared", "mixtral", "nemotron",
-        "olmoe",
+        "olmoe", "phimoe",
     )
 )  # fmt: skip
 FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
