@@ -72,6 +72,8 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
     elif not e.renormalize:  # else QMoE takes the softmax of the chosen scores alone
         inputs.append(graph.op("Softmax", [scores], f"{name}/router/weights", axis=-1))
     limits: dict[str, Any] = {"swiglu_limit": e.clamp} if e.clamp else {}
+    # Not an attribute that onnxruntime 1.30, Transformers.js's in Node, knows.
+    level: dict[str, Any] = {"accuracy_level": graph.accuracy_level} if graph.accuracy_level else {}
     mixed = graph.op(
         "QMoE",
         inputs,
@@ -84,8 +86,7 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         **limits,
         swiglu_fusion=1,  # rows of gate and up alternate
         normalize_routing_weights=int(e.renormalize),
-        # Not an attribute that onnxruntime 1.30, Transformers.js's in Node, knows.
-        **({"accuracy_level": graph.accuracy_level} if graph.accuracy_level else {}),
+        **level,
         expert_weight_bits=grid.bits,
         block_size=grid.group_size,
     )
