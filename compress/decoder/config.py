@@ -196,9 +196,9 @@ class DecoderConfig:
     def norm_roles(self) -> tuple[str, ...]:
         """Roles of a block's norms, of sinks and of a convolution's taps: all stay float."""
         own = self.qk_norm in ("head", "projection")
-        others = ("conv",) if any(kind.taps for kind in self.kinds) else ()
-        others += ("sinks",) if self.sinks else ()
-        return (*self.norms, *(("q_norm", "k_norm") if own else ()), *others)
+        taps = ("conv",) if any(kind.taps for kind in self.kinds) else ()
+        sinks = ("sinks",) if self.sinks else ()
+        return (*self.norms, *(("q_norm", "k_norm") if own else ()), *taps, *sinks)
 
     def has_bias(self, role: str) -> bool:
         """Whether the weight of ``role`` (fused or not) has a bias."""
