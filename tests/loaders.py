@@ -89,10 +89,12 @@ def with_onnxruntime(case: Case) -> list[int]:
 
     (graph,) = case.folder.glob("onnx/*.onnx")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    caches = {
-        value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+    caches = {  # of no positions, or states of zeros
+        value.name: np.zeros(
+            [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32
+        )
         for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
+        if value.name.startswith("past_")
     }
     tokens, ids = list(case.prompt), list(case.prompt)
     while len(tokens) < len(case.prompt) + COUNT:
