@@ -109,6 +109,7 @@ def experts_walk(
         found = listener.finish()
         listener.hessian = hessian
         yield found if enough else shared_out(config, index, expert, found, prior)
+        del found  # its Hessians, before those of the next expert
         progress((expert + 1) / config.experts.count)
     for start in range(0, len(flat), length):
         window = slice(start, start + length)

@@ -336,6 +336,7 @@ def collect_anew(
             file = folder / file_name(next(iter(stats)))
             save(file, stats)
             sync(file)
+            del stats  # before the next ones are summed up
         check_unchanged(source.checkpoint.opened)  # or the entry would be of other weights
         folder.rename(final)
 
