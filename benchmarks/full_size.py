@@ -90,7 +90,9 @@ ROWS = {
     "genai:int4-g32": Row(),
     "onnx:int4-g128": one("onnx", "group_size=128"),
     "coreml:int4-g32": one("coreml", "grid=int4-g32"),
-    "coreml:lut4-g16": one("coreml", "grid=lut4-g16"),
+    "coreml:lut4-g16": Row(
+        (*RTN, "-f", "coreml", "--force", "--set", "targets.coreml.grid=lut4-g16")
+    ),
     "all": Row(RTN),  # Q4_K_M, int4-g32 and int4-g32
     "verify:gguf": Row(),  # of what "all" wrote
     "verify:onnx": Row(),

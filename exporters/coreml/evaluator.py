@@ -29,10 +29,17 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, first_line
 from exporters.coreml.constexpr import CONSTEXPR, Constant, constants_of, decode
-from exporters.coreml.mil import Operation, TensorSpec, TensorType, read_package
+from exporters.coreml.mil import Operation, Program, TensorSpec, TensorType, read_package
 from exporters.coreml.mil_moves import MOVES
 from exporters.coreml.mil_ops import OPS
-from exporters.coreml.weights import Weight, gather_rows, linear_by_slabs, share_cache, widen
+from exporters.coreml.weights import (
+    Weight,
+    gather_rows,
+    linear_by_slabs,
+    place_of,
+    share_cache,
+    widen,
+)
 
 __all__ = ["Evaluator"]
 
@@ -66,6 +73,7 @@ class Evaluator:
         cache_bytes: memory for decoded weights. Weights that do not fit are decoded for each
             use, a slab of rows at a time: slower, but a model of any size runs.
         small: constants of up to this many elements are decoded once, when loading.
+        like: an evaluator of another function of the package, whose decoded weights are shared.
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
@@ -85,8 +93,11 @@ class Evaluator:
         threads: int = 0,
         cache_bytes: int = GIB,
         small: int = SMALL,
+        like: Evaluator | None = None,
     ) -> None:
-        program = read_package(Path(package))
+        self._program: Program = like._program if like else read_package(Path(package))
+        self._weights: dict[tuple[int, tuple[int, ...]], Weight] = like._weights if like else {}
+        program = self._program
         self._function = program.function(function)
         self.metadata = program.metadata
         self.inputs: Mapping[str, TensorSpec] = self._function.inputs
@@ -157,7 +168,10 @@ class Evaluator:
         if isinstance(tree, str):
             return tree
         if tree.size > self._small and tree.dtype.startswith("fp"):
-            return Weight(tree)
+            place = place_of(tree)
+            if place not in self._weights:
+                self._weights[place] = Weight(tree)
+            return self._weights[place]
         tensor = decode(tree)
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             return tensor
@@ -258,6 +272,8 @@ class Evaluator:
         arguments |= {p: v for p, v in step.constants.items() if p not in arguments}
         if kind == "linear" and isinstance(arguments["weight"], Weight):
             return linear_by_slabs(function, **arguments)
+        if kind == "conv" and isinstance(arguments["weight"], Weight):
+            return linear_by_slabs(function, **arguments, axis=1)
         if kind == "gather" and isinstance(arguments["x"], Weight):
             axis = arguments.get("axis", 0)
             if int(axis) % len(arguments["x"].shape) == 0:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exporters.coreml.constexpr import Compressed, Constant, can_take_rows, decode, take_rows
 
-__all__ = ["Weight", "gather_rows", "linear_by_slabs", "share_cache", "widen"]
+__all__ = ["Weight", "gather_rows", "linear_by_slabs", "place_of", "share_cache", "widen"]
 
 SLAB = 1 << 19  # weights decoded at a time: 2 MB as float32
 
@@ -99,17 +99,31 @@ def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
             cache_bytes -= nbytes
 
 
+def place_of(constant: Constant) -> tuple[int, tuple[int, ...]]:
+    """What identifies a constant of a mapped file: its first array's address, and its shape."""
+    shape = constant.shape
+    while isinstance(constant, Compressed):
+        constant = next(part for part in constant.inputs.values() if not isinstance(part, str))
+    return int(constant.raw.ctypes.data), shape
+
+
 def linear_by_slabs(
-    function: Callable[..., Tensor], x: Tensor, weight: Weight, bias: Any = None
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weight: Weight,
+    bias: Any = None,
+    axis: int = -1,
+    **others: Any,
 ) -> Tensor:
-    """``linear`` (``function``), with the weight decoded by slabs."""
+    """``linear`` or a convolution (``function``), with the weight decoded by slabs of outputs,
+    which are along ``axis`` of the result."""
     x = widen(x)
     bias = bias.whole() if isinstance(bias, Weight) else bias
     parts = []
     for first, last, rows in weight.slabs():
         part = None if bias is None else widen(bias[first:last])
-        parts.append(function(x, widen(rows), part))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        parts.append(function(x, widen(rows), part, **others))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def gather_rows(
