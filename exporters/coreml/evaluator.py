@@ -252,7 +252,7 @@ class Evaluator:
 
     def _run(self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]) -> None:
         operation = step.operation
-        with _told(operation):
+        with _located(operation):
             if operation.kind == "read_state":
                 results: Any = states[operation.inputs["input"][0]]
             elif operation.kind == "write_state":
@@ -266,7 +266,7 @@ class Evaluator:
 
     def _run_together(self, step: Step, runs: Sequence[Run]) -> None:
         """Run an operation with large constants for all calls."""
-        with _told(step.operation):
+        with _located(step.operation):
             kind, found = step.operation.kind, list[Any]()
             if kind == "linear" and list(step.names) == ["x"] and len(runs) > 1:
                 inputs = [widen(self._argument(step, "x", values)) for values, _ in runs]
@@ -341,7 +341,7 @@ class Evaluator:
 
 
 @contextmanager
-def _told(operation: Operation) -> Iterator[None]:
+def _located(operation: Operation) -> Iterator[None]:
     """Raise what an operation raises as an ``ArtifactError`` with its name."""
     try:
         yield
