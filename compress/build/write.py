@@ -67,8 +67,11 @@ def write_artifacts(
                 solutions = Solutions(job.source.config, alike)
             for plan in group:
                 ledger = state_folder(folder) / f"{plan.format}.ledger"
-                place = Path(work), ledger
-                made.append(target_weights(plan, job, calibration, console, *place, solutions))
+                made.append(
+                    target_weights(
+                        plan, job, calibration, console, Path(work), ledger, solutions=solutions
+                    )
+                )
 
             with console.progress(label, "bytes") as update:
 

@@ -271,8 +271,9 @@ class Evaluator:
             if kind == "linear" and list(step.names) == ["x"] and len(runs) > 1:
                 inputs = [widen(self._argument(step, "x", values)) for values, _ in runs]
                 rows = torch.cat([x.flatten(0, -2) for x in inputs])
-                whole = linear_by_slabs(OPS[kind], rows, **step.constants)
-                parts = whole.split([x.shape[:-1].numel() for x in inputs])
+                constants: dict[str, Any] = dict(step.constants)
+                whole = linear_by_slabs(OPS[kind], rows, **constants)
+                parts = torch.split(whole, [x.shape[:-1].numel() for x in inputs])
                 found += (p.view(*x.shape[:-1], -1) for p, x in zip(parts, inputs, strict=True))
             elif kind not in ("linear", "gather") and len(runs) > 1:
                 step = replace(step, constants=decoded(step.constants))

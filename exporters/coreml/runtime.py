@@ -181,7 +181,8 @@ class EvaluatorRuntime(CoreMLRuntime):
         for tokens in windows:
             check_room(0, len(tokens), self._slots)
             mask = np.zeros((1, 1, 1, len(tokens)), np.float16)
-            inputs = {"inputIds": np.asarray(tokens, np.int32)[None], "causalMask": mask}
+            ids = np.asarray(tokens, np.int32)[None]
+            inputs: Mapping[str, NDArray[Any]] = {"inputIds": ids, "causalMask": mask}
             calls.append((inputs, self._evaluator.make_state()))
         outputs = self._evaluator.predict_each(calls)
         return [np.asarray(found["logits"], np.float32)[0] for found in outputs]
