@@ -32,6 +32,7 @@ EVALUATOR = f"MIL evaluator (packlight {__version__})"
 OLDEST_MACOS = 15  # states, 4-bit constants
 # Ids per call of a prompt: bounds the scores, [heads, ids, positions].
 BATCH = 512
+TOGETHER = 1 << 29  # bytes of logits and caches of the windows in one call of the evaluator
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> Runtime:
@@ -164,7 +165,8 @@ class CoreMLRuntime:
 
 
 class EvaluatorRuntime(CoreMLRuntime):
-    """A package in the MIL evaluator, whose threads can be changed."""
+    """A package in the MIL evaluator, whose threads can be changed, and which runs several windows
+    at once."""
 
     def __init__(self, name: str, evaluator: Evaluator, *sizes: int) -> None:
         super().__init__(name, evaluator.predict, evaluator.make_state, *sizes)
@@ -173,6 +175,31 @@ class EvaluatorRuntime(CoreMLRuntime):
     def use_threads(self, count: int) -> None:
         """Compute on so many threads from now on."""
         self._evaluator.threads = count
+
+    def at_once(self, length: int) -> int:
+        """How many windows of ``length`` tokens ``logits_of`` should get: those whose logits and
+        caches take at most ``TOGETHER`` bytes."""
+        cached = sum(
+            state.numel() * state.element_size() for state in self._evaluator.make_state().values()
+        )
+        each = length * (4 * self.vocab_size + cached // self._slots)
+        return max(1, TOGETHER // each) if length <= self._batch else 1
+
+    def logits_of(self, windows: Sequence[Sequence[int]]) -> list[Float32]:
+        """``logits`` of several sequences, of at most ``at_once`` each; the state is not touched.
+
+        Raises:
+            UsageError: as ``logits``.
+        """
+        calls = []
+        for tokens in windows:
+            check_room(0, len(tokens), self._slots)
+            mask = np.zeros((1, 1, 1, len(tokens)), np.float16)
+            ids = np.asarray(tokens, np.int32)[None]
+            inputs: Mapping[str, NDArray[Any]] = {"inputIds": ids, "causalMask": mask}
+            calls.append((inputs, self._evaluator.make_state()))
+        outputs = self._evaluator.predict_each(calls)
+        return [np.asarray(found["logits"], np.float32)[0] for found in outputs]
 
 
 def has_core_ml() -> bool:
