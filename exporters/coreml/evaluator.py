@@ -60,6 +60,8 @@ SMALL = 1 << 16  # elements of a constant that is decoded once, at most
 GIB = 1 << 30
 VARIADIC = ("values",)
 
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)  # of an operation
+
 Run = tuple[dict[str, Tensor], dict[str, Tensor]]  # values and states of a call
 
 
@@ -266,21 +268,22 @@ class Evaluator:
 
     def _run(self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]) -> None:
         operation = step.operation
-        with _located(operation):
+        try:
             if operation.kind == "read_state":
                 results: Any = states[operation.inputs["input"][0]]
             elif operation.kind == "write_state":
-                write_state(
-                    states, operation.inputs["input"][0], self._argument(step, "data", values)
-                )
+                data = self._argument(step, "data", values)
+                write_state(states, operation.inputs["input"][0], data)
                 results = ()
             else:
                 results = self._compute(step, values, states)
+        except FAULTS as error:
+            raise _located(operation, error) from error
         self._store(step, results, values)
 
     def _run_together(self, step: Step, runs: Sequence[Run]) -> None:
         """Run an operation with large constants for all calls."""
-        with _located(step.operation):
+        try:
             kind, found = step.operation.kind, list[Any]()
             if kind == "linear" and list(step.names) == ["x"] and len(runs) > 1:
                 inputs = [widen(self._argument(step, "x", values)) for values, _ in runs]
@@ -291,6 +294,8 @@ class Evaluator:
                 found += (p.view(*x.shape[:-1], -1) for p, x in zip(parts, inputs, strict=True))
             elif kind not in ("linear", "gather") and len(runs) > 1:
                 step = replace(step, constants=decoded(step.constants))
+        except FAULTS as error:
+            raise _located(step.operation, error) from error
         for index, (values, states) in enumerate(runs):
             if found:
                 self._store(step, found[index], values)
@@ -357,14 +362,9 @@ class Evaluator:
         return value
 
 
-@contextmanager
-def _located(operation: Operation) -> Iterator[None]:
-    """Raise what an operation raises as an ``ArtifactError`` with its name."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        where = f"op {operation.kind!r} {operation.name!r}"
-        raise ArtifactError(f"{where}: {first_line(error)}") from error
+def _located(operation: Operation, error: Exception) -> ArtifactError:
+    """What an operation raised, with its name."""
+    return ArtifactError(f"op {operation.kind!r} {operation.name!r}: {first_line(error)}")
 
 
 def _to_array(value: Tensor) -> NDArray[Any]:

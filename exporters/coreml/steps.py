@@ -128,16 +128,25 @@ def write_state(states: dict[str, Tensor], name: str, data: Tensor) -> None:
         states[name] = data.clone().reshape(state.shape)
 
 
+FAMILIES = {torch.bool: "bo", torch.float16: "fp", torch.float32: "fp"}
+DECLARED = {"fp16": "fp", "fp32": "fp", "bool": "bo"}
+
+
 def check_type(operation: Operation, declared: TensorType, result: Tensor) -> None:
-    where = f"op {operation.kind!r} {operation.name!r}"
-    sizes = tuple(result.shape)
-    fits = len(sizes) == len(declared.shape) and all(
-        want is None or want == size for want, size in zip(declared.shape, sizes, strict=True)
-    )
-    if not fits:
-        shape = ["?" if n is None else n for n in declared.shape]
-        raise ArtifactError(f"{where} gives shape {list(sizes)}, declared is {shape}")
-    family = declared.dtype[:2] if declared.dtype in ("fp16", "fp32", "bool") else "int"
-    found = {torch.bool: "bo", torch.float16: "fp", torch.float32: "fp"}.get(result.dtype, "int")
-    if family != found:
+    """Refuse a result of another shape or kind of number than declared.
+
+    Raises:
+        ArtifactError: with the operation's name.
+    """
+    sizes, wanted = tuple(result.shape), declared.shape
+    if sizes != wanted:
+        fits = len(sizes) == len(wanted) and all(
+            want is None or want == size for want, size in zip(wanted, sizes, strict=True)
+        )
+        if not fits:
+            shape = ["?" if n is None else n for n in wanted]
+            where = f"op {operation.kind!r} {operation.name!r}"
+            raise ArtifactError(f"{where} gives shape {list(sizes)}, declared is {shape}")
+    if DECLARED.get(declared.dtype, "int") != FAMILIES.get(result.dtype, "int"):
+        where = f"op {operation.kind!r} {operation.name!r}"
         raise ArtifactError(f"{where} gives {result.dtype}, declared is {declared.dtype}")
