@@ -60,7 +60,7 @@ def make_shelf(work: Path) -> None:
             )
     recipes = (
         ("rounded", "Q4_0", "int4-g32", "rtn"),
-        ("scaled", "Q4_K_M", "lut4-g8", "scale_search"),
+        ("scaled", "Q4_K_M", "int4-g64", "scale_search"),
     )
     for name, type_name, grid, solver in recipes:
         text = RECIPE.format(name=name, type=type_name, grid=grid, solver=solver)

@@ -91,13 +91,15 @@ ROWS = {
     "coreml:int4-g32": one("coreml", "grid=int4-g32"),
     "coreml:lut4-g16": one("coreml", "grid=lut4-g16", "--force"),  # else refused
     "all": Row(RTN),  # Q4_K_M, int4-g32 and int4-g32
-    "verify:gguf": Row(),  # of what "all" wrote
+    "verify:gguf": Row(),  # of what "all" wrote, on two short windows
     "verify:onnx": Row(),
     "verify:coreml": Row(),
+    "verify": Row(wanted=False),  # all three, on the windows of a build
     "gguf:IQ4_XS": one("gguf", "type=IQ4_XS"),
     "llama.cpp:IQ4_XS": Row(),
     "calibrated": Row(CALIBRATED, wanted=False),
     "gptq:1": Row(("-r", "phone-4bit", "--no-verify"), layers=1, wanted=False),
+    "gptq:2": Row(("-r", "phone-4bit", "--no-verify"), layers=2, wanted=False),
     "gptq": Row(("-r", "phone-4bit", "--no-verify"), wanted=False),
 }
 
@@ -194,7 +196,7 @@ class Bench:
             return [sys.executable, __file__, "--read", str(self.folder)]
         if tool == "verify":
             built = self.scratch / "all" / "out" / kind
-            text = ("--windows", "2", "--sequence-length", "128")
+            text = ("--windows", "2", "--sequence-length", "128") if kind else ()
             return packlight("verify", built, "--baseline", self.folder, *text)
         if tool == "genai":
             return self.genai_command(place)

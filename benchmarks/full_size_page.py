@@ -155,9 +155,12 @@ BARS = (
     seconds_of_sum("cpu_seconds"),
     seconds_of_sum("wall_seconds"),
     peak("verify:gguf", "main_resident", 2.5, "GB"),
+    peak("verify", "peak_resident", 3.0, "GB"),
+    wall_minutes("verify", 12),
     peak("calibrated", "peak_resident", 2.5, "GB"),
     wall_minutes("calibrated", 45),
     peak("gptq", "peak_resident", 3.0, "GB"),
+    Bar("gptq: CPU", lambda f: f.cpu("gptq"), ("gptq",), 3000, "s"),
     wall_minutes("gptq", 180),
 )
 

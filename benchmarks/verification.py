@@ -5,13 +5,15 @@
 
 BUILD is the output folder of a ``packlight build``, CHECKPOINT its float model. ``--tree`` is
 another checkout of packlight (``git worktree add before main~1``), which verifies the same build
-first, so that one run has both. Stages: *start* (imports, headers, the text in tokens), *float
-baseline*, *float speed*; of each artifact *load and speed*, *generation*, *logits and KL*. The CPU
-seconds of a child are those of its process when it tells of its next stage. ``--windows`` sets the
-number that is scored. Below the table: llama.cpp's own pass over four windows of the same text
-(float16 GGUF and artifact, both by ``llama_decode``, and the formula of its ``--kl-divergence``),
-without packlight's stages around it; it needs a float16 GGUF beside BUILD (``BUILD.f16.gguf``). On
-a machine that others use too, look at CPU seconds.
+first, so that one run has both; *again* verifies once more with the float model's answers in the
+cache. Stages: *start* (imports, headers, the text in tokens), *float baseline*, *float speed*; of
+each artifact *load and speed*, *generation*, *logits and KL*. The CPU seconds of a child are those
+of its process when it tells of its next stage. ``--windows`` sets the number that is scored.
+
+Below the table: llama.cpp's own pass over four windows of the same text, float16 GGUF and artifact,
+both by ``llama_decode``, and the formula of its ``--kl-divergence`` (the wheel that packlight
+installs has that option, but not the tool that reads it). The float16 GGUF is ``BUILD.f16.gguf``,
+written first where it is missing. On a machine that others use too, look at CPU seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator
 from itertools import pairwise
@@ -125,6 +128,22 @@ def child_of(command: list[str], known: set[int]) -> int:
     return 0
 
 
+def float16_file(build: str, checkpoint: str) -> Path:
+    """The checkpoint as a float16 GGUF, beside the build."""
+    import packlight
+
+    path = Path(f"{build.rstrip('/')}.f16.gguf")
+    if not path.is_file():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            packlight.build(
+                checkpoint, "int4-fast", formats=["gguf"], output=f"{folder}/out", verify=False,
+                overrides={"targets.gguf.type": "F16"},
+            )  # fmt: skip
+            (made,) = Path(folder).rglob("*.gguf")
+            made.rename(path)
+    return path
+
+
 def peer(build: str, checkpoint: str, threads: int) -> dict[str, Any] | None:
     """llama.cpp over windows of the same text: float16 and the artifact, and their KL."""
     import numpy as np
@@ -134,10 +153,10 @@ def peer(build: str, checkpoint: str, threads: int) -> dict[str, Any] | None:
     from compress.verify.scorer import read_text
     from exporters.gguf.runtime import LlamaCpp
 
-    float16 = Path(f"{build.rstrip('/')}.f16.gguf")
     found = sorted(Path(build).rglob("*.gguf"))
-    if not float16.is_file() or not found:
+    if not found:
         return None
+    float16 = float16_file(build, checkpoint)
     windows = eval_windows(read_text(None), Checkpoint.open(checkpoint).tokenizer, 512, 4)
     began, total = time.process_time(), 0.0
     both = [LlamaCpp(path, context=512, threads=threads) for path in (float16, found[0])]
@@ -152,11 +171,11 @@ def peer(build: str, checkpoint: str, threads: int) -> dict[str, Any] | None:
     return {"cpu": round(time.process_time() - began, 1), "windows": 4, "kl": total / scored}
 
 
-def run(tree: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """``measure`` in a process of its own, with the packlight of a tree."""
+def run(tree: Path, chosen: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """``measure`` in a process of its own, with the packlight of a tree and a cache folder."""
     command = [sys.executable, __file__, chosen.build, chosen.checkpoint, "--inside"]
     command += ["--windows", str(chosen.windows), "--threads", str(chosen.threads)]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PACKLIGHT_CACHE": cache}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -196,8 +215,12 @@ def main() -> None:
         found = measure(chosen.build, chosen.checkpoint, chosen.windows, chosen.threads)
         print(json.dumps(found))
         return
-    runs = {"before": run(chosen.tree, chosen)} if chosen.tree else {}
-    runs["now"] = run(ROOT, chosen)
+    runs = {}
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        if chosen.tree:
+            runs["before"] = run(chosen.tree, chosen, first)
+        runs["now"] = run(ROOT, chosen, second)
+        runs["again"] = run(ROOT, chosen, second)
     print(table(runs))
     document: dict[str, Any] = {"runs": runs}
     if not chosen.no_peer and (other := peer(chosen.build, chosen.checkpoint, chosen.threads or 1)):

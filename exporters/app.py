@@ -83,6 +83,7 @@ class Interface:
             is a flexible size.
         deployment: system → its oldest version.
         context: positions of the KV cache.
+        swift: whether ``Swift/`` can run it.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -90,6 +91,7 @@ class Interface:
     outputs: Sequence[Mapping[str, Any]]
     deployment: Mapping[str, str]
     context: int
+    swift: bool = True
 
 
 def write_app_files(
@@ -149,7 +151,8 @@ def write_app_files(
     document = parity_document(samples, parity)
     text = json.dumps(document, ensure_ascii=False)
     (folder / "parity.json").write_text(f"{text}\n", encoding="utf-8")
-    shutil.copytree(Path(__file__).with_name("swift"), folder / "Swift", dirs_exist_ok=True)
+    if interface.swift:
+        shutil.copytree(Path(__file__).with_name("swift"), folder / "Swift", dirs_exist_ok=True)
 
 
 def parity_document(

@@ -221,7 +221,7 @@ def test_the_recipe_is_valid(tmp_path):
     (recipe,) = blocks("yaml")
     file = tmp_path / "my-phone.yaml"
     file.write_text(recipe)
-    assert load(str(file)).targets["coreml"]["grid"] == "lut4-g8"
+    assert load(str(file)).targets["coreml"]["grid"] == "int4-g32"
 
 
 def test_links_lead_somewhere():

@@ -236,7 +236,7 @@ def prepare_job(
         The job; and ``compress.plan.job.prepare`` with this command's arguments bound.
 
     Raises:
-        UsageError: a budget that cannot be met; palettes without calibration.
+        UsageError: a budget that cannot be met; palettes without calibration; ``Plan.doubt``.
     """
     transforms: Transforms = {}
     if recipe.folds or any("sparsity" in target for target in recipe.targets.values()):
@@ -266,6 +266,9 @@ def prepare_job(
             from compress.plan.rounding import warn_of_rounding
 
             warn_of_rounding(job)
+    for plan in job.plans:
+        if plan.doubt and not settings.force:
+            raise UsageError(f"{plan.format}: {plan.doubt}", hint="--force builds it anyway")
     return job, replan
 
 

@@ -29,6 +29,7 @@ from compress.solvers import get_solver
 
 if TYPE_CHECKING:
     from compress.calibration.step import CalibrationStep
+    from compress.solvers.shared import Solutions
 
 __all__ = ["put_tensors", "write_artifacts"]
 
@@ -58,10 +59,19 @@ def write_artifacts(
         total, done = sum(plan.weights_bytes for plan in group), 0
         writers: list[Writer] = []
         with tempfile.TemporaryDirectory(prefix="packlight-", dir=folder) as work:
-            made = []
+            made, solutions = [], None
+            if len(group) > 1 and needs_of(job.recipe.solver) == "hessian":
+                from compress.solvers.shared import Solutions
+
+                alike = [p for p in group if not p.folded and not job.transforms.get(p.format)]
+                solutions = Solutions(job.source.config, alike)
             for plan in group:
                 ledger = state_folder(folder) / f"{plan.format}.ledger"
-                made.append(target_weights(plan, job, calibration, console, Path(work), ledger))
+                made.append(
+                    target_weights(
+                        plan, job, calibration, console, Path(work), ledger, solutions=solutions
+                    )
+                )
 
             with console.progress(label, "bytes") as update:
 
@@ -129,6 +139,7 @@ def target_weights(
     console: Console,
     work: Path,
     ledger_file: Path,
+    solutions: Solutions | None = None,
 ) -> tuple[Weights, tuple[str, ...]]:
     """The ``Weights`` that a target's writer reads from, with its ledger; and lines for the report.
 
@@ -142,6 +153,7 @@ def target_weights(
         console: for progress.
         work: an empty folder that stays until the target is written.
         ledger_file: of the target.
+        solutions: codes that targets of the same weights share; None where each solves its own.
 
     Raises:
         UsageError: calibration texts that are missing or too short.
@@ -174,5 +186,12 @@ def target_weights(
     # GPTQ splits one slab among all threads itself, because each slab takes much memory. The other
     # solvers take little, and inside a slab each step would wait for its slowest thread.
     at_once = 1 if needs_of(solver) == "hessian" else min(worker_threads(), MOST_SLABS)
+    if solutions and not plan.folded and not changes:
+        from compress.solvers.shared import SharedWeights
+
+        weights = SharedWeights(
+            solutions, plan.format, source, get_solver(solver), ledger, statistics=statistics
+        )
+        return weights, tuple(notes)
     weights = Weights(source, get_solver(solver), ledger, at_once=at_once, statistics=statistics)
     return weights, tuple(notes)

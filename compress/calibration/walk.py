@@ -28,6 +28,7 @@ STATES_LIMIT = 1 << 29  # bytes of hidden states in memory: 512 MiB, or where th
 STATES_SHARE = 1 / 8  # ... this share of the available memory
 HELD_BACK = 16  # one of this many windows is left out of the Hessian, to measure solvers on ...
 HELD_ROWS = 1024  # ... or of more, so that at most this many tokens are
+TILE = 512  # rows of a Hessian's upper half that are added at once; the lower half is its mirror
 
 
 class Accumulator:
@@ -61,7 +62,9 @@ class Accumulator:
         self.hessian_count += x.shape[0]
         for span, product in zip(self.spans, self.products, strict=True):
             part = x[:, span]
-            product.addmm_(part.T, part)
+            for tile in range(0, len(product), TILE):  # and all columns from the diagonal on
+                rows = slice(tile, tile + TILE)
+                product[rows, tile:].addmm_(part[:, rows].T, part[:, tile:])
         if beside is not None:
             self.drifts = self.drifts or [torch.zeros_like(product) for product in self.products]
             for span, drift in zip(self.spans, self.drifts, strict=True):
@@ -76,6 +79,10 @@ class Accumulator:
             values: Float32 = (total / count).float().numpy()
             return values
 
+        for product in self.products:
+            for tile in range(0, len(product), TILE):
+                rows, below = slice(tile, tile + TILE), slice(tile + TILE, None)
+                product[below, rows] = product[rows, below].T
         return LayerStats(
             count=self.count,
             importance=mean(self.squares, self.count),

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 @click.option("--allow-dense", is_flag=True,
               help="Allow sparsity in formats that store zeros like other weights.")  # fmt: skip
 @click.option("--force", is_flag=True,
-              help="Build palettes of few bits whose codes are chosen without calibration, which "
-                   "are refused otherwise.")  # fmt: skip
+              help="Build what is refused otherwise: palettes of few bits whose codes are chosen "
+                   "without calibration; palettes in Core ML packages for the GPU.")  # fmt: skip
 @eval_option
 @gate_option
 @click.option("--budget", default="", metavar="SIZE",

@@ -29,7 +29,7 @@ def check_palettes(job: Job) -> None:
                 raise UsageError(
                     f"{plan.format}: {entry.grid} by {job.recipe.solver}, without calibration, "
                     "spoils a real model (SmolLM2-135M: KL divergence 2.8, by gptq 0.16)",
-                    hint="--set quantize.solver=gptq, or -r small-4bit; --force builds it anyway",
+                    hint="--set quantize.solver=gptq; --force builds it anyway",
                 )
 
 

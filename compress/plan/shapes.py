@@ -75,6 +75,7 @@ class Plan:
         folded: scalars of the model that the target has inside its weights
             (``compress.checkpoint.scalars``).
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
+        doubt: why nobody should want it, in a line; ``--force`` builds it anyway.
 
     Example:
         >>> entry = PlanEntry("lm_head.weight", "output.weight", "Q6_K", (512, 256), 107520)
@@ -93,6 +94,7 @@ class Plan:
     file_bytes: int = 0
     folded: frozenset[str] = frozenset()
     expected_divergence: float | None = None
+    doubt: str = ""
 
     @property
     def weights_bytes(self) -> int:

@@ -28,6 +28,9 @@ from compress.solvers.rounding import PIECE, Spans, Whole, round_piece
 
 __all__ = ["gptq"]
 
+Metrics = dict[int, tuple[Float32, Float32, Float32, Float32, Float32]]
+"""First column of a piece → its part of the damped Hessian, and ``metric_of`` that."""
+
 DESCENTS = 2  # passes of coordinate descent ...
 DAMPING = 0.03  # ... with this share of the diagonal's mean added to it
 ROWS = 1024  # of a slab; temporaries are a few float32 matrices of so many rows
@@ -72,14 +75,14 @@ def gptq(
     codes, params = searched.codes.copy(), {k: v.copy() for k, v in searched.params.items()}
     whole = grid.lattice(params) if isinstance(grid, LatticeGrid) and not grid.span else None
     decoded = searched.decode()
-    fallen = []
+    fallen, metrics = [], Metrics()
 
     def solve(start: int) -> None:
         part = slice(start, min(start + slab, rows))
         fits = Spans(grid, weight.shape[1]) if whole is None else Whole(whole, rows, part)
         trial, left = round_rows(weight[part], factors, fits, block)
         for _ in range(DESCENTS):
-            descend(weight[part], trial, left, fits, stats, damping=DAMPING, block=block)
+            descend(weight[part], trial, left, fits, stats, metrics, damping=DAMPING, block=block)
         before = weight[part] - decoded[part]
         better = output_errors(left, stats) <= output_errors(before, stats)
         codes[part][better] = trial[better]
@@ -139,6 +142,7 @@ def descend(
     left: Float32,
     fits: Spans | Whole,
     stats: LayerStats,
+    metrics: Metrics | None = None,
     *,
     damping: float,
     block: int,
@@ -163,10 +167,11 @@ def descend(
         left: float32 ``[rows, columns]``: the weight minus the decoded codes.
         fits: the parameters of those codes; those of spans are scaled.
         stats: of the input; with a Hessian.
+        metrics: of other rows with the same ``stats`` and grid; filled.
         damping: share of the Hessian diagonal's mean that is added to the diagonal.
         block: columns whose errors are applied to all others at once. Speed only.
     """
-    start = 0
+    metrics, start = Metrics() if metrics is None else metrics, 0
     for hessian in stats.hessian or ():
         columns = slice(start, start + len(hessian))
         some, theirs, rest = weight[:, columns], codes[:, columns], left[:, columns]
@@ -181,9 +186,11 @@ def descend(
                 place = slice(start + part.start, start + part.stop)
                 square, before = hessian[part, part], rest[:, part].copy()
                 pull = pulls[:, part.start - first : part.stop - first] - before @ square
-                damped = square + damp * np.eye(len(square), dtype="f4")
+                if place.start not in metrics:
+                    damped = square + damp * np.eye(len(square), dtype="f4")
+                    metrics[place.start] = damped, *metric_of(damped, fits.together)
                 piece = some[:, part], theirs[:, part], rest[:, part]
-                descend_piece(*piece, damped, pull, fits, place)
+                descend_piece(*piece, *metrics[place.start], pull, fits, place)
                 pulls += (rest[:, part] - before) @ hessian[part, tile]
         start += len(hessian)
 
@@ -193,6 +200,10 @@ def descend_piece(
     codes: Array,
     left: Float32,
     square: Float32,
+    feedback: Float32,
+    variances: Float32,
+    settle: Float32,
+    later: Float32,
     pull: Float32,
     fits: Spans | Whole,
     place: slice,
@@ -201,18 +212,20 @@ def descend_piece(
 
     Args:
         square: float32 ``[n, n]``, their part of the damped Hessian.
+        feedback, variances, settle, later: ``metric_of`` it.
         pull: float32 ``[rows, n]``: the errors of all other columns times the Hessian.
         place: the columns of the weight.
     """
-    feedback, variances, settle, later = metric_of(square, fits.together)
     values, run = fits.at(place)
-    carried = (pull + left @ later) @ settle
+    carried = pull + left @ later
+    carried = carried * np.diagonal(settle) if fits.together == 1 else carried @ settle
     found, rest = np.empty_like(codes), np.empty_like(left)
     round_piece(weight, carried, feedback, variances, values, run, found, rest)
-    take_lower(found, rest, codes, left, square, pull)
+    cost = costs(left, square, pull)
+    take_lower(found, rest, codes, left, cost, square, pull)
     if scaled := fits.scaled(place, codes, best_factors(weight, weight - left, square, pull)):
         params, decoded = scaled
-        lower = take_lower(codes, weight - decoded, codes, left, square, pull)
+        lower = take_lower(codes, weight - decoded, codes, left, cost, square, pull)
         fits.take(place, params, lower)
 
 
@@ -250,12 +263,19 @@ def metric_of(square: Float32, together: int) -> tuple[Float32, Float32, Float32
 
 
 def take_lower(
-    codes: Array, errors: Float32, old: Array, left: Float32, square: Float32, pull: Float32
+    codes: Array,
+    errors: Float32,
+    old: Array,
+    left: Float32,
+    cost: Array,
+    square: Float32,
+    pull: Float32,
 ) -> Array:
-    """Replace the ``old`` codes and errors (``left``) in rows where the new error is lower; returns
-    the mask of those rows."""
-    lower: Array = costs(errors, square, pull) < costs(left, square, pull)
-    old[lower], left[lower] = codes[lower], errors[lower]
+    """Replace the ``old`` codes, errors (``left``) and their ``cost`` in rows where the new error
+    costs less; returns the mask of those rows."""
+    found = costs(errors, square, pull)
+    lower: Array = found < cost
+    old[lower], left[lower], cost[lower] = codes[lower], errors[lower], found[lower]
     return lower
 
 

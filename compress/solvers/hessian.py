@@ -11,7 +11,7 @@ to the original weights, so that no updated copy of them is needed.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,11 +35,14 @@ class Factor:
         order: int64 ``[n]``: columns of the weight in the order of rounding.
         feedback: float32 ``[n, n]``, ``U`` of the module, rows and columns in that order.
         variances: float32 ``[n]``, ``D`` of the module: of each input, given those after it.
+        settles: first column of a span, in that order → inverse of its part of ``feedback``; filled
+            by who needs it.
     """
 
     order: Array
     feedback: Float32
     variances: Float32
+    settles: dict[int, Float32] = field(default_factory=dict)
 
 
 def factors_of(

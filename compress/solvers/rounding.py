@@ -29,6 +29,7 @@ from compress.solvers.hessian import Factor
 __all__ = ["PIECE", "Spans", "Whole", "round_piece"]
 
 PIECE = 32  # columns rounded by one call of the kernel where the grid has no spans
+PANEL = 8  # columns whose errors are added to later ones together
 FACTORS = (0.5, 2.0)  # least and largest factor by which parameters may be scaled at once
 LARGEST = np.float32(65504)  # of float16
 
@@ -100,8 +101,10 @@ class Spans:
         first, place = int(columns.min()), np.argsort(columns)
         # Distributed over all remaining columns, not only up to each column's turn, an error e
         # moves them by e H_sr H_rr^-1, which in terms of the factor is e U_sr U_rr^-1.
-        settle = np.linalg.inv(np.triu(factor.feedback[part, part])).astype(np.float32)
-        now = weight + carried @ settle
+        if part.start not in factor.settles:
+            metric = np.triu(factor.feedback[part, part])
+            factor.settles[part.start] = np.linalg.inv(metric).astype(np.float32)
+        now = weight + carried @ factor.settles[part.start]
         params = self.grid.fit(now[:, place], factor.variances[part][place])
         self.fitted[first // self.span] = params
         values = self._values(params)
@@ -176,6 +179,28 @@ def round_piece(
     over_rows(sweep_lattice if isinstance(values, Lattice) else sweep_codebook, len(weight))
 
 
+def add_errors(x, left, feedback, first, n):
+    """Add the errors of ``PANEL`` columns from ``first`` on to all columns after them: in the order
+    of the columns, as one after another, but with each ``x`` read and written once."""
+    for i in range(first + PANEL, n):
+        a, b = feedback[first, i], feedback[first + 1, i]
+        c, d = feedback[first + 2, i], feedback[first + 3, i]
+        e, f = feedback[first + 4, i], feedback[first + 5, i]
+        g, h = feedback[first + 6, i], feedback[first + 7, i]
+        for lane in range(LANES):
+            total = x[i, lane] + left[first, lane] * a
+            total += left[first + 1, lane] * b
+            total += left[first + 2, lane] * c
+            total += left[first + 3, lane] * d
+            total += left[first + 4, lane] * e
+            total += left[first + 5, lane] * f
+            total += left[first + 6, lane] * g
+            x[i, lane] = total + left[first + 7, lane] * h
+
+
+add_panel = kernel(add_errors, fastmath=("contract", "nsz"))  # sums keep their order
+
+
 @kernel
 def sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, end, codes, errors):
     """Round columns 0..n-1 in this order, rows begin..end.
@@ -235,7 +260,10 @@ def sweep(weight, carried, feedback, run, scale, offset, levels, even, begin, en
                 left[k, lane] -= value[lane] * step[r, lane] - shift[r, lane]
             for lane in range(min(LANES, end - row)):
                 codes[row + lane, k] = np.uint8(code[lane])
-            for i in range(k + 1, n):
+            first = k - k % PANEL
+            if k + 1 == first + PANEL:
+                add_panel(x, left, feedback, first, n)
+            for i in range(k + 1, min(first + PANEL, n)):
                 share = feedback[k, i]
                 for lane in range(LANES):
                     x[i, lane] += left[k, lane] * share

@@ -277,12 +277,15 @@ def examine(
         emit({"generation": asdict(sample), "tokens": 0, "stage": "computing logits"})
         scored = list(accumulate(map(len, baseline.windows), initial=0))
         done, wanted = 0, ask({"ask": True}) if ask else baseline.ready
+        several = getattr(runtime, "at_once", None)
+        step = several(max(map(len, baseline.windows))) if several else 1
         while wanted > done:
             ready, parts = BaselineStore(baseline.folder), []
             while done < wanted:
+                some = range(done, min(done + step, wanted))
                 with turn(baseline.folder):
-                    parts.append(quality.score(runtime, ready, range(done, done + 1)))
-                done += 1
+                    parts.append(quality.score(runtime, ready, some))
+                done = some.stop
                 events.emit({"tokens": scored[done]})
             TokenScores.joined(parts).save(scores)
             wanted = ask({"ask": True}) if ask else done
@@ -345,6 +348,14 @@ class Observed:
     @property
     def use_threads(self) -> Callable[[int], None] | None:
         return getattr(self._runtime, "use_threads", None)
+
+    @property
+    def at_once(self) -> Callable[[int], int] | None:
+        return getattr(self._runtime, "at_once", None)
+
+    @property
+    def logits_of(self) -> Callable[[Sequence[Sequence[int]]], Sequence[Float32]] | None:
+        return getattr(self._runtime, "logits_of", None)
 
     def logits(self, tokens: Sequence[int]) -> Float32:
         found = self._runtime.logits(tokens)

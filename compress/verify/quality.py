@@ -137,12 +137,12 @@ def score(
             f"the artifact has {runtime.vocab_size} tokens, the float model {baseline.vocab_size}",
             hint="compare an artifact with the checkpoint that it was built from",
         )
-    parts = []
     windows = range(baseline.ready) if windows is None else windows
-    for index in windows:
-        tokens = baseline.windows[index].tolist()
-        parts.append(score_window(baseline, index, runtime.logits(tokens)))
-    return TokenScores.joined(parts)
+    texts = [baseline.windows[index].tolist() for index in windows]
+    together = getattr(runtime, "logits_of", None) if len(texts) > 1 else None
+    logits = together(texts) if together else map(runtime.logits, texts)
+    scores = [score_window(baseline, *each) for each in zip(windows, logits, strict=True)]
+    return TokenScores.joined(scores)
 
 
 def score_window(baseline: BaselineStore, index: int, logits: Float32) -> TokenScores:

@@ -81,7 +81,8 @@ class Constants:
         self.entries: dict[str, PlanEntry] = {}
 
     def weight(self, name: str) -> Var:
-        """A matrix, which Core ML decompresses when it loads or runs the program."""
+        """A matrix, which Core ML decompresses when it loads or runs the program; a norm's weight
+        or a bias, as it is."""
         entry = self._planned[name]
         if entry.target_name in self._vars:
             return self._vars[entry.target_name]
@@ -98,13 +99,6 @@ class Constants:
             operation = self._mb.constexpr_sparse_to_dense
         self._vars[entry.target_name] = operation(**inputs, name=entry.target_name)
         return self._vars[entry.target_name]
-
-    def vector(self, name: str) -> Var:
-        """A norm weight or a bias."""
-        entry = self._planned[name]
-        (part,) = self._pieces[entry.name]
-        self.entries[entry.target_name] = entry
-        return self._constant(entry.target_name, part)
 
     def array(self, name: str, shape: tuple[int, ...]) -> Var:
         """A float16 constant that is not in the checkpoint: a table of cos or sin (``rope_cos``,

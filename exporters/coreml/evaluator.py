@@ -15,10 +15,10 @@ states are then float32, too.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,40 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, first_line
 from exporters.coreml.constexpr import CONSTEXPR, Constant, constants_of, decode
-from exporters.coreml.mil import Operation, TensorSpec, TensorType, read_package
+from exporters.coreml.mil import Operation, Program, TensorSpec, read_package
 from exporters.coreml.mil_moves import MOVES
 from exporters.coreml.mil_ops import OPS
-from exporters.coreml.weights import Weight, gather_rows, linear_by_slabs, share_cache, widen
+from exporters.coreml.steps import (
+    Held,
+    Step,
+    check_overflow,
+    check_type,
+    decoded,
+    has_weight,
+    is_constant,
+    only_owner,
+    refuse_unknown,
+    updated_state,
+    write_state,
+)
+from exporters.coreml.weights import (
+    Weight,
+    gather_rows,
+    linear_by_slabs,
+    place_of,
+    share_cache,
+    widen,
+)
 
 __all__ = ["Evaluator"]
 
 SMALL = 1 << 16  # elements of a constant that is decoded once, at most
 GIB = 1 << 30
-OTHER_OPS = ("const", "read_state", "write_state")
 VARIADIC = ("values",)
 
-Held = Tensor | str | Weight
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)  # of an operation
 
-
-@dataclass(frozen=True)
-class Step:
-    """A prepared operation: its function, its inputs, and the values that are freed after it."""
-
-    operation: Operation
-    constants: Mapping[str, Held]
-    names: Mapping[str, tuple[str, ...]]
-    frees: tuple[str, ...]
-    updates: str | None = None
+Run = tuple[dict[str, Tensor], dict[str, Tensor]]  # values and states of a call
 
 
 class Evaluator:
@@ -66,6 +76,7 @@ class Evaluator:
         cache_bytes: memory for decoded weights. Weights that do not fit are decoded for each
             use, a slab of rows at a time: slower, but a model of any size runs.
         small: constants of up to this many elements are decoded once, when loading.
+        like: an evaluator of another function of the package, whose decoded weights are shared.
 
     Attributes:
         inputs, states, outputs: name → dtype and shape (None where flexible, with ranges).
@@ -85,8 +96,11 @@ class Evaluator:
         threads: int = 0,
         cache_bytes: int = GIB,
         small: int = SMALL,
+        like: Evaluator | None = None,
     ) -> None:
-        program = read_package(Path(package))
+        self._program: Program = like._program if like else read_package(Path(package))
+        self._weights: dict[tuple[int, tuple[int, ...]], Weight] = like._weights if like else {}
+        program = self._program
         self._function = program.function(function)
         self.metadata = program.metadata
         self.inputs: Mapping[str, TensorSpec] = self._function.inputs
@@ -96,9 +110,10 @@ class Evaluator:
         self.threads = threads
         self._small = small
         for operation in self._function.operations:
-            _refuse_unknown(operation)
+            refuse_unknown(operation)
         self._constants = self._load_constants()
         self._steps = self._prepare()
+        self._parts = [(key, list(steps)) for key, steps in groupby(self._steps, has_weight)]
         share_cache(self._scanned(), cache_bytes)
 
     def make_state(self) -> dict[str, Tensor]:
@@ -126,17 +141,36 @@ class Evaluator:
             ArtifactError: inputs that do not match; an operation that fails or returns another
                 shape than declared.
         """
-        values = {name: self._input(name, inputs) for name in self.inputs}
-        for name in inputs:
+        (outputs,) = self.predict_each([(inputs, state)])
+        return outputs
+
+    def predict_each(
+        self, calls: Sequence[tuple[Mapping[str, NDArray[Any]], dict[str, Tensor] | None]]
+    ) -> list[dict[str, NDArray[Any]]]:
+        """``predict`` of several inputs, each with a state of its own; every large constant is
+        decoded once.
+
+        Operations with a large constant run for all calls before any goes on; those between two of
+        them run call by call, so that only one call has their values at a time.
+        """
+        runs: list[Run] = [
+            ({name: self._input(name, inputs) for name in self.inputs}, self._check_state(state))
+            for inputs, state in calls
+        ]
+        for name in (name for inputs, _ in calls for name in inputs):
             if name not in self.inputs:
                 raise ArtifactError(f"the model has no input {name!r}")
-        states = self._check_state(state)
         with torch.no_grad(), _threads(self.threads):
-            for step in self._steps:
-                self._run(step, values, states)
-                for name in step.frees:
-                    values.pop(name, None)
-            return {name: _to_array(self._value(name, values)) for name in self.outputs}
+            for together, steps in self._parts:
+                for step in steps if together else ():
+                    self._run_together(step, runs)
+                for values, states in () if together else runs:
+                    for step in steps:
+                        self._run(step, values, states)
+            return [
+                {name: _to_array(self._value(name, values)) for name in self.outputs}
+                for values, _ in runs
+            ]
 
     # --- loading ----------------------------------------------------------------------------
 
@@ -157,14 +191,17 @@ class Evaluator:
         if isinstance(tree, str):
             return tree
         if tree.size > self._small and tree.dtype.startswith("fp"):
-            return Weight(tree)
+            place = place_of(tree)
+            if place not in self._weights:
+                self._weights[place] = Weight(tree)
+            return self._weights[place]
         tensor = decode(tree)
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             return tensor
         return tensor.to(torch.int32)
 
     def _prepare(self) -> list[Step]:
-        computed = [o for o in self._function.operations if not _is_constant(o)]
+        computed = [o for o in self._function.operations if not is_constant(o)]
         last_use: dict[str, int] = {}
         for i, operation in enumerate(computed):
             for names in operation.inputs.values():
@@ -184,7 +221,7 @@ class Evaluator:
             involved = {n for bound in computed_inputs.values() for n in bound}
             involved.update(name for name, _ in operation.outputs)
             frees = tuple(n for n in involved if last_use[n] == i and n not in self.outputs)
-            updates = _updated_state(computed, i)
+            updates = updated_state(computed, i)
             steps.append(Step(operation, constants, computed_inputs, frees, updates))
         return steps
 
@@ -235,19 +272,47 @@ class Evaluator:
             if operation.kind == "read_state":
                 results: Any = states[operation.inputs["input"][0]]
             elif operation.kind == "write_state":
-                _write(states, operation.inputs["input"][0], self._argument(step, "data", values))
-                return
+                data = self._argument(step, "data", values)
+                write_state(states, operation.inputs["input"][0], data)
+                results = ()
             else:
                 results = self._compute(step, values, states)
-        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-            where = f"op {operation.kind!r} {operation.name!r}"
-            raise ArtifactError(f"{where}: {first_line(error)}") from error
+        except FAULTS as error:
+            raise _located(operation, error) from error
+        self._store(step, results, values)
+
+    def _run_together(self, step: Step, runs: Sequence[Run]) -> None:
+        """Run an operation with large constants for all calls."""
+        try:
+            kind, found = step.operation.kind, list[Any]()
+            if kind == "linear" and list(step.names) == ["x"] and len(runs) > 1:
+                inputs = [widen(self._argument(step, "x", values)) for values, _ in runs]
+                rows = torch.cat([x.flatten(0, -2) for x in inputs])
+                constants: dict[str, Any] = dict(step.constants)
+                whole = linear_by_slabs(OPS[kind], rows, **constants)
+                parts = torch.split(whole, [x.shape[:-1].numel() for x in inputs])
+                found += (p.view(*x.shape[:-1], -1) for p, x in zip(parts, inputs, strict=True))
+            elif kind not in ("linear", "gather") and len(runs) > 1:
+                step = replace(step, constants=decoded(step.constants))
+        except FAULTS as error:
+            raise _located(step.operation, error) from error
+        for index, (values, states) in enumerate(runs):
+            if found:
+                self._store(step, found[index], values)
+            else:
+                self._run(step, values, states)
+
+    def _store(self, step: Step, results: Any, values: dict[str, Tensor]) -> None:
+        """Round the results of an operation and keep them; drop what is not needed after it."""
+        operation = step.operation
         results = (results,) if isinstance(results, Tensor) else tuple(results)
         for (name, declared), result in zip(operation.outputs, results, strict=True):
-            _check_type(operation, declared, result)
+            check_type(operation, declared, result)
             values[name] = rounded = self._round(result, declared.dtype)
             if rounded is not result and torch.isinf(rounded).any():
-                _check_overflow(operation, result)
+                check_overflow(operation, result)
+        for name in step.frees:
+            values.pop(name, None)
 
     def _compute(
         self, step: Step, values: dict[str, Tensor], states: dict[str, Tensor]
@@ -258,13 +323,15 @@ class Evaluator:
         arguments |= {p: v for p, v in step.constants.items() if p not in arguments}
         if kind == "linear" and isinstance(arguments["weight"], Weight):
             return linear_by_slabs(function, **arguments)
+        if kind == "conv" and isinstance(arguments["weight"], Weight):
+            return linear_by_slabs(function, **arguments, axis=1)
         if kind == "gather" and isinstance(arguments["x"], Weight):
             axis = arguments.get("axis", 0)
             if int(axis) % len(arguments["x"].shape) == 0:
                 return gather_rows(function, **arguments)
         if kind == "slice_update" and step.updates is not None:
             state = states[step.updates]
-            arguments["in_place"] = _only_owner(step, values, arguments["x"], state)
+            arguments["in_place"] = only_owner(step, values, arguments["x"], state)
         for parameter, value in arguments.items():
             if isinstance(value, Weight):
                 arguments[parameter] = value.whole()
@@ -295,92 +362,9 @@ class Evaluator:
         return value
 
 
-def _check_overflow(operation: Operation, result: Tensor) -> None:
-    """Refuse a finite result that float16 cannot hold; Core ML would go on with infinity.
-
-    Raises:
-        ArtifactError: with the operation's name.
-    """
-    largest = result[torch.isfinite(result)].abs().max() if result.isfinite().any() else 0
-    if largest >= 65520:  # rounds to infinity
-        raise ArtifactError(
-            f"op {operation.kind!r} {operation.name!r}: {float(largest):,.0f} is more than float16 "
-            "holds (65,504)"
-        )
-
-
-def _is_constant(operation: Operation) -> bool:
-    return operation.kind == "const" or operation.kind in CONSTEXPR
-
-
-def _refuse_unknown(operation: Operation) -> None:
-    kind = operation.kind
-    if kind in OTHER_OPS or kind in CONSTEXPR:
-        return
-    if kind not in OPS:
-        raise ArtifactError(
-            f"unknown op {kind!r} ({operation.name!r})",
-            hint="the evaluator runs decoders; on macOS, Core ML itself runs any program",
-        )
-    known = inspect.signature(OPS[kind]).parameters
-    for parameter in [*operation.inputs, *operation.literals]:
-        if parameter not in known or parameter == "in_place":
-            raise ArtifactError(f"op {kind!r} ({operation.name!r}): unknown input {parameter!r}")
-
-
-def _updated_state(operations: list[Operation], i: int) -> str | None:
-    """The state that a slice_update's result goes to, if nothing touches the state before.
-
-    Such an update can be done in the state's memory, as Core ML does; otherwise every layer would
-    copy the whole cache.
-    """
-    if operations[i].kind != "slice_update":
-        return None
-    touched = set()
-    for later in operations[i + 1 :]:
-        if later.kind not in ("read_state", "write_state"):
-            continue
-        state = later.inputs["input"][0]
-        if later.kind == "write_state" and later.inputs["data"][0] == operations[i].name:
-            return None if state in touched else state
-        touched.add(state)
-    return None
-
-
-def _only_owner(step: Step, values: Mapping[str, Tensor], x: Tensor, state: Tensor) -> bool:
-    """Whether ``x`` is the state's memory and no other value that is still needed shares it."""
-    memory = x.untyped_storage().data_ptr()
-    if memory != state.untyped_storage().data_ptr() or x.shape != state.shape:
-        return False
-    name = step.names["x"][0]
-    if name not in step.frees:
-        return False
-    others = (value for other, value in values.items() if other != name)
-    return all(other.untyped_storage().data_ptr() != memory for other in others)
-
-
-def _write(states: dict[str, Tensor], name: str, data: Tensor) -> None:
-    state = states[name]
-    if data.untyped_storage().data_ptr() != state.untyped_storage().data_ptr():
-        # A new tensor: the old one may still be used under another name.
-        states[name] = data.to(state.dtype, copy=True).reshape(state.shape)
-    elif data.shape != state.shape or data.stride() != state.stride():
-        states[name] = data.clone().reshape(state.shape)
-
-
-def _check_type(operation: Operation, declared: TensorType, result: Tensor) -> None:
-    where = f"op {operation.kind!r} {operation.name!r}"
-    sizes = tuple(result.shape)
-    fits = len(sizes) == len(declared.shape) and all(
-        want is None or want == size for want, size in zip(declared.shape, sizes, strict=True)
-    )
-    if not fits:
-        shape = ["?" if n is None else n for n in declared.shape]
-        raise ArtifactError(f"{where} gives shape {list(sizes)}, declared is {shape}")
-    family = declared.dtype[:2] if declared.dtype in ("fp16", "fp32", "bool") else "int"
-    found = {torch.bool: "bo", torch.float16: "fp", torch.float32: "fp"}.get(result.dtype, "int")
-    if family != found:
-        raise ArtifactError(f"{where} gives {result.dtype}, declared is {declared.dtype}")
+def _located(operation: Operation, error: Exception) -> ArtifactError:
+    """What an operation raised, with its name."""
+    return ArtifactError(f"op {operation.kind!r} {operation.name!r}: {first_line(error)}")
 
 
 def _to_array(value: Tensor) -> NDArray[Any]:

@@ -41,11 +41,8 @@ class Constants(Protocol):
     """The source of the graph's constants; calls with the same name return the same one."""
 
     def weight(self, name: str) -> Var:
-        """A matrix of the checkpoint, compressed or float16, ``[rows, columns]``."""
-        ...
-
-    def vector(self, name: str) -> Var:
-        """A norm weight or bias of the checkpoint, in the plan's float type."""
+        """A weight of the checkpoint: a matrix, compressed or float16, ``[rows, columns]``; a
+        norm's weight or a bias, in the plan's float type."""
         ...
 
     def array(self, name: str, shape: tuple[int, ...]) -> Var:
@@ -141,7 +138,8 @@ class Decoder:
             self.masks[window] = self._mask(positions, slots, mask, window, end)
 
     def _mask(self, positions: Var, slots: Var, given: Var, window: int | None, end: str) -> Var:
-        """float16 mask that broadcasts to ``[1, heads, q, n]``: 0 if visible, else very low.
+        """float16 mask ``[1, 1, group * q, n]``: 0 if visible, else very low; repeated for the
+        query heads that share a key-value head.
 
         Args:
             end: of the operations' names, where there are several masks.
@@ -165,7 +163,11 @@ class Decoder:
         )
         scores = mb.mul(x=hidden, y=HIDDEN, name=f"hidden_scores{end}")
         scores = mb.expand_dims(x=scores, axes=[0, 1], name=f"hidden_scores_4d{end}")
-        return mb.add(x=scores, y=given, name=f"mask{end}")
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        if group == 1:
+            return mb.add(x=scores, y=given, name=f"mask{end}")
+        once = mb.add(x=scores, y=given, name=f"mask_once{end}")
+        return mb.tile(x=once, reps=[1, 1, group, 1], name=f"mask{end}")
 
     def _slot_0_is_written(self, end: str) -> Var:
         """Whether slot 0 holds a token, bool ``[1, 1]``: this call starts there, or its key is not
@@ -218,11 +220,11 @@ class Decoder:
         """RMSNorm or LayerNorm over the last axis, in float32 inside, float16 outside."""
         mb, c = self.mb, self.config
         wide = mb.cast(x=x, dtype="fp32", name=f"{name}_fp32")
-        scale = self.constants.vector(f"{weight}.weight")
+        scale = self.constants.weight(f"{weight}.weight")
         of_branch = weight.endswith(("q_norm", "k_norm", "post_norm"))
         epsilon = np.float32(c.branch_eps if of_branch else c.norm_eps)
         if c.norm == "layernorm" and not weight.endswith(("q_norm", "k_norm")):
-            beta = {"beta": self.constants.vector(f"{weight}.bias")} if c.norm_bias else {}
+            beta = {"beta": self.constants.weight(f"{weight}.bias")} if c.norm_bias else {}
             normed = mb.layer_norm(
                 x=wide, axes=[-1], gamma=scale, **beta, epsilon=epsilon, name=f"{name}_normed"
             )
@@ -240,7 +242,7 @@ class Decoder:
         matrix = self.constants.weight("embed_tokens.weight" if tied else f"{weight}.weight")
         rows = int(matrix.shape[0])
         if self.config.has_bias(weight.rpartition(".")[2]):
-            vector = self.constants.vector(f"{weight}.bias")
+            vector = self.constants.weight(f"{weight}.bias")
         else:
             vector = self.constants.array(f"zeros_{rows}", (rows,))
         return self.mb.linear(x=x, weight=matrix, bias=vector, name=name)
@@ -299,14 +301,21 @@ class Decoder:
         )
         keys = self.cached(0, block, key, span)
         values = self.cached(1, block, value, span)
-        # The one operation that Core ML runs fused on the GPU, scaling and softmax included.
         mask = self.masks[kind.window]
+        if c.num_key_value_heads < c.num_attention_heads:
+            # The query heads of a key-value head become rows of one: [1, kv_heads, group * q, d].
+            folded = [1, c.num_key_value_heads, -1, c.head_dim]
+            query = mb.reshape(x=query, shape=folded, name=f"{stem}_query_grouped")
+        # The one operation that Core ML runs fused on the GPU, scaling and softmax included.
         if c.score_cap:
             mixed = self.capped_attention(query, keys, values, mask, f"{stem}_attention")
         else:
             mixed = mb.scaled_dot_product_attention(
                 query=query, key=keys, value=values, attn_mask=mask, name=f"{stem}_attention"
             )
+        if c.num_key_value_heads < c.num_attention_heads:
+            apart = [1, c.num_attention_heads, -1, c.head_dim]
+            mixed = mb.reshape(x=mixed, shape=apart, name=f"{stem}_attention_heads")
         mixed = mb.transpose(x=mixed, perm=[0, 2, 1, 3], name=f"{stem}_attention_heads_last")
         width = c.num_attention_heads * c.head_dim
         mixed = mb.reshape(x=mixed, shape=[1, -1, width], name=f"{stem}_attention_flat")
@@ -346,13 +355,13 @@ class Decoder:
         return mb.concat(values=[*turned, *tail], axis=-1, name=f"{name}_rotated")
 
     def cached(self, which: int, block: int, new: Var, span: tuple[Var, Var]) -> Var:
-        """Write ``new`` into a cache; returns the block's layer of it up to ``end``, with each
-        key-value head repeated for its query heads: ``[1, heads, n, head_dim]``.
+        """Write ``new`` into a cache; returns the block's layer of it up to ``end``:
+        ``[1, kv_heads, n, head_dim]``.
 
         ``coreml_update_state`` writes the state and reads it back, which lets Core ML update it in
         place; ``self.caches`` is the chain.
         """
-        mb, c, name = self.mb, self.config, f"block_{block}_{('keys', 'values')[which]}"
+        mb, name = self.mb, f"block_{block}_{('keys', 'values')[which]}"
         begin, end = span
         updated = mb.slice_update(
             x=self.caches[which],
@@ -364,7 +373,7 @@ class Decoder:
         self.caches[which] = mb.coreml_update_state(
             state=self.states[which], value=updated, name=f"{name}_cache"
         )
-        layer = mb.slice_by_index(
+        return mb.slice_by_index(
             x=self.caches[which],
             begin=[block, 0, 0, 0, 0],
             end=end,
@@ -373,11 +382,3 @@ class Decoder:
             squeeze_mask=[True, False, False, False, False],
             name=name,
         )
-
-        times = c.num_attention_heads // c.num_key_value_heads
-        if times == 1:
-            return layer
-        apart = mb.expand_dims(x=layer, axes=[2], name=f"{name}_apart")  # [1, kv, 1, n, d]
-        tiled = mb.tile(x=apart, reps=[1, 1, times, 1, 1], name=f"{name}_tiled")
-        shape = [1, c.num_attention_heads, -1, c.head_dim]
-        return mb.reshape(x=tiled, shape=shape, name=f"{name}_repeated")

@@ -10,6 +10,7 @@ from typing import Any
 from compress.decoder.config_json import json_or_empty
 from compress.plan.shapes import bits_per_weight
 from exporters.coreml.blobs import Packed
+from exporters.coreml.card import CHUNKS
 from exporters.coreml.mil import Function, Operation, read_package
 
 SCALED = "constexpr_blockwise_shift_scale"
@@ -28,6 +29,10 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: not a package, or a damaged one.
     """
+    if (path / CHUNKS).is_file():
+        from exporters.coreml.ane.inspection import describe_chunks
+
+        return describe_chunks(path)
     program = read_package(path)
     function = program.function(program.default_function)
     recorded = program.metadata.get("packlight.parameters", "")
@@ -134,9 +139,10 @@ def grid_name(operation: Operation) -> str:
     if operation.kind == "const" and isinstance(operation.value, Packed):
         return {"fp16": "F16", "fp32": "F32"}.get(operation.value.dtype, operation.value.dtype)
     codes = parts.get("indices") or parts.get("data")
-    plain = codes is not None and len(codes.shape) == 2
+    ones = codes.shape[2:] if codes else ()  # of a 1×1 convolution
+    plain = codes is not None and ones in ((), (1, 1))
     if operation.kind == PALETTE and "lut" in parts:
-        plain = plain and len(parts["lut"].shape) == 4
+        plain = plain and len(parts["lut"].shape) == 4 + len(ones)
     if codes is None or not plain or operation.kind not in (PALETTE, SCALED):
         return operation.kind
     return compressed_grid(operation.kind, parts, codes.shape, codes.dtype)

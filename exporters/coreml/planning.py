@@ -38,8 +38,15 @@ GRIDS = (
 # Candidate grids of a budget. Palettes of fewer than eight rows are slow on the Neural Engine.
 PALETTES = ("lut2-g8", "lut3-g16", "lut3-g8", "lut4-g16", "lut4-g8", "lut6-g16", "lut6-g8")
 BLOCKS = ("int4-g128", "int4-g64", "int4-g32", "int4-g32-asym", "int8-channel", "int8-g32")
-DEFAULTS: dict[str, Any] = {"grid": "int4-g32", "deployment": "iOS18"}
+GPU, ANE = "iphone-gpu", "iphone-ane"  # presets
+DEFAULTS: dict[str, Any] = {"preset": GPU, "grid": "int4-g32", "deployment": "iOS18"}
+ANE_GRID = "lut4-g32"
 DEFAULT_CONTEXT = 2048
+GRID_KEYS = ("grid", "embedding", "value")
+IN_VAIN = (
+    "palettes are for the Neural Engine, which a package of flexible shapes and states cannot "
+    "reach (targets.coreml.preset=iphone-ane can); on the GPU int4-g32 loses less"
+)
 # weight.bin: a 64-byte header; each array has a 64-byte record, and both start at multiples of 64.
 ALIGNMENT = 64
 FLOATS = {"F16": "fp16", "F32": "fp32"}  # grid → MIL's type of a plain constant
@@ -133,7 +140,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     Args:
         config: the model.
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
-            ``grid``, with the bits of ``tied_bits``), ``value`` (of v_proj;
+            ``grid``, with the bits of ``tied_bits``), ``preset`` (``iphone-gpu`` or
+            ``iphone-ane``, see ``exporters.coreml.ane``), ``value`` (of v_proj;
             default: as ``grid``, with the bits of ``value_bits``), ``deployment``
             (``iOS18``), ``context`` (slots of the KV cache; default 2048 or what the model
             has), ``sparsity`` of the blocks' linears (``none``).
@@ -151,6 +159,9 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     """
     chosen, choices = DEFAULTS | dict(request.settings), request.choices
     most = config.rope_switch or config.max_context
+    if chosen["preset"] == ANE:
+        chosen["grid"] = request.settings.get("grid", ANE_GRID)
+    asked = [key for key in GRID_KEYS if key in chosen]
     if request.context is not None:
         chosen["context"] = min(request.context, config.rope_switch or request.context)
     chosen.setdefault("embedding", with_bits(chosen["grid"], partial(tied_bits, config)))
@@ -170,6 +181,10 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
+    if chosen["preset"] == ANE:
+        from exporters.coreml.ane.planning import plan_chunks
+
+        return plan_chunks(config, chosen, choices, request.model_name, folded)
     prefix = ""
     if chosen.get("sparsity", "none") != "none" and (pattern := pattern_of(chosen["sparsity"])):
         prefix = f"{pattern.name}-"
@@ -182,9 +197,12 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         model_name=request.model_name,
         entries=entries,
         settings=chosen,
-        notes=(*_notes(config, chosen), *(sparse_notes(sparse) if sparse else ())),
+        notes=(*context_notes(config, chosen), *(sparse_notes(sparse) if sparse else ())),
         max_context=chosen["context"],
         folded=folded,
+        doubt=next(
+            (f"{key} {chosen[key]}: {IN_VAIN}" for key in asked if "lut" in chosen[key]), ""
+        ),
     )
 
 
@@ -198,7 +216,7 @@ def with_bits(name: str, wanted: Callable[[int], int]) -> str:
 
 
 def _check(config: DecoderConfig, settings: Mapping[str, Any]) -> None:
-    for key in ("grid", "embedding", "value"):
+    for key in GRID_KEYS:
         if settings[key] not in GRIDS:
             raise GridError(
                 f"coreml: {key} {settings[key]!r} is not a grid that Core ML stores",
@@ -231,7 +249,7 @@ def candidates(
     if entry.name == "embed_positions.weight":
         return []
     shape = (entry.shape[0], entry.shape[1])
-    palettes = isinstance(get_grid(settings["grid"]), Palette)
+    palettes = settings["preset"] == ANE or isinstance(get_grid(settings["grid"]), Palette)
     grids = [*PALETTES, "int8-channel"] if palettes else [*PALETTES, *BLOCKS]
     if entry.name == "embed_tokens.weight":
         grids.append("F16")
@@ -265,28 +283,28 @@ def _entries(
     for rope in sorted({kind.rope for kind in config.kinds if kind.rope is not None}):
         end = f"_{rope}" if rope else ""
         for name in (f"rope.cos{end}", f"rope.sin{end}"):
-            yield _entry(name, "F16", table)
+            yield planned(name, "F16", table)
     for name in shapes.names(tied_head=False, repeats=False):
         block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:
-            yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
+            yield planned(name, "F32" if role.endswith("norm") else "F16", shape)
             continue
         if role == "embed_positions":
-            yield _entry(name, "F16", shape)
+            yield planned(name, "F16", shape)
             continue
         if name in choices:
-            yield _entry(name, checked(name, choices[name], (shape[0], shape[1])), shape)
+            yield planned(name, checked(name, choices[name], (shape[0], shape[1])), shape)
             continue
         asked = settings[{"embed_tokens": "embedding", "v_proj": "value"}.get(role, "grid")]
         grid = fitting_grid(asked, (shape[0], shape[1]))
         note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
         if block is not None and prefix:  # not embeddings and head
             grid = checked(name, prefix + grid, (shape[0], shape[1]))
-        yield _entry(name, grid, shape, note)
+        yield planned(name, grid, shape, note)
 
 
-def _entry(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> PlanEntry:
+def planned(name: str, grid: str, shape: tuple[int, ...], note: str = "") -> PlanEntry:
     nbytes = sum(part.nbytes for part in parts(grid, shape))
     # MIL allows letters, digits and underscores.
     target = name.replace("blocks.", "block_").replace(".", "_")
@@ -315,7 +333,7 @@ def container_bytes(arrays: Iterable[Part]) -> int:
     return sum(ALIGNMENT + -(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
+def context_notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
     context = settings["context"]
     cache = context * config.kv_cache_bytes_per_token()
     yield (
@@ -338,7 +356,7 @@ def _notes(config: DecoderConfig, settings: Mapping[str, Any]) -> Iterator[str]:
 def sparse_notes(sparse: Sequence[PlanEntry]) -> Iterator[str]:
     """Notes on the bytes that sparse grids save."""
     weights = sum(math.prod(entry.shape) for entry in sparse)
-    dense = sum(_entry(e.name, dense_name(e.grid), e.shape).nbytes for e in sparse)
+    dense = sum(planned(e.name, dense_name(e.grid), e.shape).nbytes for e in sparse)
     now, before = (8 * n / weights for n in (sum(e.nbytes for e in sparse), dense))
     saved = "" if now < before else ": nothing is saved"
     yield (

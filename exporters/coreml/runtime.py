@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from compress import __version__
 from compress.errors import ArtifactError, RuntimeMissingError, UsageError, first_line
 from compress.plan.shapes import Runtime, check_room
+from exporters.coreml.card import CHUNKS
 from exporters.coreml.mil import read_package
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 Predict = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, NDArray[Any]]]
 
+EVALUATOR = f"MIL evaluator (packlight {__version__})"
 OLDEST_MACOS = 15  # states, 4-bit constants
 # Ids per call of a prompt: bounds the scores, [heads, ids, positions].
 BATCH = 512
+TOGETHER = 1 << 29  # bytes of logits and caches of the windows in one call of the evaluator
 
 
 def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BATCH) -> Runtime:
@@ -40,24 +43,36 @@ def open_runtime(path: Path, *, context: int, threads: int = 0, batch: int = BAT
         RuntimeMissingError: coremltools is not installed.
         UsageError: more context than the package has.
     """
+    if (path / CHUNKS).is_file():
+        from exporters.coreml.ane.runtime import open_chunks
+
+        return open_chunks(path, context, threads)
     function = read_package(path).function("main")
     if set(function.states) != {"keyCache", "valueCache"} or "inputIds" not in function.inputs:
         raise ArtifactError(f"{path.name} is not a decoder with keyCache and valueCache states")
     slots = function.states["keyCache"].shape[3] or 0
-    if context > slots:
-        raise UsageError(
-            f"{path.name} has a KV cache of {slots} positions, {context} are asked for",
-            hint=f"build with targets.coreml.context={context}",
-        )
+    check_slots(path, slots, context)
     vocab = function.outputs["logits"].shape[-1] or 0
-    if _has_core_ml():
+    if has_core_ml():
         name, predict, make_state = _core_ml(path)
         return CoreMLRuntime(name, predict, make_state, slots, vocab, batch)
     from exporters.coreml.evaluator import Evaluator
 
     evaluator = Evaluator(path, fp16=True, threads=threads)  # rounds to float16 where Core ML does
-    name = f"MIL evaluator (packlight {__version__})"
-    return EvaluatorRuntime(name, evaluator, slots, vocab, batch)
+    return EvaluatorRuntime(EVALUATOR, evaluator, slots, vocab, batch)
+
+
+def check_slots(path: Path, slots: int, context: int) -> None:
+    """Raise the error for more context than there are slots.
+
+    Raises:
+        UsageError: that.
+    """
+    if context > slots:
+        raise UsageError(
+            f"{path.name} has a KV cache of {slots} positions, {context} are asked for",
+            hint=f"build with targets.coreml.context={context}",
+        )
 
 
 class CoreMLRuntime:
@@ -150,7 +165,8 @@ class CoreMLRuntime:
 
 
 class EvaluatorRuntime(CoreMLRuntime):
-    """A package in the MIL evaluator, whose threads can be changed."""
+    """A package in the MIL evaluator, whose threads can be changed, and which runs several windows
+    at once."""
 
     def __init__(self, name: str, evaluator: Evaluator, *sizes: int) -> None:
         super().__init__(name, evaluator.predict, evaluator.make_state, *sizes)
@@ -160,8 +176,33 @@ class EvaluatorRuntime(CoreMLRuntime):
         """Compute on so many threads from now on."""
         self._evaluator.threads = count
 
+    def at_once(self, length: int) -> int:
+        """How many windows of ``length`` tokens ``logits_of`` should get: those whose logits and
+        caches take at most ``TOGETHER`` bytes."""
+        cached = sum(
+            state.numel() * state.element_size() for state in self._evaluator.make_state().values()
+        )
+        each = length * (4 * self.vocab_size + cached // self._slots)
+        return max(1, TOGETHER // each) if length <= self._batch else 1
 
-def _has_core_ml() -> bool:
+    def logits_of(self, windows: Sequence[Sequence[int]]) -> list[Float32]:
+        """``logits`` of several sequences, of at most ``at_once`` each; the state is not touched.
+
+        Raises:
+            UsageError: as ``logits``.
+        """
+        calls = []
+        for tokens in windows:
+            check_room(0, len(tokens), self._slots)
+            mask = np.zeros((1, 1, 1, len(tokens)), np.float16)
+            ids = np.asarray(tokens, np.int32)[None]
+            inputs: Mapping[str, NDArray[Any]] = {"inputIds": ids, "causalMask": mask}
+            calls.append((inputs, self._evaluator.make_state()))
+        outputs = self._evaluator.predict_each(calls)
+        return [np.asarray(found["logits"], np.float32)[0] for found in outputs]
+
+
+def has_core_ml() -> bool:
     return sys.platform == "darwin" and int(platform.mac_ver()[0].split(".")[0]) >= OLDEST_MACOS
 
 
@@ -180,5 +221,10 @@ def _core_ml(path: Path) -> tuple[str, Predict, Callable[[], Any]]:
         )
     except Exception as error:  # an NSError is raised as a bare RuntimeError
         raise ArtifactError(f"Core ML refuses {path.name}: {first_line(error)}") from error
+    return core_ml_name(), model.predict, model.make_state
+
+
+def core_ml_name() -> str:
+    """Core ML's name and the version of macOS, for the report."""
     version = re.sub(r"(\d+\.\d+).*", r"\1", platform.mac_ver()[0])
-    return f"Core ML (macOS {version})", model.predict, model.make_state
+    return f"Core ML (macOS {version})"

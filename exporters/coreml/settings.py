@@ -17,14 +17,22 @@ GridName = Annotated[
         pattern="^(F16|int[48]-(g(16|32|64|128|256)|channel)(-asym)?|lut[123468]-(g[0-9]+|tensor))$"
     ),
 ]
+ChunkSize = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMG]i?B$")]
 
 
 class Settings(TargetSettings):
     """Settings of the Core ML package."""
 
-    grid: GridName = Field(
-        default="int4-g32",
-        description="Grid: int4-g32 (GPU), lut4-g8 or lut4-g16 (Neural Engine) …",
+    preset: Literal["iphone-gpu", "iphone-ane"] = Field(
+        default="iphone-gpu",
+        description="iphone-gpu: one package of flexible shapes with the KV cache as states, for "
+        "GPU and CPU. iphone-ane (experimental, never run on a phone by us): packages of static "
+        "shapes for the Neural Engine.",
+    )
+    grid: GridName | None = Field(
+        default=None,
+        description="Grid; default: int4-g32, of iphone-ane lut4-g32. Palettes (lut4-g32, lut6-g16 "
+        "…) are for iphone-ane, blocks (int4-g32) for iphone-gpu.",
     )
     embedding: GridName | None = Field(
         default=None,
@@ -44,4 +52,8 @@ class Settings(TargetSettings):
         ge=32,
         le=131072,
         description="Positions of the KV cache; default: 2048 or the model's limit if smaller.",
+    )
+    chunk: ChunkSize | None = Field(
+        default=None,
+        description="Most bytes of the weights in one package of iphone-ane; default: 1GB.",
     )

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exporters.coreml.blockwise import decode_blocks, has_blocks
 from exporters.coreml.constexpr import Compressed, Constant, can_take_rows, decode, take_rows
 
-__all__ = ["Weight", "gather_rows", "linear_by_slabs", "share_cache", "widen"]
+__all__ = ["Weight", "gather_rows", "linear_by_slabs", "place_of", "share_cache", "widen"]
 
 SLAB = 1 << 19  # weights decoded at a time: 2 MB as float32
 
@@ -32,12 +33,14 @@ class Weight:
         shape: after decoding.
         keep_as: torch type in which it stays decoded after the first use; None: decode every time.
         slab: weights that ``slabs`` decodes at a time.
+        has_blocks: whether to decode it is as fast as to widen what was decoded before.
     """
 
     def __init__(self, constant: Constant, slab: int = SLAB) -> None:
         self.constant, self.slab = constant, slab
         self.shape = constant.shape
         self.keep_as: torch.dtype | None = None
+        self.has_blocks = has_blocks(constant)
         self._by_rows = can_take_rows(constant)
         self._decoded: Tensor | None = None
 
@@ -45,7 +48,11 @@ class Weight:
         """The decoded weight, float16 or float32."""
         if self.keep_as is not None:
             return self._keep(self.keep_as)
-        return decode(self.constant)
+        return self._decode(self.constant)
+
+    def _decode(self, constant: Constant) -> Tensor:
+        """The weight, or some rows of it, in whichever type is faster."""
+        return decode_blocks(constant) if self.has_blocks else decode(constant)
 
     def rows(self, rows: NDArray[np.int64]) -> Tensor:
         """Some rows of the decoded weight."""
@@ -61,7 +68,7 @@ class Weight:
         decoded = self.whole() if self.keep_as is not None or not self._by_rows else None
         for first, last in self._ranges():
             if decoded is None:
-                yield first, last, decode(take_rows(self.constant, slice(first, last)))
+                yield first, last, self._decode(take_rows(self.constant, slice(first, last)))
             else:
                 yield first, last, decoded[first:last]
 
@@ -69,10 +76,11 @@ class Weight:
         if self._decoded is None and self._by_rows:
             decoded = torch.empty(self.shape, dtype=dtype)
             for first, last in self._ranges():
-                decoded[first:last] = decode(take_rows(self.constant, slice(first, last)))
+                rows = take_rows(self.constant, slice(first, last))
+                decoded[first:last] = self._decode(rows)
             self._decoded = decoded
         elif self._decoded is None:
-            self._decoded = decode(self.constant).to(dtype)
+            self._decoded = self._decode(self.constant).to(dtype)
         return self._decoded
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -84,7 +92,8 @@ class Weight:
 
 
 def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
-    """Select the weights that stay decoded: all as float32 if they fit, else as many as float16."""
+    """Select the weights that stay decoded: all as float32 if they fit, else as many as float16 of
+    those that are slow to decode."""
     distinct = list({id(weight): weight for weight in weights}.values())
     if 4 * sum(math.prod(weight.shape) for weight in distinct) <= cache_bytes:
         for weight in distinct:
@@ -94,22 +103,44 @@ def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
         nbytes = 2 * math.prod(weight.shape)
         # A plain float16 constant is in the mapped file already; a float32 one would lose bits.
         worth = isinstance(weight.constant, Compressed) and weight.constant.dtype == "fp16"
-        if worth and nbytes <= cache_bytes:
+        if worth and not weight.has_blocks and nbytes <= cache_bytes:
             weight.keep_as = torch.float16
             cache_bytes -= nbytes
 
 
+def place_of(constant: Constant) -> tuple[int, tuple[int, ...]]:
+    """What identifies a constant of a mapped file: its first array's address, and its shape."""
+    shape = constant.shape
+    while isinstance(constant, Compressed):
+        constant = next(part for part in constant.inputs.values() if not isinstance(part, str))
+    return int(constant.raw.ctypes.data), shape
+
+
 def linear_by_slabs(
-    function: Callable[..., Tensor], x: Tensor, weight: Weight, bias: Any = None
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weight: Weight,
+    bias: Any = None,
+    axis: int = -1,
+    **others: Any,
 ) -> Tensor:
-    """``linear`` (``function``), with the weight decoded by slabs."""
+    """``linear`` or a convolution (``function``), with the weight decoded by slabs of outputs,
+    which are along ``axis`` of the result."""
     x = widen(x)
     bias = bias.whole() if isinstance(bias, Weight) else bias
-    parts = []
+    found: Tensor | None = None
     for first, last, rows in weight.slabs():
-        part = None if bias is None else widen(bias[first:last])
-        parts.append(function(x, widen(rows), part))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        part_bias = None if bias is None else widen(bias[first:last])
+        part = function(x, widen(rows), part_bias, **others)
+        if last - first == weight.shape[0]:
+            return part
+        if found is None:
+            sizes = list(part.shape)
+            sizes[axis] = weight.shape[0]
+            found = part.new_empty(sizes)
+        found.narrow(axis, first, last - first).copy_(part)
+    assert found is not None
+    return found
 
 
 def gather_rows(

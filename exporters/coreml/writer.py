@@ -43,11 +43,16 @@ from compress.plan.weights import Weights
 from exporters.app import read_shown
 from exporters.coreml.constants import HEADER, VERSION, Blob, Constants, Layout, stored
 from exporters.coreml.graph import Decoder
-from exporters.coreml.planning import ALIGNMENT, FLOATS, parts
+from exporters.coreml.planning import ALIGNMENT, ANE, FLOATS, parts
 
 COREMLTOOLS = "9.0"
 SPECIFICATION_VERSION = 9  # iOS 18, macOS 15
 AUTHOR = "com.apple.CoreML"
+FEATURES = (
+    "Token ids, the new ones only",
+    "Added to the attention scores; its last size is where the ids end",
+    "Logits after each token",
+)
 MODEL_FILE = "model.mlmodel"
 WEIGHTS_FOLDER = "weights"
 WEIGHT_FILE = "weight.bin"
@@ -81,6 +86,14 @@ class Writer:
     Raises:
         RuntimeMissingError: coremltools is not installed, or in another version.
     """
+
+    def __new__(cls, plan: Plan, *others: Any) -> Any:
+        """The writer of ``exporters.coreml.ane`` for its plans."""
+        if plan.settings["preset"] == ANE:
+            from exporters.coreml.ane.writer import Writer as AneWriter
+
+            return AneWriter(plan, *others)
+        return super().__new__(cls)
 
     def __init__(self, plan: Plan, weights: Weights, folder: Path, written: Written) -> None:
         self.plan, self.weights, self._written = plan, weights, written
@@ -163,6 +176,10 @@ def writing_memory(plan: Plan) -> int:
 
 def file_bytes(plan: Plan, source: Source) -> int:
     """See ``compress.formats``: bytes of the program, built without values, and of its arrays."""
+    if plan.settings["preset"] == ANE:
+        from exporters.coreml.ane.writer import file_bytes as bytes_of_packages
+
+        return bytes_of_packages(plan, source)
     tools, layout = CoreMLTools(), Layout()
     config = folded_config(source.config, plan.folded)
     constants = Constants(tools.mb, tools.storage, plan, config)
@@ -204,12 +221,8 @@ def add_metadata(model: Any, plan: Plan, weights: Weights | Source) -> None:
     only where the model has one."""
     config, context = weights.config, plan.settings["context"]
     floating = DecoderConfig.from_hf(weights.checkpoint.config)  # of the unpruned float model
-    described = model.description
-    for feature, text in (
-        (described.input[0], "Token ids, the new ones only"),
-        (described.input[1], "Added to the attention scores; its last size is where the ids end"),
-        (described.output[0], "Logits after each token"),
-    ):
+    described = model.description  # of a package with several functions, it has no features itself
+    for feature, text in zip((*described.input, *described.output), FEATURES, strict=False):
         feature.shortDescription = text
     details = described.metadata
     details.shortDescription = (

@@ -412,3 +412,13 @@ def test_lines_of_jsonl_end_where_json_says(tokenizer, tmp_path):
 def test_a_folder_is_no_text(tokenizer, tmp_path):
     with pytest.raises(UsageError, match=r"cannot be read: Is a directory$"):
         drawn(tokenizer, tmp_path)
+
+
+def test_hessians_added_in_tiles_are_symmetric_and_the_sums():
+    x = torch.randn(64, 1200, generator=torch.Generator().manual_seed(1))
+    sums = Accumulator(1200, hessian=True)
+    for part in x.split(32):
+        sums.add(part, hold_back=False)
+    (found,) = sums.finish().hessian
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, (x.double().T @ x.double()).numpy() / 64, atol=1e-5)

@@ -210,15 +210,27 @@ def test_palettes_without_calibration_are_refused(key, sound, tmp_path, capsys):
         assert "error: coreml: lut4-g8 by rtn, without calibration," in talk
         assert "hint: --set quantize.solver=gptq" in talk and "--force" in talk
         assert list(tmp_path.iterdir()) == []
-    assert run(sound, out, *palettes, "--set", "quantize.solver=gptq", "--dry-run") == 0
-    six = ["-f", "coreml", "--set", f"targets.coreml.{key}=lut6-g8"]
-    assert run(sound, out, *six, "--dry-run") == 0
     assert run(sound, out, *palettes, "--force") == 0
     assert "--force" in json.loads((out / "report.json").read_text())["tool"]["command"]
     # A plan file is no way around it.
     plan = ["-f", "coreml", "--plan", str(out / "plan.json")]
     assert run(sound, tmp_path / "again", *plan) == 2
     assert "without calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["grid", "embedding", "value"])
+def test_palettes_in_a_package_for_the_gpu_are_refused(key, sound, tmp_path, capsys):
+    """Calibrated ones, and those of six bits, too."""
+    for grid, solver in (("lut4-g8", "gptq"), ("lut6-g8", "rtn")):
+        wanted = ["-f", "coreml", "--set", f"targets.coreml.{key}={grid}"]
+        wanted += ["--set", f"quantize.solver={solver}", "--dry-run"]
+        assert run(sound, tmp_path / "out", *wanted) == 2
+        talk = capsys.readouterr().err
+        assert_one_line(talk)
+        assert f"error: coreml: {key} {grid}: palettes are for the Neural Engine, which" in talk
+        assert "on the GPU int4-g32 loses less\nhint: --force builds it anyway" in talk
+        assert run(sound, tmp_path / "out", *wanted, "--force") == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ SETTINGS = {
     "gguf": {"type": "Q4_K_M"},
     "onnx": {"bits": 4, "group_size": 32},
     "coreml": {"grid": "lut4-g16", "context": 64},
+    "coreml iphone-ane": {"preset": "iphone-ane", "chunk": "500KB", "context": 64},
 }
 SLAB = 1 << 16  # a small one, so that a tensor has several
 
@@ -127,7 +128,7 @@ def source(tmp_path_factory) -> Stored:
 
 @pytest.mark.parametrize("format", SETTINGS)
 def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path):
-    plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
+    plan = plan_for(format.split()[0], source.config, SETTINGS[format], model_name="m")
     whole = tmp_path / "whole"
     whole.mkdir()
     counted = Mortal(-1)
@@ -164,7 +165,7 @@ def test_a_writer_goes_on_where_it_was_cut_off(format, source, tmp_path):
 
 @pytest.mark.parametrize("format", SETTINGS)
 def test_bytes_do_not_depend_on_how_many_slabs_are_solved_at_once(format, source, tmp_path):
-    plan = plan_for(format, source.config, SETTINGS[format], model_name="m")
+    plan = plan_for(format.split()[0], source.config, SETTINGS[format], model_name="m")
     found, threads = [], []
 
     def solve(weight, grid, name):

@@ -292,7 +292,7 @@ def test_a_sparse_package_is_built_and_run(model, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     artifact = json.loads(done.stdout)["artifacts"][0]
-    assert artifact["type"] == "2of4-lut4-g8"
+    assert artifact["type"] == "2of4-int4-g32"
     assert artifact["runtime"] is not None and artifact["kl_divergence"]["mean"] > 0
     assert "zeros chosen by sparsegpt (2of4) in the blocks' linears" in artifact["notes"]
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["quantize"]["calibration"]

@@ -55,7 +55,7 @@ def test_a_limit_needs_no_quotes_for_yaml(limit):
 def test_a_format_that_the_recipe_lacks_is_added_with_its_defaults(tmp_path):
     file = tmp_path / "one.yaml"
     file.write_text("schema: 1\ntargets: {gguf: {type: Q8_0}}\n")
-    assert recipe.load(str(file), formats=["coreml"]).targets["coreml"]["grid"] == "int4-g32"
+    assert recipe.load(str(file), formats=["coreml"]).targets["coreml"]["preset"] == "iphone-gpu"
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,11 @@ def grids(report: dict[str, Any], form: str) -> dict[str, str]:
 FIXED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "int4-fast": ("qwen2", {}, {"gguf": "Q4_K_M", "onnx": "int4-g32", "coreml": "int4-g32"}),
     "phone-4bit": ("mistral", {}, {"gguf": "Q4_K_M", "onnx": "int4-g32", "coreml": "int4-g32"}),
-    "small-4bit": ("qwen3", {}, {"gguf": "IQ4_XS", "onnx": "int4-g128", "coreml": "lut4-g16"}),
+    "small-4bit": ("qwen3", {}, {"gguf": "IQ4_XS", "onnx": "int4-g128", "coreml": "int4-g128"}),
     "near-lossless-8bit": ("llama", {}, {"gguf": "Q8_0", "onnx": "int8-g32", "coreml": "int8-g32"}),
     "phi2-laptop": ("phi", {}, {"gguf": "Q4_K_M", "onnx": "int4-g32"}),
     "llama3-8b-16gb": ("llama", {"rope_theta": 5e5}, {"gguf": "Q5_K_M", "onnx": "int4-g32"}),
-    "sparse-2of4-coreml": ("phi3", {}, {"coreml": "2of4-lut4-g8"}),
+    "sparse-2of4-coreml": ("phi3", {}, {"coreml": "2of4-int4-g32"}),
     "prune-depth-10": (
         "llama3",
         {"num_hidden_layers": 6},
@@ -95,7 +95,7 @@ def test_a_recipe_passes_its_own_gates_on_a_trained_phi3(name: str, tmp_path: Pa
     for artifact in report["artifacts"]:
         assert 0 < artifact["kl_divergence"]["mean"] < 0.1
     if name == "phi3-mini-iphone":
-        assert set(grids(report, "coreml").values()) == {"F16", "lut4-g8"}  # F16: rotary tables
+        assert set(grids(report, "coreml").values()) == {"F16", "int4-g32"}  # F16: rotary tables
 
 
 # Recipe → family, bytes for the tiny checkpoint, candidates.
@@ -144,7 +144,7 @@ def weight_bytes(recipe: str, model: str, form: str, *overrides: str) -> int:
 @pytest.mark.parametrize(
     ("recipe", "model", "form", "said"),
     [
-        ("phi3-mini-iphone", "phi-3-mini-4k", "coreml", "1.917 GB"),
+        ("phi3-mini-iphone", "phi-3-mini-4k", "coreml", "2.15 GB"),
         ("phi2-laptop", "phi-2", "gguf", "1.74 GB"),
         ("phi2-laptop", "phi-2", "onnx", "1.63 GB"),
         ("llama3-8b-16gb", "llama-3-8b", "gguf", "5.73 GB"),

@@ -13,7 +13,7 @@ import torch
 from mil_program import save_program
 
 from compress.errors import ArtifactError
-from exporters.coreml import constexpr, weights
+from exporters.coreml import blockwise, constexpr, weights
 from exporters.coreml.blobs import Packed
 from exporters.coreml.mil import read_package
 
@@ -200,7 +200,9 @@ def test_rows_equal_the_whole(handmade: dict, name: str) -> None:
     np.testing.assert_array_equal(bits(weight.rows(rows).numpy()), bits(apple[rows]))
     slabs = [(first, last, part) for first, last, part in weight.slabs()]
     assert slabs[0][0] == 0 and slabs[-1][1] == len(apple)
-    np.testing.assert_array_equal(bits(torch.cat([p for *_, p in slabs]).numpy()), bits(apple))
+    found = torch.cat([p for *_, p in slabs])
+    assert torch.equal(found.to(torch.float16).to(found.dtype), found)
+    np.testing.assert_array_equal(bits(found.to(torch.float16).numpy()), bits(apple))
 
 
 def test_slabs_of_a_large_weight() -> None:
@@ -222,6 +224,31 @@ def test_slabs_of_a_large_weight() -> None:
         assert len(slabs) == (1 if keep_as == torch.float32 else 4)
         np.testing.assert_array_equal(torch.cat([p for *_, p in slabs]).numpy(), expected)
         np.testing.assert_array_equal(weight.whole().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8"])
+@pytest.mark.parametrize("offset", ["", "uint4", "int8"])
+def test_blocks_decoded_in_one_pass_equal_the_operations(dtype: str, offset: str) -> None:
+    """With scales whose products are subnormal, are zero, or are beyond float16."""
+    rng, rows, columns = np.random.default_rng(3), 64, 96
+    size = [2.0**-24, 3e-7, 5e-5, 6.2e-5, 0.01, 1.0, 127.0, 600.0, 60000.0, 0.0, -0.03, 2.0**-14]
+    scale = (rng.random((rows, 3)) + 0.5) * rng.choice(size, (rows, 3))
+    halves = np.clip(scale, -65504, 65504).astype(np.float16)
+    bits = 4 if dtype.endswith("4") else 8
+    raw = rng.integers(0, 256, rows * columns * bits // 8, dtype=np.uint8)
+    parts = {
+        "data": Packed(dtype, (rows, columns), raw),
+        "scale": Packed("fp16", (rows, 3), halves.view(np.uint8).reshape(-1)),
+    }
+    if offset:
+        shift = rng.integers(0, 256, rows * 3 // (1 if offset == "int8" else 2), dtype=np.uint8)
+        parts["offset"] = Packed(offset, (rows, 3), shift)
+    kind = "constexpr_blockwise_shift_scale"
+    constant = constexpr.Compressed(kind, parts, "fp16", (rows, columns))
+    assert blockwise.has_blocks(constant)
+    found, expected = blockwise.decode_blocks(constant), constexpr.decode(constant)
+    np.testing.assert_array_equal(found.numpy(), expected.to(torch.float32).numpy())
+    assert torch.isinf(expected).any() and (expected.abs() < 2.0**-14).sum() > 100
 
 
 def test_what_apples_tools_write(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mil_program import save_program
 from torch import nn
 
 from compress.errors import ArtifactError
+from exporters.coreml import weights
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.mil import read_package
 
@@ -228,6 +229,39 @@ def test_states_are_updated_in_place_and_separate(package: Path) -> None:
     assert keys[:, :, :, :2].abs().min() > 0 and keys[:, :, :, 2:].abs().max() == 0
     assert other["keyCache"].abs().max() == 0
     np.testing.assert_array_equal(evaluator.predict(inputs, other)["logits"], first["logits"])
+
+
+def test_several_calls_at_once_are_each_alone_and_decode_a_constant_once(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ct.models.MLModel(str(package), skip_model_load=True)
+    blocks = cto.OpLinearQuantizerConfig(
+        dtype="int4", granularity="per_block", block_size=32, weight_threshold=1
+    )
+    model = cto.linear_quantize_weights(
+        model, cto.OptimizationConfig(op_type_configs={"linear": blocks})
+    )
+    model.save(str(tmp_path / "small.mlpackage"))
+    evaluator = Evaluator(tmp_path / "small.mlpackage", fp16=True, cache_bytes=0, small=1024)
+    draw = np.random.default_rng(2)
+    calls = []
+    for length in (12, 1, 30):
+        mask = np.triu(np.full((1, 1, length, length), -1e4, np.float32), 1)
+        ids = draw.integers(0, VOCABULARY, (1, length), dtype=np.int32)
+        calls.append(({"inputIds": ids, "causalMask": mask}, evaluator.make_state()))
+    alone = [(evaluator.make_state(), inputs) for inputs, _ in calls]
+    expected = [evaluator.predict(inputs, state)["logits"] for state, inputs in alone]
+
+    decoded: list[int] = []
+    decode = weights.decode_blocks
+    monkeypatch.setattr(weights, "decode_blocks", lambda c: decoded.append(1) or decode(c))
+    found = evaluator.predict_each(calls)
+    assert len(decoded) == 7 * LAYERS + 1
+    for outputs, logits, (_, state), (other, _) in zip(found, expected, calls, alone, strict=True):
+        np.testing.assert_allclose(outputs["logits"], logits, atol=2e-3, rtol=0)
+        for name, cache in state.items():
+            np.testing.assert_allclose(cache.numpy(), other[name].numpy(), atol=2e-3, rtol=0)
+    assert np.ptp(expected[2]) > 1
 
 
 # --- programs and packages -----------------------------------------------------------------------
