@@ -50,7 +50,8 @@ class Footprint:
         read_per_token: weights (one row of the embedding, not all) and KV cache that one
             generated token reads at ``context``.
         context: positions.
-        whole_prompt: see ``activation_bytes``.
+        prompt_call: see ``activation_bytes``.
+        outside: weights do not count as memory of the app: the system holds them elsewhere.
     """
 
     weights: int
@@ -58,15 +59,17 @@ class Footprint:
     activations: int
     read_per_token: int
     context: int
-    whole_prompt: bool = False
+    prompt_call: int = 0
+    outside: bool = False
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations
+        """Bytes of the app's memory."""
+        return (0 if self.outside else self.weights) + self.kv_cache + self.activations
 
 
 def activation_bytes(
-    config: DecoderConfig, context: int, chunk: int = PREFILL, *, whole_prompt: bool = False
+    config: DecoderConfig, context: int, chunk: int = PREFILL, *, prompt_call: int = 0
 ) -> int:
     """Allowance for the runtime: tokenizer, logits of one position, and the buffer of a chunk.
 
@@ -80,11 +83,11 @@ def activation_bytes(
         config: the model.
         context: positions in the cache.
         chunk: prompt tokens that are computed at a time.
-        whole_prompt: instead, a prompt of ``context`` ids is given in one call (``prompt_bytes``).
+        prompt_call: instead, so many ids of a prompt are given in one call (``prompt_bytes``).
     """
     fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
-    if whole_prompt:
-        return fixed + prompt_bytes(config, context)
+    if prompt_call:
+        return fixed + prompt_bytes(config, min(prompt_call, context), context)
     return fixed + chunk_bytes(config, min(chunk, context), context)
 
 
@@ -105,8 +108,8 @@ def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
     return tokens * (4 * values + 2 * context)
 
 
-def prompt_bytes(config: DecoderConfig, tokens: int) -> int:
-    """Core ML's buffers for a prompt of ``tokens`` ids in one call; estimated, not measured.
+def prompt_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
+    """Buffers of Core ML or Core AI for ``tokens`` ids in one call; estimated, not measured.
 
     In float16: the values of ``chunk_bytes``, the mask, the logits of every position, which the
     program returns, and keys and values repeated for each query head where heads share them.
@@ -116,7 +119,7 @@ def prompt_bytes(config: DecoderConfig, tokens: int) -> int:
     values = wide * config.intermediate_size + narrow * config.hidden_size
     if config.num_key_value_heads < config.num_attention_heads:
         values += 2 * config.num_attention_heads * config.head_dim
-    return 2 * tokens * (values + tokens + config.vocab_size)
+    return 2 * tokens * (values + context + config.vocab_size)
 
 
 def footprint(
@@ -126,7 +129,8 @@ def footprint(
     context: int,
     bytes_per_kv_value: int = 2,
     *,
-    whole_prompt: bool = False,
+    prompt_call: int = 0,
+    outside: bool = False,
 ) -> Footprint:
     """The memory of a running model, and the bytes that one token reads.
 
@@ -136,16 +140,18 @@ def footprint(
         embedding_bytes: of ``embed_tokens`` among them when it is not also the head, else 0.
         context: positions in the cache.
         bytes_per_kv_value: 2 for float16 caches.
-        whole_prompt: see ``activation_bytes``.
+        prompt_call: see ``activation_bytes``.
+        outside: see ``Footprint``.
     """
     cache = context * config.kv_cache_bytes_per_token(bytes_per_kv_value)
     return Footprint(
         weights=weights_bytes,
         kv_cache=cache,
-        activations=activation_bytes(config, context, whole_prompt=whole_prompt),
+        activations=activation_bytes(config, context, prompt_call=prompt_call),
         read_per_token=weights_bytes - embedding_bytes + cache,
         context=context,
-        whole_prompt=whole_prompt,
+        prompt_call=prompt_call,
+        outside=outside,
     )
 
 
@@ -245,10 +251,11 @@ def realistic_tokens_per_second(need: Footprint, device: Device) -> tuple[float,
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
     """The largest context whose weights, KV cache and activations fit in ``memory`` bytes."""
     per_token = need.kv_cache // max(need.context, 1)
+    weights = 0 if need.outside else need.weights
 
     def total(context: int) -> int:
-        activations = activation_bytes(config, context, whole_prompt=need.whole_prompt)
-        return need.weights + context * per_token + activations
+        activations = activation_bytes(config, context, prompt_call=need.prompt_call)
+        return weights + context * per_token + activations
 
     # It grows with the context: the last one that does not exceed the memory.
     return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

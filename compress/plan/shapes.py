@@ -75,6 +75,8 @@ class Plan:
         folded: scalars of the model that the target has inside its weights
             (``compress.checkpoint.scalars``).
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
+        weights_outside: the system holds the weights outside an app's memory, as it does for the
+            Neural Engine.
 
     Example:
         >>> entry = PlanEntry("lm_head.weight", "output.weight", "Q6_K", (512, 256), 107520)
@@ -93,6 +95,7 @@ class Plan:
     file_bytes: int = 0
     folded: frozenset[str] = frozenset()
     expected_divergence: float | None = None
+    weights_outside: bool = False
 
     @property
     def weights_bytes(self) -> int:
