@@ -33,6 +33,7 @@ ROWS = (
         "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
         ProcessCost(330_000_000, 9.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
         speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
+        stores_zeros=True,
         extra="coreai", extra_module="coreai", app=True, prompt_call=1024,  # as Apple's runner
     ),
     Format(

@@ -199,6 +199,37 @@ def test_weights_that_are_decoded_in_each_call_give_the_same(
     assert np.array_equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "grid"),
+    [("2of4", "int4-g32"), ("2of4", "lut4-g8"), (0.5, "F16"), (0.5, "int8-g64")],
+)
+@pytest.mark.parametrize("keep", [0, 1 << 28])
+def test_zeros_take_no_bytes(
+    exported: Exports, monkeypatch: pytest.MonkeyPatch, sparsity: Any, grid: str, keep: int
+) -> None:
+    made = exported("coreai", "llama3", grid=grid, sparsity=sparsity)
+    pattern = "2of4-" if sparsity == "2of4" else "s50-"
+    sparse = [entry for entry in made.plan.entries if entry.grid.startswith(pattern)]
+    assert len(sparse) == 7 * made.config.num_hidden_layers
+    blobs = {blob.name: blob.raw.size for blob in read_blobs(Bundle.open(made.path).program)}
+    for entry in sparse:
+        rows, columns = entry.shape
+        bits = 16 if grid == "F16" else int(grid.removeprefix("int").removeprefix("lut")[0])
+        name = "values" if grid == "F16" else "codes"
+        assert blobs[f"{entry.target_name}_{name}"] == rows * columns * bits // 16
+        assert blobs[f"{entry.target_name}_mask"] == rows * columns // 8
+    monkeypatch.setattr(runtime_module, "KEEP", keep)
+    runtime = open_runtime(made.path, context=CONTEXT)
+    expected = reference(made, half_ropes=True).logits(TOKENS)
+    assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
+    runtime.close()
+    if grid == "int4-g32":
+        with pytest.raises(GridError, match="cannot store"):
+            exported.write(
+                "coreai", made.checkpoint.path, {"grid": "int4-g32-asym", "sparsity": "2of4"}
+            )
+
+
 # --- the runtime and damaged files ----------------------------------------------------------------
 
 
