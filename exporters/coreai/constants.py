@@ -66,9 +66,10 @@ def write_entry(
     places = {name: piece.offset for name, piece in pieces.items()}
     for arrays in slabs_of(entry, weights):
         for name, values in arrays.items():
-            bits = 1 if name == "mask" else get_grid(entry.grid).bits
             if name in FLOATING:
                 bits = 8 * values.itemsize
+            else:
+                bits = 1 if name == "mask" else get_grid(entry.grid).bits
             packed = pack_bits(values, bits)
             write_at(stream, places[name], packed.data)
             places[name] += packed.nbytes
@@ -106,6 +107,7 @@ def as_stored(quantized: Quantized) -> dict[str, Array]:
         return packed
     # Symmetric codes have zero point 8 or 128; Core AI's are signed and have 0. uint8 wraps around.
     middle = np.uint8(1 << (grid.bits - 1))
+    del packed["zero_point"]
     return {**packed, "codes": packed["codes"] - middle}
 
 
@@ -164,7 +166,8 @@ class Constants:
             name = "codes" if "codes" in values else "values"
             there = ops.build_sparse_with_bitmask(values[name], values["mask"])
             if "lut" in values:  # which has no entry for zero
-                there = ops.lut_to_sparse_with_bitmask(there, values["lut"], np.array(0, np.int16))
+                axis = ops.constant(np.array(0, np.int16))
+                there = ops.lut_to_sparse_with_bitmask(there, values["lut"], axis)
             values["codes"] = ops.sparse_with_bitmask_to_dense(there)
             if "scale" not in values:
                 return values["codes"]

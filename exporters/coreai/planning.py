@@ -231,8 +231,13 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     inner = found.inner.name if isinstance(found, SparseGrid) else grid
     if inner != grid:
         found.check(shape)
-    zero = inner == grid or not inner.endswith("-asym")  # a code that decodes to it
-    if inner not in GRIDS or fitting_grid(inner, shape) != inner or not zero:
+    if inner != grid and (inner[:4] in ("int2", "int4") or inner.endswith("-asym")):
+        raise GridError(
+            f"{name}: Core AI has no masks of zeros over {inner}: signed codes of 2 or 4 bits, or "
+            "zero points",
+            hint="targets.coreai.grid=lut4-g8, int8-channel or F16",
+        )
+    if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core AI cannot store {shape[0]}×{shape[1]} as {grid}")
     return grid
 

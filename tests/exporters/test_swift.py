@@ -163,7 +163,7 @@ def test_core_ai_is_called_by_what_apples_package_has() -> None:
         types |= {*texts(path, "simple_identifier"), *texts(path, "type_identifier")}
     ours = {  # of Foundation, Swift and these files
         "dropFirst", "prefix", "map", "now", "duration", "Instant", "file", "folder", "context",
-        "vocabSize", "count",
+        "vocabSize", "count", "append",
     }  # fmt: skip
     assert used - ours - {"self"} == COREAI
     apples = {name for name in types if name.startswith(("CoreAI", "Inference", "LanguageModel"))}

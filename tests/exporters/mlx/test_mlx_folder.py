@@ -177,7 +177,7 @@ def test_candidates_ascend_and_a_mix_is_named(exported: Exports) -> None:
     entry = next(e for e in made.plan.entries if e.name == "blocks.0.down_proj.weight")
     found = get_format("mlx").candidates(entry, made.plan.settings)
     assert [c.grid for c in found][:3] == ["affine2-g128", "affine2-g64", "affine2-g32"]
-    assert [c.nbytes for c in found] == sorted(c.nbytes for c in found) and len(found) == 18
+    assert [c.nbytes for c in found] == sorted(c.nbytes for c in found) and len(found) == 19
     choices = {entry.name: "affine6-g32"}
     plan = writing.plan_for("mlx", made.config, {}, choices=choices)
     assert plan.type_name.startswith("mix-")
