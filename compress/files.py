@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +43,7 @@ __all__ = [
     "scratch_folder",
     "stamps",
     "sync",
+    "write_at",
     "write_whole",
 ]
 
@@ -77,6 +78,15 @@ def cache_folder(kind: str = "calibration") -> Path:
             f"cannot write to {error.filename}: {error.strerror}",
             hint="set PACKLIGHT_CACHE to a folder for such work",
         ) from error
+
+
+def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
+    """Write bytes at an offset of a file that is unbuffered, because closing a buffer would retry
+    what a full disk refused."""
+    rest = memoryview(data).cast("B")
+    stream.seek(offset)
+    while rest:
+        rest = rest[stream.write(rest) :]
 
 
 def write_whole(path: Path, text: str) -> None:

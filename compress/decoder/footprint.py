@@ -111,15 +111,14 @@ def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
 def prompt_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
     """Buffers of Core ML or Core AI for ``tokens`` ids in one call; estimated, not measured.
 
-    In float16: the values of ``chunk_bytes``, the mask, the logits of every position, which the
-    program returns, and keys and values repeated for each query head where heads share them.
-    Attention scores are not among them: a fused kernel does not store them.
+    In float16: the values of ``chunk_bytes``, the logits of every position, which the program
+    returns, and the mask, once for each of the query heads that share a key-value head. Attention
+    scores are not among them: a fused kernel does not store them.
     """
     wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
     values = wide * config.intermediate_size + narrow * config.hidden_size
-    if config.num_key_value_heads < config.num_attention_heads:
-        values += 2 * config.num_attention_heads * config.head_dim
-    return 2 * tokens * (values + context + config.vocab_size)
+    group = config.num_attention_heads // config.num_key_value_heads
+    return 2 * tokens * (values + group * context + config.vocab_size)
 
 
 def footprint(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig, split_name
-from compress.errors import DiskFullError, is_disk_full
+from compress.files import write_at
 from compress.grids import Array, Quantized, get_grid, pack_bits
 from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
@@ -109,23 +109,6 @@ def as_stored(quantized: Quantized) -> dict[str, Array]:
     middle = np.uint8(1 << (grid.bits - 1))
     del packed["zero_point"]
     return {**packed, "codes": packed["codes"] - middle}
-
-
-def write_at(stream: RawIOBase, offset: int, data: memoryview) -> None:
-    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    rest = memoryview(data).cast("B")
-    try:
-        stream.seek(offset)
-        while rest:
-            rest = rest[stream.write(rest) :]
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise DiskFullError(f"packed weights could not be written: {error.strerror}") from error
 
 
 class Constants:
