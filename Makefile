@@ -96,8 +96,7 @@ $(COREAI)/.installed: $(STAMP) constraints.txt
 # mlx-lm (packlight[mlx]) wants transformers 5: an environment of its own, which verification runs.
 test-mlx: $(STAMP) $(MLX)/.installed
 	PACKLIGHT_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python \
-		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx \
-		tests/exporters/test_families.py -k "mlx"
+		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx
 
 $(MLX)/.installed:
 	$(PYTHON) -m venv $(MLX)
