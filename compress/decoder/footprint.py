@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.console import parse_bytes
 from compress.decoder.config import DecoderConfig
@@ -27,6 +27,8 @@ EFFICIENCY = 0.85
 STEP_SECONDS = (0.001, 0.004)
 
 LIMITS = ("app_limit", "entitled")
+
+Verdict = Literal["fits", "with entitlement", "too large"]
 
 # Prompt tokens that are computed at a time: llama.cpp's n_ubatch.
 PREFILL = 512
@@ -228,7 +230,7 @@ def get_device(name: str) -> Device:
     return table[name]
 
 
-def judge(need: Footprint, device: Device) -> str:
+def judge(need: Footprint, device: Device) -> Verdict:
     """``fits``, ``with entitlement`` (increased-memory-limit) or ``too large``, on a device."""
     if need.total <= device.app_limit:
         return "fits"
