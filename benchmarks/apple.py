@@ -224,6 +224,12 @@ def page(figures: Mapping[str, Any]) -> str:
             f"{each['tokens']} tokens in one call: KL divergence {each['kl']:.1g} nats, largest "
             f"difference of a logit {each['largest']:.1g}, top-1 {each['top1']:.1%}.\n"
         )
+    mlx = json.loads((HERE / "mlx.json").read_text()).get("SmolLM2-135M", {})
+    text += "\nMLX, SmolLM2-135M, by benchmarks/mlx.py on 8 windows of 512 tokens:\n\n"
+    text += "| | MB | CPU s | KL | top-1 |\n|---|--:|--:|--:|--:|\n"
+    for label, row in sorted(mlx.items(), key=lambda item: item[1]["kl"]):
+        text += f"| {label} | {row['bytes'] / 1e6:.1f} | {row['cpu_seconds']:.0f} "
+        text += f"| {row['kl']:.2g} | {row['top1']:.1%} |\n"
     return text
 
 
