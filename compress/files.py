@@ -21,7 +21,7 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import TypeVar
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full
 
 __all__ = [
     "LARGEST_CORPUS",
@@ -81,12 +81,20 @@ def cache_folder(kind: str = "calibration") -> Path:
 
 
 def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at an offset of a file that is unbuffered, because closing a buffer would retry
-    what a full disk refused."""
+    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
     rest = memoryview(data).cast("B")
-    stream.seek(offset)
-    while rest:
-        rest = rest[stream.write(rest) :]
+    try:
+        stream.seek(offset)
+        while rest:
+            rest = rest[stream.write(rest) :]
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(f"packed weights could not be written: {error.strerror}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

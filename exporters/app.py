@@ -139,7 +139,7 @@ def write_app_files(
             "kv_cache_bytes": need.kv_cache,
             "activation_bytes": need.activations,
             "total_bytes": need.total,
-            "weights_outside": need.outside,
+            **({"weights_outside": True} if need.outside else {}),
             "estimated": True,
         },
         "inputs": list(interface.inputs),
