@@ -3,7 +3,8 @@
 ``PACKLIGHT_MLX_PYTHON=PYTHON python benchmarks/mlx.py MODEL WORK --name NAME`` adds NAME's rows to
 mlx.json and writes mlx.md. Every folder is scored by ``packlight verify``: mlx-lm's code on some
 tokens, the decoded weights on the windows. ``--peers`` also runs mlx-lm's own quantizers with
-calibration (dynamic_quant, gptq, awq), on packlight's built-in texts: theirs are on the network.
+calibration (dynamic_quant, gptq, awq, dwq), on packlight's built-in texts: theirs are on the
+network.
 """
 
 from __future__ import annotations
@@ -26,24 +27,49 @@ OURS = {
     "scale_search 4 bits g64": ("int4-balanced", ["targets.mlx.embedding_bits=4"]),
     "gptq 4 bits g64": ("phone-4bit", ["targets.mlx.embedding_bits=4"]),
     "gptq, the default's 8-bit tied embedding": ("phone-4bit", []),
-}
+    "gptq mxfp4": ("phone-4bit", ["targets.mlx.mode=mxfp4", "targets.mlx.embedding_bits=4"]),
+    "gptq 4 bits g128": (
+        "phone-4bit", ["targets.mlx.group_size=128", "targets.mlx.embedding_bits=4"],
+    ),
+}  # fmt: skip
 # mlx_lm.convert: label → its options.
 THEIRS = {
     "mlx_lm.convert 4 bits g64": ["--q-bits", "4", "--q-group-size", "64"],
     "mlx_lm.convert 4 bits g32": ["--q-bits", "4", "--q-group-size", "32"],
     "mlx_lm.convert 3 bits g64": ["--q-bits", "3", "--q-group-size", "64"],
+    "mlx_lm.convert mxfp4": ["--q-mode", "mxfp4"],
 }
 # Ours at the bytes of one of theirs: label → whose.
 EQUAL = {
     "gptq, budget of convert's 4 bits g64": "mlx_lm.convert 4 bits g64",
     "gptq, budget of convert's 4 bits g32": "mlx_lm.convert 4 bits g32",
     "gptq, budget of convert's 3 bits g64": "mlx_lm.convert 3 bits g64",
+    "gptq, budget of dynamic_quant's": "mlx_lm.dynamic_quant",
 }
+# dwq with its data set replaced: 512 passages to train on, 32 to validate.
+DWQ = """
+import numpy as np
+from pathlib import Path
+from mlx_lm.quant import dwq
+
+def load_data(tokenizer, data_path, num_samples, max_seq_length, num_valid_samples=32):
+    ids = tokenizer.encode(Path(data_path).read_text(encoding="utf-8"))
+    starts = np.random.permutation(range(0, len(ids) - max_seq_length, max_seq_length))
+    pieces = [(ids[start : start + max_seq_length], 0) for start in starts]
+    return pieces[num_valid_samples:][:num_samples], pieces[:num_valid_samples]
+
+dwq.load_data = load_data
+dwq.main()
+"""
+TEXTS = "{texts}"  # the place of the calibration texts
 PEERS = {
-    "mlx_lm.dynamic_quant": ["mlx_lm", "dynamic_quant"],
-    "mlx_lm.gptq": ["mlx_lm", "gptq"],
-    "mlx_lm.awq": ["mlx_lm", "awq"],
-}
+    "mlx_lm.dynamic_quant": ["-m", "mlx_lm", "dynamic_quant"],
+    "mlx_lm.gptq": ["-m", "mlx_lm", "gptq"],
+    "mlx_lm.awq": ["-m", "mlx_lm", "awq"],
+    "mlx_lm.dwq 4 bits g64": [
+        "-c", DWQ, "--data-path", TEXTS, "--num-samples", "512", "--max-seq-length", "257",
+    ],
+}  # fmt: skip
 
 
 def main() -> None:
@@ -116,7 +142,8 @@ def theirs(label: str, arguments: list[str], model: str, folder: Path, work: Pat
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("\n".join(text.read_text(encoding="utf-8") for text in texts))
         environment["HOME"] = str(home)
-        command = [python, "-m", *arguments, "--model", model, "--mlx-path", str(folder)]
+        words = [str(place) if word == TEXTS else word for word in arguments]
+        command = [python, *words, "--model", model, "--mlx-path", str(folder)]
         return cpu(command, env=environment)
     command = [python, "-m", "mlx_lm", "convert", "--hf-path", model, "-q", *arguments]
     return cpu([*command, "--mlx-path", str(folder)], env=environment)

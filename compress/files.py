@@ -17,11 +17,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import TypeVar
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, DiskFullError, UsageError, is_disk_full
 
 __all__ = [
     "LARGEST_CORPUS",
@@ -43,6 +43,7 @@ __all__ = [
     "scratch_folder",
     "stamps",
     "sync",
+    "write_at",
     "write_whole",
 ]
 
@@ -77,6 +78,23 @@ def cache_folder(kind: str = "calibration") -> Path:
             f"cannot write to {error.filename}: {error.strerror}",
             hint="set PACKLIGHT_CACHE to a folder for such work",
         ) from error
+
+
+def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
+    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    rest = memoryview(data).cast("B")
+    try:
+        stream.seek(offset)
+        while rest:
+            rest = rest[stream.write(rest) :]
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(f"packed weights could not be written: {error.strerror}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

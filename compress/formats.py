@@ -108,8 +108,8 @@ class Format:
             are enough.
         extra_module: a module of that extra.
         app: whether it is for an app, whose files lie beside it (``write_app_files``).
-        whole_prompt: whether apps give a prompt in one call and get the logits of all its
-            positions, which counts among activations.
+        prompt_call: most ids of a prompt that apps give in one call, which returns the logits of
+            all its positions: they count among activations. 0: of one position only.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Format:
     extra: str = ""
     extra_module: str = ""
     app: bool = False
-    whole_prompt: bool = False
+    prompt_call: int = 0
 
     if TYPE_CHECKING:
 

@@ -4,7 +4,7 @@
     NAME.entitlements   what the app must ask for to hold the model
     parity.json         text and logits that the device must reproduce
     LICENSE…            the checkpoint's own texts
-    Swift/              a package that loads the folder, measures it and checks parity.json
+    Swift/              packages that load the folder, measure it and check parity.json
 
 The files are made after verification, because the logits are those that it computed.
 """
@@ -84,6 +84,7 @@ class Interface:
         deployment: system → its oldest version.
         context: positions of the KV cache.
         swift: whether ``Swift/`` can run it.
+        package: what an app opens, in the folder with all the files; None: the artifact.
     """
 
     inputs: Sequence[Mapping[str, Any]]
@@ -92,6 +93,7 @@ class Interface:
     deployment: Mapping[str, str]
     context: int
     swift: bool = True
+    package: Path | None = None
 
 
 def write_app_files(
@@ -105,10 +107,17 @@ def write_app_files(
         interface: of the artifact.
         parity: ids and logits by the runtime that verified it; None: it was not run.
     """
-    folder, plan, checkpoint = artifact.path.parent, artifact.plan, job.checkpoint
-    context = interface.context
+    package, context = interface.package or artifact.path, interface.context
+    folder, plan, checkpoint = package.parent, artifact.plan, job.checkpoint
     embedding = embedding_bytes(job.shape, plan.entries)
-    need = footprint(job.shape, plan.weights_bytes, embedding, context, plan.kv_bytes_per_value)
+    need = footprint(
+        job.shape,
+        plan.weights_bytes,
+        embedding,
+        context,
+        plan.kv_bytes_per_value,
+        outside=plan.weights_outside,
+    )
     rights = [MEMORY, *([ADDRESS_SPACE] if need.total > ADDRESSES else ())]
     templates = checkpoint.tokenizer_facts.chat_templates if checkpoint.has_tokenizer else {}
     described = {
@@ -118,7 +127,7 @@ def write_app_files(
         "hub_id": checkpoint.hub_id or None,
         "license": read_shown(checkpoint).license or None,
         "format": artifact.format,
-        "package": artifact.path.name,
+        "package": package.name,
         "grid": artifact.type_name,
         "bytes": artifact.nbytes,
         "parameters": job.shape.num_parameters,
@@ -132,6 +141,7 @@ def write_app_files(
             "kv_cache_bytes": need.kv_cache,
             "activation_bytes": need.activations,
             "total_bytes": need.total,
+            **({"weights_outside": True} if need.outside else {}),
             "estimated": True,
         },
         "inputs": list(interface.inputs),

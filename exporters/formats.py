@@ -27,13 +27,14 @@ ROWS = (
         ProcessCost(290_000_000, 1.15, 11e-9, palette_seconds=26e-9, library_bytes=280_000_000),
         libraries=("coremltools", "protobuf"),
         speed_note="Core ML speeds are those of packlight's own evaluator where there is no macOS.",
-        stores_zeros=True, app=True, whole_prompt=True,
+        stores_zeros=True, app=True, prompt_call=1 << 20,  # whole
     ),
     Format(
         "coreai", "Core AI", "exporters.coreai", "a Core AI folder or its .aimodel",
         ProcessCost(330_000_000, 9.0, 11e-9, palette_seconds=26e-9, library_bytes=250_000_000),
         speed_note="Core AI speeds are those of a float32 twin in Apple's CPU runtime.",
-        extra="coreai", extra_module="coreai",
+        stores_zeros=True,
+        extra="coreai", extra_module="coreai", app=True, prompt_call=1024,  # as Apple's runner
     ),
     Format(
         "mlx", "MLX", "exporters.mlx", "an MLX folder with config.json",

@@ -61,8 +61,8 @@ def memory_limit(memory: int, where: str, job: Job, plan: Plan) -> Limit:
     """The memory left for weights while running, at the job's context."""
     config, context = job.source.config, job.context
     cache = context * config.kv_cache_bytes_per_token(plan.kv_bytes_per_value)
-    whole_prompt = get_format(plan.format).whole_prompt
-    activations = activation_bytes(config, context, whole_prompt=whole_prompt)
+    prompt_call = get_format(plan.format).prompt_call
+    activations = activation_bytes(config, context, prompt_call=prompt_call)
     description = (
         f"{format_bytes(memory)} of memory{where}: {format_bytes(cache)} KV cache at {context} "
         f"positions, {format_bytes(activations)} activations and runtime"

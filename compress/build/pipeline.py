@@ -94,6 +94,10 @@ def build(settings: BuildSettings, console: Console) -> Built:
             report = make_report(job, artifacts, verified, scorer, decision.limits, folder, text)
             report.asked = asked
             report.notes += ready.notes
+            if any(get_format(artifact.format).app for artifact in artifacts):
+                from compress.report.devices import add_devices
+
+                add_devices(report, artifacts, job)
             if ready.calibration:
                 report.notes += ready.calibration.notes()
             if decision.previous:

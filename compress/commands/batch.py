@@ -12,6 +12,7 @@ from compress.commands.options import (
     make_console,
     memory_option,
     output_options,
+    runtime_python_option,
     settings_of,
 )
 
@@ -36,6 +37,7 @@ from compress.commands.options import (
               help="The Ray cluster; default: RAY_ADDRESS, or a new local one.")  # fmt: skip
 @click.option("--dry-run", is_flag=True,
               help="Print each job with its predicted bytes, memory and time.")  # fmt: skip
+@runtime_python_option
 @ci_options
 @output_options
 def batch(file: Path, **options: Any) -> int:

@@ -70,7 +70,9 @@ def print_fit(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         first = mine[0]
         console.data(f"{label} at {first['context']} tokens: {format_bytes(first['total_bytes'])}")
         for part, key in PARTS.items():
-            console.data(f"  {part:<11}  {format_bytes(first[key])}")
+            outside = part == "weights" and first["weights_outside"]
+            where = ", outside the app's memory" if outside else ""
+            console.data(f"  {part:<11}  {format_bytes(first[key])}{where}")
         cells = [
             [
                 row["device"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -62,6 +63,7 @@ def hub_options(command: F) -> F:
     return command
 
 
+RUNTIME_PYTHON = "PACKLIGHT_MLX_PYTHON"  # for children, too: exporters/mlx/card.py reads it
 HUB = ("revision", "token", "cache_dir", "fetch")  # names of ``hub_options``
 
 
@@ -130,7 +132,7 @@ def settings_of(kind: type[S], options: Mapping[str, Any], **more: Any) -> S:
 
 def run_options(command: F) -> F:
     """Decorator: options of output, Hub, CI files and progress, for commands that run artifacts."""
-    for add in (output_options, hub_options, ci_options, progress_option):
+    for add in (output_options, hub_options, ci_options, progress_option, runtime_python_option):
         command = add(command)
     return command
 
@@ -189,6 +191,12 @@ eval_option = click.option(
 progress_option = click.option(
     "--progress-file", type=click.Path(path_type=Path), metavar="FILE",
     help="Append progress as JSON lines, for other programs.",
+)  # fmt: skip
+runtime_python_option = click.option(
+    "--runtime-python", expose_value=False, metavar="PATH",
+    callback=lambda _context, _option, path: path and os.environ.update({RUNTIME_PYTHON: path}),
+    help="Python of an environment that has mlx-lm, which runs MLX folders; default: "
+         "$PACKLIGHT_MLX_PYTHON, else this one.",
 )  # fmt: skip
 max_memory_option = memory_option(
     "Memory limit of this process, e.g. 2GiB; default: the cgroup's limit or free memory."

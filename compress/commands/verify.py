@@ -41,10 +41,10 @@ JUDGING = {
 @click.option("--checksums", is_flag=True,
               help="Compare all files of the folder ARTIFACT with its SHA256SUMS; without "
                    "--baseline, do nothing else.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(2), metavar="N",
+@click.option("--windows", type=click.IntRange(1), metavar="N",
               help="Number of windows of text to score; default: 16; 8 from one billion parameters "
                    "on, 4 from three billion on; from 50 million on fewer once the verdict is "
-                   "certain.")  # fmt: skip
+                   "certain. With 1 there are no standard errors.")  # fmt: skip
 @click.option("--sequence-length", type=click.IntRange(16), default=512, show_default=True,
               metavar="N",
               help="Tokens in a window.")  # fmt: skip

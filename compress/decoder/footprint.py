@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.console import parse_bytes
 from compress.decoder.config import DecoderConfig
@@ -27,6 +27,8 @@ EFFICIENCY = 0.85
 STEP_SECONDS = (0.001, 0.004)
 
 LIMITS = ("app_limit", "entitled")
+
+Verdict = Literal["fits", "with entitlement", "too large"]
 
 # Prompt tokens that are computed at a time: llama.cpp's n_ubatch.
 PREFILL = 512
@@ -50,7 +52,8 @@ class Footprint:
         read_per_token: weights (one row of the embedding, not all) and KV cache that one
             generated token reads at ``context``.
         context: positions.
-        whole_prompt: see ``activation_bytes``.
+        prompt_call: see ``activation_bytes``.
+        outside: weights do not count as memory of the app: the system holds them elsewhere.
         fixed: bytes of ``kv_cache`` that do not depend on the context.
     """
 
@@ -59,16 +62,18 @@ class Footprint:
     activations: int
     read_per_token: int
     context: int
-    whole_prompt: bool = False
+    prompt_call: int = 0
+    outside: bool = False
     fixed: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations
+        """Bytes of the app's memory."""
+        return (0 if self.outside else self.weights) + self.kv_cache + self.activations
 
 
 def activation_bytes(
-    config: DecoderConfig, context: int, chunk: int = PREFILL, *, whole_prompt: bool = False
+    config: DecoderConfig, context: int, chunk: int = PREFILL, *, prompt_call: int = 0
 ) -> int:
     """Allowance for the runtime: tokenizer, logits of one position, and the buffer of a chunk.
 
@@ -82,11 +87,11 @@ def activation_bytes(
         config: the model.
         context: positions in the cache.
         chunk: prompt tokens that are computed at a time.
-        whole_prompt: instead, a prompt of ``context`` ids is given in one call (``prompt_bytes``).
+        prompt_call: instead, so many ids of a prompt are given in one call (``prompt_bytes``).
     """
     fixed = RUNTIME_BYTES + config.vocab_size * (TOKEN_BYTES + 4)
-    if whole_prompt:
-        return fixed + prompt_bytes(config, context)
+    if prompt_call:
+        return fixed + prompt_bytes(config, min(prompt_call, context), context)
     return fixed + chunk_bytes(config, min(chunk, context), context)
 
 
@@ -107,8 +112,8 @@ def chunk_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
     return tokens * (4 * values + 2 * context)
 
 
-def prompt_bytes(config: DecoderConfig, tokens: int) -> int:
-    """Core ML's buffers for a prompt of ``tokens`` ids in one call; estimated, not measured.
+def prompt_bytes(config: DecoderConfig, tokens: int, context: int) -> int:
+    """Buffers of Core ML or Core AI for ``tokens`` ids in one call; estimated, not measured.
 
     In float16: the values of ``chunk_bytes``, the logits of every position, which the program
     returns, and the mask, once for each of the query heads that share a key-value head. Attention
@@ -117,7 +122,7 @@ def prompt_bytes(config: DecoderConfig, tokens: int) -> int:
     wide, narrow = (3, 5) if config.gated_mlp else (1, 6)
     values = wide * config.intermediate_size + narrow * config.hidden_size
     group = config.num_attention_heads // config.num_key_value_heads
-    return 2 * tokens * (values + group * tokens + config.vocab_size)
+    return 2 * tokens * (values + group * context + config.vocab_size)
 
 
 def footprint(
@@ -127,7 +132,8 @@ def footprint(
     context: int,
     bytes_per_kv_value: int = 2,
     *,
-    whole_prompt: bool = False,
+    prompt_call: int = 0,
+    outside: bool = False,
 ) -> Footprint:
     """The memory of a running model, and the bytes that one token reads.
 
@@ -137,7 +143,8 @@ def footprint(
         embedding_bytes: of ``embed_tokens`` among them when it is not also the head, else 0.
         context: positions in the cache.
         bytes_per_kv_value: 2 for float16 caches.
-        whole_prompt: see ``activation_bytes``.
+        prompt_call: see ``activation_bytes``.
+        outside: see ``Footprint``.
     """
     fixed = 0
     if any(kind.taps for kind in config.kinds):
@@ -148,10 +155,11 @@ def footprint(
     return Footprint(
         weights=weights_bytes,
         kv_cache=cache,
-        activations=activation_bytes(config, context, whole_prompt=whole_prompt),
+        activations=activation_bytes(config, context, prompt_call=prompt_call),
         read_per_token=weights_bytes - embedding_bytes + cache,
         context=context,
-        whole_prompt=whole_prompt,
+        prompt_call=prompt_call,
+        outside=outside,
         fixed=fixed,
     )
 
@@ -230,7 +238,7 @@ def get_device(name: str) -> Device:
     return table[name]
 
 
-def judge(need: Footprint, device: Device) -> str:
+def judge(need: Footprint, device: Device) -> Verdict:
     """``fits``, ``with entitlement`` (increased-memory-limit) or ``too large``, on a device."""
     if need.total <= device.app_limit:
         return "fits"
@@ -252,10 +260,11 @@ def realistic_tokens_per_second(need: Footprint, device: Device) -> tuple[float,
 def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
     """The largest context whose weights, KV cache and activations fit in ``memory`` bytes."""
     per_token = (need.kv_cache - need.fixed) // max(need.context, 1)
+    held = need.fixed + (0 if need.outside else need.weights)
 
     def total(context: int) -> int:
-        activations = activation_bytes(config, context, whole_prompt=need.whole_prompt)
-        return need.weights + need.fixed + context * per_token + activations
+        activations = activation_bytes(config, context, prompt_call=need.prompt_call)
+        return held + context * per_token + activations
 
     # It grows with the context: the last one that does not exceed the memory.
     return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)

@@ -309,7 +309,7 @@ GRIDS: dict[str, str | Callable[[str], Grid]] = {
     r"(?:F32|F16|BF16)": "compress.grids.dense",
     r"(?:Q\d_[01K]|IQ4_NL|IQ4_XS)": "compress.grids.kquant",
     r"IQ3_(?:S|XXS)": "compress.grids.codebook",
-    r"MXFP4": "compress.grids.mxfp4",
+    r"MXFP4|mxfp4": "compress.grids.mxfp4",
     r"int[248]-(?:g\d+|channel)(?:-asym)?": "compress.grids.affine",
     r"affine[234568]-g(?:32|64|128)(?:-bf16)?": "compress.grids.biased",
     r"lut[123468]-(?:g\d+|tensor)": "compress.grids.palette",

@@ -1,4 +1,4 @@
-"""MXFP4, the 4-bit float block of the OCP microscaling formats, as GGUF lays it out.
+"""MXFP4, the 4-bit float block of the OCP microscaling formats, as GGUF and MLX lay it out.
 
     w = 2 ** (e - 128) * level[code]        one byte e (E8M0) per 32 columns
 
@@ -26,7 +26,7 @@ from compress.grids import Array, BlockedGrid, Float32, Lattice, Params
 from compress.grids.kquant_kernels import ROWS, STEP, WRR, encode_levels, load, sums_symmetric
 from compress.grids.lanes import LANES, WORST, checked, kernel, normalized, over_rows
 
-__all__ = ["MicroscalingFloat", "make"]
+__all__ = ["MicroscalingFloat", "MicroscalingWords", "make"]
 
 BLOCK = 32
 LEVELS = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
@@ -126,11 +126,31 @@ class MicroscalingFloat(BlockedGrid):
         return np.take(CODES, nibbles).reshape(len(blocks), -1), {"e": parts[..., 0].copy()}
 
 
+@dataclass(frozen=True)
+class MicroscalingWords(MicroscalingFloat):
+    """The same numbers as MLX has them in its mode ``mxfp4``: codes in words, scales apart."""
+
+    name: str = "mxfp4"
+
+    def pack(self, codes: Array, params: Params) -> dict[str, Array]:
+        """``weight``: uint32 ``[rows, columns / 8]``, the first code lowest; ``scales``: e."""
+        nibbles = np.take(NIBBLES, codes).reshape(len(codes), -1, 2)
+        joined = nibbles[..., 0] | (nibbles[..., 1] << 4)
+        return {"weight": joined.view("<u4"), "scales": params["e"]}
+
+    def unpack(self, words: Array, scales: Array) -> tuple[Array, Params]:  # type: ignore[override]
+        """Codes and parameters of packed words, the inverse of ``pack``."""
+        packed = np.ascontiguousarray(words).view(np.uint8)
+        nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(words), -1)
+        return np.take(CODES, nibbles), {"e": scales.copy()}
+
+
 def make(name: str) -> MicroscalingFloat:
-    """The MXFP4 grid."""
-    if name != "MXFP4":
-        raise GridError(f"there is no grid {name!r}", hint="MXFP4")
-    return MicroscalingFloat()
+    """The MXFP4 grid in GGUF's layout, or ``mxfp4`` in MLX's."""
+    found = {"MXFP4": MicroscalingFloat, "mxfp4": MicroscalingWords}
+    if name not in found:
+        raise GridError(f"there is no grid {name!r}", hint="MXFP4, mxfp4")
+    return found[name]()
 
 
 @kernel

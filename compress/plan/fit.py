@@ -94,7 +94,8 @@ def planned_needs(
             embedding,
             job.context,
             plan.kv_bytes_per_value,
-            whole_prompt=get_format(plan.format).whole_prompt,
+            prompt_call=get_format(plan.format).prompt_call,
+            outside=plan.weights_outside,
         )
         needs.append((f"{plan.format} {plan.type_name}", job.shape, need))
     return needs
@@ -127,7 +128,8 @@ def artifact_needs(
             table,
             positions,
             facts["kv_bytes_per_value"],
-            whole_prompt=get_format(name).whole_prompt,
+            prompt_call=get_format(name).prompt_call,
+            outside=facts.get("weights_outside", False),
         )
         label = name if path.name == name else f"{name} {path.name}"  # a folder of that name
         needs.append((label, config, need))
@@ -146,6 +148,7 @@ def fit_row(label: str, config: DecoderConfig, need: Footprint, limit: int) -> d
         "artifact": label,
         "context": need.context,
         "weights_bytes": need.weights,
+        "weights_outside": need.outside,
         "kv_cache_bytes": need.kv_cache,
         "activation_bytes": need.activations,
         "total_bytes": need.total,

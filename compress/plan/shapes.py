@@ -76,6 +76,8 @@ class Plan:
             (``compress.checkpoint.scalars``).
         expected_divergence: KL from the float model that a cost table predicts, nats per token.
         doubt: why nobody should want it, in a line; ``--force`` builds it anyway.
+        weights_outside: the system holds the weights outside an app's memory, as it does for the
+            Neural Engine.
 
     Example:
         >>> entry = PlanEntry("lm_head.weight", "output.weight", "Q6_K", (512, 256), 107520)
@@ -95,6 +97,7 @@ class Plan:
     folded: frozenset[str] = frozenset()
     expected_divergence: float | None = None
     doubt: str = ""
+    weights_outside: bool = False
 
     @property
     def weights_bytes(self) -> int:

@@ -203,7 +203,7 @@ class Verify(Section):
         default=None, description='Limits by metric, e.g. kl_divergence: "<=0.06".'
     )
     windows: Annotated[
-        Annotated[int, Field(ge=2, le=100000), Tag("count")] | Annotated[Auto, Tag("auto")],
+        Annotated[int, Field(ge=1, le=100000), Tag("count")] | Annotated[Auto, Tag("auto")],
         kind_of("auto", "count"),
     ] = Field(
         default="auto",

@@ -64,6 +64,7 @@ def render(report: Report) -> str:
         draw_bytes=draw_bytes,
         draw_curves=draw_curves,
         draw_depth=charts.depth,
+        draw_devices=draw_devices,
         draw_memory=draw_memory,
         draw_scatter=draw_scatter,
         draw_speed=draw_speed,
@@ -278,6 +279,31 @@ def draw_memory(artifacts: Sequence[ArtifactReport], styles: Styles) -> Markup:
     longest = max(value for group in groups for bar in group.bars for value, _ in bar.parts)
     divisor, unit = charts.unit_of(longest)
     return charts.bars(groups, "Memory of each artifact", f"memory, {unit}", divisor=divisor)
+
+
+def draw_devices(artifact: ArtifactReport, style: str) -> Markup:
+    """The chart of what an artifact needs, and what apps may hold: a bar for each pair of limits,
+    the dark part without the entitlement."""
+    held = (artifact.activation_bytes or 0) + artifact.kv_cache_bytes
+    weights = 0 if artifact.weights_outside else artifact.weights_bytes
+    need, parts = weights + held, [(weights, style), (held, "rest")]
+    rows = [charts.Bar("needed: weights; KV cache, activations", short_size(need), parts)]
+    classes: dict[tuple[int, int], list[str]] = {}
+    for device in artifact.devices:
+        limits = device.app_limit_bytes, device.entitled_bytes
+        classes.setdefault(limits, []).append(device.label.partition(" / ")[0])
+    for (plain, entitled), names in sorted(classes.items()):
+        text = f"{plain / 1e9:.1f} to {entitled / 1e9:.1f} GB"
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        bar = [(plain, "float"), (entitled - plain, "rest")]
+        rows.append(charts.Bar(names[0] + others, text, bar))
+    return charts.bars(
+        [charts.Group("", rows)],
+        f"Memory that {label(artifact)} needs, and that apps may hold",
+        "memory of one app, GB",
+        divisor=1e9,
+        limit=(need, "needed"),
+    )
 
 
 def grids(artifact: ArtifactReport) -> list[dict[str, Any]]:

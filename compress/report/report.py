@@ -28,7 +28,7 @@ from compress.recipe.model import OneOfTheFormats
 from compress.recipe.schema import Part, explain, json_schema
 
 __all__ = [
-    "ArtifactReport", "BaselineReport", "GateReport", "Generation", "HarnessFacts",
+    "ArtifactReport", "BaselineReport", "DeviceReport", "GateReport", "Generation", "HarnessFacts",
     "HarnessFigure", "KlDivergence", "Machine",
     "ModelFacts", "Report", "Series", "TaskReport", "TensorReport", "TokenizerDifference", "Tool",
     "report_schema",
@@ -261,6 +261,19 @@ class GateReport(Part):
     passed: bool
 
 
+class DeviceReport(Part):
+    """Whether an artifact for an app fits into the memory of a device: arithmetic."""
+
+    name: str = Field(description="As `packlight fit --device` takes it.")
+    label: str
+    app_limit_bytes: Count = Field(description="What an app may hold.")
+    entitled_bytes: Count = Field(description="The same with increased-memory-limit.")
+    limits_measured: bool = Field(description="Whether the limits were measured on this device.")
+    verdict: Literal["fits", "with entitlement", "too large"]
+    largest_context: Count = Field(description="Positions that fit with the entitlement.")
+    tokens_per_second: list[Figure] = Field(description="Likely decode speed, from and to.")
+
+
 class ArtifactReport(Part):
     """One artifact: its size, and its comparison with the float model."""
 
@@ -351,6 +364,21 @@ class ArtifactReport(Part):
         default=[],
         exclude_if=lambda figures: not figures,
         description="Tasks of lm-evaluation-harness (packlight eval).",
+    )
+    activation_bytes: int | None = Field(
+        default=None,
+        exclude_if=lambda found: found is None,
+        description="Allowance for activations in an app, for the memory of `devices`.",
+    )
+    weights_outside: bool = Field(
+        default=False,
+        exclude_if=lambda outside: not outside,
+        description="Whether the system holds the weights outside the memory of an app.",
+    )
+    devices: list[DeviceReport] = Field(
+        default=[],
+        exclude_if=lambda devices: not devices,
+        description="Devices that an artifact for an app fits on, at `context` positions.",
     )
     failure: str | None = Field(
         default=None, description="The error, if the artifact could not be run."

@@ -38,6 +38,7 @@ from compress.verify.agreement import Agreement, Encode, Ids, encode_all, load_t
 from compress.verify.baseline import BaselineStore, Float32
 from compress.verify.child import SILENCE, Ask, Emit, Event, run_child
 from compress.verify.generate import (
+    COSTLY_TOKENS,
     GENERATED_TOKENS,
     PROMPT_TOKENS,
     Generation,
@@ -271,6 +272,9 @@ def examine(
         if scoring_threads and (use_threads := getattr(runtime, "use_threads", None)):
             use_threads(scoring_threads)
         with turn(baseline.folder):
+            if runtime.costly:
+                generated = min(generated, COSTLY_TOKENS)
+                sample_prompt = prompt[: POSITIONS + 1 - generated]
             sample = check_generation(runtime, sample_prompt, generated)
         if first := getattr(runtime, "first", None):
             emit({"parity": vectors(runtime.name, *first)})
@@ -335,6 +339,10 @@ class Observed:
     @property
     def vocab_size(self) -> int:
         return self._runtime.vocab_size
+
+    @property
+    def costly(self) -> bool:
+        return bool(getattr(self._runtime, "costly", False))
 
     @property
     def tokenize(self) -> Encode | None:

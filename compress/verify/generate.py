@@ -11,6 +11,7 @@ from compress.plan.shapes import Runtime
 
 PROMPT_TOKENS = 16  # of text before the greedy sample, or a quarter of the context
 GENERATED_TOKENS = 32  # of the greedy sample
+COSTLY_TOKENS = 4  # of it, where each call is costly
 
 
 @dataclass(frozen=True)

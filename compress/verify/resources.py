@@ -31,6 +31,7 @@ DECODE_TOKENS = 8  # of a decode measurement
 WARM_UP_TOKENS = 4  # decoded before anything is timed
 REPEATS = 2  # measurements of speed after the warm-up, at most
 SECONDS = 10.0  # after which no further measurement starts, and decoding stops
+COSTLY_PREFILL, COSTLY_DECODE = 16, 1  # tokens of the only measurement where each call is costly
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure(
         prompt: tokens of the prefill.
         decode_tokens: tokens to decode after it.
         repeats: measurements after one warm-up.
-        seconds: as for ``measure_speed``.
+        seconds: as for ``measure_speed``. A runtime that is ``costly`` gets fewer tokens, once.
 
     Returns:
         The loaded runtime, which the caller closes, and the figures.
@@ -97,6 +98,9 @@ def measure(
         begin = time.perf_counter()
         runtime = open_runtime()
         load_seconds = time.perf_counter() - begin
+        if getattr(runtime, "costly", False):
+            prompt = prompt[:COSTLY_PREFILL]
+            decode_tokens, repeats = min(decode_tokens, COSTLY_DECODE), 0
         speed = measure_speed(runtime, prompt, decode_tokens, repeats=repeats, seconds=seconds)
     return runtime, Resources(
         runtime=runtime.name,
@@ -121,7 +125,7 @@ def measure_speed(
 
     Args:
         decode_tokens: most tokens to decode; at least ``WARM_UP_TOKENS`` are.
-        repeats: most measurements.
+        repeats: most measurements; 0: one, without a warm-up.
         seconds: time after which no repeat starts, and decoding stops.
         clock: returns seconds.
     """
@@ -129,7 +133,7 @@ def measure_speed(
     prefill: list[float] = []
     decode: list[float] = []
     decoded = decode_tokens
-    for run in range(repeats + 1):
+    for run in range(repeats + 1) if repeats else (1,):
         runtime.reset()
         begin = clock()
         last = runtime.feed(prompt)
@@ -139,7 +143,7 @@ def measure_speed(
             last = runtime.feed([int(last.argmax())])
             count += 1
             end = clock()
-            if count >= WARM_UP_TOKENS and end > deadline:
+            if count >= min(WARM_UP_TOKENS, decode_tokens) and end > deadline:
                 break
         if run:
             prefill.append(middle - begin)

@@ -119,7 +119,7 @@ class Scorer:
             limits: the gates; with them, windows are scored until their verdict stands.
 
         Raises:
-            UsageError: the text gives fewer than two windows, or a question is too long.
+            UsageError: the text gives one window where more are wanted, or a question is too long.
             CheckpointError: no tokenizer.
         """
         from compress.decoder.tokenizer import eval_windows
@@ -149,7 +149,7 @@ class Scorer:
         self.notes: list[str] = []
         self._extending, self._stop = Lock(), Event()
         self._entry: BaselineCache | None = None
-        if len(self.windows) < 2:
+        if len(self.windows) < min(2, count):
             raise UsageError(
                 f"the text gives 1 window of {self.length} tokens, at least 2 are needed",
                 hint="a longer --eval-text, or shorter windows (verify.sequence_length)",

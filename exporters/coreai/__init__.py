@@ -8,6 +8,7 @@
     bytecode.py    reads names and places of the arrays in a written program
     runtime.py     Apple's CPU runtime, with the float32 twin of the program (twin.py)
     magnitudes.py  the largest values in it, for float16's range
+    app.py         what an app needs beside it
     card.py        finds bundles, and how to run them
     inspection.py  describes a bundle from its own metadata
 

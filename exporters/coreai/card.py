@@ -19,7 +19,8 @@ print(try await session.respond(to: "Once upon a time").content)"""
 USAGE = (
     Usage(
         "In Swift, with Apple's runner (github.com/apple/coreai-models): add the folder to the "
-        "app's resources. iOS 27 or macOS 27 and later.",
+        "app's resources. iOS 27 or macOS 27 and later. `Swift/CoreAI` in the folder is a package "
+        "that opens it, measures it and checks `parity.json`.",
         SWIFT,
         "swift",
         lambda path: '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"',

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig, split_name
-from compress.errors import DiskFullError, is_disk_full
+from compress.files import write_at
 from compress.grids import Array, Quantized, get_grid, pack_bits
+from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
 from compress.plan.weights import Weights
 from exporters.coreai.library import CoreAI, Value
@@ -25,6 +26,7 @@ from exporters.coreai.planning import ALIGNMENT, FLOATS, Part, parts
 # Most weights of a tensor in memory at once: the solver's temporaries are several times the float32
 # weight, the codes a quarter of it.
 SLABS = 1 << 23
+FLOATING = ("", "values", "scale", "lut")  # parts of float16, or wider
 STEP = 256  # rows: all groups of rows divide it, and their codes fill whole bytes
 
 
@@ -64,9 +66,10 @@ def write_entry(
     places = {name: piece.offset for name, piece in pieces.items()}
     for arrays in slabs_of(entry, weights):
         for name, values in arrays.items():
-            bits = (
-                8 * values.itemsize if name in ("", "scale", "lut") else get_grid(entry.grid).bits
-            )
+            if name in FLOATING:
+                bits = 8 * values.itemsize
+            else:
+                bits = 1 if name == "mask" else get_grid(entry.grid).bits
             packed = pack_bits(values, bits)
             write_at(stream, places[name], packed.data)
             places[name] += packed.nbytes
@@ -95,28 +98,17 @@ def slabs_of(entry: PlanEntry, weights: Weights) -> Iterator[dict[str, Array]]:
 def as_stored(quantized: Quantized) -> dict[str, Array]:
     """Convert a grid's packed arrays to those of ``planning.parts``, by name."""
     packed, grid = quantized.pack(), quantized.grid
+    if isinstance(grid, SparseGrid):
+        grid = grid.inner
+    if grid.name == "F16":  # of a sparse one
+        packed["values"] = packed.pop("codes")
+        return packed
     if not grid.symmetric:  # palettes, too
         return packed
     # Symmetric codes have zero point 8 or 128; Core AI's are signed and have 0. uint8 wraps around.
     middle = np.uint8(1 << (grid.bits - 1))
-    return {"codes": packed["codes"] - middle, "scale": packed["scale"]}
-
-
-def write_at(stream: RawIOBase, offset: int, data: memoryview) -> None:
-    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    rest = memoryview(data).cast("B")
-    try:
-        stream.seek(offset)
-        while rest:
-            rest = rest[stream.write(rest) :]
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise DiskFullError(f"packed weights could not be written: {error.strerror}") from error
+    del packed["zero_point"]
+    return {**packed, "codes": packed["codes"] - middle}
 
 
 class Constants:
@@ -153,6 +145,15 @@ class Constants:
         values = {name: self._stored(piece) for name, piece in pieces.items()}
         if "" in values:
             return values[""]
+        if "mask" in values:
+            name = "codes" if "codes" in values else "values"
+            there = ops.build_sparse_with_bitmask(values[name], values["mask"])
+            if "lut" in values:  # which has no entry for zero
+                axis = ops.constant(np.array(0, np.int16))
+                there = ops.lut_to_sparse_with_bitmask(there, values["lut"], axis)
+            values["codes"] = ops.sparse_with_bitmask_to_dense(there)
+            if "scale" not in values:
+                return values["codes"]
         if "lut" in values:
             return ops.lut_to_dense(values["codes"], values["lut"], np.array(0, np.int16))
         codes, scales = pieces["codes"].part, pieces["scale"].part

@@ -60,13 +60,13 @@ def measure(library: CoreAI, main: Any) -> list[str]:
 def weight_of(product: Any) -> str:
     """The name of the weight in a product; empty where both sides are computed."""
     value = product.operands[1]
-    for _ in range(3):  # of the transpose, of what decodes, of the constant
+    for _ in range(6):  # of the transpose, of what decodes (some of sparse ones), of the constant
         owner = value.owner
         if not hasattr(owner, "operands"):  # an argument of the function
             return ""
         if owner.name == "coreai.constant":
             found = str(owner.attributes["value"]).partition("<")[2].partition(">")[0]
-            return found.removesuffix("_codes")
+            return found.removesuffix("_codes").removesuffix("_values")
         if not len(owner.operands):
             return ""
         value = owner.operands[0]

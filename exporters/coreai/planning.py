@@ -19,6 +19,7 @@ from compress.formats import get_format
 from compress.grids import get_grid
 from compress.grids.affine import Affine
 from compress.grids.palette import Palette
+from compress.grids.sparse import SparseGrid, pattern_of
 from compress.plan.shapes import (
     Candidate,
     Plan,
@@ -62,7 +63,8 @@ class Part:
     """One array of a stored tensor.
 
     Attributes:
-        name: ``codes``, ``scale``, ``zero_point``, ``lut``; empty for a plain constant.
+        name: ``codes``, ``scale``, ``zero_point``, ``lut``; empty for a plain constant. Of a sparse
+            grid also ``mask``, and ``values`` where those that are not zero are float16.
         dtype: ``int4``, ``uint3``, ``fp16`` …
     """
 
@@ -84,7 +86,8 @@ def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """The arrays in which Core AI stores a tensor on a grid.
 
     Integers are signed and centered where symmetric, else unsigned with a zero point; palettes have
-    one table per group of rows, ``[groups, 1, levels, 1]``.
+    one table per group of rows, ``[groups, 1, levels, 1]``. A sparse grid has a mask bit for every
+    weight, and the codes of those that are not zero, row by row.
 
     Raises:
         GridError: a grid that Core AI does not support.
@@ -92,6 +95,14 @@ def parts(grid: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
     if grid in FLOATS:
         return (Part("", FLOATS[grid], shape),)
     match found := get_grid(grid):
+        case SparseGrid():
+            codes, *others = parts(found.inner.name, shape)
+            there = (shape[0] * found.pattern.count(shape[1]),)
+            return (
+                Part("mask", "uint1", shape),
+                Part(codes.name or "values", codes.dtype, there),
+                *others,
+            )
         case Palette():
             table = (found.groups((shape[0], shape[1])), 1, found.levels, 1)
             return Part("codes", f"uint{found.bits}", shape), Part("lut", "fp16", table)
@@ -113,7 +124,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         request: its settings are ``grid`` (default ``int4-g32``), ``embedding`` (default: as
             ``grid``; see ``embedding_grid`` where it is the head, too), ``deployment``
             (``iOS27``), ``context`` (most positions of the KV cache; default 1024 or what the
-            model has).
+            model has), ``sparsity`` of the blocks' linears (``none``).
 
     Returns:
         Entries in the order of writing, one for every stored weight (norms in float32, biases in
@@ -146,10 +157,12 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
     if folded:
         config = folded_config(config, folded)
     _check(config, chosen)
-    entries = tuple(_entries(config, chosen, choices))
+    pattern = pattern_of(chosen.get("sparsity") or "none")
+    prefix = f"{pattern.name}-" if pattern else ""
+    entries = tuple(_entries(config, chosen, choices, prefix))
     return Plan(
         format="coreai",
-        type_name=mix_name(entries, config) if choices else chosen["grid"],
+        type_name=mix_name(entries, config) if choices else prefix + chosen["grid"],
         model_name=request.model_name,
         entries=entries,
         settings=chosen,
@@ -220,13 +233,23 @@ def checked(name: str, grid: str, shape: tuple[int, int]) -> str:
     Raises:
         GridError: it cannot.
     """
-    if grid not in GRIDS or fitting_grid(grid, shape) != grid:
+    found = get_grid(grid)
+    inner = found.inner.name if isinstance(found, SparseGrid) else grid
+    if inner != grid:
+        found.check(shape)
+    if inner != grid and (inner[:4] in ("int2", "int4") or inner.endswith("-asym")):
+        raise GridError(
+            f"{name}: Core AI has no masks of zeros over {inner}: signed codes of 2 or 4 bits, or "
+            "zero points",
+            hint="targets.coreai.grid=lut4-g8, int8-channel or F16",
+        )
+    if inner not in GRIDS or fitting_grid(inner, shape) != inner:
         raise GridError(f"{name}: Core AI cannot store {shape[0]}×{shape[1]} as {grid}")
     return grid
 
 
 def _entries(
-    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str]
+    config: DecoderConfig, settings: Mapping[str, Any], choices: Mapping[str, str], prefix: str
 ) -> Iterator[PlanEntry]:
     shapes = WeightMap(config)
     table = (settings["context"], config.ropes[0].rotary_dim // 2)
@@ -235,7 +258,7 @@ def _entries(
         for name in (f"rope.cos{end}", f"rope.sin{end}"):
             yield _entry(name, "F16", table)
     for name in shapes.names(tied_head=False, repeats=False):
-        _, role, _ = split_name(name)
+        block, role, _ = split_name(name)
         shape = shapes.shape(name)
         if len(shape) == 1:
             yield _entry(name, "F32" if role.endswith("norm") else "F16", shape)
@@ -247,6 +270,8 @@ def _entries(
             asked = settings["embedding" if role == "embed_tokens" else "grid"]
             grid = fitting_grid(asked, (shape[0], shape[1]))
             note = "" if grid == asked else f"{shape[0]}×{shape[1]} does not divide into {asked}"
+            if block is not None and prefix:  # not embeddings and head
+                grid = checked(name, prefix + grid, (shape[0], shape[1]))
             yield _entry(name, grid, shape, note)
 
 

@@ -60,6 +60,9 @@ class CoreAIRuntime:
         bundle: the files.
         batch: tokens per call of a prompt.
         slots: of the caches at first.
+
+    Attributes:
+        costly: whether each call decodes weights by the gigabyte, half a CPU minute for a billion.
     """
 
     def __init__(self, bundle: Bundle, batch: int, slots: int) -> None:
@@ -82,6 +85,7 @@ class CoreAIRuntime:
                 del module
             self._program: Loaded | None = Loaded(folder)
             self._weights = self._program.run(WEIGHTS, {}, {}) if apart else {}
+            self.costly = not apart
         except BaseException:
             self._closing.close()
             raise

@@ -28,7 +28,9 @@ from exporters.coreai.planning import ALIGNMENT
 
 __all__ = ["WEIGHTS", "decoded_bytes", "main_of", "split", "widen"]
 
-DECODING = ("coreai.blockwise_shift_scale", "coreai.lut_to_dense")
+DECODING = (
+    "coreai.blockwise_shift_scale", "coreai.lut_to_dense", "coreai.sparse_with_bitmask_to_dense",
+)  # fmt: skip
 WEIGHTS = "weights"  # name of the function of ``split``
 
 RESOURCE = re.compile(r'dense_resource<"?([^">]+)"?>')
@@ -135,13 +137,26 @@ def main_of(module: Any) -> Any:
 
 def decoding(module: Any) -> list[Any]:
     """The operations that decode weights."""
-    return [op for op in operations(module.operation) if op.name in DECODING]
+    found = [op for op in operations(module.operation) if op.name in DECODING]
+    inner = {
+        operand.owner for op in found for operand in op.operands if operand.owner.name in DECODING
+    }
+    return [op for op in found if op not in inner]
 
 
 def decoded_bytes(library: CoreAI, module: Any) -> int:
     """Bytes of all decoded weights, as float32."""
     ranked = library.ir.RankedTensorType
     return sum(4 * math.prod(ranked(op.results[0].type).shape) for op in decoding(module))
+
+
+def clone(library: CoreAI, operation: Any, before: Any = None) -> Any:
+    """A copy of an operation, and of all that it is computed from, here or before another."""
+    at = library.ir.InsertionPoint(before) if before is not None else None
+    copy = operation.clone(ip=at)
+    for place, operand in enumerate(operation.operands):
+        copy.operands[place] = clone(library, operand.owner, copy).results[0]
+    return copy
 
 
 def split(library: CoreAI, module: Any) -> list[str]:
@@ -158,9 +173,7 @@ def split(library: CoreAI, module: Any) -> list[str]:
     for number, operation in enumerate(found):
         name = f"weight_{number}"
         with graph.block:
-            copy = operation.clone()
-            for place, operand in enumerate(operation.operands):
-                copy.operands[place] = operand.owner.clone(ip=ir.InsertionPoint(copy)).results[0]
+            copy = clone(library, operation)
         results.append((name, copy.results[0]))
         argument = main.entry_block.add_argument(operation.results[0].type, ir.Location.unknown())
         operation.results[0].replace_all_uses_with(argument)

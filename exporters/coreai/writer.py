@@ -21,13 +21,14 @@ from compress.checkpoint.scalars import folded_config
 from compress.checkpoint.side_files import write_side_files
 from compress.checkpoint.sources import Source
 from compress.decoder.config import DecoderConfig
-from compress.decoder.config_json import write_json
+from compress.decoder.config_json import read_json, write_json
+from compress.decoder.tokenizer_facts import TokenizerFacts, parse
 from compress.errors import DiskFullError
 from compress.files import scratch_folder
 from compress.grids import get_grid
-from compress.plan.job import read_license
 from compress.plan.shapes import Artifact, Plan, PlanEntry, Written
 from compress.plan.weights import Weights
+from exporters.app import read_shown
 from exporters.coreai.constants import Constants, file_bytes_of, layout, write_entry
 from exporters.coreai.graph import build
 from exporters.coreai.inspection import METADATA, PROGRAM, Bundle, list_tensors
@@ -82,6 +83,8 @@ class Writer:
         tokenizer = self._folder / TOKENIZER
         tokenizer.mkdir(exist_ok=True)
         write_side_files(config, checkpoint, tokenizer)
+        if checkpoint.has_tokenizer:
+            add_stop_tokens(tokenizer / "tokenizer_config.json", config, checkpoint.tokenizer_facts)
         return Artifact(
             format=plan.format,
             type_name=plan.type_name,
@@ -119,12 +122,14 @@ def digest_of(path: Path) -> bytes:
 
 def asset_metadata(plan: Plan, weights: Weights | Source) -> str:
     """``metadata.json`` of the program, as coreai-core writes it, without a date."""
+    shown = read_shown(weights.checkpoint)
+    own = f"{plan.model_name}, {plan.type_name}, up to {plan.max_context} positions"
     document = {
         "assetVersion": "2.0",
-        "author": "",
+        "author": shown.author,
         "creatorDefinedMetadata": {"packlight.version": __version__},
-        "description": f"{plan.model_name}, {plan.type_name}, up to {plan.max_context} positions",
-        "license": read_license(weights.checkpoint) or "",
+        "description": shown.description or own,
+        "license": shown.license,
         "producer": f"coreai-core {COREAI}",
     }
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
@@ -135,7 +140,7 @@ def bundle_metadata(plan: Plan, weights: Weights | Source) -> dict[str, Any]:
     ``inspect`` reads."""
     config, checkpoint = weights.config, weights.checkpoint
     floating = DecoderConfig.from_hf(checkpoint.config)  # of the unpruned float model
-    hub_id = checkpoint.source if checkpoint.revision else ""
+    hub_id = checkpoint.hub_id
     return {
         "metadata_version": "0.2",
         "kind": "llm",
@@ -157,6 +162,20 @@ def bundle_metadata(plan: Plan, weights: Weights | Source) -> dict[str, Any]:
             "tensors": [[e.target_name, e.grid, list(e.shape)] for e in plan.entries],
         },
     }
+
+
+def add_stop_tokens(file: Path, config: DecoderConfig, tokenizer: TokenizerFacts) -> None:
+    """Name the model's stop tokens where Apple's runner looks for them.
+
+    It stops at ``eos_token`` and at every one of ``additional_special_tokens``
+    (``LanguageConfig.additionalStopTokenIds``), and reads no ``generation_config.json``. All
+    special tokens are in ``tokenizer.json``, too.
+    """
+    texts = {index: text for text, index in parse(tokenizer.text).ids.items()}
+    stops = [texts[index] for index in config.eos_token_ids if index in texts]
+    others = [text for text in stops if text != tokenizer.special.get("eos_token")]
+    settings = read_json(file) | {"additional_special_tokens": others}
+    write_json(file, settings, sort_keys=True)
 
 
 def writing_memory(plan: Plan) -> int:

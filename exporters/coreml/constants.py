@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.decoder.config import DecoderConfig, split_name
-from compress.errors import DiskFullError, is_disk_full
+from compress.files import write_at
 from compress.grids import Array, Quantized, get_grid, pack_bits
 from compress.grids.sparse import SparseGrid
 from compress.plan.shapes import Plan, PlanEntry
@@ -192,11 +192,7 @@ class Layout:
 
 
 class Blob:
-    """Writes one array at its offset, some rows at a time.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Writes one array at its offset, some rows at a time."""
 
     def __init__(self, stream: RawIOBase, offset: int, part: Part) -> None:
         self._stream, self._part = stream, part
@@ -218,20 +214,3 @@ class Blob:
         """After the last row; returns the offset of the array's end in the file."""
         assert self._taken == math.prod(self._part.shape), (self._part, self._taken)
         return self._begin + self._part.nbytes
-
-
-def write_at(stream: RawIOBase, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at an offset; the file is unbuffered, because closing a buffer would retry.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
-    rest = memoryview(data).cast("B")
-    try:
-        stream.seek(offset)
-        while rest:
-            rest = rest[stream.write(rest) :]
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise DiskFullError(f"weight.bin could not be written: {error.strerror}") from error

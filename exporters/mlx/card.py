@@ -70,14 +70,14 @@ def runtime_python() -> str:
             return found
         raise RuntimeMissingError(
             f"{PYTHON} is {named!r}, which is no program",
-            hint="the path of an environment's python",
+            hint="--runtime-python takes the path of an environment's python",
         )
     if find_spec("mlx") and find_spec("mlx_lm"):
         return sys.executable
     raise RuntimeMissingError(
         "mlx-lm, which runs an MLX folder, is not installed",
         hint='pip install "packlight[mlx]"; or in an environment of its own (mlx-lm wants '
-        f"transformers 5) and {PYTHON}=its python; or --no-verify",
+        "transformers 5) and --runtime-python its/bin/python; or --no-verify",
     )
 
 

@@ -53,8 +53,9 @@ def main() -> None:
     for name, module in tree_flatten(model.leaf_modules(), is_leaf=is_module):
         if hasattr(module, "scales"):
             decoded = mx.dequantize(
-                module.weight, module.scales, module.biases, module.group_size, module.bits
-            )
+                module.weight, module.scales, module.get("biases"), module.group_size, module.bits,
+                mode=module.mode, dtype=mx.float32,
+            )  # fmt: skip
             mx.eval(decoded)
             digests[f"{name}.weight"] = hashlib.sha256(memoryview(decoded)).hexdigest()
     emit({"digests": digests})

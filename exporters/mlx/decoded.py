@@ -12,8 +12,9 @@ from compress.decoder.config import DecoderConfig, WeightMap
 from compress.errors import ArtifactError
 from compress.grids import Array, Float32
 from compress.grids.biased import Biased
+from compress.grids.mxfp4 import MicroscalingWords
 from exporters.mlx.models import place
-from exporters.mlx.planning import BITS, GROUP_SIZES
+from exporters.mlx.planning import BITS, GROUP_SIZES, MXFP4
 from exporters.mlx.tensors import PARTS, Piece
 
 __all__ = ["Decoded", "grid_of"]
@@ -65,7 +66,8 @@ class Decoded:
         stem = target.removesuffix(".weight")
         if f"{stem}.scales" in self._pieces and target.endswith(".weight"):
             grid = grid_of(self._pieces, self._quantization, stem)
-            parts = (self._pieces[f"{stem}.{part}"] for part in ("weight", "scales", "biases"))
+            names = [f"{stem}.{part}" for part in PARTS]
+            parts = [self._pieces[name] for name in names if name in self._pieces]
             return grid.decode(*grid.unpack(*(part.read(self._folder) for part in parts)))
         piece = self._pieces[target]
         return as_float(piece.read(self._folder), piece.dtype)
@@ -78,21 +80,29 @@ def as_float(values: Array, dtype: str) -> Float32:
     return values.astype(np.float32)
 
 
-def grid_of(pieces: Mapping[str, Piece], quantization: Mapping[str, Any], stem: str) -> Biased:
+def grid_of(
+    pieces: Mapping[str, Piece], quantization: Mapping[str, Any], stem: str
+) -> Biased | MicroscalingWords:
     """The grid of a matrix: the bits that ``quantization`` says, the groups of its scales.
 
     Raises:
-        ArtifactError: the arrays do not fit each other, or are not of the affine mode.
+        ArtifactError: the arrays do not fit each other, or are of another mode.
     """
     own = quantization.get(stem)
     stated = {**quantization, **(own if isinstance(own, dict) else {})}
     bits = stated.get("bits")
     parts = [pieces.get(f"{stem}.{part}") for part in PARTS]
-    if bits in BITS and all(part and len(part.shape) == 2 for part in parts):
+    if stated.get("mode") == MXFP4:
+        words, scales, biases = parts
+        if words and scales and not biases and (words.dtype, scales.dtype) == ("U32", "U8"):
+            rows, columns = words.shape[0], words.shape[1] * 8
+            if scales.shape == (rows, columns // 32) and columns % 32 == 0:
+                return MicroscalingWords()
+    elif bits in BITS and all(part and len(part.shape) == 2 for part in parts):
         words, scales, biases = (part for part in parts if part)
         group = words.shape[1] * 32 / bits / scales.shape[1]
         same = scales.dtype == biases.dtype and scales.dtype in ("F16", "BF16")
         fits = scales.shape == biases.shape and scales.shape[0] == words.shape[0]
         if words.dtype == "U32" and same and fits and group in GROUP_SIZES:
             return Biased(bits, int(group), scales.dtype == "BF16")
-    raise ArtifactError(f"{stem}: not a grid of MLX's affine mode in float16 or bfloat16")
+    raise ArtifactError(f"{stem}: not a grid of MLX's affine mode in float16 or bfloat16, or mxfp4")

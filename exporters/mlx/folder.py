@@ -11,9 +11,8 @@ from compress.checkpoint.side_files import hf_config, write_side_files
 from compress.decoder.config import DecoderConfig
 from compress.decoder.config_json import write_json
 from compress.grids import get_grid
-from compress.grids.biased import Biased
 from compress.plan.shapes import Plan, PlanEntry
-from exporters.mlx.planning import FLOATS
+from exporters.mlx.planning import FLOATS, MXFP4
 
 
 def write_folder(plan: Plan, config: DecoderConfig, checkpoint: Checkpoint, folder: Path) -> None:
@@ -32,19 +31,23 @@ def without_quantization(keys: Mapping[str, Any]) -> dict[str, Any]:
 def quantization(plan: Plan) -> dict[str, Any]:
     """``quantization`` of ``config.json``: bits and group of the settings, and of each module that
     differs from them, under its name."""
-    common = {"bits": plan.settings["bits"], "group_size": plan.settings["group_size"]}
-    found: dict[str, Any] = common | {"mode": "affine"}
+    common = {key: plan.settings[key] for key in ("bits", "group_size", "mode")}
+    if common["mode"] == MXFP4:
+        common |= {"bits": 4, "group_size": 32}  # its only ones
+    found: dict[str, Any] = dict(common)
     for entry in plan.entries:
         if entry.grid not in FLOATS.values() and (own := entry_quantization(entry)) != common:
+            if own["mode"] == common["mode"]:
+                del own["mode"]
             found[entry.target_name.removesuffix(".weight")] = own
     return found
 
 
-def entry_quantization(entry: PlanEntry) -> dict[str, int]:
-    """Bits and group of one tensor."""
+def entry_quantization(entry: PlanEntry) -> dict[str, Any]:
+    """Bits, group and mode of one tensor."""
     grid = get_grid(entry.grid)
-    assert isinstance(grid, Biased)
-    return {"bits": grid.bits, "group_size": grid.group_size}
+    mode = MXFP4 if entry.grid == MXFP4 else "affine"
+    return {"bits": grid.bits, "group_size": grid.group_size, "mode": mode}
 
 
 def exaone_pattern(config: DecoderConfig) -> str | None:

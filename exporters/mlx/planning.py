@@ -13,15 +13,14 @@ from compress.grids.biased import Biased
 from compress.plan.shapes import Candidate, Plan, PlanEntry, PlanRequest, mix_name, tied_bits
 from exporters.mlx.models import model_class, target_name, written_names
 
+MXFP4 = "mxfp4"
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-GRIDS = tuple(
-    f"affine{bits}-g{group}{kind}"
-    for bits in BITS
-    for group in GROUP_SIZES
-    for kind in ("", "-bf16")
+GRIDS = (
+    MXFP4,
+    *(f"affine{b}-g{group}{kind}" for b in BITS for group in GROUP_SIZES for kind in ("", "-bf16")),
 )
-DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 64}
+DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 64, "mode": "affine"}
 FLOATS = {"float16": "F16", "bfloat16": "BF16"}  # the setting → the grid of what stays float
 KV_BYTES = 2  # the cache has the type of the activations
 
@@ -31,7 +30,8 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
 
     Args:
         config: the model; mlx-lm's class computes its scalars itself, so none is folded.
-        request: its settings are ``bits`` (default 4), ``group_size`` (64), ``embedding_bits``
+        request: its settings are ``bits`` (default 4), ``group_size`` (64), ``mode`` (affine;
+            with mxfp4, matrices of 4 bits are on that grid), ``embedding_bits``
             (default: as ``tied_bits`` where the head is the embedding, else ``bits``),
             ``head_bits`` (default: ``bits``), ``dtype`` of scales, biases and norms.
 
@@ -77,7 +77,8 @@ def candidates(
     if len(entry.shape) != 2 or entry.grid in FLOATS.values():
         return []
     kind = "-bf16" if settings["dtype"] == "bfloat16" else ""
-    grids = wanted or [f"affine{bits}-g{group}{kind}" for bits in BITS for group in GROUP_SIZES]
+    affine = [f"affine{bits}-g{group}{kind}" for bits in BITS for group in GROUP_SIZES]
+    grids = wanted or [*affine, MXFP4]
     shape = (entry.shape[0], entry.shape[1])
     sizes = {
         grid: get_grid(grid).nbytes(shape)
@@ -109,7 +110,9 @@ def _entries(
 
 
 def grid_name(settings: Mapping[str, Any], bits: int) -> str:
-    """``affine4-g64``, with the settings' group and type."""
+    """``affine4-g64``, with the settings' group and type; or ``mxfp4``."""
+    if bits == 4 and settings["mode"] == MXFP4:
+        return MXFP4
     kind = "-bf16" if settings["dtype"] == "bfloat16" else ""
     return f"affine{bits}-g{settings['group_size']}{kind}"
 
@@ -118,7 +121,8 @@ def fitting_grid(asked: str, columns: int) -> str:
     """The grid, or that with the next smaller groups that divide the rows; empty for none: such a
     matrix stays float, as in mlx-lm."""
     grid = get_grid(asked)
-    assert isinstance(grid, Biased)
+    if not isinstance(grid, Biased):
+        return asked if columns % grid.group_size == 0 else ""
     for size in (128, 64, 32):
         if size <= grid.group_size and columns % size == 0:
             return Biased(grid.bits, size, grid.bfloat16).name

@@ -18,6 +18,11 @@ class Settings(TargetSettings):
     group_size: Literal[32, 64, 128] = Field(
         default=64, description="Number of weights that share a scale and a bias."
     )
+    mode: Literal["affine", "mxfp4"] = Field(
+        default="affine",
+        description="Grid of 4 bits: affine, or mxfp4: 4-bit floats, groups of 32 that share a "
+        "power of two, 4.25 bits per weight.",
+    )
     embedding_bits: Literal[2, 3, 4, 5, 6, 8] | None = Field(
         default=None,
         description="Bits of embed_tokens; default: `bits`, but 8 where it is also the head (tied) "

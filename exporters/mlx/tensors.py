@@ -6,6 +6,7 @@ A quantized matrix is three arrays, as ``mx.quantized_matmul`` reads them:
     NAME.scales   F16 or BF16  [rows, columns / group_size]
     NAME.biases   F16 or BF16  the same shape
 
+or two in the mode mxfp4, whose scales are bytes, ``U8``.
 Files: https://huggingface.co/docs/safetensors; of at most ``SHARD`` bytes, as mlx-lm's are.
 """
 
@@ -85,12 +86,13 @@ def arrays(entry: PlanEntry) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if entry.grid in NUMPY:
         yield entry.target_name, entry.grid, entry.shape
         return
-    grid = get_grid(entry.grid)
-    assert isinstance(grid, Biased)
-    rows, columns = entry.shape
-    stem, kind = entry.target_name.removesuffix(".weight"), "BF16" if grid.bfloat16 else "F16"
+    grid, (rows, columns) = get_grid(entry.grid), entry.shape
+    stem = entry.target_name.removesuffix(".weight")
     yield f"{stem}.weight", "U32", (rows, columns * grid.bits // 32)
-    for part in PARTS[1:]:
+    kind = "U8"
+    if isinstance(grid, Biased):
+        kind = "BF16" if grid.bfloat16 else "F16"
+    for part in PARTS[1:] if isinstance(grid, Biased) else PARTS[1:2]:
         yield f"{stem}.{part}", kind, (rows, columns // grid.group_size)
 
 

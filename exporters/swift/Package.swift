@@ -7,6 +7,7 @@ let package = Package(
     name: "PacklightModel",
     platforms: [.iOS(.v18), .macOS(.v15)],
     products: [
+        .library(name: "PacklightCore", targets: ["PacklightCore"]),
         .library(name: "PacklightModel", targets: ["PacklightModel"]),
     ],
     dependencies: [

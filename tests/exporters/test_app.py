@@ -21,6 +21,7 @@ from compress.demo import model_path
 from compress.errors import UsageError
 from compress.plan.job import Job
 from compress.recipe import load
+from compress.report.report import Report
 from compress.verify.parity import vectors
 from exporters import app
 from exporters.app import read_shown
@@ -146,6 +147,24 @@ def test_parity_vectors_name_the_largest_logits_first() -> None:
     assert found["ids"] == list(range(32)) and found["prefill"] == 16
     logits[3, 5] = np.nan
     assert vectors("runtime", range(40), logits) is None
+
+
+def test_the_report_says_which_devices_it_fits_on(outputs: dict[bool, Path]) -> None:
+    out = outputs[False].parent
+    report = Report.load(out / "report.json")
+    (artifact,) = report.artifacts
+    words = ("fit", model_path(), "-r", "int4-fast", "-f", "coreml", "--json")
+    rows = json.loads(commands.packlight(*words).stdout)["rows"]
+    assert [device.name for device in artifact.devices] == [row["device"] for row in rows]
+    for device, row in zip(artifact.devices, rows, strict=True):
+        assert device.verdict == row["verdict"] == "fits"
+        assert device.largest_context == row["largest_context"]
+        assert device.entitled_bytes == row["limit_bytes"]
+        assert device.tokens_per_second == row["tokens_per_second_realistic"]
+        assert artifact.activation_bytes == row["activation_bytes"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Memory that Core ML int4-g32 needs" in page and "iPhone Duo" in page
+    assert f"{len(rows)} devices" in page
 
 
 # --- metadata ---------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""The Swift package that lies beside a Core ML package. No Swift compiler runs here: its syntax is
-parsed, and its names are compared with the written package and a list of Apple's.
+"""The Swift packages that lie beside a Core ML package or in a Core AI bundle.
+
+No Swift compiler runs here: its syntax is parsed, and its names are compared with the written
+package and lists of Apple's.
 """
 
 from __future__ import annotations
@@ -45,11 +47,16 @@ FRAMEWORKS = {
     "PacklightCore": {"Foundation"},
     "PacklightModel": {"Foundation", "CoreML", "Darwin", "Tokenizers", "PacklightCore"},
     "measure": {"Foundation", "PacklightModel"},
-    "App": {"CoreAILanguageModels", "Foundation", "FoundationModels", "PacklightModel"},
+    "PacklightCoreAI": {
+        "CoreAILanguageModels", "Foundation", "FoundationModels", "PacklightCore", "PacklightModel",
+    },
+    "measure-coreai": {"Foundation", "PacklightCoreAI"},
+    "CoreAIParityTests": {"Foundation", "XCTest", "Tokenizers", "PacklightCore", "PacklightCoreAI"},
+    "CoreAI": {"PackageDescription"},
     "CoreTests": {"Foundation", "XCTest", "PacklightCore"},
     "ParityTests": {"Foundation", "XCTest", "Tokenizers", "PacklightCore", "PacklightModel"},
     "swift": {"PackageDescription"},
-}
+}  # fmt: skip
 
 
 def parse(source: bytes) -> Any:
@@ -102,10 +109,12 @@ def test_each_target_imports_what_it_may(path: Path) -> None:
 
 
 def test_targets_have_their_folders() -> None:
-    text = (FOLDER / "Package.swift").read_text(encoding="utf-8")
-    named = {path.parent.name for path in FILES} - {"swift", "App"}
-    assert named == FRAMEWORKS.keys() - {"swift", "App"}
-    assert all(f'name: "{name}"' in text for name in named)
+    for package in (FOLDER, FOLDER / "CoreAI"):
+        text = (package / "Package.swift").read_text(encoding="utf-8")
+        places = [*package.glob("Sources/*"), *package.glob("Tests/*")]
+        assert len(places) > 2
+        for place in places:
+            assert place.name in FRAMEWORKS and f'name: "{place.name}"' in text
 
 
 def test_features_have_the_names_of_the_package(exported: Exports) -> None:
@@ -136,8 +145,39 @@ def test_core_ml_is_called_by_members_of_ios_18() -> None:
     assert members(path) - ours == COREML.keys()
 
 
+# What is used of coreai-models 0.2.0, github.com/apple/coreai-models: its public declarations.
+COREAI = {
+    "makeInferenceEngine", "generate", "reset", "greedy", "logits",  # CoreAIRunner, InferenceEngine
+    "respond", "content",  # FoundationModels, iOS 27
+}  # fmt: skip
+COREAI_TYPES = {
+    "CoreAILanguageModel", "CoreAIRunner", "InferenceEngine", "InferenceOptions",
+    "LanguageModelSession",
+}  # fmt: skip
+
+
+def test_core_ai_is_called_by_what_apples_package_has() -> None:
+    used, types = set(), set()
+    for path in (FOLDER / "CoreAI/Sources/PacklightCoreAI").glob("*.swift"):
+        used |= members(path)
+        types |= {*texts(path, "simple_identifier"), *texts(path, "type_identifier")}
+    ours = {  # of Foundation, Swift and these files
+        "dropFirst", "prefix", "map", "now", "duration", "Instant", "file", "folder", "context",
+        "vocabSize", "count", "append",
+    }  # fmt: skip
+    assert used - ours - {"self"} == COREAI
+    apples = {name for name in types if name.startswith(("CoreAI", "Inference", "LanguageModel"))}
+    assert apples - {"CoreAIResponder", "CoreAIBundle", "CoreAILanguageModels"} == COREAI_TYPES
+    text = (FOLDER / "CoreAI/Package.swift").read_text(encoding="utf-8")
+    assert 'coreai-models", from: "0.2.0"' in text and '.iOS("27.0")' in text
+
+
 def test_tokenizers_are_loaded_from_the_folder() -> None:
-    for place in ("Sources/PacklightModel/Responder.swift", "Tests/ParityTests/ParityTests.swift"):
+    for place in (
+        "Sources/PacklightModel/Responder.swift",
+        "Tests/ParityTests/ParityTests.swift",
+        "CoreAI/Tests/CoreAIParityTests/CoreAIParityTests.swift",
+    ):
         text = (FOLDER / place).read_text(encoding="utf-8")
         assert "AutoTokenizer.from(modelFolder:" in text
         assert "pretrained:" not in text  # would ask the Hub

@@ -154,14 +154,22 @@ def test_limits_are_those_of_the_memory_and_say_whether_they_were_measured(name,
 
 def test_a_prompt_in_one_call_has_the_logits_of_all_positions(phi3):
     logits, mask, block = 131_334_144, 8_388_608, 163_577_856
-    assert prompt_bytes(phi3, 2048) == logits + mask + block
-    shared = replace(phi3, num_key_value_heads=8)  # keys and values are repeated for 32 heads
-    assert prompt_bytes(shared, 2048) - prompt_bytes(phi3, 2048) == 2 * 2 * 2048 * 32 * 96
-    whole = footprint(phi3, 1_911_000_000, 0, 2048, whole_prompt=True)
+    assert prompt_bytes(phi3, 2048, 2048) == logits + mask + block
+    shared = replace(phi3, num_key_value_heads=8)  # a mask for each of four query heads
+    more = prompt_bytes(shared, 2048, 2048) - prompt_bytes(phi3, 2048, 2048)
+    assert more == 3 * mask
+    assert prompt_bytes(phi3, 64, 2048) == prompt_bytes(phi3, 2048, 2048) // 32
+    whole = footprint(phi3, 1_911_000_000, 0, 2048, prompt_call=1 << 20)
     chunk = footprint(phi3, 1_911_000_000, 0, 2048)
-    assert whole.activations - prompt_bytes(phi3, 2048) == pytest.approx(
+    assert whole.activations - prompt_bytes(phi3, 2048, 2048) == pytest.approx(
         chunk.activations - chunk_bytes(phi3, 512, 2048)
     )
+    runner = footprint(phi3, 1_911_000_000, 0, 2048, prompt_call=1024)  # Core AI's
+    less = prompt_bytes(phi3, 2048, 2048) - prompt_bytes(phi3, 1024, 2048)
+    assert whole.activations - runner.activations == less
+    outside = replace(whole, outside=True)  # the Neural Engine's
+    assert whole.total - outside.total == whole.weights
+    assert largest_context(phi3, outside, outside.total) == 2048
     context = largest_context(phi3, whole, whole.total)
     assert context == 2048 < largest_context(phi3, chunk, whole.total)
 

@@ -144,6 +144,8 @@ def test_a_slow_runtime_sends_an_event_after_every_run(
 class Calls(EchoModel):
     """Records its calls; sleeps ``slow`` seconds for each input."""
 
+    costly = False
+
     def __init__(self, slow: float = 0.0) -> None:
         super().__init__(64)
         self.calls: list[tuple[str, int]] = []
@@ -179,6 +181,18 @@ def test_measurements_of_speed_end_when_their_seconds_are_over(
     assert used["speed"]["repeats"] == 1 and used["speed"]["decode_tokens"] == 4
     assert runtime.calls[:10] == [("feed", 64), *[("feed", 1)] * 4] * 2
     assert runtime.calls[10] == ("feed", 16)
+
+
+def test_a_runtime_whose_calls_are_costly_is_called_seldom(
+    baseline: BaselineStore, tmp_path: Path
+) -> None:
+    runtime = Calls()
+    runtime.costly = True
+    events = examine(runtime, baseline, tmp_path, parity=True)
+    sample = [("feed", 29), *[("feed", 1)] * 3, ("logits", 32)]
+    assert runtime.calls == [("feed", 16), ("feed", 1), *sample, *[("logits", 33)] * 4]
+    (parity,) = [event["parity"] for event in events if "parity" in event]
+    assert len(parity["ids"]) == 32
 
 
 def test_the_child_ends_when_the_parent_stops_listening(baseline: BaselineStore) -> None:

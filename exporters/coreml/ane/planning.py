@@ -63,6 +63,7 @@ def plan_chunks(
         notes=(EXPERIMENTAL, *planning.context_notes(config, settings)),
         max_context=settings["context"],
         folded=folded,
+        weights_outside=True,
     )
     arrays = [
         [part for entry in package.entries for part in stored_parts(entry)]

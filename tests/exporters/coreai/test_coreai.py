@@ -199,6 +199,40 @@ def test_weights_that_are_decoded_in_each_call_give_the_same(
     assert np.array_equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "grid"),
+    [("2of4", "lut4-g8"), (0.5, "F16"), (0.5, "int8-g64")],
+)
+@pytest.mark.parametrize("keep", [0, 1 << 28])
+def test_zeros_take_no_bytes(
+    exported: Exports, monkeypatch: pytest.MonkeyPatch, sparsity: Any, grid: str, keep: int
+) -> None:
+    made = exported("coreai", "llama3", grid=grid, sparsity=sparsity)
+    pattern = "2of4-" if sparsity == "2of4" else "s50-"
+    sparse = [entry for entry in made.plan.entries if entry.grid.startswith(pattern)]
+    assert len(sparse) == 7 * made.config.num_hidden_layers
+    blobs = {blob.name: blob.raw.size for blob in read_blobs(Bundle.open(made.path).program)}
+    for entry in sparse:
+        rows, columns = entry.shape
+        bits = 16 if grid == "F16" else int(grid.removeprefix("int").removeprefix("lut")[0])
+        name = "values" if grid == "F16" else "codes"
+        assert blobs[f"{entry.target_name}_{name}"] == rows * columns * bits // 16
+        assert blobs[f"{entry.target_name}_mask"] == rows * columns // 8
+    monkeypatch.setattr(runtime_module, "KEEP", keep)
+    runtime = open_runtime(made.path, context=CONTEXT)
+    expected = reference(made, half_ropes=True).logits(TOKENS)
+    assert np.abs(runtime.logits(TOKENS) - expected).max() < 1e-4
+    runtime.close()
+
+
+@pytest.mark.parametrize("grid", ["int4-g32", "int8-g32-asym"])
+def test_no_masks_over_signed_nibbles(exported: Exports, grid: str) -> None:
+    plan = get_format("coreai").plan
+    with pytest.raises(GridError, match="no masks of zeros over") as caught:
+        plan(exported.config("llama3"), PlanRequest({"grid": grid, "sparsity": "2of4"}))
+    assert "lut4-g8" in caught.value.hint
+
+
 # --- the runtime and damaged files ----------------------------------------------------------------
 
 
@@ -300,6 +334,58 @@ def test_the_largest_values_are_those_of_the_residual_stream(
     runtime.close()
 
 
+# --- an app -------------------------------------------------------------------------------------
+
+
+def check_app_files(folder: Path) -> None:
+    """The files beside a verified bundle of the demo."""
+    model, parity = (json.loads((folder / f"{n}.json").read_text()) for n in ("model", "parity"))
+    assert (model["format"], model["hub_id"], model["license"]) == ("coreai", "a/b", "apache-2.0")
+    assert model["deployment"] == {"iOS": "27.0", "macOS": "27.0"}
+    assert model["context"] == 512 == Bundle.open(folder).context
+
+    from coreai.authoring import AIModelAsset
+
+    summary = AIModelAsset.load(folder / model["package"]).summary()
+    assert summary is not None
+    for kind in ("inputs", "states", "outputs"):
+        names = [name for name, _ in getattr(summary, f"function_{kind}")("main")]
+        assert [each["name"] for each in model[kind]] == names
+    assert (folder / "model.entitlements").is_file()
+    assert (folder / "LICENSE-PYTHON.txt").is_file()
+    assert (folder / "Swift" / "CoreAI" / "Package.swift").is_file()
+    config = json.loads((folder / "tokenizer" / "generation_config.json").read_text())
+    assert model["stop_ids"] == config["eos_token_id"]
+    assert len(parity["texts"]) == 20
+    found = parity["logits"]
+    runtime = open_runtime(folder, context=64)
+    rows = runtime.logits(found["ids"])
+    runtime.close()
+    for row, ids, values in zip(rows, found["token_ids"], found["values"], strict=True):
+        assert np.abs(row[ids] - values).max() < found["tolerance"]["absolute"] / 4
+    details = json.loads((folder / model["package"] / "metadata.json").read_text())
+    assert (details["author"], details["license"]) == ("a", "apache-2.0")
+    assert json.loads((folder / "metadata.json").read_text())["source"]["hf_model_id"] == "a/b"
+
+
+def test_apples_runner_finds_every_stop_token(exported: Exports, tmp_path: Path) -> None:
+    """It stops at eos_token and at all of additional_special_tokens, and at nothing else."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "model"
+    shutil.copytree(exported.checkpoint("demo"), path)
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    eos = tokenizer.eos_token_id
+    ordinary = next(i for i in range(300, 400) if i not in tokenizer.all_special_ids)
+    generation = {"eos_token_id": [eos, ordinary]}
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    made = exported.write("coreai", path, {"grid": "int4-g32"})
+    settings = json.loads((made.path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == tokenizer.eos_token
+    stops = settings["additional_special_tokens"]
+    assert stops == [tokenizer.convert_ids_to_tokens(ordinary)]
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -307,7 +393,7 @@ def test_commands_build_verify_and_describe_it(tmp_path: Path) -> None:
     done = packlight(
         "build", model_path(), "-r", "int4-fast", "-f", "coreai", "-o", "out",
         "--set", "verify.windows=2", "--set", "verify.sequence_length=64",
-        "--set", "verify.gates={kl_divergence: '<=0.2'}", "--json", cwd=tmp_path,
+        "--set", "verify.gates={kl_divergence: '<=0.2'}", "--hub-id", "a/b", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (artifact,) = json.loads(done.stdout)["artifacts"]
@@ -319,6 +405,7 @@ def test_commands_build_verify_and_describe_it(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.partial"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "CoreAILanguageModel(resourcesAt:" in card
+    check_app_files(tmp_path / "out" / "coreai")
     done = packlight("inspect", "out", "--json", cwd=tmp_path)
     facts = json.loads(done.stdout)
     assert facts["format"] == "coreai" and facts["bytes"] == artifact["bytes"]

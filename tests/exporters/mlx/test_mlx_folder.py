@@ -4,6 +4,7 @@ test_mlx_runtime.py."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_candidates_ascend_and_a_mix_is_named(exported: Exports) -> None:
     entry = next(e for e in made.plan.entries if e.name == "blocks.0.down_proj.weight")
     found = get_format("mlx").candidates(entry, made.plan.settings)
     assert [c.grid for c in found][:3] == ["affine2-g128", "affine2-g64", "affine2-g32"]
-    assert [c.nbytes for c in found] == sorted(c.nbytes for c in found) and len(found) == 18
+    assert [c.nbytes for c in found] == sorted(c.nbytes for c in found) and len(found) == 19
     choices = {entry.name: "affine6-g32"}
     plan = writing.plan_for("mlx", made.config, {}, choices=choices)
     assert plan.type_name.startswith("mix-")
@@ -221,6 +222,36 @@ def test_inspection(exported: Exports, tmp_path: Path) -> None:
         row.inspect(damaged)
 
 
+def test_mxfp4_is_a_mode_of_a_module(exported: Exports, tmp_path: Path) -> None:
+    made = exported("mlx", "qwen2", mode="mxfp4", embedding_bits=8)
+    keys = json.loads((made.path / "config.json").read_text())["quantization"]
+    own = {"model.embed_tokens": {"bits": 8, "group_size": 64, "mode": "affine"}}
+    assert keys == {"bits": 4, "group_size": 32, "mode": "mxfp4"} | own
+    name = "blocks.1.down_proj.weight"
+    (entry,) = [entry for entry in made.plan.entries if entry.name == name]
+    weight = Stored(made.checkpoint, made.config).read(name)
+    grid = get_grid("MXFP4")  # whose blocks gguf-py reads
+    params = grid.fit(weight)
+    expected = grid.decode(grid.encode(weight, params), params)
+    assert np.array_equal(decoded(made.path, made.config).read(name), expected)
+    facts = get_format("mlx").inspect(made.path)
+    rows = {row["name"]: row for row in facts["tensors"]}
+    row = rows[entry.target_name]
+    assert (row["grid"], row["shape"], row["bytes"]) == ("mxfp4", list(entry.shape), entry.nbytes)
+    mixed = exported.write("mlx", made.checkpoint.path, {}, choices={name: "mxfp4"})
+    keys = json.loads((mixed.path / "config.json").read_text())["quantization"]
+    assert keys["mode"] == "affine"
+    own = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+    assert keys["model.layers.1.mlp.down_proj"] == own
+    damaged = tmp_path / "damaged"
+    shutil.copytree(mixed.path, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization"]["model.layers.1.mlp.down_proj"]["mode"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="down_proj: not a grid"):
+        get_format("mlx").inspect(damaged)
+
+
 def test_without_mlx_lm_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, exported: Exports
 ) -> None:
@@ -245,6 +276,8 @@ def test_commands(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "error: PACKLIGHT_MLX_PYTHON is 'no-such-python'" in refused.stderr
     assert "hint: " in refused.stderr and not (tmp_path / "out").exists()  # before any work
+    asked = packlight(*build, "--runtime-python", "no-such-python", cwd=tmp_path, env={})
+    assert (asked.returncode, asked.stderr) == (2, refused.stderr)
     assert packlight(*build, "--no-verify", cwd=tmp_path, env=without).returncode == 0
     facts = json.loads(packlight("inspect", "out", "--json", cwd=tmp_path).stdout)
     assert (facts["format"], facts["metadata"]["quantization"]) == (

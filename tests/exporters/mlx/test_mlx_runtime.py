@@ -58,6 +58,18 @@ def test_mlx_lm_agrees(exported: Exports, family: str) -> None:
     runtime.close()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_mlx_lm_reads_mxfp4(exported: Exports, family: str) -> None:
+    """With 8-bit affine matrices among them; decoded bit for bit, or the runtime refuses."""
+    made = exported("mlx", family, mode="mxfp4", embedding_bits=8)
+    grids = {entry.grid.partition("-")[0] for entry in made.plan.entries}
+    assert grids >= {"mxfp4", "affine8"}
+    runtime = get_format("mlx").open_runtime(made.path, context=32, threads=1)
+    runtime.logits(made.tokens(32))
+    assert "whole and cached" in runtime.name
+    runtime.close()
+
+
 def test_a_difference_is_noticed(exported: Exports) -> None:
     """mlx-lm has no window for mistral, so beyond the window it is another model."""
     made = exported("mlx", "mistral", make={"sliding_window": 8}, bits=4, group_size=32)

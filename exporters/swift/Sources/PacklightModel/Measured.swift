@@ -10,6 +10,14 @@ public struct Measured: Sendable {
     /// Bytes that count against the app's limit.
     public let footprint: Int
 
+    public init(
+        prefillTokensPerSecond: Double, decodeTokensPerSecond: Double, footprint: Int
+    ) {
+        self.prefillTokensPerSecond = prefillTokensPerSecond
+        self.decodeTokensPerSecond = decodeTokensPerSecond
+        self.footprint = footprint
+    }
+
     public var description: String {
         String(
             format: "prefill %.1f tokens/s, decode %.1f tokens/s, footprint %.0f MB",
@@ -42,7 +50,8 @@ extension Decoder {
     }
 }
 
-func seconds(_ time: Duration) -> Double {
+/// A duration in seconds.
+public func seconds(_ time: Duration) -> Double {
     Double(time.components.seconds) + Double(time.components.attoseconds) / 1e18
 }
 

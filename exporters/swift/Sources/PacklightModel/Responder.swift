@@ -11,23 +11,25 @@ public protocol Responder {
 /// The best responder that a device can run.
 ///
 /// - Parameters:
-///   - folder: of a build, with `coreml/` and perhaps `coreai/`.
-///   - coreAI: opens a Core AI bundle, as `App/CoreAIResponder.swift` does; this package does not
-///     import Core AI itself, because it would then need iOS 27.
+///   - folder: of a build, with `coreml/`, `coreai/` or both.
+///   - coreAI: opens a Core AI bundle: `{ try await CoreAIResponder(bundle: $0) }` of the package in
+///     `CoreAI/`. This one does not import it, because it would then need iOS 27.
 public func openResponder(
     _ folder: URL, coreAI: ((URL) async throws -> any Responder)? = nil
 ) async throws -> any Responder {
     let bundle = folder.appendingPathComponent("coreai")
+    let package = folder.appendingPathComponent("coreml")
+    let files = FileManager.default
     if #available(iOS 27, macOS 27, *), let coreAI,
-        FileManager.default.fileExists(atPath: bundle.path)
+        files.fileExists(atPath: bundle.path)
     {
         do {
             return try await coreAI(bundle)
-        } catch {
+        } catch where files.fileExists(atPath: package.path) {
             print("Core AI refuses the model, Core ML is tried: \(error)")
         }
     }
-    return try await CoreMLResponder(folder: folder.appendingPathComponent("coreml"))
+    return try await CoreMLResponder(folder: package)
 }
 
 /// A Core ML package with the tokenizer of its folder: nothing is downloaded.

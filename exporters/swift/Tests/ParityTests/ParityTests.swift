@@ -21,6 +21,11 @@ final class ParityTests: XCTestCase {
         }
     }
 
+    override func setUpWithError() throws {
+        let file = try read(ModelFile.self, named: "model.json", in: Self.folder)
+        try XCTSkipUnless(file.format == "coreml", "a Core AI bundle: its tests are in CoreAI/")
+    }
+
     func testLogits() async throws {
         let parity = try read(ParityFile.self, named: "parity.json", in: Self.folder)
         guard let expected = parity.logits else {
