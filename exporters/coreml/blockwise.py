@@ -1,7 +1,7 @@
 """Decodes integers with a float16 scale for each block of a row to float32, in one pass.
 
 The arithmetic is ``constexpr.blockwise_shift_scale``'s, product rounded to float16 and widened, bit
-for bit but for the sign of zeros; from packed int4 it takes a quarter of its time.
+for bit but for the sign of zeros; from packed int4 it takes a third of its time or less.
 """
 
 # mypy: allow-untyped-defs
@@ -72,34 +72,41 @@ def fill_blocks(raw, scale, shift, turn, nibbles, out, bits):
         out: float32 ``[rows, columns]``, filled; ``bits`` is the same memory as int32.
     """
     rows, count = scale.shape
-    size = out.shape[1] // count
+    columns = out.shape[1]
+    size, sign, low = columns // count, np.int32(turn), np.int32(15)
     for row in range(rows):
+        values, integers = out[row], bits[row]
+        if nibbles:
+            pairs = raw[row * (columns // 2) : (row + 1) * (columns // 2)]
+            for i in range(columns // 2):
+                pair = np.int32(pairs[i])
+                values[2 * i] = f4((pair & low) ^ sign)
+                values[2 * i + 1] = f4((pair >> np.int32(4)) ^ sign)
+        else:
+            codes = raw[row * columns : (row + 1) * columns]
+            for i in range(columns):
+                values[i] = f4(np.int32(codes[i]) ^ sign)
+        regular = True
         for block in range(count):
-            factor, less, begin = scale[row, block], shift[row, block], block * size
-            if nibbles:
-                first = (row * count + block) * (size // 2)
-                for i in range(size // 2):
-                    pair = raw[first + i] ^ (turn | turn << np.uint8(4))
-                    out[row, begin + 2 * i] = (f4(pair & np.uint8(15)) - less) * factor
-                    out[row, begin + 2 * i + 1] = (f4(pair >> np.uint8(4)) - less) * factor
+            factor, less = scale[row, block], shift[row, block]
+            part = values[block * size : (block + 1) * size]
+            for i in range(size):
+                part[i] = (part[i] - less) * factor
+            regular = regular and TINY <= abs(factor) < LARGEST
+        if regular:  # no product is subnormal or infinite
+            for i in range(columns):
+                value = integers[i]
+                integers[i] = (value + UP + ((value >> PLACE) & ONE)) & KEEP
+            continue
+        for i in range(columns):
+            exact = values[i]
+            if abs(exact) < TINY:
+                values[i] = (exact + f4(0.75)) - f4(0.75)  # to a multiple of 2**-24
+            elif abs(exact) >= f4(65520.0):
+                values[i] = f4(np.inf) if exact > f4(0.0) else f4(-np.inf)
             else:
-                first = (row * count + block) * size
-                for i in range(size):
-                    out[row, begin + i] = (f4(raw[first + i] ^ turn) - less) * factor
-            if TINY <= abs(factor) < LARGEST:  # no product is subnormal or infinite
-                for i in range(begin, begin + size):
-                    value = bits[row, i]
-                    bits[row, i] = (value + UP + ((value >> PLACE) & ONE)) & KEEP
-                continue
-            for i in range(begin, begin + size):
-                exact = out[row, i]
-                if abs(exact) < TINY:
-                    out[row, i] = (exact + f4(0.75)) - f4(0.75)  # to a multiple of 2**-24
-                elif abs(exact) >= f4(65520.0):
-                    out[row, i] = f4(np.inf) if exact > f4(0.0) else f4(-np.inf)
-                else:
-                    value = bits[row, i]
-                    bits[row, i] = (value + UP + ((value >> PLACE) & ONE)) & KEEP
+                value = integers[i]
+                integers[i] = (value + UP + ((value >> PLACE) & ONE)) & KEEP
 
 
 blocks = kernel(fill_blocks, fastmath=())

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporters.coreml.blockwise import decode_blocks, has_blocks
 from exporters.coreml.constexpr import Compressed, Constant, can_take_rows, decode, take_rows
 
 __all__ = ["Weight", "gather_rows", "linear_by_slabs", "place_of", "share_cache", "widen"]
@@ -33,14 +32,15 @@ class Weight:
         shape: after decoding.
         keep_as: torch type in which it stays decoded after the first use; None: decode every time.
         slab: weights that ``slabs`` decodes at a time.
-        has_blocks: whether to decode it is as fast as to widen what was decoded before.
+        has_blocks: whether it is decoded in one pass, as fast as what was decoded before is widened
+            (``blockwise``).
     """
 
     def __init__(self, constant: Constant, slab: int = SLAB) -> None:
         self.constant, self.slab = constant, slab
         self.shape = constant.shape
         self.keep_as: torch.dtype | None = None
-        self.has_blocks = has_blocks(constant)
+        self.has_blocks = False
         self._by_rows = can_take_rows(constant)
         self._decoded: Tensor | None = None
 
@@ -52,7 +52,11 @@ class Weight:
 
     def _decode(self, constant: Constant) -> Tensor:
         """The weight, or some rows of it, in whichever type is faster."""
-        return decode_blocks(constant) if self.has_blocks else decode(constant)
+        if not self.has_blocks:
+            return decode(constant)
+        from exporters.coreml.blockwise import decode_blocks  # compiles
+
+        return decode_blocks(constant)
 
     def rows(self, rows: NDArray[np.int64]) -> Tensor:
         """Some rows of the decoded weight."""
@@ -99,7 +103,10 @@ def share_cache(weights: Iterable[Weight], cache_bytes: int) -> None:
         for weight in distinct:
             weight.keep_as = torch.float32
         return
+    from exporters.coreml.blockwise import has_blocks  # takes a second to import
+
     for weight in distinct:
+        weight.has_blocks = has_blocks(weight.constant)
         nbytes = 2 * math.prod(weight.shape)
         # A plain float16 constant is in the mapped file already; a float32 one would lose bits.
         worth = isinstance(weight.constant, Compressed) and weight.constant.dtype == "fp16"

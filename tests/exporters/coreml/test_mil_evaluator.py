@@ -17,7 +17,7 @@ from mil_program import save_program
 from torch import nn
 
 from compress.errors import ArtifactError
-from exporters.coreml import weights
+from exporters.coreml import blockwise
 from exporters.coreml.evaluator import Evaluator
 from exporters.coreml.mil import read_package
 
@@ -253,8 +253,8 @@ def test_several_calls_at_once_are_each_alone_and_decode_a_constant_once(
     expected = [evaluator.predict(inputs, state)["logits"] for state, inputs in alone]
 
     decoded: list[int] = []
-    decode = weights.decode_blocks
-    monkeypatch.setattr(weights, "decode_blocks", lambda c: decoded.append(1) or decode(c))
+    decode = blockwise.decode_blocks
+    monkeypatch.setattr(blockwise, "decode_blocks", lambda c: decoded.append(1) or decode(c))
     found = evaluator.predict_each(calls)
     assert len(decoded) == 7 * LAYERS + 1
     for outputs, logits, (_, state), (other, _) in zip(found, expected, calls, alone, strict=True):
