@@ -43,6 +43,15 @@ QUESTIONS = (
 )
 MOST = 32  # tokens of an answer
 FLOAT = "float model"
+INTRODUCTION = """\
+`python benchmarks/real.py CHECKPOINT`: recipes on real checkpoints, every artifact written, run in
+its runtime and compared with the float model; `N bits` is `phone-4bit` with a budget of so many
+bits per weight. `smollm2-s05` is SmolLM2-135M-Instruct whose weights, dequantized from a Q4_1 file,
+were moved at random by up to a quarter of its step, so that no grid finds its own codes;
+`smollm2-s0` as they come; `gemma3-270m` from a Q4_K_M file. CPU seconds are of one thread on a
+shared machine; the first row that needs input statistics, or the float model's answers, pays for
+them.
+"""
 
 
 def run(words: Sequence[str], work: Path) -> tuple[dict[str, Any], float]:
@@ -179,7 +188,7 @@ def said(entry: dict[str, Any]) -> str:
 
 def page(document: dict[str, Any]) -> str:
     """Markdown: a section for each checkpoint."""
-    sections = []
+    sections = [INTRODUCTION]
     for name, entry in document.items():
         (first, *_) = entry["rows"]
         scored = f"{first['scored_tokens']:,} scored tokens"
