@@ -292,7 +292,7 @@ def page(document: dict[str, Any]) -> str:
     """The Markdown of a measurement."""
     spent = ", ".join(f"{name} {s} s" for name, s in document["walk_cpu_seconds"].items())
     lines = [f"CPU seconds of tokenizing and the walk: {spent}."] if spent else []
-    told = "\n\n".join([*lines, *document["notes"]]) + "\n"
+    told = "\n".join(f"{line}\n" for line in [*lines, *document["notes"]])
     return "\n".join(filter(None, [table(document["rows"]), told, bars(document["rows"])]))
 
 
