@@ -179,7 +179,7 @@ def by_autoround(name: str, model: Model, options: argparse.Namespace) -> dict[s
 
 def hf_names(model: Model) -> dict[str, str]:
     """Name of a block's matrix → the module's name in transformers."""
-    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    attention = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
     found = {}
     for key, weight in model.weights.items():
         block, role, _ = split_name(key)
