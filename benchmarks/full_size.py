@@ -72,10 +72,9 @@ class Row:
     wanted: bool = True
 
 
-def one(format_name: str, *settings: str) -> Row:
+def one(format_name: str, setting: str, *options: str) -> Row:
     """``rtn``, one format."""
-    pairs = (part for setting in settings for part in ("--set", f"targets.{format_name}.{setting}"))
-    return Row((*RTN, "-f", format_name, *pairs))
+    return Row((*RTN, "-f", format_name, "--set", f"targets.{format_name}.{setting}", *options))
 
 
 # In order of execution: packlight's row, then the peer's, type by type.
@@ -90,7 +89,7 @@ ROWS = {
     "genai:int4-g32": Row(),
     "onnx:int4-g128": one("onnx", "group_size=128"),
     "coreml:int4-g32": one("coreml", "grid=int4-g32"),
-    "coreml:lut4-g16": one("coreml", "grid=lut4-g16"),
+    "coreml:lut4-g16": one("coreml", "grid=lut4-g16", "--force"),  # else refused
     "all": Row(RTN),  # Q4_K_M, int4-g32 and int4-g32
     "verify:gguf": Row(),  # of what "all" wrote
     "verify:onnx": Row(),

@@ -50,7 +50,8 @@ def experts(graph: DecoderGraph, hidden: ir.Value, stem: str, name: str) -> ir.V
         activation_beta=0.0,
         swiglu_fusion=1,  # rows of gate and up alternate
         normalize_routing_weights=int(e.renormalize),
-        accuracy_level=graph.accuracy_level,
+        # Not an attribute that onnxruntime 1.30, Transformers.js's in Node, knows.
+        **({"accuracy_level": graph.accuracy_level} if graph.accuracy_level else {}),
         expert_weight_bits=grid.bits,
         block_size=grid.group_size,
     )

@@ -56,6 +56,13 @@ OPTIMUM_GROUPED = frozenset(
     )
 )  # fmt: skip
 OPTIMUM_WIDE = frozenset(("gemma", "gemma3_text", "nemotron"))
+# Model types that Transformers.js 4.3 does not load; of falcon, it wants keys and values in one.
+NOT_IN_TRANSFORMERS_JS = frozenset(
+    (
+        "exaone4", "falcon", "glm4", "granitemoe", "granitemoeshared", "mixtral", "nemotron",
+        "olmoe",
+    )
+)  # fmt: skip
 FLOAT = ("embed_positions", "router", "shared_gate")  # matrices that are not quantized
 FLOAT_BYTES = {"F16": 2, "F32": 4}
 # A browser cannot hold a larger external data file in one ArrayBuffer.
@@ -117,7 +124,7 @@ def plan(config: DecoderConfig, request: PlanRequest) -> Plan:
         model_name=request.model_name,
         entries=entries,
         settings=chosen,
-        notes=tuple(_notes(config, entries, context)),
+        notes=tuple(_notes(config, entries, context, int(chosen["accuracy_level"]))),
         max_context=context,
         kv_bytes_per_value=KV_BYTES,
         folded=folded,
@@ -238,7 +245,9 @@ def _grid_name(settings: Mapping[str, Any], bits: int) -> str:
     return f"int{bits}-g{settings['group_size']}{kind}"
 
 
-def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) -> Iterator[str]:
+def _notes(
+    config: DecoderConfig, entries: Sequence[PlanEntry], context: int, accuracy_level: int
+) -> Iterator[str]:
     nbytes = sum(entry.nbytes for entry in entries)
     tables = sum(entry.nbytes for entry in entries if entry.name.startswith("rope."))
     if 100 * tables > nbytes:
@@ -259,6 +268,12 @@ def _notes(config: DecoderConfig, entries: Sequence[PlanEntry], context: int) ->
         ".experts." in entry.name and entry.grid.startswith("int8") for entry in entries
     ):
         yield "onnxruntime rounds the inputs of experts of 8 bits to int8; of 4 bits it need not"
+    if config.model_type in NOT_IN_TRANSFORMERS_JS:
+        yield (f"Transformers.js 4.3 cannot run {config.model_type}; onnxruntime and ORT GenAI can")
+    elif config.experts is not None:
+        # Its onnxruntime's QMoE has no such attribute; that of WebGPU ignores the router's weights.
+        elsewhere = ", elsewhere with targets.onnx.accuracy_level=0 only" if accuracy_level else ""
+        yield f"Transformers.js 4.3 does not run experts right on WebGPU{elsewhere}"
     # optimum-onnx 0.1.0 computes the shape of the cache from config.json itself.
     if (
         config.model_type not in OPTIMUM_GROUPED
