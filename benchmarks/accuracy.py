@@ -3,13 +3,15 @@
     python benchmarks/accuracy.py [MODEL] [--eval-text FILE] [--calibration FILE ...] [--windows N]
                                   [--solver NAME ...] [--setting NAME ...] [--all-types]
                                   [--no-peers] [--set KEY=VALUE ...] [--out DIR] [--name NAME]
+                                  [--cache DIR] [--append]
 
 For each setting one artifact by each solver, and by each peer (``peers.py``), is built from MODEL
 (default: the bundled demo), loaded in llama.cpp, onnxruntime or the MIL evaluator, and compared
 with the float model on held-out text that is not in the calibration. Those of a setting have the
 same tensors, types and bytes. Writes DIR/NAME.json and DIR/NAME.md (default: benchmarks/accuracy).
 CPU seconds are those of choosing codes and writing; the time of the walk over the calibration
-texts, which all settings share, is below the table.
+texts, which all settings share, is below the table. ``--cache``: statistics of a build's
+``PACKLIGHT_CACHE``, no walk is measured. ``--append``: other settings of an earlier run stay.
 
 A setting is a format and a type or grid: ``GGUF IQ4_XS``, ``ONNX int4-g64-asym``,
 ``Core ML lut6-tensor``.
@@ -128,6 +130,9 @@ def contestants(
 def walks(checkpoint: Checkpoint, chosen: argparse.Namespace, folder: Path) -> dict[str, float]:
     """CPU seconds of the walk of each solver; all settings use the statistics of the last walk."""
     seconds: dict[str, float] = {}
+    if chosen.cache:
+        os.environ["PACKLIGHT_CACHE"] = str(chosen.cache)
+        return seconds
     for solver in (name for name in SOLVERS if name in chosen.solver and needs_of(name)):
         os.environ["PACKLIGHT_CACHE"] = str(folder / f"cache-{solver}")
         start = time.process_time()
@@ -286,8 +291,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def page(document: dict[str, Any]) -> str:
     """The Markdown of a measurement."""
     spent = ", ".join(f"{name} {s} s" for name, s in document["walk_cpu_seconds"].items())
-    lines = [f"CPU seconds of tokenizing and the walk: {spent or 'none'}.", *document["notes"]]
-    told = "\n\n".join(lines) + "\n"
+    lines = [f"CPU seconds of tokenizing and the walk: {spent}."] if spent else []
+    told = "\n".join(f"{line}\n" for line in [*lines, *document["notes"]])
     return "\n".join(filter(None, [table(document["rows"]), told, bars(document["rows"])]))
 
 
@@ -304,12 +309,20 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="of the recipe, for all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--name", default="accuracy", help="of the two files")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--append", action="store_true")
     chosen = parser.parse_args()
     chosen.solver = chosen.solver or list(SOLVERS)
     settings = (*(chosen.setting or SETTINGS), *(GGUF_TYPES if chosen.all_types else ()))
     chosen.setting = list(dict.fromkeys(settings))
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         document = measure(chosen, Path(folder))
+    known = chosen.out / f"{chosen.name}.json"
+    if chosen.append and known.exists():
+        earlier = json.loads(known.read_text())
+        kept = [entry for entry in earlier["rows"] if entry["setting"] not in chosen.setting]
+        document["rows"] = kept + document["rows"]
+        document["notes"] = earlier["notes"] + document["notes"]
     (chosen.out / f"{chosen.name}.json").write_text(json.dumps(document, indent=2) + "\n")
     (chosen.out / f"{chosen.name}.md").write_text(page(document))
     print(page(document))

@@ -134,7 +134,8 @@ class OnnxRuntime(Peer):
     def __call__(self, weight: Float32, grid: Grid, name: str) -> Quantized:
         if not isinstance(grid, Affine):
             return grid.quantize(weight)
-        config = plain(grid) if name == EMBEDDING else self.config(grid, name)
+        eight = grid.bits != 4  # of a tied embedding and of shared values: all tools round it
+        config = plain(grid) if eight or name == EMBEDDING else self.config(grid, name)
         codes, scale, zero = one_matmul(weight, grid, config)
         if zero is None:
             zero = np.full(scale.shape, grid.middle, np.uint8)
@@ -235,7 +236,7 @@ def one_matmul(weight: Float32, grid: Affine, config: Any) -> tuple[Array, Float
 
     Args:
         weight: float32 ``[rows, columns]``; the model multiplies by its transpose.
-        grid: 4 bits; which groups, and whether symmetric.
+        grid: 4 or 8 bits; which groups, and whether symmetric.
         config: of the algorithm.
 
     Returns:
@@ -267,14 +268,16 @@ def one_matmul(weight: Float32, grid: Affine, config: Any) -> tuple[Array, Float
     groups = columns // grid.group_size
     zero = zeros[0] if zeros else None
     if zero is not None and zero.dtype == np.uint8:
-        zero = nibbles(zero.reshape(rows, -1))[:, :groups]
+        zero = unpacked(zero.reshape(rows, -1), grid.bits)[:, :groups]
     elif zero is not None:
         zero = zero.reshape(rows, groups)
-    return nibbles(codes.reshape(rows, -1)), scales.reshape(rows, groups), zero
+    return unpacked(codes.reshape(rows, -1), grid.bits), scales.reshape(rows, groups), zero
 
 
-def nibbles(packed: Array) -> Array:
-    """uint8 ``[rows, n]`` → its halves, the low one first, ``[rows, 2n]``."""
+def unpacked(packed: Array, bits: int) -> Array:
+    """uint8 ``[rows, n]`` of 8 bits, or of 4 → its halves, the low one first, ``[rows, 2n]``."""
+    if bits == 8:
+        return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,19 @@ def job(tmp_path: Path) -> Job:
 
 
 def of_size(job: Job, layers: int, bits: float) -> Job:
-    """The job of a model of so many blocks, with files of so many bits per weight."""
+    """The job of a model of so many blocks, whose matrices have so many bits per weight."""
     config = replace(job.config, num_hidden_layers=layers, layers=(0,) * layers)
-    nbytes = int(bits * config.num_parameters / 8)
     plans = [
-        replace(plan, entries=(replace(plan.entries[0], nbytes=nbytes),)) for plan in job.plans
+        replace(
+            plan,
+            entries=tuple(
+                replace(entry, nbytes=int(bits * prod(entry.shape) / 8))
+                if entry.name.startswith("blocks.")
+                else replace(entry, nbytes=100 * entry.nbytes)  # a large embedding hides nothing
+                for entry in plan.entries
+            ),
+        )
+        for plan in job.plans
     ]
     return replace(job, config=config, plans=tuple(plans))
 
