@@ -45,6 +45,7 @@ def describe_chunks(path: Path) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight(nbytes, parameters),
         "kv_bytes_per_value": 2,  # caches are float16
         "context": int(document["context"]),
+        "weights_outside": True,
         "config": json_or_empty(path.parent / "config.json"),
         "metadata": dict(sorted(metadata.items()))
         | {row["file"]: row["kind"] for row in document["packages"]}
