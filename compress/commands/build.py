@@ -61,7 +61,7 @@ if TYPE_CHECKING:
               help="Allow sparsity in formats that store zeros like other weights.")  # fmt: skip
 @click.option("--force", is_flag=True,
               help="Build what is refused otherwise: palettes of few bits whose codes are chosen "
-                   "without calibration; palettes in Core ML packages for the GPU.")  # fmt: skip
+                   "without calibration, or in packages for a GPU.")  # fmt: skip
 @eval_option
 @gate_option
 @click.option("--budget", default="", metavar="SIZE",

@@ -195,7 +195,7 @@ progress_option = click.option(
 runtime_python_option = click.option(
     "--runtime-python", expose_value=False, metavar="PATH",
     callback=lambda _context, _option, path: path and os.environ.update({RUNTIME_PYTHON: path}),
-    help="Python of an environment that has mlx-lm, which runs MLX folders; default: "
+    help="Python of another environment, whose libraries run what this one's cannot; default: "
          "$PACKLIGHT_MLX_PYTHON, else this one.",
 )  # fmt: skip
 max_memory_option = memory_option(

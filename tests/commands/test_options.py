@@ -13,7 +13,16 @@ from compress.commands import build, verify
 from compress.commands.options import settings_of
 
 # Options that are converted, and options of the console only.
-SHAPED = {"revision", "token", "cache_dir", "fetch", "junit", "summary", "no_verify"}
+SHAPED = {
+    "revision",
+    "token",
+    "cache_dir",
+    "fetch",
+    "junit",
+    "summary",
+    "no_verify",
+    "runtime_python",
+}
 TOLD = {"as_json", "quiet", "verbose", "progress_file", "checksums"}
 # The converted settings, and settings without an option.
 MADE = {"hub", "ci_files", "verify", "source", "made"}

@@ -36,7 +36,7 @@ def test_a_recipe_says_how_many_windows():
     with pytest.raises(RecipeError, match=r"verify\.windows: 'some' is not allowed"):
         load("int4-fast", ["verify.windows=some"], [])
     with pytest.raises(RecipeError, match=r"verify\.windows"):
-        load("int4-fast", ["verify.windows=1"], [])
+        load("int4-fast", ["verify.windows=-1"], [])
 
 
 def test_a_dry_run_names_runtimes_windows_and_tokens(job):
