@@ -96,7 +96,8 @@ $(COREAI)/.installed: $(STAMP) constraints.txt
 # mlx-lm (packlight[mlx]) wants transformers 5: an environment of its own, which verification runs.
 test-mlx: $(STAMP) $(MLX)/.installed
 	PACKLIGHT_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python \
-		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx
+		$(BIN)/python -m pytest -m "slow or not slow" tests/exporters/mlx \
+		tests/exporters/test_families.py -k "mlx"
 
 $(MLX)/.installed:
 	$(PYTHON) -m venv $(MLX)

@@ -8,8 +8,9 @@ from tiny_families import ROWS
 
 from compress.decoder.families import ARCHITECTURES
 from exporters.gguf.architectures import ARCHITECTURES as GRAPHS
+from exporters.mlx.models import MODELS as MLX
 
-FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "coreai": "Core AI"}
+FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "coreml": "Core ML", "coreai": "Core AI", "mlx": "MLX"}
 USUAL = {
     "llama": "Llama 2, 3, 3.2, SmolLM2, TinyLlama, Falcon 3, DeepSeek-R1 distills",
     "mistral": "Mistral 7B",
@@ -28,6 +29,7 @@ WHY = {
     "qwen3_moe-plain": "llama.cpp's graph divides the chosen probabilities by their sum",
 }
 EXPERTS = "experts are not supported"
+MLX_LACKING = "has norms of q and k in every layer"
 WHY_OF_FORMAT = {
     "coreml": "no choice of weights by token on the Neural Engine",
     "coreai": "no graph of experts",
@@ -48,13 +50,16 @@ say *builds* are compared in the same way in tests of their own (`tests/tiny.py`
   tokens, uncached and cached; each of the row's features switched off changes them by more than
   1e-2.
 - **GGUF** is run by llama.cpp, **ONNX** by onnxruntime, **Core ML** by packlight's evaluator of
-  Core ML programs (not on a device), **Core AI** by Apple's CPU runtime, as a float32 twin. The
-  figure is the KL divergence of the next token's probabilities from the float model at eight bits,
-  in nats per token, over 59 tokens; at most 0.005 passes. Of experts in ONNX it is that from the
-  decoded weights at four bits: of eight bits onnxruntime rounds their inputs to int8, too. Greedy
+  Core ML programs (not on a device), **Core AI** by Apple's CPU runtime, as a float32 twin. **MLX**
+  is run by the reference decoder, with weights and logits that equal mlx-lm's on 32 tokens
+  ([mlx.md](mlx.md)). The figure is the KL divergence of the next token's probabilities from the
+  float model at eight bits, in nats per token, over 59 tokens; at most 0.005 passes. Of experts in
+  ONNX it is that from the decoded weights at four bits: of eight bits onnxruntime rounds their
+  inputs to int8, too. Greedy
   tokens through the cache are the same as without (but for ties in float16).
 - A target that cannot express a model refuses by name, the others build. *≤ window* means that
-  llama.cpp ignores the family's sliding window: the file is exact, and is verified, up to it.
+  llama.cpp or mlx-lm ignores the family's sliding window: the file is exact, and is verified, up
+  to it.
 
 Of a mixture of experts the router stays float. GGUF has llama.cpp's tensors of all experts, ONNX
 onnxruntime's `QMoE`; gpt-oss's MXFP4 blocks go to GGUF bit for bit, whatever the type; pruning,
@@ -114,8 +119,9 @@ def lines(figures: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         graph = GRAPHS[family].name if family in GRAPHS else "–"
         cells = [cell(name, key, figures) for key in FORMATS]
         why = "; ".join(
-            f"{FORMATS[key]}: {WHY_OF_FORMAT[key] if part == EXPERTS else WHY[name]}"
-            for key, part in row.refused.items()
+            f"{FORMATS[key]}: {reason(key, name, part)}"
+            for key in FORMATS
+            if (part := refused_by(key, name))
         )
         label = f"`{classes[family]}`" if row.models else ""
         yield (f"| {name} | {label} | {row.models} | {graph} | {' | '.join(cells)} | {why} |")
@@ -126,12 +132,35 @@ def family_of(name: str) -> str:
     return str(ROWS[name].config["model_type"])
 
 
+def refused_by(key: str, name: str) -> str:
+    """A part of the reason why a format refuses a row; empty where it does not."""
+    if key == "mlx":
+        if family_of(name) not in MLX:
+            return "mlx-lm has no model class"
+        return MLX_LACKING if name == "llama4_text-nope" else ""
+    return ROWS[name].refused.get(key, "")
+
+
+def reason(key: str, name: str, part: str) -> str:
+    """Why a format refuses a row, for the page."""
+    if key == "mlx":
+        return part
+    return WHY_OF_FORMAT[key] if part == EXPERTS else WHY[name]
+
+
+def told_by(key: str, name: str) -> str:
+    """A part of a format's note on what its runtime lacks for a row; empty for nothing."""
+    if key == "mlx":
+        windows = ROWS[name].config.get("sliding_window") and not MLX[family_of(name)].windows
+        return "mlx-lm ignores the sliding window" if windows else ""
+    return ROWS[name].told.get(key, "")
+
+
 def cell(name: str, key: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     """A format's figure for a row; only what was measured has one."""
-    row = ROWS[name]
-    if key in row.refused:
+    if refused_by(key, name):
         return "refused"
     found = figures.get(name, {}).get(key)
     if found is None:
         return "not run"
-    return f"{found:.1e} ≤ window" if key in row.told else f"{found:.1e}"
+    return f"{found:.1e} ≤ window" if told_by(key, name) else f"{found:.1e}"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from exported import Exports, config_of, decoded, greedy
-from families_page import page
+from families_page import page, refused_by, told_by
 from numpy.typing import NDArray
 from tiny_families import ROWS
 
 from compress.checkpoint.checkpoint import Checkpoint, Stored
 from compress.decoder.decoder import Decoder, reader
-from compress.errors import UnsupportedModelError
+from compress.errors import RuntimeMissingError, UnsupportedModelError
 from compress.formats import get_format
 
 HERE = Path(__file__).resolve()
@@ -28,6 +28,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "onnx": {"bits": 8, "accuracy_level": 0},
     "coreml": {"grid": "int8-channel"},
     "coreai": {"grid": "int8-channel"},
+    "mlx": {"bits": 8, "group_size": 32},
+}
+# What mlx-lm's class of a family lacks (tests/exporters/mlx/test_mlx_folder.py) is left out.
+MLX_LACKS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"intermediate_size": 1024},
+    "gpt_neox-serial": {"intermediate_size": 1024},
+    "glm": {"partial_rotary_factor": 1.0},
 }
 # A row for each kind of thing that differs; the rest is run by `make test-slow`.
 DEFAULT = ("gemma3_text", "gpt_neo", "mixtral", "lfm2")
@@ -51,10 +58,13 @@ def divergence(wanted: NDArray[Any], found: NDArray[Any]) -> float:
     ],
 )
 def test_a_cell(request: pytest.FixtureRequest, exported: Exports, row: str, name: str) -> None:
-    if not get_format(name).installed:
-        pytest.skip(f"needs the extra packlight[{name}]")
-    refused = ROWS[row].refused.get(name)
-    folder = exported.checkpoint(row)
+    if get_format(name).extra:
+        try:
+            get_format(name).check_runtime()
+        except RuntimeMissingError as error:
+            pytest.skip(error.message)
+    refused = refused_by(name, row)
+    folder = exported.checkpoint(row, **(MLX_LACKS.get(row, {}) if name == "mlx" else {}))
     if refused:
         with pytest.raises(UnsupportedModelError) as caught:
             exported.write(name, folder, SETTINGS[name])
@@ -64,7 +74,7 @@ def test_a_cell(request: pytest.FixtureRequest, exported: Exports, row: str, nam
     if name == "onnx" and config_of(Checkpoint.open(folder)).experts is not None:
         settings = {"bits": 4, "accuracy_level": 0}  # of 8 bits, onnxruntime rounds inputs, too
     made = exported.write(name, folder, settings, name=row)
-    told = ROWS[row].told.get(name, "")
+    told = told_by(name, row)
     assert any(told in note for note in made.plan.notes) or not told
     checkpoint = Checkpoint.open(folder)
     config = config_of(checkpoint)
