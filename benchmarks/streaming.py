@@ -153,6 +153,10 @@ def run(model: str, layers: int, place: Path, same: bool) -> dict[str, Any]:
                 with (folder / name).open("r+b") as stream:
                     for start in range(0, one.size, 16 * PIECE):
                         stream.write(one.read(start, min(start + 16 * PIECE, one.size)))
+        # As transformers saves it; general.organization comes from there.
+        config = json.loads((folder / "config.json").read_text())
+        config["_name_or_path"] = f"someone/{model}"
+        (folder / "config.json").write_text(json.dumps(config))
         build(str(folder), place / "local", environment, lambda pid: None)
         found["same_as_from_a_folder"] = sums(place / "local") == found["sha256"]
     return found
