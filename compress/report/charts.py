@@ -297,7 +297,8 @@ def bars(
     if limit:
         x = limit[0] * unit
         body.append(line(x, 14, x, y, "limit"))
-        words.append(text(min(x, WIDTH - 60), 10, limit[1], "middle", "limit-label"))
+        anchor = "start" if x < 60 else "middle"
+        words.append(text(min(x, WIDTH - 60), 10, limit[1], anchor, "limit-label"))
     return picture(y + 40, title, *grid, *body, *words)
 
 
