@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -270,13 +271,28 @@ def make_plans(
         try:
             plan = get_format(target).plan(config, request)
         except (GridError, UnsupportedModelError) as error:
-            raise without(target, list(recipe.targets), error) from error
+            others = {
+                other: replace(request, settings=theirs, choices=(choices or {}).get(other, {}))
+                for other, theirs in recipe.targets.items()
+                if other != target
+            }
+            raise without(target, plannable(config, others), error) from error
         if grids and whole:
             plan = replace(plan, type_name=mix_name(plan.entries, whole))
         for change in transforms.get(target, ()):
             plan = change.planned(plan)
         plans.append(plan)
     return tuple(plans)
+
+
+def plannable(config: DecoderConfig, requests: Mapping[str, PlanRequest]) -> list[str]:
+    """The formats that do not refuse the model."""
+    found = []
+    for name, request in requests.items():
+        with suppress(PacklightError):
+            get_format(name).plan(config, request)
+            found.append(name)
+    return found
 
 
 def without(target: str, targets: Sequence[str], error: PacklightError) -> PacklightError:

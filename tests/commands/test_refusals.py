@@ -188,6 +188,9 @@ def test_a_refusal_of_one_target_names_the_command_for_the_others(tmp_path, caps
     assert run(model, tmp_path / "out", "-f", "gguf") == 2
     assert "-f " not in capsys.readouterr().err  # there is no other target
     assert run(model, tmp_path / "out", "-f", "onnx", "-f", "coreml", "--dry-run") == 0
+    mixture = tiny.make("phimoe", tmp_path / "mixture")  # of experts, which Core ML refuses, too
+    assert run(mixture, tmp_path / "out") == 2
+    assert "hint: -f onnx builds without gguf" in capsys.readouterr().err
 
 
 def test_a_weight_beyond_float16_is_named(sound, tmp_path, capsys):
