@@ -48,9 +48,9 @@ INTRODUCTION = """\
 its runtime and compared with the float model; `N bits` is `phone-4bit` with a budget of so many
 bits per weight. `smollm2-s05` is SmolLM2-135M-Instruct whose weights, dequantized from a Q4_1 file,
 were moved at random by up to a quarter of its step, so that no grid finds its own codes;
-`gemma3-270m` is made from a Q4_K_M file, and scored on two windows. CPU seconds are of one thread on a
-shared machine; the first row that needs input statistics, or the float model's answers, pays for
-them.
+`gemma3-270m` is made from a Q4_K_M file, and scored on two windows. CPU seconds are of one thread
+on a shared machine; the first row that needs input statistics, or the float model's answers, pays
+for them.
 """
 
 

@@ -52,25 +52,20 @@ def read_shown(checkpoint: Checkpoint) -> Shown:
     Without an author, the owner of the model's Hub repository. The card is untrusted: values that
     are not short printable texts are left out.
     """
-    card = read_card(checkpoint)
-
-    def text(*keys: str) -> str:
-        for key in keys:
-            found = card.get(key)
-            parts: list[Any] = found if isinstance(found, list) else [found]
-            if parts and all(isinstance(part, str) and part.isprintable() for part in parts):
-                return ", ".join(map(str, parts))[:LONGEST]
-        return ""
-
-    name = text("license")
+    shown: dict[str, str] = {}
+    for key, value in read_card(checkpoint).items():
+        parts: list[Any] = value if isinstance(value, list) else [value]
+        if all(isinstance(part, str) and part.isprintable() for part in parts):
+            shown[key] = ", ".join(parts)[:LONGEST]
+    name, link = shown.get("license", ""), shown.get("license_link")
     if name == "other":
-        name = text("license_name") or name
-    link = text("license_link")
-    owner = checkpoint.hub_id.partition("/")[0]
+        name = shown.get("license_name") or name
+    authors = filter(None, map(shown.get, ("author", "authors", "model_creator")))
+    texts = filter(None, map(shown.get, ("description", "summary")))
     return Shown(
-        author=text("author", "authors", "model_creator") or owner,
+        author=next(authors, checkpoint.hub_id.partition("/")[0]),
         license=f"{name} ({link})" if name and link else name,
-        description=text("description", "summary"),
+        description=next(texts, ""),
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.console import parse_bytes
 from compress.decoder.config import DecoderConfig
 from compress.errors import UsageError, did_you_mean
 
@@ -181,6 +180,7 @@ class Device:
     """One row of ``devices.yaml``; bytes and bytes per second.
 
     Attributes:
+        limits_measured: whether the limits were measured on this very device.
         estimated: names of values that nobody has measured on this device.
         source: of the limits.
     """
@@ -192,13 +192,9 @@ class Device:
     app_limit: int
     entitled: int
     bandwidth: int
+    limits_measured: bool
     estimated: tuple[str, ...]
     source: str
-
-    @property
-    def limits_measured(self) -> bool:
-        """Whether the limits were measured on this very device."""
-        return "app_limit" not in self.estimated
 
 
 def devices() -> dict[str, Device]:
@@ -216,10 +212,11 @@ def devices() -> dict[str, Device]:
             name=name,
             label=row["label"],
             chip=row["chip"],
-            memory=parse_bytes(row["memory"]),
-            app_limit=parse_bytes(row.get("app_limit", limits["app_limit"])),
-            entitled=parse_bytes(row.get("entitled", limits["entitled"])),
-            bandwidth=parse_bytes(row["bandwidth"]),
+            memory=row["memory"] << 30,
+            app_limit=round(1e9 * row.get("app_limit", limits["app_limit"])),
+            entitled=round(1e9 * row.get("entitled", limits["entitled"])),
+            bandwidth=round(1e9 * row["bandwidth"]),
+            limits_measured=measured,
             estimated=(*(() if measured else LIMITS), *row.get("estimated", ())),
             source=limits["source"],
         )
@@ -262,9 +259,11 @@ def largest_context(config: DecoderConfig, need: Footprint, memory: int) -> int:
     per_token = (need.kv_cache - need.fixed) // max(need.context, 1)
     held = need.fixed + (0 if need.outside else need.weights)
 
-    def total(context: int) -> int:
-        activations = activation_bytes(config, context, prompt_call=need.prompt_call)
-        return held + context * per_token + activations
-
+    contexts = range(config.max_context + 1)
     # It grows with the context: the last one that does not exceed the memory.
-    return max(0, bisect_right(range(config.max_context + 1), memory, key=total) - 1)
+    beyond = bisect_right(
+        contexts,
+        memory - held,
+        key=lambda n: n * per_token + activation_bytes(config, n, prompt_call=need.prompt_call),
+    )
+    return max(0, beyond - 1)
