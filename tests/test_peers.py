@@ -138,7 +138,7 @@ def test_a_file_of_each_peer_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
     chosen = argparse.Namespace(
         model=accuracy.DEMO, calibration=None, eval_text=None, windows=2, solver=[], peers=True,
-        set=["calibration.tokens=2048"],
+        set=["calibration.tokens=2048"], cache=None,
         setting=["GGUF Q4_0", "ONNX int4-g32-asym", "Core ML int4-g32"],
     )  # fmt: skip
     found = {row["solver"]: row for row in accuracy.measure(chosen, tmp_path)["rows"]}

@@ -27,6 +27,7 @@ FAMILIES = (
 # Those of docs/families.md whose folders are written.
 MORE = tuple(name for name, row in ROWS.items() if "onnx" not in row.refused)
 RUNS = "runs"
+CHANGES = "experts: other tokens, or an error, from run to run"
 
 
 def open_runtime(made: Exported) -> OnnxRuntime:
@@ -56,6 +57,10 @@ def test_a_loader_gives_our_tokens(
     version = loader.version()
     cases = {f: Case(made(exported, f).path, made(exported, f).tokens(9)) for f in families}
     said: dict[str, str] = {}
+    if name == "webgpu":  # of one folder QMoE gave our tokens, others and an error, run by run
+        mixtures = [f for f in cases if made(exported, f).config.experts is not None]
+        said = {family: CHANGES for family in mixtures}
+        cases = {family: case for family, case in cases.items() if family not in said}
     for family, answer in loader.run(cases).items():
         if isinstance(answer, str):
             said[family] = told(answer, cases[family].folder)
