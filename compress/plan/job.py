@@ -152,10 +152,8 @@ def prepare(
     """
     contexts = (settings.get("context") for settings in recipe.targets.values())
     config = describe_model(checkpoint, max(context or 0, *(n or 0 for n in contexts), 0))
-    if config.experts is not None:
-        check_experts(recipe)
-    if any(kind.taps for kind in config.kinds):
-        check_states(recipe)
+    if config.experts is not None or any(kind.taps for kind in config.kinds):
+        check_settings(config, recipe)
     tokenizer = tokenizer_of(checkpoint, recipe)
     notes = []
     rows, ends = config.vocab_size, config.eos_token_ids
@@ -181,43 +179,30 @@ def prepare(
     return Job(source, config, recipe, plans, positions, command, transforms, cut)
 
 
-def check_experts(recipe: Recipe) -> None:
-    """Refuse what is not supported for a mixture of experts.
+def check_settings(config: DecoderConfig, recipe: Recipe) -> None:
+    """Refuse what is not supported for mixtures of experts and for layers of convolution.
 
     Raises:
         UnsupportedModelError: with the setting's name.
     """
-    settings = {
+    both = {
         "prune": recipe.prunes,
         "quantize.fold": recipe.folds,
+        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
+    }
+    experts = {
         "budget": bool(recipe.budget),
         "calibration.propagate": recipe.calibration.propagate == "quantized",
-        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
     }
+    what, settings = "models with layers of convolution", both
+    supported = "every solver and budgets are supported"
+    if config.experts is not None:
+        what, settings = "mixtures of experts", both | experts
+        supported = "rtn, scale_search and gptq are supported"
     for name, used in settings.items():
         if used:
             raise UnsupportedModelError(
-                f"{name} is not supported for mixtures of experts",
-                hint="leave it out: rtn, scale_search and gptq are supported",
-            )
-
-
-def check_states(recipe: Recipe) -> None:
-    """Refuse what is not supported for layers that convolve in place of attention.
-
-    Raises:
-        UnsupportedModelError: with the setting's name.
-    """
-    settings = {
-        "prune": recipe.prunes,
-        "quantize.fold": recipe.folds,
-        "sparsity": any("sparsity" in target for target in recipe.targets.values()),
-    }
-    for name, used in settings.items():
-        if used:
-            raise UnsupportedModelError(
-                f"{name} is not supported for models with layers of convolution",
-                hint="leave it out: every solver and budgets are supported",
+                f"{name} is not supported for {what}", hint=f"leave it out: {supported}"
             )
 
 
